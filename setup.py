@@ -1,0 +1,95 @@
+"""The package and its extras; the settings of the tools are in pyproject.toml.
+
+Lower bounds only: each is the oldest version that the tests run on. `t5x` is
+never listed, not even as an extra: the name on PyPI is an empty, yanked package.
+Whoever wants t5x installs it from its repository.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (_ROOT / "gecko_jax" / "__init__.py").read_text(encoding="utf-8"),
+    flags=re.MULTILINE,
+).group(1)
+
+_CORE = [
+    # The model and its training.
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "jaxtyping>=0.3.11",
+    "numpy>=2.4",
+    "safetensors>=0.8.0",
+    # Data: seqio needs TensorFlow; nothing outside gecko_jax/data imports either.
+    "seqio>=0.0.20",
+    "tensorflow>=2.21.0",
+    "tensorflow-datasets>=4.9.10",
+    "grain>=0.2.18",
+    "array-record>=0.8.3",
+    "sentencepiece>=0.2.1",
+    # Judging: BM25 is the line to beat.
+    "bm25s>=0.3.9",
+    "PyStemmer>=3.0.0",
+    "matplotlib>=3.10",
+    # Running: configs, logs, metrics.
+    "absl-py>=2.3",
+    "ml-collections>=1.1.0",
+    "rich>=14.0",
+    "tensorboardX>=2.6.4",
+]
+
+_TEST = [
+    "pytest>=9.0",
+    "beartype>=0.22",
+]
+
+_DEV = [
+    *_TEST,
+    "ruff>=0.15",
+    # pyright is a Node.js program; the extra brings a Node.js of its own.
+    "pyright[nodejs]>=1.1.407",
+    "pre-commit>=4.0",
+    "build>=1.3",
+]
+
+# Parity tests against Hugging Face, and the side-by-side benchmarks.
+_TORCH = [
+    "torch>=2.9",
+    "transformers>=5.0",
+    "sentence-transformers>=5.2",
+]
+
+setuptools.setup(
+    name="gecko-jax",
+    version=_VERSION,
+    description="The Gecko text embedding model in JAX.",
+    long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["gecko_jax", "gecko_jax.*"]),
+    package_data={"gecko_jax": ["py.typed", "quickstart/*", "quickstart/*/*"]},
+    install_requires=_CORE,
+    extras_require={
+        "test": _TEST,
+        "dev": _DEV,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "torch": _TORCH,
+    },
+    entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
