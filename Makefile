@@ -1,0 +1,93 @@
+# Everything starts here; `make help` lists what there is. Each target sets up
+# what it needs in .venv, once, and again only when setup.py changes.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+GECKO := $(BIN)/gecko
+CORPUS := gecko_jax/quickstart
+
+# The first Python that is a right version and really runs: a name on the PATH
+# may be a shim for a version that is not installed.
+RUNS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
+	if $$python -c '$(RUNS)' >/dev/null 2>&1; then echo $$python; break; fi; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## this list
+	@echo "gecko_jax: Gecko text embeddings in JAX. Targets:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+		awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
+
+.PHONY: demo
+demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, search
+	$(GECKO) train --config=configs/prefinetune.py:local --workdir=demo/prefinetune
+	test -e demo/triples.jsonl || $(GECKO) data prepare $(CORPUS)/train.jsonl \
+		--output=demo/triples.jsonl --negatives=1
+	$(GECKO) train --config=configs/finetune.py:local --workdir=demo/finetune \
+		--config.data.files=demo/triples.jsonl --config.init.checkpoint=demo/prefinetune
+	$(GECKO) evaluate $(CORPUS) --model=demo/finetune --dims=64,128,256 \
+		--output=demo/evaluation
+	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune --output=demo/embeddings
+	$(GECKO) index demo/embeddings --output=demo/index
+	$(GECKO) search --model=demo/finetune --index=demo/index \
+		"how do I store a list of values in a table column" \
+		"shortest path between two nodes of a graph" \
+		"a small brown bird"
+	@echo
+	@echo "All of it lies in demo/:"
+	@echo "  demo/finetune     the model: gecko_jax.load(\"demo/finetune\")"
+	@echo "  demo/evaluation   quality at every dimension beside BM25: table and plots"
+	@echo "  demo/index        the index: $(GECKO) search --model=demo/finetune --index=demo/index"
+
+.PHONY: test
+test: $(VENV)/.test ## the fast tests, under two minutes
+	$(BIN)/python -m pytest -q
+
+.PHONY: test-slow
+test-slow: $(VENV)/.test ## the fast tests and the slow ones
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network"
+
+.PHONY: check
+check: $(VENV)/.dev ## formatting, lint, types and the fast tests: what must pass
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q
+
+.PHONY: format
+format: $(VENV)/.dev ## format the code and mend what lint can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# One stamp for each level of set-up, touched only when pip has finished.
+$(VENV)/.core: setup.py | $(VENV)/.python
+	$(call install,.)
+
+$(VENV)/.test: setup.py | $(VENV)/.python
+	$(call install,.[test])
+	@touch $(VENV)/.core
+
+$(VENV)/.dev: setup.py | $(VENV)/.python
+	$(call install,.[dev])
+	@touch $(VENV)/.core $(VENV)/.test
+
+define install
+@echo "Setting up $(VENV) with gecko-jax$(1:.%=%): about 3 GB, some minutes, once"
+$(BIN)/python -m pip install --disable-pip-version-check -e "$(1)"
+@touch $@
+endef
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { \
+		echo "gecko_jax needs Python 3.11 or 3.12 with its venv module, and found" \
+		"none that runs. Install one (on Debian: apt-get install python3-venv), or" \
+		"name it: make test PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(RUNS)' || { \
+		echo "PYTHON=$(PYTHON) is not a Python 3.11 or 3.12 that runs and has venv" \
+		>&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
