@@ -1,0 +1,34 @@
+"""Data: seqio tasks in, global batches of numpy arrays out.
+
+    jsonl           JSON lines -> records, every bad line named
+    preprocessors   record -> formatted texts -> tokens
+    tasks           the one table of tasks and mixtures
+    features        examples -> the arrays of a step, packed or not
+    pipeline        task -> tokenized cache -> `Batches`, addressed by step
+    mining          BM25 hard negatives
+    pieces          training a SentencePiece vocabulary
+
+TensorFlow lives here only, and only in the functions that define or run a seqio task:
+once the caches are built, training reads them without it.
+"""
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def load_seqio() -> Any:
+    """Imports seqio, and keeps TensorFlow away from the accelerators.
+
+    TensorFlow would otherwise reserve all memory of the GPU that JAX is to use.
+    """
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    import seqio
+
+    return seqio

@@ -1,0 +1,225 @@
+r"""Reading pairs and triples from JSON lines.
+
+One line is one training example:
+
+    {"task": "docs", "query": "how to sort a list",
+     "positive": "sorted() returns a new list ...", "title": "Sorting",
+     "negatives": ["list.reverse() ..."], "negative_titles": ["Lists"]}
+
+Fields:
+    task: Name by which lines are chosen; looked up in the table of task descriptions.
+    query, positive: Texts; `passage` is another name of `positive`.
+    title: Title of the positive, or none.
+    negatives: List of hard negatives, or none; `negative` for one string.
+    negative_titles: Their titles, as many as there are negatives.
+    query_id, passage_id: Strings or numbers that say which queries and which positives
+        are the same; by default, equal texts are. An id holds over all files and tasks.
+    negative_ids: The same for the negatives, in the ids of the passages.
+    negative_group: Number, 0 by default; examples are each other's in-batch negatives
+        only within a group.
+
+Other fields, such as a source or a licence, are for people and are passed over.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from gecko_jax import files, text
+
+_ONE_POSITIVE = ("positive", "passage")
+_INT32 = range(-(2**31), 2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A query, its positive passage and any number of hard negatives.
+
+    Ids are the two uint32 words of `text.content_id`. For those of the file they hash
+    the id instead of the text.
+    """
+
+    task: str
+    query: str
+    positive: str
+    title: str
+    negatives: tuple[str, ...]
+    negative_titles: tuple[str, ...]
+    query_id: tuple[int, int]
+    passage_id: tuple[int, int]
+    negative_ids: tuple[tuple[int, int], ...]
+    negative_group: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSummary:
+    """What a file holds.
+
+    Attributes:
+        sha256: Checksum of the bytes.
+        examples: Number of examples of each task, in order of first appearance.
+    """
+
+    sha256: str
+    examples: dict[str, int]
+
+
+def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pair]:
+    """Yields the examples of a file, those of one task or all.
+
+    Raises:
+        ValueError: The file or a line of it is bad; names the line, rule and remedy.
+    """
+    for _, _, pair in read_lines(path):
+        if task is None or pair.task == task:
+            yield pair
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], Pair]]:
+    """Yields (place, record as read, example) of every line."""
+    for place, record in files.read_records(path):
+        yield place, record, parse(place, record)
+
+
+def summarize(path: str | os.PathLike) -> FileSummary:
+    """Reads a file through, checking every line.
+
+    Raises:
+        ValueError: The file or a line of it is bad, or it holds no examples.
+    """
+    examples = collections.Counter(pair.task for pair in read_pairs(path))
+    if not examples:
+        raise ValueError(
+            f"{path}: the file is empty; give it lines with task, query and positive"
+        )
+    return FileSummary(files.sha256(path), dict(examples))
+
+
+def parse(place: str, record: dict[str, Any]) -> Pair:
+    """Checks one record; `place` (file:line) starts every error."""
+    _one_of(place, record, *_ONE_POSITIVE)
+    query = _text(place, record, "query")
+    positive = _text(place, record, *_ONE_POSITIVE)
+    title = _optional_text(place, record, "title")
+    negatives = _negatives(place, record)
+    titles = _list(place, record, "negative_titles", len(negatives))
+    ids = _list(place, record, "negative_ids", len(negatives))
+    group = record.get("negative_group", 0)
+    if isinstance(group, bool) or not isinstance(group, int) or group not in _INT32:
+        raise ValueError(
+            f"{place}: field 'negative_group' is {group!r}; it must be a whole number "
+            "of at most 32 bits"
+        )
+    for number, value in enumerate(titles):
+        _check_text(place, f"negative_titles[{number}]", value, may_be_empty=True)
+    return Pair(
+        task=_text(place, record, "task"),
+        query=query,
+        positive=positive,
+        title=title,
+        negatives=negatives,
+        negative_titles=tuple(titles) or ("",) * len(negatives),
+        query_id=_given_id(place, "query_id", record.get("query_id"))
+        or text.content_id(query),
+        passage_id=_given_id(place, "passage_id", record.get("passage_id"))
+        or text.content_id(positive, title),
+        negative_ids=tuple(
+            _given_id(place, "passage_id", ids[number] if ids else None)
+            or text.content_id(negative, titles[number] if titles else None)
+            for number, negative in enumerate(negatives)
+        ),
+        negative_group=group,
+    )
+
+
+def _one_of(place: str, record: dict[str, Any], *names: str) -> None:
+    present = [name for name in names if record.get(name) is not None]
+    if len(present) > 1:
+        raise ValueError(
+            f"{place}: fields {' and '.join(map(repr, present))} mean the same; keep one"
+        )
+
+
+def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{place}: field {name!r} is a {type(value).__name__}; it must be a string"
+        )
+    if not may_be_empty and not value.strip():
+        raise ValueError(
+            f"{place}: field {name!r} is empty; give it text or drop the line"
+        )
+    if len(value) > text.MAX_CHARACTERS:
+        raise ValueError(
+            f"{place}: field {name!r} has {len(value):,} characters; at most "
+            f"{text.MAX_CHARACTERS:,} are allowed: split it into passages"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair.
+        raise ValueError(
+            f"{place}: field {name!r} holds a lone surrogate, which is no character; "
+            "write the text again as UTF-8"
+        ) from None
+    return value
+
+
+def _text(place: str, record: dict[str, Any], *names: str) -> str:
+    for name in names:
+        if record.get(name) is not None:
+            return _check_text(place, name, record[name])
+    wanted = " or ".join(map(repr, names))
+    has = ", ".join(sorted(record)) or "no fields"
+    raise ValueError(f"{place}: no field {wanted} (it has {has}); every line needs it")
+
+
+def _optional_text(place: str, record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    return "" if value is None else _check_text(place, name, value, may_be_empty=True)
+
+
+def _negatives(place: str, record: dict[str, Any]) -> tuple[str, ...]:
+    _one_of(place, record, "negatives", "negative")
+    if record.get("negative") is not None:
+        return (_check_text(place, "negative", record["negative"]),)
+    negatives = record.get("negatives")
+    if negatives is None:
+        return ()
+    if not isinstance(negatives, list):
+        raise ValueError(
+            f"{place}: field 'negatives' is a {type(negatives).__name__}; it must be a "
+            "list of strings (or use 'negative' for one string)"
+        )
+    return tuple(
+        _check_text(place, f"negatives[{number}]", negative)
+        for number, negative in enumerate(negatives)
+    )
+
+
+def _list(place: str, record: dict[str, Any], name: str, length: int) -> list[Any]:
+    """Returns the field as a list with one item for each negative, or empty."""
+    value = record.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list) or len(value) != length:
+        shown = f"{len(value)} items" if isinstance(value, list) else repr(value)
+        raise ValueError(
+            f"{place}: field {name!r} is {shown}; it must be a list with one item for "
+            f"each of the {length} negatives"
+        )
+    return value
+
+
+def _given_id(place: str, kind: str, value: Any) -> tuple[int, int] | None:
+    """Hashes an id of the file; query and passage ids never meet by chance."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(
+            f"{place}: {kind} is {value!r}; an id must be a string or a whole number"
+        )
+    digest = hashlib.blake2b(f"{kind}:{value}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

@@ -1,0 +1,101 @@
+"""Training a SentencePiece vocabulary on a user's own texts."""
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from gecko_jax import files as files_lib
+from gecko_jax import text, vocabulary
+from gecko_jax.data import jsonl
+
+# A fixed number, not the machine's: the pieces depend on it in the last digits.
+_THREADS = 8
+
+
+def train_vocabulary(
+    files: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    size: int = 32_000,
+    *,
+    character_coverage: float = 0.9999,
+    max_texts: int = 2_000_000,
+) -> vocabulary.Vocabulary:
+    """Trains a unigram vocabulary with byte fallback and T5's reserved ids.
+
+    Args:
+        files: JSONL of pairs; queries, positives and titles are read.
+        output: The `.model` file, written whole or not at all.
+        size: Number of pieces, the 256 bytes and 3 reserved ids included.
+        character_coverage: Share of the characters that get a piece of their own;
+            rarer ones are spelled in bytes.
+        max_texts: Texts to sample when there are more, which bounds the memory.
+
+    Raises:
+        ValueError: A bad record, or a size that the texts cannot fill.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
+    # SentencePiece reports a broken iterator as a crash of its own.
+    broken: list[ValueError] = []
+
+    def texts() -> Iterator[str]:
+        try:
+            yield from _texts(files)
+        except ValueError as error:
+            broken.append(error)
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts(),
+            model_writer=model,
+            vocab_size=size,
+            model_type="unigram",
+            byte_fallback=True,
+            pad_id=vocabulary.PAD_ID,
+            eos_id=vocabulary.EOS_ID,
+            unk_id=2,
+            bos_id=-1,
+            character_coverage=character_coverage,
+            # Bytes; longer texts would be skipped.
+            max_sentence_length=4 * text.MAX_CHARACTERS,
+            input_sentence_size=max_texts,
+            shuffle_input_sentence=True,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        if broken:
+            raise broken[0] from None
+        raise ValueError(_explain(str(error), size)) from error
+    if broken:
+        raise broken[0]
+    trained = vocabulary.Vocabulary(model.getvalue())
+    with files_lib.write_file(output) as temporary:
+        temporary.write_bytes(trained.model_proto)
+    return trained
+
+
+def _texts(files: Sequence[str | os.PathLike]) -> Iterator[str]:
+    for path in files:
+        for record in jsonl.read_pairs(path):
+            for content in (record.query, record.title, record.positive):
+                if content:
+                    yield text.clean(content)
+
+
+def _explain(message: str, size: int) -> str:
+    """Turns SentencePiece's report of an impossible size into a rule and a remedy."""
+    if too_large := re.search(r"too high.*?<= (\d+)", message):
+        return (
+            f"vocabulary size {size:,}: the texts only fill {too_large[1]} pieces; "
+            f"choose a size of at most {too_large[1]} or give more texts"
+        )
+    if too_small := re.search(r"smaller than required_chars.*?vs (\d+)", message):
+        return (
+            f"vocabulary size {size:,}: the single characters and bytes alone need "
+            f"{too_small[1]} pieces; choose a larger size or a lower character coverage"
+        )
+    return f"vocabulary size {size:,}: SentencePiece could not train ({message})"
