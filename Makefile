@@ -12,6 +12,16 @@ RUNS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < 
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 	if $$python -c '$(RUNS)' >/dev/null 2>&1; then echo $$python; break; fi; done)
 
+# An environment that is there keeps its Python: say so rather than ignore PYTHON.
+MADE_WITH := $(shell cat $(VENV)/.python 2>/dev/null)
+ifneq ($(filter command environment,$(origin PYTHON)),)
+ifneq ($(MADE_WITH),)
+ifneq ($(MADE_WITH),$(PYTHON))
+$(error $(VENV) was made with $(MADE_WITH); add VENV=.venv-other, or remove $(VENV))
+endif
+endif
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -86,8 +96,8 @@ $(VENV)/.python:
 		echo "gecko_jax needs Python 3.11 or 3.12 with its venv module, and found" \
 		"none that runs. Install one (on Debian: apt-get install python3-venv), or" \
 		"name it: make test PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" -c '$(RUNS)' || { \
+	@"$(PYTHON)" -c '$(RUNS)' >/dev/null 2>&1 || { \
 		echo "PYTHON=$(PYTHON) is not a Python 3.11 or 3.12 that runs and has venv" \
 		>&2; exit 1; }
 	"$(PYTHON)" -m venv --clear $(VENV)
-	@touch $@
+	@echo "$(PYTHON)" > $@
