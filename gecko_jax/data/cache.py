@@ -1,0 +1,200 @@
+"""The tokenized cache of a task: random-access records on disk, built once.
+
+A cache is a folder whose name holds a hash of everything that its content depends on:
+the bytes of the sources, the chosen lines, the text format, the vocabulary and the
+version of this code. It is written under a temporary name and renamed, so one that is
+there is whole; a changed source makes another cache.
+
+    <cache_dir>/tasks/<task>-<hash>/records.array_record
+    <cache_dir>/tasks/<task>-<hash>/info.json
+    <cache_dir>/sources/<sha256>.json            what a source file holds
+
+Reading needs no TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging as _logging
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+
+from gecko_jax import files, progress, text, vocabulary
+from gecko_jax.data import features, jsonl, load_seqio, preprocessors
+from gecko_jax.data import tasks as tasks_lib
+
+# Tokens kept of a text, so that the lengths of a run can change without a new cache.
+MAX_TOKENS = 2048
+
+# Raised whenever the records, or what is written in them, change.
+_VERSION = 1
+
+
+def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
+    """Reads through a source file once; later calls only compare its checksum.
+
+    Raises:
+        ValueError: The file is missing, empty or holds a bad line.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"{path}: no such file; check data.files")
+    digest = files.sha256(path)
+    note = cache_dir / "sources" / f"{digest}.json"
+    if note.exists():
+        return jsonl.FileSummary(digest, json.loads(note.read_text()))
+    summary = jsonl.summarize(path)
+    with files.write_file(note) as temporary:
+        temporary.write_text(json.dumps(summary.examples))
+    return summary
+
+
+def key(
+    task: tasks_lib.Task,
+    sources: Sequence[jsonl.FileSummary],
+    text_format: text.TextFormat,
+    pieces: vocabulary.Vocabulary,
+) -> str:
+    """Returns 16 hex digits that change with whatever the task's tokens depend on."""
+    facts = {
+        "version": _VERSION,
+        "max_tokens": MAX_TOKENS,
+        "source_task": task.source_task,
+        "sources": [source.sha256 for source in sources],
+        "templates": dataclasses.asdict(
+            preprocessors.templates(text_format, task.name)
+        ),
+        "vocabulary": pieces.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def build(
+    task: tasks_lib.Task,
+    cache_key: str,
+    text_format: text.TextFormat,
+    vocabulary_path: str,
+    extra_ids: int,
+    cache_dir: pathlib.Path,
+) -> "Reader":
+    """Returns the cache of a task, built first if it is not there."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", task.name)[:64]
+    folder = cache_dir / "tasks" / f"{name}-{cache_key}"
+    if not (folder / "info.json").exists():
+        _write(task, folder, text_format, vocabulary_path, extra_ids)
+    return Reader(folder)
+
+
+def _write(
+    task: tasks_lib.Task,
+    folder: pathlib.Path,
+    text_format: text.TextFormat,
+    vocabulary_path: str,
+    extra_ids: int,
+) -> None:
+    from array_record.python import array_record_module
+
+    logging.info("Tokenizing %s into %s", task.name, folder)
+    load_seqio()
+    dataset = tasks_lib.register_task(
+        task, text_format, vocabulary_path, extra_ids
+    ).get_dataset(sequence_length=None, split="train", shuffle=False)
+    num_examples = 0
+    with files.write_folder(folder) as temporary:
+        path = str(temporary / "records.array_record")
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+        for record in progress.track(
+            dataset.as_numpy_iterator(), f"Tokenizing {task.name}", task.num_examples
+        ):
+            writer.write(
+                encode(
+                    features.Example(
+                        query=features.trim(record["query"], MAX_TOKENS),
+                        positive=features.trim(record["positive"], MAX_TOKENS),
+                        # seqio hands out a padded matrix.
+                        negatives=tuple(
+                            features.trim(row[row != vocabulary.PAD_ID], MAX_TOKENS)
+                            for row in record["negatives"]
+                        ),
+                        query_id=record["query_id"],
+                        passage_id=record["passage_id"],
+                        negative_ids=record["negative_ids"],
+                        negative_group=int(record["negative_group"]),
+                    )
+                )
+            )
+            num_examples += 1
+        writer.close()
+        written = array_record_module.ArrayRecordReader(path).num_records()
+        if not num_examples == written == (task.num_examples or written):
+            raise OSError(
+                f"{folder}: {written:,} of {task.num_examples or num_examples:,} "
+                f"examples of {task.name} could be written; check the space on the "
+                "disk, and that nobody changes the source files, and run again"
+            )
+        (temporary / "info.json").write_text(
+            json.dumps({"task": task.name, "num_examples": num_examples})
+        )
+
+
+class Reader:
+    """Reads examples of a finished cache by number, in any order."""
+
+    def __init__(self, folder: pathlib.Path):
+        from array_record.python import array_record_data_source
+
+        # It logs a warning for sources that it opens one at a time, as here.
+        _logging.getLogger("array_record").setLevel(_logging.ERROR)
+        self._source = array_record_data_source.ArrayRecordDataSource(
+            str(folder / "records.array_record")
+        )
+        info = json.loads((folder / "info.json").read_text())
+        if len(self._source) != info["num_examples"]:
+            raise ValueError(
+                f"{folder}: holds {len(self._source):,} of {info['num_examples']:,} "
+                "examples; delete the folder, and it will be built again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, numbers: Sequence[int]) -> list[features.Example]:
+        """Returns the examples with these numbers, in their order."""
+        return [decode(record) for record in self._source.__getitems__(list(numbers))]
+
+
+def encode(example: features.Example) -> bytes:
+    """Packs an example: its sizes, then its ids, then its tokens, all as 32 bits."""
+    texts = (example.query, example.positive, *example.negatives)
+    header = np.array(
+        [len(example.negatives), example.negative_group, *map(len, texts)], np.int32
+    )
+    ids = np.concatenate(
+        [example.query_id, example.passage_id, *example.negative_ids]
+    ).astype(np.uint32)
+    return b"".join(
+        [header.tobytes(), ids.tobytes(), *(t.astype(np.int32).tobytes() for t in texts)]
+    )
+
+
+def decode(record: bytes) -> features.Example:
+    """Inverse of `encode`."""
+    words = np.frombuffer(record, np.int32)
+    num = int(words[0])
+    lengths = words[2 : 4 + num]
+    ids = words[4 + num : 8 + 3 * num].view(np.uint32).reshape(-1, 2)
+    ends = np.cumsum(lengths)
+    tokens = words[8 + 3 * num :]
+    texts = [tokens[end - size : end] for end, size in zip(ends, lengths, strict=True)]
+    return features.Example(
+        query=texts[0],
+        positive=texts[1],
+        negatives=tuple(texts[2:]),
+        query_id=ids[0],
+        passage_id=ids[1],
+        negative_ids=ids[2:],
+        negative_group=int(words[1]),
+    )

@@ -1,0 +1,356 @@
+"""Batches addressed by step: what step n trains on is a pure function of n.
+
+    batches = Batches(mixture="quickstart", files=(), ..., seed=0, cache_dir="data")
+    batches.batch(1000)                      the arrays of step 1000, at once
+    for batch in batches.iterate(1000, 2000)    the same, prepared in the background
+
+seqio tasks fill tokenized caches (`gecko_jax.data.cache`); over the numbers of their
+examples Grain shuffles each task anew in every epoch, repeats it for ever and mixes the
+tasks by their rates. Nothing is carried from step to step, so a resumed run needs only
+its step, and neither packing nor the lengths change which examples a step holds.
+
+Features of a batch of B examples with G negatives, rows R and tokens L:
+
+    query_tokens, query_segment_ids       int32 [Rq, Lq]    see `features`
+    query_index                           int32 [B, 2]      row and segment
+    passage_tokens, passage_segment_ids   int32 [Rp, Lp]
+    passage_index                         int32 [B*(1+G), 2]
+    query_id, passage_id                  uint32 [B, 2]
+    negative_id                           uint32 [B, G, 2]
+    negative_mask                         bool [B, G]       False: fewer negatives
+    example_mask                          bool [B]
+    negative_group, task_index            int32 [B]
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from gecko_jax import text, vocabulary
+from gecko_jax.data import cache, features
+from gecko_jax.data import tasks as tasks_lib
+
+# Batches that wait for the consumer of `iterate`.
+_PREFETCH = 4
+
+# Seeds of Grain are 32 bits.
+_SEED_BYTES = 4
+
+
+class Batches:
+    """The global batches of a mixture, by step.
+
+    Every process computes the whole global batch: a batch is a few hundred kilobytes
+    and takes milliseconds, and so any number of processes sees the same data without a
+    word between them. Each then keeps the rows of its own devices.
+
+    Attributes:
+        tasks: The rows of the table, or those made for the files.
+        task_names: What `task_index` points into.
+        task_sizes: Number of examples of each task.
+        rates: Share of each task, summing to 1.
+        num_examples: Of all tasks.
+        text_format: As given, completed with the descriptions of these tasks; this is
+            the one to keep with a checkpoint.
+        mixture_hash: Changes with whatever the examples of a step depend on, other
+            than the seed: sources, format, vocabulary, rates, batch size.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixture: str,
+        files: Sequence[str | os.PathLike],
+        vocabulary: vocabulary.Vocabulary,
+        vocabulary_path: str | os.PathLike,
+        text_format: text.TextFormat,
+        batch_size: int,
+        query_length: int,
+        passage_length: int,
+        num_negatives: int,
+        packing: bool,
+        one_task_per_batch: bool,
+        seed: int,
+        cache_dir: str | os.PathLike,
+        row_multiple: int = 1,
+    ):
+        """Opens the caches of the mixture, building those that are not there.
+
+        Args:
+            mixture: Name in the table, of a mixture or a task; not used with `files`.
+            files: A user's own JSONL; each of its tasks is drawn by its size.
+            vocabulary: Must be that of `vocabulary_path`.
+            vocabulary_path: The `.model` file, which seqio reads.
+            text_format: How texts are written; its descriptions have precedence.
+            batch_size: Global examples per step (B).
+            query_length: Tokens kept of a query.
+            passage_length: Tokens kept of a passage.
+            num_negatives: Hard negatives per query (G), sampled anew in every step
+                from those an example has.
+            packing: Put several texts into one row.
+            one_task_per_batch: All examples of a step come from one task.
+            seed: Of the shuffles and of the sampling of negatives.
+            cache_dir: Where caches lie; may be shared by many runs.
+            row_multiple: Row counts are multiples of it.
+
+        Raises:
+            ValueError: An unknown mixture, a bad file or line, an impossible size.
+        """
+        _check_sizes(
+            batch_size, query_length, passage_length, num_negatives, row_multiple, seed
+        )
+        self.vocabulary = vocabulary
+        self._batch_size = batch_size
+        self._one_task_per_batch = one_task_per_batch
+        self._seed = seed
+        self._shape = features.Shape(
+            query_length, passage_length, num_negatives, packing, row_multiple
+        )
+        folder = pathlib.Path(cache_dir)
+        rates: tuple[float | None, ...]
+        if files:
+            paths = [os.fspath(path) for path in files]
+            summaries = [cache.summarize_source(path, folder) for path in paths]
+            self.tasks = tasks_lib.from_files(
+                paths, [summary.examples for summary in summaries], text_format
+            )
+            rates = (None,) * len(self.tasks)
+        else:
+            self.tasks, rates = tasks_lib.resolve(mixture)
+        self.text_format = tasks_lib.complete_text_format(text_format, self.tasks)
+        self._readers = []
+        keys = []
+        for task in self.tasks:
+            sources = [cache.summarize_source(path, folder) for path in task.files]
+            if not any(task.source_task in source.examples for source in sources):
+                raise ValueError(
+                    f"task {task.name}: no line of {', '.join(task.files)} has the "
+                    f"task {task.source_task!r}"
+                )
+            keys.append(cache.key(task, sources, self.text_format, vocabulary))
+            self._readers.append(
+                cache.build(
+                    task,
+                    keys[-1],
+                    self.text_format,
+                    os.fspath(vocabulary_path),
+                    vocabulary.extra_ids,
+                    folder,
+                )
+            )
+        self.task_names = tuple(task.name for task in self.tasks)
+        self.task_sizes = tuple(len(reader) for reader in self._readers)
+        self.num_examples = sum(self.task_sizes)
+        weights = [
+            float(size if rate is None else rate)
+            for rate, size in zip(rates, self.task_sizes, strict=True)
+        ]
+        self.rates = tuple(weight / sum(weights) for weight in weights)
+        facts = [
+            *zip(self.task_names, keys, weights, strict=True),
+            batch_size,
+            num_negatives,
+            one_task_per_batch,
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        self.mixture_hash = digest.hexdigest()[:16]
+        self._order = self._build_order(weights)
+        self._lock = threading.Lock()
+        self._warn_of_small_tasks()
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Returns the model features of one step, counted from 0."""
+        if step < 0:
+            raise ValueError(f"step {step}: steps are counted from 0")
+        picks = self._picks(step)
+        examples: list[Any] = [None] * len(picks)
+        for task_index, reader in enumerate(self._readers):
+            rows = [row for row, (task, _) in enumerate(picks) if task == task_index]
+            if rows:
+                with self._lock:
+                    read = reader.read([picks[row][1] for row in rows])
+                for row, example in zip(rows, read, strict=True):
+                    examples[row] = example
+        choices = self._choose_negatives(step, examples)
+        batch = features.convert(examples, self._shape, choices)
+        batch["task_index"] = np.array([task for task, _ in picks], np.int32)
+        return batch
+
+    def iterate(
+        self, start_step: int, stop_step: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields `batch(start_step)`, ..., before `stop_step`, prepared ahead.
+
+        An exception of the preparing thread is raised here, in its place. Closing the
+        generator ends the thread.
+        """
+        ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
+        closed = threading.Event()
+
+        def put(item: Any) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def prepare() -> None:
+            step = start_step
+            try:
+                while not closed.is_set() and (stop_step is None or step < stop_step):
+                    put(self.batch(step))
+                    step += 1
+                put(None)
+            except BaseException as error:  # noqa: BLE001 - raised by the consumer
+                put(error)
+
+        thread = threading.Thread(target=prepare, name="batches", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+    def examples(self, task_index: int, count: int) -> list[features.Example]:
+        """Returns the first examples of a task, in the order of its files."""
+        reader = self._readers[task_index]
+        with self._lock:
+            return reader.read(range(min(count, len(reader))))
+
+    def _build_order(self, weights: Sequence[float]) -> Any:
+        """Returns the endless order of (task, example), or of whole batches of them."""
+        import grain
+
+        orders = []
+        for task_index, (name, size) in enumerate(
+            zip(self.task_names, self.task_sizes, strict=True)
+        ):
+            order = (
+                grain.MapDataset.range(size)
+                .seed(_derive_seed(self._seed, name))
+                .shuffle()
+                .repeat()
+                .map(lambda number, task_index=task_index: (task_index, number))
+            )
+            if self._one_task_per_batch:
+                order = order.batch(self._batch_size, batch_fn=list)
+            orders.append(order)
+        if len(orders) == 1:
+            return orders[0]
+        return grain.MapDataset.mix(orders, weights=list(weights))
+
+    def _picks(self, step: int) -> list[tuple[int, int]]:
+        if self._one_task_per_batch:
+            return self._order[step]
+        first = step * self._batch_size
+        return [self._order[first + row] for row in range(self._batch_size)]
+
+    def _choose_negatives(
+        self, step: int, examples: Sequence[features.Example]
+    ) -> list[list[int]]:
+        """Samples G of each example's negatives, by seed and step alone."""
+        num = self._shape.num_negatives
+        most = max(len(example.negatives) for example in examples)
+        if not num or not most:
+            return [[] for _ in examples]
+        random = np.random.Generator(np.random.Philox(key=[self._seed, step]))
+        draws = random.random((len(examples), most))
+        return [
+            np.argsort(draw[: len(example.negatives)])[:num].tolist()
+            for draw, example in zip(draws, examples, strict=True)
+        ]
+
+    def _warn_of_small_tasks(self) -> None:
+        for name, size, rate in zip(
+            self.task_names, self.task_sizes, self.rates, strict=True
+        ):
+            share = 1.0 if self._one_task_per_batch else rate
+            if size < self._batch_size * share:
+                logging.warning(
+                    "Task %s has %d examples, fewer than its part of a batch: some "
+                    "occur twice in it. loss.mask_duplicates keeps them apart.",
+                    name,
+                    size,
+                )
+
+
+def summarize(batches: Batches, examples: int = 2) -> dict[str, Any]:
+    """Describes a mixture, for people: what `gecko data show` prints.
+
+    Args:
+        batches: The opened mixture.
+        examples: How many examples of each task to show.
+
+    Returns:
+        Plain values: `num_examples`, `mixture_hash`, and `tasks`, a list with the
+        name, task_description, rate, num_examples, licence, touches and examples of
+        each. An example has the texts as the encoder reads them (`query`, `positive`,
+        `negatives`, decoded from the tokens) and `query_tokens`, `positive_tokens`.
+    """
+    decode = batches.vocabulary.decode
+    shown = []
+    for task_index, task in enumerate(batches.tasks):
+        shown.append(
+            {
+                "name": task.name,
+                "task_description": batches.text_format.describe(task.name),
+                "rate": batches.rates[task_index],
+                "num_examples": batches.task_sizes[task_index],
+                "licence": task.licence,
+                "touches": task.touches,
+                "examples": [
+                    {
+                        "query": decode(example.query.tolist()),
+                        "positive": decode(example.positive.tolist()),
+                        "negatives": [decode(n.tolist()) for n in example.negatives],
+                        "query_tokens": example.query.tolist(),
+                        "positive_tokens": example.positive.tolist(),
+                    }
+                    for example in batches.examples(task_index, examples)
+                ],
+            }
+        )
+    return {
+        "num_examples": batches.num_examples,
+        "mixture_hash": batches.mixture_hash,
+        "tasks": shown,
+    }
+
+
+def _check_sizes(
+    batch_size: int,
+    query_length: int,
+    passage_length: int,
+    num_negatives: int,
+    row_multiple: int,
+    seed: int,
+) -> None:
+    for name, value, least, most in (
+        ("batch_size", batch_size, 1, None),
+        ("query_length", query_length, 2, cache.MAX_TOKENS),
+        ("passage_length", passage_length, 2, cache.MAX_TOKENS),
+        ("num_negatives", num_negatives, 0, None),
+        ("row_multiple", row_multiple, 1, None),
+        ("seed", seed, 0, None),
+    ):
+        if value < least or (most is not None and value > most):
+            rule = f"at least {least}" + (f" and at most {most}" if most else "")
+            raise ValueError(f"data {name}={value}: must be {rule}")
+
+
+def _derive_seed(seed: int, name: str) -> int:
+    """Gives every task its own shuffle, whatever other tasks there are."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=_SEED_BYTES)
+    return int.from_bytes(digest.digest(), "little") % (2**31)
