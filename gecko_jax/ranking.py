@@ -1,0 +1,139 @@
+"""Ranking: how good a ranked list is, and BM25, the line every embedder must beat.
+
+A *ranking* is a list of passage ids, best first. *Relevance* maps passage ids to
+grades; a passage that is missing or graded 0 or below is not relevant. Metrics are
+those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
+
+    ranking   ["p3", "p7", "p1"]
+    relevance {"p7": 2, "p9": 1}
+    nDCG@10   (2 / log2(3)) / (2 / log2(2) + 1 / log2(3)) = 0.480
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def ndcg_at_k(
+    ranking: Sequence[str], relevance: Mapping[str, int | float], k: int = 10
+) -> float:
+    """Returns the discounted gain of the first k over the best one possible.
+
+    The gain is the grade itself (linear, as in trec_eval and BEIR) and the discount
+    log2(rank + 1). Without a relevant passage the result is 0.
+    """
+    discounts = 1.0 / np.log2(np.arange(2, k + 2))
+    ideal = sorted((max(grade, 0) for grade in relevance.values()), reverse=True)[:k]
+    best = float(np.dot(ideal, discounts[: len(ideal)]))
+    gains = [max(relevance.get(passage, 0), 0) for passage in ranking[:k]]
+    return float(np.dot(gains, discounts[: len(gains)])) / best if best else 0.0
+
+
+def recall_at_k(
+    ranking: Sequence[str], relevance: Mapping[str, int | float], k: int = 100
+) -> float:
+    """Returns the share of the relevant passages that are among the first k."""
+    relevant = {passage for passage, grade in relevance.items() if grade > 0}
+    return len(relevant.intersection(ranking[:k])) / len(relevant) if relevant else 0.0
+
+
+def mrr_at_k(
+    ranking: Sequence[str], relevance: Mapping[str, int | float], k: int = 10
+) -> float:
+    """Returns 1 / rank of the first relevant passage, 0 when it is beyond k."""
+    for rank, passage in enumerate(ranking[:k], start=1):
+        if relevance.get(passage, 0) > 0:
+            return 1.0 / rank
+    return 0.0
+
+
+def spearman(
+    predicted: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"]
+) -> float:
+    """Returns the correlation of the ranks; equal values share their mean rank.
+
+    A constant side orders nothing: the result is then 0.
+    """
+    if len(predicted) < 2:
+        raise ValueError(
+            f"{len(predicted)} pairs: Spearman's correlation needs at least 2"
+        )
+    ranks = np.stack([_mean_ranks(predicted), _mean_ranks(gold)])
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(axis=1))
+    if not norms.all():
+        return 0.0
+    return float(np.clip(ranks[0] @ ranks[1] / norms.prod(), -1.0, 1.0))
+
+
+def _mean_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    _, group, counts = np.unique(
+        np.asarray(values, np.float64), return_inverse=True, return_counts=True
+    )
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[group]
+
+
+def best_positions(scores: Float[np.ndarray, " P"], k: int) -> Int[np.ndarray, " T"]:
+    """Returns the positions of the k highest scores, best first.
+
+    Of equal scores the earlier position wins, at the border of the list too.
+    """
+    k = min(k, len(scores))
+    if k == 0:
+        return np.empty(0, np.int64)
+    border = np.partition(scores, len(scores) - k)[len(scores) - k]
+    candidates = np.flatnonzero(scores >= border)
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
+
+
+def bm25_rankings(
+    queries: Sequence[str],
+    passages: Sequence[str],
+    ids: Sequence[str],
+    k: int = 100,
+) -> list[list[str]]:
+    """Ranks the passages for every query with BM25 (bm25s, English stemmer).
+
+    Args:
+        queries: What is looked for, without any task format.
+        passages: The corpus; a title belongs in front of its text.
+        ids: One id per passage.
+        k: Longest ranking. Passages that share no word with the query never appear,
+            so a ranking may be shorter.
+
+    Raises:
+        ImportError: bm25s or PyStemmer is missing.
+    """
+    try:
+        import bm25s
+        import Stemmer
+    except ImportError as error:
+        raise ImportError(
+            f"BM25 needs {error.name}: pip install 'gecko-jax[eval]'"
+        ) from error
+    if len(passages) != len(ids):
+        raise ValueError(f"{len(passages)} passages but {len(ids)} ids: one id each")
+
+    def tokenize(texts: Sequence[str]) -> list[list[str]]:
+        return bm25s.tokenize(
+            list(texts),
+            stopwords="en",
+            stemmer=Stemmer.Stemmer("english"),
+            return_ids=False,
+            show_progress=False,
+        )
+
+    words = tokenize(passages)
+    if not any(words):  # Nothing but stop words: bm25s has no vocabulary to index.
+        return [[] for _ in queries]
+    retriever = bm25s.BM25()
+    retriever.index(words, show_progress=False)
+    rankings = []
+    for query in tokenize(queries):
+        known = retriever.get_tokens_ids(query)
+        scores = retriever.get_scores_from_ids(known) if known else np.zeros(len(ids))
+        best = best_positions(np.asarray(scores), k)
+        rankings.append([ids[position] for position in best if scores[position] > 0])
+    return rankings

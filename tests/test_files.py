@@ -1,0 +1,124 @@
+import errno
+import gzip
+import json
+
+import pytest
+
+from gecko_jax import files
+
+
+def _write(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_texts_of_json_lines_plain_and_packed(tmp_path):
+    lines = [
+        '{"_id": "a", "title": "T", "text": "one", "task": "docs"}',
+        "",
+        '{"id": 7, "text": "two"}',
+        '{"_id": "c", "title": "only a title", "text": ""}',
+    ]
+    plain = _write(tmp_path / "corpus.jsonl", *lines)
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for path in (plain, packed):
+        records = list(files.read_texts(path))
+        assert [record.id for record in records] == ["a", "7", "c"]
+        assert records[0][1:] == ("a", "T", "one", "docs")
+        assert records[2].text == "only a title"
+        assert records[1].place == f"{path}:3"
+
+
+def test_a_txt_file_is_one_text_a_line_under_its_number(tmp_path):
+    path = _write(tmp_path / "texts.txt", "first", "", "third")
+    assert [(r.id, r.text) for r in files.read_texts(path)] == [
+        ("1", "first"),
+        ("3", "third"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"_id": "b", "text": ', r"corpus.jsonl:2: not JSON"),
+        ("[1, 2]", r"corpus.jsonl:2: a list; each line must be one JSON object"),
+        ('{"text": "x"}', r"corpus.jsonl:2: no field '_id' or 'id' \(it has text\)"),
+        ('{"_id": "b"}', r"corpus.jsonl:2: no field 'text'"),
+        ('{"_id": "b", "text": " \\n"}', r"corpus.jsonl:2: text '' is empty"),
+        ('{"_id": "b", "text": ["x"]}', r"corpus.jsonl:2: field 'text' is a list"),
+        ('{"_id": "a", "text": "x"}', r"corpus.jsonl:2: id 'a' .* at .*corpus.jsonl:1"),
+        ('{"_id": "b", "text": "\\ud800"}', r"corpus.jsonl:2: a lone surrogate"),
+        (
+            json.dumps({"_id": "b", "text": "x " * 500_000}),
+            r"corpus.jsonl:2: .*at most",
+        ),
+    ],
+)
+def test_a_bad_line_is_named_with_its_rule(tmp_path, line, message):
+    path = _write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "x"}', line)
+    with pytest.raises(ValueError, match=message):
+        list(files.read_texts(path))
+
+
+def test_empty_texts_may_be_allowed(tmp_path):
+    path = _write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": ""}')
+    assert [record.text for record in files.read_texts(path, allow_empty=True)] == [""]
+
+
+def test_a_missing_damaged_or_foreign_file_is_one_error(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        list(files.read_lines(tmp_path / "none.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes(b"{}\n\xe9\n")
+    with pytest.raises(ValueError, match=r"latin.jsonl:2: not UTF-8"):
+        list(files.read_lines(tmp_path / "latin.jsonl"))
+    whole = gzip.compress(b'{"a": 1}\n' * 1000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut.jsonl.gz:\d+: not a whole gzip file"):
+        list(files.read_lines(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "fake.jsonl.gz").write_bytes(b"plain\n")
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        list(files.read_lines(tmp_path / "fake.jsonl.gz"))
+
+
+def _write_half(writer):
+    with writer as temporary:
+        path = temporary / "half" if temporary.is_dir() else temporary
+        path.write_text("half")
+        raise RuntimeError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file"
+    with files.write_file(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    with pytest.raises(RuntimeError):
+        _write_half(files.write_file(path))
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder"
+    for name in ("one", "two"):
+        with files.write_folder(path) as temporary:
+            (temporary / name).write_text(name)
+        assert [p.name for p in path.iterdir()] == [name]
+    with pytest.raises(RuntimeError):
+        _write_half(files.write_folder(path))
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _fill_disk(write, path):
+    with write(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("write", [files.write_file, files.write_folder])
+def test_a_full_disk_names_the_place_and_the_remedy(tmp_path, write):
+    with pytest.raises(OSError, match=r"no disk space left for .*out; .*free some"):
+        _fill_disk(write, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
