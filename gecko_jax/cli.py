@@ -1,0 +1,402 @@
+"""The command `gecko`: its verbs, their options, and how errors are told.
+
+The parsers are built here, with the help that teaches each verb; what a verb does is
+in `verbs`, which is imported when one runs, so that `gecko --help` needs no JAX.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from absl import logging
+
+import gecko_jax
+
+# Faults of the input or of the machine: told in one line, without a traceback.
+_EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)
+
+_DESCRIPTION = """\
+Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
+
+  gecko train       trains a model from a config file
+  gecko data        shows the data, makes hard negatives or a vocabulary
+  gecko evaluate    judges a model on retrieval and similarity, beside BM25
+  gecko embed       turns a file of texts into vectors
+  gecko index       builds an index from vectors
+  gecko search      answers queries from an index
+  gecko export      writes a trained model into a folder of its own
+
+`gecko VERB --help` explains a verb with examples.
+"""
+
+_TRAIN = """\
+Trains a model, or goes on where an earlier run in the same workdir stopped.
+
+examples:
+  gecko train --config=configs/prefinetune.py:local --workdir=runs/prefinetune
+  gecko train --config=configs/finetune.py:base --workdir=runs/finetune \\
+      --config.init.checkpoint=runs/prefinetune \\
+      --config.data.files=pairs.jsonl --config.data.batch_size=512
+
+What follows the colon is the config's own argument, such as `local` (a laptop) or a
+size. Every key of the config can be set: --config.GROUP.KEY=VALUE; tuples in quotes,
+--config.loss.mrl_dims='(256,768)'. The workdir gets the resolved config, checkpoints,
+metrics.jsonl and TensorBoard files, and can be used as a model at any time."""
+
+_SHOW = """\
+Shows the examples of a config as the model sees them: the formatted texts, their
+tokens, and how much of a batch is padding.
+
+examples:
+  gecko data show --config=configs/finetune.py:local
+  gecko data show --config=configs/finetune.py:local --count=5 \\
+      --config.data.files=mine.jsonl"""
+
+_VOCABULARY = """\
+Trains a SentencePiece vocabulary on the texts of JSONL files. Any existing `.model`,
+such as T5's, works as well: name it as --config.data.vocabulary.
+
+example:
+  gecko data vocabulary pairs.jsonl more.jsonl.gz --output=pairs.model --size=32000"""
+
+_PREPARE = """\
+Adds hard negatives to pairs: passages of the same files that BM25 ranks high for the
+query and that are not its positive. The result is a file of triples to fine-tune on.
+
+example:
+  gecko data prepare pairs.jsonl --output=triples.jsonl --negatives=1
+
+Each line of the input is an object with `query` and `positive` (or `passage`), and
+maybe `task`, `title` and `id`s."""
+
+_EVALUATE = """\
+Judges a model at every dimension it was trained for, beside BM25.
+
+A folder in the BEIR layout (corpus.jsonl, queries.jsonl, qrels.jsonl or qrels/*.tsv)
+gives nDCG@10, recall@100 and MRR@10; a file of sentence pairs with scores gives the
+Spearman correlation.
+
+examples:
+  gecko evaluate gecko_jax/quickstart --model=runs/finetune
+  gecko evaluate scifact nfcorpus --model=runs/finetune --dims=256,768 --output=results
+  gecko evaluate scifact --model=runs/finetune --task="fact checking" """
+
+_EMBED = """\
+Embeds a file of texts into a folder of shards; an interrupted run goes on.
+
+The file is JSON lines (`_id`, `text`, maybe `title`) or plain text, a text a line.
+
+examples:
+  gecko embed corpus.jsonl --model=runs/finetune --output=vectors
+  gecko embed questions.txt --model=runs/finetune --output=vectors --side=query \\
+      --task="question answering" --dim=256"""
+
+_INDEX = """\
+Builds an index from a folder that `gecko embed` made. The search is exact.
+
+example:
+  gecko index vectors --output=index"""
+
+_SEARCH = """\
+Answers queries from an index; without one, reads them one a line.
+
+examples:
+  gecko search --model=runs/finetune --index=index "how do plants make food"
+  gecko search --model=runs/finetune --index=index --count=3 "first" "second"
+  gecko search --model=runs/finetune --index=index < queries.txt > hits.jsonl --json"""
+
+_EXPORT = """\
+Writes a trained model into a folder of its own, without the state of training: the
+settings (gecko.json), the weights (model.safetensors) and the vocabulary.
+
+example:
+  gecko export runs/finetune --output=my-gecko"""
+
+
+class _UsageError(Exception):
+    """A command line that cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, and offers the nearest names."""
+
+    _arguments: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._arguments = args or ()
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if "arguments are required" in message:
+            # A misspelt option is missing too, but the spelling is what to tell.
+            self.refuse_unknown(self._arguments)
+        raise _UsageError(f"{self.prog}: error: {message}\nSee {self.prog} --help")
+
+    def refuse_unknown(self, arguments: Sequence[str]) -> None:
+        """Raises for the first option that this parser does not have."""
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name == "--":
+                return
+            if re.match(r"--(no)?config\.", name):
+                self.error(f"{name}: this verb takes no config")
+            if name.startswith("-") and name not in self._option_string_actions:
+                options = list(self._option_string_actions)
+                self.error(f"unknown option {name}{_nearest(name, options)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            what = action.metavar or "/".join(action.option_strings) or action.dest
+            self.error(
+                f"{what} {value!r}: must be one of {', '.join(names)}"
+                f"{_nearest(str(value), names)}"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status.
+
+    Returns:
+        0 when done, 1 for an error that was told, 2 for a command line that cannot be
+        understood, 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("GECKO_DEBUG", "") not in ("", "0")
+    # TensorFlow's C++ notes would drown ours; it reads this when it is imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    command = "gecko"
+    try:
+        options = _parse(arguments)
+        command = options.parser.prog
+        _set_up_logging(debug)
+        from gecko_jax import verbs
+
+        getattr(verbs, options.verb)(options)
+    except _UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\n{command}: interrupted; the same command goes on from what is saved",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has gone: no fault of anyone's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _EXPECTED as error:
+        if debug:
+            raise
+        print(f"{command}: error: {_describe(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    # Keys of configs cannot be known to a parser: they are set apart before.
+    overrides = [a for a in arguments if re.match(r"--(no)?config\.", a)]
+    if overrides:
+        from gecko_jax import flags
+
+        overrides, arguments = flags.split(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    options.overrides = overrides
+    if overrides and "config" not in options:
+        unknown = overrides + unknown
+    if unknown:
+        options.parser.refuse_unknown(unknown)
+        options.parser.error(
+            f"argument {unknown[0]!r} is one too many, or apart from the others"
+        )
+    return options
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    from gecko_jax import flags
+
+    return flags.nearest(name, names)
+
+
+def _describe(error: BaseException) -> str:
+    message = str(error) or type(error).__name__
+    # "[Errno 2] No such file or directory: 'x'" -> "x: no such file or directory"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ModuleNotFoundError) and "gecko-jax[" not in message:
+        return f"{message}; install it with pip"
+    return message
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Our own notes and everyone's warnings go to stderr, one clean line each."""
+    import logging as standard_logging
+
+    class Formatter(standard_logging.Formatter):
+        def format(self, record: standard_logging.LogRecord) -> str:
+            time = self.formatTime(record, "%H:%M:%S")
+            level = record.levelname.lower() + ": "
+            message = record.getMessage()
+            if record.exc_info:
+                message += "\n" + self.formatException(record.exc_info)
+            return f"{time} {'' if level == 'info: ' else level}{message}"
+
+    def is_ours(record: standard_logging.LogRecord) -> bool:
+        return (
+            debug
+            or record.levelno >= standard_logging.WARNING
+            or f"{os.sep}gecko_jax{os.sep}" in record.pathname
+        )
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(Formatter())
+    handler.addFilter(is_ours)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `gecko`, with a parser for every verb."""
+    parser = _Parser(prog="gecko", **_texts(_DESCRIPTION))
+    parser.add_argument(
+        "--version", action="version", version=f"gecko-jax {gecko_jax.__version__}"
+    )
+    _add_debug(parser)
+    verbs = parser.add_subparsers(metavar="VERB", required=True, help="see above")
+
+    train = _add_verb(verbs, "gecko train", _TRAIN, "train")
+    _add_config(train)
+    train.add_argument("--workdir", required=True, metavar="DIR", help="of the run")
+
+    data = _add_verb(verbs, "gecko data", "Looks at data and prepares it.")
+    data_verbs = data.add_subparsers(metavar="VERB", required=True)
+
+    show = _add_verb(data_verbs, "gecko data show", _SHOW, "data_show")
+    _add_config(show)
+    show.add_argument(
+        "--count", type=_positive, default=2, help="examples of each task (2)"
+    )
+
+    vocabulary = _add_verb(
+        data_verbs, "gecko data vocabulary", _VOCABULARY, "data_vocabulary"
+    )
+    vocabulary.add_argument("files", nargs="+", metavar="FILE", help="JSONL of pairs")
+    _add_output(vocabulary, "FILE", "the .model file to write")
+    vocabulary.add_argument(
+        "--size", type=_positive, default=32_000, help="number of pieces (32000)"
+    )
+
+    prepare = _add_verb(data_verbs, "gecko data prepare", _PREPARE, "data_prepare")
+    prepare.add_argument("files", nargs="+", metavar="FILE", help="JSONL of pairs")
+    _add_output(prepare, "FILE", "the JSONL of triples to write")
+    prepare.add_argument(
+        "--negatives", type=_positive, default=1, help="hard negatives of a pair (1)"
+    )
+
+    evaluate = _add_verb(verbs, "gecko evaluate", _EVALUATE, "evaluate")
+    evaluate.add_argument("folders", nargs="+", metavar="FOLDER", help="BEIR or STS")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--dims", type=_dims, help="such as 256,768; all that were trained"
+    )
+    evaluate.add_argument(
+        "--task", help="task of queries that name none (search result)"
+    )
+    evaluate.add_argument("--output", metavar="DIR", help="for the table and the plot")
+
+    embed = _add_verb(verbs, "gecko embed", _EMBED, "embed")
+    embed.add_argument("file", metavar="FILE", help="the texts")
+    _add_model(embed)
+    _add_output(embed, "DIR", "the folder of shards to write")
+    embed.add_argument(
+        "--side", choices=("query", "passage"), default="passage", help="(passage)"
+    )
+    embed.add_argument("--task", help="name or description of the task")
+    embed.add_argument(
+        "--dim", type=_positive, help="one that was trained (the largest)"
+    )
+
+    index = _add_verb(verbs, "gecko index", _INDEX, "index")
+    index.add_argument("vectors", metavar="DIR", help="what `gecko embed` wrote")
+    _add_output(index, "DIR", "the folder of the index to write")
+
+    search = _add_verb(verbs, "gecko search", _SEARCH, "search")
+    search.add_argument("queries", nargs="*", metavar="QUERY", help="in quotes")
+    _add_model(search)
+    search.add_argument(
+        "--index", required=True, metavar="DIR", help="of `gecko index`"
+    )
+    search.add_argument("--task", help="name or description (search result)")
+    search.add_argument(
+        "--count", type=_positive, default=5, help="results of a query (5)"
+    )
+    search.add_argument("--json", action="store_true", help="print JSON lines")
+
+    export = _add_verb(verbs, "gecko export", _EXPORT, "export")
+    export.add_argument("model", metavar="DIR", help="workdir of a run")
+    _add_output(export, "DIR", "the folder to write")
+    return parser
+
+
+def _add_verb(
+    verbs: Any, name: str, description: str, function: str | None = None
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name.split()[-1], prog=name, **_texts(description))
+    # The parser that speaks for the command, and the function in `verbs`.
+    parser.set_defaults(parser=parser, verb=function)
+    _add_debug(parser)
+    return parser
+
+
+def _texts(description: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", help="show tracebacks and every log line"
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py:ARG", help="the config file"
+    )
+    # Never stored: `flags.split` has taken these. Here for the help.
+    parser.add_argument(
+        "--config.GROUP.KEY", dest="_key", metavar="VALUE", help="sets one of its keys"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="workdir of a run, or an export"
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
+    parser.add_argument("--output", required=True, metavar=metavar, help=text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_positive(part.strip()) for part in text.split(",")}))

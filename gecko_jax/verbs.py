@@ -1,0 +1,213 @@
+"""What each verb of `gecko` does: options in, calls into the package, results printed.
+
+Results go to stdout, progress and notes to stderr.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gecko_jax import flags
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains, or goes on with, the run of a workdir."""
+    config = flags.load(options.config, options.overrides)
+    from gecko_jax import evaluation
+    from gecko_jax import train as training
+
+    training.train(
+        config, options.workdir, evaluate=evaluation.build_callback(config, options)
+    )
+
+
+def data_show(options: argparse.Namespace) -> None:
+    """Prints the tasks of a config, and examples as the encoder reads them."""
+    config = flags.load(options.config, options.overrides)
+    from gecko_jax import config as config_lib
+    from gecko_jax import train as training
+    from gecko_jax.data import pipeline
+
+    config_lib.check(config)
+    batches = training.build_batches(config)
+    summary = pipeline.summarize(batches, options.count)
+    print(
+        f"{summary['num_examples']:,} examples, {config.data.batch_size:,} a step; "
+        f"mixture {summary['mixture_hash']}"
+    )
+    for task in summary["tasks"]:
+        print(
+            f"\n{task['name']}: {task['num_examples']:,} examples, "
+            f"{task['rate']:.1%} of the mixture; licence {task['licence']}"
+        )
+        if task["touches"]:
+            print(f"  may hold texts of {', '.join(task['touches'])}")
+        for example in task["examples"]:
+            print()
+            _print_text("query", example["query"], len(example["query_tokens"]))
+            _print_text(
+                "positive", example["positive"], len(example["positive_tokens"])
+            )
+            for negative in example["negatives"]:
+                _print_text("negative", negative)
+
+
+def data_vocabulary(options: argparse.Namespace) -> None:
+    """Trains a vocabulary and says what it is."""
+    from gecko_jax.data import pieces
+
+    trained = pieces.train_vocabulary(options.files, options.output, options.size)
+    print(
+        f"{options.output}: {trained.size:,} pieces, fingerprint "
+        f"{trained.fingerprint}. Use it with --config.data.vocabulary={options.output}"
+    )
+
+
+def data_prepare(options: argparse.Namespace) -> None:
+    """Mines hard negatives by BM25."""
+    from gecko_jax.data import mining
+
+    count = mining.mine_negatives(
+        options.files, options.output, num_negatives=options.negatives
+    )
+    print(
+        f"{options.output}: {count:,} examples. Train on them with "
+        f"--config.data.files={options.output}"
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Judges a model on folders and prints a table of every dimension."""
+    from gecko_jax import embedding, evaluation
+
+    model = embedding.load(options.model)
+    results = evaluation.evaluate(
+        model, options.folders, dims=options.dims, task=options.task
+    )
+    print(evaluation.format_table(results))
+    if options.output:
+        for path in evaluation.save(results, options.output):
+            print(path)
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Embeds a file of texts into a folder of shards."""
+    from gecko_jax import embedding
+
+    model = embedding.load(options.model)
+    folder = embedding.embed_file(
+        model,
+        options.file,
+        options.output,
+        side=options.side,
+        task=options.task,
+        dim=options.dim,
+    )
+    settings = embedding.read_settings(folder)
+    print(f"{folder}: {settings['num_texts']:,} vectors of {settings['dim']} dims")
+
+
+def index(options: argparse.Namespace) -> None:
+    """Builds an index from a folder of shards."""
+    from gecko_jax import index as index_lib
+
+    built = index_lib.from_embeddings(options.vectors)
+    built.save(options.output)
+    print(f"{options.output}: an index of {len(built):,} texts")
+
+
+def search(options: argparse.Namespace) -> None:
+    """Answers the queries given, or those on standard input."""
+    from gecko_jax import embedding
+    from gecko_jax import index as index_lib
+
+    model = embedding.load(options.model)
+    loaded = index_lib.load(options.index)
+    loaded.check_model(model)
+
+    def answer(queries: list[str]) -> None:
+        task = options.task or embedding.DEFAULT_TASK
+        vectors = model.encode_queries(queries, task, dim=loaded.dim)
+        scores, ids = loaded.search(vectors, options.count)
+        for row, query in enumerate(queries):
+            hits = [
+                {"id": i, "score": round(float(s), 4), "text": loaded.text(i)}
+                for s, i in zip(scores[row], ids[row], strict=True)
+            ]
+            if options.json:
+                print(json.dumps({"query": query, "hits": hits}, ensure_ascii=False))
+            else:
+                _print_hits(query, hits)
+        sys.stdout.flush()
+
+    if options.queries:
+        answer(options.queries)
+    else:
+        _answer_lines(answer)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes a trained model into a folder of its own."""
+    from gecko_jax import checkpoints
+
+    model_files = checkpoints.load_model(options.model)
+    checkpoints.save_model(options.output, model_files)
+    size = sum(
+        file.stat().st_size
+        for file in pathlib.Path(options.output).rglob("*")
+        if file.is_file()
+    )
+    print(
+        f"{options.output}: step {model_files.step} of {options.model}, "
+        f"{size / 1e6:,.1f} MB. Load it with gecko_jax.load({options.output!r})"
+    )
+
+
+def _answer_lines(answer: Callable[[list[str]], None]) -> None:
+    """Answers each line of standard input; a bad one is told and passed over."""
+    for line in _read_lines():
+        try:
+            answer([line])
+        except ValueError as error:
+            print(f"gecko search: {error}", file=sys.stderr)
+
+
+def _read_lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        return
+    import readline  # noqa: F401  (gives the prompt its editing and history)
+
+    print("One query a line; an empty line or Ctrl-D ends.")
+    try:
+        while line := input("query> ").strip():
+            yield line
+    except EOFError:
+        print()
+
+
+def _print_hits(query: str, hits: list[dict[str, Any]]) -> None:
+    width = max(shutil.get_terminal_size((100, 24)).columns, 60)
+    print(f"\n{query}")
+    for rank, hit in enumerate(hits, 1):
+        head = f"{rank:>3}  {hit['score']:.3f}  {hit['id']}  "
+        text = textwrap.shorten(hit["text"] or "", max(width - len(head), 20))
+        print(f"{head}{text}".rstrip())
+
+
+def _print_text(name: str, text: str, tokens: int | None = None) -> None:
+    note = f" ({tokens} tokens)" if tokens is not None else ""
+    body = textwrap.shorten(text, 400, placeholder=" ...")
+    print(
+        textwrap.fill(
+            f"{name}{note}: {body}",
+            width=88,
+            initial_indent="  ",
+            subsequent_indent="      ",
+        )
+    )
