@@ -1,0 +1,255 @@
+"""Configs: their arguments, their keys, and the check before a run starts.
+
+A config file assigns every key that changes a result; `check` names each key that is
+missing, unknown, of the wrong type or out of range, all of them in one error.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from gecko_jax import layers, model
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """Parses the argument after the colon of `--config=file.py:argument`.
+
+    The argument is comma-separated words and pairs: `parse_arg("xl,local", size="base",
+    local=False)` has `size` "xl" and `local` True. A word sets the boolean of its name,
+    or else is a model size for the default named `size`.
+
+    Args:
+        arg: "" or None for the defaults alone.
+        **defaults: The arguments a config knows; a pair must name one.
+
+    Raises:
+        ValueError: A word or a pair the config does not know.
+    """
+    values = dict(defaults)
+    for word in filter(None, (part.strip() for part in (arg or "").split(","))):
+        name, _, value = word.partition("=")
+        if not value and isinstance(defaults.get(name), bool):
+            values[name] = True
+        elif not value and "size" in defaults and name in model.PRESETS:
+            values["size"] = name
+        elif value and name in defaults and not isinstance(defaults[name], bool):
+            try:
+                values[name] = type(defaults[name])(value)
+            except ValueError:
+                raise ValueError(
+                    f"config argument {word!r}: {name} must be "
+                    f"{type(defaults[name]).__name__}"
+                ) from None
+        else:
+            words = [key for key, default in defaults.items() if default is False]
+            pairs = [
+                f"{key}=..."
+                for key, default in defaults.items()
+                if not isinstance(default, bool)
+            ]
+            sizes = list(model.PRESETS) if "size" in defaults else []
+            raise ValueError(
+                f"config argument {word!r} is unknown; known are "
+                f"{', '.join(words + sizes + pairs)}"
+            )
+    return ml_collections.ConfigDict(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a key of the config must hold.
+
+    Attributes:
+        kind: The type; int is taken where float is asked for, lists where tuples are.
+        rule: The range in words, for the error.
+        holds: Whether a value of the right type is in range.
+    """
+
+    kind: type
+    rule: str = ""
+    holds: Callable[[Any], bool] = lambda value: True
+
+
+def _one_of(*names: str) -> Rule:
+    return Rule(str, "must be one of " + ", ".join(names), lambda v: v in names)
+
+
+_TEXT = Rule(str)
+_SWITCH = Rule(bool)
+_POSITIVE = Rule(int, "must be at least 1", lambda v: v >= 1)
+_COUNT = Rule(int, "must be 0 or more", lambda v: v >= 0)
+_AXIS = Rule(int, "must be at least 1, or -1 for the rest", lambda v: v >= 1 or v == -1)
+_ABOVE_ZERO = Rule(float, "must be above 0", lambda v: v > 0)
+_NOT_NEGATIVE = Rule(float, "must be 0 or more", lambda v: v >= 0)
+_SHARE = Rule(float, "must be in [0, 1)", lambda v: 0 <= v < 1)
+
+SCHEMA: dict[str, Rule] = {
+    "seed": _COUNT,
+    "data.mixture": Rule(str, "must name a mixture", bool),
+    "data.files": Rule(tuple),
+    "data.vocabulary": Rule(str, "must be a path or 'quickstart'", bool),
+    "data.extra_ids": _COUNT,
+    "data.query_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
+    "data.passage_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
+    "data.batch_size": Rule(int, "must be at least 2", lambda v: v >= 2),
+    "data.num_negatives": _COUNT,
+    "data.packing": _SWITCH,
+    "data.one_task_per_batch": _SWITCH,
+    "data.cache_dir": Rule(str, "must name a folder", bool),
+    "model.vocab_size": _POSITIVE,
+    "model.model_dim": _POSITIVE,
+    "model.num_layers": _POSITIVE,
+    "model.num_heads": _POSITIVE,
+    "model.head_dim": _POSITIVE,
+    "model.mlp_dim": _POSITIVE,
+    "model.mlp_activations": Rule(
+        tuple,
+        "must hold one or two of " + ", ".join(layers.ACTIVATIONS),
+        lambda v: 1 <= len(v) <= 2 and all(name in layers.ACTIVATIONS for name in v),
+    ),
+    "model.shared_relative_bias": _SWITCH,
+    "model.relpos_num_buckets": Rule(
+        int, "must be even and at least 4", lambda v: v >= 4 and v % 2 == 0
+    ),
+    "model.relpos_max_distance": _POSITIVE,
+    "model.embedding_dim": _POSITIVE,
+    "model.dropout_rate": _SHARE,
+    "model.dtype": _one_of(*layers.DTYPES),
+    "model.scan_layers": _SWITCH,
+    "model.remat": _one_of(*layers.REMAT_POLICIES),
+    "model.l2_epsilon": _ABOVE_ZERO,
+    "init.checkpoint": _TEXT,
+    "loss.temperature": _ABOVE_ZERO,
+    "loss.mrl_dims": Rule(
+        tuple,
+        "must be rising whole numbers above 0",
+        lambda v: (
+            len(v) > 0
+            and all(isinstance(dim, int) and dim > 0 for dim in v)
+            and list(v) == sorted(set(v))
+        ),
+    ),
+    "loss.mrl_weights": Rule(
+        tuple, "must be numbers of 0 or more", lambda v: all(w >= 0 for w in v)
+    ),
+    "loss.same_tower": _SWITCH,
+    "loss.same_tower_passages": _SWITCH,
+    "loss.bidirectional": _SWITCH,
+    "loss.all_hard_negatives": _SWITCH,
+    "loss.mask_duplicates": _SWITCH,
+    "optimizer.name": _one_of("adafactor", "adamw"),
+    "optimizer.learning_rate": _ABOVE_ZERO,
+    "optimizer.schedule": _one_of("constant", "linear", "cosine", "rsqrt"),
+    "optimizer.warmup_steps": _COUNT,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _NOT_NEGATIVE,
+    "optimizer.beta1": _SHARE,
+    "optimizer.beta2": _SHARE,
+    "train.num_steps": _POSITIVE,
+    "train.log_every_steps": _POSITIVE,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "checkpoint.every_steps": _POSITIVE,
+    "checkpoint.keep": _POSITIVE,
+    "checkpoint.keep_every_steps": _COUNT,
+    "evaluation.every_steps": _COUNT,
+    "evaluation.folder": _TEXT,
+    "evaluation.max_queries": _COUNT,
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks every key of a training config.
+
+    Raises:
+        ValueError: Lists every fault: the key, its value, the rule, the remedy.
+    """
+    flat = flatten(config)
+    faults = []
+    for key in sorted(set(flat) - set(SCHEMA)):
+        near = difflib.get_close_matches(key, SCHEMA, n=1)
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+        faults.append(f"{key}={flat[key]!r}: unknown key; {hint}")
+    faults += [
+        f"{key}: missing; every key must be in the config file"
+        for key in SCHEMA
+        if key not in flat
+    ]
+    for key, rule in SCHEMA.items():
+        if key in flat:
+            value = flat[key]
+            if not _is_kind(value, rule.kind):
+                faults.append(
+                    f"{key}={value!r}: must be {rule.kind.__name__}, is "
+                    f"{type(value).__name__}"
+                )
+            elif not rule.holds(value):
+                faults.append(f"{key}={value!r}: {rule.rule}")
+    if not faults:
+        faults = _faults_between_keys(flat)
+    if faults:
+        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
+    faults = []
+    dims, weights = flat["loss.mrl_dims"], flat["loss.mrl_weights"]
+    width = flat["model.embedding_dim"]
+    if dims[-1] > width:
+        faults.append(
+            f"loss.mrl_dims={dims}: no dim may exceed model.embedding_dim={width}; "
+            f"drop {dims[-1]} or widen the projection"
+        )
+    if len(weights) != len(dims):
+        faults.append(
+            f"loss.mrl_weights={weights}: needs one weight for each of "
+            f"loss.mrl_dims={dims}"
+        )
+    elif not any(weights):
+        faults.append(f"loss.mrl_weights={weights}: one must be above 0")
+    if flat["optimizer.warmup_steps"] > flat["train.num_steps"]:
+        faults.append(
+            f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must not exceed "
+            f"train.num_steps={flat['train.num_steps']}"
+        )
+    if [flat["mesh.data"], flat["mesh.fsdp"], flat["mesh.tensor"]].count(-1) > 1:
+        faults.append("mesh: at most one of data, fsdp, tensor may be -1")
+    if flat["loss.all_hard_negatives"] and not flat["data.num_negatives"]:
+        faults.append(
+            "loss.all_hard_negatives=True: there are none with data.num_negatives=0"
+        )
+    return faults
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"group.key": value}, references resolved, lists as tuples."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the resolved config as JSON, keys sorted."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
+
+
+def encoder_config(config: ml_collections.ConfigDict) -> model.EncoderConfig:
+    """Returns the `model` group as the dataclass that the model takes."""
+    return model.EncoderConfig(**config.model.to_dict())
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -1,0 +1,367 @@
+"""The layers of a T5 encoder, under T5X's parameter names and logical axes.
+
+T5 differs from the transformer one would write today in ways that must be kept for its
+checkpoints to load: RMS norms without bias before each sublayer, no 1/sqrt(K) in the
+attention (the query initializer holds it), no biases anywhere, and a learned bias on
+the attention logits that depends only on the distance between two tokens.
+
+Several texts may share a row. `segment_ids` says which token belongs to which text (0 is
+padding); a token attends to its own segment only. The relative bias depends on the
+distance inside a row alone, so a packed text gets exactly the embedding it gets alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # T5 1.1 uses the tanh form
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+REMAT_POLICIES = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+
+# Larger than any real logit and far from overflow in bfloat16; exp() of it is 0.
+MASKED_LOGIT = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes and settings of the dual encoder; every T5 encoder is one of these.
+
+    Attributes:
+        vocab_size: Rows of the embedding table (T5: 32,128; mT5: 250,112).
+        model_dim: Encoder width M.
+        num_layers: Encoder layers.
+        num_heads: Attention heads H.
+        head_dim: Head width K; H * K need not be M.
+        mlp_dim: MLP width F.
+        mlp_activations: ("gelu", "linear") is gated GELU (T5 1.1, mT5, umT5);
+            ("relu",) is T5 1.0.
+        shared_relative_bias: One relative bias for all layers (T5, mT5), or one each
+            (umT5).
+        relpos_num_buckets: Buckets of the relative bias, both directions together.
+        relpos_max_distance: Distances from here on share a bucket, in tokens.
+        embedding_dim: Width D of the embedding.
+        dropout_rate: Share of activations dropped in training.
+        dtype: Activations: "float32" or "bfloat16". Parameters, norms, softmax,
+            pooling and similarities are float32 always.
+        scan_layers: Compile one layer and scan over all; faster to compile when deep.
+        remat: What the backward pass computes again: "none", all of a layer ("full"),
+            or all but its matrix products ("dots").
+        l2_epsilon: Added under the root when normalizing; t5x_retrieval has 1e-6.
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    shared_relative_bias: bool = True
+    relpos_num_buckets: int = 32
+    relpos_max_distance: int = 128
+    embedding_dim: int = 768
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+    l2_epsilon: float = 1e-12
+
+    def __post_init__(self):
+        # JSON and ml_collections hand over lists; a hashable config is needed.
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+
+
+def dropout(
+    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "..."]:
+    """Drops entries with probability `rate`; no key means evaluation.
+
+    All positions of a row (axis -2) share one mask, as in T5X; drawing random bits for
+    every token would take longer than the layer. The key is an argument, not a Flax rng stream: those fold in the module's path,
+    which would make a scanned stack draw other masks than an unrolled one.
+    """
+    if key is None or rate == 0.0:
+        return x
+    shape = (*x.shape[:-2], 1, x.shape[-1])
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def relative_position_buckets(
+    query_length: int, key_length: int, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """Returns the bucket of key position minus query position, [L, L] int32.
+
+    Half the buckets are for each direction; in a direction, half are exact distances
+    and the rest grow logarithmically up to `max_distance` (T5, bidirectional).
+    """
+    relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+    num_buckets //= 2
+    buckets = (relative > 0).astype(np.int32) * num_buckets
+    distance = np.abs(relative)
+    exact = num_buckets // 2
+    # float32 on purpose: T5 computes it so, and rounding decides a few borders.
+    log_ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.log(
+        np.float32(max_distance / exact)
+    )
+    large = exact + (log_ratio * (num_buckets - exact)).astype(np.int32)
+    large = np.minimum(large, num_buckets - 1)
+    return (buckets + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+class Dense(nn.Module):
+    """A matrix product without bias."""
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(
+                nn.initializers.normal(self.stddev), self.axes
+            ),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        # Two dimensions: XLA:CPU transposes to sum a gradient over two leading ones,
+        # which made the training step a third slower.
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = jnp.einsum("xm,mf->xf", flat, kernel.astype(self.dtype))
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+    """T5's norm: root mean square in float32, no centering, no bias."""
+
+    dtype: jnp.dtype
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+            (x.shape[-1],),
+            jnp.float32,
+        )
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        normed = x * jax.lax.rsqrt(mean_square + self.epsilon)
+        return jnp.einsum("...m,m->...m", normed, scale).astype(self.dtype)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and distance bucket, added to the attention logits."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, length: int) -> Float[Array, "H L L"]:
+        config = self.config
+        table = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(
+                # T5X: variance_scaling(1.0, "fan_avg", "uniform").
+                nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+                ("heads", "relpos_buckets"),
+            ),
+            (config.num_heads, config.relpos_num_buckets),
+            jnp.float32,
+        )
+        buckets = relative_position_buckets(
+            length, length, config.relpos_num_buckets, config.relpos_max_distance
+        )
+        # A one-hot product: its gradient is a matrix product, where the gradient of a
+        # gather is a scatter of H * L * L entries.
+        one_hot = jax.nn.one_hot(buckets, config.relpos_num_buckets, dtype=jnp.float32)
+        return jnp.einsum("hb,lmb->hlm", table, one_hot)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each segment."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L M"],
+        bias: Float[Array, "B H L L"],
+        dropout_key: Key[Array, ""] | None,
+    ) -> Float[Array, "B L M"]:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        joined = config.num_heads * config.head_dim
+
+        def project(name: str, stddev: float) -> Float[Array, "B H L K"]:
+            dense = Dense(joined, ("embed", "joined_kv"), stddev, dtype, name=name)
+            heads = dense(x).reshape(*x.shape[:2], config.num_heads, config.head_dim)
+            return heads.swapaxes(1, 2)
+
+        fan_in = config.model_dim**-0.5
+        # The 1/sqrt(K) of the attention lives in the query's initializer (T5).
+        query = project("query", fan_in * config.head_dim**-0.5)
+        key = project("key", fan_in)
+        value = project("value", fan_in)
+        logits = jnp.einsum(
+            "bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(logits + bias, axis=-1)
+        weights = dropout(weights, config.dropout_rate, dropout_key).astype(dtype)
+        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
+        out = Dense(
+            config.model_dim, ("joined_kv", "embed"), joined**-0.5, dtype, name="out"
+        )
+        return out(mixed.reshape(*x.shape[:2], joined))
+
+
+class Mlp(nn.Module):
+    """The position-wise MLP: gated (`wi_0`, `wi_1`) in T5 1.1, plain (`wi`) in 1.0."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L M"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B L M"]:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        hidden: Array | None = None
+        for index, activation in enumerate(config.mlp_activations):
+            name = "wi" if len(config.mlp_activations) == 1 else f"wi_{index}"
+            dense = Dense(
+                config.mlp_dim,
+                ("embed", "mlp"),
+                config.model_dim**-0.5,
+                dtype,
+                name=name,
+            )
+            branch = ACTIVATIONS[activation](dense(x))
+            hidden = branch if hidden is None else hidden * branch
+        assert hidden is not None
+        hidden = dropout(hidden, config.dropout_rate, dropout_key)
+        stddev = config.mlp_dim**-0.5
+        return Dense(config.model_dim, ("mlp", "embed"), stddev, dtype, name="wo")(
+            hidden
+        )
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and MLP, each behind a norm and beside a residual."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L M"],
+        segment_mask: Float[Array, "B 1 L L"],
+        shared_bias: Float[Array, "H L L"] | None,
+        dropout_key: Key[Array, ""] | None,
+    ) -> Float[Array, "B L M"]:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        if shared_bias is None:
+            shared_bias = RelativePositionBias(config, name="relpos_bias")(x.shape[1])
+        y = LayerNorm(dtype, name="pre_attention_layer_norm")(x)
+        bias = segment_mask + shared_bias[None]
+        y = Attention(config, name="attention")(y, bias, keys[0])
+        x = x + dropout(y, config.dropout_rate, keys[1])
+        y = LayerNorm(dtype, name="pre_mlp_layer_norm")(x)
+        y = Mlp(config, name="mlp")(y, keys[2])
+        return x + dropout(y, config.dropout_rate, keys[3])
+
+
+class Encoder(nn.Module):
+    """The stack of layers, from token embeddings to hidden states."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L M"],
+        segment_ids: Int[Array, "B L"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B L M"]:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        segment_mask = jnp.where(same, 0.0, MASKED_LOGIT)[:, None]
+        shared_bias = None
+        if config.shared_relative_bias:
+            shared_bias = RelativePositionBias(config, name="relpos_bias")(x.shape[1])
+
+        def layer_key(index: int | Array) -> Array | None:
+            # Folding in the index, not the path, draws the same masks scanned or not.
+            return (
+                None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            )
+
+        input_key = layer_key(config.num_layers)
+        x = dropout(x.astype(dtype), config.dropout_rate, input_key)
+        if config.scan_layers and not self.is_initializing():
+            x = self._scan_layers(x, segment_mask, shared_bias, layer_key)
+        else:
+            layer = _remat(EncoderLayer, config.remat)
+            for i in range(config.num_layers):
+                x = layer(config, name=f"layers_{i}")(
+                    x, segment_mask, shared_bias, layer_key(i)
+                )
+        x = LayerNorm(dtype, name="encoder_norm")(x)
+        return dropout(x, config.dropout_rate, layer_key(config.num_layers + 1))
+
+    def _scan_layers(
+        self,
+        x: Float[Array, "B L M"],
+        segment_mask: Float[Array, "B 1 L L"],
+        shared_bias: Float[Array, "H L L"] | None,
+        layer_key: Callable[[Array], Array | None],
+    ) -> Float[Array, "B L M"]:
+        """Runs the layers as one scan over their stacked parameters.
+
+        The parameters stay unstacked everywhere else, so names on disk, the optimizer
+        and the result do not depend on the setting (docs/decisions.md).
+        """
+        config = self.config
+        params = self.variables["params"]
+        layers = [params[f"layers_{i}"] for i in range(config.num_layers)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        layer = _remat(EncoderLayer, config.remat)(config, parent=None)
+
+        def step(x: Array, layer_params_and_index: tuple) -> tuple[Array, None]:
+            layer_params, index = layer_params_and_index
+            y = layer.apply(
+                {"params": layer_params},
+                x,
+                segment_mask,
+                shared_bias,
+                layer_key(index),
+            )
+            return y, None
+
+        x, _ = jax.lax.scan(step, x, (stacked, jnp.arange(config.num_layers)))
+        return x
+
+
+def _remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
+    if policy == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    saveable = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return nn.remat(layer, policy=saveable, prevent_cse=True)

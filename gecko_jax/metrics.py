@@ -1,0 +1,126 @@
+"""Training metrics: means over a window of steps, to JSON lines and TensorBoard."""
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+METRICS = "metrics.jsonl"
+
+
+class Window:
+    """Means of the steps since the last log, and how fast they went."""
+
+    def __init__(self, task_names: tuple[str, ...]):
+        """Starts the clock.
+
+        Args:
+            task_names: Names of the entries of `task_loss_sum` and `task_count`.
+        """
+        self._task_names = task_names
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps: list[Mapping[str, Any]] = []
+        self._examples = self._tokens = self._slots = 0
+        self._began = time.monotonic()
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts the examples, tokens and padding of a batch."""
+        self._examples += int(batch["example_mask"].sum())
+        for side in ("query", "passage"):
+            segments = batch[f"{side}_segment_ids"]
+            self._tokens += int(np.count_nonzero(segments))
+            self._slots += segments.size
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Adds the metrics of one step."""
+        self._steps.append(values)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time that was not training out of the speeds."""
+        self._began += seconds
+
+    def means(self) -> dict[str, float]:
+        """Returns the means of the window and opens the next one."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        names = [name for name in self._steps[0] if not name.startswith("task_")]
+        result = {
+            name: float(np.mean([step[name] for step in self._steps])) for name in names
+        }
+        sums = np.sum([step["task_loss_sum"] for step in self._steps], axis=0)
+        counts = np.sum([step["task_count"] for step in self._steps], axis=0)
+        for name, total, number in zip(self._task_names, sums, counts, strict=True):
+            if number:
+                result[f"loss/{name}"] = float(total / number)
+        result |= {
+            "examples_per_second": self._examples / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "padding_share": 1 - self._tokens / max(self._slots, 1),
+        }
+        self._reset()
+        return result
+
+
+class Writer:
+    """Writes metrics to `metrics.jsonl` and to TensorBoard."""
+
+    def __init__(self, workdir: str | pathlib.Path, first_step: int, enabled: bool = True):
+        """Opens the files, and forgets what was logged after the restored step.
+
+        Args:
+            workdir: The run's folder.
+            first_step: Updates the run begins with; later lines are dropped.
+            enabled: False on every process but the first.
+        """
+        self._file = self._board = None
+        if not enabled:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = pathlib.Path(workdir) / METRICS
+        lines = [line for line in read(path) if line["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(
+            str(pathlib.Path(workdir) / "tensorboard"), purge_step=first_step + 1
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one line."""
+        if self._file is None or self._board is None:
+            return
+        line = {"step": step} | {k: round(v, 6) for k, v in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Brings everything to disk."""
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read(path: str | pathlib.Path) -> list[dict[str, float]]:
+    """Returns the lines of a `metrics.jsonl`; a line cut off by a kill ends it."""
+    lines: list[dict[str, float]] = []
+    path = pathlib.Path(path)
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines

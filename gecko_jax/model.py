@@ -1,0 +1,168 @@
+"""The Gecko dual encoder: one shared T5 tower, mean pooling, projection, MRL cut.
+
+    tokens -> hidden states -> mean over a text's tokens -> projection -> cut -> normalize
+
+Queries and passages go through the same parameters; only their text differs
+(`gecko_jax.text`). Section 3.1, eq. 1.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from gecko_jax import layers
+
+EncoderConfig = layers.EncoderConfig
+
+# T5 1.1 encoders (Shazeer 2020; PAPER.md gives their parameter counts). `mini` is ours:
+# small enough that a laptop CPU trains it.
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {
+        "vocab_size": vocab_size,
+        "model_dim": model_dim,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "head_dim": 64,
+        "mlp_dim": mlp_dim,
+        "embedding_dim": embedding_dim,
+    }
+    for name, vocab_size, model_dim, num_layers, num_heads, mlp_dim, embedding_dim in (
+        ("mini", 8_064, 256, 2, 4, 512, 256),
+        ("small", 32_128, 512, 8, 6, 1_024, 512),
+        ("base", 32_128, 768, 12, 12, 2_048, 768),
+        ("large", 32_128, 1_024, 24, 16, 2_816, 768),
+        ("xl", 32_128, 2_048, 24, 32, 5_120, 768),
+        ("xxl", 32_128, 4_096, 24, 64, 10_240, 768),
+    )
+}
+
+
+class DualEncoder(nn.Module):
+    """Texts to embeddings, both sides through one tower."""
+
+    config: EncoderConfig
+
+    def setup(self):
+        config = self.config
+        self.token_embedder = _TokenEmbedder(config)
+        self.encoder = layers.Encoder(config)
+        self.projection_layer = layers.Dense(
+            config.embedding_dim,
+            ("embed", "affinity"),
+            config.model_dim**-0.5,
+            jnp.dtype(jnp.float32),
+        )
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "R L"],
+        segment_ids: Int[Array, "R L"],
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "R L M"]:
+        """Returns the encoder's output per token, in the activation dtype."""
+        return self.encoder(self.token_embedder(tokens), segment_ids, dropout_key)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "R L"],
+        segment_ids: Int[Array, "R L"],
+        *,
+        num_segments: int = 1,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "R S D"]:
+        """Returns the projected mean of each text, not normalized, in float32.
+
+        Args:
+            tokens: Token ids; 0 where there is none.
+            segment_ids: 1 to S for the tokens of a row's texts, 0 for padding.
+            num_segments: S, texts a row may hold.
+            dropout_key: Randomness of dropout; None in evaluation.
+
+        Returns:
+            Row r's text s at [r, s - 1]; zeros where a row holds fewer texts.
+        """
+        hidden = self.hidden_states(tokens, segment_ids, dropout_key=dropout_key)
+        pooled = mean_pool(hidden, segment_ids, num_segments)
+        return self.projection_layer(pooled)
+
+
+class _TokenEmbedder(nn.Module):
+    """The embedding table (`token_embedder/embedding`), not scaled (T5)."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L M"]:
+        embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(
+                nn.initializers.normal(1.0), ("vocab", "embed")
+            ),
+            (self.config.vocab_size, self.config.model_dim),
+            jnp.float32,
+        )
+        return jnp.take(embedding, tokens, axis=0, mode="clip")
+
+
+def mean_pool(
+    hidden: Float[Array, "R L M"], segment_ids: Int[Array, "R L"], num_segments: int
+) -> Float[Array, "R S M"]:
+    """Averages the hidden states of each segment in float32; empty ones give zeros."""
+    segments = jnp.arange(1, num_segments + 1)
+    member = (segment_ids[:, None, :] == segments[None, :, None]).astype(jnp.float32)
+    total = jnp.einsum("rsl,rlm->rsm", member, hidden.astype(jnp.float32))
+    count = jnp.sum(member, axis=-1, keepdims=True)
+    return total / jnp.maximum(count, 1.0)
+
+
+def normalize(x: Float[Array, "... D"], epsilon: float = 1e-12) -> Float[Array, "... D"]:
+    """Scales vectors to length 1 in float32; a zero vector stays zero."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def mrl_embedding(
+    projected: Float[Array, "... D"], dim: int, epsilon: float = 1e-12
+) -> Float[Array, "... E"]:
+    """Cuts to the first `dim` entries and normalizes again (MRL, section 3.1)."""
+    return normalize(projected[..., :dim], epsilon)
+
+
+def gather_texts(
+    embeddings: Float[Array, "R S D"], index: Int[Array, "T 2"]
+) -> Float[Array, "T D"]:
+    """Picks texts by (row, segment - 1) out of packed rows."""
+    return embeddings[index[:, 0], index[:, 1]]
+
+
+def build_init(config: EncoderConfig):
+    """Returns a function from a key to boxed parameters, for `eval_shape` and `jit`."""
+    dummy = jnp.ones((1, 8), jnp.int32)
+
+    def init(key: Key[Array, ""]) -> dict[str, Any]:
+        return DualEncoder(config).init(key, dummy, dummy)["params"]
+
+    return init
+
+
+def init_params(config: EncoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Returns fresh parameters: nested dicts under T5X's names, float32."""
+    return nn.unbox(build_init(config)(key))
+
+
+def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns shapes and logical axes of the parameters without making them."""
+    boxed = jax.eval_shape(build_init(config), jax.random.key(0))
+    return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
+    """Returns plain values that JSON can hold."""
+    return dataclasses.asdict(config) | {
+        "mlp_activations": list(config.mlp_activations)
+    }
