@@ -302,6 +302,12 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--negatives", type=_positive, default=1, help="hard negatives of a pair (1)"
     )
+    prepare.add_argument(
+        "--skip-top",
+        type=_count,
+        default=0,
+        help="best-ranked passages to pass over: the likeliest unmarked answers (0)",
+    )
 
     evaluate = _add_verb(verbs, "gecko evaluate", _EVALUATE, "evaluate")
     evaluate.add_argument("folders", nargs="+", metavar="FOLDER", help="BEIR or STS")
@@ -390,6 +396,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
     parser.add_argument("--output", required=True, metavar=metavar, help=text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -8,6 +8,7 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,12 +31,21 @@ def data_show(options: argparse.Namespace) -> None:
     """Prints the tasks of a config, and examples as the encoder reads them."""
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
+    from gecko_jax import text, vocabulary
     from gecko_jax import train as training
     from gecko_jax.data import pipeline
 
     config_lib.check(config)
-    batches = training.build_batches(config)
-    summary = pipeline.summarize(batches, options.count)
+    vocab = vocabulary.load(training.vocabulary_path(config), config.data.extra_ids)
+    with tempfile.TemporaryDirectory() as folder:
+        batches = training.build_batches(
+            config,
+            vocab,
+            text_format=text.TextFormat(),
+            cache_dir=config.data.cache_dir or folder,
+        )
+        summary = pipeline.summarize(batches, options.count)
+        batch = batches.batch(0)
     print(
         f"{summary['num_examples']:,} examples, {config.data.batch_size:,} a step; "
         f"mixture {summary['mixture_hash']}"
@@ -55,6 +65,14 @@ def data_show(options: argparse.Namespace) -> None:
             )
             for negative in example["negatives"]:
                 _print_text("negative", negative)
+    print("\nThe first batch:")
+    for side in ("query", "passage"):
+        used = batch[f"{side}_segment_ids"] > 0
+        rows, length = used.shape
+        print(
+            f"  {side}: {rows} rows of {length} tokens, {1 - used.mean():.0%} padding, "
+            f"{len(batch[f'{side}_index']):,} texts"
+        )
 
 
 def data_vocabulary(options: argparse.Namespace) -> None:
@@ -72,13 +90,18 @@ def data_prepare(options: argparse.Namespace) -> None:
     """Mines hard negatives by BM25."""
     from gecko_jax.data import mining
 
-    count = mining.mine_negatives(
-        options.files, options.output, num_negatives=options.negatives
+    summary = mining.mine_negatives(
+        options.files, options.output, options.negatives, skip_top=options.skip_top
     )
     print(
-        f"{options.output}: {count:,} examples. Train on them with "
-        f"--config.data.files={options.output}"
+        f"{options.output}: {summary.examples:,} examples, {summary.mined:,} negatives "
+        f"mined. Train on them with --config.data.files={options.output}"
     )
+    if summary.short:
+        print(
+            f"{summary.short:,} examples have fewer than {options.negatives}: no other "
+            "passage shares a word with their query"
+        )
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ FLOORS = {
     "files": 0,
     "layers": 0,
     "losses": 0,
+    "metrics": 0,
     "model": 0,
     "numerics": 0,
     "optimizer_names": 0,
