@@ -3,7 +3,7 @@
     Vocabulary(model_proto).encode(["a code search"]) -> [[9, 350, 1231, 1]]
 
 Every text ends in `EOS_ID`. The ids are those of `seqio.SentencePieceVocabulary`, but
-neither seqio nor TensorFlow is needed, so that a trained model can be used without them.
+neither seqio nor TensorFlow is needed, so a trained model can be used without them.
 """
 
 import functools
@@ -59,8 +59,8 @@ class Vocabulary:
             )
         except Exception as error:  # sentencepiece and protobuf raise several kinds
             raise ValueError(
-                f"not a SentencePiece model ({len(self.model_proto):,} bytes, {error}): "
-                "give a whole `.model` file"
+                f"not a SentencePiece model ({len(self.model_proto):,} bytes): give a "
+                "whole `.model` file"
             ) from error
         return processor
 
@@ -69,7 +69,8 @@ class Vocabulary:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Vocabulary) and self.__getstate__() == other.__getstate__()
+            isinstance(other, Vocabulary)
+            and self.__getstate__() == other.__getstate__()
         )
 
     def __hash__(self) -> int:
@@ -140,11 +141,13 @@ def _add_sentinels(model_proto: bytes, extra_ids: int) -> bytes:
         return model_proto
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(model_proto)
+    # pyright does not see the classes that protobuf makes at import.
+    model_class: Any = vars(sentencepiece_model_pb2)["ModelProto"]
+    model = model_class.FromString(model_proto)
     for number in reversed(range(extra_ids)):
         model.pieces.add(
             piece=f"▁<extra_id_{number}>",
             score=0.0,
-            type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED,
+            type=model_class.SentencePiece.USER_DEFINED,
         )
     return model.SerializeToString()

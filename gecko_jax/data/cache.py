@@ -15,7 +15,6 @@ Reading needs no TensorFlow.
 import dataclasses
 import hashlib
 import json
-import logging as _logging
 import pathlib
 import re
 from collections.abc import Sequence
@@ -95,7 +94,9 @@ def _write(
     vocabulary_path: str,
     extra_ids: int,
 ) -> None:
-    from array_record.python import array_record_module
+    from array_record.python import (
+        array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
+    )
 
     logging.info("Tokenizing %s into %s", task.name, folder)
     load_seqio()
@@ -144,26 +145,29 @@ class Reader:
     """Reads examples of a finished cache by number, in any order."""
 
     def __init__(self, folder: pathlib.Path):
-        from array_record.python import array_record_data_source
+        from array_record.python import (
+            array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
+        )
 
-        # It logs a warning for sources that it opens one at a time, as here.
-        _logging.getLogger("array_record").setLevel(_logging.ERROR)
-        self._source = array_record_data_source.ArrayRecordDataSource(
-            str(folder / "records.array_record")
+        # Records are read singly, in shuffled order: reading ahead and threads of
+        # its own only cost time (1.4 against 0.65 ms for 24 records).
+        self._reader = array_record_module.ArrayRecordReader(
+            str(folder / "records.array_record"),
+            options="readahead_buffer_size:0,max_parallelism:1",
         )
         info = json.loads((folder / "info.json").read_text())
-        if len(self._source) != info["num_examples"]:
+        if len(self) != info["num_examples"]:
             raise ValueError(
-                f"{folder}: holds {len(self._source):,} of {info['num_examples']:,} "
+                f"{folder}: holds {len(self):,} of {info['num_examples']:,} "
                 "examples; delete the folder, and it will be built again"
             )
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._reader.num_records()
 
     def read(self, numbers: Sequence[int]) -> list[features.Example]:
         """Returns the examples with these numbers, in their order."""
-        return [decode(record) for record in self._source.__getitems__(list(numbers))]
+        return [decode(record) for record in self._reader.read(list(numbers))]
 
 
 def encode(example: features.Example) -> bytes:
@@ -176,7 +180,11 @@ def encode(example: features.Example) -> bytes:
         [example.query_id, example.passage_id, *example.negative_ids]
     ).astype(np.uint32)
     return b"".join(
-        [header.tobytes(), ids.tobytes(), *(t.astype(np.int32).tobytes() for t in texts)]
+        [
+            header.tobytes(),
+            ids.tobytes(),
+            *(t.astype(np.int32).tobytes() for t in texts),
+        ]
     )
 
 

@@ -138,9 +138,8 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
 def _one_of(place: str, record: dict[str, Any], *names: str) -> None:
     present = [name for name in names if record.get(name) is not None]
     if len(present) > 1:
-        raise ValueError(
-            f"{place}: fields {' and '.join(map(repr, present))} mean the same; keep one"
-        )
+        both = " and ".join(map(repr, present))
+        raise ValueError(f"{place}: fields {both} mean the same; keep one")
 
 
 def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -> str:

@@ -209,7 +209,7 @@ class Batches:
                     put(self.batch(step))
                     step += 1
                 put(None)
-            except BaseException as error:  # noqa: BLE001 - raised by the consumer
+            except BaseException as error:  # Raised by the consumer.
                 put(error)
 
         thread = threading.Thread(target=prepare, name="batches", daemon=True)
@@ -294,7 +294,8 @@ def summarize(batches: Batches, examples: int = 2) -> dict[str, Any]:
         examples: How many examples of each task to show.
 
     Returns:
-        Plain values: `num_examples`, `mixture_hash`, and `tasks`, a list with the
+        Plain values: `num_examples`, `mixture_hash`, `query_padding` and
+        `passage_padding` (shares of step 0's tokens), and `tasks`, a list with the
         name, task_description, rate, num_examples, licence, touches and examples of
         each. An example has the texts as the encoder reads them (`query`, `positive`,
         `negatives`, decoded from the tokens) and `query_tokens`, `positive_tokens`.
@@ -322,9 +323,12 @@ def summarize(batches: Batches, examples: int = 2) -> dict[str, Any]:
                 ],
             }
         )
+    first = batches.batch(0)
     return {
         "num_examples": batches.num_examples,
         "mixture_hash": batches.mixture_hash,
+        "query_padding": float((first["query_segment_ids"] == 0).mean()),
+        "passage_padding": float((first["passage_segment_ids"] == 0).mean()),
         "tasks": shown,
     }
 
