@@ -170,8 +170,12 @@ def check_params(
         for name, leaf in flatten_params(model.abstract_params(config)[0]).items()
     }
     found = {name: leaf.shape for name, leaf in flatten_params(params).items()}
-    faults = [f"missing {name} {expected[name]}" for name in expected if name not in found]
-    faults += [f"unexpected {name} {found[name]}" for name in found if name not in expected]
+    faults = [
+        f"missing {name} {expected[name]}" for name in expected if name not in found
+    ]
+    faults += [
+        f"unexpected {name} {found[name]}" for name in found if name not in expected
+    ]
     faults += [
         f"wrong shape {name}: {found[name]}, needs {expected[name]}"
         for name in expected
@@ -225,7 +229,9 @@ class Checkpointer:
     the files. A step's folder has its final name only when it is whole.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int, keep_every_steps: int):
+    def __init__(
+        self, workdir: str | pathlib.Path, *, keep: int, keep_every_steps: int
+    ):
         """Opens the workdir.
 
         Args:
@@ -320,12 +326,16 @@ def restore_params(workdir: str | pathlib.Path, step: int) -> dict[str, Any]:
     """Reads the parameters of one checkpoint as numpy arrays, on any mesh."""
     folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            shapes = checkpointer.metadata(folder).item_metadata.tree
-            args = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
-            )
-            return checkpointer.restore(folder, restore_args=args)
+        handler = ocp.PyTreeCheckpointHandler()
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            handler.metadata(epath.Path(folder)).tree,
+        )
+        restored = handler.restore(
+            epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
+        handler.close()
+        return restored
     except Exception as error:
         raise ValueError(
             f"{folder}: this checkpoint cannot be read ({_first_line(error)}); it is "

@@ -120,7 +120,9 @@ def mean_pool(
     return total / jnp.maximum(count, 1.0)
 
 
-def normalize(x: Float[Array, "... D"], epsilon: float = 1e-12) -> Float[Array, "... D"]:
+def normalize(
+    x: Float[Array, "... D"], epsilon: float = 1e-12
+) -> Float[Array, "... D"]:
     """Scales vectors to length 1 in float32; a zero vector stays zero."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)

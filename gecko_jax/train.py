@@ -83,8 +83,13 @@ def train_step(
         The next state, unchanged but for the step when the loss or a gradient is not
         finite, and metrics: means over the batch, and sums per task.
     """
-    keys = dict(zip(("query", "passage"), jax.random.split(
-        jax.random.fold_in(key, state.step)), strict=True))
+    keys = dict(
+        zip(
+            ("query", "passage"),
+            jax.random.split(jax.random.fold_in(key, state.step)),
+            strict=True,
+        )
+    )
     ids = losses.BatchIds(**{name: batch[name] for name in losses.BatchIds._fields})
     batch_size, num_negatives = ids.negative_mask.shape
     mask = ids.example_mask.astype(jnp.float32)
@@ -103,8 +108,10 @@ def train_step(
     def mean_loss(params: Any) -> tuple[Array, Any]:
         queries, passages = embed(params, "query"), embed(params, "passage")
         positives, negatives = jnp.split(passages, [batch_size])
-        negatives = negatives.reshape(batch_size, num_negatives, -1)
-        loss, terms = losses.mrl_loss(queries, positives, negatives, ids, **loss_settings)
+        negatives = negatives.reshape(batch_size, num_negatives, passages.shape[-1])
+        loss, terms = losses.mrl_loss(
+            queries, positives, negatives, ids, **loss_settings
+        )
         return jnp.sum(loss) / count, (loss, terms)
 
     (loss, (row_loss, terms)), grads = jax.value_and_grad(mean_loss, has_aux=True)(
@@ -213,7 +220,9 @@ def train(
         logging.info("starting from %s", config.init.checkpoint)
     else:
         init = functools.partial(model.init_params, encoder_config)
-        params = jax.jit(init, out_shardings=param_shardings)(jax.random.fold_in(key, 0))
+        params = jax.jit(init, out_shardings=param_shardings)(
+            jax.random.fold_in(key, 0)
+        )
         opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
     step_array = jax.device_put(np.int32(first_step), sharding.replicated(mesh))
     state = TrainState(params, opt_state, step_array)
@@ -254,7 +263,9 @@ def train(
     def evaluate_now(step: int, params: Any) -> None:
         assert evaluate is not None
         began = time.monotonic()
-        results = {f"evaluation/{k}": float(v) for k, v in evaluate(params, step).items()}
+        results = {
+            f"evaluation/{k}": float(v) for k, v in evaluate(params, step).items()
+        }
         writer.write(step, results)
         last.update(results)
         window.pause(time.monotonic() - began)
@@ -460,7 +471,9 @@ def _revision(provenance: Mapping[str, Any]) -> str:
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
         shapes,
         shardings,
     )
@@ -500,8 +513,11 @@ def _check_finite(
     if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
         return
     sums = values["task_loss_sum"]
-    bad = [name for name, value in zip(task_names, sums, strict=True)
-           if not np.isfinite(value)]
+    bad = [
+        name
+        for name, value in zip(task_names, sums, strict=True)
+        if not np.isfinite(value)
+    ]
     seen = [name for name, n in zip(task_names, values["task_count"], strict=True) if n]
     where = (
         f"in task {', '.join(bad)}"
