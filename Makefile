@@ -65,7 +65,7 @@ test-slow: $(VENV)/.test ## the fast tests and the slow ones
 check: $(VENV)/.dev ## formatting, lint, types and the fast tests: what must pass
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q
 
 .PHONY: format

@@ -125,7 +125,9 @@ class _Parser(argparse.ArgumentParser):
 
     _arguments: Sequence[str] = ()
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (overloads)
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         self._arguments = args or ()
         return super().parse_known_args(args, namespace)
 

@@ -8,7 +8,6 @@ import json
 import pathlib
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,21 +30,14 @@ def data_show(options: argparse.Namespace) -> None:
     """Prints the tasks of a config, and examples as the encoder reads them."""
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
-    from gecko_jax import text, vocabulary
+    from gecko_jax import text
     from gecko_jax import train as training
     from gecko_jax.data import pipeline
 
     config_lib.check(config)
-    vocab = vocabulary.load(training.vocabulary_path(config), config.data.extra_ids)
-    with tempfile.TemporaryDirectory() as folder:
-        batches = training.build_batches(
-            config,
-            vocab,
-            text_format=text.TextFormat(),
-            cache_dir=config.data.cache_dir or folder,
-        )
-        summary = pipeline.summarize(batches, options.count)
-        batch = batches.batch(0)
+    batches = training.build_batches(config, text_format=text.TextFormat())
+    summary = pipeline.summarize(batches, options.count)
+    batch = batches.batch(0)
     print(
         f"{summary['num_examples']:,} examples, {config.data.batch_size:,} a step; "
         f"mixture {summary['mixture_hash']}"
