@@ -5,6 +5,7 @@ in `verbs`, which is imported when one runs, so that `gecko --help` needs no JAX
 """
 
 import argparse
+import logging as standard_logging
 import os
 import re
 import sys
@@ -240,31 +241,34 @@ def _describe(error: BaseException) -> str:
     return message
 
 
-def _set_up_logging(debug: bool) -> None:
-    """Our own notes and everyone's warnings go to stderr, one clean line each."""
-    import logging as standard_logging
+class _LogHandler(standard_logging.Handler):
+    """Our own notes and everyone's warnings, one clean line each, to stderr."""
 
-    class Formatter(standard_logging.Formatter):
-        def format(self, record: standard_logging.LogRecord) -> str:
-            time = self.formatTime(record, "%H:%M:%S")
-            level = record.levelname.lower() + ": "
-            message = record.getMessage()
-            if record.exc_info:
-                message += "\n" + self.formatException(record.exc_info)
-            return f"{time} {'' if level == 'info: ' else level}{message}"
+    debug = False
 
-    def is_ours(record: standard_logging.LogRecord) -> bool:
-        return (
-            debug
-            or record.levelno >= standard_logging.WARNING
-            or f"{os.sep}gecko_jax{os.sep}" in record.pathname
+    def filter(self, record: standard_logging.LogRecord) -> bool:
+        is_ours = f"{os.sep}gecko_jax{os.sep}" in record.pathname
+        return self.debug or is_ours or record.levelno >= standard_logging.WARNING
+
+    def emit(self, record: standard_logging.LogRecord) -> None:
+        time = standard_logging.Formatter().formatTime(record, "%H:%M:%S")
+        level = record.levelname.lower() + ": "
+        # sys.stderr is looked up now: an open progress bar puts its own in place.
+        print(
+            f"{time} {'' if level == 'info: ' else level}{record.getMessage()}",
+            file=sys.stderr,
         )
 
-    logging.use_absl_handler()
+
+_LOG_HANDLER = _LogHandler()
+
+
+def _set_up_logging(debug: bool) -> None:
+    _LOG_HANDLER.debug = debug
+    root = standard_logging.getLogger()
+    if _LOG_HANDLER not in root.handlers:
+        root.addHandler(_LOG_HANDLER)
     logging.set_verbosity(logging.INFO)
-    handler = logging.get_absl_handler()
-    handler.setFormatter(Formatter())
-    handler.addFilter(is_ours)
 
 
 def build_parser() -> argparse.ArgumentParser:

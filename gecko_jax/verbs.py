@@ -18,12 +18,18 @@ from gecko_jax import flags
 def train(options: argparse.Namespace) -> None:
     """Trains, or goes on with, the run of a workdir."""
     config = flags.load(options.config, options.overrides)
-    from gecko_jax import evaluation
+    from gecko_jax import config as config_lib
     from gecko_jax import train as training
 
-    training.train(
-        config, options.workdir, evaluate=evaluation.build_callback(config, options)
-    )
+    # A wrong key should be told before anything else can fail.
+    config_lib.check(config)
+    evaluate = None
+    if config.evaluation.folder:
+        from gecko_jax import evaluation
+
+        evaluate = evaluation.build_callback(config, options)
+    training.train(config, options.workdir, evaluate=evaluate)
+    print(f"{options.workdir}: load it with gecko_jax.load({options.workdir!r})")
 
 
 def data_show(options: argparse.Namespace) -> None:
@@ -112,10 +118,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     """Embeds a file of texts into a folder of shards."""
-    from gecko_jax import embedding
+    from gecko_jax import embedding, vectors
 
     model = embedding.load(options.model)
-    folder = embedding.embed_file(
+    folder = vectors.embed_file(
         model,
         options.file,
         options.output,
@@ -123,7 +129,7 @@ def embed(options: argparse.Namespace) -> None:
         task=options.task,
         dim=options.dim,
     )
-    settings = embedding.read_settings(folder)
+    settings = vectors.read_settings(folder)
     print(f"{folder}: {settings['num_texts']:,} vectors of {settings['dim']} dims")
 
 

@@ -31,6 +31,7 @@ FLOORS = {
     "sharding": 1,
     "data": 2,
     "embedding": 2,
+    "vectors": 2,
     "index": 2,
     "optimizer": 2,
     "train": 2,
