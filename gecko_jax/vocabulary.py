@@ -88,6 +88,11 @@ class Vocabulary:
         digest.update(f"extra_ids={self.extra_ids}".encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def full_proto(self) -> bytes:
+        """The model with its sentinels, as SentencePiece runs it."""
+        return self._processor.serialized_model_proto()
+
     def encode(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[list[int]]:

@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from gecko_jax import text, vocabulary
+from gecko_jax import text
+from gecko_jax import vocabulary as vocabulary_lib
 from gecko_jax.data import cache, features
 from gecko_jax.data import tasks as tasks_lib
 
@@ -69,7 +70,7 @@ class Batches:
         *,
         mixture: str,
         files: Sequence[str | os.PathLike],
-        vocabulary: vocabulary.Vocabulary,
+        vocabulary: vocabulary_lib.Vocabulary,
         vocabulary_path: str | os.PathLike,
         text_format: text.TextFormat,
         batch_size: int,
@@ -107,6 +108,11 @@ class Batches:
         _check_sizes(
             batch_size, query_length, passage_length, num_negatives, row_multiple, seed
         )
+        if vocabulary_lib.load(vocabulary_path, vocabulary.extra_ids) != vocabulary:
+            raise ValueError(
+                f"{vocabulary_path}: is not the vocabulary given beside it; give the "
+                "file that the vocabulary was loaded from"
+            )
         self.vocabulary = vocabulary
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch

@@ -228,6 +228,12 @@ def register_task(
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
     pieces = seqio.SentencePieceVocabulary(os.fspath(vocabulary_path), extra_ids)
+    # seqio reads a path once in a process, whatever happens to the file later.
+    if pieces.tokenizer.serialized_model_proto() != model.full_proto:
+        raise ValueError(
+            f"{vocabulary_path}: has changed since this process first read it; start "
+            "again, or give the new vocabulary another name"
+        )
     return seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(

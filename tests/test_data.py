@@ -1,0 +1,501 @@
+"""The pipeline: what a step holds is a pure function of (mixture, seed, step)."""
+
+import collections
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gecko_jax import text, vocabulary
+from gecko_jax.data import cache, load_seqio, mining, pipeline, preprocessors, tasks
+
+SIZES = {"docs": 24, "code": 12, "term": 6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def pairs(folder):
+    """Three tasks; example n of a task says so, and has n % 4 negatives."""
+    path = folder / "pairs.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for task, size in SIZES.items():
+            for n in range(size):
+                record = {
+                    "task": task,
+                    "query": f"{task} question {n}",
+                    "positive": f"{task} answer {n} " + "and so on " * n,
+                    "negatives": [f"{task} wrong {n} {m}" for m in range(n % 4)],
+                    "title": "" if n % 2 else f"Title {n}",
+                }
+                lines.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def open_batches(folder, pairs):
+    def build(**changes):
+        arguments = {
+            "mixture": "",
+            "files": (str(pairs),),
+            "vocabulary": vocabulary.load(tasks.QUICKSTART_VOCABULARY),
+            "vocabulary_path": tasks.QUICKSTART_VOCABULARY,
+            "text_format": text.TextFormat(task_descriptions={"docs": "search result"}),
+            "batch_size": 7,
+            "query_length": 16,
+            "passage_length": 32,
+            "num_negatives": 2,
+            "packing": False,
+            "one_task_per_batch": False,
+            "seed": 3,
+            "cache_dir": folder / "cache",
+        }
+        return pipeline.Batches(**{**arguments, **changes})
+
+    return build
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def query_texts(batches, batch):
+    return [batches.vocabulary.decode(row.tolist()) for row in batch["query_tokens"]]
+
+
+def test_step_is_a_pure_function(open_batches):
+    first, second = open_batches(), open_batches()
+    forwards = [first.batch(step) for step in range(6)]
+    backwards = [second.batch(step) for step in reversed(range(6))][::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert_same(one, other)
+    ahead = list(second.iterate(2, 5))
+    assert len(ahead) == 3
+    for one, other in zip(forwards[2:5], ahead, strict=True):
+        assert_same(one, other)
+
+
+def test_seed_changes_the_order_and_not_the_hash(open_batches):
+    first, second = open_batches(seed=3), open_batches(seed=4)
+    assert query_texts(first, first.batch(0)) != query_texts(second, second.batch(0))
+    assert first.mixture_hash == second.mixture_hash
+    for changes in ({"batch_size": 8}, {"one_task_per_batch": True}):
+        assert open_batches(**changes).mixture_hash != first.mixture_hash
+    assert open_batches(packing=True, query_length=9).mixture_hash == first.mixture_hash
+
+
+def test_texts_are_formatted_tokenized_and_identified(open_batches, pairs):
+    batches = open_batches(batch_size=42)
+    batch = batches.batch(0)
+    records = [json.loads(line) for line in pairs.read_text().splitlines()]
+    by_query = {record["query"]: record for record in records}
+    encode = batches.vocabulary.encode
+    seen = set()
+    for row in range(42):
+        written = batches.vocabulary.decode(batch["query_tokens"][row].tolist())
+        record = by_query[written.split("query: ")[1]]
+        seen.add(record["query"])
+        task = record["task"]
+        assert batches.task_names[batch["task_index"][row]] == task
+        query = batches.text_format.format_query(record["query"], task)
+        positive = batches.text_format.format_passage(
+            record["positive"], record["title"]
+        )
+        for side, content, length in (
+            ("query", query, 16),
+            ("passage", positive, 32),
+        ):
+            (wanted,) = encode([content], max_length=length)
+            got = batch[f"{side}_tokens"][row]
+            assert got[got != 0].tolist() == wanted
+        assert tuple(batch["query_id"][row]) == text.content_id(record["query"])
+        assert tuple(batch["passage_id"][row]) == text.content_id(
+            record["positive"], record["title"]
+        )
+        wrong = {text.content_id(negative) for negative in record["negatives"]}
+        chosen = batch["negative_id"][row][batch["negative_mask"][row]]
+        assert len(chosen) == min(2, len(wrong)) == len({*map(tuple, chosen)})
+        assert {*map(tuple, chosen.tolist())} <= wrong
+    # Grain interleaves by proportions rounded to a hundredth of the smallest.
+    assert len(seen) >= 40
+
+
+def test_every_epoch_covers_all_in_a_new_order(open_batches):
+    batches = open_batches(batch_size=6, one_task_per_batch=True)
+    orders = collections.defaultdict(list)
+    for step in range(21):  # Three epochs of 42 examples.
+        batch = batches.batch(step)
+        (task,) = {*batch["task_index"].tolist()}
+        orders[task] += query_texts(batches, batch)
+    for task, size in enumerate(SIZES.values()):
+        epochs = [orders[task][n : n + size] for n in range(0, 3 * size, size)]
+        assert len(epochs[0]) == size
+        for epoch in epochs:
+            assert len({*epoch}) == len(epoch)
+        assert {*epochs[0]} == {*epochs[1]}
+        assert epochs[0] != epochs[1]
+
+
+def test_negatives_are_sampled_anew(open_batches):
+    batches = open_batches(batch_size=42, num_negatives=1, one_task_per_batch=False)
+    chosen = collections.defaultdict(set)
+    for step in range(12):
+        batch = batches.batch(step)
+        for row in np.flatnonzero(batch["negative_mask"][:, 0]):
+            chosen[tuple(batch["query_id"][row])].add(
+                tuple(batch["negative_id"][row, 0])
+            )
+    assert max(map(len, chosen.values())) == 3
+
+
+@pytest.mark.parametrize("one_task", [False, True])
+def test_rates_are_honoured(open_batches, monkeypatch, pairs, one_task):
+    rows = tasks.from_files([pairs], [SIZES], text.TextFormat())
+    monkeypatch.setattr(tasks, "TASKS", rows)
+    monkeypatch.setattr(
+        tasks, "MIXTURES", {"mixed": {"docs": 1.0, "code": 2.0, "term": 5.0}}
+    )
+    batches = open_batches(mixture="mixed", files=(), one_task_per_batch=one_task)
+    assert batches.rates == (1 / 8, 2 / 8, 5 / 8)
+    drawn = np.concatenate([batches.batch(step)["task_index"] for step in range(80)])
+    np.testing.assert_allclose(
+        np.bincount(drawn) / len(drawn), batches.rates, atol=0.01
+    )
+    single = open_batches(mixture="code", files=())
+    assert single.task_names == ("code",)
+    assert single.rates == (1.0,)
+
+
+def test_packed_and_plain_batches_hold_the_same_texts(open_batches):
+    plain, packed = open_batches().batch(5), open_batches(packing=True).batch(5)
+    moved = {
+        f"{side}_{part}"
+        for side in ("query", "passage")
+        for part in ("tokens", "segment_ids", "index")
+    }
+    for name in plain.keys() - moved:
+        np.testing.assert_array_equal(plain[name], packed[name])
+    present = {
+        "query": np.ones(7, bool),
+        "passage": np.r_[np.ones(7, bool), plain["negative_mask"].ravel()],
+    }
+    for side, real in present.items():
+        for number in np.flatnonzero(real):
+            texts = []
+            for batch in (plain, packed):
+                row, segment = batch[f"{side}_index"][number]
+                inside = batch[f"{side}_segment_ids"][row] == segment + 1
+                texts.append(batch[f"{side}_tokens"][row][inside].tolist())
+            assert texts[0] == texts[1]
+
+
+def test_cache_is_built_once_and_read_without_tensorflow(open_batches, folder, pairs):
+    open_batches()
+    before = {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*")}
+    open_batches(batch_size=3)
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*")}
+    program = f"""
+import sys
+from gecko_jax import text, vocabulary
+from gecko_jax.data import pipeline, tasks
+path = tasks.QUICKSTART_VOCABULARY
+pipeline.Batches(
+    mixture="", files=({str(pairs)!r},), vocabulary=vocabulary.load(path),
+    vocabulary_path=path, query_length=16, passage_length=32, num_negatives=2,
+    text_format=text.TextFormat(task_descriptions={{"docs": "search result"}}),
+    batch_size=7, packing=False, one_task_per_batch=False, seed=3,
+    cache_dir={str(folder / "cache")!r},
+).batch(0)
+assert "tensorflow" not in sys.modules and "seqio" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_changed_sources_and_formats_make_other_caches(open_batches, pairs, tmp_path):
+    def keys(path, text_format):
+        summary = cache.summarize_source(str(path), tmp_path)
+        rows = tasks.from_files([path], [summary.examples], text_format)
+        text_format = tasks.complete_text_format(text_format, rows)
+        pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
+        return [cache.key(row, [summary], text_format, pieces) for row in rows]
+
+    plain = keys(pairs, text.TextFormat())
+    assert plain == keys(pairs, text.TextFormat())
+    described = keys(pairs, text.TextFormat(task_descriptions={"code": "code search"}))
+    assert [a == b for a, b in zip(plain, described, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+    assert keys(pairs, text.TextFormat(no_title="-"))[0] != plain[0]
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(pairs.read_text().replace("question 3", "question three"))
+    assert not {*keys(changed, text.TextFormat())} & {*plain}
+
+
+def test_cut_off_cache_is_never_taken_for_whole(
+    open_batches, pairs, tmp_path, monkeypatch
+):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("\n".join(pairs.read_text().splitlines()[: SIZES["docs"]]))
+    encode, written = cache.encode, []
+
+    def fail(example):
+        written.append(1)
+        if len(written) > 5:
+            raise KeyboardInterrupt
+        return encode(example)
+
+    monkeypatch.setattr(cache, "encode", fail)
+    with pytest.raises(KeyboardInterrupt):
+        open_batches(files=(path,), cache_dir=tmp_path)
+    assert not list(tmp_path.glob("tasks/*"))
+    monkeypatch.undo()
+    whole = open_batches(files=(path,), cache_dir=tmp_path)
+    assert whole.task_sizes == (SIZES["docs"],)
+    (info,) = tmp_path.glob("tasks/*/info.json")
+    info.write_text(json.dumps({"num_examples": 99}))
+    with pytest.raises(ValueError, match="of 99 examples; delete the folder"):
+        open_batches(files=(path,), cache_dir=tmp_path)
+    shutil.rmtree(info.parent)
+    rebuilt = open_batches(files=(path,), cache_dir=tmp_path)
+    assert_same(whole.batch(1), rebuilt.batch(1))
+
+
+def test_long_texts_are_capped_with_eos(open_batches, tmp_path):
+    path = tmp_path / "long.jsonl"
+    record = {"task": "t", "query": "q", "positive": "word " * 30_000}
+    path.write_text(json.dumps(record))
+    batches = open_batches(files=(path,), batch_size=1, cache_dir=tmp_path)
+    (example,) = batches.examples(0, 5)
+    assert len(example.positive) == cache.MAX_TOKENS
+    assert example.positive[-1] == 1
+    row = batches.batch(0)["passage_tokens"][0]
+    assert row[-1] == 1
+    assert (row[:-1] > 1).all()
+
+
+def test_record_round_trip(open_batches):
+    batches = open_batches()
+    for example in batches.examples(0, 8):
+        again = cache.decode(cache.encode(example))
+        for one, other in zip(
+            vars(example).values(), vars(again).values(), strict=True
+        ):
+            if isinstance(one, tuple):
+                for a, b in zip(one, other, strict=True):
+                    np.testing.assert_array_equal(a, b)
+            else:
+                np.testing.assert_array_equal(one, other)
+
+
+def test_error_in_the_background_reaches_the_caller(open_batches, monkeypatch):
+    batches = open_batches()
+    batch = batches.batch
+
+    def fail(step):
+        if step == 2:
+            raise OSError("the disk went away")
+        return batch(step)
+
+    monkeypatch.setattr(batches, "batch", fail)
+    steps = batches.iterate(0, 9)
+    next(steps), next(steps)
+    with pytest.raises(OSError, match="the disk went away"):
+        next(steps)
+
+
+def test_closing_the_iterator_ends_its_thread(open_batches):
+    import threading
+
+    steps = open_batches().iterate(0)
+    next(steps)
+    steps.close()
+    time.sleep(0.05)
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"files": (), "mixture": "quikstart"},
+            "'quikstart' is unknown: choose one of",
+        ),
+        ({"files": ("/nowhere.jsonl",)}, r"/nowhere\.jsonl: no such file"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"query_length": 1}, "query_length=1: must be at least 2"),
+        ({"passage_length": 4096}, "passage_length=4096: .* at most 2048"),
+        ({"num_negatives": -1}, "num_negatives=-1: must be at least 0"),
+    ],
+)
+def test_bad_arguments_are_named(open_batches, changes, message):
+    with pytest.raises(ValueError, match=message):
+        open_batches(**changes)
+
+
+def test_vocabulary_must_be_that_of_its_path(open_batches):
+    other = vocabulary.load(tasks.QUICKSTART_VOCABULARY, extra_ids=2)
+    pieces = vocabulary.Vocabulary(other.full_proto)
+    with pytest.raises(ValueError, match="is not the vocabulary given beside it"):
+        open_batches(vocabulary=pieces)
+
+
+TRICKY = [
+    ("plain", ""),
+    ("  spaces\u3000and\nlines ", "a  title"),
+    ("e\u0301 decomposed {title} {text} | query:", " \t"),
+]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_format_texts_writes_what_text_format_writes(symmetric):
+    """Golden examples of the preprocessor, and the one truth beside them."""
+    load_seqio()
+    import tensorflow as tf
+
+    text_format = text.TextFormat(
+        task_descriptions={"qa": "question answering"},
+        symmetric_tasks=("qa",) if symmetric else (),
+    )
+    forms = preprocessors.templates(text_format, "qa")
+    dataset = tf.data.Dataset.from_tensor_slices(
+        {
+            "query": [text.clean(body) for body, _ in TRICKY],
+            "positive": [text.clean(body) for body, _ in TRICKY],
+            "title": [" ".join(title.split()) for _, title in TRICKY],
+            "negatives": [["wrong", "bad"]] * 3,
+            "negative_titles": [["", "T"]] * 3,
+        }
+    )
+    got = list(preprocessors.format_texts(dataset, forms).as_numpy_iterator())
+    for record, (body, title) in zip(got, TRICKY, strict=True):
+        query = text_format.format_query(body, "qa")
+        passage = text_format.format_passage(body, title)
+        assert record["query"].decode() == query
+        assert record["positive"].decode() == (query if symmetric else passage)
+    golden = [b"title: none | text: wrong", b"title: T | text: bad"]
+    if symmetric:
+        golden = [b"task: question answering | query: " + n for n in (b"wrong", b"bad")]
+    assert got[0]["negatives"].tolist() == golden
+    assert got[0].keys() == {"query", "positive", "negatives"}
+
+
+def test_quickstart_is_a_seqio_mixture():
+    """The golden example of each bundled task, through seqio alone."""
+    seqio = load_seqio()
+    assert tasks.register("quickstart") is tasks.register("quickstart")
+    assert seqio.get_mixture_or_task("quickstart").num_input_examples("train") == 3828
+    pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
+    golden = {
+        "quickstart_docs": (
+            "task: search result | query: PostgreSQL: Arrays",
+            "title: none | text: 8.15.1. Declaration of Array Types",
+        ),
+        "quickstart_wordnet": (
+            "task: dictionary definition | query: omphaloskepsis, navel-gazing",
+            "title: none | text: literally, the contemplation of one's navel",
+        ),
+        "quickstart_code": (
+            "task: code retrieval | query: Create node positions using :mod:`pydot`",
+            'title: none | text: def pydot_layout(G, prog="neato", root=None):',
+        ),
+        "quickstart_term": (
+            "task: question answering | query: What is B5?",
+            "title: none | text: [common] Abbreviation for “Babylon 5”",
+        ),
+    }
+    for name, (query, positive) in golden.items():
+        dataset = seqio.get_mixture_or_task(name).get_dataset(
+            sequence_length=None, split="train", shuffle=False
+        )
+        record = next(dataset.take(1).as_numpy_iterator())
+        assert pieces.decode(record["query"].tolist()).startswith(query)
+        assert pieces.decode(record["positive"].tolist()).startswith(positive)
+        assert record["query"][-1] == record["positive"][-1] == 1
+    mixture = seqio.get_mixture_or_task("quickstart")
+    dataset = mixture.get_dataset(
+        sequence_length={"query": 8, "positive": 16}, split="train", shuffle=False
+    )
+    assert len(next(dataset.as_numpy_iterator())["positive"]) <= 16
+
+
+def test_summary_shows_a_mixture(open_batches):
+    summary = pipeline.summarize(open_batches(), examples=2)
+    assert summary["num_examples"] == 42
+    first = summary["tasks"][0]
+    assert first["task_description"] == "search result"
+    assert first["num_examples"] == 24
+    assert (
+        first["examples"][0]["query"] == "task: search result | query: docs question 0"
+    )
+    assert len(first["examples"]) == 2
+    assert 0 < summary["passage_padding"] < 1
+
+
+def mine(tmp_path, records, **options):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps(record) for record in records))
+    summary = mining.mine_negatives([source], output, **options)
+    return summary, [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def pair(query, positive, task="t", **fields):
+    return {"task": task, "query": query, "positive": positive, **fields}
+
+
+def test_mined_negatives_are_near_and_never_answers(tmp_path):
+    summary, mined = mine(
+        tmp_path,
+        [
+            pair("red apple", "apple trees bear red apple fruit", src="kept"),
+            pair("red apple", "the red apple of discord"),  # Equal query, other answer.
+            pair("green apple", "apple of green colour"),
+            pair("apple list", "red  apple"),  # The first query's own text.
+            pair("sea", "boats sail the sea"),
+            pair("red apple", "red apple of another task", task="other"),
+        ],
+    )
+    negatives = [record.get("negatives") for record in mined]
+    assert negatives[0] == negatives[1] == ["apple of green colour"]
+    assert negatives[4] is None  # Nothing else shares a word.
+    assert negatives[5] is None  # Its task has no other passage.
+    assert mined[0]["src"] == "kept"
+    assert summary == mining.MiningSummary(examples=6, mined=4, short=2)
+
+
+def test_mining_tops_up_and_keeps_titles(tmp_path):
+    _, mined = mine(
+        tmp_path,
+        [
+            pair("red apple", "a red apple", negative="pear"),
+            pair("blue apple", "blue apple", title="Blue"),
+            pair("apple", "some apple", negatives=["x", "y"]),
+        ],
+        num_negatives=2,
+    )
+    assert mined[0]["negatives"][0] == "pear"
+    assert len(mined[0]["negatives"]) == 2
+    assert "negative" not in mined[0]
+    assert mined[2]["negatives"] == ["x", "y"]
+    for record in mined:
+        titles = record.get("negative_titles", [""] * len(record["negatives"]))
+        for negative, title in zip(record["negatives"], titles, strict=True):
+            assert title == ("Blue" if negative == "blue apple" else "")
+
+
+def test_mining_leaves_nothing_half_written(tmp_path):
+    with pytest.raises(ValueError, match=r"in\.jsonl:2: no field 'query'"):
+        mine(tmp_path, [pair("a", "b"), {"task": "t"}])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    with pytest.raises(ValueError, match="num_negatives=0"):
+        mining.mine_negatives([], tmp_path / "x", 0)
