@@ -23,3 +23,45 @@ from gecko_jax import numerics  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def _right_numbers() -> None:
     numerics.check()
+
+
+@pytest.fixture(scope="session")
+def tiny_files():
+    """Files of a small, untrained model with the bundled vocabulary."""
+    import pathlib
+
+    from gecko_jax import checkpoints, model, text
+
+    quickstart = pathlib.Path(__file__).parents[1] / "gecko_jax" / "quickstart"
+    config = model.EncoderConfig(
+        vocab_size=8_064,
+        model_dim=16,
+        num_layers=2,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        embedding_dim=16,
+    )
+    return checkpoints.ModelFiles(
+        params=jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)),
+        encoder_config=config,
+        text_format=text.TextFormat(
+            task_descriptions={"docs": "search result", "sts": "semantic similarity"},
+            symmetric_tasks=("sts",),
+        ),
+        vocabulary_proto=(quickstart / "vocabulary.model").read_bytes(),
+        extra_ids=0,
+        mrl_dims=(4, 8, 16),
+        query_length=64,
+        passage_length=200,
+        step=7,
+        revision="tiny-7",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_gecko(tiny_files):
+    """The model of `tiny_files`, ready to encode."""
+    from gecko_jax import embedding
+
+    return embedding.Gecko(tiny_files)

@@ -1,0 +1,329 @@
+"""Embedding: texts in, normalized vectors out; the one door to a trained model.
+
+    model = embedding.load("runs/finetune")
+    queries = model.encode_queries(["what is a lazy import"], task="search result")
+    passages = model.encode_passages(texts, titles, dim=128)
+
+Texts are *packed*: several share a row, kept apart by segment ids, and rows come in a
+few widths, each a power of two. So hardly any padding is computed and hardly any shape
+compiled, and no vector depends on what else is in its row (`layers`: attention stays
+in a segment, and T5's relative bias knows only the distance of two tokens).
+"""
+
+import collections
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gecko_jax import (
+    checkpoints,
+    model,
+    numerics,
+    packing,
+    progress,
+    vocabulary,
+)
+
+# Tokens per call. A CPU is fastest while the activations stay in its caches.
+TOKENS_PER_CALL = {"cpu": 2_048}
+ACCELERATOR_TOKENS_PER_CALL = 65_536
+
+# Texts that are tokenized and packed together; bounds the memory of long inputs.
+TEXTS_PER_CHUNK = 16_384
+
+# The task of a query when none is named (section 3.1).
+DEFAULT_TASK = "search result"
+
+Side = Literal["query", "passage"]
+
+
+class Gecko:
+    """A trained model that turns texts into vectors."""
+
+    def __init__(
+        self, model_files: checkpoints.ModelFiles, tokens_per_call: int | None = None
+    ):
+        """Puts the parameters on the device.
+
+        Args:
+            model_files: Parameters, text format and vocabulary; see `load`. Parameters
+                that lie on a mesh stay there, and the work is shared over it.
+            tokens_per_call: Tokens per device and call; None fits the backend.
+        """
+        self.files = model_files
+        self._vocabulary = vocabulary.Vocabulary(
+            model_files.vocabulary_proto, model_files.extra_ids
+        )
+        vocab_size = model_files.encoder_config.vocab_size
+        if self._vocabulary.size > vocab_size:
+            raise ValueError(
+                f"the vocabulary has {self._vocabulary.size:,} ids but the model "
+                f"vocab_size={vocab_size:,}: they do not belong together; use the "
+                "vocabulary that the model was trained with"
+            )
+        self._params, self._sharding = _place(model_files.params)
+        devices = self._sharding.mesh.size if self._sharding else 1
+        self._row_multiple = devices
+        self._tokens_per_call = devices * (
+            tokens_per_call
+            or TOKENS_PER_CALL.get(jax.default_backend(), ACCELERATOR_TOKENS_PER_CALL)
+        )
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The dims that were trained (MRL), ascending."""
+        return tuple(sorted(self.files.mrl_dims))
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the projection; no dim exceeds it."""
+        return self.files.encoder_config.embedding_dim
+
+    @property
+    def revision(self) -> str:
+        """Names the parameters; vectors of two revisions must not be compared."""
+        return self.files.revision
+
+    @property
+    def task_descriptions(self) -> dict[str, str]:
+        """Task names the model knows, and the text each puts before a query."""
+        return dict(self.files.text_format.task_descriptions)
+
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        task: str = DEFAULT_TASK,
+        *,
+        dim: int | None = None,
+        description: str | None = None,
+    ) -> Float[np.ndarray, "Q E"]:
+        """Returns one normalized vector per query, in order.
+
+        Args:
+            texts: The queries, without any prefix.
+            task: A name in `task_descriptions`, or a description in plain words.
+            dim: One of `dims`; None is the largest.
+            description: Shows progress under this name.
+        """
+        return self.encode(
+            texts, side="query", task=task, dim=dim, description=description
+        )
+
+    def encode_passages(
+        self,
+        texts: Sequence[str],
+        titles: Sequence[str | None] | None = None,
+        *,
+        dim: int | None = None,
+        description: str | None = None,
+    ) -> Float[np.ndarray, "P E"]:
+        """Returns one normalized vector per passage, in order.
+
+        Args:
+            texts: The passages, without any prefix.
+            titles: One per passage; None, or an empty one, stands for no title.
+            dim: One of `dims`; None is the largest.
+            description: Shows progress under this name.
+        """
+        return self.encode(
+            texts, side="passage", titles=titles, dim=dim, description=description
+        )
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        side: Side,
+        task: str | None = None,
+        titles: Sequence[str | None] | None = None,
+        dim: int | None = None,
+        max_length: int | None = None,
+        description: str | None = None,
+    ) -> Float[np.ndarray, "N E"]:
+        """Returns one normalized float32 vector per text, in order.
+
+        Args:
+            texts: Queries or passages, without any prefix.
+            side: How the texts are written. The passages of a symmetric task are
+                written as its queries.
+            task: Name or description; None is "search result" for queries, and no
+                task for passages.
+            titles: Titles of passages.
+            dim: One of `dims`; None is the largest.
+            max_length: Tokens a text is cut to; None is the length of training.
+            description: Shows progress under this name.
+
+        Raises:
+            ValueError: A text is empty (names its index), or `dim` is not trained.
+        """
+        dim = self.check_dim(dim)
+        texts = self._format(texts, side, task, titles)
+        if max_length is None:
+            short = side == "query"
+            max_length = self.files.query_length if short else self.files.passage_length
+        projected = np.empty((len(texts), self.embedding_dim), np.float32)
+        total = len(texts) if description else 0
+        with progress.Progress(
+            description or "", total, enabled=bool(description)
+        ) as bar:
+            done = 0
+            for start in range(0, len(texts), TEXTS_PER_CHUNK):
+                chunk = texts[start : start + TEXTS_PER_CHUNK]
+                for positions, vectors in self._project(chunk, max_length):
+                    projected[start + positions] = vectors
+                    done += len(positions)
+                    bar.update(done)
+        return cut(projected, dim, self.files.encoder_config.l2_epsilon)
+
+    def check_dim(self, dim: int | None) -> int:
+        """Returns `dim`, or the largest for None; raises unless it was trained."""
+        if dim is None:
+            return self.dims[-1]
+        if dim not in self.dims:
+            trained = ", ".join(map(str, self.dims))
+            raise ValueError(
+                f"dim={dim} is not one the model was trained for: choose one of "
+                f"{trained}"
+            )
+        return dim
+
+    def _format(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        task: str | None,
+        titles: Sequence[str | None] | None,
+    ) -> list[str]:
+        if isinstance(texts, str):
+            raise ValueError("texts is one string: pass a list, such as [text]")
+        if side not in ("query", "passage"):
+            raise ValueError(f"side={side!r}: it must be 'query' or 'passage'")
+        if titles is not None and (side == "query" or len(titles) != len(texts)):
+            raise ValueError(
+                f"{len(titles)} titles for {len(texts)} texts, side={side!r}: titles "
+                "belong to passages, one each"
+            )
+        text_format = self.files.text_format
+        as_query = side == "query" or (task and text_format.is_symmetric(task))
+        formatted = []
+        for position, text in enumerate(texts):
+            title = titles[position] if titles else None
+            try:
+                if not as_query:
+                    formatted.append(text_format.format_passage(text, title))
+                else:
+                    text = f"{title} {text}" if title else text
+                    formatted.append(
+                        text_format.format_query(text, task or DEFAULT_TASK)
+                    )
+            except ValueError as error:
+                raise ValueError(f"texts[{position}]: {error}") from error
+        return formatted
+
+    def _project(
+        self, texts: list[str], max_length: int
+    ) -> Iterator[tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N D"]]]:
+        """Yields (positions, projected vectors), call by call, in any order."""
+        tokens = self._vocabulary.encode(texts, max_length)
+        rows = packing.pack([len(ids) for ids in tokens])
+        calls = packing.plan_calls(rows, self._tokens_per_call, self._row_multiple)
+        apply = _build_apply(self.files.encoder_config, self._sharding)
+        waiting: collections.deque[tuple[packing.Call, Array]] = collections.deque()
+        for call in calls:
+            width = call.rows[0].width
+            ids = np.zeros((call.num_rows, width), np.int32)
+            segments = np.zeros((call.num_rows, width), np.int32)
+            for r, row in enumerate(call.rows):
+                begin = 0
+                for segment, position in enumerate(row.positions, start=1):
+                    end = begin + len(tokens[position])
+                    ids[r, begin:end] = tokens[position]
+                    segments[r, begin:end] = segment
+                    begin = end
+            result = apply(
+                self._params,
+                self._share(ids),
+                self._share(segments),
+                width // packing.MIN_TEXT,
+            )
+            waiting.append((call, result))
+            if len(waiting) > 1:  # Fill the next rows while the device works.
+                yield _unpack(*waiting.popleft())
+        while waiting:
+            yield _unpack(*waiting.popleft())
+
+    def _share(self, rows: Int[np.ndarray, "R L"]) -> Any:
+        if self._sharding is None:
+            return rows
+        return jax.make_array_from_callback(
+            rows.shape, self._sharding, lambda index: rows[index]
+        )
+
+
+def load(path: str | os.PathLike, tokens_per_call: int | None = None) -> Gecko:
+    """Loads a model from the workdir of a training run, or from an exported folder."""
+    numerics.check()
+    return Gecko(checkpoints.load_model(path), tokens_per_call)
+
+
+def cut(
+    embeddings: Float[np.ndarray, "N D"], dim: int, epsilon: float = 1e-12
+) -> Float[np.ndarray, "N E"]:
+    """Returns the first `dim` entries, normalized again (MRL, section 3.1).
+
+    The same as `model.mrl_embedding`, on the host.
+    """
+    prefix = np.asarray(embeddings[:, :dim], np.float32)
+    norms = np.sqrt(np.sum(np.square(prefix), axis=1, keepdims=True) + epsilon)
+    return prefix / norms
+
+
+def _unpack(
+    call: packing.Call, result: Float[Array, "R S D"]
+) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N D"]]:
+    vectors = np.asarray(result)
+    positions = np.concatenate([row.positions for row in call.rows])
+    counts = [len(row.positions) for row in call.rows]
+    row_index = np.repeat(np.arange(len(call.rows)), counts)
+    segment_index = np.concatenate([np.arange(count) for count in counts])
+    return positions, vectors[row_index, segment_index]
+
+
+@functools.cache
+def _build_apply(
+    config: model.EncoderConfig, sharding: jax.sharding.NamedSharding | None
+) -> Callable[..., Array]:
+    """Returns the compiled encoder; all models of one architecture share it."""
+
+    def apply(
+        params: Any,
+        tokens: Int[Array, "R L"],
+        segment_ids: Int[Array, "R L"],
+        num_segments: int,
+    ) -> Float[Array, "R S D"]:
+        return model.DualEncoder(config).apply(
+            {"params": params}, tokens, segment_ids, num_segments=num_segments
+        )
+
+    if sharding is None:
+        return jax.jit(apply, static_argnums=3)
+    # Every process gets every vector.
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(apply, static_argnums=3, out_shardings=whole)
+
+
+def _place(params: Any) -> tuple[Any, jax.sharding.NamedSharding | None]:
+    """Returns the parameters on their devices, and how rows are shared over a mesh."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.size > 1:
+            mesh = sharding.mesh
+            rows = jax.sharding.PartitionSpec(mesh.axis_names)
+            return params, jax.sharding.NamedSharding(mesh, rows)
+    return jax.tree.map(jnp.asarray, params), None

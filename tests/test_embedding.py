@@ -1,0 +1,177 @@
+import dataclasses
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gecko_jax import checkpoints, embedding, model, sharding, vocabulary
+
+
+@pytest.fixture(scope="module")
+def texts():
+    words = ["the", "index", "of", "a", "table", "rows", "that", "sort", "key"]
+    rng = random.Random(0)
+    return [" ".join(rng.choices(words, k=rng.randint(1, 180))) for _ in range(60)]
+
+
+@functools.cache
+def _encoder(config):
+    def encode(params, tokens):
+        segment_ids = (tokens > 0).astype(jnp.int32)
+        projected = model.DualEncoder(config).apply(
+            {"params": params}, tokens, segment_ids
+        )
+        return model.mrl_embedding(projected[0, 0], config.embedding_dim)
+
+    return jax.jit(encode)
+
+
+def _alone(files, formatted, max_length):
+    """One text, one row, one call; cut and normalized by the model."""
+    vocab = vocabulary.Vocabulary(files.vocabulary_proto, files.extra_ids)
+    (ids,) = vocab.encode([formatted], max_length)
+    tokens = np.zeros((1, 200), np.int32)
+    tokens[0, : len(ids)] = ids
+    return _encoder(files.encoder_config)(files.params, tokens)
+
+
+def test_packed_vectors_are_those_of_texts_alone(tiny_files, tiny_gecko, texts):
+    vectors = tiny_gecko.encode_passages(texts)
+    assert vectors.dtype == np.float32
+    for position in (0, 1, 7, 30, 59):
+        formatted = f"title: none | text: {texts[position]}"
+        expected = _alone(tiny_files, formatted, tiny_files.passage_length)
+        np.testing.assert_allclose(vectors[position], expected, atol=1e-5)
+
+
+def test_batch_mates_order_and_chunks_change_nothing(tiny_gecko, texts, monkeypatch):
+    whole = tiny_gecko.encode_passages(texts)
+    np.testing.assert_allclose(
+        tiny_gecko.encode_passages(texts[::-1])[::-1], whole, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        tiny_gecko.encode_passages(texts[5:6]), whole[5:6], atol=1e-5
+    )
+    monkeypatch.setattr(embedding, "TEXTS_PER_CHUNK", 17)
+    np.testing.assert_allclose(tiny_gecko.encode_passages(texts), whole, atol=1e-5)
+
+
+def test_each_side_is_written_in_its_format(tiny_files, tiny_gecko):
+    for vectors, formatted in (
+        (tiny_gecko.encode_queries(["x"]), "task: search result | query: x"),
+        (
+            tiny_gecko.encode_queries(["x"], "sts"),
+            "task: semantic similarity | query: x",
+        ),
+        (tiny_gecko.encode_queries(["x"], task="my own"), "task: my own | query: x"),
+        (tiny_gecko.encode_passages(["x"]), "title: none | text: x"),
+        (tiny_gecko.encode_passages(["x"], ["T"]), "title: T | text: x"),
+        (tiny_gecko.encode_passages(["x"], [None]), "title: none | text: x"),
+        (
+            tiny_gecko.encode(["x"], side="passage", task="sts"),
+            "task: semantic similarity | query: x",
+        ),
+        (
+            tiny_gecko.encode(["x"], side="passage", task="docs"),
+            "title: none | text: x",
+        ),
+    ):
+        expected = _alone(tiny_files, formatted, 64)
+        np.testing.assert_allclose(vectors[0], expected, atol=1e-5)
+
+
+def test_long_texts_are_cut_to_the_trained_length_or_the_one_given(
+    tiny_files, tiny_gecko
+):
+    long = "list sort " * 300
+    for vectors, formatted, length in (
+        (tiny_gecko.encode_queries([long]), f"task: search result | query: {long}", 64),
+        (tiny_gecko.encode_passages([long]), f"title: none | text: {long}", 200),
+        (
+            tiny_gecko.encode([long], side="passage", max_length=20),
+            f"title: none | text: {long}",
+            20,
+        ),
+    ):
+        expected = _alone(tiny_files, formatted.strip(), length)
+        np.testing.assert_allclose(vectors[0], expected, atol=1e-5)
+
+
+def test_a_smaller_dim_is_a_normalized_prefix(tiny_gecko, texts):
+    full = tiny_gecko.encode_passages(texts[:4])
+    assert full.shape == (4, 16)
+    small = tiny_gecko.encode_passages(texts[:4], dim=4)
+    np.testing.assert_allclose(np.linalg.norm(small, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(embedding.cut(full, 4), small, atol=1e-6)
+    np.testing.assert_allclose(
+        model.mrl_embedding(jnp.asarray(full), 4), small, atol=1e-6
+    )
+
+
+def test_no_texts_give_no_vectors(tiny_gecko):
+    assert tiny_gecko.encode_queries([]).shape == (0, 16)
+
+
+def test_facts_of_the_model(tiny_gecko):
+    assert tiny_gecko.dims == (4, 8, 16)
+    assert tiny_gecko.embedding_dim == 16
+    assert tiny_gecko.revision == "tiny-7"
+    assert tiny_gecko.task_descriptions["docs"] == "search result"
+
+
+@pytest.mark.parametrize("empty", ["", " \n\t"])
+def test_an_empty_text_is_named_by_its_index(tiny_gecko, empty):
+    with pytest.raises(ValueError, match=r"texts\[1\]: text .* is empty"):
+        tiny_gecko.encode_queries(["fine", empty])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 5}, r"dim=5 is not one .* trained for: choose one of 4, 8, 16"),
+        ({"dim": 32}, r"choose one of 4, 8, 16"),
+        ({"titles": ["a", "b"]}, r"2 titles for 1 texts"),
+        ({"titles": ["a"], "side": "query"}, r"titles belong to passages"),
+        ({"max_length": 1}, r"max_length=1"),
+    ],
+)
+def test_wrong_arguments_are_refused(tiny_gecko, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_gecko.encode(["x"], **{"side": "passage", **arguments})
+
+
+def test_a_single_string_is_refused(tiny_gecko):
+    with pytest.raises(ValueError, match="pass a list"):
+        tiny_gecko.encode_queries("text")
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tiny_files):
+    config = dataclasses.replace(tiny_files.encoder_config, vocab_size=100)
+    with pytest.raises(ValueError, match=r"vocabulary has [\d,]+ ids but .*=100"):
+        embedding.Gecko(dataclasses.replace(tiny_files, encoder_config=config))
+
+
+def test_parameters_on_a_mesh_share_the_work_and_give_the_same(
+    tiny_files, tiny_gecko, texts
+):
+    mesh = sharding.build_mesh(data=4, fsdp=2, tensor=1)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(tiny_files.params, whole)
+    shared = embedding.Gecko(dataclasses.replace(tiny_files, params=params))
+    np.testing.assert_allclose(
+        shared.encode_passages(texts), tiny_gecko.encode_passages(texts), atol=1e-5
+    )
+
+
+def test_a_saved_model_loads_and_gives_the_same(
+    tmp_path, tiny_files, tiny_gecko, texts
+):
+    checkpoints.save_model(tmp_path / "export", tiny_files)
+    loaded = embedding.load(tmp_path / "export")
+    np.testing.assert_array_equal(
+        loaded.encode_passages(texts[:5]), tiny_gecko.encode_passages(texts[:5])
+    )
+    assert loaded.revision == "tiny-7"
