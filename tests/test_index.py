@@ -1,0 +1,172 @@
+import dataclasses
+import errno
+import json
+
+import numpy as np
+import pytest
+
+from gecko_jax import embedding, index, vectors
+
+
+def _random(count, dim=6, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+def _ids(count):
+    return [f"p{i}" for i in range(count)]
+
+
+def _loop(queries, corpus, k):
+    """Scores and positions from the definition; the earlier of equals first."""
+    scores, positions = [], []
+    for query in queries:
+        row = [float(np.dot(query, passage)) for passage in corpus]
+        order = sorted(range(len(row)), key=lambda p: (-row[p], p))[:k]
+        scores.append([row[p] for p in order])
+        positions.append(order)
+    return np.array(scores), positions
+
+
+@pytest.mark.parametrize("block_rows", [4, 7, 50, 64])
+@pytest.mark.parametrize("k", [1, 5, 50])
+def test_blocks_find_what_the_definition_finds(monkeypatch, block_rows, k):
+    monkeypatch.setattr(index, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(index, "BLOCK_QUERIES", 3)
+    queries, corpus = _random(7, seed=1), _random(50)
+    scores, ids = index.Index(corpus, _ids(50)).search(queries, k)
+    expected, positions = _loop(queries, corpus, k)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert ids == [[f"p{p}" for p in row] for row in positions]
+
+
+def test_the_earlier_of_equal_passages_wins_over_blocks(monkeypatch):
+    monkeypatch.setattr(index, "BLOCK_ROWS", 4)
+    corpus = np.tile(_random(1), (11, 1))
+    _, ids = index.Index(corpus, _ids(11)).search(corpus[:2], 6)
+    assert ids == [_ids(6)] * 2
+
+
+def test_a_small_corpus_gives_fewer_and_negative_scores_count():
+    corpus = -np.eye(3, dtype=np.float32)
+    scores, ids = index.Index(corpus, _ids(3)).search(np.ones((1, 3), np.float32), 10)
+    assert ids == [["p0", "p1", "p2"]]
+    np.testing.assert_allclose(scores, [[-1, -1, -1]])
+
+
+def test_no_queries_give_nothing():
+    scores, ids = index.Index(_random(5), _ids(5)).search(_random(0), 3)
+    assert scores.shape == (0, 3)
+    assert ids == []
+
+
+def test_saving_and_loading_changes_nothing(tmp_path):
+    built = index.Index(
+        _random(5),
+        _ids(5),
+        titles=["T", "", "", "", ""],
+        texts=[f"text é {i}\u2028" for i in range(5)],
+        revision="r1",
+    )
+    built.save(tmp_path / "index")
+    loaded = index.load(tmp_path / "index")
+    np.testing.assert_array_equal(loaded.vectors, built.vectors)
+    assert loaded.ids == built.ids
+    assert (len(loaded), loaded.dim, loaded.revision) == (5, 6, "r1")
+    assert loaded.text("p0") == "T: text é 0\u2028"
+    assert loaded.text("p4") == "text é 4\u2028"
+    index.Index(_random(2), _ids(2)).save(tmp_path / "index")
+    assert len(index.load(tmp_path / "index")) == 2
+    assert index.load(tmp_path / "index").text("p1") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vectors": _random(0), "ids": []}, "empty corpus"),
+        ({"ids": ["a"]}, "1 ids for 2 vectors"),
+        ({"texts": ["a"]}, "1 texts for 2 vectors"),
+        ({"ids": ["a", "a"]}, "id 'a' comes twice"),
+        ({"vectors": np.array([[1, 2], [1, np.nan]])}, "vector of 'b' is not finite"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, message):
+    arguments = {"vectors": _random(2), "ids": ["a", "b"], **arguments}
+    with pytest.raises(ValueError, match=message):
+        index.Index(**arguments)
+
+
+def test_queries_of_another_width_and_a_k_of_zero_are_refused():
+    built = index.Index(_random(5), _ids(5))
+    with pytest.raises(ValueError, match="queries of 4 dims in an index of 6"):
+        built.search(_random(2, 4), 3)
+    with pytest.raises(ValueError, match="k=0"):
+        built.search(_random(2), 0)
+
+
+def _damage(folder, name, change):
+    path = folder / name
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("change", ["gone", "cut"])
+@pytest.mark.parametrize("name", ["index.json", "vectors.npy", "passages.jsonl"])
+def test_a_missing_or_cut_file_is_named(tmp_path, name, change):
+    index.Index(_random(5), _ids(5), texts=["text"] * 5).save(tmp_path / "index")
+    _damage(tmp_path / "index", name, change)
+    with pytest.raises(ValueError, match=name):
+        index.load(tmp_path / "index")
+
+
+def test_what_is_not_an_index_is_neither_loaded_nor_overwritten(tmp_path):
+    with pytest.raises(ValueError, match="not an index"):
+        index.load(tmp_path / "nothing")
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(ValueError, match="there, but not an index"):
+        index.Index(_random(2), _ids(2)).save(tmp_path)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_full_disk_keeps_the_old_index(tmp_path, monkeypatch):
+    index.Index(_random(5), _ids(5)).save(tmp_path / "index")
+
+    def save(*unused):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(OSError, match=r"no disk space left for .*index"):
+        index.Index(_random(2), _ids(2)).save(tmp_path / "index")
+    assert len(index.load(tmp_path / "index")) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_from_a_folder_of_vectors_to_an_answer(tmp_path, tiny_files, tiny_gecko):
+    records = [{"_id": f"p{i}", "text": f"rows sorted by key {i}"} for i in range(9)]
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    vectors.embed_file(tiny_gecko, source, tmp_path / "v", shard_rows=4, dim=8)
+    built = index.from_embeddings(tmp_path / "v")
+    built.check_model(tiny_gecko)
+    scores, ids = built.search(
+        tiny_gecko.encode_passages(["rows sorted by key 3"], dim=8), 2
+    )
+    assert ids[0][0] == "p3"
+    assert scores[0][0] == pytest.approx(1, abs=1e-5)
+    assert built.text("p3") == "rows sorted by key 3"
+
+    other = embedding.Gecko(dataclasses.replace(tiny_files, revision="other"))
+    with pytest.raises(
+        ValueError, match="made with model revision tiny-7, not with other"
+    ):
+        built.check_model(other)
+    fewer = embedding.Gecko(dataclasses.replace(tiny_files, mrl_dims=(16,)))
+    with pytest.raises(ValueError, match="dim=8 is not one"):
+        built.check_model(fewer)
+
+    source.write_text('{"_id": "p0", "text": "changed"}\n')
+    assert index.from_embeddings(tmp_path / "v").texts is None
+    with pytest.raises(ValueError, match="not the file that"):
+        index.from_embeddings(tmp_path / "v", source)
