@@ -1,15 +1,15 @@
-"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3).
+r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3).
 
-    gecko train --config=configs/finetune.py:local --workdir=runs/finetune \\
+    gecko train --config=configs/finetune.py:local --workdir=runs/finetune \
         --config.init.checkpoint=runs/prefinetune --config.data.files=triples.jsonl
-    gecko train --config=configs/finetune.py:base --workdir=gs://bucket/finetune \\
-        --config.init.checkpoint=gs://bucket/prefinetune \\
-        --config.data.files=triples.jsonl.gz \\
+    gecko train --config=configs/finetune.py:base --workdir=gs://bucket/finetune \
+        --config.init.checkpoint=gs://bucket/prefinetune \
+        --config.data.files=triples.jsonl.gz \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini` on
-a laptop CPU in about three minutes. `gecko data prepare` mines the hard negatives. The
-paper gives no hyperparameters: numbers without a source are ours.
+Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
+on a laptop CPU in about three minutes. `gecko data prepare` mines the hard negatives.
+The paper gives no hyperparameters: numbers without a source are ours.
 """
 
 import ml_collections
@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch
+    config.init.token_weights = "none"  # "idf" is for a start from scratch
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 0.01  # GTR

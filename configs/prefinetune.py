@@ -1,13 +1,14 @@
-"""Pre-finetuning: query-passage pairs, in-batch negatives, large batches (section 3.3).
+r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2).
 
     gecko train --config=configs/prefinetune.py:local --workdir=runs/prefinetune
-    gecko train --config=configs/prefinetune.py:base --workdir=gs://bucket/prefinetune \\
-        --config.data.files='("pairs.jsonl.gz",)' \\
+    gecko train --config=configs/prefinetune.py:base --workdir=gs://bucket/pre \
+        --config.data.files='("pairs.jsonl.gz",)' \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini` on
-the bundled corpus on a laptop CPU in about four minutes. The sizes want an accelerator
-and their own data. The paper gives no hyperparameters: numbers without a source are ours.
+Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
+on the bundled corpus on a laptop CPU in about four minutes. The sizes want an
+accelerator and their own data. The paper gives no hyperparameters: numbers without a
+source are ours.
 """
 
 import ml_collections
@@ -46,6 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch
+    config.init.token_weights = "idf"  # rare tokens count more at first; or "none"
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 0.01  # GTR

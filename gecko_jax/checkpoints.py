@@ -18,7 +18,9 @@ Parameter names are T5X's in both (`encoder/layers_0/attention/query/kernel`).
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -88,7 +90,7 @@ def save_model(path: str | pathlib.Path, model_files: ModelFiles) -> None:
         name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flat.items()
     }
     with files.write_folder(path) as folder:
-        safetensors.numpy.save_file(tensors, folder / PARAMS)
+        _write_safetensors(tensors, folder / PARAMS)
         write_model_json(folder, model_files)
 
 
@@ -370,6 +372,17 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             f"this gecko_jax reads {FORMAT_VERSION}; upgrade gecko-jax"
         )
     return values
+
+
+def _write_safetensors(tensors: dict[str, Any], path: pathlib.Path) -> None:
+    try:
+        safetensors.numpy.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        # Its I/O errors are no OSError; whoever asks about the disk needs one.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The contrastive losses of pre-finetuning (eq. 2) and fine-tuning (eq. 3).
 
 Every mask is a comparison of integer ids that travel with the examples, never of
-positions in a host's share of the batch, so a loss is the same under any sharding. *Self*
-is the row's index in the global batch; *duplicate* is an equal content id.
+positions in a host's share of the batch, so a loss is the same under any sharding.
+*Self* is the row's index in the global batch; *duplicate* is an equal content id.
 
 Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 adds the
 row's own hard negative and `same_tower`. Their total over the MRL dims is `mrl_loss`.

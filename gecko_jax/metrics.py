@@ -68,7 +68,9 @@ class Window:
 class Writer:
     """Writes metrics to `metrics.jsonl` and to TensorBoard."""
 
-    def __init__(self, workdir: str | pathlib.Path, first_step: int, enabled: bool = True):
+    def __init__(
+        self, workdir: str | pathlib.Path, first_step: int, enabled: bool = True
+    ):
         """Opens the files, and forgets what was logged after the restored step.
 
         Args:

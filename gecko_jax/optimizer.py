@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, from optax.
 
-The paper names neither; the defaults are GTR's (Ni et al. 2021): Adafactor, 1e-3, linear
-decay.
+The paper names neither; the defaults are GTR's (Ni et al. 2021): Adafactor, 1e-3,
+linear decay.
 """
 
 import jax
@@ -27,8 +27,8 @@ def build_schedule(
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),
         "rsqrt": lambda: (
             lambda step: (
-                learning_rate * (max(warmup_steps, 1) / (step + max(warmup_steps, 1)))
-                ** 0.5
+                learning_rate
+                * (max(warmup_steps, 1) / (step + max(warmup_steps, 1))) ** 0.5
             )
         ),
     }

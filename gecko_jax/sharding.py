@@ -102,9 +102,7 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     """Returns shardings of model features: token rows split, ids on every device."""
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     split = ("_tokens", "_segment_ids")
-    return {
-        name: rows if name.endswith(split) else replicated(mesh) for name in batch
-    }
+    return {name: rows if name.endswith(split) else replicated(mesh) for name in batch}
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

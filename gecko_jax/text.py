@@ -3,7 +3,7 @@
 Gecko reads a query together with a short natural-language *task description*, and a
 passage together with its title (section 3.1, appendix B, table 7). Without this format
 MTEB falls from 60.70 to 57.45 (table 4), so the format belongs to the checkpoint: every
-model folder carries its `TextFormat`, and this is the only module that knows the strings.
+model folder carries its `TextFormat`, and only this module knows the strings.
 
     query      "arrays in PostgreSQL", task "docs"
             -> "task: search result | query: arrays in PostgreSQL"

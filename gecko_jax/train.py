@@ -83,20 +83,15 @@ def train_step(
         The next state, unchanged but for the step when the loss or a gradient is not
         finite, and metrics: means over the batch, and sums per task.
     """
-    keys = dict(
-        zip(
-            ("query", "passage"),
-            jax.random.split(jax.random.fold_in(key, state.step)),
-            strict=True,
-        )
-    )
+    query_key, passage_key = jax.random.split(jax.random.fold_in(key, state.step))
+    keys: dict[str, Array] = {"query": query_key, "passage": passage_key}
     ids = losses.BatchIds(**{name: batch[name] for name in losses.BatchIds._fields})
     batch_size, num_negatives = ids.negative_mask.shape
     mask = ids.example_mask.astype(jnp.float32)
     count = jnp.maximum(jnp.sum(mask), 1.0)
 
     def embed(params: Any, side: str) -> Float[Array, "T D"]:
-        rows = encoder.apply(
+        rows: Any = encoder.apply(
             {"params": params},
             batch[f"{side}_tokens"],
             batch[f"{side}_segment_ids"],
@@ -195,8 +190,12 @@ def train(
     param_shardings = sharding.param_shardings(shapes, logical_axes, mesh)
     opt_shapes = jax.eval_shape(tx.init, shapes)
     opt_shardings = sharding.state_shardings(opt_shapes, shapes, param_shardings, mesh)
-    shardings = TrainState(param_shardings, opt_shardings, sharding.replicated(mesh))
+    everywhere: Any = sharding.replicated(mesh)
+    shardings = TrainState(param_shardings, opt_shardings, everywhere)
     key = jax.random.key(config.seed)
+
+    weighs = config.init.token_weights == "idf"
+    token_weights = batches.idf_weights(encoder_config.vocab_size) if weighs else None
 
     # The starting point: own workdir, then init.checkpoint, then scratch.
     checkpoints.remove_temporary(workdir)
@@ -256,7 +255,8 @@ def train(
         _check_finite(step, values, batches.task_names, workdir)
         window.add(values)
         if step % config.train.log_every_steps == 0 or step == num_steps:
-            last = window.means() | {"learning_rate": float(schedule(step - 1))}
+            rate = float(np.asarray(schedule(step - 1)))
+            last = window.means() | {"learning_rate": rate}
             writer.write(step, last)
         bar.update(step, f"loss {values['loss']:.3f}")
 
@@ -301,6 +301,17 @@ def train(
     if first_step >= num_steps:
         logging.info("%s is finished: %d steps of %d", workdir, first_step, num_steps)
     return last
+
+
+def _init_params(
+    config: model.EncoderConfig,
+    token_weights: Float[np.ndarray, " V"] | None,
+    key: Key[Array, ""],
+) -> dict[str, Any]:
+    params = model.init_params(config, key)
+    if token_weights is None:
+        return params
+    return model.weight_tokens(params, token_weights, jax.random.fold_in(key, 1))
 
 
 def build_optimizer(
