@@ -123,6 +123,7 @@ SCHEMA: dict[str, Rule] = {
     "model.remat": _one_of(*layers.REMAT_POLICIES),
     "model.l2_epsilon": _ABOVE_ZERO,
     "init.checkpoint": _TEXT,
+    "init.token_weights": _one_of("none", "idf"),
     "loss.temperature": _ABOVE_ZERO,
     "loss.mrl_dims": Rule(
         tuple,
@@ -219,6 +220,11 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
         )
     if [flat["mesh.data"], flat["mesh.fsdp"], flat["mesh.tensor"]].count(-1) > 1:
         faults.append("mesh: at most one of data, fsdp, tensor may be -1")
+    if flat["init.checkpoint"] and flat["init.token_weights"] != "none":
+        faults.append(
+            f"init.token_weights={flat['init.token_weights']!r}: weighs fresh token "
+            "embeddings, and init.checkpoint brings its own; set it to none"
+        )
     if flat["loss.all_hard_negatives"] and not flat["data.num_negatives"]:
         faults.append(
             "loss.all_hard_negatives=True: there are none with data.num_negatives=0"

@@ -5,19 +5,22 @@ checkpoints to load: RMS norms without bias before each sublayer, no 1/sqrt(K) i
 attention (the query initializer holds it), no biases anywhere, and a learned bias on
 the attention logits that depends only on the distance between two tokens.
 
-Several texts may share a row. `segment_ids` says which token belongs to which text (0 is
-padding); a token attends to its own segment only. The relative bias depends on the
+Several texts may share a row. `segment_ids` says which token belongs to which text (0
+is padding); a token attends to its own segment only. The relative bias depends on the
 distance inside a row alone, so a packed text gets exactly the embedding it gets alone.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
+
+Initializer = Callable[..., Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # T5 1.1 uses the tanh form
@@ -27,6 +30,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16")
+
+# Of what a fresh layer adds to the residual, a tenth of T5X's: an untrained encoder is
+# nearly the bag of its tokens, which is where training from scratch best begins.
+RESIDUAL_INIT_SCALE = 0.1
 
 # Larger than any real logit and far from overflow in bfloat16; exp() of it is 0.
 MASKED_LOGIT = -1e9
@@ -87,8 +94,9 @@ def dropout(
     """Drops entries with probability `rate`; no key means evaluation.
 
     All positions of a row (axis -2) share one mask, as in T5X; drawing random bits for
-    every token would take longer than the layer. The key is an argument, not a Flax rng stream: those fold in the module's path,
-    which would make a scanned stack draw other masks than an unrolled one.
+    every token would take longer than the layer. The key is an argument, not a Flax rng
+    stream: those fold in the module's path, which would make a scanned stack draw other
+    masks than an unrolled one.
     """
     if key is None or rate == 0.0:
         return x
@@ -124,16 +132,16 @@ class Dense(nn.Module):
 
     features: int
     axes: tuple[str, str]
-    stddev: float
+    kernel_init: Initializer
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
-        kernel = self.param(
+        """Multiplies the last axis, in `dtype`."""
+        # Unboxed by Flax, which its types do not say.
+        kernel: Any = self.param(
             "kernel",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(self.stddev), self.axes
-            ),
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
             (x.shape[-1], self.features),
             jnp.float32,
         )
@@ -152,6 +160,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
+        """Norms the last axis; in any dtype, out in `dtype`."""
         scale = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
@@ -171,6 +180,7 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, length: int) -> Float[Array, "H L L"]:
+        """Returns the bias of rows of `length` tokens, query by key."""
         config = self.config
         table = self.param(
             "rel_embedding",
@@ -203,12 +213,14 @@ class Attention(nn.Module):
         bias: Float[Array, "B H L L"],
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B L M"]:
+        """Mixes the values of all tokens; `bias` holds the segment mask too."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         joined = config.num_heads * config.head_dim
 
         def project(name: str, stddev: float) -> Float[Array, "B H L K"]:
-            dense = Dense(joined, ("embed", "joined_kv"), stddev, dtype, name=name)
+            init = nn.initializers.normal(stddev)
+            dense = Dense(joined, ("embed", "joined_kv"), init, dtype, name=name)
             heads = dense(x).reshape(*x.shape[:2], config.num_heads, config.head_dim)
             return heads.swapaxes(1, 2)
 
@@ -223,9 +235,8 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits + bias, axis=-1)
         weights = dropout(weights, config.dropout_rate, dropout_key).astype(dtype)
         mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
-        out = Dense(
-            config.model_dim, ("joined_kv", "embed"), joined**-0.5, dtype, name="out"
-        )
+        init = nn.initializers.normal(RESIDUAL_INIT_SCALE * joined**-0.5)
+        out = Dense(config.model_dim, ("joined_kv", "embed"), init, dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], joined))
 
 
@@ -238,26 +249,21 @@ class Mlp(nn.Module):
     def __call__(
         self, x: Float[Array, "B L M"], dropout_key: Key[Array, ""] | None
     ) -> Float[Array, "B L M"]:
+        """Applies the MLP to every token by itself."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         hidden: Array | None = None
         for index, activation in enumerate(config.mlp_activations):
             name = "wi" if len(config.mlp_activations) == 1 else f"wi_{index}"
-            dense = Dense(
-                config.mlp_dim,
-                ("embed", "mlp"),
-                config.model_dim**-0.5,
-                dtype,
-                name=name,
-            )
+            init = nn.initializers.normal(config.model_dim**-0.5)
+            dense = Dense(config.mlp_dim, ("embed", "mlp"), init, dtype, name=name)
             branch = ACTIVATIONS[activation](dense(x))
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
         hidden = dropout(hidden, config.dropout_rate, dropout_key)
-        stddev = config.mlp_dim**-0.5
-        return Dense(config.model_dim, ("mlp", "embed"), stddev, dtype, name="wo")(
-            hidden
-        )
+        init = nn.initializers.normal(RESIDUAL_INIT_SCALE * config.mlp_dim**-0.5)
+        wo = Dense(config.model_dim, ("mlp", "embed"), init, dtype, name="wo")
+        return wo(hidden)
 
 
 class EncoderLayer(nn.Module):
@@ -273,6 +279,7 @@ class EncoderLayer(nn.Module):
         shared_bias: Float[Array, "H L L"] | None,
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B L M"]:
+        """Runs the layer; without a shared bias it has its own (umT5)."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
@@ -299,6 +306,7 @@ class Encoder(nn.Module):
         segment_ids: Int[Array, "B L"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B L M"]:
+        """Returns the normed hidden states; those of padding mean nothing."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -344,7 +352,7 @@ class Encoder(nn.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         layer = _remat(EncoderLayer, config.remat)(config, parent=None)
 
-        def step(x: Array, layer_params_and_index: tuple) -> tuple[Array, None]:
+        def step(x: Array, layer_params_and_index: tuple) -> tuple[Any, None]:
             layer_params, index = layer_params_and_index
             y = layer.apply(
                 {"params": layer_params},

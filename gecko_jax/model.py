@@ -1,6 +1,6 @@
 """The Gecko dual encoder: one shared T5 tower, mean pooling, projection, MRL cut.
 
-    tokens -> hidden states -> mean over a text's tokens -> projection -> cut -> normalize
+    tokens -> hidden states -> mean over a text -> projection -> cut -> normalize
 
 Queries and passages go through the same parameters; only their text differs
 (`gecko_jax.text`). Section 3.1, eq. 1.
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
@@ -47,13 +48,15 @@ class DualEncoder(nn.Module):
     config: EncoderConfig
 
     def setup(self):
+        """Names the parts as T5X does."""
         config = self.config
         self.token_embedder = _TokenEmbedder(config)
         self.encoder = layers.Encoder(config)
         self.projection_layer = layers.Dense(
             config.embedding_dim,
             ("embed", "affinity"),
-            config.model_dim**-0.5,
+            # Keeps the cosines of what it projects.
+            nn.initializers.orthogonal(),
             jnp.dtype(jnp.float32),
         )
 
@@ -98,7 +101,8 @@ class _TokenEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L M"]:
-        embedding = self.param(
+        # Unboxed by Flax, which its types do not say.
+        embedding: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(
                 nn.initializers.normal(1.0), ("vocab", "embed")
@@ -147,14 +151,58 @@ def build_init(config: EncoderConfig):
     dummy = jnp.ones((1, 8), jnp.int32)
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
-        return DualEncoder(config).init(key, dummy, dummy)["params"]
+        variables: Any = DualEncoder(config).init(key, dummy, dummy)
+        return variables["params"]
 
     return init
 
 
 def init_params(config: EncoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Returns fresh parameters: nested dicts under T5X's names, float32."""
-    return nn.unbox(build_init(config)(key))
+    params: Any = nn.unbox(build_init(config)(key))
+    return params
+
+
+def weight_tokens(
+    params: dict[str, Any], weights: Float[np.ndarray, " V"], key: Key[Array, ""]
+) -> dict[str, Any]:
+    """Draws new token embeddings that count by `weights` in an untrained model.
+
+    The paper starts from a pre-trained encoder; a model that starts from scratch is at
+    first a bag of its tokens, and a bag is far better when rare tokens count more. The
+    length of a T5 token vector says nothing, because the last norm makes all lengths
+    equal. So a token's weight is the share of its vector inside the space the
+    projection sees: a quarter of the dimensions is closed to it, and a token of weight
+    w lies with sqrt(1 - w^2) of its length in there. All of it is trained on.
+
+    Args:
+        params: Fresh parameters.
+        weights: Of each token id, in [0, 1].
+        key: Randomness of the directions.
+
+    Returns:
+        The parameters with another token embedding, and with zeros in the rows of the
+        projection that belong to the closed dimensions.
+    """
+    embedding = params["token_embedder"]["embedding"]
+    kernel = params["projection_layer"]["kernel"]
+    vocab_size, width = embedding.shape
+    closed = width // 4
+    is_closed = jnp.arange(width) < closed
+    directions = jax.random.normal(key, (vocab_size, width))
+    weight = jnp.asarray(weights, jnp.float32)[:, None]
+    vectors = jnp.concatenate(
+        [
+            normalize(directions[:, :closed]) * jnp.sqrt(1 - jnp.square(weight)),
+            normalize(directions[:, closed:]) * weight,
+        ],
+        axis=1,
+    )
+    return params | {
+        # Entries of variance 1, as T5's.
+        "token_embedder": {"embedding": vectors * width**0.5},
+        "projection_layer": {"kernel": jnp.where(is_closed[:, None], 0.0, kernel)},
+    }
 
 
 def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from jaxtyping import Float
 
 from gecko_jax import text
 from gecko_jax import vocabulary as vocabulary_lib
@@ -41,6 +42,10 @@ from gecko_jax.data import tasks as tasks_lib
 
 # Batches that wait for the consumer of `iterate`.
 _PREFETCH = 4
+
+# Examples that are read for the weights of tokens, and the least such weight.
+_IDF_EXAMPLES = 100_000
+_LEAST_WEIGHT = 0.05
 
 # Seeds of Grain are 32 bits.
 _SEED_BYTES = 4
@@ -256,6 +261,24 @@ class Batches:
         if len(orders) == 1:
             return orders[0]
         return grain.MapDataset.mix(orders, weights=list(weights))
+
+    def idf_weights(self, vocab_size: int) -> Float[np.ndarray, " V"]:
+        """Returns the inverse document frequency of every token id, from 0 to 1.
+
+        Queries and positives count as documents; of a large mixture a sample of each
+        task is enough. A token in half of the texts weighs next to nothing, as do the
+        words of the text format; one that is in no text weighs 1.
+        """
+        counts = np.zeros(vocab_size)
+        num_texts = 0
+        for reader in self._readers:
+            numbers = np.arange(len(reader))[: _IDF_EXAMPLES // len(self._readers)]
+            for example in reader.read(numbers.tolist()):
+                for tokens in (example.query, example.positive):
+                    counts[np.unique(tokens)] += 1
+                num_texts += 2
+        idf = np.log((num_texts - counts + 0.5) / (counts + 0.5))
+        return np.clip(idf / np.log(num_texts), _LEAST_WEIGHT, 1.0).astype(np.float32)
 
     def _picks(self, step: int) -> list[tuple[int, int]]:
         if self._one_task_per_batch:
