@@ -9,6 +9,7 @@ files need no row: each value of the field `task` in them becomes a task.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -16,8 +17,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gecko_jax import text, vocabulary
 from gecko_jax.data import jsonl, load_seqio, preprocessors
+
+# Examples read at once.
+_BLOCK = 256
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 QUICKSTART_VOCABULARY = QUICKSTART / "vocabulary.model"
@@ -264,43 +270,65 @@ def _dataset(
     import tensorflow as tf
 
     del split, shuffle_files, seed
+    strings = tf.TensorSpec((None,), tf.string)
+    words = tf.TensorSpec((None, 2), tf.uint32)
+    numbers = tf.TensorSpec((None,), tf.int32)
+    columns = {
+        "query": strings,
+        "positive": strings,
+        "title": strings,
+        "negatives": tf.TensorSpec((None, None), tf.string),
+        "negative_titles": tf.TensorSpec((None, None), tf.string),
+        "query_id": words,
+        "passage_id": words,
+        "negative_ids": tf.TensorSpec((None, None, 2), tf.uint32),
+        "negative_group": numbers,
+        "num_negatives": numbers,
+    }
 
-    def scalar(dtype: Any) -> Any:
-        return tf.TensorSpec((), dtype)
+    def drop_padding(record: dict[str, Any]) -> dict[str, Any]:
+        kept = dict(record)
+        count = kept.pop("num_negatives")
+        for name in ("negatives", "negative_titles", "negative_ids"):
+            kept[name] = kept[name][:count]
+        return kept
 
-    return tf.data.Dataset.from_generator(
-        functools.partial(_records, task),
-        output_signature={
-            "query": scalar(tf.string),
-            "positive": scalar(tf.string),
-            "title": scalar(tf.string),
-            "negatives": tf.TensorSpec((None,), tf.string),
-            "negative_titles": tf.TensorSpec((None,), tf.string),
-            "query_id": tf.TensorSpec((2,), tf.uint32),
-            "passage_id": tf.TensorSpec((2,), tf.uint32),
-            "negative_ids": tf.TensorSpec((None, 2), tf.uint32),
-            "negative_group": scalar(tf.int32),
-        },
+    # One record at a time, a generator costs 2 ms of TensorFlow's for each.
+    dataset = tf.data.Dataset.from_generator(
+        functools.partial(_column_blocks, task), output_signature=columns
     )
+    return dataset.unbatch().map(drop_padding)
 
 
-def _records(task: Task) -> Iterator[dict[str, Any]]:
-    import numpy as np
+def _column_blocks(task: Task) -> Iterator[dict[str, Any]]:
+    """Yields the task's cleaned examples in columns, `_BLOCK` at a time."""
+    pairs = itertools.chain.from_iterable(
+        jsonl.read_pairs(file, task.source_task) for file in task.files
+    )
+    while block := list(itertools.islice(pairs, _BLOCK)):
+        # At least one column: TensorFlow 2.21 crashes when it unbatches none.
+        widest = max(1, *(len(pair.negatives) for pair in block))
 
-    for file in task.files:
-        for pair in jsonl.read_pairs(file, task.source_task):
-            yield {
-                "query": text.clean(pair.query),
-                "positive": text.clean(pair.positive),
-                "title": _clean_title(pair.title),
-                "negatives": [text.clean(negative) for negative in pair.negatives],
-                "negative_titles": [_clean_title(t) for t in pair.negative_titles],
-                "query_id": np.asarray(pair.query_id, np.uint32),
-                "passage_id": np.asarray(pair.passage_id, np.uint32),
-                "negative_ids": np.asarray(pair.negative_ids, np.uint32).reshape(-1, 2),
-                "negative_group": pair.negative_group,
-            }
+        def pad(texts: Sequence[str], widest: int = widest) -> list[str]:
+            return [_clean(t) for t in texts] + [""] * (widest - len(texts))
+
+        negative_ids = np.zeros((len(block), widest, 2), np.uint32)
+        for row, pair in enumerate(block):
+            if pair.negatives:
+                negative_ids[row, : len(pair.negatives)] = pair.negative_ids
+        yield {
+            "query": [_clean(pair.query) for pair in block],
+            "positive": [_clean(pair.positive) for pair in block],
+            "title": [_clean(pair.title) for pair in block],
+            "negatives": [pad(pair.negatives) for pair in block],
+            "negative_titles": [pad(pair.negative_titles) for pair in block],
+            "query_id": np.array([pair.query_id for pair in block], np.uint32),
+            "passage_id": np.array([pair.passage_id for pair in block], np.uint32),
+            "negative_ids": negative_ids,
+            "negative_group": [pair.negative_group for pair in block],
+            "num_negatives": [len(pair.negatives) for pair in block],
+        }
 
 
-def _clean_title(title: str) -> str:
-    return text.clean(title) if title.strip() else ""
+def _clean(content: str) -> str:
+    return text.clean(content) if content.strip() else ""
