@@ -123,11 +123,10 @@ def load_model(path: str | pathlib.Path) -> ModelFiles:
             not fit each other; names all of it.
     """
     path = pathlib.Path(path)
-    values = _read_model_json(path)
-    config = model.EncoderConfig(**values["model"])
+    model_files = load_settings(path)
     if (path / PARAMS).exists():
         params = _read_safetensors(path / PARAMS)
-        step, revision = values["step"], values["revision"]
+        step, revision = model_files.step, model_files.revision
     else:
         step = latest_step(path)
         if step is None:
@@ -136,8 +135,21 @@ def load_model(path: str | pathlib.Path) -> ModelFiles:
                 "(config.checkpoint.every_steps)"
             )
         params = restore_params(path, step)
-        revision = f"{values['revision']}-{step}"
-    check_params(params, config, source=str(path))
+        revision = f"{model_files.revision}-{step}"
+    check_params(params, model_files.encoder_config, source=str(path))
+    return dataclasses.replace(model_files, params=params, step=step, revision=revision)
+
+
+def load_settings(path: str | pathlib.Path) -> ModelFiles:
+    """Reads everything but the parameters, which are left empty.
+
+    Raises:
+        ValueError: Files are missing or damaged.
+    """
+    path = pathlib.Path(path)
+    values = _read_model_json(path)
+    sizes = values["model"]
+    sizes["mlp_activations"] = tuple(sizes["mlp_activations"])
     try:
         proto = (path / VOCABULARY).read_bytes()
     except FileNotFoundError:
@@ -145,16 +157,16 @@ def load_model(path: str | pathlib.Path) -> ModelFiles:
             f"{path}: {VOCABULARY} is missing; copy it from where the model was made"
         ) from None
     return ModelFiles(
-        params=params,
-        encoder_config=config,
+        params={},
+        encoder_config=model.EncoderConfig(**sizes),
         text_format=text.TextFormat.from_dict(values["text_format"]),
         vocabulary_proto=proto,
         extra_ids=values["extra_ids"],
         mrl_dims=tuple(values["mrl_dims"]),
         query_length=values["query_length"],
         passage_length=values["passage_length"],
-        step=step,
-        revision=revision,
+        step=values["step"],
+        revision=values["revision"],
         provenance=values["provenance"],
     )
 

@@ -44,7 +44,12 @@ Side = Literal["query", "passage"]
 
 
 class Gecko:
-    """A trained model that turns texts into vectors."""
+    """A trained model that turns texts into vectors.
+
+    Attributes:
+        files: What the model is made of.
+        vocabulary: Cuts texts into tokens.
+    """
 
     def __init__(
         self, model_files: checkpoints.ModelFiles, tokens_per_call: int | None = None
@@ -57,13 +62,13 @@ class Gecko:
             tokens_per_call: Tokens per device and call; None fits the backend.
         """
         self.files = model_files
-        self._vocabulary = vocabulary.Vocabulary(
+        self.vocabulary = vocabulary.Vocabulary(
             model_files.vocabulary_proto, model_files.extra_ids
         )
         vocab_size = model_files.encoder_config.vocab_size
-        if self._vocabulary.size > vocab_size:
+        if self.vocabulary.size > vocab_size:
             raise ValueError(
-                f"the vocabulary has {self._vocabulary.size:,} ids but the model "
+                f"the vocabulary has {self.vocabulary.size:,} ids but the model "
                 f"vocab_size={vocab_size:,}: they do not belong together; use the "
                 "vocabulary that the model was trained with"
             )
@@ -230,7 +235,7 @@ class Gecko:
         self, texts: list[str], max_length: int
     ) -> Iterator[tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N D"]]]:
         """Yields (positions, projected vectors), call by call, in any order."""
-        tokens = self._vocabulary.encode(texts, max_length)
+        tokens = self.vocabulary.encode(texts, max_length)
         rows = packing.pack([len(ids) for ids in tokens])
         calls = packing.plan_calls(rows, self._tokens_per_call, self._row_multiple)
         apply = _build_apply(self.files.encoder_config, self._sharding)

@@ -115,9 +115,9 @@ class Writer:
             self._board.close()
 
 
-def read(path: str | pathlib.Path) -> list[dict[str, float]]:
+def read(path: str | pathlib.Path) -> list[dict[str, int | float]]:
     """Returns the lines of a `metrics.jsonl`; a line cut off by a kill ends it."""
-    lines: list[dict[str, float]] = []
+    lines: list[dict[str, int | float]] = []
     path = pathlib.Path(path)
     if path.exists():
         for line in path.read_text().splitlines():

@@ -9,6 +9,7 @@ those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
     nDCG@10   (2 / log2(3)) / (2 / log2(2) + 1 / log2(3)) = 0.480
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -125,6 +126,7 @@ def bm25_rankings(
             show_progress=False,
         )
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # It tells every step.
     words = tokenize(passages)
     if not any(words):  # Nothing but stop words: bm25s has no vocabulary to index.
         return [[] for _ in queries]

@@ -1,0 +1,290 @@
+"""Evaluation sets: judged retrieval in the BEIR layout, and similarity (STS) files.
+
+A retrieval set is a folder:
+
+    corpus.jsonl    {"_id": "p1", "title": "", "text": "..."}
+    queries.jsonl   {"_id": "q1", "text": "...", "task": "docs"}     task is optional
+    qrels.jsonl     {"query-id": "q1", "corpus-id": "p1", "score": 1}
+                    or qrels/test.tsv or qrels.tsv, with the same three columns
+
+A similarity set is a file, `.jsonl` with the fields sentence1, sentence2 and score, or
+`.tsv` with these three columns. Any of the files may end in `.gz`.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float
+
+from gecko_jax import files
+
+QUICKSTART = pathlib.Path(__file__).parent / "quickstart"
+
+_PAIR = ("sentence1", "sentence2", "score")
+_QREL = ("query-id", "corpus-id", "score")
+_QRELS = ("qrels/test.tsv", "qrels.tsv", "qrels.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSet:
+    """Queries with a relevant passage, and the corpus they are searched in.
+
+    Attributes:
+        name: Of the folder.
+        passage_ids: One per passage.
+        titles: One per passage, "" for none.
+        texts: One per passage.
+        query_ids: One per query; queries without a relevant passage are left out.
+        queries: One per query.
+        tasks: The field `task` of each query, "" for none.
+        relevance: Query id -> passage id -> grade.
+    """
+
+    name: str
+    passage_ids: tuple[str, ...]
+    titles: tuple[str, ...]
+    texts: tuple[str, ...]
+    query_ids: tuple[str, ...]
+    queries: tuple[str, ...]
+    tasks: tuple[str, ...]
+    relevance: Mapping[str, Mapping[str, int | float]]
+
+    def limit(self, max_queries: int, max_passages: int) -> "RetrievalSet":
+        """Returns a smaller set for a quick look; 0 sets no limit.
+
+        Queries are taken at even distances. Passages judged for them all stay, and
+        others, at even distances too, fill up to `max_passages`. The scores are higher
+        than those of the whole set: compare them among themselves alone.
+        """
+        chosen = _spread(range(len(self.queries)), max_queries)
+        judged = {p for q in chosen for p in self.relevance[self.query_ids[q]]}
+        kept = [r for r, p in enumerate(self.passage_ids) if p in judged]
+        others = [r for r, p in enumerate(self.passage_ids) if p not in judged]
+        room = max(max_passages - len(kept), 0)
+        if not max_passages:
+            kept += others
+        elif room:
+            kept += _spread(others, room)
+        kept.sort()
+        return dataclasses.replace(
+            self,
+            passage_ids=tuple(self.passage_ids[r] for r in kept),
+            titles=tuple(self.titles[r] for r in kept),
+            texts=tuple(self.texts[r] for r in kept),
+            query_ids=tuple(self.query_ids[q] for q in chosen),
+            queries=tuple(self.queries[q] for q in chosen),
+            tasks=tuple(self.tasks[q] for q in chosen),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilaritySet:
+    """Pairs of sentences with a gold score; only the order of the scores counts."""
+
+    name: str
+    sentences1: tuple[str, ...]
+    sentences2: tuple[str, ...]
+    scores: Float[np.ndarray, " N"]
+
+    def limit(self, max_queries: int, max_passages: int) -> "SimilaritySet":
+        """Returns `max_queries` pairs at even distances; 0 sets no limit."""
+        del max_passages
+        chosen = _spread(range(len(self.scores)), max_queries)
+        return dataclasses.replace(
+            self,
+            sentences1=tuple(self.sentences1[p] for p in chosen),
+            sentences2=tuple(self.sentences2[p] for p in chosen),
+            scores=self.scores[chosen],
+        )
+
+
+EvaluationSet = RetrievalSet | SimilaritySet
+
+
+def load(path: str | os.PathLike) -> list[EvaluationSet]:
+    """Reads a retrieval folder, a similarity file, or a folder of either.
+
+    Args:
+        path: Where it lies; "quickstart" is the bundled retrieval set.
+
+    Raises:
+        ValueError: Nothing to evaluate there, or a bad line (named).
+    """
+    root = pathlib.Path(path)
+    if str(path) == "quickstart" and not root.exists():
+        root = QUICKSTART
+    if not root.exists():
+        raise ValueError(f"{root}: no such file or folder; check the path")
+    if root.is_file():
+        return [_load_similarity(root)]
+    if _find(root, "corpus.jsonl"):
+        return [_load_retrieval(root)]
+    found: list[EvaluationSet] = []
+    for child in sorted(root.iterdir()):
+        if child.is_dir() and _find(child, "corpus.jsonl"):
+            found.append(_load_retrieval(child))
+        elif child.is_file() and _is_similarity(child):
+            found.append(_load_similarity(child))
+    if not found:
+        raise ValueError(
+            f"{root}: nothing to evaluate; it needs corpus.jsonl, queries.jsonl and "
+            "qrels.jsonl (the BEIR layout), or folders with these, or similarity files "
+            "(.tsv or .jsonl with sentence1, sentence2, score)"
+        )
+    return found
+
+
+def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
+    passages = []
+    num_empty = 0
+    for record in files.read_texts(_need(folder, "corpus.jsonl"), allow_empty=True):
+        if record.text.strip():
+            passages.append(record)
+        else:  # Some BEIR corpora have passages of nothing; none can be found.
+            num_empty += 1
+    if num_empty:
+        logging.warning("%s: %d passages without text are left out", folder, num_empty)
+    if not passages:
+        raise ValueError(f"{folder}/corpus.jsonl: an empty corpus; it needs passages")
+    queries = list(files.read_texts(_need(folder, "queries.jsonl")))
+    known = {query.id for query in queries}
+    in_corpus = {passage.id for passage in passages}
+    qrels = next(filter(None, (_find(folder, name) for name in _QRELS)), None)
+    if qrels is None:
+        raise ValueError(
+            f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
+        )
+    relevance: dict[str, dict[str, int | float]] = {}
+    num_absent = 0
+    for place, query, passage, grade in _read_judgements(qrels):
+        if query not in known:
+            raise ValueError(
+                f"{place}: query {query!r} is not in queries.jsonl; add it there or "
+                "drop the line"
+            )
+        if passage in relevance.setdefault(query, {}):
+            raise ValueError(
+                f"{place}: judged before; keep one line per query and passage"
+            )
+        num_absent += passage not in in_corpus
+        relevance[query][passage] = grade
+    if num_absent:
+        logging.warning(
+            "%s: %d judged passages are not in the corpus and count as never found",
+            qrels,
+            num_absent,
+        )
+    judged = [
+        q for q in queries if any(g > 0 for g in relevance.get(q.id, {}).values())
+    ]
+    if not judged:
+        raise ValueError(f"{qrels}: no query has a relevant passage (score above 0)")
+    return RetrievalSet(
+        name=folder.resolve().name,
+        passage_ids=tuple(passage.id for passage in passages),
+        titles=tuple(passage.title for passage in passages),
+        texts=tuple(passage.text for passage in passages),
+        query_ids=tuple(query.id for query in judged),
+        queries=tuple(query.text for query in judged),
+        tasks=tuple(query.task for query in judged),
+        relevance=relevance,
+    )
+
+
+def _read_judgements(
+    path: pathlib.Path,
+) -> Iterator[tuple[str, str, str, int | float]]:
+    if ".jsonl" in path.name:
+        for place, record in files.read_records(path):
+            query, passage, score = (
+                files.string_field(place, record, name) for name in _QREL
+            )
+            yield place, query, passage, _number(place, score)
+        return
+    for row, (place, line) in enumerate(files.read_lines(path)):
+        fields = line.split("\t")
+        if len(fields) == 4:  # TREC: query, 0, passage, grade
+            del fields[1]
+        if len(fields) != 3:
+            raise ValueError(
+                f"{place}: {len(fields)} columns; it must be query-id, corpus-id and "
+                "score, with tabs between"
+            )
+        if row == 0 and tuple(fields) == _QREL:
+            continue
+        yield place, fields[0], fields[1], _number(place, fields[2])
+
+
+def _load_similarity(path: pathlib.Path) -> SimilaritySet:
+    rows = []
+    if ".jsonl" in path.name:
+        for place, record in files.read_records(path):
+            first, second, score = (
+                files.string_field(place, record, name) for name in _PAIR
+            )
+            rows.append((first, second, _number(place, score)))
+    else:
+        for number, (place, line) in enumerate(files.read_lines(path)):
+            fields = line.split("\t")
+            if number == 0 and tuple(fields) == _PAIR:
+                continue
+            if len(fields) != 3 or not all(field.strip() for field in fields):
+                raise ValueError(
+                    f"{place}: it must hold sentence1, sentence2 and score, with tabs "
+                    "between and none of them empty"
+                )
+            rows.append((fields[0], fields[1], _number(place, fields[2])))
+    if len(rows) < 2:
+        raise ValueError(f"{path}: {len(rows)} pairs; Spearman needs at least 2")
+    first, second, scores = zip(*rows, strict=True)
+    name = path.name.removesuffix(".gz").rpartition(".")[0]
+    return SimilaritySet(name, first, second, np.array(scores, np.float64))
+
+
+def _number(place: str, text: str) -> int | float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{place}: score {text!r} is not a number")
+    return int(value) if value.is_integer() else value
+
+
+def _find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    return None
+
+
+def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
+    path = _find(folder, name)
+    if path is None:
+        raise ValueError(
+            f"{folder}: no {name}; a retrieval set needs corpus.jsonl, queries.jsonl "
+            "and judgements"
+        )
+    return path
+
+
+def _is_similarity(path: pathlib.Path) -> bool:
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".tsv"):
+        return True
+    if not name.endswith(".jsonl"):
+        return False
+    _, first = next(files.read_records(path), ("", {}))
+    return all(field in first for field in _PAIR)
+
+
+def _spread(items: Sequence[int], limit: int) -> list[int]:
+    """Returns at most `limit` items at even distances, or all for 0."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[position * len(items) // limit] for position in range(limit)]

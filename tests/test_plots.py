@@ -1,0 +1,90 @@
+import json
+import struct
+
+import pytest
+
+from gecko_jax import plots
+
+
+def _size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def _run(folder, name, with_scores=True, dims=(64, 256)):
+    path = folder / name / "metrics.jsonl"
+    path.parent.mkdir()
+    with path.open("w") as file:
+        for step in range(1, 40):
+            losses = {f"loss_{dim}": 3 / step for dim in dims}
+            file.write(json.dumps({"step": step, "loss": 6 / step, **losses}) + "\n")
+            if with_scores and step % 10 == 0:
+                scores = {f"evaluation/ndcg_at_10/{dim}": step / 100 for dim in dims}
+                file.write(json.dumps({"step": step, **scores}) + "\n")
+        file.write('{"step": 40, "lo')  # As a kill leaves it.
+    return path
+
+
+def test_training_is_drawn_run_by_run(tmp_path):
+    runs = [_run(tmp_path, "prefinetune"), _run(tmp_path, "finetune")]
+    two = plots.plot_training(runs, tmp_path / "new" / "two.png")
+    one = plots.plot_training(runs[:1], tmp_path / "one.png")
+    assert _size(two)[0] > 1.5 * _size(one)[0]
+    plain = plots.plot_training(
+        [_run(tmp_path, "plain", with_scores=False, dims=())], tmp_path / "plain.png"
+    )
+    assert _size(plain)[1] < _size(one)[1]
+
+
+def test_training_without_a_step_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for content in (None, '{"step": 1, "evaluation/ndcg_at_10/64": 0.1}\n'):
+        if content:
+            path.write_text(content)
+        with pytest.raises(ValueError, match=r"metrics.jsonl: no logged step"):
+            plots.plot_training([path], tmp_path / "out.png")
+
+
+def _row(system, dim, value, task="all", name="set", metric="ndcg_at_10"):
+    return {
+        "set": name,
+        "system": system,
+        "dim": dim,
+        "task": task,
+        "count": 3,
+        "metrics": {metric: value},
+    }
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [_row("model", 64, 0.3), _row("model", 256, 0.4), _row("BM25", None, 0.5)],
+        [_row("model", 256, 0.0)],
+        [
+            _row(system, dim, 0.3, task, name)
+            for system, dim in (("model", 64), ("model", 256), ("BM25", None))
+            for task in ("all", "docs", "code")
+            for name in ("one", "two")
+        ],
+        [
+            _row("model", 64, -0.1, metric="spearman"),
+            _row("model", 128, 0.7, metric="spearman"),
+        ],
+    ],
+    ids=["plain", "zero", "tasks", "similarity"],
+)
+def test_quality_is_drawn_for_every_kind_of_result(tmp_path, rows):
+    path = plots.plot_quality({"rows": rows}, tmp_path / "quality.png")
+    assert min(_size(path)) > 400
+
+
+def test_quality_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no scores of a model"):
+        plots.plot_quality({"rows": [_row("BM25", None, 0.5)]}, tmp_path / "out.png")
+
+
+def test_labels_keep_their_distance_and_order():
+    placed = plots._apart({"a": 0.5, "b": 0.49, "c": 0.1}, 0.05)
+    assert placed == {"c": 0.1, "b": 0.49, "a": pytest.approx(0.54)}
