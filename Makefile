@@ -39,7 +39,7 @@ demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, sear
 		--output=demo/triples.jsonl --negatives=1
 	$(GECKO) train --config=configs/finetune.py:local --workdir=demo/finetune \
 		--config.data.files=demo/triples.jsonl --config.init.checkpoint=demo/prefinetune
-	$(GECKO) evaluate $(CORPUS) --model=demo/finetune --dims=64,128,256 \
+	$(GECKO) evaluate quickstart --model=demo/finetune --untrained \
 		--output=demo/evaluation
 	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune --output=demo/embeddings
 	$(GECKO) index demo/embeddings --output=demo/index
@@ -49,8 +49,9 @@ demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, sear
 		"a small brown bird"
 	@echo
 	@echo "All of it lies in demo/:"
-	@echo "  demo/finetune     the model: gecko_jax.load(\"demo/finetune\")"
-	@echo "  demo/evaluation   quality at every dimension beside BM25: table and plots"
+	@echo "  demo/finetune     the model: gecko_jax.load(\"demo/finetune\");"
+	@echo "                    training.png shows the loss of both stages"
+	@echo "  demo/evaluation   quality at every dimension beside BM25: table.txt, quality.png"
 	@echo "  demo/index        the index: $(GECKO) search --model=demo/finetune --index=demo/index"
 
 .PHONY: test

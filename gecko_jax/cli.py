@@ -74,14 +74,15 @@ Each line of the input is an object with `query` and `positive` (or `passage`), 
 maybe `task`, `title` and `id`s."""
 
 _EVALUATE = """\
-Judges a model at every dimension it was trained for, beside BM25.
+Judges a model at every dimension it was trained for, beside BM25 and bags of words
+that learned nothing.
 
 A folder in the BEIR layout (corpus.jsonl, queries.jsonl, qrels.jsonl or qrels/*.tsv)
-gives nDCG@10, recall@100 and MRR@10; a file of sentence pairs with scores gives the
-Spearman correlation.
+gives nDCG@10, recall@100 and MRR@10; a file of sentence pairs with scores (JSONL or
+TSV) gives the Spearman correlation. `quickstart` is the bundled folder.
 
 examples:
-  gecko evaluate gecko_jax/quickstart --model=runs/finetune
+  gecko evaluate quickstart --model=runs/finetune
   gecko evaluate scifact nfcorpus --model=runs/finetune --dims=256,768 --output=results
   gecko evaluate scifact --model=runs/finetune --task="fact checking" """
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("GECKO_DEBUG", "") not in ("", "0")
     # TensorFlow's C++ notes would drown ours; it reads this when it is imported.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     command = "gecko"
     try:
         options = _parse(arguments)
@@ -323,6 +324,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--task", help="task of queries that name none (search result)"
+    )
+    evaluate.add_argument(
+        "--untrained", action="store_true", help="add the same model before training"
+    )
+    evaluate.add_argument(
+        "--no-baselines", action="store_true", help="leave out BM25 and bags of words"
     )
     evaluate.add_argument("--output", metavar="DIR", help="for the table and the plot")
 

@@ -23,12 +23,16 @@ def train(options: argparse.Namespace) -> None:
 
     # A wrong key should be told before anything else can fail.
     config_lib.check(config)
-    evaluate = None
-    if config.evaluation.folder:
-        from gecko_jax import evaluation
+    from gecko_jax import evaluation, plots
 
-        evaluate = evaluation.build_callback(config, options)
+    evaluate = evaluation.build_callback(config, options.workdir)
     training.train(config, options.workdir, evaluate=evaluate)
+    # The stages of a model in one picture: the run it started from, then its own.
+    folders = (config.init.checkpoint or options.workdir, options.workdir)
+    runs = [pathlib.Path(folder) / "metrics.jsonl" for folder in folders]
+    runs = [run for run in dict.fromkeys(runs) if run.is_file()]
+    if runs and _is_first_process():
+        plots.plot_training(runs, pathlib.Path(options.workdir) / "training.png")
     print(f"{options.workdir}: load it with gecko_jax.load({options.workdir!r})")
 
 
@@ -108,9 +112,15 @@ def evaluate(options: argparse.Namespace) -> None:
 
     model = embedding.load(options.model)
     results = evaluation.evaluate(
-        model, options.folders, dims=options.dims, task=options.task
+        model,
+        options.folders,
+        dims=options.dims,
+        task=options.task,
+        baselines=not options.no_baselines,
+        untrained=options.untrained,
     )
-    print(evaluation.format_table(results))
+    width = shutil.get_terminal_size((120, 24)).columns
+    print(evaluation.format_table(results, max(width, 80)))
     if options.output:
         for path in evaluation.save(results, options.output):
             print(path)
@@ -187,6 +197,12 @@ def export(options: argparse.Namespace) -> None:
         f"{options.output}: step {model_files.step} of {options.model}, "
         f"{size / 1e6:,.1f} MB. Load it with gecko_jax.load({options.output!r})"
     )
+
+
+def _is_first_process() -> bool:
+    import jax
+
+    return jax.process_index() == 0
 
 
 def _answer_lines(answer: Callable[[list[str]], None]) -> None:

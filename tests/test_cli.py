@@ -1,5 +1,7 @@
 """The command line: its help teaches, its errors name the thing and the remedy."""
 
+import io
+import json
 import subprocess
 import sys
 import time
@@ -240,3 +242,137 @@ def test_the_config_is_locked(config_file):
 )
 def test_overrides_are_set_apart(arguments, overrides, others):
     assert flags.split(arguments) == (overrides, others)
+
+
+# --- Whole verbs --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_files, tmp_path_factory):
+    from gecko_jax import checkpoints
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    checkpoints.save_model(folder, tiny_files)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def index_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(
+        '{"_id": "a", "title": "Geckos", "text": "Small lizards that climb walls."}\n'
+        '{"_id": "b", "title": "", "text": "Arrays of any built-in type."}\n'
+        '{"_id": "c", "title": "", "text": "The shortest path in a graph."}\n'
+    )
+    vectors, index = str(folder / "vectors"), str(folder / "index")
+    arguments = ["embed", str(corpus), f"--model={model_folder}", "--dim=8"]
+    assert cli.main([*arguments, f"--output={vectors}"]) == 0
+    assert cli.main(["index", vectors, f"--output={index}"]) == 0
+    return index
+
+
+def test_search_answers_every_query_in_order(capsys, model_folder, index_folder):
+    status, out, _ = _run(
+        capsys,
+        *("search", f"--model={model_folder}", f"--index={index_folder}"),
+        *("--count=2", "--json", "Small lizards that climb walls.", "a graph"),
+    )
+    assert status == 0
+    first, second = map(json.loads, out.splitlines())
+    assert first["query"] == "Small lizards that climb walls."
+    assert second["query"] == "a graph"
+    for answer in (first, second):
+        scores = [hit["score"] for hit in answer["hits"]]
+        assert len(scores) == 2
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_search_shows_titles_and_texts(capsys, model_folder, index_folder):
+    status, out, _ = _run(
+        capsys,
+        *("search", f"--model={model_folder}", f"--index={index_folder}", "lizard"),
+    )
+    assert status == 0
+    assert "Geckos: Small lizards that climb walls." in out
+    assert out.splitlines()[1] == "lizard"
+
+
+def test_search_reads_queries_from_standard_input(
+    capsys, monkeypatch, model_folder, index_folder
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("lizard\n\n   \na graph\n"))
+    status, out, err = _run(
+        capsys, "search", f"--model={model_folder}", f"--index={index_folder}", "--json"
+    )
+    assert status == 0
+    assert [json.loads(line)["query"] for line in out.splitlines()] == [
+        "lizard",
+        "a graph",
+    ]
+    assert "error" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["   "], "is empty: a query or passage needs"),
+        (["x", "--index=nowhere"], "nowhere: no index.json here"),
+        (["x", "--model=nowhere"], "nowhere: no gecko.json here"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line(
+    capsys, model_folder, index_folder, arguments, message
+):
+    start = ["search", f"--model={model_folder}", f"--index={index_folder}"]
+    status, out, err = _run(capsys, *start, *arguments)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_export_loads_and_is_the_same_model(capsys, model_folder, tmp_path):
+    import gecko_jax
+
+    output = str(tmp_path / "export")
+    status, out, _ = _run(capsys, "export", model_folder, f"--output={output}")
+    assert status == 0
+    assert f"gecko_jax.load({output!r})" in out
+    expected = gecko_jax.load(model_folder).encode_queries(["lizard"])
+    assert (gecko_jax.load(output).encode_queries(["lizard"]) == expected).all()
+
+
+def test_hard_negatives_and_a_vocabulary_are_made_from_pairs(capsys, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "task": "t",
+                    "query": f"what is number {word}",
+                    "positive": f"the number {word} comes after another number",
+                }
+            )
+            + "\n"
+            for word in ("one", "two", "three", "four")
+        )
+    )
+    triples = tmp_path / "triples.jsonl"
+    status, out, _ = _run(
+        capsys, "data", "prepare", str(pairs), f"--output={triples}", "--negatives=2"
+    )
+    assert status == 0
+    assert f"--config.data.files={triples}" in out
+    for line in triples.read_text().splitlines():
+        record = json.loads(line)
+        assert len(record["negatives"]) == 2
+        assert record["positive"] not in record["negatives"]
+
+    output = tmp_path / "pairs.model"
+    status, out, _ = _run(
+        capsys,
+        *("data", "vocabulary", str(pairs), f"--output={output}", "--size=280"),
+    )
+    assert status == 0
+    assert output.exists()
+    assert "280 pieces" in out
