@@ -15,6 +15,7 @@ model folder carries its `TextFormat`, and only this module knows the strings.
 
 import dataclasses
 import hashlib
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -47,11 +48,10 @@ class TextFormat:
             (self.query, ("{task_description}", "{text}")),
             (self.passage, ("{title}", "{text}")),
         ):
-            missing = [field for field in fields if field not in template]
-            if missing:
+            if sorted(re.findall(r"\{\w+\}", template)) != sorted(fields):
                 raise ValueError(
-                    f"text format {template!r} lacks {', '.join(missing)}: every field "
-                    "must occur in the template"
+                    f"text format {template!r}: must hold {' and '.join(fields)}, each "
+                    "once, and no other field"
                 )
 
     def describe(self, task: str) -> str:
@@ -72,17 +72,14 @@ class TextFormat:
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        description = self.describe(task)
-        return self.query.replace("{task_description}", description, 1).replace(
-            "{text}", clean(text), 1
+        return _fill(
+            self.query, task_description=self.describe(task), text=clean(text)
         )
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank stands for no title."""
         title = clean(title) if title and title.strip() else self.no_title
-        return self.passage.replace("{title}", title, 1).replace(
-            "{text}", clean(text), 1
-        )
+        return _fill(self.passage, title=title, text=clean(text))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
@@ -97,6 +94,11 @@ class TextFormat:
         return cls(
             **{**values, "symmetric_tasks": tuple(values.get("symmetric_tasks", ()))}
         )
+
+
+def _fill(template: str, **fields: str) -> str:
+    """Fills all fields in one pass: a title may itself hold "{text}"."""
+    return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
 
 
 def clean(text: str) -> str:

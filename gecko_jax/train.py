@@ -271,6 +271,8 @@ def train(
         window.pause(time.monotonic() - began)
 
     try:
+        if evaluate is not None and first_step == 0:
+            evaluate_now(0, state.params)
         pending = None
         stream = batches.iterate(first_step, num_steps)
         for step, batch in enumerate(stream, start=first_step + 1):

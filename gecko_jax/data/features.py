@@ -33,7 +33,7 @@ MAX_SEGMENTS = 16
 
 # Row counts are rounded up to this many parts of the unpacked count, so that a run
 # compiles a few shapes and not one for each step.
-_ROW_PARTS = 8
+_ROW_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
