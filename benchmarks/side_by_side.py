@@ -56,7 +56,9 @@ def compare(
             worker.stdin.flush()
             line = worker.stdout.readline()
             if not line:
-                raise SystemExit(f"{name} ended; run {script} --worker {name} to see why")
+                raise SystemExit(
+                    f"{name} ended; run {script} --worker {name} to see why"
+                )
             answer = json.loads(line)
             peaks[name] = answer["peak_gib"]
             if turn:  # The first round compiles and warms caches.

@@ -101,6 +101,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.loss.mrl_weights = (1.0, 1.0, 1.0)
         config.loss.mask_duplicates = True
         config.optimizer.name = "adamw"
+        config.optimizer.learning_rate = 5e-4
         config.optimizer.warmup_steps = 30
         config.optimizer.beta1 = 0.9
         config.optimizer.beta2 = 0.98

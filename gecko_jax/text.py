@@ -72,9 +72,7 @@ class TextFormat:
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        return _fill(
-            self.query, task_description=self.describe(task), text=clean(text)
-        )
+        return _fill(self.query, task_description=self.describe(task), text=clean(text))
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank stands for no title."""

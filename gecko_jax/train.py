@@ -194,9 +194,6 @@ def train(
     shardings = TrainState(param_shardings, opt_shardings, everywhere)
     key = jax.random.key(config.seed)
 
-    weighs = config.init.token_weights == "idf"
-    token_weights = batches.idf_weights(encoder_config.vocab_size) if weighs else None
-
     # The starting point: own workdir, then init.checkpoint, then scratch.
     checkpoints.remove_temporary(workdir)
     checkpointer = checkpoints.Checkpointer(
@@ -218,7 +215,9 @@ def train(
         opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
         logging.info("starting from %s", config.init.checkpoint)
     else:
-        init = functools.partial(model.init_params, encoder_config)
+        weighs = config.init.token_weights == "idf"
+        weights = batches.idf_weights(encoder_config.vocab_size) if weighs else None
+        init = functools.partial(_init_params, encoder_config, weights)
         params = jax.jit(init, out_shardings=param_shardings)(
             jax.random.fold_in(key, 0)
         )
