@@ -13,6 +13,8 @@ in a segment, and T5's relative bias knows only the distance of two tokens).
 import collections
 import functools
 import os
+import pathlib
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -274,7 +276,7 @@ class Gecko:
 def load(path: str | os.PathLike, tokens_per_call: int | None = None) -> Gecko:
     """Loads a model from the workdir of a training run, or from an exported folder."""
     numerics.check()
-    return Gecko(checkpoints.load_model(path), tokens_per_call)
+    return Gecko(checkpoints.load_model(pathlib.Path(path)), tokens_per_call)
 
 
 def cut(
@@ -312,9 +314,10 @@ def _build_apply(
         segment_ids: Int[Array, "R L"],
         num_segments: int,
     ) -> Float[Array, "R S D"]:
-        return model.DualEncoder(config).apply(
+        projected = model.DualEncoder(config).apply(
             {"params": params}, tokens, segment_ids, num_segments=num_segments
         )
+        return typing.cast(Array, projected)
 
     if sharding is None:
         return jax.jit(apply, static_argnums=3)

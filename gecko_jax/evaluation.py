@@ -334,7 +334,7 @@ def build_callback(
     ]
 
     def evaluate_now(params: Any, step: int) -> dict[str, float]:
-        model_files = checkpoints.load_settings(workdir)
+        model_files = checkpoints.load_settings(pathlib.Path(workdir))
         gecko = embedding.Gecko(
             dataclasses.replace(model_files, params=params, step=step)
         )

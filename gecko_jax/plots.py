@@ -13,7 +13,7 @@ _LINE_TO_BEAT, _BAG = "#d1603d", "#a9b2bc"
 # Dims, from the smallest to the largest: one hue, growing darker.
 _DIMS = ("#7cc6b3", "#3fa796", "#1f7a73", "#135457", "#0b3540")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",

@@ -11,6 +11,7 @@ those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -104,20 +105,14 @@ def bm25_rankings(
         k: Longest ranking. Passages that share no word with the query never appear,
             so a ranking may be shorter.
 
-    Raises:
-        ImportError: bm25s or PyStemmer is missing.
     """
-    try:
-        import bm25s
-        import Stemmer
-    except ImportError as error:
-        raise ImportError(
-            f"BM25 needs {error.name}: pip install 'gecko-jax[eval]'"
-        ) from error
+    import bm25s
+    import Stemmer
+
     if len(passages) != len(ids):
         raise ValueError(f"{len(passages)} passages but {len(ids)} ids: one id each")
 
-    def tokenize(texts: Sequence[str]) -> list[list[str]]:
+    def tokenize(texts: Sequence[str]) -> Any:
         return bm25s.tokenize(
             list(texts),
             stopwords="en",
