@@ -2,8 +2,8 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
 
     gecko train --config=configs/finetune.py:local --workdir=runs/finetune \
         --config.init.checkpoint=runs/prefinetune --config.data.files=triples.jsonl
-    gecko train --config=configs/finetune.py:base --workdir=gs://bucket/finetune \
-        --config.init.checkpoint=gs://bucket/prefinetune \
+    gecko train --config=configs/finetune.py:base --workdir=/mnt/bucket/finetune \
+        --config.init.checkpoint=/mnt/bucket/prefinetune \
         --config.data.files=triples.jsonl.gz \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 

@@ -1,7 +1,7 @@
 r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2).
 
     gecko train --config=configs/prefinetune.py:local --workdir=runs/prefinetune
-    gecko train --config=configs/prefinetune.py:base --workdir=gs://bucket/pre \
+    gecko train --config=configs/prefinetune.py:base --workdir=/mnt/bucket/pre \
         --config.data.files='("pairs.jsonl.gz",)' \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs `gecko train` with the given flags on every host of a TPU VM.
+# Runs `gecko train` with the given flags on the host of a TPU VM.
 #
-#   tpu_scripts/train.sh NAME ZONE --config=... --workdir=gs://...
+#   tpu_scripts/train.sh NAME ZONE --config=... --workdir=DIR
 #
-# GECKO_DIR is where the repository lies on the hosts (default: gecko_jax).
+# GECKO_DIR is where the repository lies on the host (default: gecko_jax).
 set -euo pipefail
 
 if (($# < 3)); then

@@ -12,7 +12,12 @@ TensorFlow lives here only, and only in the functions that define or run a seqio
 once the caches are built, training reads them without it.
 """
 
+import contextlib
 import functools
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -22,13 +27,35 @@ def load_seqio() -> Any:
 
     TensorFlow would otherwise reserve all memory of the GPU that JAX is to use.
     """
-    import os
-
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
+    with _silence_stderr():
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
 
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_visible_devices([], "TPU")
     import seqio
 
     return seqio
+
+
+@contextlib.contextmanager
+def _silence_stderr() -> Iterator[None]:
+    """Keeps what C++ writes to stderr back, unless the import fails.
+
+    Without CUDA drivers TensorFlow says so at every level of logging.
+    """
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as notes:
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            notes.seek(0)
+            os.write(before, notes.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
