@@ -2,8 +2,8 @@
 
     python benchmarks/train_cpu.py            needs gecko-jax[torch]
 
-Both train `mini` from scratch on the bundled pairs in the same batches' sizes, cut at the
-same lengths, with in-batch negatives summed over the same MRL dims (ours: eq. 2;
+Both train `mini` from scratch on the bundled pairs in batches of the same size, cut at
+the same lengths, with in-batch negatives summed over the same MRL dims (ours: eq. 2;
 theirs: MatryoshkaLoss of MultipleNegativesRankingLoss), AdamW and clipping.
 Tokenization counts on both sides: ours reads its tokenized cache, as in training.
 """
