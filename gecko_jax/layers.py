@@ -11,7 +11,7 @@ distance inside a row alone, so a packed text gets exactly the embedding it gets
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class EncoderConfig:
     num_heads: int
     head_dim: int
     mlp_dim: int
-    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    mlp_activations: Sequence[str] = ("gelu", "linear")
     shared_relative_bias: bool = True
     relpos_num_buckets: int = 32
     relpos_max_distance: int = 128
