@@ -232,7 +232,9 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(
+    config: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = ""
+) -> dict[str, Any]:
     """Returns {"group.key": value}, references resolved, lists as tuples."""
     flat = {}
     for key, value in config.items():

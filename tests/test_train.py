@@ -1,0 +1,227 @@
+"""Training: exact resume, refusals, the same numbers on any mesh."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from gecko_jax import checkpoints, flags, text, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "data.batch_size": 16,
+    "data.query_length": 16,
+    "data.passage_length": 32,
+    "data.num_negatives": 1,
+    "model.model_dim": 32,
+    "model.num_heads": 2,
+    "model.head_dim": 8,
+    "model.mlp_dim": 32,
+    "model.embedding_dim": 16,
+    "loss.mrl_dims": "(8,16)",
+    "loss.mrl_weights": "(1.0,1.0)",
+    "optimizer.warmup_steps": 1,
+    "train.num_steps": 6,
+    "train.log_every_steps": 1,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep": 9,
+    "evaluation.every_steps": 3,
+    "evaluation.folder": "",
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for i in range(48):
+            record = {
+                "task": "even" if i % 2 == 0 else "odd",
+                "query": f"what is number {i} of the list",
+                "positive": f"number {i} of the list is the word {chr(97 + i % 26)}{i}",
+                "negatives": [f"there is no such number as {i + 100}"],
+            }
+            file.write(json.dumps(record) + "\n")
+    return folder
+
+
+def build(cache, **overrides):
+    values = TINY | {
+        "data.files": f"('{cache / 'pairs.jsonl'}',)",
+        "data.cache_dir": str(cache / "cache"),
+    }
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return flags.load(
+        f"{ROOT / 'configs/finetune.py'}:local",
+        [f"--config.{key}={value}" for key, value in values.items()],
+    )
+
+
+def state_of(workdir, step):
+    params = checkpoints.flatten_params(checkpoints.restore_params(workdir, step))
+    folder = workdir / "checkpoints" / str(step) / "opt_state"
+    assert folder.is_dir()
+    return params
+
+
+def metrics_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in line.items() if not k.endswith("_per_second")}
+        for line in lines
+    ]
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def evaluate(params, now):
+        if now == step:
+            raise Killed
+        return {
+            "norm": float(np.square(params["encoder"]["encoder_norm"]["scale"]).sum())
+        }
+
+    return evaluate
+
+
+def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
+    config = build(cache)
+    train.train(config, tmp_path / "whole", kill_at(-1))
+    with pytest.raises(Killed):
+        train.train(config, tmp_path / "killed", kill_at(3))
+    assert checkpoints.latest_step(tmp_path / "killed") == 2
+    train.train(config, tmp_path / "killed", kill_at(-1))
+    whole, killed = (state_of(tmp_path / name, 6) for name in ("whole", "killed"))
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "killed")
+    # A finished run stays as it is.
+    assert train.train(config, tmp_path / "whole") == {}
+
+    other = build(cache, loss__temperature=0.5)
+    with pytest.raises(ValueError, match=r"(?s)another config.*loss.temperature: was"):
+        train.train(other, tmp_path / "whole")
+
+    names = {"loss", "loss_8", "loss_16", "accuracy", "grad_norm", "padding_share"}
+    assert (
+        names | {"positive_similarity", "loss/even"}
+        <= metrics_of(tmp_path / "whole")[-2].keys()
+    )
+
+
+@pytest.mark.slow
+def test_changed_data_is_refused(cache, tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text((cache / "pairs.jsonl").read_text())
+    config = build(cache, data__files=f"('{source}',)")
+    with pytest.raises(Killed):
+        train.train(config, tmp_path / "run", kill_at(3))
+    source.write_text(source.read_text().replace("what", "which"))
+    with pytest.raises(ValueError, match="the data has changed"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(cache, tmp_path):
+    config = build(cache, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
+    with pytest.raises(FloatingPointError, match=r"step \d: loss .*not applied"):
+        train.train(config, tmp_path)
+    step = checkpoints.latest_step(tmp_path)
+    if step is not None:
+        assert all(
+            np.isfinite(leaf).all() for leaf in state_of(tmp_path, step).values()
+        )
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path):
+    train.train(build(cache, train__num_steps=2), tmp_path / "first")
+    checkpoints.save_model(tmp_path / "out", checkpoints.load_model(tmp_path / "first"))
+    seen = []
+
+    def evaluate(params, step):
+        seen.append(np.asarray(params["projection_layer"]["kernel"]))
+        return {}
+
+    for start in ("first", "out"):
+        config = build(
+            cache, init__checkpoint=tmp_path / start, train__num_steps=1, seed=7
+        )
+        train.train(config, tmp_path / f"from_{start}", evaluate)
+    first = state_of(tmp_path / "first", 2)["projection_layer/kernel"]
+    np.testing.assert_array_equal(seen[0], first)
+    np.testing.assert_array_equal(seen[2], first)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(cache, tmp_path):
+    with pytest.raises(ValueError, match="no room"):
+        train.train(build(cache, model__vocab_size=64), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_any_mesh_trains_the_same(cache, tmp_path, mesh, single_device):
+    data, fsdp, tensor = mesh
+    config = build(
+        cache, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__num_steps=2
+    )
+    last = train.train(config, tmp_path)
+    expected, params = single_device
+    for name in ("loss", "grad_norm", "accuracy"):
+        assert last[name] == pytest.approx(expected[name], rel=2e-4), name
+    for name, leaf in state_of(tmp_path, 2).items():
+        np.testing.assert_allclose(leaf, params[name], atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def single_device(cache, tmp_path_factory):
+    """Two steps on one device of the eight."""
+    folder = tmp_path_factory.mktemp("single")
+    config = build(cache, mesh__data=1, train__num_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        one = jax.make_mesh(
+            (1, 1, 1),
+            train.sharding.MESH_AXES,
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+            devices=jax.devices()[:1],
+        )
+        patch.setattr(train.sharding, "build_mesh", lambda **sizes: one)
+        last = train.train(config, folder)
+    return last, state_of(folder, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_scanned_layers_train_the_same(cache, tmp_path, name):
+    results = []
+    for scan in (False, True):
+        workdir = tmp_path / str(scan)
+        config = build(
+            cache,
+            model__scan_layers=scan,
+            model__remat="dots" if scan else "none",
+            optimizer__name=name,
+            train__num_steps=3,
+        )
+        train.train(config, workdir)
+        results.append(state_of(workdir, 3))
+    for leaf in results[0]:
+        np.testing.assert_allclose(
+            results[0][leaf], results[1][leaf], atol=2e-5, err_msg=leaf
+        )
+
+
+def test_weighed_tokens_count_by_their_weight(cache):
+    config = build(cache, init__token_weights="idf")
+    batches = train.build_batches(config, text_format=text.TextFormat())
+    weights = batches.idf_weights(config.model.vocab_size)
+    assert weights.min() >= 0.05
+    assert weights.max() == 1.0
+    # "list" is in every text, and so is the end of a text.
+    (common, end) = batches.vocabulary.encode(["list"])[0][-2:]
+    assert weights[common] < 0.2
+    assert weights[end] == pytest.approx(0.05)
