@@ -4,8 +4,6 @@
 """
 
 import functools
-import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +19,6 @@ from jaxtyping import Array, Float, Key
 
 from gecko_jax import (
     checkpoints,
-    files,
     losses,
     metrics,
     model,
@@ -33,19 +30,10 @@ from gecko_jax import (
     vocabulary,
 )
 from gecko_jax import config as config_lib
+from gecko_jax import workdir as workdir_lib
 from gecko_jax.data import features, pipeline, tasks
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
-
-# Keys that may differ when a workdir is taken up again: they change neither what is
-# learned nor what a checkpoint holds.
-_FREE_ON_RESUME = (
-    "train.log_every_steps",
-    "mesh.",
-    "checkpoint.",
-    "evaluation.",
-    "data.cache_dir",
-)
 
 
 class TrainState(NamedTuple):
@@ -112,7 +100,7 @@ def train_step(
     (loss, (row_loss, terms)), grads = jax.value_and_grad(mean_loss, has_aux=True)(
         state.params
     )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, updates), opt_state)
@@ -168,7 +156,7 @@ def train(
     numerics.check()
     workdir = pathlib.Path(workdir)
     is_main = jax.process_index() == 0
-    _check_workdir(workdir, config)
+    workdir_lib.check_config(workdir, config)
     mesh = sharding.build_mesh(**config.mesh.to_dict())
 
     # Data, and the model's own files, which no step changes.
@@ -181,7 +169,7 @@ def train(
     _check_vocabulary(batches.vocabulary, config, start)
     encoder_config = config_lib.encoder_config(config)
     if is_main:
-        _write_model_files(workdir, config, encoder_config, batches, start)
+        workdir_lib.write_model(workdir, config, encoder_config, batches, start)
 
     # Model, optimizer, and where each of their arrays lives.
     encoder = model.DualEncoder(encoder_config)
@@ -203,7 +191,9 @@ def train(
     )
     first_step = checkpointer.latest_step() or 0
     if first_step:
-        _check_position(checkpointer.restore_position(first_step), batches, config)
+        workdir_lib.check_position(
+            checkpointer.restore_position(first_step), batches, config
+        )
         params, opt_state = checkpointer.restore(
             first_step,
             _with_shardings(shapes, param_shardings),
@@ -391,94 +381,6 @@ def _check_vocabulary(
             f"mean nothing; set data.vocabulary={config.init.checkpoint}/"
             f"{checkpoints.VOCABULARY} and data.extra_ids={start.extra_ids}"
         )
-
-
-def _check_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses to go on in the workdir of a run with another config."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    try:
-        before = config_lib.flatten(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not JSON (line {error.lineno}); the file is damaged, restore it "
-            "or choose another workdir"
-        ) from None
-    now = config_lib.flatten(json.loads(config_lib.to_json(config)))
-    changed = [
-        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_FREE_ON_RESUME)
-    ]
-    if changed:
-        raise ValueError(
-            f"{workdir}: made by another config; set these back, or choose another "
-            "workdir (init.checkpoint starts from this one):\n  " + "\n  ".join(changed)
-        )
-
-
-def _check_position(
-    position: Mapping[str, Any],
-    batches: pipeline.Batches,
-    config: ml_collections.ConfigDict,
-) -> None:
-    if position["mixture_hash"] != batches.mixture_hash:
-        raise ValueError(
-            f"the data has changed since the checkpoint was made (mixture "
-            f"{position['mixture_hash']}, now {batches.mixture_hash}): a resumed run "
-            "would not see the examples it should; restore the files of "
-            f"data.files={config.data.files} or data.mixture={config.data.mixture}, or "
-            "start in a new workdir"
-        )
-
-
-def _write_model_files(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    encoder_config: model.EncoderConfig,
-    batches: pipeline.Batches,
-    start: checkpoints.ModelFiles | None,
-) -> None:
-    """Writes what makes the workdir a model, before step 0."""
-    with files.write_file(workdir / "config.json") as temporary:
-        temporary.write_text(config_lib.to_json(config))
-    provenance = {
-        "config": json.loads(config_lib.to_json(config)),
-        "mixture_hash": batches.mixture_hash,
-        "tasks": {
-            task.name: {"licence": task.licence, "num_examples": size}
-            for task, size in zip(batches.tasks, batches.task_sizes, strict=True)
-        },
-        "started_from": start.revision if start else None,
-    }
-    checkpoints.write_model_json(
-        workdir,
-        checkpoints.ModelFiles(
-            params={},
-            encoder_config=encoder_config,
-            text_format=batches.text_format,
-            vocabulary_proto=batches.vocabulary.model_proto,
-            extra_ids=batches.vocabulary.extra_ids,
-            mrl_dims=tuple(config.loss.mrl_dims),
-            query_length=config.data.query_length,
-            passage_length=config.data.passage_length,
-            step=0,
-            revision=_revision(provenance),
-            provenance=provenance,
-        ),
-    )
-
-
-def _revision(provenance: Mapping[str, Any]) -> str:
-    """Names the run by all that decides its parameters."""
-    facts = {
-        key: value
-        for key, value in config_lib.flatten(provenance).items()
-        if not key.removeprefix("config.").startswith(_FREE_ON_RESUME)
-    }
-    encoded = json.dumps(facts, sort_keys=True, default=list).encode()
-    return hashlib.sha256(encoded).hexdigest()[:12]
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -74,7 +74,7 @@ def test_all_faults_are_told_at_once():
     config.data.bach_size = 3
     del config.loss.temperature
     config.model.dropout_rate = 1.5
-    config.train.num_steps = "many"
+    config.train = {**config.train.to_dict(), "num_steps": "many"}
     with pytest.raises(ValueError, match="the config has faults") as error:
         config_lib.check(config)
     message = str(error.value)

@@ -35,6 +35,7 @@ FLOORS = {
     "optimizer": 2,
     "train": 2,
     "vectors": 2,
+    "workdir": 2,
     "evaluation": 3,
     "__main__": 4,
     "cli": 4,

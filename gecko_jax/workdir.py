@@ -1,0 +1,126 @@
+"""A training workdir as a run finds it and as it begins it.
+
+The files are listed in `checkpoints`; here is what decides whether a run may go on in
+a workdir, and what makes the workdir a model before its first step.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from gecko_jax import checkpoints, files, model
+from gecko_jax import config as config_lib
+from gecko_jax.data import pipeline
+
+CONFIG = "config.json"
+
+# Keys that may differ when a workdir is taken up again: they change neither what is
+# learned nor what a checkpoint holds.
+_FREE_ON_RESUME = (
+    "train.log_every_steps",
+    "mesh.",
+    "checkpoint.",
+    "evaluation.",
+    "data.cache_dir",
+)
+
+
+def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses to go on in the workdir of a run with another config.
+
+    Raises:
+        ValueError: Names every key that differs, with both values.
+    """
+    path = workdir / CONFIG
+    if not path.exists():
+        return
+    try:
+        before = config_lib.flatten(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not JSON (line {error.lineno}); the file is damaged, restore it "
+            "or choose another workdir"
+        ) from None
+    now = config_lib.flatten(json.loads(config_lib.to_json(config)))
+    changed = [
+        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_FREE_ON_RESUME)
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir}: made by another config; set these back, or choose another "
+            "workdir (init.checkpoint starts from this one):\n  " + "\n  ".join(changed)
+        )
+
+
+def check_position(
+    position: Mapping[str, Any],
+    batches: pipeline.Batches,
+    config: ml_collections.ConfigDict,
+) -> None:
+    """Refuses to go on when the data is not what the checkpoint was trained on.
+
+    Raises:
+        ValueError: Names both hashes of the data.
+    """
+    if position["mixture_hash"] != batches.mixture_hash:
+        raise ValueError(
+            f"the data has changed since the checkpoint was made (mixture "
+            f"{position['mixture_hash']}, now {batches.mixture_hash}): a resumed run "
+            "would not see the examples it should; restore the files of "
+            f"data.files={config.data.files} or data.mixture={config.data.mixture}, or "
+            "start in a new workdir"
+        )
+
+
+def write_model(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    encoder_config: model.EncoderConfig,
+    batches: pipeline.Batches,
+    start: checkpoints.ModelFiles | None,
+) -> None:
+    """Writes what makes the workdir a model, before step 0."""
+    with files.write_file(workdir / CONFIG) as temporary:
+        temporary.write_text(config_lib.to_json(config))
+    provenance = {
+        "config": json.loads(config_lib.to_json(config)),
+        "mixture_hash": batches.mixture_hash,
+        "tasks": {
+            task.name: {"licence": task.licence, "num_examples": size}
+            for task, size in zip(batches.tasks, batches.task_sizes, strict=True)
+        },
+        "started_from": start.revision if start else None,
+    }
+    checkpoints.write_model_json(
+        workdir,
+        checkpoints.ModelFiles(
+            params={},
+            encoder_config=encoder_config,
+            text_format=batches.text_format,
+            vocabulary_proto=batches.vocabulary.model_proto,
+            extra_ids=batches.vocabulary.extra_ids,
+            mrl_dims=tuple(config.loss.mrl_dims),
+            query_length=config.data.query_length,
+            passage_length=config.data.passage_length,
+            step=0,
+            revision=_revision(provenance),
+            provenance=provenance,
+        ),
+    )
+
+
+def _revision(provenance: Mapping[str, Any]) -> str:
+    """Names the run by all that decides its parameters."""
+    facts = {
+        key: value
+        for key, value in config_lib.flatten(provenance).items()
+        if not key.removeprefix("config.").startswith(_FREE_ON_RESUME)
+    }
+    encoded = json.dumps(facts, sort_keys=True, default=list).encode()
+    return hashlib.sha256(encoded).hexdigest()[:12]
