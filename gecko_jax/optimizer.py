@@ -5,6 +5,7 @@ linear decay.
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -21,16 +22,17 @@ def build_schedule(
         num_steps: Steps of the run.
     """
     decay_steps = max(num_steps - warmup_steps, 1)
+    timescale = max(warmup_steps, 1)
+
+    def rsqrt(step):
+        # `join_schedules` asks every schedule at every step, so also before its own 0.
+        return learning_rate * (timescale / (jnp.maximum(step, 0) + timescale)) ** 0.5
+
     decays = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "linear": lambda: optax.linear_schedule(learning_rate, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),
-        "rsqrt": lambda: (
-            lambda step: (
-                learning_rate
-                * (max(warmup_steps, 1) / (step + max(warmup_steps, 1))) ** 0.5
-            )
-        ),
+        "rsqrt": lambda: rsqrt,
     }
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     if warmup_steps == 0:

@@ -1,0 +1,81 @@
+"""Training metrics: means, speeds, and files that survive a kill."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gecko_jax import metrics
+
+
+def step(loss, sums, counts):
+    return {
+        "loss": np.float32(loss),
+        "task_loss_sum": np.array(sums, np.float32),
+        "task_count": np.array(counts, np.float32),
+    }
+
+
+def batch(tokens, slots, examples):
+    segments = np.zeros((1, slots), np.int32)
+    segments[0, :tokens] = 1
+    return {
+        "example_mask": np.arange(4) < examples,
+        "query_segment_ids": segments,
+        "passage_segment_ids": segments,
+    }
+
+
+def test_a_window_has_means_over_steps_and_over_examples_of_a_task():
+    window = metrics.Window(("a", "b", "unseen"))
+    window.count(batch(tokens=6, slots=8, examples=4))
+    window.count(batch(tokens=2, slots=8, examples=2))
+    window.add(step(2.0, [6.0, 0.0, 0.0], [3, 0, 0]))
+    window.add(step(4.0, [0.0, 8.0, 0.0], [0, 1, 0]))
+    means = window.means()
+    assert means["loss"] == 3.0
+    assert means["loss/a"] == 2.0
+    assert means["loss/b"] == 8.0
+    assert "loss/unseen" not in means
+    assert means["padding_share"] == 0.5
+    speed = means["tokens_per_second"] / means["examples_per_second"]
+    assert speed == pytest.approx(16 / 6)
+
+
+def test_a_pause_is_not_training():
+    window = metrics.Window(("a",))
+    window.count(batch(tokens=8, slots=8, examples=4))
+    window.add(step(1.0, [1.0], [1]))
+    window.pause(-1000.0)
+    assert window.means()["examples_per_second"] == pytest.approx(4 / 1000, rel=0.01)
+
+
+def test_lines_after_the_restored_step_are_forgotten(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    for number in range(1, 5):
+        writer.write(number, {"loss": 1.0 / number})
+    writer.close()
+    with (tmp_path / metrics.METRICS).open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    writer = metrics.Writer(tmp_path, 2)
+    writer.write(3, {"loss": 9.0})
+    writer.close()
+    lines = metrics.read(tmp_path / metrics.METRICS)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1] == {"step": 3, "loss": 9.0}
+    assert [json.loads(line) for line in (tmp_path / metrics.METRICS).open()] == lines
+
+
+def test_tensorboard_holds_the_same(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.write(7, {"loss": 0.5})
+    writer.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+def test_other_processes_write_nothing(tmp_path):
+    writer = metrics.Writer(tmp_path, 0, enabled=False)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert not list(tmp_path.iterdir())

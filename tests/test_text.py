@@ -1,0 +1,72 @@
+"""The encoding format: what the encoder reads."""
+
+import unicodedata
+
+import pytest
+
+from gecko_jax import text
+
+FORMAT = text.TextFormat(
+    task_descriptions={"docs": "search result"}, symmetric_tasks=("sts",)
+)
+
+
+def test_queries_and_passages_are_written_as_documented():
+    assert FORMAT.format_query("arrays", "docs") == (
+        "task: search result | query: arrays"
+    )
+    assert FORMAT.format_query("arrays", "any words") == (
+        "task: any words | query: arrays"
+    )
+    assert FORMAT.format_passage("one two", "Title") == "title: Title | text: one two"
+    for nothing in (None, "", " \n"):
+        assert FORMAT.format_passage("one", nothing) == "title: none | text: one"
+
+
+def test_fields_inside_fields_are_left_alone():
+    assert FORMAT.format_passage("body", "{text}") == "title: {text} | text: body"
+    assert FORMAT.format_query("{task_description}", "docs").endswith(
+        "query: {task_description}"
+    )
+
+
+def test_whitespace_and_composition_do_not_count():
+    composed = unicodedata.normalize("NFC", "é")
+    assert text.clean(" e\u0301 \n\t x ") == f"{composed} x"
+    assert text.content_id("e\u0301 x") == text.content_id(f"  {composed}\nx")
+
+
+def test_the_title_is_part_of_a_passage():
+    alone = text.content_id("one")
+    assert text.content_id("one", " ") == alone
+    assert text.content_id("one", "title") != alone
+    assert text.content_id("one", "title") != text.content_id(["title", "one"][0])
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "\n\t\u00a0"])
+def test_an_empty_text_is_refused(empty):
+    with pytest.raises(ValueError, match=r"is empty.*remove it or fill it in"):
+        FORMAT.format_query(empty, "docs")
+
+
+def test_a_text_too_long_is_refused():
+    with pytest.raises(ValueError, match=r"200,001 characters.*split it"):
+        text.clean("x" * 200_001)
+    assert text.clean("x" * 200_000)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"query": "{text}"},
+        {"query": "{task_description} {text} {text}"},
+        {"passage": "{title} {text} {url}"},
+    ],
+)
+def test_a_template_must_hold_each_field_once(fields):
+    with pytest.raises(ValueError, match=r"must hold .* each\s+once"):
+        text.TextFormat(**fields)
+
+
+def test_a_format_survives_json():
+    assert text.TextFormat.from_dict(FORMAT.to_dict()) == FORMAT
