@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, flags, text, train
+from gecko_jax import checkpoints, flags, sharding, text, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -15,6 +15,7 @@ TINY = {
     "data.query_length": 16,
     "data.passage_length": 32,
     "data.num_negatives": 1,
+    "model.num_layers": 1,
     "model.model_dim": 32,
     "model.num_heads": 2,
     "model.head_dim": 8,
@@ -74,6 +75,17 @@ def metrics_of(workdir):
     ]
 
 
+def use_one_device(patch):
+    """A mesh of one device of the eight: what a laptop has, and quick to compile."""
+    mesh = jax.make_mesh(
+        (1, 1, 1),
+        sharding.MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:1],
+    )
+    patch.setattr(sharding, "build_mesh", lambda **sizes: mesh)
+
+
 class Killed(Exception):
     pass
 
@@ -89,7 +101,8 @@ def kill_at(step):
     return evaluate
 
 
-def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
     config = build(cache)
     train.train(config, tmp_path / "whole", kill_at(-1))
     with pytest.raises(Killed):
@@ -115,7 +128,8 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_changed_data_is_refused(cache, tmp_path):
+def test_changed_data_is_refused(cache, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
     source = tmp_path / "pairs.jsonl"
     source.write_text((cache / "pairs.jsonl").read_text())
     config = build(cache, data__files=f"('{source}',)")
@@ -126,7 +140,10 @@ def test_changed_data_is_refused(cache, tmp_path):
         train.train(config, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(cache, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(
+    cache, tmp_path, monkeypatch
+):
+    use_one_device(monkeypatch)
     config = build(cache, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
     with pytest.raises(FloatingPointError, match=r"step \d: loss .*not applied"):
         train.train(config, tmp_path)
@@ -138,7 +155,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(cache, tmp_p
 
 
 @pytest.mark.slow
-def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path):
+def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
     train.train(build(cache, train__num_steps=2), tmp_path / "first")
     checkpoints.save_model(tmp_path / "out", checkpoints.load_model(tmp_path / "first"))
     seen = []
@@ -181,27 +199,22 @@ def test_any_mesh_trains_the_same(cache, tmp_path, mesh, single_device):
 def single_device(cache, tmp_path_factory):
     """Two steps on one device of the eight."""
     folder = tmp_path_factory.mktemp("single")
-    config = build(cache, mesh__data=1, train__num_steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        one = jax.make_mesh(
-            (1, 1, 1),
-            train.sharding.MESH_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
-            devices=jax.devices()[:1],
-        )
-        patch.setattr(train.sharding, "build_mesh", lambda **sizes: one)
-        last = train.train(config, folder)
+        use_one_device(patch)
+        last = train.train(build(cache, train__num_steps=2), folder)
     return last, state_of(folder, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_scanned_layers_train_the_same(cache, tmp_path, name):
+def test_scanned_layers_train_the_same(cache, tmp_path, monkeypatch, name):
+    use_one_device(monkeypatch)
     results = []
     for scan in (False, True):
         workdir = tmp_path / str(scan)
         config = build(
             cache,
+            model__num_layers=2,
             model__scan_layers=scan,
             model__remat="dots" if scan else "none",
             optimizer__name=name,
