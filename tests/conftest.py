@@ -1,6 +1,9 @@
 """What every test runs under: 8 CPU devices, strict shapes, right numbers."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # TensorFlow's C++ notes would drown pytest's own output.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -15,6 +18,10 @@ jaxtyping.install_import_hook("gecko_jax", "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests that train twice compile once. The cache is new for each session.
+_COMPILED = tempfile.mkdtemp(prefix="gecko_jax_compiled_")
+atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _COMPILED)
 
 # Importing the package sets XLA's flag for right numbers on CPU.
 from gecko_jax import numerics  # noqa: E402
