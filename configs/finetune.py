@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch
     config.init.token_weights = "none"  # "idf" is for a start from scratch
+    config.init.align_steps = 0  # for a start from scratch too
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 0.01  # GTR
@@ -99,7 +100,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.model.remat = "none"
         config.loss.temperature = 0.05
         config.loss.mrl_dims = (64, 128, 256)
-        config.loss.mrl_weights = (1.0, 2.0, 1.0)  # 128 dims learn slowest
+        config.loss.mrl_weights = (1.0, 1.0, 1.0)
         config.loss.mask_duplicates = True
         config.optimizer.name = "adamw"
         config.optimizer.learning_rate = 3e-4

@@ -124,6 +124,7 @@ SCHEMA: dict[str, Rule] = {
     "model.l2_epsilon": _ABOVE_ZERO,
     "init.checkpoint": _TEXT,
     "init.token_weights": _one_of("none", "idf"),
+    "init.align_steps": _COUNT,
     "loss.temperature": _ABOVE_ZERO,
     "loss.mrl_dims": Rule(
         tuple,
@@ -224,6 +225,11 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"init.token_weights={flat['init.token_weights']!r}: weighs fresh token "
             "embeddings, and init.checkpoint brings its own; set it to none"
+        )
+    if flat["init.checkpoint"] and flat["init.align_steps"]:
+        faults.append(
+            f"init.align_steps={flat['init.align_steps']}: turns a fresh projection, "
+            "and init.checkpoint brings its own; set it to 0"
         )
     if flat["loss.all_hard_negatives"] and not flat["data.num_negatives"]:
         faults.append(

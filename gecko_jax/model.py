@@ -7,6 +7,7 @@ Queries and passages go through the same parameters; only their text differs
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -203,6 +204,57 @@ def weight_tokens(
         "token_embedder": {"embedding": vectors * width**0.5},
         "projection_layer": {"kernel": jnp.where(is_closed[:, None], 0.0, kernel)},
     }
+
+
+def embed_texts(
+    encoder: "DualEncoder",
+    params: Any,
+    batch: Mapping[str, Array],
+    side: str,
+    *,
+    num_segments: int,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "T D"]:
+    """Embeds the texts of one side of a batch, before normalization.
+
+    Args:
+        encoder: The model.
+        params: Its parameters.
+        batch: Model features, see `gecko_jax.data.features`.
+        side: "query" or "passage".
+        num_segments: Texts a row may hold.
+        dropout_key: Randomness of dropout; None for none.
+    """
+    rows: Any = encoder.apply(
+        {"params": params},
+        batch[f"{side}_tokens"],
+        batch[f"{side}_segment_ids"],
+        num_segments=num_segments,
+        dropout_key=dropout_key,
+    )
+    return gather_texts(rows, batch[f"{side}_index"])
+
+
+def align_projection(
+    params: dict[str, Any], covariance: Float[Array, "D D"]
+) -> dict[str, Any]:
+    """Turns the projection so that its first dims hold what pairs share the most.
+
+    A turn of all dims changes no similarity at full width. But every MRL prefix of a
+    random projection is a random part of the embedding; after this turn a prefix
+    holds the directions along which queries and their positives vary together.
+
+    Args:
+        params: Parameters whose projection gave the embeddings.
+        covariance: Of query embeddings (rows) with their positives (columns).
+
+    Returns:
+        The parameters with another projection.
+    """
+    # The skew part of a covariance adds nothing to q^T C q for any direction q.
+    _, directions = jnp.linalg.eigh(covariance + covariance.T)
+    kernel = params["projection_layer"]["kernel"]
+    return params | {"projection_layer": {"kernel": kernel @ directions[:, ::-1]}}
 
 
 def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:

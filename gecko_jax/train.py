@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from gecko_jax import (
     checkpoints,
+    initialization,
     losses,
     metrics,
     model,
@@ -31,7 +32,7 @@ from gecko_jax import (
 )
 from gecko_jax import config as config_lib
 from gecko_jax import workdir as workdir_lib
-from gecko_jax.data import features, pipeline, tasks
+from gecko_jax.data import pipeline, tasks
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
 
@@ -79,14 +80,10 @@ def train_step(
     count = jnp.maximum(jnp.sum(mask), 1.0)
 
     def embed(params: Any, side: str) -> Float[Array, "T D"]:
-        rows: Any = encoder.apply(
-            {"params": params},
-            batch[f"{side}_tokens"],
-            batch[f"{side}_segment_ids"],
-            num_segments=num_segments,
-            dropout_key=keys[side] if encoder.config.dropout_rate else None,
+        key = keys[side] if encoder.config.dropout_rate else None
+        return model.embed_texts(
+            encoder, params, batch, side, num_segments=num_segments, dropout_key=key
         )
-        return model.gather_texts(rows, batch[f"{side}_index"])
 
     def mean_loss(params: Any) -> tuple[Array, Any]:
         queries, passages = embed(params, "query"), embed(params, "passage")
@@ -160,13 +157,13 @@ def train(
     mesh = sharding.build_mesh(**config.mesh.to_dict())
 
     # Data, and the model's own files, which no step changes.
-    start = _load_start(config)
+    start = initialization.load_start(config)
     batches = build_batches(
         config,
         text_format=start.text_format if start else text.TextFormat(),
         row_multiple=sharding.num_batch_shards(mesh),
     )
-    _check_vocabulary(batches.vocabulary, config, start)
+    initialization.check_vocabulary(batches.vocabulary, config, start)
     encoder_config = config_lib.encoder_config(config)
     if is_main:
         workdir_lib.write_model(workdir, config, encoder_config, batches, start)
@@ -205,11 +202,8 @@ def train(
         opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
         logging.info("starting from %s", config.init.checkpoint)
     else:
-        weighs = config.init.token_weights == "idf"
-        weights = batches.idf_weights(encoder_config.vocab_size) if weighs else None
-        init = functools.partial(_init_params, encoder_config, weights)
-        params = jax.jit(init, out_shardings=param_shardings)(
-            jax.random.fold_in(key, 0)
+        params = initialization.init_params(
+            config, encoder, batches, key, mesh, param_shardings
         )
         opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
     step_array = jax.device_put(np.int32(first_step), sharding.replicated(mesh))
@@ -221,7 +215,7 @@ def train(
             train_step,
             encoder=encoder,
             tx=tx,
-            num_segments=features.MAX_SEGMENTS if config.data.packing else 1,
+            num_segments=batches.num_segments,
             num_tasks=len(batches.task_names),
             loss_settings=config.loss.to_dict(),
         ),
@@ -294,17 +288,6 @@ def train(
     return last
 
 
-def _init_params(
-    config: model.EncoderConfig,
-    token_weights: Float[np.ndarray, " V"] | None,
-    key: Key[Array, ""],
-) -> dict[str, Any]:
-    params = model.init_params(config, key)
-    if token_weights is None:
-        return params
-    return model.weight_tokens(params, token_weights, jax.random.fold_in(key, 1))
-
-
 def build_optimizer(
     config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -347,40 +330,6 @@ def build_batches(
         row_multiple=row_multiple,
         **settings,
     )
-
-
-def _load_start(config: ml_collections.ConfigDict) -> checkpoints.ModelFiles | None:
-    """Reads `init.checkpoint`, if there is one, and checks that it fits the config."""
-    if not config.init.checkpoint:
-        return None
-    start = checkpoints.load_model(config.init.checkpoint)
-    checkpoints.check_params(
-        start.params, config_lib.encoder_config(config), source=config.init.checkpoint
-    )
-    return start
-
-
-def _check_vocabulary(
-    vocab: vocabulary.Vocabulary,
-    config: ml_collections.ConfigDict,
-    start: checkpoints.ModelFiles | None,
-) -> None:
-    if vocab.size > config.model.vocab_size:
-        raise ValueError(
-            f"data.vocabulary={config.data.vocabulary}: it has {vocab.size} ids, "
-            f"model.vocab_size={config.model.vocab_size} has no room for them; raise "
-            "model.vocab_size or train a smaller vocabulary"
-        )
-    if start is None:
-        return
-    theirs = vocabulary.Vocabulary(start.vocabulary_proto, start.extra_ids)
-    if theirs.fingerprint != vocab.fingerprint:
-        raise ValueError(
-            f"data.vocabulary={config.data.vocabulary}: not the vocabulary that "
-            f"{config.init.checkpoint} was trained with, so its token embeddings would "
-            f"mean nothing; set data.vocabulary={config.init.checkpoint}/"
-            f"{checkpoints.VOCABULARY} and data.extra_ids={start.extra_ids}"
-        )
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -93,6 +93,7 @@ def test_all_faults_are_told_at_once():
         ("optimizer.warmup_steps=1000000", "must not exceed"),
         ("mesh.fsdp=-1", "at most one"),
         ("init.token_weights=idf", "brings its own"),
+        ("init.align_steps=1", "brings its own"),
         ("optimizer.name=sgd", "must be one of adafactor, adamw"),
     ],
 )

@@ -32,6 +32,7 @@ FLOORS = {
     "data": 2,
     "embedding": 2,
     "index": 2,
+    "initialization": 2,
     "optimizer": 2,
     "train": 2,
     "vectors": 2,

@@ -420,6 +420,20 @@ def test_weighed_tokens_count_by_their_weight_in_the_projection():
     np.testing.assert_allclose(share, weights, atol=1e-5)
 
 
+def test_an_aligned_projection_keeps_similarities_and_puts_shared_dims_first():
+    params = _params(CONFIG)
+    rng = np.random.default_rng(3)
+    covariance = rng.normal(size=(8, 8)).astype(np.float32)
+    aligned = model.align_projection(params, jnp.asarray(covariance))
+    rows = _rows(_texts(9, 20), 20)
+    before, after = (_embed(CONFIG, p, *rows)[:, 0] for p in (params, aligned))
+    np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-4)
+    turn = np.linalg.lstsq(before, after, rcond=None)[0]
+    shares = np.diag(turn.T @ covariance @ turn)
+    values = np.linalg.eigvalsh((covariance + covariance.T) / 2)[::-1]
+    np.testing.assert_allclose(shares, values, atol=1e-3)
+
+
 def test_logical_axes_name_every_dimension():
     shapes, axes = model.abstract_params(CONFIG)
     jax.tree.map(

@@ -228,6 +228,25 @@ def test_scanned_layers_train_the_same(cache, tmp_path, monkeypatch, name):
         )
 
 
+@pytest.mark.slow
+def test_aligned_dims_are_better_when_cut(cache, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
+    accuracy = []
+    for steps in (0, 8):
+        config = build(
+            cache,
+            init__token_weights="idf",
+            init__align_steps=steps,
+            loss__mrl_dims="(4,16)",
+            train__num_steps=1,
+        )
+        last = train.train(config, tmp_path / str(steps))
+        accuracy.append((last["loss_4"], last["loss_16"]))
+    (plain_4, plain_16), (aligned_4, aligned_16) = accuracy
+    assert aligned_16 == pytest.approx(plain_16, rel=1e-3)
+    assert aligned_4 < plain_4
+
+
 def test_weighed_tokens_count_by_their_weight(cache):
     config = build(cache, init__token_weights="idf")
     batches = train.build_batches(config, text_format=text.TextFormat())

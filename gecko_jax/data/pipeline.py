@@ -119,6 +119,7 @@ class Batches:
                 "file that the vocabulary was loaded from"
             )
         self.vocabulary = vocabulary
+        self.num_segments = features.MAX_SEGMENTS if packing else 1
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed

@@ -1,0 +1,137 @@
+"""The parameters a run begins with: those of a checkpoint, or fresh ones.
+
+The paper starts from a pre-trained T5. A small model that starts from scratch is given
+what the data can say without training: which tokens are rare, and along which
+directions queries and positives agree.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from gecko_jax import checkpoints, model, progress, sharding, vocabulary
+from gecko_jax import config as config_lib
+from gecko_jax.data import pipeline
+
+
+def load_start(config: ml_collections.ConfigDict) -> checkpoints.ModelFiles | None:
+    """Reads `init.checkpoint`, if there is one, and checks that it fits the config.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or its sizes are not the config's.
+    """
+    if not config.init.checkpoint:
+        return None
+    start = checkpoints.load_model(config.init.checkpoint)
+    checkpoints.check_params(
+        start.params, config_lib.encoder_config(config), source=config.init.checkpoint
+    )
+    return start
+
+
+def check_vocabulary(
+    vocab: vocabulary.Vocabulary,
+    config: ml_collections.ConfigDict,
+    start: checkpoints.ModelFiles | None,
+) -> None:
+    """Refuses a vocabulary that does not fit the model or the checkpoint.
+
+    Raises:
+        ValueError: Names both, and the setting that would fit.
+    """
+    if vocab.size > config.model.vocab_size:
+        raise ValueError(
+            f"data.vocabulary={config.data.vocabulary}: it has {vocab.size} ids, "
+            f"model.vocab_size={config.model.vocab_size} has no room for them; raise "
+            "model.vocab_size or train a smaller vocabulary"
+        )
+    if start is None:
+        return
+    theirs = vocabulary.Vocabulary(start.vocabulary_proto, start.extra_ids)
+    if theirs.fingerprint != vocab.fingerprint:
+        raise ValueError(
+            f"data.vocabulary={config.data.vocabulary}: not the vocabulary that "
+            f"{config.init.checkpoint} was trained with, so its token embeddings would "
+            f"mean nothing; set data.vocabulary={config.init.checkpoint}/"
+            f"{checkpoints.VOCABULARY} and data.extra_ids={start.extra_ids}"
+        )
+
+
+def init_params(
+    config: ml_collections.ConfigDict,
+    encoder: model.DualEncoder,
+    batches: pipeline.Batches,
+    key: Key[Array, ""],
+    mesh: jax.sharding.Mesh,
+    shardings: Any,
+) -> dict[str, Any]:
+    """Returns fresh parameters on their shardings, as `config.init` asks for.
+
+    Args:
+        config: The training config.
+        encoder: The model.
+        batches: The training data: its token counts, and the pairs to align on.
+        key: Randomness of the run.
+        mesh: Where batches go.
+        shardings: Of each parameter.
+    """
+    is_weighed = config.init.token_weights == "idf"
+    weights = batches.idf_weights(encoder.config.vocab_size) if is_weighed else None
+    draw = functools.partial(_draw_params, encoder.config, weights)
+    params = jax.jit(draw, out_shardings=shardings)(jax.random.fold_in(key, 0))
+    if config.init.align_steps:
+        covariance = _pair_covariance(
+            params, encoder, batches, mesh, config.init.align_steps
+        )
+        align = jax.jit(model.align_projection, out_shardings=shardings)
+        params = align(params, covariance)
+    return params
+
+
+def _draw_params(
+    config: model.EncoderConfig,
+    token_weights: Float[np.ndarray, " V"] | None,
+    key: Key[Array, ""],
+) -> dict[str, Any]:
+    params = model.init_params(config, key)
+    if token_weights is None:
+        return params
+    return model.weight_tokens(params, token_weights, jax.random.fold_in(key, 1))
+
+
+def _pair_covariance(
+    params: Any,
+    encoder: model.DualEncoder,
+    batches: pipeline.Batches,
+    mesh: jax.sharding.Mesh,
+    num_steps: int,
+) -> Float[Array, "D D"]:
+    """Covariance of query embeddings with their positives, over the first batches."""
+
+    @jax.jit
+    def sums(params: Any, batch: Mapping[str, Array]) -> tuple[Array, ...]:
+        mask = batch["example_mask"].astype(jnp.float32)[:, None]
+
+        def embed(side: str) -> Array:
+            texts = model.embed_texts(
+                encoder, params, batch, side, num_segments=batches.num_segments
+            )
+            return model.normalize(texts[: len(mask)]).astype(jnp.float32) * mask
+
+        queries, positives = embed("query"), embed("passage")
+        return queries.T @ positives, queries.sum(0), positives.sum(0), mask.sum()
+
+    total: Any = None
+    for batch in progress.track(
+        batches.iterate(0, num_steps), "Aligning dims", num_steps
+    ):
+        found = sums(params, sharding.place_batch(batch, mesh))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    products, queries, positives, count = total
+    return products / count - jnp.outer(queries / count, positives / count)
