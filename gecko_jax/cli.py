@@ -70,8 +70,8 @@ query and that are not its positive. The result is a file of triples to fine-tun
 example:
   gecko data prepare pairs.jsonl --output=triples.jsonl --negatives=1
 
-Each line of the input is an object with `query` and `positive` (or `passage`), and
-maybe `task`, `title` and `id`s."""
+Each line of the input is an object with `task`, `query` and `positive` (or `passage`),
+and maybe `title` and ids."""
 
 _EVALUATE = """\
 Judges a model at every dimension it was trained for, beside BM25 and bags of words

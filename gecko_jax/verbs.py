@@ -179,6 +179,9 @@ def search(options: argparse.Namespace) -> None:
     if options.queries:
         answer(options.queries)
     else:
+        # Compiled before the first question, whose answer then takes no longer.
+        for text in ("short", "long " * model.files.query_length):
+            model.encode_queries([text], dim=loaded.dim)
         _answer_lines(answer)
 
 
