@@ -62,7 +62,7 @@ _DEV = [
 _TORCH = [
     "torch>=2.9",
     "transformers>=5.0",
-    "sentence-transformers>=5.2",
+    "sentence-transformers>=6.2",
 ]
 
 setuptools.setup(

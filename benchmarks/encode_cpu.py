@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 
+import side_by_side
+
 import gecko_jax
-from benchmarks import side_by_side
 
 TEXTS = 1024  # of a round
 LENGTH = 128  # tokens
@@ -62,13 +63,14 @@ def gecko() -> None:
 
 def sbert() -> None:
     """Serves rounds of `SentenceTransformer.encode`."""
-    from benchmarks import sbert
+    import sbert as baseline
+
     from gecko_jax import model, text
     from gecko_jax.data import tasks
 
     config = model.EncoderConfig(**model.PRESETS["mini"])
     with tempfile.TemporaryDirectory() as folder:
-        built = sbert.build(config, tasks.QUICKSTART_VOCABULARY, LENGTH, folder)
+        built = baseline.build(config, tasks.QUICKSTART_VOCABULARY, LENGTH, folder)
     text_format = text.TextFormat()
     texts = [text_format.format_passage(passage) for passage in passages()]
 

@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 
+import side_by_side
+
 import gecko_jax
-from benchmarks import side_by_side
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 4  # of a round
@@ -32,7 +33,6 @@ def gecko() -> None:
 
     from gecko_jax import config as config_lib
     from gecko_jax import flags, model, sharding, text, train
-    from gecko_jax.data import features
 
     config = flags.load(str(ROOT / "configs/prefinetune.py") + ":local")
     batches = train.build_batches(config, text_format=text.TextFormat())
@@ -46,7 +46,7 @@ def gecko() -> None:
             train.train_step,
             encoder=model.DualEncoder(encoder_config),
             tx=tx,
-            num_segments=features.MAX_SEGMENTS if config.data.packing else 1,
+            num_segments=batches.num_segments,
             num_tasks=len(batches.task_names),
             loss_settings=config.loss.to_dict(),
         ),
@@ -71,17 +71,17 @@ def gecko() -> None:
 
 def sbert() -> None:
     """Serves rounds of a plain training loop, which costs less than their Trainer."""
+    import sbert as baseline
     import torch
-    from sentence_transformers import losses
+    from sentence_transformers.sentence_transformer import losses
 
-    from benchmarks import sbert
     from gecko_jax import config as config_lib
     from gecko_jax import flags, text
     from gecko_jax.data import tasks
 
     config = flags.load(str(ROOT / "configs/prefinetune.py") + ":local")
     with tempfile.TemporaryDirectory() as folder:
-        built = sbert.build(
+        built = baseline.build(
             config_lib.encoder_config(config),
             tasks.QUICKSTART_VOCABULARY,
             config.data.passage_length,
@@ -114,9 +114,9 @@ def sbert() -> None:
         for _ in range(STEPS):
             batch = list(itertools.islice(pairs, config.data.batch_size))
             built.max_seq_length = config.data.query_length
-            queries = built.tokenize([query for query, _ in batch])
+            queries = built.preprocess([query for query, _ in batch])
             built.max_seq_length = config.data.passage_length
-            passages = built.tokenize([passage for _, passage in batch])
+            passages = built.preprocess([passage for _, passage in batch])
             loss([queries, passages], None).backward()
             torch.nn.utils.clip_grad_norm_(built.parameters(), 1.0)
             optimizer.step()
