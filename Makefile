@@ -55,7 +55,7 @@ demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, sear
 	@echo "  demo/index        the index: $(GECKO) search --model=demo/finetune --index=demo/index"
 
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, under two minutes
+test: $(VENV)/.test ## the fast tests, about five minutes on 2 cores
 	$(BIN)/python -m pytest -q
 
 .PHONY: test-slow

@@ -8,7 +8,7 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
-on a laptop CPU in about three minutes. `gecko data prepare` mines the hard negatives.
+on a laptop CPU in two to three minutes. `gecko data prepare` mines the hard negatives.
 The paper gives no hyperparameters: numbers without a source are ours.
 """
 
