@@ -48,8 +48,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch
-    config.init.token_weights = "none"  # "idf" is for a start from scratch
-    config.init.align_steps = 0  # for a start from scratch too
+    config.init.token_weights = "none"  # from scratch: "idf", rare tokens count more
+    config.init.align_steps = 0  # from scratch: batches whose pairs order the dims
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 0.01  # GTR

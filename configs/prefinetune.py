@@ -47,8 +47,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch
-    config.init.token_weights = "idf"  # rare tokens count more at first; or "none"
-    config.init.align_steps = 32  # batches whose pairs order the dims; 0 for none
+    config.init.token_weights = "none"  # from scratch: "idf", rare tokens count more
+    config.init.align_steps = 0  # from scratch: batches whose pairs order the dims
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 0.01  # GTR
@@ -91,6 +91,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
 
     if arg.local:
+        config.init.token_weights = "idf"
         config.init.align_steps = 60  # one epoch
         config.data.query_length = 32
         config.data.passage_length = 128
