@@ -6,7 +6,7 @@ r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
-on the bundled corpus on a laptop CPU in about four minutes. The sizes want an
+on the bundled corpus on a laptop CPU in about six minutes. The sizes want an
 accelerator and their own data. The paper gives no hyperparameters: numbers without a
 source are ours.
 """

@@ -40,7 +40,6 @@ def test_the_title_is_part_of_a_passage():
     alone = text.content_id("one")
     assert text.content_id("one", " ") == alone
     assert text.content_id("one", "title") != alone
-    assert text.content_id("one", "title") != text.content_id(["title", "one"][0])
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "\n\t\u00a0"])
