@@ -117,6 +117,7 @@ SCHEMA: dict[str, Rule] = {
     ),
     "model.relpos_max_distance": _POSITIVE,
     "model.embedding_dim": _POSITIVE,
+    "model.projection": _SWITCH,
     "model.dropout_rate": _SHARE,
     "model.dtype": _one_of(*layers.DTYPES),
     "model.scan_layers": _SWITCH,
@@ -207,6 +208,18 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
             f"loss.mrl_dims={dims}: no dim may exceed model.embedding_dim={width}; "
             f"drop {dims[-1]} or widen the projection"
         )
+    if not flat["model.projection"] and width != flat["model.model_dim"]:
+        faults.append(
+            f"model.embedding_dim={width}: without a projection it must be "
+            f"model.model_dim={flat['model.model_dim']}; set it so, or set "
+            "model.projection=True"
+        )
+    if not flat["model.projection"]:
+        faults += [
+            f"{key}={flat[key]!r}: needs model.projection=True"
+            for key, none in (("init.token_weights", "none"), ("init.align_steps", 0))
+            if flat[key] != none
+        ]
     if len(weights) != len(dims):
         faults.append(
             f"loss.mrl_weights={weights}: needs one weight for each of "

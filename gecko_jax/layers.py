@@ -57,6 +57,8 @@ class EncoderConfig:
         relpos_num_buckets: Buckets of the relative bias, both directions together.
         relpos_max_distance: Distances from here on share a bucket, in tokens.
         embedding_dim: Width D of the embedding.
+        projection: Whether a matrix takes the pooled width M to D; without one, D is M
+            (a plain T5 encoder, or a Sentence-T5 without its dense layer).
         dropout_rate: Share of activations dropped in training.
         dtype: Activations: "float32" or "bfloat16". Parameters, norms, softmax,
             pooling and similarities are float32 always.
@@ -77,6 +79,7 @@ class EncoderConfig:
     relpos_num_buckets: int = 32
     relpos_max_distance: int = 128
     embedding_dim: int = 768
+    projection: bool = True
     dropout_rate: float = 0.0
     dtype: str = "float32"
     scan_layers: bool = False
@@ -86,6 +89,11 @@ class EncoderConfig:
     def __post_init__(self):
         # JSON and ml_collections hand over lists; a hashable config is needed.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        if not self.projection and self.embedding_dim != self.model_dim:
+            raise ValueError(
+                f"embedding_dim={self.embedding_dim} without a projection: it must be "
+                f"model_dim={self.model_dim}; set it so, or set projection=True"
+            )
 
 
 def dropout(

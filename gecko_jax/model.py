@@ -53,13 +53,14 @@ class DualEncoder(nn.Module):
         config = self.config
         self.token_embedder = _TokenEmbedder(config)
         self.encoder = layers.Encoder(config)
-        self.projection_layer = layers.Dense(
-            config.embedding_dim,
-            ("embed", "affinity"),
-            # Keeps the cosines of what it projects.
-            nn.initializers.orthogonal(),
-            jnp.dtype(jnp.float32),
-        )
+        if config.projection:
+            self.projection_layer = layers.Dense(
+                config.embedding_dim,
+                ("embed", "affinity"),
+                # Keeps the cosines of what it projects.
+                nn.initializers.orthogonal(),
+                jnp.dtype(jnp.float32),
+            )
 
     def hidden_states(
         self,
@@ -92,7 +93,7 @@ class DualEncoder(nn.Module):
         """
         hidden = self.hidden_states(tokens, segment_ids, dropout_key=dropout_key)
         pooled = mean_pool(hidden, segment_ids, num_segments)
-        return self.projection_layer(pooled)
+        return self.projection_layer(pooled) if self.config.projection else pooled
 
 
 class _TokenEmbedder(nn.Module):

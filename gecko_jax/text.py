@@ -30,8 +30,9 @@ class TextFormat:
     """How texts are written before they are tokenized.
 
     Attributes:
-        query: Template of a query, with `{task_description}` and `{text}`.
-        passage: Template of a passage, with `{title}` and `{text}`.
+        query: Template of a query, with `{text}` and maybe `{task_description}`.
+        passage: Template of a passage, with `{text}` and maybe `{title}`; where it has
+            no title, a title is written before the text (BEIR's convention).
         no_title: Stands for a title that is missing (EmbeddingGemma's convention).
         task_descriptions: Task name -> the paper's natural-language *t*.
         symmetric_tasks: Tasks whose passages are written in the query form.
@@ -44,14 +45,15 @@ class TextFormat:
     symmetric_tasks: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for template, fields in (
-            (self.query, ("{task_description}", "{text}")),
-            (self.passage, ("{title}", "{text}")),
+        for template, field in (
+            (self.query, "{task_description}"),
+            (self.passage, "{title}"),
         ):
-            if sorted(re.findall(r"\{\w+\}", template)) != sorted(fields):
+            found = sorted(re.findall(r"\{\w+\}", template))
+            if found not in (["{text}"], sorted(["{text}", field])):
                 raise ValueError(
-                    f"text format {template!r}: must hold {' and '.join(fields)}, each "
-                    "once, and no other field"
+                    f"text format {template!r}: must hold {{text}} once, {field} at "
+                    "most once, and no other field"
                 )
 
     def describe(self, task: str) -> str:
@@ -76,8 +78,12 @@ class TextFormat:
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank stands for no title."""
-        title = clean(title) if title and title.strip() else self.no_title
-        return _fill(self.passage, title=title, text=clean(text))
+        text = clean(text)
+        has_title = bool(title and title.strip())
+        title = clean(title) if title and has_title else self.no_title
+        if has_title and "{title}" not in self.passage:
+            text = f"{title} {text}"
+        return _fill(self.passage, title=title, text=text)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""

@@ -28,6 +28,7 @@ FLOORS = {
     "text": 0,
     "vocabulary": 0,
     "checkpoints": 1,
+    "convert": 1,
     "sharding": 1,
     "data": 2,
     "embedding": 2,

@@ -57,14 +57,22 @@ def test_a_text_too_long_is_refused():
 @pytest.mark.parametrize(
     "fields",
     [
-        {"query": "{text}"},
+        {"query": "{title} {text}"},
+        {"query": "no field"},
         {"query": "{task_description} {text} {text}"},
         {"passage": "{title} {text} {url}"},
     ],
 )
-def test_a_template_must_hold_each_field_once(fields):
-    with pytest.raises(ValueError, match=r"must hold .* each\s+once"):
+def test_a_template_must_hold_the_text_once_and_no_foreign_field(fields):
+    with pytest.raises(ValueError, match=r"must hold {text} once, .* at\s+most once"):
         text.TextFormat(**fields)
+
+
+def test_a_format_without_a_title_field_writes_the_title_before_the_text():
+    plain = text.TextFormat(query="{text}", passage="{text}")
+    assert plain.format_query("arrays", "docs") == "arrays"
+    assert plain.format_passage("one two", "Title") == "Title one two"
+    assert plain.format_passage("one two") == "one two"
 
 
 def test_a_format_survives_json():
