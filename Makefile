@@ -44,9 +44,9 @@ demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, sear
 	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune --output=demo/embeddings
 	$(GECKO) index demo/embeddings --output=demo/index
 	$(GECKO) search --model=demo/finetune --index=demo/index \
-		"how do I store a list of values in a table column" \
-		"shortest path between two nodes of a graph" \
-		"a small brown bird"
+		"which privileges does a role need" \
+		"how are modules found on import" \
+		"large wading bird"
 	@echo
 	@echo "All of it lies in demo/:"
 	@echo "  demo/finetune     the model: gecko_jax.load(\"demo/finetune\");"
