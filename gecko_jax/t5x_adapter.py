@@ -1,0 +1,226 @@
+"""The dual encoder as a `t5x.models.BaseModel`, so that t5x's own trainer drives it.
+
+In a gin file of t5x:
+
+    from gecko_jax import t5x_adapter
+    MODEL = @t5x_adapter.build_model()
+    t5x_adapter.build_model:
+        config = @model.EncoderConfig()
+        optimizer_def = @optimizers.Adafactor()
+        num_negatives = 1
+        mrl_dims = (256, 768)
+        mrl_weights = (1.0, 1.0)
+        temperature = 0.01
+        same_tower = True
+    partitioning.PjitPartitioner.logical_axis_rules =
+        @partitioning.standard_logical_axis_rules()
+    partitioning.standard_logical_axis_rules.additional_rules =
+        %t5x_adapter.LOGICAL_AXIS_RULES
+
+The parameters have T5X's names already, so checkpoints of either trainer load into the
+other's model (`gecko import`, `gecko export --to t5x`). t5x comes from its repository
+(`requirements-t5x.txt`): the name on PyPI is an empty package.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import core as flax_core
+from flax.linen import partitioning
+from jaxtyping import Array, Float, Int
+
+from gecko_jax import checkpoints, losses, model
+from gecko_jax.data import t5x_features
+
+# Beside t5x's standard rules: the width of the projection, as in t5x_retrieval.
+LOGICAL_AXIS_RULES = (("affinity", None),)
+
+
+def build_model(
+    config: model.EncoderConfig,
+    optimizer_def: Any,
+    *,
+    num_negatives: int = 0,
+    mrl_dims: tuple[int, ...],
+    mrl_weights: tuple[float, ...],
+    temperature: float,
+    **switches: bool,
+) -> Any:
+    """Returns a `t5x.models.BaseModel`.
+
+    The batch is what `data.t5x_features` makes of a seqio task. t5x's microbatches
+    would leave each microbatch its own in-batch negatives only: keep
+    `num_microbatches` at None.
+
+    Args:
+        config: Sizes and settings of the encoder.
+        optimizer_def: One of `t5x.optimizers`.
+        num_negatives: Hard negatives per query (G).
+        mrl_dims: See `losses.mrl_loss`.
+        mrl_weights: See `losses.mrl_loss`.
+        temperature: See `losses.contrastive_loss`.
+        **switches: Other keyword arguments of `losses.contrastive_loss`.
+
+    Raises:
+        ImportError: t5x is not installed; says from where.
+    """
+    loss_settings = {
+        "mrl_dims": tuple(mrl_dims),
+        "mrl_weights": tuple(mrl_weights),
+        "temperature": temperature,
+        **switches,
+    }
+    return _model_class()(
+        config,
+        optimizer_def,
+        loss_settings,
+        t5x_features.feature_converter(num_negatives),
+    )
+
+
+@functools.cache
+def _model_class() -> Any:
+    try:
+        # Not on PyPI, so not in the environment of the type checker.
+        import t5x.models as t5x_models  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            "t5x is not installed; `pip install -r requirements-t5x.txt` brings it "
+            "from its repository (the package of that name on PyPI is empty)"
+        ) from error
+    from clu import metrics as clu_metrics
+
+    class GeckoModel(t5x_models.BaseModel):
+        """What t5x asks of a model, answered by `model` and `losses`."""
+
+        def __init__(
+            self,
+            config: model.EncoderConfig,
+            optimizer_def: Any,
+            loss_settings: Mapping[str, Any],
+            feature_converter_cls: Any,
+        ):
+            super().__init__(optimizer_def=optimizer_def)
+            self.FEATURE_CONVERTER_CLS = feature_converter_cls
+            self.module = model.DualEncoder(config)
+            self._loss_settings = loss_settings
+
+        def get_initial_variables(
+            self,
+            rng: Any,
+            input_shapes: Mapping[str, Any],
+            input_types: Mapping[str, Any] | None = None,
+        ) -> Any:
+            """Returns `params`, and their logical axes as t5x wants them."""
+            del input_shapes, input_types  # No parameter depends on them.
+            config = self.module.config
+            axes = checkpoints.flatten_params(model.abstract_params(config)[1])
+            return flax_core.freeze(
+                {
+                    "params": model.init_params(config, _typed_key(rng)),
+                    "params_axes": checkpoints.unflatten_params(
+                        {
+                            f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
+                            for name, spec in axes.items()
+                        }
+                    ),
+                }
+            )
+
+        def loss_fn(
+            self,
+            params: Any,
+            batch: Mapping[str, Array],
+            dropout_rng: Any,
+            flax_mutables: Any = None,
+        ) -> tuple[Array, Mapping[str, Any]]:
+            """Returns the mean MRL loss of the batch, and clu metrics."""
+            del flax_mutables
+            negatives = batch["negative_tokens"]
+            size, num, length = negatives.shape
+            keys = [None, None, None]
+            if dropout_rng is not None and self.module.config.dropout_rate:
+                keys = list(jax.random.split(_typed_key(dropout_rng), 3))
+            queries = self._embed(params, batch["query_tokens"], keys[0])
+            positives = self._embed(params, batch["positive_tokens"], keys[1])
+            flat = self._embed(params, negatives.reshape(size * num, length), keys[2])
+            ids = losses.BatchIds(
+                query_id=batch["query_id"],
+                passage_id=batch["passage_id"],
+                negative_id=batch["negative_id"],
+                negative_mask=batch["negative_mask"],
+                example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
+                negative_group=batch["negative_group"],
+            )
+            loss, terms = losses.mrl_loss(
+                queries,
+                positives,
+                flat.reshape(size, num, flat.shape[-1]),
+                ids,
+                **self._loss_settings,
+            )
+            full = terms[max(terms)]
+            values = {
+                "loss": loss,
+                "accuracy": full.accuracy,
+                "positive_similarity": full.positive_similarity,
+                **{f"loss_{dim}": terms[dim].loss for dim in terms},
+            }
+            mask = ids.example_mask
+            metrics = {
+                name: clu_metrics.Average.from_model_output(value, mask=mask)
+                for name, value in values.items()
+            }
+            count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+            return jnp.sum(loss) / count, metrics
+
+        def score_batch(
+            self,
+            params: Any,
+            batch: Mapping[str, Array],
+            return_intermediates: bool = False,
+            flax_mutables: Any = None,
+        ) -> Float[Array, " B"]:
+            """Returns the cosine of each query and its positive."""
+            del return_intermediates, flax_mutables
+            queries, positives = (
+                model.normalize(self._embed(params, batch[f"{side}_tokens"], None))
+                for side in ("query", "positive")
+            )
+            return jnp.sum(queries * positives, axis=-1)
+
+        def predict_batch_with_aux(
+            self,
+            params: Any,
+            batch: Mapping[str, Array],
+            rng: Any = None,
+            flax_mutables: Any = None,
+        ) -> tuple[Float[Array, "B D"], Mapping[str, Array]]:
+            """Returns the normalized embeddings of the queries, at full width."""
+            del rng, flax_mutables
+            queries = self._embed(params, batch["query_tokens"], None)
+            epsilon = self.module.config.l2_epsilon
+            return model.normalize(queries, epsilon), {}
+
+        def _embed(
+            self, params: Any, tokens: Int[Array, "B L"], key: Any
+        ) -> Float[Array, "B D"]:
+            rows: Any = self.module.apply(
+                {"params": flax_core.unfreeze(params)},
+                tokens,
+                (tokens > 0).astype(jnp.int32),
+                dropout_key=key,
+            )
+            return rows[:, 0]
+
+    return GeckoModel
+
+
+def _typed_key(key: Any) -> Any:
+    """Returns a new-style key; t5x hands over the two words of an old one."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
