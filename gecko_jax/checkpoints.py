@@ -16,6 +16,7 @@ Parameter names are T5X's in both (`encoder/layers_0/attention/query/kernel`).
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -33,6 +34,7 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
+from gecko_jax import config as config_lib
 from gecko_jax import files, model, text
 
 FORMAT_VERSION = 1
@@ -40,6 +42,19 @@ MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
 PARAMS = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+# What gecko.json must hold; the sizes of `model` obey the config's own rules.
+_RULES = {
+    "model": config_lib.Rule(dict),
+    "text_format": config_lib.Rule(dict),
+    "vocabulary_sha256": config_lib.Rule(str),
+    "extra_ids": config_lib.SCHEMA["data.extra_ids"],
+    "mrl_dims": config_lib.SCHEMA["loss.mrl_dims"],
+    "query_length": config_lib.SCHEMA["data.query_length"],
+    "passage_length": config_lib.SCHEMA["data.passage_length"],
+    "step": config_lib.Rule(int),
+    "revision": config_lib.Rule(str),
+    "provenance": config_lib.Rule(dict),
+}
 _VERSIONED = ("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy")
 
 
@@ -102,6 +117,7 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         "format_version": FORMAT_VERSION,
         "model": model.config_to_dict(model_files.encoder_config),
         "text_format": model_files.text_format.to_dict(),
+        "vocabulary_sha256": hashlib.sha256(model_files.vocabulary_proto).hexdigest(),
         "extra_ids": model_files.extra_ids,
         "mrl_dims": list(model_files.mrl_dims),
         "query_length": model_files.query_length,
@@ -148,18 +164,21 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
     """
     path = pathlib.Path(path)
     values = _read_model_json(path)
-    sizes = values["model"]
-    sizes["mlp_activations"] = tuple(sizes["mlp_activations"])
     try:
         proto = (path / VOCABULARY).read_bytes()
     except FileNotFoundError:
         raise ValueError(
             f"{path}: {VOCABULARY} is missing; copy it from where the model was made"
         ) from None
+    if hashlib.sha256(proto).hexdigest() != values["vocabulary_sha256"]:
+        raise ValueError(
+            f"{path / VOCABULARY}: not the vocabulary that the model was trained with; "
+            "copy it again from where the model was made"
+        )
     return ModelFiles(
         params={},
-        encoder_config=model.EncoderConfig(**sizes),
-        text_format=text.TextFormat.from_dict(values["text_format"]),
+        encoder_config=values["model"],
+        text_format=values["text_format"],
         vocabulary_proto=proto,
         extra_ids=values["extra_ids"],
         mrl_dims=tuple(values["mrl_dims"]),
@@ -366,22 +385,53 @@ def remove_temporary(workdir: str | pathlib.Path) -> None:
 
 
 def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the values, checked, `model` and `text_format` as their dataclasses."""
     try:
-        values = json.loads((path / MODEL_JSON).read_text())
-    except FileNotFoundError:
+        values = json.loads((path / MODEL_JSON).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no {MODEL_JSON} here, so this is neither a training workdir nor "
             "a model folder; check the path"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(
-            f"{path / MODEL_JSON}: not JSON ({error.msg}, line {error.lineno}); the "
-            "file is damaged, copy it again"
+            f"{path / MODEL_JSON}: not JSON ({error}); the file is damaged, copy it "
+            "again"
         ) from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path / MODEL_JSON}: {files.kind(values)}, not an object; copy it again"
+        )
     if values.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path / MODEL_JSON}: format_version {values.get('format_version')}, "
             f"this gecko_jax reads {FORMAT_VERSION}; upgrade gecko-jax"
+        )
+    faults = [f"{key}: missing" for key in _RULES if key not in values]
+    flat = config_lib.flatten(values)
+    faults += config_lib.find_faults(
+        {key: flat.get(key, value) for key, value in values.items()}, _RULES
+    )
+    faults += config_lib.find_faults(
+        flat, {k: rule for k, rule in config_lib.SCHEMA.items() if k[:6] == "model."}
+    )
+    if not faults:
+        sizes = values["model"]
+        try:
+            sizes["mlp_activations"] = tuple(sizes.get("mlp_activations", ()))
+            values["model"] = model.EncoderConfig(**sizes)
+            values["text_format"] = text.TextFormat.from_dict(values["text_format"])
+        except (TypeError, ValueError) as error:
+            # TextFormat.__init__() got an unexpected keyword argument 'x'
+            faults = [str(error)]
+        else:
+            width = values["model"].embedding_dim
+            if max(values["mrl_dims"]) > width:
+                faults = [f"mrl_dims: none may exceed model.embedding_dim={width}"]
+    if faults:
+        raise ValueError(
+            f"{path / MODEL_JSON} has faults; copy it again from where the model was "
+            "made:\n  " + "\n  ".join(faults)
         )
     return values
 

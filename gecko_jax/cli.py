@@ -283,7 +283,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = _add_verb(verbs, "gecko train", _TRAIN, "train")
     _add_config(train)
-    train.add_argument("--workdir", required=True, metavar="DIR", help="of the run")
+    train.add_argument(
+        "--workdir", required=True, type=_path, metavar="DIR", help="of the run"
+    )
 
     data = _add_verb(verbs, "gecko data", "Looks at data and prepares it.")
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
@@ -297,14 +299,18 @@ def build_parser() -> argparse.ArgumentParser:
     vocabulary = _add_verb(
         data_verbs, "gecko data vocabulary", _VOCABULARY, "data_vocabulary"
     )
-    vocabulary.add_argument("files", nargs="+", metavar="FILE", help="JSONL of pairs")
+    vocabulary.add_argument(
+        "files", nargs="+", type=_path, metavar="FILE", help="JSONL of pairs"
+    )
     _add_output(vocabulary, "FILE", "the .model file to write")
     vocabulary.add_argument(
         "--size", type=_positive, default=32_000, help="number of pieces (32000)"
     )
 
     prepare = _add_verb(data_verbs, "gecko data prepare", _PREPARE, "data_prepare")
-    prepare.add_argument("files", nargs="+", metavar="FILE", help="JSONL of pairs")
+    prepare.add_argument(
+        "files", nargs="+", type=_path, metavar="FILE", help="JSONL of pairs"
+    )
     _add_output(prepare, "FILE", "the JSONL of triples to write")
     prepare.add_argument(
         "--negatives", type=_positive, default=1, help="hard negatives of a pair (1)"
@@ -317,7 +323,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     evaluate = _add_verb(verbs, "gecko evaluate", _EVALUATE, "evaluate")
-    evaluate.add_argument("folders", nargs="+", metavar="FOLDER", help="BEIR or STS")
+    evaluate.add_argument(
+        "folders", nargs="+", type=_path, metavar="FOLDER", help="BEIR or STS"
+    )
     _add_model(evaluate)
     evaluate.add_argument(
         "--dims", type=_dims, help="such as 256,768; all that were trained"
@@ -331,10 +339,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--no-baselines", action="store_true", help="leave out BM25 and bags of words"
     )
-    evaluate.add_argument("--output", metavar="DIR", help="for the table and the plot")
+    evaluate.add_argument(
+        "--output", type=_path, metavar="DIR", help="for the table and the plot"
+    )
 
     embed = _add_verb(verbs, "gecko embed", _EMBED, "embed")
-    embed.add_argument("file", metavar="FILE", help="the texts")
+    embed.add_argument("file", type=_path, metavar="FILE", help="the texts")
     _add_model(embed)
     _add_output(embed, "DIR", "the folder of shards to write")
     embed.add_argument(
@@ -346,14 +356,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     index = _add_verb(verbs, "gecko index", _INDEX, "index")
-    index.add_argument("vectors", metavar="DIR", help="what `gecko embed` wrote")
+    index.add_argument(
+        "vectors", type=_path, metavar="DIR", help="what `gecko embed` wrote"
+    )
     _add_output(index, "DIR", "the folder of the index to write")
 
     search = _add_verb(verbs, "gecko search", _SEARCH, "search")
     search.add_argument("queries", nargs="*", metavar="QUERY", help="in quotes")
     _add_model(search)
     search.add_argument(
-        "--index", required=True, metavar="DIR", help="of `gecko index`"
+        "--index", required=True, type=_path, metavar="DIR", help="of `gecko index`"
     )
     search.add_argument("--task", help="name or description (search result)")
     search.add_argument(
@@ -362,7 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--json", action="store_true", help="print JSON lines")
 
     export = _add_verb(verbs, "gecko export", _EXPORT, "export")
-    export.add_argument("model", metavar="DIR", help="workdir of a run")
+    export.add_argument("model", type=_path, metavar="DIR", help="workdir of a run")
     _add_output(export, "DIR", "the folder to write")
     return parser
 
@@ -403,12 +415,24 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="workdir of a run, or an export"
+        "--model",
+        required=True,
+        type=_path,
+        metavar="DIR",
+        help="workdir of a run, or an export",
     )
 
 
 def _add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
-    parser.add_argument("--output", required=True, metavar=metavar, help=text)
+    parser.add_argument(
+        "--output", required=True, type=_path, metavar=metavar, help=text
+    )
+
+
+def _path(text: str) -> str:
+    if not text.strip():  # Such as "$UNSET": it would mean the current folder.
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
 
 
 def _count(text: str) -> int:

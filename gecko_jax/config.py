@@ -7,6 +7,7 @@ missing, unknown, of the wrong type or out of range, all of them in one error.
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,14 +84,16 @@ _SWITCH = Rule(bool)
 _POSITIVE = Rule(int, "must be at least 1", lambda v: v >= 1)
 _COUNT = Rule(int, "must be 0 or more", lambda v: v >= 0)
 _AXIS = Rule(int, "must be at least 1, or -1 for the rest", lambda v: v >= 1 or v == -1)
-_ABOVE_ZERO = Rule(float, "must be above 0", lambda v: v > 0)
-_NOT_NEGATIVE = Rule(float, "must be 0 or more", lambda v: v >= 0)
+_ABOVE_ZERO = Rule(float, "must be a number above 0", lambda v: 0 < v < math.inf)
+_NOT_NEGATIVE = Rule(float, "must be a number, 0 or more", lambda v: 0 <= v < math.inf)
 _SHARE = Rule(float, "must be in [0, 1)", lambda v: 0 <= v < 1)
 
 SCHEMA: dict[str, Rule] = {
-    "seed": _COUNT,
+    "seed": Rule(int, "must be in [0, 2^63)", lambda v: 0 <= v < 2**63),
     "data.mixture": Rule(str, "must name a mixture", bool),
-    "data.files": Rule(tuple),
+    "data.files": Rule(
+        tuple, "must be paths", lambda v: all(isinstance(p, str) and p for p in v)
+    ),
     "data.vocabulary": Rule(str, "must be a path or 'quickstart'", bool),
     "data.extra_ids": _COUNT,
     "data.query_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
@@ -132,12 +135,14 @@ SCHEMA: dict[str, Rule] = {
         "must be rising whole numbers above 0",
         lambda v: (
             len(v) > 0
-            and all(isinstance(dim, int) and dim > 0 for dim in v)
+            and all(_is_kind(dim, int) and dim > 0 for dim in v)
             and list(v) == sorted(set(v))
         ),
     ),
     "loss.mrl_weights": Rule(
-        tuple, "must be numbers of 0 or more", lambda v: all(w >= 0 for w in v)
+        tuple,
+        "must be numbers of 0 or more",
+        lambda v: all(_is_kind(w, float) and 0 <= w < math.inf for w in v),
     ),
     "loss.same_tower": _SWITCH,
     "loss.same_tower_passages": _SWITCH,
@@ -183,7 +188,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         for key in SCHEMA
         if key not in flat
     ]
-    for key, rule in SCHEMA.items():
+    faults += find_faults(flat, SCHEMA)
+    if not faults:
+        faults = _faults_between_keys(flat)
+    if faults:
+        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def find_faults(flat: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """Returns a line for every key that is there and breaks its rule."""
+    faults = []
+    for key, rule in rules.items():
         if key in flat:
             value = flat[key]
             if not _is_kind(value, rule.kind):
@@ -193,10 +208,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                 )
             elif not rule.holds(value):
                 faults.append(f"{key}={value!r}: {rule.rule}")
-    if not faults:
-        faults = _faults_between_keys(flat)
-    if faults:
-        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+    return faults
 
 
 def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:

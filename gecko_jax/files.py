@@ -6,12 +6,15 @@ beside its place until it is complete, and is then renamed.
 
 import contextlib
 import errno
+import glob
 import gzip
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -39,10 +42,12 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
             f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); "
             "convert the file to UTF-8"
         ) from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"{path}:{number + 1}: not a whole gzip file ({error}); copy it again"
         ) from error
+    except OSError as error:  # A failing read names no file of its own accord.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,11 +60,37 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
                 f"{place}: not JSON ({error.msg} at column {error.colno}); each line "
                 "must be one JSON object"
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{place}: JSON that cannot be read ({error}); mend or drop the line"
+            ) from error
         if not isinstance(record, dict):
             raise ValueError(
-                f"{place}: a {type(record).__name__}; each line must be one JSON object"
+                f"{place}: {kind(record)}; each line must be one JSON object"
             )
+        if "\\u" in line:
+            _check_characters(place, record)
         yield place, record
+
+
+def kind(value: Any) -> str:
+    """Returns what JSON calls a value: "a number", "null", ..."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def _check_characters(place: str, record: dict[str, Any]) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell and no file can hold."""
+    for name, value in record.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{place}: field {name!r} holds a lone surrogate, which is no "
+                "character; write the text again as UTF-8"
+            ) from None
 
 
 def string_field(
@@ -76,7 +107,7 @@ def string_field(
             continue
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(
-                f"{place}: field {name!r} is a {type(value).__name__}; it must be text"
+                f"{place}: field {name!r} is {kind(value)}; it must be text"
             )
         if default is None and not str(value).strip():
             raise ValueError(
@@ -135,14 +166,8 @@ def read_texts(
             )
         seen[identity] = place
         try:
-            (title + text + identity).encode()
             if text.strip() or not allow_empty:
                 text_format.clean(text)
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair.
-            raise ValueError(
-                f"{place}: a lone surrogate, which is no character; write the line "
-                "again as UTF-8"
-            ) from None
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         task = string_field(place, record, "task", default="")
@@ -160,17 +185,23 @@ def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary path; on a clean exit it becomes `path`, else it goes.
 
     Raises:
-        OSError: The disk is full; the message names `path` and the remedy.
+        ValueError: `path` is a folder or a device.
+        OSError: The disk is full, or the place cannot be written; the message names
+            `path` and the remedy.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = _follow(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: there, but not a file; choose another name")
+    temporary = _temporary(path, "tmp")
     try:
-        with _explain_full_disk(path):
+        with _explain_failure(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
             yield temporary
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -178,14 +209,19 @@ def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary folder; on a clean exit it replaces `path`, else it goes.
 
     Raises:
-        OSError: The disk is full; the message names `path` and the remedy.
+        ValueError: `path` is there and is no folder.
+        OSError: The disk is full, or the place cannot be written; the message names
+            `path` and the remedy.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path = _follow(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: there, but not a folder; choose another name")
+    temporary, old = _temporary(path, "tmp"), _temporary(path, "old")
     try:
-        with _explain_full_disk(path):
-            temporary.mkdir(parents=True)
+        with _explain_failure(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
+            temporary.mkdir()
             yield temporary
             if path.exists():  # A folder cannot be renamed over a full one.
                 path.rename(old)
@@ -195,15 +231,60 @@ def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _follow(path: str | os.PathLike) -> pathlib.Path:
+    """Returns where a link leads, so that writing leaves the link a link."""
+    path = pathlib.Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
+def _temporary(path: pathlib.Path, ending: str) -> pathlib.Path:
+    name = f".{path.name}.{socket.gethostname()}-{os.getpid()}.{ending}"
+    return path.with_name(name)
+
+
+def _remove_leftovers(path: pathlib.Path) -> None:
+    """Removes what killed processes of this machine left half-written for `path`."""
+    begin = f".{path.name}.{socket.gethostname()}-"
+    for ending in (".tmp", ".old"):
+        for left in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
+            number = left.name.removeprefix(begin).removesuffix(ending)
+            if number.isdecimal() and not _is_alive(int(number)):
+                if ending == ".old" and not path.exists():
+                    left.rename(path)  # It died before the new one was in place.
+                elif left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # Someone else's.
+        return True
+    return True
+
+
 @contextlib.contextmanager
-def _explain_full_disk(path: pathlib.Path) -> Iterator[None]:
+def _explain_failure(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"no disk space left for {path}; nothing half-written was kept: free "
+                "some space, or choose another place, and run the same command again",
+            ) from error
+        where = pathlib.Path(error.filename) if error.filename else None
+        if where is None or not (
+            where in path.parents or temporary in (where, *where.parents)
+        ):
+            raise  # About another file.
+        why = "not a folder" if where.is_file() else (error.strerror or "").lower()
         raise OSError(
             error.errno,
-            f"no disk space left for {path}; nothing half-written was kept: free some "
-            "space, or choose another place, and run the same command again",
+            f"{path}: cannot be written ({where}: {why}); choose another place",
         ) from error

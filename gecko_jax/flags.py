@@ -101,10 +101,18 @@ def _load_file(argument: str) -> ml_collections.ConfigDict:
     if specification is None or specification.loader is None:
         raise ValueError(f"--config={argument}: {path} is not a Python file")
     module: Any = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"--config={argument}: {path} has no function get_config(arg)")
-    config = module.get_config(rest) if colon else module.get_config()
+    try:
+        specification.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("has no function get_config(arg)")
+        config = module.get_config(rest) if colon else module.get_config()
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise ValueError("get_config must return an ml_collections.ConfigDict")
+    except Exception as error:  # Whatever the code of the file may raise.
+        why = str(error)
+        if not isinstance(error, ValueError | ImportError):
+            why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--config={argument}: {why}") from error
     return config.lock()
 
 
@@ -117,5 +125,17 @@ def _keys(config: ml_collections.ConfigDict, prefix: str = "") -> Iterable[str]:
 
 
 def _plain(message: str) -> str:
-    """Drops the first word of `flag --x=1: why`."""
-    return re.sub(r"^flag (--[^=]*=)", r"\1", message)
+    """Says `flag --x=1: why` in our words."""
+    message = re.sub(r"^flag (--[^=]*=)", r"\1", message)
+    message = re.sub(
+        r": invalid literal for int\(\).*|: could not convert string to float.*",
+        ": it must be a number",
+        message,
+        flags=re.DOTALL,
+    )
+    return re.sub(
+        r": Error while parsing string.*",
+        ": it must be a tuple in quotes, such as '(256,768)' or '(\"a\",\"b\")'",
+        message,
+        flags=re.DOTALL,
+    )

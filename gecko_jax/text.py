@@ -96,7 +96,11 @@ class TextFormat:
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
         """Inverse of `to_dict`."""
         return cls(
-            **{**values, "symmetric_tasks": tuple(values.get("symmetric_tasks", ()))}
+            **{
+                **values,
+                "task_descriptions": dict(values.get("task_descriptions", {})),
+                "symmetric_tasks": tuple(values.get("symmetric_tasks", ())),
+            }
         )
 
 

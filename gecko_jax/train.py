@@ -158,12 +158,12 @@ def train(
 
     # Data, and the model's own files, which no step changes.
     start = initialization.load_start(config)
+    initialization.check_vocabulary(load_vocabulary(config), config, start)
     batches = build_batches(
         config,
         text_format=start.text_format if start else text.TextFormat(),
         row_multiple=sharding.num_batch_shards(mesh),
     )
-    initialization.check_vocabulary(batches.vocabulary, config, start)
     encoder_config = config_lib.encoder_config(config)
     if is_main:
         workdir_lib.write_model(workdir, config, encoder_config, batches, start)
@@ -318,18 +318,27 @@ def build_batches(
 ) -> pipeline.Batches:
     """Returns the batches that a config names, building their caches if need be."""
     settings = config.data.to_dict()
-    path = settings.pop("vocabulary")
-    path = str(tasks.QUICKSTART_VOCABULARY) if path == "quickstart" else path
     cache_dir = pathlib.Path(settings.pop("cache_dir")).expanduser()
+    del settings["vocabulary"], settings["extra_ids"]
     return pipeline.Batches(
-        vocabulary=vocabulary.load(path, settings.pop("extra_ids")),
-        vocabulary_path=path,
+        vocabulary=load_vocabulary(config),
+        vocabulary_path=_vocabulary_path(config),
         text_format=text_format,
         seed=config.seed,
         cache_dir=cache_dir,
         row_multiple=row_multiple,
         **settings,
     )
+
+
+def load_vocabulary(config: ml_collections.ConfigDict) -> vocabulary.Vocabulary:
+    """Returns the vocabulary that a config names."""
+    return vocabulary.load(_vocabulary_path(config), config.data.extra_ids)
+
+
+def _vocabulary_path(config: ml_collections.ConfigDict) -> str:
+    path = config.data.vocabulary
+    return str(tasks.QUICKSTART_VOCABULARY) if path == "quickstart" else path
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

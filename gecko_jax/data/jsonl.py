@@ -145,7 +145,7 @@ def _one_of(place: str, record: dict[str, Any], *names: str) -> None:
 def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise ValueError(
-            f"{place}: field {name!r} is a {type(value).__name__}; it must be a string"
+            f"{place}: field {name!r} is {files.kind(value)}; it must be a string"
         )
     if not may_be_empty and not value.strip():
         raise ValueError(
@@ -156,13 +156,6 @@ def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -
             f"{place}: field {name!r} has {len(value):,} characters; at most "
             f"{text.MAX_CHARACTERS:,} are allowed: split it into passages"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair.
-        raise ValueError(
-            f"{place}: field {name!r} holds a lone surrogate, which is no character; "
-            "write the text again as UTF-8"
-        ) from None
     return value
 
 
@@ -189,7 +182,7 @@ def _negatives(place: str, record: dict[str, Any]) -> tuple[str, ...]:
         return ()
     if not isinstance(negatives, list):
         raise ValueError(
-            f"{place}: field 'negatives' is a {type(negatives).__name__}; it must be a "
+            f"{place}: field 'negatives' is {files.kind(negatives)}; it must be a "
             "list of strings (or use 'negative' for one string)"
         )
     return tuple(
