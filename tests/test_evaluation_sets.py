@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from gecko_jax import evaluation_sets
+from gecko_jax.evaluation import sets
 
 
 def _lines(records):
@@ -46,7 +46,7 @@ def _make(folder, qrels="qrels.jsonl", packed=False):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("qrels", ["qrels.jsonl", "qrels.tsv", "qrels/test.tsv"])
 def test_all_layouts_read_the_same(tmp_path, qrels, packed):
-    (found,) = evaluation_sets.load(_make(tmp_path / "set", qrels, packed))
+    (found,) = sets.load(_make(tmp_path / "set", qrels, packed))
     assert found.name == "set"
     # The empty passage is left out; a passage may be its title.
     assert found.passage_ids == ("p1", "p2", "p3")
@@ -61,7 +61,7 @@ def test_all_layouts_read_the_same(tmp_path, qrels, packed):
 def test_trec_judgements_have_a_fourth_column(tmp_path):
     folder = _make(tmp_path / "set", "qrels.tsv")
     (folder / "qrels.tsv").write_text("q1\t0\tp1\t1\n")
-    (found,) = evaluation_sets.load(folder)
+    (found,) = sets.load(folder)
     assert found.relevance == {"q1": {"p1": 1}}
 
 
@@ -74,19 +74,19 @@ def test_a_folder_of_sets_and_similarity_files(tmp_path):
     pairs = [{"sentence1": "a", "sentence2": "b", "score": s} for s in (1, 2.5)]
     (tmp_path / "pairs.jsonl").write_text(_lines(pairs))
     (tmp_path / "README.md").write_text("notes")
-    found = evaluation_sets.load(tmp_path)
+    found = sets.load(tmp_path)
     assert [s.name for s in found] == ["a", "b", "pairs", "sts"]
     np.testing.assert_array_equal(found[2].scores, [1, 2.5])
     assert (found[3].sentences1, found[3].sentences2) == (("a", "c"), ("b", "d"))
 
 
 def test_the_bundled_set_has_a_name():
-    (found,) = evaluation_sets.load("quickstart")
+    (found,) = sets.load("quickstart")
     assert (len(found.queries), len(found.texts)) == (356, 956)
 
 
 def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
-    (found,) = evaluation_sets.load("quickstart")
+    (found,) = sets.load("quickstart")
     small = found.limit(20, 200)
     assert (len(small.queries), len(small.texts)) == (20, 200)
     assert small.query_ids[0] == found.query_ids[0]
@@ -129,7 +129,7 @@ def test_a_fault_in_a_set_is_named(tmp_path, name, content, message):
     folder = _make(tmp_path / "set")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        evaluation_sets.load(folder)
+        sets.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_a_missing_file_is_named(tmp_path, name, message):
     folder = _make(tmp_path / "set")
     (folder / name).unlink()
     with pytest.raises(ValueError, match=message):
-        evaluation_sets.load(folder)
+        sets.load(folder)
 
 
 def test_nothing_to_evaluate(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
-        evaluation_sets.load(tmp_path / "none")
+        sets.load(tmp_path / "none")
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluation_sets.load(tmp_path)
+        sets.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_nothing_to_evaluate(tmp_path):
 def test_a_fault_in_a_similarity_file_is_named(tmp_path, content, message):
     (tmp_path / "sts.tsv").write_text(content)
     with pytest.raises(ValueError, match=message):
-        evaluation_sets.load(tmp_path / "sts.tsv")
+        sets.load(tmp_path / "sts.tsv")

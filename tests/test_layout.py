@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gecko_jax"
 # Room -> floor. A folder is one room.
 FLOORS = {
     "config": 0,
-    "evaluation_sets": 3,
+    "instructions": 0,
     "files": 0,
     "layers": 0,
     "losses": 0,
