@@ -94,7 +94,7 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
     metric = _first_metric(name for row in rows for name in row["metrics"])
     rows = [row for row in rows if metric in row["metrics"]]
     dim = max((row["dim"] for row in rows if row["system"] == "model"), default=None)
-    if dim is None:
+    if metric is None or dim is None:
         raise ValueError("no scores of a model to plot")
     sets = list(dict.fromkeys(row["set"] for row in rows))
     groups = _groups(rows, sets)

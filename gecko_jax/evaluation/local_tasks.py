@@ -5,7 +5,6 @@ subclass of mteb's own task of that type, so that mteb's protocol and metrics ap
 its JSON results lie beside those of its own tasks.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,10 +13,11 @@ from typing import Any
 from gecko_jax import embedding
 from gecko_jax.evaluation import encoder, judge, sets
 
-_TYPES: Mapping[type, tuple[str, str]] = {
-    sets.RetrievalSet: ("Retrieval", "ndcg_at_10"),
-    sets.SimilaritySet: ("STS", "cosine_spearman"),
-    sets.ClassificationSet: ("Classification", "accuracy"),
+# mteb's type, its class, and its main metric.
+_TYPES: Mapping[type, tuple[Any, str, str]] = {
+    sets.RetrievalSet: ("Retrieval", "AbsTaskRetrieval", "ndcg_at_10"),
+    sets.SimilaritySet: ("STS", "AbsTaskSTS", "cosine_spearman"),
+    sets.ClassificationSet: ("Classification", "AbsTaskClassification", "accuracy"),
 }
 _SPLIT = "test"
 
@@ -33,10 +33,10 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
         ValueError: Its queries are of symmetric and of other tasks: mteb encodes the
             passages once, and these need two ways of writing.
     """
+    from mteb import abstasks
     from mteb.abstasks import task_metadata
 
-    kind, main_score = _TYPES[type(found)]
-    built = _classes()[kind]
+    kind, class_name, main_score = _TYPES[type(found)]
     metadata = task_metadata.TaskMetadata(
         name=found.name,
         description=f"A local {kind} task.",
@@ -49,8 +49,13 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
         eval_langs=["mul-Zyyy"],
         main_score=main_score,
     )
-    own = type(found.name, (built,), {"metadata": metadata})
-    return own(_rows(gecko, found))
+    members: dict[str, Any] = {"metadata": metadata}
+    if kind == "Retrieval":  # As in BEIR, and as `judge` does it.
+        members["ignore_identical_ids"] = True
+    task = type(found.name, (getattr(abstasks, class_name),), members)()
+    task.dataset = _rows(gecko, found)
+    task.data_loaded = True  # mteb neither loads nor unloads it.
+    return task
 
 
 def _rows(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
@@ -85,7 +90,11 @@ def _rows(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
             "passages are written as queries, and of others; make a folder of each, "
             "or judge them together with gecko evaluate FOLDER"
         )
-    corpus = {"id": found.passage_ids, "title": found.titles, "text": found.texts}
+    corpus: dict[str, Any] = {
+        "id": found.passage_ids,
+        "title": found.titles,
+        "text": found.texts,
+    }
     if symmetric:
         corpus[encoder.TASK_COLUMN] = [tasks[0]] * len(found.texts)
     queries = {
@@ -115,34 +124,3 @@ def _revision(found: sets.EvaluationSet) -> str:
     """Names the content of a set."""
     content = json.dumps(vars(found), sort_keys=True, default=list).encode()
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-@functools.cache
-def _classes() -> dict[str, Any]:
-    """Returns mteb's task classes with rows that are given instead of downloaded."""
-    from mteb import abstasks
-
-    class Given(abstasks.AbsTask):
-        def __init__(self, rows: Any):
-            super().__init__()
-            self._given = rows
-
-        def load_data(self, **kwargs: Any) -> None:
-            self.dataset = self._given
-            self.data_loaded = True
-
-    class Retrieval(Given, abstasks.AbsTaskRetrieval):
-        # As in BEIR, and as `judge` does it.
-        ignore_identical_ids = True
-
-    class Similarity(Given, abstasks.AbsTaskSTS):
-        pass
-
-    class Classification(Given, abstasks.AbsTaskClassification):
-        pass
-
-    return {
-        "Retrieval": Retrieval,
-        "STS": Similarity,
-        "Classification": Classification,
-    }
