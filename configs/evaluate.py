@@ -5,7 +5,7 @@ r"""Evaluation on MTEB and on local sets, at every dim from one encoding.
     gecko evaluate --config=configs/evaluate.py:v1,v2 --model=runs/finetune \
         --output=results --config.dims='(256,768)'
     gecko evaluate --config=configs/evaluate.py:none --model=runs/finetune \
-        --output=results --config.tasks=SciFact,STS12
+        --output=results --config.tasks="('SciFact','STS12')"
 
 Arguments: `v1` and `v2`, MTEB(eng, v1) of the paper and its successor; `nano`,
 NanoBEIR; `miracl`, MIRACL in 18 languages; `none`, no suite; `local`, the bundled

@@ -112,7 +112,7 @@ def evaluate(options: argparse.Namespace) -> None:
         _evaluate_suites(options)
         return
     if not options.folders or options.overrides:
-        raise ValueError("name folders to judge on, or a --config with its keys")
+        options.parser.error("name folders to judge on, or a --config")
     from gecko_jax import embedding, evaluation
 
     model = embedding.load(options.model)
@@ -142,12 +142,12 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
     }
     for name, value in unused.items():
         if value:
-            raise ValueError(
-                f"{name} does not go with --config; set the config's keys instead, "
-                "such as --config.folders or --config.dims"
+            options.parser.error(
+                f"{name} does not go with --config, which has keys of its own, such as "
+                "--config.folders and --config.dims"
             )
     if not options.output:
-        raise ValueError("--config needs --output, the folder of the results")
+        options.parser.error("--config needs --output, the folder of the results")
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
 
@@ -158,12 +158,11 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
     model = embedding.load(options.model)
     name = pathlib.Path(options.model).resolve().name
     board = suites.run(model, config, options.output, name)
-    width = shutil.get_terminal_size((120, 24)).columns
-    print(scoreboard.format_board(board, max(width, 80)))
+    print(scoreboard.format_board(board))
     for path in scoreboard.save(board, options.output):
         print(path)
     if board.failures:
-        count = sum(len(tasks) for tasks in board.suites.values())
+        count = len({task.name for tasks in board.suites.values() for task in tasks})
         raise ValueError(
             f"{len(board.failures)} of {count} tasks did not run, as told above; the "
             "same command runs them and nothing else"

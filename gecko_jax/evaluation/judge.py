@@ -171,8 +171,10 @@ def _judge_similarity(
     second: Float[np.ndarray, "N D"],
     dim: int,
 ) -> tables.Row:
-    cosines = np.sum(embedding.cut(first, dim) * embedding.cut(second, dim), axis=1)
-    correlation = ranking.spearman(cosines.astype(np.float64), found.scores)
+    # In float64, so that pairs of equal texts are equal: only the order counts.
+    sides = [embedding.cut(side, dim).astype(np.float64) for side in (first, second)]
+    cosines = np.sum(sides[0] * sides[1], axis=1)
+    correlation = ranking.spearman(cosines, found.scores)
     return tables.Row(
         found.name, system, dim, tables.ALL, len(cosines), {"spearman": correlation}
     )

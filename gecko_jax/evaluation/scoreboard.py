@@ -20,8 +20,10 @@ from gecko_jax import files
 MTEB_V1, MTEB_V2 = "MTEB(eng, v1)", "MTEB(eng, v2)"
 NANOBEIR, MIRACL = "NanoBEIR", "MIRACL"
 
-MEAN = "mean of tasks"
-_MEAN_OF_TYPES = "mean of types"
+_MAX_WIDTH = 300
+
+MEAN = "all tasks"
+_MEAN_OF_TYPES = "the types"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Board:
 def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]]:
     """Returns {column: (mean in percent, tasks it is over)}.
 
-    The columns are the task types, then the mean of all tasks, then that of the types.
+    The columns are the task types, then all tasks, then the means of the types.
     """
     kinds: dict[str, list[float]] = {task.kind: [] for task in tasks}
     for task in tasks:
@@ -122,51 +124,53 @@ def _mean(scores: Sequence[float]) -> tuple[float | None, int]:
     return (float(np.mean(scores)) if scores else None), len(scores)
 
 
-def format_board(board: Board, width: int = 120) -> str:
-    """Returns a table for every suite, and what did not run."""
+def format_board(board: Board) -> str:
+    """Returns a table for every suite, as wide as it is, and what did not run."""
     from rich import console
 
     buffer = io.StringIO()
-    screen = console.Console(file=buffer, width=width)
+    screen = console.Console(file=buffer, width=_MAX_WIDTH)
     for name, tasks in board.suites.items():
         known = name in (MTEB_V1, MTEB_V2, NANOBEIR, MIRACL)
         build = _build_suite if known else _build_tasks
         screen.print(build(board, name, tasks))
     lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
     if board.failures:
-        lines += [f"{len(board.failures)} tasks did not run:"]
+        lines += [f"did not run ({len(board.failures)}):"]
         lines += [f"  {name}: {reason}" for name, reason in board.failures.items()]
     return "\n".join(lines).strip()
 
 
 def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
-    kinds = sorted({task.kind for task in tasks})
-    sizes = {kind: sum(task.kind == kind for task in tasks) for kind in kinds}
+    kinds = [task.kind for task in tasks]
+    sizes = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     sizes[MEAN] = len(tasks)
-    if len(kinds) > 1:
+    if len(set(kinds)) > 1:
         sizes[_MEAN_OF_TYPES] = len(tasks)
     partly = any(len(task.scores) < len(board.dims) for task in tasks)
-    built = _start(name, "a/b: the mean over a of its b tasks" if partly else None)
-    built.add_column("system")
-    built.add_column("dims", justify="right")
-    for column, size in sizes.items():
-        built.add_column(f"{column} ({size})", justify="right")
+    built = _start(name, "a/b: over a of its b tasks" if partly else None)
+    built.add_column("mean over", no_wrap=True)
+    built.add_column("tasks", justify="right")
     for dim in board.dims:
-        cells = means(tasks, dim)
-        built.add_row(
-            "this model",
-            str(dim),
-            *(_format_mean(*cells[column], size) for column, size in sizes.items()),
-            style="bold",
+        built.add_column(
+            f"this model\n{dim} dims", justify="right", style="bold", no_wrap=True
         )
-    for row in PUBLISHED:
-        if row.suite == name:
-            cells = [row.scores.get(column) for column in sizes]
-            built.add_row(
-                f"{row.system} (published)",
-                str(row.dim or ""),
-                *("" if cell is None else f"{cell:.2f}" for cell in cells),
-            )
+    published = [row for row in PUBLISHED if row.suite == name]
+    for row in published:
+        dims = f"\n{row.dim} dims" if row.dim else ""
+        title = f"{row.system}{dims}\npublished"
+        built.add_column(title, justify="right", no_wrap=True)
+    own = [means(tasks, dim) for dim in board.dims]
+    for column, size in sizes.items():
+        built.add_row(
+            column,
+            str(size),
+            *(_format_mean(*cells[column], size) for cells in own),
+            *(
+                f"{row.scores[column]:.2f}" if column in row.scores else ""
+                for row in published
+            ),
+        )
     return built
 
 

@@ -41,7 +41,9 @@ class Store:
         num_encoded: Texts that had to be encoded, since the store was opened.
     """
 
-    def __init__(self, root: str | os.PathLike, gecko: embedding.Gecko, max_gib: float):
+    def __init__(
+        self, root: str | os.PathLike, gecko: embedding.Gecko, max_gib: int | float
+    ):
         """Reads which vectors are there.
 
         Args:

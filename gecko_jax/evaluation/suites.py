@@ -143,7 +143,10 @@ class Runner:
             logging.debug("%s", name, exc_info=True)
         scores: dict[int, float] = {}
         if name not in self.failures:
-            scores = {e.dim: self._load(task, e).get_score() for e in self._encoders}
+            scores = {
+                one.dim: float(self._load(task, one).get_score())
+                for one in self._encoders
+            }
             shown = " ".join(f"{100 * score:.2f}" for score in scores.values())
             seconds = time.monotonic() - begin
             note = f"{seconds:.0f} s" if waiting else "from an earlier run"
