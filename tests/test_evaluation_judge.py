@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gecko_jax import checkpoints, embedding, evaluation, ranking
-from gecko_jax.evaluation import judge, sets, tables
+from gecko_jax.evaluation import classification, judge, sets, tables
 
 WORDS = ("list", "table", "index", "query", "module", "string", "number", "file")
 
@@ -198,3 +198,42 @@ def test_a_task_the_model_does_not_know_falls_back(tiny_gecko, folder, monkeypat
     strange = dataclasses.replace(found, tasks=("unknown",) * len(found.tasks))
     judge._judge(tiny_gecko, strange, (16,), "my task", "model", "x")
     assert asked == ["my task"]
+
+
+def test_classes_are_judged_by_the_vectors_of_their_texts(tiny_gecko, tmp_path):
+    file = tmp_path / "topics.tsv"
+    rows = [
+        f"{word} {n}\t{word}\t{'train' if n % 2 else 'test'}"
+        for word in WORDS[:3]
+        for n in range(20)
+    ]
+    file.write_text("text\tlabel\tsplit\n" + "\n".join(rows) + "\n")
+    results = evaluation.evaluate(tiny_gecko, [file], dims=(4, 16))
+    (found,) = sets.load(file)
+    for row in results.rows:
+        vectors = [
+            tiny_gecko.encode_queries(list(part.texts), "classification", dim=row.dim)
+            for part in (found.train, found.test)
+        ]
+        expected = classification.accuracy(
+            vectors[0], found.train.labels, vectors[1], found.test.labels
+        )
+        assert row.metrics == {"accuracy": pytest.approx(expected, abs=0.02)}
+        assert row.count == 30
+    assert [row.dim for row in results.rows] == [4, 16]
+    assert "topics: 30 texts" in evaluation.format_table(results)
+    (picture,) = [p for p in evaluation.save(results, tmp_path) if p.suffix == ".png"]
+    assert picture.stat().st_size > 1_000
+
+
+def test_texts_without_sides_may_be_as_long_as_passages(tiny_gecko):
+    text = "list table index " * 40
+    vector, cut = (
+        judge.encode_symmetric(tiny_gecko, [text[:length]], "STS")
+        for length in (None, 300)
+    )
+    expected = tiny_gecko.encode(
+        [text], side="query", task="semantic similarity", max_length=200
+    )
+    np.testing.assert_allclose(vector, expected, atol=1e-6)
+    assert np.abs(vector - cut).max() > 1e-4

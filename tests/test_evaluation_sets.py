@@ -163,3 +163,74 @@ def test_a_fault_in_a_similarity_file_is_named(tmp_path, content, message):
     (tmp_path / "sts.tsv").write_text(content)
     with pytest.raises(ValueError, match=message):
         sets.load(tmp_path / "sts.tsv")
+
+
+LABELLED = [
+    ("a list of rows", "tables", "train"),
+    ("sort it", "lists", "train"),
+    ("rows of lists", "tables", "test"),
+]
+
+
+def _write_labelled(folder, kind):
+    folder.mkdir(exist_ok=True)
+    names = ("text", "label", "split")
+    if kind == "file.jsonl":
+        path = folder / "topics.jsonl"
+        path.write_text(_lines(dict(zip(names, r, strict=True)) for r in LABELLED))
+        return path
+    if kind == "file.tsv.gz":
+        path = folder / "topics.tsv.gz"
+        rows = ["\t".join(row) for row in (names, *LABELLED)]
+        path.write_bytes(gzip.compress("\n".join(rows).encode()))
+        return path
+    (folder / "topics").mkdir()
+    for split in ("train", "test"):
+        rows = [row[:2] for row in LABELLED if row[2] == split]
+        path = folder / "topics" / f"{split}.{kind.rpartition('.')[2]}"
+        if kind == "folder.tsv":
+            path.write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+        else:
+            path.write_text(_lines({"text": t, "label": n} for t, n in rows))
+    return folder / "topics"
+
+
+@pytest.mark.parametrize(
+    "kind", ["file.jsonl", "file.tsv.gz", "folder.jsonl", "folder.tsv"]
+)
+def test_classification_reads_the_same_from_files_and_folders(tmp_path, kind):
+    path = _write_labelled(tmp_path, kind)
+    for place in (path, tmp_path):  # alone, and among others
+        (found,) = sets.load(place)
+        assert found.name == "topics"
+        assert found.train.texts == ("a list of rows", "sort it")
+        assert found.train.labels == ("tables", "lists")
+        assert found.test == (("rows of lists",), ("tables",))
+
+
+def test_a_limit_leaves_the_training_texts(tmp_path):
+    labels = ("a", "b") * 10
+    texts = tuple(f"text {n}" for n in range(20))
+    both = sets.Labelled(texts, labels)
+    small = sets.ClassificationSet("x", both, both).limit(5, 50)
+    assert small.train == both
+    assert small.test.texts == tuple(f"text {n}" for n in (0, 4, 8, 12, 16))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: it must hold text, label, split"),
+        ("a\tx\ttrain\nb\ty\tdev\n", r"c.tsv:3: split 'dev' must be one of train"),
+        ("a\tx\ttrain\nb\ty\ttrain\n", r"c.tsv: no texts of the split test"),
+        ("a\tx\ttrain\nb\tx\ttest\n", r"one label, 'x'; classification needs two"),
+        (
+            "a\tx\ttrain\nb\ty\ttrain\nc\tz\ttest\n",
+            r"no training text has the label 'z'",
+        ),
+    ],
+)
+def test_a_fault_in_a_classification_file_is_named(tmp_path, content, message):
+    (tmp_path / "c.tsv").write_text("text\tlabel\tsplit\n" + content)
+    with pytest.raises(ValueError, match=message):
+        sets.load(tmp_path / "c.tsv")

@@ -68,6 +68,10 @@ ONLY_INSIDE_FUNCTIONS = (
     "Stemmer",
     "tensorboardX",
     "rich",
+    "mteb",
+    "datasets",
+    "huggingface_hub",
+    "sklearn",
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -129,29 +129,25 @@ class Runner:
 
     def run(self, task: Any) -> scoreboard.Task:
         """Runs what is missing of a task, and returns its scores."""
-        name = task.metadata.name
+        metadata = task.metadata
+        name = metadata.name
+        scores: dict[int, float] = {}
         begin = time.monotonic()
-        waiting: list[encoder.Encoder] = []
         try:
-            if name not in self.failures:
+            if name not in self.failures:  # It may be in several suites.
                 waiting = [e for e in self._encoders if not self._load(task, e)]
                 self._run(task, waiting)
+                for one in self._encoders:
+                    scores[one.dim] = float(self._load(task, one).get_score())
+                shown = " ".join(f"{100 * score:.2f}" for score in scores.values())
+                seconds = f"{time.monotonic() - begin:.0f} s"
+                note = seconds if waiting else "from an earlier run"
+                logging.info("%s: %s (%s)", name, shown, note)
         # Any fault of any data set or of mteb: the others must go on.
         except Exception as error:
             self.failures[name] = _explain(task, error)
             logging.warning("%s did not run: %s", name, self.failures[name])
             logging.debug("%s", name, exc_info=True)
-        scores: dict[int, float] = {}
-        if name not in self.failures:
-            scores = {
-                one.dim: float(self._load(task, one).get_score())
-                for one in self._encoders
-            }
-            shown = " ".join(f"{100 * score:.2f}" for score in scores.values())
-            seconds = time.monotonic() - begin
-            note = f"{seconds:.0f} s" if waiting else "from an earlier run"
-            logging.info("%s: %s (%s)", name, shown, note)
-        metadata = task.metadata
         return scoreboard.Task(name, metadata.type, metadata.main_score, scores)
 
     def _run(self, task: Any, encoders: Sequence[encoder.Encoder]) -> None:
