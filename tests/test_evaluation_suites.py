@@ -33,12 +33,12 @@ def folder(tmp_path_factory):
         {"_id": f"p{n}", "text": p, "title": p.split()[0] if n % 2 else ""}
         for n, p in enumerate(passages)
     ]
-    # As in BEIR, a passage is no answer to the query of its id.
-    corpus.append({"_id": "q0", "text": "list of list table"})
     queries = [
         {"_id": f"q{n}", "text": f"{passages[n]} {passages[-n]}", "task": task}
         for n, task in zip(range(0, 30, 3), ["docs", "code", ""] * 4, strict=False)
     ]
+    # As in BEIR, a passage is no answer to the query of its id.
+    corpus += [{"_id": query["_id"], "text": query["text"]} for query in queries]
     qrels = [
         {"query-id": f"q{n}", "corpus-id": f"p{(n + 7 * k) % 30}", "score": k + 1}
         for n in range(0, 30, 3)
@@ -49,13 +49,14 @@ def folder(tmp_path_factory):
     # No pair twice: equal cosines may come out unequal by a rounding.
     rows = [f"{p}\t{passages[29 - n]}\t{n % 7}" for n, p in enumerate(passages[:15])]
     (folder / "pairs.tsv").write_text("\n".join(rows) + "\n")
+    # More than eight training texts of a label: it matters which are drawn.
     texts = [
         {
             "text": f"{p} {n}",
-            "label": p.split()[1],
-            "split": ("train", "test")[n % 3 > 0],
+            "label": "early" if p.split()[1] < "m" else "late",
+            "split": "test" if n % 3 else "train",
         }
-        for n, p in enumerate(2 * passages)
+        for n, p in enumerate(3 * passages)
     ]
     (folder / "topics.jsonl").write_text(_lines(texts))
     return folder
