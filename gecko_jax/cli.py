@@ -82,8 +82,8 @@ gives nDCG@10, recall@100 and MRR@10; a file of sentence pairs with scores (JSON
 TSV) gives the Spearman correlation; a file of texts with labels (text, label, split)
 gives the accuracy of mteb's classification. `quickstart` is the bundled folder.
 
-With a config, mteb runs its benchmarks, and files like these, offline ones included;
-the results are in mteb's own format, and the same command goes on with what is missing.
+With a config, mteb runs its own benchmarks, or files like these without network; the
+results are in mteb's format, and the same command goes on with what is missing.
 
 examples:
   gecko evaluate quickstart --model=runs/finetune

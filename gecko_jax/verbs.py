@@ -111,7 +111,9 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.config:
         _evaluate_suites(options)
         return
-    if not options.folders or options.overrides:
+    if options.overrides:
+        options.parser.error(f"{options.overrides[0]} needs a --config")
+    if not options.folders:
         options.parser.error("name folders to judge on, or a --config")
     from gecko_jax import embedding, evaluation
 

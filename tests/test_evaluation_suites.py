@@ -70,13 +70,15 @@ def _config(tmp_path, *overrides):
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """As when the hub cannot be reached; no test of ours may use the network."""
+def offline(monkeypatch, tmp_path):
+    """No hub, and nothing that was downloaded: no test of ours uses the network."""
     from datasets import config as datasets_config
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +243,49 @@ def test_what_needs_the_network_fails_alone(tiny_gecko, folder, tmp_path, capsys
     assert len(board.suites["local sets"][0].scores) == len(DIMS)
     table = scoreboard.format_board(board)
     assert "did not run (16)" in table
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_absent_hub_is_found_once(tiny_gecko, tmp_path, monkeypatch, caplog):
+    import huggingface_hub
+    from datasets import config as datasets_config
+    from huggingface_hub import constants
+
+    asked = []
+
+    def get_session():
+        asked.append(1)
+        raise RuntimeError("no such host\nand a second line")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", get_session)
+    config = _config(tmp_path)
+    config.tasks = ("STS12", "STS13")
+    with caplog.at_level("WARNING", logger="absl"):
+        board = suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
+    assert len(asked) == 1
+    assert list(board.failures) == ["STS12", "STS13"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert (
+        len([line for line in lines if "cannot be reached (no such host)" in line]) == 1
+    )
+    assert constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=m"], "name folders to judge on, or a --config"),
+        (["f", "--config=c.py", "--model=m"], "folders does not go with --config"),
+        (["--config=c.py", "--dims=8", "--model=m"], "--dims does not go with"),
+        (["--config=c.py", "--model=m"], "--config needs --output"),
+        (["f", "--config.dims=8", "--model=m"], "--config.dims=8 needs a --config"),
+    ],
+)
+def test_folders_and_a_config_are_two_ways(arguments, message, capsys):
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("offline")
