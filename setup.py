@@ -44,7 +44,15 @@ _CORE = [
     "tensorboardX>=2.6.4",
 ]
 
+# MTEB. Through mteb come torch, transformers and scikit-learn; ours imports none of
+# the first two.
+_EVAL = [
+    "mteb>=2.26",
+    "scikit-learn>=1.6",
+]
+
 _TEST = [
+    *_EVAL,
     "pytest>=9.0",
     "beartype>=0.22",
 ]
@@ -79,6 +87,7 @@ setuptools.setup(
     install_requires=_CORE,
     extras_require={
         "test": _TEST,
+        "eval": _EVAL,
         "dev": _DEV,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],

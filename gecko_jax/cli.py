@@ -79,12 +79,18 @@ that learned nothing.
 
 A folder in the BEIR layout (corpus.jsonl, queries.jsonl, qrels.jsonl or qrels/*.tsv)
 gives nDCG@10, recall@100 and MRR@10; a file of sentence pairs with scores (JSONL or
-TSV) gives the Spearman correlation. `quickstart` is the bundled folder.
+TSV) gives the Spearman correlation; a file of texts with labels (text, label, split)
+gives the accuracy of mteb's classification. `quickstart` is the bundled folder.
+
+With a config, mteb runs its own benchmarks, or files like these without network; the
+results are in mteb's format, and the same command goes on with what is missing.
 
 examples:
   gecko evaluate quickstart --model=runs/finetune
   gecko evaluate scifact nfcorpus --model=runs/finetune --dims=256,768 --output=results
-  gecko evaluate scifact --model=runs/finetune --task="fact checking" """
+  gecko evaluate scifact --model=runs/finetune --task="fact checking"
+  gecko evaluate --config=configs/evaluate.py:v1,v2 --model=runs/finetune \\
+      --output=results"""
 
 _EMBED = """\
 Embeds a file of texts into a folder of shards; an interrupted run goes on.
@@ -324,8 +330,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _add_verb(verbs, "gecko evaluate", _EVALUATE, "evaluate")
     evaluate.add_argument(
-        "folders", nargs="+", type=_path, metavar="FOLDER", help="BEIR or STS"
+        "folders", nargs="*", type=_path, metavar="FOLDER", help="BEIR, or a file"
     )
+    _add_config(evaluate, required=False)
     _add_model(evaluate)
     evaluate.add_argument(
         "--dims", type=_dims, help="such as 256,768; all that were trained"
@@ -340,7 +347,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-baselines", action="store_true", help="leave out BM25 and bags of words"
     )
     evaluate.add_argument(
-        "--output", type=_path, metavar="DIR", help="for the table and the plot"
+        "--output", type=_path, metavar="DIR", help="for the tables and the plot"
     )
 
     embed = _add_verb(verbs, "gecko embed", _EMBED, "embed")
@@ -403,9 +410,9 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py:ARG", help="the config file"
+        "--config", required=required, metavar="FILE.py:ARG", help="the config file"
     )
     # Never stored: `flags.split` has taken these. Here for the help.
     parser.add_argument(

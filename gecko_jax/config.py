@@ -8,7 +8,8 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -77,6 +78,14 @@ class Rule:
 
 def _one_of(*names: str) -> Rule:
     return Rule(str, "must be one of " + ", ".join(names), lambda v: v in names)
+
+
+# What `configs/evaluate.py` may name; `evaluation.suites` knows their tasks.
+SUITES = ("MTEB(eng, v1)", "MTEB(eng, v2)", "NanoBEIR", "MIRACL")
+
+
+def _are_dims(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(dim, int) and dim > 0 for dim in values)
 
 
 _TEXT = Rule(str)
@@ -171,26 +180,66 @@ SCHEMA: dict[str, Rule] = {
 }
 
 
+EVALUATION_SCHEMA: dict[str, Rule] = {
+    "suites": Rule(
+        tuple,
+        "must hold some of " + "; ".join(SUITES),
+        lambda v: all(name in SUITES for name in v),
+    ),
+    "tasks": Rule(tuple),
+    "folders": Rule(tuple),
+    "dims": Rule(tuple, "must be whole numbers above 0", _are_dims),
+    "name": Rule(
+        str,
+        "must be organization/model, or empty",
+        lambda v: not v or re.fullmatch(r"[\w.-]+/[\w.-]+", v) is not None,
+    ),
+    "query_length": _COUNT,
+    "passage_length": _COUNT,
+    "cache.folder": Rule(str, "must name a folder", bool),
+    "cache.max_gib": _NOT_NEGATIVE,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+}
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks every key of a training config.
 
     Raises:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
+    _check_keys(config, SCHEMA)
+    _refuse(_faults_between_keys(flatten(config)))
+
+
+def check_evaluation(config: ml_collections.ConfigDict) -> None:
+    """Checks every key of `configs/evaluate.py`; raises as `check` does."""
+    _check_keys(config, EVALUATION_SCHEMA)
+    flat = flatten(config)
+    faults = _faults_of_mesh(flat)
+    if not (flat["suites"] or flat["tasks"] or flat["folders"]):
+        faults.append("suites, tasks and folders are empty: name something to run")
+    _refuse(faults)
+
+
+def _check_keys(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
     flat = flatten(config)
     faults = []
-    for key in sorted(set(flat) - set(SCHEMA)):
-        near = difflib.get_close_matches(key, SCHEMA, n=1)
+    for key in sorted(set(flat) - set(schema)):
+        near = difflib.get_close_matches(key, schema, n=1)
         hint = f"did you mean {near[0]}?" if near else "remove it"
         faults.append(f"{key}={flat[key]!r}: unknown key; {hint}")
     faults += [
         f"{key}: missing; every key must be in the config file"
-        for key in SCHEMA
+        for key in schema
         if key not in flat
     ]
-    faults += find_faults(flat, SCHEMA)
-    if not faults:
-        faults = _faults_between_keys(flat)
+    _refuse(faults + find_faults(flat, schema))
+
+
+def _refuse(faults: Sequence[str]) -> None:
     if faults:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
 
@@ -244,8 +293,7 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
             f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must not exceed "
             f"train.num_steps={flat['train.num_steps']}"
         )
-    if [flat["mesh.data"], flat["mesh.fsdp"], flat["mesh.tensor"]].count(-1) > 1:
-        faults.append("mesh: at most one of data, fsdp, tensor may be -1")
+    faults += _faults_of_mesh(flat)
     if flat["init.checkpoint"] and flat["init.token_weights"] != "none":
         faults.append(
             f"init.token_weights={flat['init.token_weights']!r}: weighs fresh token "
@@ -261,6 +309,13 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
             "loss.all_hard_negatives=True: there are none with data.num_negatives=0"
         )
     return faults
+
+
+def _faults_of_mesh(flat: Mapping[str, Any]) -> list[str]:
+    sizes = [flat["mesh.data"], flat["mesh.fsdp"], flat["mesh.tensor"]]
+    if sizes.count(-1) > 1:
+        return ["mesh: at most one of data, fsdp, tensor may be -1"]
+    return []
 
 
 def flatten(

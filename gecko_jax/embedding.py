@@ -170,7 +170,7 @@ class Gecko:
             ValueError: A text is empty (names its index), or `dim` is not trained.
         """
         dim = self.check_dim(dim)
-        texts = self._format(texts, side, task, titles)
+        texts = self.format_texts(texts, side=side, task=task, titles=titles)
         if max_length is None:
             short = side == "query"
             max_length = self.files.query_length if short else self.files.passage_length
@@ -200,13 +200,15 @@ class Gecko:
             )
         return dim
 
-    def _format(
+    def format_texts(
         self,
         texts: Sequence[str],
+        *,
         side: Side,
-        task: str | None,
-        titles: Sequence[str | None] | None,
+        task: str | None = None,
+        titles: Sequence[str | None] | None = None,
     ) -> list[str]:
+        """Returns the texts as the encoder reads them; see `encode`."""
         if isinstance(texts, str):
             raise ValueError("texts is one string: pass a list, such as [text]")
         if side not in ("query", "passage"):

@@ -13,6 +13,9 @@ _LINE_TO_BEAT, _BAG = "#d1603d", "#a9b2bc"
 # Dims, from the smallest to the largest: one hue, growing darker.
 _DIMS = ("#7cc6b3", "#3fa796", "#1f7a73", "#135457", "#0b3540")
 
+# Metric -> its name on an axis, the one to draw first.
+_LABELS = {"ndcg_at_10": "nDCG@10", "spearman": "Spearman", "accuracy": "accuracy"}
+
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -55,7 +58,9 @@ def plot_training(
             raise ValueError(f"{path}: no logged step to plot; train first")
         logs.append((path.resolve().parent.name, lines))
     scores = [_series(lines, "evaluation/") for _, lines in logs]
-    score = _first_metric(scores)
+    score = _first_metric(
+        name.rpartition("/")[0] for series in scores for name in series
+    )
     num_rows = 2 if score else 1
     pyplot, style = _start()
     with style:
@@ -74,7 +79,7 @@ def plot_training(
             axes[-1, column].set_xlabel("step")
         axes[0, 0].set_ylabel("loss (nats)")
         if score:
-            axes[1, 0].set_ylabel(_label(score))
+            axes[1, 0].set_ylabel(_LABELS[score])
         return _save(figure, output)
 
 
@@ -86,11 +91,10 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
         output: The PNG to write.
     """
     rows = results["rows"]
-    retrieval = [row for row in rows if "ndcg_at_10" in row["metrics"]]
-    metric = "ndcg_at_10" if retrieval else "spearman"
+    metric = _first_metric(name for row in rows for name in row["metrics"])
     rows = [row for row in rows if metric in row["metrics"]]
     dim = max((row["dim"] for row in rows if row["system"] == "model"), default=None)
-    if dim is None:
+    if metric is None or dim is None:
         raise ValueError("no scores of a model to plot")
     sets = list(dict.fromkeys(row["set"] for row in rows))
     groups = _groups(rows, sets)
@@ -235,7 +239,7 @@ def _draw_dims(
     axes.set_xticks(x, [str(dim) for dim in dims])
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("dims of the embedding")
-    axes.set_ylabel(_label(metric))
+    axes.set_ylabel(_LABELS[metric])
     axes.set_title(title)
 
 
@@ -274,7 +278,7 @@ def _draw_bars(
     highest = max(value for group in groups.values() for value in group.values())
     axes.set_ylim(0, 1.25 * highest if highest > 0 else 1)
     axes.grid(visible=False, axis="x")
-    axes.set_ylabel(_label(metric))
+    axes.set_ylabel(_LABELS[metric])
     axes.set_title("by set" if by_set else "by task")
     axes.legend(ncols=2, fontsize=9, loc="upper right")
 
@@ -290,8 +294,8 @@ def _groups(
             "model",
             "BM25",
         ):
-            score = row["metrics"].get("ndcg_at_10", row["metrics"].get("spearman"))
-            groups.setdefault(row[key], {})[row["system"]] = score
+            metric = _first_metric(row["metrics"]) or ""
+            groups.setdefault(row[key], {})[row["system"]] = row["metrics"][metric]
     return dict(sorted(groups.items()))
 
 
@@ -307,9 +311,10 @@ def _series(
     return series
 
 
-def _first_metric(scores: Iterable[Mapping[str, Any]]) -> str | None:
-    names = {name.rpartition("/")[0] for series in scores for name in series}
-    return next((m for m in ("ndcg_at_10", "spearman") if m in names), None)
+def _first_metric(names: Iterable[str]) -> str | None:
+    """Returns the metric to draw: the first of `_LABELS` that is there."""
+    names = set(names)
+    return next((metric for metric in _LABELS if metric in names), None)
 
 
 def _apart(values: Mapping[str, float], gap: float) -> dict[str, float]:
@@ -327,10 +332,6 @@ def _shades(count: int) -> list[str]:
     return [
         _DIMS[round(i * (len(_DIMS) - 1) / max(count - 1, 1))] for i in range(count)
     ]
-
-
-def _label(metric: str) -> str:
-    return {"ndcg_at_10": "nDCG@10", "spearman": "Spearman"}[metric]
 
 
 def _start() -> tuple[Any, Any]:

@@ -107,7 +107,14 @@ def data_prepare(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Judges a model on folders and prints a table of every dimension."""
+    """Judges a model on folders, or runs a config, and prints every dimension."""
+    if options.config:
+        _evaluate_suites(options)
+        return
+    if options.overrides:
+        options.parser.error(f"{options.overrides[0]} needs a --config")
+    if not options.folders:
+        options.parser.error("name folders to judge on, or a --config")
     from gecko_jax import embedding, evaluation
 
     model = embedding.load(options.model)
@@ -124,6 +131,44 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.output:
         for path in evaluation.save(results, options.output):
             print(path)
+
+
+def _evaluate_suites(options: argparse.Namespace) -> None:
+    """Runs the suites of a config; raises at the end if a task did not run."""
+    unused = {
+        "folders": options.folders,
+        "--dims": options.dims,
+        "--task": options.task,
+        "--untrained": options.untrained,
+        "--no-baselines": options.no_baselines,
+    }
+    for name, value in unused.items():
+        if value:
+            options.parser.error(
+                f"{name} does not go with --config, which has keys of its own, such as "
+                "--config.folders and --config.dims"
+            )
+    if not options.output:
+        options.parser.error("--config needs --output, the folder of the results")
+    config = flags.load(options.config, options.overrides)
+    from gecko_jax import config as config_lib
+
+    config_lib.check_evaluation(config)
+    from gecko_jax import embedding
+    from gecko_jax.evaluation import scoreboard, suites
+
+    model = embedding.load(options.model)
+    name = pathlib.Path(options.model).resolve().name
+    board = suites.run(model, config, options.output, name)
+    print(scoreboard.format_board(board))
+    for path in scoreboard.save(board, options.output):
+        print(path)
+    if board.failures:
+        count = len({task.name for tasks in board.suites.values() for task in tasks})
+        raise ValueError(
+            f"{len(board.failures)} of {count} tasks did not run, as told above; the "
+            "same command runs them and nothing else"
+        )
 
 
 def embed(options: argparse.Namespace) -> None:

@@ -102,3 +102,29 @@ def test_keys_must_fit_each_other(override, message):
     config = flags.load(f"{ROOT / 'configs/finetune.py'}:local", overrides)
     with pytest.raises(ValueError, match=message):
         config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["suites=MTEB"], r"suites=\('MTEB',\): must hold some of MTEB\(eng, v1\)"),
+        (["name=gecko"], "name='gecko': must be organization/model"),
+        (["dims=(0,)"], "must be whole numbers above 0"),
+        (["cache.max_gib=-1"], "must be 0 or more"),
+        (["mesh.data=-1", "mesh.fsdp=-1"], "at most one"),
+        (["suites=()"], "name something to run"),
+    ],
+)
+def test_faults_of_an_evaluation_are_told(overrides, message):
+    overrides = [f"--config.{override}" for override in overrides]
+    config = flags.load(f"{ROOT / 'configs/evaluate.py'}:v1", overrides)
+    with pytest.raises(ValueError, match=message):
+        config_lib.check_evaluation(config)
+
+
+def test_an_evaluation_knows_its_keys():
+    config = flags.load(f"{ROOT / 'configs/evaluate.py'}:local").unlock()
+    config_lib.check_evaluation(config)
+    config.task = "STS12"
+    with pytest.raises(ValueError, match="task='STS12': unknown key; did you mean tas"):
+        config_lib.check_evaluation(config)

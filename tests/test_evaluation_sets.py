@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from gecko_jax import evaluation_sets
+from gecko_jax.evaluation import sets
 
 
 def _lines(records):
@@ -46,7 +46,7 @@ def _make(folder, qrels="qrels.jsonl", packed=False):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("qrels", ["qrels.jsonl", "qrels.tsv", "qrels/test.tsv"])
 def test_all_layouts_read_the_same(tmp_path, qrels, packed):
-    (found,) = evaluation_sets.load(_make(tmp_path / "set", qrels, packed))
+    (found,) = sets.load(_make(tmp_path / "set", qrels, packed))
     assert found.name == "set"
     # The empty passage is left out; a passage may be its title.
     assert found.passage_ids == ("p1", "p2", "p3")
@@ -61,7 +61,7 @@ def test_all_layouts_read_the_same(tmp_path, qrels, packed):
 def test_trec_judgements_have_a_fourth_column(tmp_path):
     folder = _make(tmp_path / "set", "qrels.tsv")
     (folder / "qrels.tsv").write_text("q1\t0\tp1\t1\n")
-    (found,) = evaluation_sets.load(folder)
+    (found,) = sets.load(folder)
     assert found.relevance == {"q1": {"p1": 1}}
 
 
@@ -74,19 +74,19 @@ def test_a_folder_of_sets_and_similarity_files(tmp_path):
     pairs = [{"sentence1": "a", "sentence2": "b", "score": s} for s in (1, 2.5)]
     (tmp_path / "pairs.jsonl").write_text(_lines(pairs))
     (tmp_path / "README.md").write_text("notes")
-    found = evaluation_sets.load(tmp_path)
+    found = sets.load(tmp_path)
     assert [s.name for s in found] == ["a", "b", "pairs", "sts"]
     np.testing.assert_array_equal(found[2].scores, [1, 2.5])
     assert (found[3].sentences1, found[3].sentences2) == (("a", "c"), ("b", "d"))
 
 
 def test_the_bundled_set_has_a_name():
-    (found,) = evaluation_sets.load("quickstart")
+    (found,) = sets.load("quickstart")
     assert (len(found.queries), len(found.texts)) == (356, 956)
 
 
 def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
-    (found,) = evaluation_sets.load("quickstart")
+    (found,) = sets.load("quickstart")
     small = found.limit(20, 200)
     assert (len(small.queries), len(small.texts)) == (20, 200)
     assert small.query_ids[0] == found.query_ids[0]
@@ -129,7 +129,7 @@ def test_a_fault_in_a_set_is_named(tmp_path, name, content, message):
     folder = _make(tmp_path / "set")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        evaluation_sets.load(folder)
+        sets.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_a_missing_file_is_named(tmp_path, name, message):
     folder = _make(tmp_path / "set")
     (folder / name).unlink()
     with pytest.raises(ValueError, match=message):
-        evaluation_sets.load(folder)
+        sets.load(folder)
 
 
 def test_nothing_to_evaluate(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
-        evaluation_sets.load(tmp_path / "none")
+        sets.load(tmp_path / "none")
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluation_sets.load(tmp_path)
+        sets.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,75 @@ def test_nothing_to_evaluate(tmp_path):
 def test_a_fault_in_a_similarity_file_is_named(tmp_path, content, message):
     (tmp_path / "sts.tsv").write_text(content)
     with pytest.raises(ValueError, match=message):
-        evaluation_sets.load(tmp_path / "sts.tsv")
+        sets.load(tmp_path / "sts.tsv")
+
+
+LABELLED = [
+    ("a list of rows", "tables", "train"),
+    ("sort it", "lists", "train"),
+    ("rows of lists", "tables", "test"),
+]
+
+
+def _write_labelled(folder, kind):
+    folder.mkdir(exist_ok=True)
+    names = ("text", "label", "split")
+    if kind == "file.jsonl":
+        path = folder / "topics.jsonl"
+        path.write_text(_lines(dict(zip(names, r, strict=True)) for r in LABELLED))
+        return path
+    if kind == "file.tsv.gz":
+        path = folder / "topics.tsv.gz"
+        rows = ["\t".join(row) for row in (names, *LABELLED)]
+        path.write_bytes(gzip.compress("\n".join(rows).encode()))
+        return path
+    (folder / "topics").mkdir()
+    for split in ("train", "test"):
+        rows = [row[:2] for row in LABELLED if row[2] == split]
+        path = folder / "topics" / f"{split}.{kind.rpartition('.')[2]}"
+        if kind == "folder.tsv":
+            path.write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+        else:
+            path.write_text(_lines({"text": t, "label": n} for t, n in rows))
+    return folder / "topics"
+
+
+@pytest.mark.parametrize(
+    "kind", ["file.jsonl", "file.tsv.gz", "folder.jsonl", "folder.tsv"]
+)
+def test_classification_reads_the_same_from_files_and_folders(tmp_path, kind):
+    path = _write_labelled(tmp_path, kind)
+    for place in (path, tmp_path):  # alone, and among others
+        (found,) = sets.load(place)
+        assert found.name == "topics"
+        assert found.train.texts == ("a list of rows", "sort it")
+        assert found.train.labels == ("tables", "lists")
+        assert found.test == (("rows of lists",), ("tables",))
+
+
+def test_a_limit_leaves_the_training_texts(tmp_path):
+    labels = ("a", "b") * 10
+    texts = tuple(f"text {n}" for n in range(20))
+    both = sets.Labelled(texts, labels)
+    small = sets.ClassificationSet("x", both, both).limit(5, 50)
+    assert small.train == both
+    assert small.test.texts == tuple(f"text {n}" for n in (0, 4, 8, 12, 16))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: it must hold text, label, split"),
+        ("a\tx\ttrain\nb\ty\tdev\n", r"c.tsv:3: split 'dev' must be one of train"),
+        ("a\tx\ttrain\nb\ty\ttrain\n", r"c.tsv: no texts of the split test"),
+        ("a\tx\ttrain\nb\tx\ttest\n", r"one label, 'x'; classification needs two"),
+        (
+            "a\tx\ttrain\nb\ty\ttrain\nc\tz\ttest\n",
+            r"no training text has the label 'z'",
+        ),
+    ],
+)
+def test_a_fault_in_a_classification_file_is_named(tmp_path, content, message):
+    (tmp_path / "c.tsv").write_text("text\tlabel\tsplit\n" + content)
+    with pytest.raises(ValueError, match=message):
+        sets.load(tmp_path / "c.tsv")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gecko_jax"
 # Room -> floor. A folder is one room.
 FLOORS = {
     "config": 0,
-    "evaluation_sets": 3,
+    "instructions": 0,
     "files": 0,
     "layers": 0,
     "losses": 0,
@@ -70,6 +70,10 @@ ONLY_INSIDE_FUNCTIONS = (
     "Stemmer",
     "tensorboardX",
     "rich",
+    "mteb",
+    "datasets",
+    "huggingface_hub",
+    "sklearn",
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

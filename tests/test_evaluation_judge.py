@@ -5,7 +5,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, embedding, evaluation, evaluation_sets, ranking
+from gecko_jax import checkpoints, embedding, evaluation, ranking
+from gecko_jax.evaluation import classification, judge, sets, tables
 
 WORDS = ("list", "table", "index", "query", "module", "string", "number", "file")
 
@@ -50,7 +51,7 @@ def _ndcg(results, system, dim, task="all"):
 
 
 def test_scores_are_those_of_ranking_every_passage(results, tiny_gecko, folder):
-    (found,) = evaluation_sets.load(folder)
+    (found,) = sets.load(folder)
     known = {"docs": [], "sts": []}
     for dim in (8, 16):
         values = []
@@ -112,7 +113,7 @@ def test_results_say_what_reproduces_them_and_survive_json(results):
     assert about["text_format"]["query"].startswith("task: ")
     assert (about["query_length"], about["passage_length"]) == (64, 200)
     assert "jax" in about["versions"]
-    again = evaluation.Results.from_dict(json.loads(json.dumps(results.to_dict())))
+    again = tables.Results.from_dict(json.loads(json.dumps(results.to_dict())))
     assert again == results
 
 
@@ -134,7 +135,7 @@ def test_several_sets_have_a_mean(results):
 def test_saving_writes_numbers_table_and_plot(results, tmp_path):
     paths = evaluation.save(results, tmp_path / "out")
     assert [path.name for path in paths] == ["results.json", "table.txt", "quality.png"]
-    saved = evaluation.Results.from_dict(json.loads(paths[0].read_text()))
+    saved = tables.Results.from_dict(json.loads(paths[0].read_text()))
     assert saved == results
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in paths
@@ -174,9 +175,9 @@ def test_the_callback_reads_its_set_at_the_start(folder, tmp_path):
 
 
 def test_a_bag_is_its_seed(tiny_gecko):
-    found = evaluation_sets.load("quickstart")[0].limit(20, 100)
+    found = sets.load("quickstart")[0].limit(20, 100)
     one, two, other = (
-        evaluation.bag_of_words_baseline(
+        judge.bag_of_words_baseline(
             tiny_gecko.vocabulary, found, dim=16, idf=True, seed=seed
         )
         for seed in (0, 0, 1)
@@ -193,7 +194,46 @@ def test_a_task_the_model_does_not_know_falls_back(tiny_gecko, folder, monkeypat
         return np.ones((len(texts), 16), np.float32) / 4
 
     monkeypatch.setattr(embedding.Gecko, "encode_queries", encode)
-    (found,) = evaluation_sets.load(folder)
+    (found,) = sets.load(folder)
     strange = dataclasses.replace(found, tasks=("unknown",) * len(found.tasks))
-    evaluation._judge(tiny_gecko, strange, (16,), "my task", "model", "x")
+    judge._judge(tiny_gecko, strange, (16,), "my task", "model", "x")
     assert asked == ["my task"]
+
+
+def test_classes_are_judged_by_the_vectors_of_their_texts(tiny_gecko, tmp_path):
+    file = tmp_path / "topics.tsv"
+    rows = [
+        f"{word} {n}\t{word}\t{'train' if n % 2 else 'test'}"
+        for word in WORDS[:3]
+        for n in range(20)
+    ]
+    file.write_text("text\tlabel\tsplit\n" + "\n".join(rows) + "\n")
+    results = evaluation.evaluate(tiny_gecko, [file], dims=(4, 16))
+    (found,) = sets.load(file)
+    for row in results.rows:
+        vectors = [
+            tiny_gecko.encode_queries(list(part.texts), "classification", dim=row.dim)
+            for part in (found.train, found.test)
+        ]
+        expected = classification.accuracy(
+            vectors[0], found.train.labels, vectors[1], found.test.labels
+        )
+        assert row.metrics == {"accuracy": pytest.approx(expected, abs=0.02)}
+        assert row.count == 30
+    assert [row.dim for row in results.rows] == [4, 16]
+    assert "topics: 30 texts" in evaluation.format_table(results)
+    (picture,) = [p for p in evaluation.save(results, tmp_path) if p.suffix == ".png"]
+    assert picture.stat().st_size > 1_000
+
+
+def test_texts_without_sides_may_be_as_long_as_passages(tiny_gecko):
+    text = "list table index " * 40
+    vector, cut = (
+        judge.encode_symmetric(tiny_gecko, [text[:length]], "STS")
+        for length in (None, 300)
+    )
+    expected = tiny_gecko.encode(
+        [text], side="query", task="semantic similarity", max_length=200
+    )
+    np.testing.assert_allclose(vector, expected, atol=1e-6)
+    assert np.abs(vector - cut).max() > 1e-4

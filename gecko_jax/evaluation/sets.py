@@ -1,4 +1,4 @@
-"""Evaluation sets: judged retrieval in the BEIR layout, and similarity (STS) files.
+"""Evaluation sets: judged retrieval in the BEIR layout, similarity, classification.
 
 A retrieval set is a folder:
 
@@ -8,7 +8,13 @@ A retrieval set is a folder:
                     or qrels/test.tsv or qrels.tsv, with the same three columns
 
 A similarity set is a file, `.jsonl` with the fields sentence1, sentence2 and score, or
-`.tsv` with these three columns. Any of the files may end in `.gz`.
+`.tsv` with these three columns.
+
+A classification set is a file, `.jsonl` with the fields text, label and split ("train"
+or "test"), or `.tsv` with a first line that names these three columns; or a folder with
+`train.jsonl` and `test.jsonl` (or `.tsv`), which need no split.
+
+Any of the files may end in `.gz`.
 """
 
 import dataclasses
@@ -16,6 +22,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -23,9 +30,11 @@ from jaxtyping import Float
 
 from gecko_jax import files
 
-QUICKSTART = pathlib.Path(__file__).parent / "quickstart"
+QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 
 _PAIR = ("sentence1", "sentence2", "score")
+_CLASS = ("text", "label", "split")
+_SPLITS = ("train", "test")
 _QREL = ("query-id", "corpus-id", "score")
 _QRELS = ("qrels/test.tsv", "qrels.tsv", "qrels.jsonl")
 
@@ -103,11 +112,34 @@ class SimilaritySet:
         )
 
 
-EvaluationSet = RetrievalSet | SimilaritySet
+class Labelled(NamedTuple):
+    """Texts, and the label of each."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationSet:
+    """Labelled texts to learn from, and others to be judged by."""
+
+    name: str
+    train: Labelled
+    test: Labelled
+
+    def limit(self, max_queries: int, max_passages: int) -> "ClassificationSet":
+        """Returns `max_queries` test texts at even distances; 0 sets no limit."""
+        del max_passages
+        chosen = _spread(range(len(self.test.texts)), max_queries)
+        test = Labelled(*(tuple(part[t] for t in chosen) for part in self.test))
+        return dataclasses.replace(self, test=test)
+
+
+EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
-    """Reads a retrieval folder, a similarity file, or a folder of either.
+    """Reads an evaluation set, or a folder of several.
 
     Args:
         path: Where it lies; "quickstart" is the bundled retrieval set.
@@ -120,23 +152,43 @@ def load(path: str | os.PathLike) -> list[EvaluationSet]:
         root = QUICKSTART
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; check the path")
-    if root.is_file():
-        return [_load_similarity(root)]
-    if _find(root, "corpus.jsonl"):
-        return [_load_retrieval(root)]
-    found: list[EvaluationSet] = []
-    for child in sorted(root.iterdir()):
-        if child.is_dir() and _find(child, "corpus.jsonl"):
-            found.append(_load_retrieval(child))
-        elif child.is_file() and _is_similarity(child):
-            found.append(_load_similarity(child))
-    if not found:
+    found = _load_one(root)
+    if found:
+        return [found]
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    several = [_load_one(child) for child in children]
+    several = [found for found in several if found]
+    if not several:
         raise ValueError(
-            f"{root}: nothing to evaluate; it needs corpus.jsonl, queries.jsonl and "
-            "qrels.jsonl (the BEIR layout), or folders with these, or similarity files "
-            "(.tsv or .jsonl with sentence1, sentence2, score)"
+            f"{root}: nothing to evaluate; it must be a folder in the BEIR layout "
+            "(corpus.jsonl, queries.jsonl, qrels.jsonl), a similarity file (.tsv or "
+            ".jsonl with sentence1, sentence2, score), a classification file (text, "
+            "label, split) or folder (train.jsonl, test.jsonl), or a folder of these"
         )
-    return found
+    return several
+
+
+def _load_one(path: pathlib.Path) -> EvaluationSet | None:
+    if path.is_dir():
+        if _find(path, "corpus.jsonl"):
+            return _load_retrieval(path)
+        parts = [_find_table(path, split) for split in _SPLITS]
+        if all(parts):
+            return _load_classification(path, [part for part in parts if part])
+        return None
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".tsv"):
+        _, first = next(files.read_lines(path), ("", ""))
+        if tuple(first.split("\t")) == _CLASS:
+            return _load_classification(path, [path])
+        return _load_similarity(path)
+    if name.endswith(".jsonl"):
+        _, record = next(files.read_records(path), ("", {}))
+        if all(field in record for field in _CLASS):
+            return _load_classification(path, [path])
+        if all(field in record for field in _PAIR):
+            return _load_similarity(path)
+    return None
 
 
 def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
@@ -242,8 +294,65 @@ def _load_similarity(path: pathlib.Path) -> SimilaritySet:
     if len(rows) < 2:
         raise ValueError(f"{path}: {len(rows)} pairs; Spearman needs at least 2")
     first, second, scores = zip(*rows, strict=True)
-    name = path.name.removesuffix(".gz").rpartition(".")[0]
-    return SimilaritySet(name, first, second, np.array(scores, np.float64))
+    return SimilaritySet(_stem(path), first, second, np.array(scores, np.float64))
+
+
+def _load_classification(
+    path: pathlib.Path, parts: Sequence[pathlib.Path]
+) -> ClassificationSet:
+    """Reads one file with the column split, or one file for each split."""
+    rows: dict[str, list[tuple[str, str]]] = {split: [] for split in _SPLITS}
+    for part, known in zip(parts, _SPLITS, strict=False):
+        split = known if len(parts) > 1 else None
+        for place, text, label, named in _read_labelled(part, split):
+            if named not in rows:
+                raise ValueError(
+                    f"{place}: split {named!r} must be one of {', '.join(_SPLITS)}"
+                )
+            rows[named].append((text, label))
+    for split, labelled in rows.items():
+        if not labelled:
+            raise ValueError(f"{path}: no texts of the split {split}; add some")
+    train, test = (
+        Labelled(*(tuple(column) for column in zip(*rows[split], strict=True)))
+        for split in _SPLITS
+    )
+    if len(set(train.labels)) < 2:
+        raise ValueError(
+            f"{path}: the training texts have one label, {train.labels[0]!r}; "
+            "classification needs two"
+        )
+    unknown = sorted(set(test.labels) - set(train.labels))
+    if unknown:
+        raise ValueError(
+            f"{path}: no training text has the label {unknown[0]!r} of the test; add "
+            "some, or drop its test texts"
+        )
+    return ClassificationSet(_stem(path), train, test)
+
+
+def _read_labelled(
+    path: pathlib.Path, split: str | None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (place, text, label, split); a `split` given stands for a column."""
+    columns = _CLASS if split is None else _CLASS[:2]
+    if ".jsonl" in path.name:
+        for place, record in files.read_records(path):
+            text, label, *named = (
+                files.string_field(place, record, column) for column in columns
+            )
+            yield place, text, label, named[0] if named else str(split)
+        return
+    for number, (place, line) in enumerate(files.read_lines(path)):
+        fields = line.split("\t")
+        if number == 0 and tuple(fields) == columns:
+            continue
+        if len(fields) != len(columns) or not all(field.strip() for field in fields):
+            raise ValueError(
+                f"{place}: it must hold {', '.join(columns)}, with tabs between and "
+                "none of them empty"
+            )
+        yield place, fields[0], fields[1], fields[2] if split is None else split
 
 
 def _number(place: str, text: str) -> int | float:
@@ -273,14 +382,15 @@ def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
-def _is_similarity(path: pathlib.Path) -> bool:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".tsv"):
-        return True
-    if not name.endswith(".jsonl"):
-        return False
-    _, first = next(files.read_records(path), ("", {}))
-    return all(field in first for field in _PAIR)
+def _find_table(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
+    return _find(folder, f"{stem}.jsonl") or _find(folder, f"{stem}.tsv")
+
+
+def _stem(path: pathlib.Path) -> str:
+    """Returns the name of a set: its file's without endings, or its folder's."""
+    if path.is_dir():
+        return path.resolve().name
+    return path.name.removesuffix(".gz").rpartition(".")[0]
 
 
 def _spread(items: Sequence[int], limit: int) -> list[int]:

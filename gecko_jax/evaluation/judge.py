@@ -1,0 +1,359 @@
+"""Judging: a model's scores on evaluation sets, beside the lines to beat.
+
+Retrieval is judged by nDCG@10, recall@100 and MRR@10, similarity by Spearman's
+correlation of the cosines, classification by the accuracy of a logistic regression.
+The texts are encoded once, and every dim is judged on its prefix of the vectors. As in
+BEIR, a passage with the id of the query is passed over.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jaxtyping import Float
+
+from gecko_jax import (
+    checkpoints,
+    embedding,
+    index,
+    instructions,
+    model,
+    ranking,
+    vocabulary,
+)
+from gecko_jax.evaluation import classification, sets, tables
+
+# Judged to this rank by recall, the deepest of the metrics.
+DEPTH = 100
+
+_METRICS: Mapping[str, Callable[..., float]] = {
+    "ndcg_at_10": functools.partial(ranking.ndcg_at_k, k=10),
+    "recall_at_100": functools.partial(ranking.recall_at_k, k=DEPTH),
+    "mrr_at_10": functools.partial(ranking.mrr_at_k, k=10),
+}
+
+
+def evaluate(
+    gecko: embedding.Gecko,
+    paths: Sequence[str | os.PathLike],
+    *,
+    dims: Sequence[int] | None = None,
+    task: str | None = None,
+    baselines: bool = True,
+    untrained: bool = False,
+) -> tables.Results:
+    """Judges a model on retrieval folders, similarity files and classification files.
+
+    Args:
+        gecko: The model.
+        paths: See `sets.load`.
+        dims: Some of the model's dims; None is all.
+        task: Of queries that name no task the model knows; None is "search result",
+            "semantic similarity" for similarity, "classification" for classification.
+        baselines: Adds BM25, a random bag of words and one with IDF weights.
+        untrained: Adds the same architecture with fresh parameters.
+
+    Raises:
+        ValueError: A dim is not trained, or a set has a fault (named).
+    """
+    dims = sorted({gecko.check_dim(dim) for dim in dims or gecko.dims})
+    # All is read first, so that a fault in the last set does not waste the others.
+    all_sets = [found for path in paths for found in sets.load(path)]
+    fresh = _untrained(gecko) if untrained else None
+    rows: list[tables.Row] = []
+    for found in all_sets:
+        rows += _judge(gecko, found, dims, task, tables.MODEL, found.name)
+        if fresh:
+            rows += _judge(
+                fresh, found, dims, task, tables.UNTRAINED, f"{found.name}, untrained"
+            )
+        if baselines and isinstance(found, sets.RetrievalSet):
+            rows += _judge_bm25(found)
+            for idf in (False, True):
+                rows += bag_of_words_baseline(
+                    gecko.vocabulary, found, dim=dims[-1], idf=idf
+                )
+    return tables.Results(tuple(rows), _describe(gecko, dims, task, all_sets))
+
+
+def _judge(
+    gecko: embedding.Gecko,
+    found: sets.EvaluationSet,
+    dims: Sequence[int],
+    task: str | None,
+    system: str,
+    description: str,
+) -> list[tables.Row]:
+    if isinstance(found, sets.SimilaritySet):
+        first, second = (
+            encode_symmetric(gecko, side, "STS", task)
+            for side in (found.sentences1, found.sentences2)
+        )
+        return [_judge_similarity(found, system, first, second, dim) for dim in dims]
+    if isinstance(found, sets.ClassificationSet):
+        train, test = (
+            encode_symmetric(gecko, part.texts, "Classification", task)
+            for part in (found.train, found.test)
+        )
+        return [_judge_classes(found, system, train, test, dim) for dim in dims]
+    tasks = np.array(resolve_tasks(gecko, found, task))
+    queries = np.empty((len(tasks), gecko.dims[-1]), np.float32)
+    # The passages of a symmetric task are written with that task.
+    searches: dict[str | None, list[int]] = {}
+    for name in np.unique(tasks).tolist():
+        members = np.flatnonzero(tasks == name)
+        queries[members] = gecko.encode_queries(
+            [found.queries[q] for q in members], name
+        )
+        symmetric = gecko.files.text_format.is_symmetric(name)
+        searches.setdefault(name if symmetric else None, []).extend(members.tolist())
+    rankings: dict[int, list[list[str]]] = {dim: [[]] * len(tasks) for dim in dims}
+    for passage_task, members in searches.items():
+        passages = gecko.encode(
+            found.texts,
+            side="passage",
+            task=passage_task,
+            titles=found.titles,
+            description=f"Encoding {description}",
+        )
+        for dim in dims:
+            corpus = index.Index(embedding.cut(passages, dim), found.passage_ids)
+            _, ids = corpus.search(embedding.cut(queries[members], dim), DEPTH + 1)
+            for query, ranked in zip(members, ids, strict=True):
+                rankings[dim][query] = ranked
+    return [row for dim in dims for row in _score(found, system, dim, rankings[dim])]
+
+
+def resolve_tasks(
+    gecko: embedding.Gecko, found: sets.RetrievalSet, task: str | None = None
+) -> list[str]:
+    """Returns the task each query is written with.
+
+    Args:
+        gecko: Knows the names of its tasks.
+        found: The set; its queries may name tasks.
+        task: Of queries that name no task the model knows; None is "search result".
+    """
+    known = gecko.task_descriptions
+    fallback = task or embedding.DEFAULT_TASK
+    return [name if name in known else fallback for name in found.tasks]
+
+
+def encode_symmetric(
+    gecko: embedding.Gecko, texts: Sequence[str], kind: str, task: str | None = None
+) -> Float[np.ndarray, "N E"]:
+    """Embeds texts that all stand on one side, such as sentences to compare.
+
+    Args:
+        gecko: The model.
+        texts: They are written as queries, and may be as long as passages.
+        kind: mteb's type of the task; says the task when there is none.
+        task: Name or description of the task.
+    """
+    return gecko.encode(
+        list(texts),
+        side="query",
+        task=task or instructions.BY_TYPE[kind].task,
+        max_length=gecko.files.passage_length,
+    )
+
+
+def _judge_similarity(
+    found: sets.SimilaritySet,
+    system: str,
+    first: Float[np.ndarray, "N D"],
+    second: Float[np.ndarray, "N D"],
+    dim: int,
+) -> tables.Row:
+    # In float64, so that pairs of equal texts are equal: only the order counts.
+    sides = [embedding.cut(side, dim).astype(np.float64) for side in (first, second)]
+    cosines = np.sum(sides[0] * sides[1], axis=1)
+    correlation = ranking.spearman(cosines, found.scores)
+    return tables.Row(
+        found.name, system, dim, tables.ALL, len(cosines), {"spearman": correlation}
+    )
+
+
+def _judge_classes(
+    found: sets.ClassificationSet,
+    system: str,
+    train: Float[np.ndarray, "N D"],
+    test: Float[np.ndarray, "M D"],
+    dim: int,
+) -> tables.Row:
+    accuracy = classification.accuracy(
+        embedding.cut(train, dim),
+        found.train.labels,
+        embedding.cut(test, dim),
+        found.test.labels,
+    )
+    count = len(found.test.labels)
+    return tables.Row(
+        found.name, system, dim, tables.ALL, count, {"accuracy": accuracy}
+    )
+
+
+def _judge_bm25(found: sets.RetrievalSet) -> list[tables.Row]:
+    passages = [
+        f"{title} {text}".strip()
+        for title, text in zip(found.titles, found.texts, strict=True)
+    ]
+    ranked = ranking.bm25_rankings(
+        found.queries, passages, found.passage_ids, DEPTH + 1
+    )
+    return _score(found, tables.BM25, None, ranked)
+
+
+def bag_of_words_baseline(
+    vocab: vocabulary.Vocabulary,
+    found: sets.RetrievalSet,
+    *,
+    dim: int,
+    idf: bool,
+    seed: int = 0,
+) -> list[tables.Row]:
+    """Judges a model that learned nothing: one random vector per token, summed.
+
+    Args:
+        vocab: Cuts the texts into tokens.
+        found: The set.
+        dim: Entries of the vectors.
+        idf: Weighs each token by its inverse document frequency in the corpus.
+        seed: Of the random vectors.
+    """
+    table = np.random.default_rng(seed).standard_normal((vocab.size, dim), np.float32)
+    passages = [
+        f"{title} {text}" if title else text
+        for title, text in zip(found.titles, found.texts, strict=True)
+    ]
+    corpus_tokens = [np.array(ids[:-1], np.int64) for ids in vocab.encode(passages)]
+    query_tokens = [np.array(ids[:-1], np.int64) for ids in vocab.encode(found.queries)]
+    if idf:
+        frequency = np.zeros(vocab.size)
+        for tokens in corpus_tokens:
+            frequency[np.unique(tokens)] += 1
+        weights = np.log((len(passages) + 1) / (frequency + 1))
+        table *= weights[:, None].astype(np.float32)
+    corpus, queries = (
+        embedding.cut(np.stack([table[tokens].sum(axis=0) for tokens in side]), dim)
+        for side in (corpus_tokens, query_tokens)
+    )
+    _, ranked = index.Index(corpus, found.passage_ids).search(queries, DEPTH + 1)
+    return _score(found, tables.IDF_BAG if idf else tables.BAG, dim, ranked)
+
+
+def _score(
+    found: sets.RetrievalSet,
+    system: str,
+    dim: int | None,
+    rankings: Sequence[Sequence[str]],
+) -> list[tables.Row]:
+    """Returns a row for all queries, and one per task where there are several."""
+    scores = np.empty((len(_METRICS), len(rankings)))
+    for q, (query, ranked) in enumerate(zip(found.query_ids, rankings, strict=True)):
+        ranked = [passage for passage in ranked if passage != query]
+        for m, metric in enumerate(_METRICS.values()):
+            scores[m, q] = metric(ranked, found.relevance[query])
+    tasks = np.array(found.tasks)
+    names = sorted(set(found.tasks))
+    groups = [(tables.ALL, np.ones(len(tasks), bool))]
+    if len(names) > 1:
+        groups += [(name or "no task", tasks == name) for name in names]
+    return [
+        tables.Row(
+            set=found.name,
+            system=system,
+            dim=dim,
+            task=name,
+            count=int(members.sum()),
+            metrics={
+                metric: float(scores[m, members].mean())
+                for m, metric in enumerate(_METRICS)
+            },
+        )
+        for name, members in groups
+    ]
+
+
+def _untrained(gecko: embedding.Gecko) -> embedding.Gecko:
+    config = gecko.files.encoder_config
+    init = jax.jit(functools.partial(model.init_params, config))
+    return embedding.Gecko(
+        dataclasses.replace(
+            gecko.files, params=init(jax.random.key(0)), revision="untrained"
+        )
+    )
+
+
+def _describe(
+    gecko: embedding.Gecko,
+    dims: Sequence[int],
+    task: str | None,
+    all_sets: Sequence[sets.EvaluationSet],
+) -> dict[str, Any]:
+    model_files = gecko.files
+    return {
+        "revision": gecko.revision,
+        "step": model_files.step,
+        "dims": list(dims),
+        "task": task,
+        "dtype": model_files.encoder_config.dtype,
+        "query_length": model_files.query_length,
+        "passage_length": model_files.passage_length,
+        "text_format": model_files.text_format.to_dict(),
+        "backend": jax.default_backend(),
+        "versions": checkpoints.versions(),
+        "num_passages": {
+            found.name: len(found.texts)
+            for found in all_sets
+            if isinstance(found, sets.RetrievalSet)
+        },
+    }
+
+
+def build_callback(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> Callable[[Any, int], dict[str, float]] | None:
+    """Returns the evaluation that `train.train` calls, or None if config has none.
+
+    It reads the workdir's model files at its first call, when training has written
+    them. With `evaluation.max_queries`, the corpus is cut to ten times as many
+    passages (`RetrievalSet.limit`).
+    """
+    if not config.evaluation.folder:
+        return None
+    max_queries = config.evaluation.max_queries
+    # A missing or broken set should stop a run at its start.
+    all_sets = [
+        found.limit(max_queries, 10 * max_queries)
+        for found in sets.load(config.evaluation.folder)
+    ]
+
+    def evaluate_now(params: Any, step: int) -> dict[str, float]:
+        model_files = checkpoints.load_settings(pathlib.Path(workdir))
+        gecko = embedding.Gecko(
+            dataclasses.replace(model_files, params=params, step=step)
+        )
+        return judge_quickly(gecko, all_sets)
+
+    return evaluate_now
+
+
+def judge_quickly(
+    gecko: embedding.Gecko, all_sets: Sequence[sets.EvaluationSet]
+) -> dict[str, float]:
+    """Returns {"ndcg_at_10/256": ..., "spearman/256": ...}, means over the sets."""
+    values: dict[str, list[float]] = {}
+    for found in all_sets:
+        rows = _judge(gecko, found, gecko.dims, None, tables.MODEL, found.name)
+        for row in rows:
+            if row.task == tables.ALL:
+                for name, value in row.metrics.items():
+                    values.setdefault(f"{name}/{row.dim}", []).append(value)
+    return {name: float(np.mean(found)) for name, found in values.items()}

@@ -1,0 +1,220 @@
+"""Scoreboard: scores of mteb's tasks in tables, beside those that were published.
+
+Scores are percent. MTEB(eng, v1) and MTEB(eng, v2) are different scales, so each suite
+has a table of its own and a published score stands only under its own suite. A mean
+over a part of a suite says how large the part is: it is no score of the suite.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gecko_jax import files
+
+MTEB_V1, MTEB_V2 = "MTEB(eng, v1)", "MTEB(eng, v2)"
+NANOBEIR, MIRACL = "NanoBEIR", "MIRACL"
+
+_MAX_WIDTH = 300
+
+MEAN = "all tasks"
+_MEAN_OF_TYPES = "the types"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Scores in percent that a paper gives, by task type or `MEAN`."""
+
+    suite: str
+    system: str
+    dim: int | None
+    scores: Mapping[str, float]
+
+
+# Lee et al. 2024, section 4; the 278M model is from the EmbeddingGemma paper
+# (Vera et al. 2025, table 5).
+PUBLISHED = (
+    Published(MTEB_V1, "Gecko 1.2B", 768, {MEAN: 66.31, "Retrieval": 55.70}),
+    Published(MTEB_V1, "Gecko 1.2B", 256, {MEAN: 64.37, "Retrieval": 52.44}),
+    Published(MTEB_V1, "Gecko, FRet alone", None, {MEAN: 62.64, "Retrieval": 53.16}),
+    Published(MTEB_V1, "GTR-XL", None, {MEAN: 58.42}),
+    Published(MTEB_V2, "Gecko 278M", None, {MEAN: 66.38}),
+    Published(MIRACL, "Gecko, multilingual", None, {MEAN: 56.2}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of a suite, and the model's main score on it, in [0, 1].
+
+    Attributes:
+        name: mteb's name.
+        kind: mteb's type.
+        metric: mteb's main score.
+        scores: Dim -> score; empty when the task did not run.
+    """
+
+    name: str
+    kind: str
+    metric: str
+    scores: Mapping[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+    """Scores by suite, what must be known to reproduce them, and what did not run.
+
+    Attributes:
+        about: Model, settings, versions.
+        dims: Dims of the run, ascending.
+        suites: Name -> its tasks.
+        failures: Name of a task -> why it did not run.
+    """
+
+    about: Mapping[str, Any]
+    dims: tuple[int, ...]
+    suites: Mapping[str, Sequence[Task]]
+    failures: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON can hold."""
+        suites = {
+            name: {
+                "tasks": [dataclasses.asdict(task) for task in tasks],
+                "means": [
+                    {"dim": dim, **{k: v for k, (v, _) in means(tasks, dim).items()}}
+                    for dim in self.dims
+                ],
+                "num_scored": sum(bool(task.scores) for task in tasks),
+                "published": [
+                    dataclasses.asdict(row) for row in PUBLISHED if row.suite == name
+                ],
+            }
+            for name, tasks in self.suites.items()
+        }
+        return {
+            "about": dict(self.about),
+            "suites": suites,
+            "failures": dict(self.failures),
+        }
+
+
+def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]]:
+    """Returns {column: (mean in percent, tasks it is over)}.
+
+    The columns are the task types, then all tasks, then the means of the types.
+    """
+    kinds: dict[str, list[float]] = {task.kind: [] for task in tasks}
+    for task in tasks:
+        if dim in task.scores:
+            kinds[task.kind].append(100 * task.scores[dim])
+    columns = {kind: _mean(found) for kind, found in sorted(kinds.items())}
+    columns[MEAN] = _mean([score for found in kinds.values() for score in found])
+    of_types = [float(np.mean(found)) for found in kinds.values() if found]
+    columns[_MEAN_OF_TYPES] = (_mean(of_types)[0], columns[MEAN][1])
+    return columns
+
+
+def _mean(scores: Sequence[float]) -> tuple[float | None, int]:
+    return (float(np.mean(scores)) if scores else None), len(scores)
+
+
+def format_board(board: Board) -> str:
+    """Returns a table for every suite, as wide as it is, and what did not run."""
+    from rich import console
+
+    buffer = io.StringIO()
+    screen = console.Console(file=buffer, width=_MAX_WIDTH)
+    for name, tasks in board.suites.items():
+        known = name in (MTEB_V1, MTEB_V2, NANOBEIR, MIRACL)
+        build = _build_suite if known else _build_tasks
+        screen.print(build(board, name, tasks))
+    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    if board.failures:
+        lines += [f"did not run ({len(board.failures)}):"]
+        lines += [f"  {name}: {reason}" for name, reason in board.failures.items()]
+    return "\n".join(lines).strip()
+
+
+def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
+    kinds = [task.kind for task in tasks]
+    sizes = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    sizes[MEAN] = len(tasks)
+    if len(set(kinds)) > 1:
+        sizes[_MEAN_OF_TYPES] = len(tasks)
+    partly = any(len(task.scores) < len(board.dims) for task in tasks)
+    built = _start(name, "a/b: over a of its b tasks" if partly else None)
+    built.add_column("mean over", no_wrap=True)
+    built.add_column("tasks", justify="right")
+    for dim in board.dims:
+        built.add_column(
+            f"this model\n{dim} dims", justify="right", style="bold", no_wrap=True
+        )
+    published = [row for row in PUBLISHED if row.suite == name]
+    for row in published:
+        dims = f"\n{row.dim} dims" if row.dim else ""
+        title = f"{row.system}{dims}\npublished"
+        built.add_column(title, justify="right", no_wrap=True)
+    own = [means(tasks, dim) for dim in board.dims]
+    for column, size in sizes.items():
+        built.add_row(
+            column,
+            str(size),
+            *(_format_mean(*cells[column], size) for cells in own),
+            *(
+                f"{row.scores[column]:.2f}" if column in row.scores else ""
+                for row in published
+            ),
+        )
+    return built
+
+
+def _build_tasks(board: Board, name: str, tasks: Sequence[Task]) -> Any:
+    built = _start(name, None)
+    built.add_column("task")
+    built.add_column("type")
+    built.add_column("metric")
+    for dim in board.dims:
+        built.add_column(f"{dim} dims", justify="right")
+    for task in tasks:
+        scores = [task.scores.get(dim) for dim in board.dims]
+        built.add_row(
+            task.name,
+            task.kind,
+            task.metric,
+            *("" if score is None else f"{100 * score:.2f}" for score in scores),
+        )
+    return built
+
+
+def _start(title: str, caption: str | None) -> Any:
+    from rich import box, table
+
+    return table.Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+
+
+def _format_mean(value: float | None, count: int, size: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + (f" {count}/{size}" if count < size else "")
+
+
+def save(board: Board, folder: str | os.PathLike) -> list[pathlib.Path]:
+    """Writes results.json and table.txt; returns their paths."""
+    paths = [pathlib.Path(folder) / name for name in ("results.json", "table.txt")]
+    contents = (json.dumps(board.to_dict(), indent=2), format_board(board))
+    for path, content in zip(paths, contents, strict=True):
+        with files.write_file(path) as temporary:
+            temporary.write_text(content + "\n", encoding="utf-8")
+    return paths

@@ -1,0 +1,174 @@
+"""Tables: the scores of systems on evaluation sets, to be printed and saved."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gecko_jax import files, plots
+
+# The task that stands for all queries, pairs or texts.
+ALL = "all"
+
+# Systems beside the model, and how tables call them.
+MODEL, BM25 = "model", "BM25"
+UNTRAINED = "untrained model"
+BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
+
+# Metric -> its name in a table, and what is counted of its sets.
+METRICS: dict[str, tuple[str, str]] = {
+    "ndcg_at_10": ("nDCG@10", "queries"),
+    "recall_at_100": ("recall@100", "queries"),
+    "mrr_at_10": ("MRR@10", "queries"),
+    "spearman": ("Spearman", "pairs"),
+    "accuracy": ("accuracy", "texts"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Scores of one system at one dim on one task of one set.
+
+    Attributes:
+        set: Name of the evaluation set.
+        system: `MODEL`, `BM25`, ...
+        dim: Entries of the vectors; None for BM25.
+        task: The queries' task, `ALL` for all of them.
+        count: Queries, pairs of sentences, or texts to classify.
+        metrics: ndcg_at_10, recall_at_100 and mrr_at_10, or spearman, or accuracy.
+    """
+
+    set: str
+    system: str
+    dim: int | None
+    task: str
+    count: int
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Scores, and what must be known to reproduce them."""
+
+    rows: tuple[Row, ...]
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON can hold."""
+        return {"about": self.about, "rows": [dataclasses.asdict(r) for r in self.rows]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Results":
+        """Inverse of `to_dict`."""
+        return cls(tuple(Row(**row) for row in values["rows"]), dict(values["about"]))
+
+    def find(self, system: str, dim: int | None = None, task: str = ALL) -> list[Row]:
+        """Returns the rows of a system, one per set."""
+        return [
+            row
+            for row in self.rows
+            if (row.system, row.task) == (system, task) and dim in (None, row.dim)
+        ]
+
+
+def format_table(results: Results, width: int = 100) -> str:
+    """Returns the scores as tables, one per set, and one of means over several."""
+    from rich import console
+
+    buffer = io.StringIO()
+    screen = console.Console(file=buffer, width=width)
+    for name in dict.fromkeys(row.set for row in results.rows):
+        rows = [row for row in results.rows if row.set == name]
+        screen.print(_build_table(results, name, rows))
+    means = _means(results)
+    if means:
+        screen.print(_build_table(results, means[0].set, means))
+    lines = buffer.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip()
+
+
+def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
+    from rich import box, table
+
+    overall = [row for row in rows if row.task == ALL]
+    tasks = list(dict.fromkeys(row.task for row in rows if row.task != ALL))
+    metrics = [metric for metric in METRICS if metric in overall[0].metrics]
+    unit = METRICS[metrics[0]][1]
+    num_passages = results.about.get("num_passages", {}).get(name)
+    title = f"{name}: {overall[0].count:,} {unit}"
+    title += f", {num_passages:,} passages" if num_passages else ""
+    built = table.Table(
+        title=title,
+        title_justify="left",
+        caption="under a task: nDCG@10 of its queries" if tasks else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    built.add_column("system", no_wrap=True)
+    built.add_column("dims", justify="right")
+    for metric in metrics:
+        built.add_column(METRICS[metric][0], justify="right", no_wrap=True)
+    for task in tasks:
+        built.add_column(task, justify="right", style="dim")
+    systems = dict.fromkeys(row.system for row in overall)
+    for system in systems:
+        for row in overall:
+            if row.system != system:
+                continue
+            by_task = {
+                other.task: other.metrics["ndcg_at_10"]
+                for other in rows
+                if (other.system, other.dim) == (row.system, row.dim)
+                and other.task != ALL
+            }
+            built.add_row(
+                system,
+                str(row.dim or ""),
+                *(f"{row.metrics[metric]:.3f}" for metric in metrics),
+                *(f"{by_task[task]:.3f}" for task in tasks),
+                style="bold" if system == MODEL else None,
+            )
+    return built
+
+
+def _means(results: Results) -> list[Row]:
+    """Returns means over the retrieval sets, when there are several."""
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for row in results.rows:
+        if row.task == ALL and "ndcg_at_10" in row.metrics:
+            groups.setdefault((row.system, row.dim), []).append(row)
+    count = max(map(len, groups.values()), default=0)
+    if count < 2:
+        return []
+    return [
+        Row(
+            set=f"mean of {count} sets",
+            system=system,
+            dim=dim,
+            task=ALL,
+            count=sum(row.count for row in rows),
+            metrics={
+                name: float(np.mean([row.metrics[name] for row in rows]))
+                for name in rows[0].metrics
+            },
+        )
+        for (system, dim), rows in groups.items()
+    ]
+
+
+def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
+    """Writes results.json, table.txt and quality.png; returns their paths."""
+    folder = pathlib.Path(folder)
+    paths = [folder / name for name in ("results.json", "table.txt", "quality.png")]
+    with files.write_file(paths[0]) as temporary:
+        temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    with files.write_file(paths[1]) as temporary:
+        temporary.write_text(format_table(results) + "\n")
+    with files.write_file(paths[2]) as temporary:
+        plots.plot_quality(results.to_dict(), temporary)
+    return paths

@@ -1,0 +1,116 @@
+"""Instructions of evaluation: which task description each MTEB task is read with.
+
+Table 9 of the paper, with the names that `mteb` gives the tasks. A task is looked up by
+its name, then by the names of the tasks it was made from, then by its type. What is
+not in table 9 (bitext mining, MIRACL, ...) is our choice and marked so. The literal
+text around a description is the model's own `text.TextFormat`.
+
+    find("NFCorpus", "Retrieval")     fact checking, asymmetric
+    find("STS12", "STS")              semantic similarity, symmetric
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+_ANSWER = "question answering"
+_SEARCH = "search result"
+_CHECK = "fact checking"
+_SIMILAR = "semantic similarity"
+_CLASSIFY = "classification"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """How the texts of a task are written.
+
+    Attributes:
+        task: The task description that stands before a query.
+        symmetric: Both sides are written as queries.
+    """
+
+    task: str
+    symmetric: bool = False
+
+
+# mteb's task type -> instruction.
+BY_TYPE: dict[str, Instruction] = {
+    "Classification": Instruction(_CLASSIFY, symmetric=True),
+    "Clustering": Instruction(_SEARCH, symmetric=True),
+    "PairClassification": Instruction(_SIMILAR, symmetric=True),
+    "STS": Instruction(_SIMILAR, symmetric=True),
+    "Summarization": Instruction(_SEARCH, symmetric=True),
+    # Not in table 9.
+    "Retrieval": Instruction(_SEARCH),
+    "Reranking": Instruction(_SEARCH),
+    "InstructionRetrieval": Instruction(_SEARCH),
+    "InstructionReranking": Instruction(_SEARCH),
+    "BitextMining": Instruction(_SIMILAR, symmetric=True),
+    "MultilabelClassification": Instruction(_CLASSIFY, symmetric=True),
+    "Regression": Instruction(_CLASSIFY, symmetric=True),
+    "ZeroShotClassification": Instruction(_CLASSIFY, symmetric=True),
+}
+
+# mteb's task name -> instruction. NanoBEIR and the sets of hard negatives name the
+# tasks they are made from (`adapted_from`), and are read like these.
+BY_NAME: dict[str, Instruction] = {
+    "ArguAna": Instruction(_SIMILAR),
+    "ClimateFEVER": Instruction(_SEARCH),
+    "FEVER": Instruction(_SEARCH),
+    "HotpotQA": Instruction(_SEARCH),
+    "TRECCOVID": Instruction(_SEARCH),
+    "QuoraRetrieval": Instruction(_SEARCH, symmetric=True),
+    "NFCorpus": Instruction(_CHECK),
+    "SciFact": Instruction(_CHECK),
+    "DBPedia": Instruction(_ANSWER),
+    "FiQA2018": Instruction(_ANSWER),
+    "MSMARCO": Instruction(_ANSWER),
+    "NQ": Instruction(_ANSWER),
+    "SCIDOCS": Instruction(_ANSWER),
+    "Touche2020": Instruction(_ANSWER),
+    "AskUbuntuDupQuestions": Instruction(_ANSWER),
+    "SciDocsRR": Instruction(_ANSWER),
+    "MindSmallReranking": Instruction(_SIMILAR),
+    "StackOverflowDupQuestions": Instruction(_SEARCH),
+    # Not in table 9.
+    "MIRACLRetrieval": Instruction(_ANSWER),
+}
+BY_NAME |= {
+    f"CQADupstack{forum}Retrieval": Instruction(_ANSWER)
+    for forum in (
+        "",
+        "Android",
+        "English",
+        "Gaming",
+        "Gis",
+        "Mathematica",
+        "Physics",
+        "Programmers",
+        "Stats",
+        "Tex",
+        "Unix",
+        "Webmasters",
+        "Wordpress",
+    )
+}
+
+
+def find(name: str, kind: str, made_from: Sequence[str] = ()) -> Instruction:
+    """Returns the instruction of a task.
+
+    Args:
+        name: mteb's name of the task.
+        kind: mteb's type of the task.
+        made_from: Names of the tasks it was adapted from.
+
+    Raises:
+        ValueError: Neither names nor type are known, such as a task on images.
+    """
+    for known in (name, *made_from):
+        if known in BY_NAME:
+            return BY_NAME[known]
+    if kind not in BY_TYPE:
+        raise ValueError(
+            f"task {name} has type {kind!r}, which has no instruction; known are "
+            f"{', '.join(BY_TYPE)}"
+        )
+    return BY_TYPE[kind]
