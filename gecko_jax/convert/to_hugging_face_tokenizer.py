@@ -15,7 +15,8 @@ one does not:
 
 What is left: a compatibility letter (fullwidth, mathematical) right before an accent
 that Unicode composes it with is not composed; of two segmentations with equal scores,
-float32 there and float64 here may choose differently; and a sentinel that a text spells
+float32 there and float64 here may choose differently; accents younger than the Unicode
+of the `tokenizers` library keep the order they came in; and a sentinel that a text spells
 with SentencePiece's own mark of a space (`▁<extra_id_0>`) loses the space before it.
 """
 
