@@ -30,6 +30,7 @@ from gecko_jax import (
     index,
     model,
     plots,
+    quantization,
     ranking,
     vocabulary,
 )
@@ -89,6 +90,15 @@ class Results:
         """Inverse of `to_dict`."""
         return cls(tuple(Row(**row) for row in values["rows"]), dict(values["about"]))
 
+    def check_model(self, model_files: checkpoints.ModelFiles) -> "Results":
+        """Returns itself; raises ValueError if the scores are of another model."""
+        if self.about.get("revision") != model_files.revision:
+            raise ValueError(
+                f"the results are of revision {self.about.get('revision')}, the model "
+                f"is {model_files.revision}: evaluate this model, or leave them out"
+            )
+        return self
+
     def find(self, system: str, dim: int | None = None, task: str = ALL) -> list[Row]:
         """Returns the rows of a system, one per set."""
         return [
@@ -104,6 +114,7 @@ def evaluate(
     *,
     dims: Sequence[int] | None = None,
     task: str | None = None,
+    precisions: Sequence[str] = (quantization.FLOAT32,),
     baselines: bool = True,
     untrained: bool = False,
 ) -> Results:
@@ -115,6 +126,8 @@ def evaluate(
         dims: Some of the model's dims; None is all.
         task: Of queries that name no task the model knows; None is "search result",
             and "semantic similarity" for similarity files.
+        precisions: How passages are stored (`quantization`); a row each. Queries are
+            float32 always, and of a pair the second sentence counts as the passage.
         baselines: Adds BM25, a random bag of words and one with IDF weights.
         untrained: Adds the same architecture with fresh parameters.
 
@@ -122,12 +135,14 @@ def evaluate(
         ValueError: A dim is not trained, or a set has a fault (named).
     """
     dims = sorted({gecko.check_dim(dim) for dim in dims or gecko.dims})
+    for precision in precisions:
+        quantization.check_precision(precision)
     # All is read first, so that a fault in the last set does not waste the others.
     sets = [found for path in paths for found in evaluation_sets.load(path)]
     fresh = _untrained(gecko) if untrained else None
     rows: list[Row] = []
     for found in sets:
-        rows += _judge(gecko, found, dims, task, MODEL, found.name)
+        rows += _judge(gecko, found, dims, task, MODEL, found.name, precisions)
         if fresh:
             rows += _judge(
                 fresh, found, dims, task, UNTRAINED, f"{found.name}, untrained"
@@ -148,13 +163,18 @@ def _judge(
     task: str | None,
     system: str,
     description: str,
+    precisions: Sequence[str] = (quantization.FLOAT32,),
 ) -> list[Row]:
+    kinds = [(dim, precision) for dim in dims for precision in precisions]
     if isinstance(found, evaluation_sets.SimilaritySet):
         first, second = (
             gecko.encode_queries(list(side), task or SIMILARITY_TASK)
             for side in (found.sentences1, found.sentences2)
         )
-        return [_judge_similarity(found, system, first, second, dim) for dim in dims]
+        return [
+            _judge_similarity(found, system, first, second, dim, precision)
+            for dim, precision in kinds
+        ]
     known = gecko.task_descriptions
     fallback = task or embedding.DEFAULT_TASK
     tasks = np.array([t if t in known else fallback for t in found.tasks])
@@ -168,7 +188,9 @@ def _judge(
         )
         symmetric = gecko.files.text_format.is_symmetric(name)
         searches.setdefault(name if symmetric else None, []).extend(members.tolist())
-    rankings: dict[int, list[list[str]]] = {dim: [[]] * len(tasks) for dim in dims}
+    rankings: dict[tuple[int, str], list[list[str]]] = {
+        kind: [[]] * len(tasks) for kind in kinds
+    }
     for passage_task, members in searches.items():
         passages = gecko.encode(
             found.texts,
@@ -177,12 +199,23 @@ def _judge(
             titles=found.titles,
             description=f"Encoding {description}",
         )
-        for dim in dims:
-            corpus = index.Index(embedding.cut(passages, dim), found.passage_ids)
+        for dim, precision in kinds:
+            codes = quantization.encode(embedding.cut(passages, dim), precision)
+            corpus = index.Index(codes, found.passage_ids)
             _, ids = corpus.search(embedding.cut(queries[members], dim), DEPTH + 1)
             for query, ranked in zip(members, ids, strict=True):
-                rankings[dim][query] = ranked
-    return [row for dim in dims for row in _score(found, system, dim, rankings[dim])]
+                rankings[dim, precision][query] = ranked
+    return [
+        row
+        for dim, precision in kinds
+        for row in _score(
+            found, _name(system, precision), dim, rankings[dim, precision]
+        )
+    ]
+
+
+def _name(system: str, precision: str) -> str:
+    return system if precision == quantization.FLOAT32 else f"{system}, {precision}"
 
 
 def _judge_similarity(
@@ -191,10 +224,20 @@ def _judge_similarity(
     first: Float[np.ndarray, "N D"],
     second: Float[np.ndarray, "N D"],
     dim: int,
+    precision: str,
 ) -> Row:
-    cosines = np.sum(embedding.cut(first, dim) * embedding.cut(second, dim), axis=1)
+    codes = quantization.encode(embedding.cut(second, dim), precision)
+    second = embedding.cut(codes.decode(), dim)
+    cosines = np.sum(embedding.cut(first, dim) * second, axis=1)
     correlation = ranking.spearman(cosines.astype(np.float64), found.scores)
-    return Row(found.name, system, dim, ALL, len(cosines), {_SPEARMAN: correlation})
+    return Row(
+        found.name,
+        _name(system, precision),
+        dim,
+        ALL,
+        len(cosines),
+        {_SPEARMAN: correlation},
+    )
 
 
 def _judge_bm25(found: evaluation_sets.RetrievalSet) -> list[Row]:
@@ -381,6 +424,7 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     metrics = [metric for metric in _METRICS if metric in overall[0].metrics]
     unit = "queries" if metrics else "pairs"
     metrics = metrics or [_SPEARMAN]
+    has_codes = any(_precision(row) != quantization.FLOAT32 for row in overall)
     num_passages = results.about.get("num_passages", {}).get(name)
     title = f"{name}: {overall[0].count:,} {unit}"
     title += f", {num_passages:,} passages" if num_passages else ""
@@ -393,6 +437,8 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     )
     built.add_column("system", no_wrap=True)
     built.add_column("dims", justify="right")
+    if has_codes:
+        built.add_column("bytes", justify="right")
     for metric in metrics:
         label = _METRICS[metric][0] if metric in _METRICS else "Spearman"
         built.add_column(label, justify="right", no_wrap=True)
@@ -412,11 +458,25 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
             built.add_row(
                 system,
                 str(row.dim or ""),
+                *([_bytes(row)] if has_codes else []),
                 *(f"{row.metrics[metric]:.3f}" for metric in metrics),
                 *(f"{by_task[task]:.3f}" for task in tasks),
                 style="bold" if system == MODEL else None,
             )
     return built
+
+
+def _precision(row: Row) -> str:
+    """The precision that `_name` wrote into the system's name."""
+    last = row.system.rpartition(", ")[2]
+    return last if last in quantization.PRECISIONS else quantization.FLOAT32
+
+
+def _bytes(row: Row) -> str:
+    """Memory of a passage; BM25 has no vectors."""
+    if row.dim is None:
+        return ""
+    return f"{quantization.bytes_per_vector(_precision(row), row.dim):,}"
 
 
 def _means(results: Results) -> list[Row]:
@@ -453,5 +513,27 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
     with files.write_file(paths[1]) as temporary:
         temporary.write_text(format_table(results) + "\n")
     with files.write_file(paths[2]) as temporary:
-        plots.plot_quality(results.to_dict(), temporary)
+        # The picture compares systems; codes of one are in the table.
+        exact = [r for r in results.rows if _precision(r) == quantization.FLOAT32]
+        shown = dataclasses.replace(results, rows=tuple(exact) or results.rows)
+        plots.plot_quality(shown.to_dict(), temporary)
     return paths
+
+
+def read(path: str | os.PathLike) -> Results:
+    """Reads a results.json that `save` wrote.
+
+    Raises:
+        ValueError: The file is missing or is no such results.
+    """
+    try:
+        return Results.from_dict(json.loads(pathlib.Path(path).read_text()))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not the results.json of `gecko evaluate` ({error}); give that "
+            "file, or evaluate again"
+        ) from error
