@@ -318,9 +318,7 @@ def from_embeddings(
             f"{source}: missing, or not the file that {folder} was made from; give "
             "that one, or embed again"
         )
-    return Index(
-        codes, ids, titles=titles, texts=texts, revision=settings["revision"]
-    )
+    return Index(codes, ids, titles=titles, texts=texts, revision=settings["revision"])
 
 
 def _damaged(path: pathlib.Path, fault: object) -> ValueError:

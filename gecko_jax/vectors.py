@@ -104,7 +104,10 @@ def embed_file(
             )
             codes = quantization.encode(vectors, precision, ranges)
             ranges = codes.ranges
-            arrays = {"ids": np.array([r.id for r in records]), "vectors": codes.values}
+            arrays: dict[str, Any] = {
+                "ids": np.array([r.id for r in records]),
+                "vectors": codes.values,
+            }
             if ranges is not None:
                 arrays["ranges"] = ranges
             with files.write_file(path) as temporary, temporary.open("wb") as file:
@@ -234,7 +237,7 @@ def _load_shard(path: pathlib.Path) -> _Shard | None:
             return _Shard(
                 shard["ids"].tolist(),
                 shard["vectors"],
-                shard["ranges"] if "ranges" in shard else None,
+                shard.get("ranges"),
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -197,11 +197,10 @@ def search(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Writes a trained model into a folder of its own, in the format asked for."""
     from gecko_jax import checkpoints, evaluation
+    from gecko_jax.convert import to_hub
 
     output = pathlib.Path(options.output)
     if options.push:
-        from gecko_jax.convert import to_hub
-
         to_hub.check(options.push)
     model_files = checkpoints.load_model(options.model)
     _check_export(options, model_files.mrl_dims)

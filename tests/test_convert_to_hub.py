@@ -52,7 +52,7 @@ def test_a_name_must_be_a_repository(calls, name):
 
 def test_nobody_logged_in_is_told(calls, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="not logged in.*hf auth login"):
+    with pytest.raises(ValueError, match=r"not logged in.*hf auth login"):
         to_hub.check("a/b")
     assert calls == []
 

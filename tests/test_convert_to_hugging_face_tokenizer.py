@@ -1,5 +1,6 @@
 """The tokenizer that Hugging Face opens cuts texts as our vocabulary does."""
 
+import itertools
 import json
 import pathlib
 import unicodedata
@@ -73,7 +74,7 @@ def _is_known_to_differ(t):
     return "▁<extra_id" in cleaned or any(
         unicodedata.combining(second)
         and (unicodedata.normalize("NFKC", a) != a or unicodedata.combining(a))
-        for a, second in zip(cleaned, cleaned[1:], strict=False)
+        for a, second in itertools.pairwise(cleaned)
     )
 
 
@@ -93,8 +94,9 @@ def test_ids_are_equal_on_any_text(pair, t):
 def test_the_difference_that_is_left_is_the_one_documented(pair):
     vocab, tokenizer = pair
     fullwidth_a_with_accent = "\uff41\u0301"
-    assert tokenizer.encode(fullwidth_a_with_accent).ids != (
-        vocab.encode([fullwidth_a_with_accent])[0]
+    assert (
+        tokenizer.encode(fullwidth_a_with_accent).ids
+        != (vocab.encode([fullwidth_a_with_accent])[0])
     )
 
 

@@ -78,6 +78,20 @@ def test_passages_get_our_vectors(opened, scaled_files):
 
 
 @pytest.mark.torch
+def test_a_long_query_needs_the_length_of_queries(opened, scaled_files):
+    gecko = embedding.Gecko(scaled_files)
+    queries = ["long words of all kinds " * 40]
+    ours = gecko.encode_queries(queries, "docs")
+    assert _cosines(ours, opened.encode(queries, prompt_name="docs")) < 0.9999
+    opened.max_seq_length = scaled_files.query_length
+    try:
+        theirs = opened.encode(queries, prompt_name="docs")
+    finally:
+        opened.max_seq_length = scaled_files.passage_length
+    assert _cosines(ours, theirs) >= 0.99999
+
+
+@pytest.mark.torch
 def test_each_dim_gets_our_vectors(scaled_files, tmp_path):
     import sentence_transformers
 
@@ -186,7 +200,7 @@ def test_the_card_says_what_must_be_known(scaled_files, tmp_path):
         "| model | 8 | 0.432 |",
         "4, 8, 16",
         "`task: search result \\| query: `",
-        "`title: TITLE \\| text: TEXT`",
+        "`title: TITLE | text: TEXT`",
         "Texts are cut to 200 tokens",
         "gives 8 entries",
     ):

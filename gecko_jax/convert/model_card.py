@@ -109,14 +109,14 @@ def _format(
     rows = [f"| `{name}` | `{_escape(text)}` |" for name, text in prompts.items()]
     if "{title}" in text_format.passage:
         written = text_format.passage.replace("{title}", "TITLE")
-        written = f"`{_escape(written.replace('{text}', 'TEXT'))}`, with `prompt=''`"
+        written = f"`{written.replace('{text}', 'TEXT')}`, with `prompt=''`"
     else:
         written = "`TITLE TEXT`"
     lengths = (
         f"Texts are cut to {max_length} tokens. In training, queries had "
-        f"{model_files.query_length} and passages {model_files.passage_length}: set "
-        f"`model.max_seq_length = {model_files.query_length}` to cut long queries as "
-        "there."
+        f"{model_files.query_length} and passages {model_files.passage_length}, and "
+        "gecko_jax cuts them so; a longer query gets the same vector here only after "
+        f"`model.max_seq_length = {model_files.query_length}`."
         if model_files.query_length != model_files.passage_length
         else f"Texts are cut to {max_length} tokens, as in training."
     )

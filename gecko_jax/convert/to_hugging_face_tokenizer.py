@@ -13,11 +13,12 @@ one does not:
   inside the model, which no normalized text and no reserved piece holds.
 - Sentinels have the score SentencePiece gives them, not the 0 of their piece.
 
-What is left: a compatibility letter (fullwidth, mathematical) right before an accent
-that Unicode composes it with is not composed; of two segmentations with equal scores,
-float32 there and float64 here may choose differently; accents younger than the Unicode
-of the `tokenizers` library keep the order they came in; and a sentinel that a text spells
-with SentencePiece's own mark of a space (`▁<extra_id_0>`) loses the space before it.
+What is left, in a text in ten thousand or fewer: a compatibility letter (fullwidth,
+mathematical) right before an accent that Unicode composes it with is not composed; of
+two segmentations with equal scores, float32 in SentencePiece and float64 there may
+choose differently; accents younger than the Unicode of the `tokenizers` library keep
+the order they came in; and a sentinel that a text spells with SentencePiece's own mark
+of a space (`▁<extra_id_0>`) loses the space before it.
 """
 
 import base64

@@ -189,9 +189,7 @@ def _embed(
         "ReduceSum", [graph.add("Mul", [x, weights]), graph.integers(1)], keepdims=0
     )
     count = graph.add("ReduceSum", [weights, graph.integers(1)], keepdims=0)
-    pooled = graph.add(
-        "Div", [total, graph.add("Max", [count, graph.number(1.0)])]
-    )
+    pooled = graph.add("Div", [total, graph.add("Max", [count, graph.number(1.0)])])
     if config.projection:
         # The cut is a cut of the matrix.
         kernel = flat["projection_layer/kernel"][:, :dim]

@@ -7,8 +7,10 @@
     README.md                           the model card
     gecko.json  vocabulary.model        our own settings, so that nothing is lost
 
-`encode(texts, prompt_name=task)` there is `encode_queries(texts, task)` here. A prompt
-can only stand before the text, so a format that writes after it cannot be exported.
+`encode(texts, prompt_name=task)` there is `encode_queries(texts, task)` here, up to the
+length of a query: there is one length for all texts there, the greater of ours, so that
+no passage is cut too early. A prompt can only stand before the text; a format that
+writes after it cannot be exported.
 """
 
 import json
