@@ -11,7 +11,6 @@ one does not:
 - Every piece of a `Unigram` model can match, `</s>` and byte pieces too; in
   SentencePiece a text that says "</s>" is four characters. So "<" is written as a space
   inside the model, which no normalized text and no reserved piece holds.
-- Sentinels have the score SentencePiece gives them, not the 0 of their piece.
 
 What is left, in a text in ten thousand or fewer: a compatibility letter (fullwidth,
 mathematical) right before an accent that Unicode composes it with is not composed; of
@@ -159,17 +158,12 @@ def build_tokenizer(vocab: vocabulary.Vocabulary) -> dict[str, Any]:
 
 
 def _scored_pieces(pieces: Any) -> list[tuple[str, float]]:
-    best = max((p.score for p in pieces if p.type == _NORMAL), default=0.0)
-    scored = []
-    for piece in pieces:
-        text, score = piece.piece, piece.score
-        if piece.type == _USER_DEFINED:
-            # SentencePiece's bonus, by bytes; its best score is never below 0.
-            score = len(text.encode()) * max(best, 0.0) - 0.1
-        if piece.type in (_NORMAL, _USER_DEFINED, _UNUSED):
-            text = text.replace("<", " ")
-        scored.append((text, score))
-    return scored
+    """Returns the vocabulary; reserved pieces keep the "<" that no text has there."""
+    matchable = (_NORMAL, _USER_DEFINED, _UNUSED)
+    return [
+        (p.piece.replace("<", " ") if p.type in matchable else p.piece, p.score)
+        for p in pieces
+    ]
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:
