@@ -23,6 +23,7 @@ _CORE = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "tensorstore>=0.1.80",
     "jaxtyping>=0.3.11",
     "numpy>=2.4",
     "safetensors>=0.8.0",
@@ -44,17 +45,27 @@ _CORE = [
     "tensorboardX>=2.6.4",
 ]
 
-# MTEB. Through mteb come torch, transformers and scikit-learn; ours imports none of
-# the first two.
+# What exports need beyond the core.
+_ONNX = ["onnx>=1.23"]
+_HUB = ["huggingface_hub>=2.0"]
+
+# MTEB. It brings torch, transformers and scikit-learn; ours imports none of the first
+# two.
 _EVAL = [
     "mteb>=2.26",
     "scikit-learn>=1.6",
 ]
 
 _TEST = [
-    *_EVAL,
+    *_ONNX,
+    *_HUB,
+    "scikit-learn>=1.6",
     "pytest>=9.0",
     "beartype>=0.22",
+    "hypothesis>=6.150",
+    # Exports are opened by what others open them with.
+    "onnxruntime>=1.23",
+    "tokenizers>=0.22",
 ]
 
 _DEV = [
@@ -86,6 +97,8 @@ setuptools.setup(
     package_data={"gecko_jax": ["py.typed", "quickstart/*", "quickstart/*/*"]},
     install_requires=_CORE,
     extras_require={
+        "onnx": _ONNX,
+        "hub": _HUB,
         "test": _TEST,
         "eval": _EVAL,
         "dev": _DEV,

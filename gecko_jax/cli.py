@@ -89,8 +89,11 @@ examples:
   gecko evaluate quickstart --model=runs/finetune
   gecko evaluate scifact nfcorpus --model=runs/finetune --dims=256,768 --output=results
   gecko evaluate scifact --model=runs/finetune --task="fact checking"
+  gecko evaluate scifact --model=runs/finetune --precision=float32,int8,binary
   gecko evaluate --config=configs/evaluate.py:v1,v2 --model=runs/finetune \\
-      --output=results"""
+      --output=results
+
+With --precision, passages are stored in fewer bits and a row shows what that costs."""
 
 _EMBED = """\
 Embeds a file of texts into a folder of shards; an interrupted run goes on.
@@ -100,7 +103,10 @@ The file is JSON lines (`_id`, `text`, maybe `title`) or plain text, a text a li
 examples:
   gecko embed corpus.jsonl --model=runs/finetune --output=vectors
   gecko embed questions.txt --model=runs/finetune --output=vectors --side=query \\
-      --task="question answering" --dim=256"""
+      --task="question answering" --dim=256
+  gecko embed corpus.jsonl --model=runs/finetune --output=small --precision=int8
+
+--precision=int8 stores a byte per dim, binary a bit; index and search take either."""
 
 _INDEX = """\
 Builds an index from a folder that `gecko embed` made. The search is exact.
@@ -117,11 +123,18 @@ examples:
   gecko search --model=runs/finetune --index=index < queries.txt > hits.jsonl --json"""
 
 _EXPORT = """\
-Writes a trained model into a folder of its own, without the state of training: the
-settings (gecko.json), the weights (model.safetensors) and the vocabulary.
+Writes a trained model into a folder of its own, without the state of training.
 
-example:
-  gecko export runs/finetune --output=my-gecko"""
+  --to=gecko                  settings, weights, vocabulary; the default
+  --to=sentence-transformers  SentenceTransformer(DIR), prompts and model card included
+  --to=t5x                    a legacy T5X checkpoint, for t5x and t5x_retrieval
+  --to=onnx                   one graph from tokens to vectors, and a tokenizer
+
+examples:
+  gecko export runs/finetune --output=my-gecko
+  gecko export runs/finetune --output=my-gecko-st --to=sentence-transformers \\
+      --results=results/results.json --push=my-lab/my-gecko
+  gecko export runs/finetune --output=my-gecko-onnx --to=onnx --dim=256"""
 
 
 class _UsageError(Exception):
@@ -341,6 +354,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--task", help="task of queries that name none (search result)"
     )
     evaluate.add_argument(
+        "--precision",
+        type=_words,
+        default=("float32",),
+        help="of passages: float32, int8, binary or several (float32)",
+    )
+    evaluate.add_argument(
         "--untrained", action="store_true", help="add the same model before training"
     )
     evaluate.add_argument(
@@ -360,6 +379,13 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--task", help="name or description of the task")
     embed.add_argument(
         "--dim", type=_positive, help="one that was trained (the largest)"
+    )
+
+    embed.add_argument(
+        "--precision",
+        choices=("float32", "int8", "binary"),
+        default="float32",
+        help="of the vectors (float32)",
     )
 
     index = _add_verb(verbs, "gecko index", _INDEX, "index")
@@ -383,6 +409,26 @@ def build_parser() -> argparse.ArgumentParser:
     export = _add_verb(verbs, "gecko export", _EXPORT, "export")
     export.add_argument("model", type=_path, metavar="DIR", help="workdir of a run")
     _add_output(export, "DIR", "the folder to write")
+    export.add_argument(
+        "--to",
+        choices=("gecko", "sentence-transformers", "t5x", "onnx"),
+        default="gecko",
+        help="whose format (gecko)",
+    )
+    export.add_argument(
+        "--dim",
+        type=_positive,
+        help="dims that sentence-transformers or the ONNX graph gives, one that was "
+        "trained",
+    )
+    export.add_argument(
+        "--results",
+        metavar="FILE",
+        help="results.json of `gecko evaluate`, for the model card",
+    )
+    export.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload to this repository of the hub"
+    )
     return parser
 
 
@@ -452,6 +498,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
     return int(text)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def _dims(text: str) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from gecko_jax import (
     progress,
     vocabulary,
 )
+from gecko_jax import text as text_lib
 
 # Tokens per call. A CPU is fastest while the activations stay in its caches.
 TOKENS_PER_CALL = {"cpu": 2_048}
@@ -39,8 +40,7 @@ ACCELERATOR_TOKENS_PER_CALL = 65_536
 # Texts that are tokenized and packed together; bounds the memory of long inputs.
 TEXTS_PER_CHUNK = 16_384
 
-# The task of a query when none is named (section 3.1).
-DEFAULT_TASK = "search result"
+DEFAULT_TASK = text_lib.DEFAULT_TASK
 
 Side = Literal["query", "passage"]
 

@@ -204,6 +204,26 @@ def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.unlink()
 
 
+def check_replaceable(path: str | os.PathLike, marker: str) -> None:
+    """Refuses a folder that holds something else than what is to be written.
+
+    Args:
+        path: Where a folder is to be written.
+        marker: A file that every folder of the same kind has.
+
+    Raises:
+        ValueError: `path` is a file, or a folder with files in it but no `marker`.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir() and (not any(path.iterdir()) or (path / marker).exists()):
+        return
+    if path.exists():
+        raise ValueError(
+            f"{path}: there, and not an earlier export of this kind (no {marker}); "
+            "choose another folder"
+        )
+
+
 @contextlib.contextmanager
 def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary folder; on a clean exit it replaces `path`, else it goes.

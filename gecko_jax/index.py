@@ -6,10 +6,12 @@
 
 The search goes through the corpus block by block and keeps the best k so far, so its
 memory grows with queries times k, never with queries times passages. Of equal scores
-the earlier passage wins.
+the earlier passage wins. Codes are decoded block by block, and compared with float32
+queries.
 
     index/index.json      number, dim, model revision
-    index/vectors.npy     float32, one row per passage
+    index/vectors.npy     one row per passage: float32, or codes (see `quantization`)
+    index/ranges.npy      of int8 codes
     index/passages.jsonl  id, title and text of each row
 """
 
@@ -22,18 +24,20 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from gecko_jax import embedding, files
+from gecko_jax import embedding, files, quantization
 from gecko_jax import vectors as vectors_lib
 
-FORMAT_VERSION = 1
+# 1 had float32 only.
+FORMAT_VERSION = 2
 
 # Passages and queries that are compared at once; their scores take 64 MiB.
 BLOCK_ROWS = 65_536
 BLOCK_QUERIES = 256
 
 _ABOUT, _VECTORS, _PASSAGES = "index.json", "vectors.npy", "passages.jsonl"
+_RANGES = "ranges.npy"
 
 
 class Index:
@@ -41,7 +45,7 @@ class Index:
 
     def __init__(
         self,
-        vectors: Float[np.ndarray, "P D"],
+        vectors: Float[np.ndarray, "P D"] | quantization.Codes,
         ids: Sequence[str],
         *,
         titles: Sequence[str] | None = None,
@@ -51,7 +55,8 @@ class Index:
         """Checks that the parts fit each other; copies nothing.
 
         Args:
-            vectors: One per passage. Normalized ones make the scores cosines.
+            vectors: One per passage. Normalized ones make the scores cosines, which
+                those of codes only come near.
             ids: Unique names of the passages.
             titles: Titles, empty where there is none.
             texts: What `text` gives back.
@@ -68,7 +73,9 @@ class Index:
                 raise ValueError(
                     f"{len(part):,} {name} for {len(vectors):,} vectors: one each"
                 )
-        self.vectors = np.asarray(vectors, np.float32)
+        if not isinstance(vectors, quantization.Codes):
+            vectors = quantization.encode(vectors, quantization.FLOAT32)
+        self.codes = vectors
         self.ids = list(ids)
         self.titles = list(titles) if titles is not None else None
         self.texts = list(texts) if texts is not None else None
@@ -77,7 +84,7 @@ class Index:
         if len(self._rows) != len(self.ids):
             twice = next(i for r, i in enumerate(self.ids) if self._rows[i] != r)
             raise ValueError(f"id {twice!r} comes twice; ids must differ")
-        finite = np.isfinite(self.vectors).all(axis=1)
+        finite = np.isfinite(self.codes.values).all(axis=1)
         if not finite.all():
             bad = self.ids[int(np.argmin(finite))]
             raise ValueError(
@@ -90,7 +97,7 @@ class Index:
     @property
     def dim(self) -> int:
         """Width of the vectors; queries must have the same."""
-        return self.vectors.shape[1]
+        return self.codes.dim
 
     def text(self, identity: str) -> str | None:
         """Returns title and text of a passage, None when the index holds no texts."""
@@ -154,12 +161,19 @@ class Index:
         positions = jnp.zeros((rows, k), jnp.int32)
         block_rows = min(BLOCK_ROWS, len(self))
         for start in range(0, len(self), block_rows):
-            block = self.vectors[start : start + block_rows]
+            block = self.codes.values[start : start + block_rows]
             num_valid = len(block)
             if num_valid < block_rows:
                 block = np.pad(block, ((0, block_rows - num_valid), (0, 0)))
             scores, positions = _best_so_far(
-                scores, positions, padded, block, np.int32(start), np.int32(num_valid)
+                scores,
+                positions,
+                padded,
+                block,
+                self.codes.ranges,
+                np.int32(start),
+                np.int32(num_valid),
+                precision=self.codes.precision,
             )
         return np.asarray(scores)[:count], np.asarray(positions)[:count]
 
@@ -175,7 +189,9 @@ class Index:
         if not is_free and not (path / _ABOUT).exists():
             raise ValueError(f"{path}: there, but not an index; choose another folder")
         with files.write_folder(path) as temporary:
-            np.save(temporary / _VECTORS, self.vectors)
+            np.save(temporary / _VECTORS, self.codes.values)
+            if self.codes.ranges is not None:
+                np.save(temporary / _RANGES, self.codes.ranges)
             with (temporary / _PASSAGES).open("w", encoding="utf-8") as passages:
                 for row, identity in enumerate(self.ids):
                     record = {"_id": identity}
@@ -188,21 +204,26 @@ class Index:
                 "format_version": FORMAT_VERSION,
                 "num_passages": len(self),
                 "dim": self.dim,
+                "precision": self.codes.precision,
                 "revision": self.revision,
             }
             (temporary / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="precision")
 def _best_so_far(
     scores: Float[Array, "Q T"],
     positions: Int[Array, "Q T"],
     queries: Float[Array, "Q D"],
-    block: Float[Array, "P D"],
+    block: Shaped[Array, "P W"],
+    ranges: Float[Array, "2 D"] | None,
     start: Int[Array, ""],
     num_valid: Int[Array, ""],
+    *,
+    precision: str,
 ) -> tuple[Float[Array, "Q T"], Int[Array, "Q T"]]:
     """Merges the scores of a block into the best of the blocks before it."""
+    block = quantization.decode(block, precision, queries.shape[1], ranges)
     # Accelerators round float32 products unless they are told not to.
     fresh = jnp.einsum("qd,pd->qp", queries, block, precision=jax.lax.Precision.HIGHEST)
     row = jnp.arange(block.shape[0], dtype=jnp.int32)
@@ -228,12 +249,14 @@ def load(folder: str | os.PathLike) -> Index:
     try:
         about = json.loads((path / _ABOUT).read_text())
         version = about["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise ValueError(
-                f"{path}: format_version {version}, this gecko_jax reads "
+                f"{path}: format_version {version}, this gecko_jax reads up to "
                 f"{FORMAT_VERSION}; upgrade gecko-jax"
             )
-        shape = (about["num_passages"], about["dim"])
+        precision = about["precision"] if version > 1 else quantization.FLOAT32
+        width = quantization.width(precision, about["dim"])
+        shape = (about["num_passages"], width)
         revision = about["revision"]
     except FileNotFoundError:
         raise ValueError(
@@ -245,15 +268,21 @@ def load(folder: str | os.PathLike) -> Index:
         found = np.load(path / _VECTORS, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path / _VECTORS, error) from error
-    if found.shape != shape or found.dtype != np.float32:
+    if found.shape != shape or found.dtype != quantization.dtype(precision):
         raise _damaged(path / _VECTORS, f"{found.dtype}{found.shape}, not {shape}")
+    ranges = None
+    if precision == quantization.INT8:
+        try:
+            ranges = np.load(path / _RANGES, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise _damaged(path / _RANGES, error) from error
     records = [record for _, record in files.read_records(path / _PASSAGES)]
     if len(records) != shape[0]:
         raise _damaged(path / _PASSAGES, f"{len(records):,} lines, not {shape[0]:,}")
     has = records[0].keys()
     try:
         return Index(
-            np.array(found),
+            quantization.Codes(np.array(found), precision, about["dim"], ranges),
             [record["_id"] for record in records],
             titles=[record["title"] for record in records] if "title" in has else None,
             texts=[record["text"] for record in records] if "text" in has else None,
@@ -277,7 +306,7 @@ def from_embeddings(
         ValueError: A shard is missing or damaged, or `source` is another file.
     """
     settings = vectors_lib.read_settings(folder)
-    ids, vectors = vectors_lib.read_shards(folder)
+    ids, codes = vectors_lib.read_codes(folder)
     path = pathlib.Path(source or settings["source"])
     titles = texts = None
     if path.exists() and files.sha256(path) == settings["source_sha256"]:
@@ -289,9 +318,7 @@ def from_embeddings(
             f"{source}: missing, or not the file that {folder} was made from; give "
             "that one, or embed again"
         )
-    return Index(
-        vectors, ids, titles=titles, texts=texts, revision=settings["revision"]
-    )
+    return Index(codes, ids, titles=titles, texts=texts, revision=settings["revision"])
 
 
 def _damaged(path: pathlib.Path, fault: object) -> ValueError:

@@ -24,6 +24,9 @@ from typing import Any
 # encoder reads a few hundred tokens of it.
 MAX_CHARACTERS = 200_000
 
+# The task of a query when none is named (section 3.1).
+DEFAULT_TASK = "search result"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:

@@ -1,7 +1,7 @@
 """Vectors: a file of texts, embedded into a folder shard by shard.
 
 vectors/embeddings.json   what they were made with
-vectors/shard-00000.npz   ids and vectors of the first `shard_rows` texts
+vectors/shard-00000.npz   ids and vectors (or codes) of the first `shard_rows` texts
 vectors/shard-00001.npz   ...
 """
 
@@ -10,13 +10,13 @@ import json
 import os
 import pathlib
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import embedding, files, progress
+from gecko_jax import embedding, files, progress, quantization
 
 _SETTINGS = "embeddings.json"
 
@@ -30,6 +30,7 @@ def embed_file(
     task: str | None = None,
     dim: int | None = None,
     max_length: int | None = None,
+    precision: str = quantization.FLOAT32,
     shard_rows: int = 8_192,
 ) -> pathlib.Path:
     """Embeds a file of texts into a folder, shard by shard; a rerun goes on.
@@ -46,6 +47,8 @@ def embed_file(
         task: Name or description of the task.
         dim: One of the model's dims; None is the largest.
         max_length: Tokens a text is cut to; None is the length of training.
+        precision: How the vectors are stored, see `quantization`. The ranges of int8
+            are those of the first shard.
         shard_rows: Texts per shard: what an interruption may lose.
 
     Raises:
@@ -53,6 +56,7 @@ def embed_file(
         OSError: The disk is full. Finished shards stay.
     """
     folder = pathlib.Path(folder)
+    quantization.check_precision(precision)
     if shard_rows < 1:
         raise ValueError(f"shard_rows={shard_rows}: it must be at least 1")
     # A bad line should be known before hours of work, so all are read first.
@@ -68,6 +72,7 @@ def embed_file(
             "side": side,
             "task": task,
             "max_length": max_length,
+            "precision": precision,
             "shard_rows": shard_rows,
             "num_texts": num_texts,
             "source_sha256": files.sha256(source),
@@ -76,13 +81,16 @@ def embed_file(
     )
     texts = files.read_texts(source)
     num_shards = -(-num_texts // shard_rows)
+    ranges = None
     with progress.Progress(f"Embedding {source}", num_texts) as bar:
         done = 0
         for shard in range(num_shards):
             records = list(itertools.islice(texts, shard_rows))
             path = _shard_path(folder, shard)
             done += len(records)
-            if _is_whole(path, [record.id for record in records]):
+            whole = _load_whole(path, [record.id for record in records], ranges)
+            if whole is not None:
+                ranges = whole.ranges
                 bar.skip(done)
                 continue
             titles = [record.title for record in records] if side == "passage" else None
@@ -94,8 +102,16 @@ def embed_file(
                 dim=dim,
                 max_length=max_length,
             )
+            codes = quantization.encode(vectors, precision, ranges)
+            ranges = codes.ranges
+            arrays: dict[str, Any] = {
+                "ids": np.array([r.id for r in records]),
+                "vectors": codes.values,
+            }
+            if ranges is not None:
+                arrays["ranges"] = ranges
             with files.write_file(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, ids=np.array([r.id for r in records]), vectors=vectors)
+                np.savez(file, **arrays)
             bar.update(done)
     return folder
 
@@ -104,7 +120,8 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """Returns what `embed_file` wrote about the vectors of `folder`."""
     path = pathlib.Path(folder) / _SETTINGS
     try:
-        return json.loads(path.read_text())
+        # Folders made before there was a choice do not name it.
+        return {"precision": quantization.FLOAT32} | json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: no {_SETTINGS}, so not a folder of `gecko embed`; check it"
@@ -123,23 +140,39 @@ def read_shards(
     Raises:
         ValueError: A shard is missing or damaged.
     """
+    ids, codes = read_codes(folder)
+    return ids, codes.decode()
+
+
+def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes]:
+    """The same as `read_shards`, with the vectors as they are stored."""
     folder = pathlib.Path(folder)
     settings = read_settings(folder)
-    vectors = np.empty((settings["num_texts"], settings["dim"]), np.float32)
+    num_texts, dim = settings["num_texts"], settings["dim"]
+    precision = settings["precision"]
+    width = quantization.width(precision, dim)
+    values = np.empty((num_texts, width), quantization.dtype(precision))
+    ranges = None
     ids: list[str] = []
-    num_shards = -(-settings["num_texts"] // settings["shard_rows"])
+    num_shards = -(-num_texts // settings["shard_rows"])
     for shard in range(num_shards):
         path = _shard_path(folder, shard)
+        expected = min(settings["shard_rows"], num_texts - len(ids))
         loaded = _load_shard(path)
-        expected = min(settings["shard_rows"], len(vectors) - len(ids))
-        if loaded is None or loaded[1].shape != (expected, settings["dim"]):
+        if (
+            loaded is None
+            or (loaded.vectors.dtype, loaded.vectors.shape)
+            != (values.dtype, (expected, width))
+            or not (shard == 0 or _are_equal(loaded.ranges, ranges))
+        ):
             raise ValueError(
                 f"{path}: missing or damaged (shard {shard + 1} of {num_shards}); run "
                 "the same `gecko embed` again, which makes only what is missing"
             )
-        vectors[len(ids) : len(ids) + expected] = loaded[1]
-        ids.extend(loaded[0])
-    return ids, vectors
+        values[len(ids) : len(ids) + expected] = loaded.vectors
+        ranges = loaded.ranges
+        ids.extend(loaded.ids)
+    return ids, quantization.Codes(values, precision, dim, ranges)
 
 
 def _write_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
@@ -167,22 +200,44 @@ def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
     return folder / f"shard-{shard:05}.npz"
 
 
-def _is_whole(path: pathlib.Path, ids: list[str]) -> bool:
+class _Shard(NamedTuple):
+    """The arrays of one file."""
+
+    ids: list[str]
+    vectors: np.ndarray
+    ranges: np.ndarray | None
+
+
+def _load_whole(
+    path: pathlib.Path, ids: list[str], ranges: np.ndarray | None
+) -> _Shard | None:
+    """Returns a shard that need not be made again, else None."""
     if not path.exists():
-        return False
+        return None
     loaded = _load_shard(path)
-    if loaded is None or loaded[0] != ids:
+    is_first = ranges is None
+    if (
+        loaded is None
+        or loaded.ids != ids
+        or not (is_first or _are_equal(loaded.ranges, ranges))
+    ):
         logging.warning("%s is damaged and is made again", path)
-        return False
-    return True
+        return None
+    return loaded
 
 
-def _load_shard(
-    path: pathlib.Path,
-) -> tuple[list[str], Float[np.ndarray, "P E"]] | None:
+def _are_equal(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return (a is None and b is None) or np.array_equal(np.array(a), np.array(b))
+
+
+def _load_shard(path: pathlib.Path) -> _Shard | None:
     try:
         # numpy leaves a damaged file open that it opened itself.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
-            return shard["ids"].tolist(), shard["vectors"]
+            return _Shard(
+                shard["ids"].tolist(),
+                shard["vectors"],
+                shard.get("ranges"),
+            )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

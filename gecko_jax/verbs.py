@@ -123,6 +123,7 @@ def evaluate(options: argparse.Namespace) -> None:
         options.folders,
         dims=options.dims,
         task=options.task,
+        precisions=options.precision,
         baselines=not options.no_baselines,
         untrained=options.untrained,
     )
@@ -173,7 +174,7 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
 
 def embed(options: argparse.Namespace) -> None:
     """Embeds a file of texts into a folder of shards."""
-    from gecko_jax import embedding, vectors
+    from gecko_jax import embedding, quantization, vectors
 
     model = embedding.load(options.model)
     folder = vectors.embed_file(
@@ -183,9 +184,14 @@ def embed(options: argparse.Namespace) -> None:
         side=options.side,
         task=options.task,
         dim=options.dim,
+        precision=options.precision,
     )
     settings = vectors.read_settings(folder)
-    print(f"{folder}: {settings['num_texts']:,} vectors of {settings['dim']} dims")
+    size = quantization.bytes_per_vector(options.precision, settings["dim"])
+    print(
+        f"{folder}: {settings['num_texts']:,} vectors of {settings['dim']} dims, "
+        f"{options.precision}, {size:,} bytes each"
+    )
 
 
 def index(options: argparse.Namespace) -> None:
@@ -194,7 +200,10 @@ def index(options: argparse.Namespace) -> None:
 
     built = index_lib.from_embeddings(options.vectors)
     built.save(options.output)
-    print(f"{options.output}: an index of {len(built):,} texts")
+    print(
+        f"{options.output}: an index of {len(built):,} texts, {built.codes.precision}, "
+        f"{built.codes.bytes_per_vector:,} bytes each"
+    )
 
 
 def search(options: argparse.Namespace) -> None:
@@ -231,20 +240,66 @@ def search(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Writes a trained model into a folder of its own."""
-    from gecko_jax import checkpoints
+    """Writes a trained model into a folder of its own, in the format asked for."""
+    from gecko_jax import checkpoints, evaluation
+    from gecko_jax.convert import to_hub
 
+    output = pathlib.Path(options.output)
+    if options.push:
+        to_hub.check(options.push)
     model_files = checkpoints.load_model(options.model)
-    checkpoints.save_model(options.output, model_files)
-    size = sum(
-        file.stat().st_size
-        for file in pathlib.Path(options.output).rglob("*")
-        if file.is_file()
-    )
+    _check_export(options, model_files.mrl_dims)
+    if options.to == "sentence-transformers":
+        from gecko_jax.convert import to_sentence_transformers
+
+        scores = None
+        if options.results:
+            scores = evaluation.read(options.results).check_model(model_files)
+        to_sentence_transformers.save(
+            output,
+            model_files,
+            truncate_dim=options.dim,
+            scores=scores.to_dict() if scores else None,
+        )
+        use = f"SentenceTransformer({options.output!r})"
+    elif options.to == "t5x":
+        from gecko_jax.convert import to_t5x
+
+        to_t5x.save(output, model_files)
+        use = f"t5x: {output / f'checkpoint_{model_files.step}'}"
+    elif options.to == "onnx":
+        from gecko_jax.convert import to_onnx
+
+        to_onnx.save(output, model_files, dim=options.dim)
+        use = f"onnxruntime.InferenceSession({str(output / to_onnx.MODEL)!r})"
+    else:
+        checkpoints.save_model(output, model_files)
+        use = f"gecko_jax.load({options.output!r})"
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(
-        f"{options.output}: step {model_files.step} of {options.model}, "
-        f"{size / 1e6:,.1f} MB. Load it with gecko_jax.load({options.output!r})"
+        f"{output}: step {model_files.step} of {options.model}, {size / 1e6:,.1f} MB. "
+        f"Load it with {use}"
     )
+    if options.push:
+        print(to_hub.push(output, options.push))
+
+
+def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> None:
+    if options.dim and options.to not in ("sentence-transformers", "onnx"):
+        raise ValueError(
+            f"--dim={options.dim}: the format {options.to} holds the whole embedding, "
+            "which is cut when texts are encoded; leave --dim out"
+        )
+    if options.dim and options.dim not in mrl_dims:
+        raise ValueError(
+            f"--dim={options.dim} is not one the model was trained for: choose one of "
+            f"{', '.join(map(str, sorted(mrl_dims)))}"
+        )
+    if options.results and options.to != "sentence-transformers":
+        raise ValueError(
+            f"--results={options.results}: the format {options.to} has no model card; "
+            "leave --results out, or use --to=sentence-transformers"
+        )
 
 
 def _is_first_process() -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import ml_collections
 import pytest
 
 from gecko_jax import cli, flags, verbs
+from gecko_jax.convert import to_hub
 
 VERBS = (
     ("train",),
@@ -340,6 +342,92 @@ def test_an_export_loads_and_is_the_same_model(capsys, model_folder, tmp_path):
     assert f"gecko_jax.load({output!r})" in out
     expected = gecko_jax.load(model_folder).encode_queries(["lizard"])
     assert (gecko_jax.load(output).encode_queries(["lizard"]) == expected).all()
+
+
+def test_an_export_is_written_in_every_format(capsys, model_folder, tmp_path):
+    for to, file in (
+        ("sentence-transformers", "modules.json"),
+        ("t5x", "gecko/gecko.json"),
+        ("onnx", "model.onnx"),
+    ):
+        output = tmp_path / to
+        status, out, _ = _run(
+            capsys, "export", model_folder, f"--output={output}", f"--to={to}"
+        )
+        assert status == 0
+        assert "Load it with" in out
+        assert (output / file).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dim=8"], "gecko holds the whole embedding"),
+        (["--to=onnx", "--dim=9"], "dim=9 is not one.*4, 8, 16"),
+        (["--to=t5x", "--results=r.json"], "t5x has no model card"),
+        (["--to=sentence-transformers", "--results=r.json"], "r.json: no such file"),
+        (["--push=gecko"], "OWNER/NAME"),
+    ],
+)
+def test_an_export_that_cannot_be_writes_nothing(
+    capsys, model_folder, tmp_path, arguments, message
+):
+    output = tmp_path / "out"
+    status, _, err = _run(
+        capsys, "export", model_folder, f"--output={output}", *arguments
+    )
+    assert status == 1
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1
+    assert not output.exists()
+
+
+def test_an_export_is_pushed_when_it_is_whole(
+    capsys, model_folder, tmp_path, monkeypatch
+):
+    pushed = []
+
+    def push(folder, repo_id):
+        pushed.append((sorted(path.name for path in folder.iterdir()), repo_id))
+        return "https://hub/a/b"
+
+    monkeypatch.setattr(to_hub, "check", lambda repo_id: None)
+    monkeypatch.setattr(to_hub, "push", push)
+    status, out, _ = _run(
+        capsys, "export", model_folder, f"--output={tmp_path / 'm'}", "--push=a/b"
+    )
+    assert status == 0
+    assert out.splitlines()[-1] == "https://hub/a/b"
+    ((names, repo_id),) = pushed
+    assert "gecko.json" in names
+    assert repo_id == "a/b"
+
+
+def test_fewer_bits_go_from_embed_to_search(capsys, model_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("one passage\nanother thing\nthree\n")
+    status, out, _ = _run(
+        capsys,
+        "embed",
+        str(tmp_path / "t.txt"),
+        f"--model={model_folder}",
+        f"--output={tmp_path / 'v'}",
+        "--precision=int8",
+    )
+    assert status == 0
+    assert "int8, 16 bytes each" in out
+    arguments = [str(tmp_path / "v"), f"--output={tmp_path / 'i'}"]
+    status, out, _ = _run(capsys, "index", *arguments)
+    assert "int8, 16 bytes each" in out
+    status, out, _ = _run(
+        capsys,
+        "search",
+        f"--model={model_folder}",
+        f"--index={tmp_path / 'i'}",
+        "--json",
+        "one passage",
+    )
+    assert status == 0
+    assert len(json.loads(out)["hits"]) == 3
 
 
 def test_hard_negatives_and_a_vocabulary_are_made_from_pairs(capsys, tmp_path):

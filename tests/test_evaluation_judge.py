@@ -237,3 +237,49 @@ def test_texts_without_sides_may_be_as_long_as_passages(tiny_gecko):
     )
     np.testing.assert_allclose(vector, expected, atol=1e-6)
     assert np.abs(vector - cut).max() > 1e-4
+
+
+def test_fewer_bits_have_a_row_each(tiny_gecko, folder, tmp_path):
+    judged = evaluation.evaluate(
+        tiny_gecko,
+        [folder.parent],
+        dims=(16,),
+        precisions=("float32", "int8", "binary"),
+        baselines=False,
+    )
+    scores = {
+        row.label: row.metrics["ndcg_at_10"]
+        for row in judged.rows
+        if row.count > 3 and row.task == "all"
+    }
+    assert scores.keys() == {"model", "model, int8", "model, binary"}
+    # Bytes change little; of an untrained model, bits leave little.
+    assert abs(scores["model, int8"] - scores["model"]) < 0.1
+    assert scores["model, binary"] < scores["model, int8"]
+    table = evaluation.format_table(judged)
+    assert "bytes" in table
+    for line, size in (("model ", 64), ("model, int8", 16), ("model, binary", 2)):
+        (row,) = [
+            r
+            for r in table.split("small:")[1].split("pairs")[0].splitlines()
+            if r.strip().startswith(line)
+        ][:1]
+        assert str(size) in row.split()
+    paths = evaluation.save(judged, tmp_path)
+    assert evaluation.read(paths[0]) == judged
+    with pytest.raises(ValueError, match=r"'int4'.*float32, int8, binary"):
+        evaluation.evaluate(tiny_gecko, [folder], precisions=("int4",))
+
+
+def test_results_of_another_model_are_refused(results, tiny_files):
+    assert results.check_model(tiny_files) is results
+    with pytest.raises(ValueError, match="revision tiny-7, the model is other"):
+        results.check_model(dataclasses.replace(tiny_files, revision="other"))
+
+
+def test_a_file_that_is_no_results_is_refused(tmp_path):
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"not the results\.json"):
+        evaluation.read(tmp_path / "r.json")
+    with pytest.raises(ValueError, match="no such file"):
+        evaluation.read(tmp_path / "none.json")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gecko_jax import embedding, index, vectors
+from gecko_jax import embedding, index, quantization, vectors
 
 
 def _random(count, dim=6, seed=0):
@@ -69,7 +69,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
     )
     built.save(tmp_path / "index")
     loaded = index.load(tmp_path / "index")
-    np.testing.assert_array_equal(loaded.vectors, built.vectors)
+    np.testing.assert_array_equal(loaded.codes.values, built.codes.values)
     assert loaded.ids == built.ids
     assert (len(loaded), loaded.dim, loaded.revision) == (5, 6, "r1")
     assert loaded.text("p0") == "T: text é 0\u2028"
@@ -170,3 +170,41 @@ def test_from_a_folder_of_vectors_to_an_answer(tmp_path, tiny_files, tiny_gecko)
     assert index.from_embeddings(tmp_path / "v").texts is None
     with pytest.raises(ValueError, match="not the file that"):
         index.from_embeddings(tmp_path / "v", source)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_codes_are_searched_as_the_vectors_they_stand_for(precision, tmp_path):
+    rng = np.random.default_rng(3)
+    vectors, queries = (
+        embedding.cut(rng.normal(size=(n, 20)).astype(np.float32), 20) for n in (50, 4)
+    )
+    codes = quantization.encode(vectors, precision)
+    names = [str(n) for n in range(50)]
+    built = index.Index(codes, names)
+    scores, ids = built.search(queries, 5)
+    expected_scores, expected = index.Index(codes.decode(), names).search(queries, 5)
+    assert ids == expected
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    built.save(tmp_path / "index")
+    loaded = index.load(tmp_path / "index")
+    assert loaded.dim == 20
+    assert loaded.codes.values.nbytes == 50 * codes.bytes_per_vector
+    np.testing.assert_array_equal(loaded.search(queries, 5)[0], scores)
+
+
+def test_an_index_of_the_first_format_still_loads(tmp_path):
+    built = index.Index(np.eye(3, dtype=np.float32), ["a", "b", "c"])
+    built.save(tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    about = json.loads(path.read_text())
+    del about["precision"]
+    path.write_text(json.dumps(about | {"format_version": 1}))
+    assert index.load(tmp_path / "index").search(np.eye(3)[1:2], 1)[1] == [["b"]]
+
+
+def test_int8_codes_without_their_ranges_are_refused(tmp_path):
+    codes = quantization.encode(np.eye(3, dtype=np.float32), "int8")
+    index.Index(codes, ["a", "b", "c"]).save(tmp_path / "index")
+    (tmp_path / "index" / "ranges.npy").unlink()
+    with pytest.raises(ValueError, match=r"ranges\.npy: missing or damaged"):
+        index.load(tmp_path / "index")

@@ -24,6 +24,7 @@ FLOORS = {
     "packing": 0,
     "plots": 0,
     "progress": 0,
+    "quantization": 0,
     "ranking": 0,
     "text": 0,
     "vocabulary": 0,

@@ -177,3 +177,46 @@ def test_a_full_disk_keeps_finished_shards_and_no_half(
     ]
     _embed(tiny_gecko, source, folder)
     assert len(vectors.read_shards(folder)[0]) == 10
+
+
+@pytest.mark.parametrize(("precision", "size"), [("int8", 8), ("binary", 1)])
+def test_shards_of_codes_come_near_the_vectors(
+    tiny_gecko, source, folder, tmp_path, precision, size
+):
+    _embed(tiny_gecko, source, folder, precision=precision, dim=8)
+    _embed(tiny_gecko, source, tmp_path / "exact", dim=8)
+    ids, codes = vectors.read_codes(folder)
+    assert codes.values.nbytes == 10 * size
+    exact = vectors.read_shards(tmp_path / "exact")[1]
+    found = vectors.read_shards(folder)[1]
+    cosines = np.sum(exact * found, axis=1) / np.linalg.norm(found, axis=1)
+    assert cosines.mean() > (0.95 if precision == "int8" else 0.6)
+    assert ids == vectors.read_shards(tmp_path / "exact")[0]
+
+
+def test_all_shards_share_the_ranges_of_the_first(tiny_gecko, source, folder):
+    _embed(tiny_gecko, source, folder, precision="int8", dim=8)
+    before = vectors.read_codes(folder)[1]
+    # A rerun takes the ranges from the shards that are there.
+    (folder / "shard-00001.npz").unlink()
+    _embed(tiny_gecko, source, folder, precision="int8", dim=8)
+    after = vectors.read_codes(folder)[1]
+    np.testing.assert_array_equal(after.values, before.values)
+    np.testing.assert_array_equal(after.ranges, before.ranges)
+    with np.load(folder / "shard-00002.npz") as shard:
+        arrays = dict(shard)
+    np.savez(folder / "shard-00002.npz", **arrays | {"ranges": arrays["ranges"] * 2})
+    with pytest.raises(ValueError, match=r"shard-00002.npz: missing or damaged"):
+        vectors.read_codes(folder)
+
+
+def test_a_folder_has_one_precision(tiny_gecko, source, folder):
+    _embed(tiny_gecko, source, folder)
+    path = folder / "embeddings.json"
+    settings = json.loads(path.read_text())
+    # A folder made before there was a choice goes on as float32.
+    del settings["precision"]
+    path.write_text(json.dumps(settings))
+    _embed(tiny_gecko, source, folder)
+    with pytest.raises(ValueError, match="precision was 'float32' and is now 'int8'"):
+        _embed(tiny_gecko, source, folder, precision="int8")

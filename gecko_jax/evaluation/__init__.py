@@ -14,4 +14,5 @@ from gecko_jax.evaluation import judge, tables
 evaluate = judge.evaluate
 build_callback = judge.build_callback
 format_table = tables.format_table
+read = tables.read
 save = tables.save

@@ -24,6 +24,7 @@ from gecko_jax import (
     index,
     instructions,
     model,
+    quantization,
     ranking,
     vocabulary,
 )
@@ -45,6 +46,7 @@ def evaluate(
     *,
     dims: Sequence[int] | None = None,
     task: str | None = None,
+    precisions: Sequence[str] = (quantization.FLOAT32,),
     baselines: bool = True,
     untrained: bool = False,
 ) -> tables.Results:
@@ -56,6 +58,9 @@ def evaluate(
         dims: Some of the model's dims; None is all.
         task: Of queries that name no task the model knows; None is "search result",
             "semantic similarity" for similarity, "classification" for classification.
+        precisions: How passages are stored (`quantization`); a row each. Queries are
+            float32 always; of a pair the second sentence counts as the passage, and
+            classes are told by float32 vectors alone.
         baselines: Adds BM25, a random bag of words and one with IDF weights.
         untrained: Adds the same architecture with fresh parameters.
 
@@ -63,12 +68,14 @@ def evaluate(
         ValueError: A dim is not trained, or a set has a fault (named).
     """
     dims = sorted({gecko.check_dim(dim) for dim in dims or gecko.dims})
+    for precision in precisions:
+        quantization.check_precision(precision)
     # All is read first, so that a fault in the last set does not waste the others.
     all_sets = [found for path in paths for found in sets.load(path)]
     fresh = _untrained(gecko) if untrained else None
     rows: list[tables.Row] = []
     for found in all_sets:
-        rows += _judge(gecko, found, dims, task, tables.MODEL, found.name)
+        rows += _judge(gecko, found, dims, task, tables.MODEL, found.name, precisions)
         if fresh:
             rows += _judge(
                 fresh, found, dims, task, tables.UNTRAINED, f"{found.name}, untrained"
@@ -89,13 +96,17 @@ def _judge(
     task: str | None,
     system: str,
     description: str,
+    precisions: Sequence[str] = (quantization.FLOAT32,),
 ) -> list[tables.Row]:
+    kinds = [(dim, precision) for dim in dims for precision in precisions]
     if isinstance(found, sets.SimilaritySet):
         first, second = (
             encode_symmetric(gecko, side, "STS", task)
             for side in (found.sentences1, found.sentences2)
         )
-        return [_judge_similarity(found, system, first, second, dim) for dim in dims]
+        return [
+            _judge_similarity(found, system, first, second, *kind) for kind in kinds
+        ]
     if isinstance(found, sets.ClassificationSet):
         train, test = (
             encode_symmetric(gecko, part.texts, "Classification", task)
@@ -113,7 +124,9 @@ def _judge(
         )
         symmetric = gecko.files.text_format.is_symmetric(name)
         searches.setdefault(name if symmetric else None, []).extend(members.tolist())
-    rankings: dict[int, list[list[str]]] = {dim: [[]] * len(tasks) for dim in dims}
+    rankings: dict[tuple[int, str], list[list[str]]] = {
+        kind: [[]] * len(tasks) for kind in kinds
+    }
     for passage_task, members in searches.items():
         passages = gecko.encode(
             found.texts,
@@ -122,12 +135,17 @@ def _judge(
             titles=found.titles,
             description=f"Encoding {description}",
         )
-        for dim in dims:
-            corpus = index.Index(embedding.cut(passages, dim), found.passage_ids)
+        for dim, precision in kinds:
+            codes = quantization.encode(embedding.cut(passages, dim), precision)
+            corpus = index.Index(codes, found.passage_ids)
             _, ids = corpus.search(embedding.cut(queries[members], dim), DEPTH + 1)
             for query, ranked in zip(members, ids, strict=True):
-                rankings[dim][query] = ranked
-    return [row for dim in dims for row in _score(found, system, dim, rankings[dim])]
+                rankings[dim, precision][query] = ranked
+    return [
+        row
+        for dim, precision in kinds
+        for row in _score(found, system, dim, rankings[dim, precision], precision)
+    ]
 
 
 def resolve_tasks(
@@ -170,13 +188,17 @@ def _judge_similarity(
     first: Float[np.ndarray, "N D"],
     second: Float[np.ndarray, "N D"],
     dim: int,
+    precision: str,
 ) -> tables.Row:
+    codes = quantization.encode(embedding.cut(second, dim), precision)
+    second = codes.decode()
     # In float64, so that pairs of equal texts are equal: only the order counts.
     sides = [embedding.cut(side, dim).astype(np.float64) for side in (first, second)]
     cosines = np.sum(sides[0] * sides[1], axis=1)
     correlation = ranking.spearman(cosines, found.scores)
+    metrics = {"spearman": correlation}
     return tables.Row(
-        found.name, system, dim, tables.ALL, len(cosines), {"spearman": correlation}
+        found.name, system, dim, tables.ALL, len(cosines), metrics, precision
     )
 
 
@@ -253,6 +275,7 @@ def _score(
     system: str,
     dim: int | None,
     rankings: Sequence[Sequence[str]],
+    precision: str = quantization.FLOAT32,
 ) -> list[tables.Row]:
     """Returns a row for all queries, and one per task where there are several."""
     scores = np.empty((len(_METRICS), len(rankings)))
@@ -276,6 +299,7 @@ def _score(
                 metric: float(scores[m, members].mean())
                 for m, metric in enumerate(_METRICS)
             },
+            precision=precision,
         )
         for name, members in groups
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files, plots
+from gecko_jax import checkpoints, files, plots, quantization
 
 # The task that stands for all queries, pairs or texts.
 ALL = "all"
@@ -41,6 +41,7 @@ class Row:
         task: The queries' task, `ALL` for all of them.
         count: Queries, pairs of sentences, or texts to classify.
         metrics: ndcg_at_10, recall_at_100 and mrr_at_10, or spearman, or accuracy.
+        precision: How the vectors of passages are stored (`quantization`).
     """
 
     set: str
@@ -49,6 +50,13 @@ class Row:
     task: str
     count: int
     metrics: dict[str, float]
+    precision: str = quantization.FLOAT32
+
+    @property
+    def label(self) -> str:
+        """The system, and its precision where that is not float32."""
+        is_exact = self.precision == quantization.FLOAT32
+        return self.system if is_exact else f"{self.system}, {self.precision}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,15 @@ class Results:
     def from_dict(cls, values: Mapping[str, Any]) -> "Results":
         """Inverse of `to_dict`."""
         return cls(tuple(Row(**row) for row in values["rows"]), dict(values["about"]))
+
+    def check_model(self, model_files: checkpoints.ModelFiles) -> "Results":
+        """Returns itself; raises ValueError if the scores are of another model."""
+        if self.about.get("revision") != model_files.revision:
+            raise ValueError(
+                f"the results are of revision {self.about.get('revision')}, the model "
+                f"is {model_files.revision}: evaluate this model, or leave them out"
+            )
+        return self
 
     def find(self, system: str, dim: int | None = None, task: str = ALL) -> list[Row]:
         """Returns the rows of a system, one per set."""
@@ -99,6 +116,7 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     tasks = list(dict.fromkeys(row.task for row in rows if row.task != ALL))
     metrics = [metric for metric in METRICS if metric in overall[0].metrics]
     unit = METRICS[metrics[0]][1]
+    has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
     num_passages = results.about.get("num_passages", {}).get(name)
     title = f"{name}: {overall[0].count:,} {unit}"
     title += f", {num_passages:,} passages" if num_passages else ""
@@ -111,37 +129,45 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     )
     built.add_column("system", no_wrap=True)
     built.add_column("dims", justify="right")
+    if has_codes:
+        built.add_column("bytes", justify="right")
     for metric in metrics:
         built.add_column(METRICS[metric][0], justify="right", no_wrap=True)
     for task in tasks:
         built.add_column(task, justify="right", style="dim")
-    systems = dict.fromkeys(row.system for row in overall)
-    for system in systems:
+    for label in dict.fromkeys(row.label for row in overall):
         for row in overall:
-            if row.system != system:
+            if row.label != label:
                 continue
             by_task = {
                 other.task: other.metrics["ndcg_at_10"]
                 for other in rows
-                if (other.system, other.dim) == (row.system, row.dim)
-                and other.task != ALL
+                if (other.label, other.dim) == (label, row.dim) and other.task != ALL
             }
             built.add_row(
-                system,
+                label,
                 str(row.dim or ""),
+                *([_bytes(row)] if has_codes else []),
                 *(f"{row.metrics[metric]:.3f}" for metric in metrics),
                 *(f"{by_task[task]:.3f}" for task in tasks),
-                style="bold" if system == MODEL else None,
+                style="bold" if label == MODEL else None,
             )
     return built
 
 
+def _bytes(row: Row) -> str:
+    """Memory of a passage; BM25 has no vectors."""
+    if row.dim is None:
+        return ""
+    return f"{quantization.bytes_per_vector(row.precision, row.dim):,}"
+
+
 def _means(results: Results) -> list[Row]:
     """Returns means over the retrieval sets, when there are several."""
-    groups: dict[tuple[str, int | None], list[Row]] = {}
+    groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in results.rows:
         if row.task == ALL and "ndcg_at_10" in row.metrics:
-            groups.setdefault((row.system, row.dim), []).append(row)
+            groups.setdefault((row.system, row.precision, row.dim), []).append(row)
     count = max(map(len, groups.values()), default=0)
     if count < 2:
         return []
@@ -156,8 +182,9 @@ def _means(results: Results) -> list[Row]:
                 name: float(np.mean([row.metrics[name] for row in rows]))
                 for name in rows[0].metrics
             },
+            precision=precision,
         )
-        for (system, dim), rows in groups.items()
+        for (system, precision, dim), rows in groups.items()
     ]
 
 
@@ -170,5 +197,27 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
     with files.write_file(paths[1]) as temporary:
         temporary.write_text(format_table(results) + "\n")
     with files.write_file(paths[2]) as temporary:
-        plots.plot_quality(results.to_dict(), temporary)
+        # The picture compares systems; codes of one are in the table.
+        exact = [r for r in results.rows if r.precision == quantization.FLOAT32]
+        shown = dataclasses.replace(results, rows=tuple(exact) or results.rows)
+        plots.plot_quality(shown.to_dict(), temporary)
     return paths
+
+
+def read(path: str | os.PathLike) -> Results:
+    """Reads a results.json that `save` wrote.
+
+    Raises:
+        ValueError: The file is missing or is no such results.
+    """
+    try:
+        return Results.from_dict(json.loads(pathlib.Path(path).read_text()))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not the results.json of `gecko evaluate` ({error}); give that "
+            "file, or evaluate again"
+        ) from error
