@@ -14,6 +14,9 @@ from gecko_jax import config as config_lib
 from gecko_jax.evaluation import encoder as encoder_lib
 from gecko_jax.evaluation import judge, local_tasks, scoreboard, sets, store, suites
 
+# mteb brings PyTorch.
+pytestmark = pytest.mark.torch
+
 ROOT = pathlib.Path(__file__).parents[1]
 WORDS = ("list", "table", "index", "query", "module", "string")
 DIMS = (8, 16)
