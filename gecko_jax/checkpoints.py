@@ -15,7 +15,9 @@ A model folder, made by `gecko export` and independent of any training config:
 Parameter names are T5X's in both (`encoder/layers_0/attention/query/kernel`).
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +25,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -297,14 +299,15 @@ class Checkpointer:
             opt_state: Optimizer state.
             position: What the data stream and the run need to go on, as JSON.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                opt_state=ocp.args.StandardSave(opt_state),
-                position=ocp.args.JsonSave(position),
-            ),
-        )
+        with self._explain_writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    position=ocp.args.JsonSave(position),
+                ),
+            )
 
     def restore_position(self, step: int) -> dict[str, Any]:
         """Returns the `position` saved with `step`."""
@@ -339,11 +342,25 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._explain_writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for writers and lets go of the workdir."""
-        self._manager.close()
+        with self._explain_writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explain_writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise several kinds.
+            raise OSError(
+                errno.EIO,
+                f"{self._manager.directory}: a checkpoint could not be written "
+                f"({_first_line(error)}); free some disk space and run the same "
+                "command again: it goes on from the last whole checkpoint",
+            ) from error
 
 
 def latest_step(workdir: str | pathlib.Path) -> int | None:

@@ -116,13 +116,16 @@ class Writer:
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, int | float]]:
-    """Returns the lines of a `metrics.jsonl`; a line cut off by a kill ends it."""
+    """Returns the lines of a `metrics.jsonl`; a line cut off or damaged ends it."""
     lines: list[dict[str, int | float]] = []
     path = pathlib.Path(path)
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                values = json.loads(line)
+            except ValueError:
                 break
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                break
+            lines.append(values)
     return lines

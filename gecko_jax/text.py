@@ -109,7 +109,15 @@ class TextFormat:
 
 def _fill(template: str, **fields: str) -> str:
     """Fills all fields in one pass: a title may itself hold "{text}"."""
-    return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
+    filled = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
+    try:
+        filled.encode()
+    except UnicodeEncodeError as error:  # Python's mark of a byte that is no text.
+        raise ValueError(
+            f"text {filled[:40]!r} holds {filled[error.start]!r}, which is no "
+            "character; write it as UTF-8"
+        ) from None
+    return filled
 
 
 def clean(text: str) -> str:

@@ -39,11 +39,11 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
     if not path.exists():
         return
     try:
-        before = config_lib.flatten(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        before = config_lib.flatten(json.loads(path.read_text("utf-8")))
+    except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: not JSON (line {error.lineno}); the file is damaged, restore it "
-            "or choose another workdir"
+            f"{path}: not the JSON of a config ({error}); the file is damaged, restore "
+            "it or choose another workdir"
         ) from None
     now = config_lib.flatten(json.loads(config_lib.to_json(config)))
     changed = [

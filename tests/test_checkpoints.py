@@ -26,7 +26,9 @@ CONFIG = model.EncoderConfig(
 @pytest.fixture
 def files(tiny_files):
     params = jax.jit(model.init_params, static_argnums=0)(CONFIG, jax.random.key(1))
-    return dataclasses.replace(tiny_files, params=params, encoder_config=CONFIG)
+    return dataclasses.replace(
+        tiny_files, params=params, encoder_config=CONFIG, mrl_dims=(4, 8)
+    )
 
 
 @pytest.fixture
@@ -183,3 +185,43 @@ def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):
     with pytest.raises(ValueError, match="not empty and not a model folder"):
         checkpoints.save_model(tmp_path, files)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": None}, "step: missing"),
+        ({"mrl_dims": [4, 16]}, r"none may exceed model\.embedding_dim=8"),
+        ({"query_length": "64"}, "query_length='64': must be int"),
+        ({"text_format": {"qurey": "{text}"}}, "unexpected keyword argument 'qurey'"),
+        ({"model": {"num_layers": 1}}, "missing"),
+        ({"model": {"num_heads": 0}}, r"model\.num_heads=0: must be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_rule(folder, change, message):
+    path = folder / checkpoints.MODEL_JSON
+    values = json.loads(path.read_text()) | change
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"(?s)gecko\.json has faults.*{message}"):
+        checkpoints.load_model(folder)
+
+
+def test_another_vocabulary_is_refused(folder):
+    path = folder / checkpoints.VOCABULARY
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="not the vocabulary that the model was"):
+        checkpoints.load_model(folder)
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_remedy(
+    files, tmp_path, monkeypatch
+):
+    checkpointer = checkpoints.Checkpointer(tmp_path, keep=1, keep_every_steps=0)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpointer._manager, "save", full)
+    with pytest.raises(OSError, match=r"checkpoints: .*No space left.*free some disk"):
+        checkpointer.save(1, files.params, {}, {})

@@ -105,6 +105,7 @@ def test_no_argument_shows_the_help(capsys):
         (["trian"], "did you mean train?"),
         (["data", "vocab"], "did you mean vocabulary?"),
         (["data"], "required: VERB"),
+        (["export", "run", "--output="], "--output: the path is empty"),
         (["train", "--workdir=w"], "required: --config"),
         (["train", "--confg=c.py", "--workdir=w"], "--confg; did you mean --config?"),
         (["embed", "a", "--model=m", "--output=o", "--dmi=3"], "did you mean --dim?"),
@@ -464,3 +465,20 @@ def test_hard_negatives_and_a_vocabulary_are_made_from_pairs(capsys, tmp_path):
     assert status == 0
     assert output.exists()
     assert "280 pieces" in out
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("def get_config(arg=None): return {}", "must return an ml_collections"),
+        ("def get_config(): return 1", "TypeError: get_config"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("def get_config(arg): 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_fault_of_the_config_file_is_one_error(tmp_path, code, message):
+    path = tmp_path / "own.py"
+    path.write_text(code + "\n")
+    with pytest.raises(ValueError, match=rf"--config=.*own\.py:x: .*{message}"):
+        flags.load(f"{path}:x")

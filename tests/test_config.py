@@ -94,6 +94,10 @@ def test_all_faults_are_told_at_once():
         ("mesh.fsdp=-1", "at most one"),
         ("init.token_weights=idf", "brings its own"),
         ("init.align_steps=1", "brings its own"),
+        ("seed=9223372036854775808", "must be in"),
+        ("loss.temperature=inf", "must be a number above 0"),
+        ("loss.mrl_weights=(nan,1.0)", "must be numbers of 0 or more"),
+        ("data.files=(1,2)", "must be paths"),
         ("optimizer.name=sgd", "must be one of adafactor, adamw"),
     ],
 )

@@ -90,7 +90,7 @@ BAD = {
     ),
     "empty": ({**GOOD, "query": ""}, "field 'query' is empty"),
     "whitespace": ({**GOOD, "positive": " \n\t\u3000"}, "field 'positive' is empty"),
-    "number": ({**GOOD, "query": 3}, "field 'query' is a int; it must be a string"),
+    "number": ({**GOOD, "query": 3}, "field 'query' is a number; it must be a string"),
     "both names": ({**GOOD, "passage": "x"}, "'positive' and 'passage' mean the same"),
     "both negatives": (
         {**GOOD, "negative": "x", "negatives": ["y"]},
@@ -98,13 +98,16 @@ BAD = {
     ),
     "negatives text": ({**GOOD, "negatives": "x"}, "must be a list of strings"),
     "negatives dict": ({**GOOD, "negatives": {"a": 1}}, "must be a list of strings"),
-    "negative number": ({**GOOD, "negatives": ["x", 1]}, r"'negatives\[1\]' is a int"),
+    "negative number": (
+        {**GOOD, "negatives": ["x", 1]},
+        r"'negatives\[1\]' is a number",
+    ),
     "negative empty": ({**GOOD, "negatives": [" "]}, r"'negatives\[0\]' is empty"),
     "titles": (
         {**GOOD, "negatives": ["x"], "negative_titles": ["a", "b"]},
         "'negative_titles' is 2 items; it must be a list with one item for each of",
     ),
-    "title number": ({**GOOD, "title": 3}, "field 'title' is a int"),
+    "title number": ({**GOOD, "title": 3}, "field 'title' is a number"),
     "group": ({**GOOD, "negative_group": "a"}, "'negative_group' is 'a'; it must be a"),
     "large group": ({**GOOD, "negative_group": 2**31}, "at most 32 bits"),
     "id": ({**GOOD, "query_id": 1.5}, "query_id is 1.5; an id must be a string or a"),

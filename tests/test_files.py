@@ -1,6 +1,10 @@
 import errno
 import gzip
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +52,12 @@ def test_a_txt_file_is_one_text_a_line_under_its_number(tmp_path):
         ('{"_id": "b", "text": " \\n"}', r"corpus.jsonl:2: text '' is empty"),
         ('{"_id": "b", "text": ["x"]}', r"corpus.jsonl:2: field 'text' is a list"),
         ('{"_id": "a", "text": "x"}', r"corpus.jsonl:2: id 'a' .* at .*corpus.jsonl:1"),
-        ('{"_id": "b", "text": "\\ud800"}', r"corpus.jsonl:2: a lone surrogate"),
+        ("[" * 100_000, r"corpus.jsonl:2: JSON that cannot be read"),
+        (f'{{"_id": {"9" * 5000}}}', r"corpus.jsonl:2: JSON that cannot be read"),
+        (
+            '{"_id": "b", "text": "\\ud800"}',
+            r"corpus.jsonl:2: field .text. holds a lone",
+        ),
         (
             json.dumps({"_id": "b", "text": "x " * 500_000}),
             r"corpus.jsonl:2: .*at most",
@@ -122,3 +131,55 @@ def test_a_full_disk_names_the_place_and_the_remedy(tmp_path, write):
     with pytest.raises(OSError, match=r"no disk space left for .*out; .*free some"):
         _fill_disk(write, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    packed = bytearray(gzip.compress(b'{"a": 1}'))
+    packed[10] = 0xFF  # No such kind of block.
+    (tmp_path / "bad.jsonl.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"bad.jsonl.gz:1: not a whole gzip file"):
+        list(files.read_lines(tmp_path / "bad.jsonl.gz"))
+
+
+def test_only_files_are_replaced_by_files_and_links_stay_links(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="not a file"), files.write_file(place):
+            pass
+    (tmp_path / "link").symlink_to("real")
+    with files.write_file(tmp_path / "link") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "x"
+    with (
+        pytest.raises(OSError, match=r"real.below: cannot be written .*not a folder"),
+        files.write_file(tmp_path / "real" / "below"),
+    ):
+        pass
+
+
+def _ended_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
+    path = tmp_path / "out"
+    begin = f".out.{socket.gethostname()}-"
+    dead = tmp_path / f"{begin}{_ended_process()}.tmp"
+    alive = tmp_path / f"{begin}{os.getppid()}.tmp"
+    for left in (dead, alive):
+        left.write_text("half")
+    with files.write_file(path) as temporary:
+        temporary.write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, path])
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
+    old = tmp_path / f".out.{socket.gethostname()}-{_ended_process()}.old"
+    old.mkdir()
+    (old / "kept").write_text("x")
+    with pytest.raises(RuntimeError):
+        _write_half(files.write_folder(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]

@@ -79,3 +79,10 @@ def test_other_processes_write_nothing(tmp_path):
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_line_ends_the_log(tmp_path):
+    for bad in (b"[1]", b'{"loss": 1}', b"\xff\xfe", b'{"step": 2'):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b'{"step": 1}\n' + bad + b"\n")
+        assert metrics.read(path) == [{"step": 1}]

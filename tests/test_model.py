@@ -64,15 +64,18 @@ class TestT5X:
     """Against what t5x and t5x_retrieval compute with the same parameters."""
 
     @pytest.fixture(scope="class")
-    def reference(self):
+    @classmethod
+    def reference(cls):
         return np.load(T5X / "reference.npz")
 
     @pytest.fixture(scope="class")
-    def info(self):
+    @classmethod
+    def info(cls):
         return json.loads((T5X / "info.json").read_text())
 
     @pytest.fixture(scope="class")
-    def config(self, info):
+    @classmethod
+    def config(cls, info):
         sizes = info["config"]
         return model.EncoderConfig(
             vocab_size=sizes["vocab"],
@@ -89,7 +92,8 @@ class TestT5X:
         )
 
     @pytest.fixture(scope="class")
-    def params(self):
+    @classmethod
+    def params(cls):
         return checkpoints.unflatten_params(dict(np.load(T5X / "params.npz")))
 
     def test_names_shapes_and_logical_axes(self, info, config):

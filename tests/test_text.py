@@ -77,3 +77,9 @@ def test_a_format_without_a_title_field_writes_the_title_before_the_text():
 
 def test_a_format_survives_json():
     assert text.TextFormat.from_dict(FORMAT.to_dict()) == FORMAT
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    for query, task in (("caf\udce9", "docs"), ("cafe", "\udce9")):
+        with pytest.raises(ValueError, match="no character; write it as UTF-8"):
+            text.TextFormat().format_query(query, task)

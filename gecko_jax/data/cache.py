@@ -13,9 +13,11 @@ Reading needs no TensorFlow.
 """
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -117,7 +119,12 @@ def _write(
         ):
             writer.write(encode(example))
             num_examples += 1
-        writer.close()
+        try:
+            writer.close()
+        except RuntimeError as error:  # C++ has no OSError.
+            is_full = os.strerror(errno.ENOSPC) in str(error)
+            number = errno.ENOSPC if is_full else errno.EIO
+            raise OSError(number, os.strerror(number), str(folder)) from error
         written = array_record_module.ArrayRecordReader(path).num_records()
         if not num_examples == written == (task.num_examples or written):
             raise OSError(

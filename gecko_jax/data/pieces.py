@@ -98,4 +98,6 @@ def _explain(message: str, size: int) -> str:
             f"vocabulary size {size:,}: the single characters and bytes alone need "
             f"{too_small[1]} pieces; choose a larger size or a lower character coverage"
         )
+    if "sentences_.empty()" in message:
+        return "the files hold no examples; give lines with task, query and positive"
     return f"vocabulary size {size:,}: SentencePiece could not train ({message})"
