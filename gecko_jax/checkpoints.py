@@ -220,7 +220,9 @@ def _digested(
     def digested(name: str, tensor: tensors.Tensor) -> tensors.Tensor:
         def read() -> np.ndarray:
             array = np.ascontiguousarray(tensor.read())
-            digests[name] = hashlib.sha256(array).hexdigest()
+            digests[name] = hashlib.sha256(
+                array.reshape(-1).view(np.uint8).data
+            ).hexdigest()
             return array
 
         return dataclasses.replace(tensor, read=read)

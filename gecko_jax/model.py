@@ -7,6 +7,7 @@ Queries and passages go through the same parameters; only their text differs
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     )
 }
 
+# Keeps the cosines of what it projects.
+_PROJECTION_INIT = nn.initializers.orthogonal()
+
 
 class DualEncoder(nn.Module):
     """Texts to embeddings, both sides through one tower."""
@@ -57,8 +61,7 @@ class DualEncoder(nn.Module):
             self.projection_layer = layers.Dense(
                 config.embedding_dim,
                 ("embed", "affinity"),
-                # Keeps the cosines of what it projects.
-                nn.initializers.orthogonal(),
+                _PROJECTION_INIT,
                 jnp.dtype(jnp.float32),
             )
 
@@ -163,6 +166,12 @@ def init_params(config: EncoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Returns fresh parameters: nested dicts under T5X's names, float32."""
     params: Any = nn.unbox(build_init(config)(key))
     return params
+
+
+def init_projection(config: EncoderConfig, key: Key[Array, ""]) -> Float[Array, "M D"]:
+    """Returns a fresh projection, for an encoder that was trained without one."""
+    shape = (config.model_dim, config.embedding_dim)
+    return typing.cast(Array, _PROJECTION_INIT(key, shape, jnp.float32))
 
 
 def weight_tokens(

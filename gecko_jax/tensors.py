@@ -49,11 +49,16 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers in memory and on disk."""
-        return 4 * int(np.prod(self.shape, dtype=np.int64))
+        return 4 * num_values(self.shape)
 
     def transpose(self) -> "Tensor":
         """Returns the matrix with its two axes swapped."""
         return Tensor(self.shape[::-1], lambda: self.read().T, self.source)
+
+
+def num_values(shape: tuple[int, ...]) -> int:
+    """Returns how many numbers a tensor of this shape holds."""
+    return int(np.prod(shape, dtype=np.int64))
 
 
 def from_array(array: Any) -> Tensor:
@@ -187,4 +192,4 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             array = np.ascontiguousarray(tensor.read(), "<f4")
-            file.write(memoryview(array.reshape(-1)).cast("B"))
+            file.write(array.reshape(-1).view(np.uint8).data)

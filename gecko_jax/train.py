@@ -160,7 +160,7 @@ def train(
     start = initialization.load_start(config)
     batches = build_batches(
         config,
-        text_format=start.text_format if start else text.TextFormat(),
+        text_format=initialization.text_format(start),
         row_multiple=sharding.num_batch_shards(mesh),
     )
     initialization.check_vocabulary(batches.vocabulary, config, start)
@@ -318,8 +318,7 @@ def build_batches(
 ) -> pipeline.Batches:
     """Returns the batches that a config names, building their caches if need be."""
     settings = config.data.to_dict()
-    path = settings.pop("vocabulary")
-    path = str(tasks.QUICKSTART_VOCABULARY) if path == "quickstart" else path
+    path = tasks.vocabulary_path(settings.pop("vocabulary"))
     cache_dir = pathlib.Path(settings.pop("cache_dir")).expanduser()
     return pipeline.Batches(
         vocabulary=vocabulary.load(path, settings.pop("extra_ids")),

@@ -196,9 +196,9 @@ def _open_t5x(
     if vocabulary is None:
         raise ValueError(
             f"{folder.path}: a T5X checkpoint holds no vocabulary; name the "
-            "SentencePiece file with --vocabulary (vocabulary=), and its sentinels with "
-            "--extra-ids (extra_ids=). T5's is gs://t5-data/vocabs/cc_all.32000.100extra"
-            "/sentencepiece.model with 100"
+            "SentencePiece file with --vocabulary (vocabulary=), and its sentinels "
+            "with --extra-ids (extra_ids=). T5's is "
+            "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model with 100"
         )
     proto = vocabulary_lib.load(vocabulary, extra_ids).model_proto
     params = from_t5x.open_params(folder)

@@ -9,6 +9,7 @@ Which leaves lie inline differs by age, so it is decided leaf by leaf. The decod
 optimizer and everything else but encoder, embedder and projection are never read.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -41,8 +42,8 @@ def open_params(folder: kvstores.Folder) -> dict[str, tensors.Tensor]:
         )
     if "encoder" not in tops:
         raise ValueError(
-            f"{folder.path}: no `encoder` among its parameters ({', '.join(sorted(tops))}); "
-            "it is not a T5 checkpoint"
+            f"{folder.path}: no `encoder` among its parameters "
+            f"({', '.join(sorted(tops))}); it is not a T5 checkpoint"
         )
     return _unstack(params)
 
@@ -77,9 +78,8 @@ def infer_config(
             + ", ".join(f"{name} {params[name].shape}" for name in giving)
         )
     layers = {int(n) for n in re.findall(r"encoder/layers_(\d+)/", "\n".join(params))}
-    has_projection = names.PROJECTION in params
     is_gated = "encoder/layers_0/mlp/wi_0/kernel" in params
-    return model.EncoderConfig(
+    config = model.EncoderConfig(
         vocab_size=embedding[0],
         model_dim=embedding[1],
         num_layers=max(layers) + 1,
@@ -90,11 +90,16 @@ def infer_config(
         mlp_activations=("gelu", "linear") if is_gated else ("relu",),
         shared_relative_bias=is_shared,
         relpos_num_buckets=bias[1],
-        embedding_dim=params[names.PROJECTION].shape[-1]
-        if has_projection
-        else embedding[1],
-        projection=has_projection,
-        **({"l2_epsilon": _RETRIEVAL_L2_EPSILON} if has_projection else {}),
+        embedding_dim=embedding[1],
+        projection=False,
+    )
+    if names.PROJECTION not in params:
+        return config
+    return dataclasses.replace(
+        config,
+        embedding_dim=params[names.PROJECTION].shape[-1],
+        projection=True,
+        l2_epsilon=_RETRIEVAL_L2_EPSILON,
     )
 
 

@@ -23,10 +23,9 @@ def download(source: str) -> pathlib.Path:
         ImportError: huggingface_hub is missing.
     """
     match = re.fullmatch(_NAME, source)
-    is_explicit = source.startswith("hf://")
-    # `runs/fintune` with a folder `runs` is a slip, not a model of the hub.
-    is_slip = not is_explicit and pathlib.Path(source).parent.is_dir()
-    if match is None or (is_slip and "/" in source and source.count("/") == 1):
+    # `runs/fintune` beside a folder `runs/finetune` is a slip, not a hub name.
+    is_slip = pathlib.Path(source).parent.is_dir()
+    if match is None or is_slip:
         raise ValueError(
             f"{source}: no such folder, and not the name of a model on the hub "
             "(owner/name); check the path"
@@ -53,4 +52,10 @@ def download(source: str) -> pathlib.Path:
             f"({lines[0][:200]}); check the name and the network, or copy the model's "
             "folder here"
         ) from error
+    if not any(pathlib.Path(folder).rglob("*.safetensors")):
+        raise ValueError(
+            f"{source}: has no safetensors on the hub, and pickles, which can run any "
+            "program when they are opened, are never fetched. Look among the model's "
+            f"revisions for converted weights, and name one as {name}@REVISION"
+        )
     return pathlib.Path(folder)

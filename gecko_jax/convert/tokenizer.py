@@ -37,8 +37,8 @@ def read(folder: pathlib.Path) -> tuple[bytes, int]:
     if (folder / _TOKENIZER).is_file():
         return from_tokenizer_json(folder / _TOKENIZER)
     raise ValueError(
-        f"{folder}: no vocabulary here ({_SPIECE[0]} or {_TOKENIZER}); copy it, or name "
-        "a SentencePiece file with --vocabulary and --extra-ids"
+        f"{folder}: no vocabulary here ({_SPIECE[0]} or {_TOKENIZER}); copy it, or "
+        "name a SentencePiece file with --vocabulary and --extra-ids"
     )
 
 
@@ -50,8 +50,8 @@ def from_tokenizer_json(path: pathlib.Path) -> tuple[bytes, int]:
         "Unigram"
     ):
         raise ValueError(
-            f"{path}: a {model.get('type')} tokenizer; a T5 encoder needs SentencePiece "
-            "Unigram, give its `.model` file with --vocabulary and --extra-ids"
+            f"{path}: a {model.get('type')} tokenizer; a T5 encoder needs Unigram "
+            "pieces, give its `.model` file with --vocabulary and --extra-ids"
         )
     pieces = [(str(piece), float(score)) for piece, score in model["vocab"]]
     extra_ids = 0
@@ -98,8 +98,9 @@ def from_tokenizer_json(path: pathlib.Path) -> tuple[bytes, int]:
         # `Replace` and `Strip` do what SentencePiece does with every text.
         elif step["type"] not in ("Replace", "Strip"):
             raise ValueError(
-                f"{path}: its normalizer has a step {step['type']}, which SentencePiece "
-                "has not; give the `.model` file with --vocabulary and --extra-ids"
+                f"{path}: its normalizer has a step {step['type']}, which "
+                "SentencePiece has not; give the `.model` file with --vocabulary and "
+                "--extra-ids"
             )
     return proto.SerializeToString(), extra_ids
 
