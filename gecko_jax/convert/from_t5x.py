@@ -147,9 +147,9 @@ def _is_wanted(path: tuple[str, ...]) -> bool:
     keys = path[1:] if path[0] == "optimizer" else path
     if not keys:
         return True
+    # Of all that is passed over the name is kept, for errors.
     if keys[0] != "target":
-        return False
-    # Of the other parts only the name is kept.
+        return len(path) == 1
     return len(keys) <= 2 or keys[1] in _PARTS
 
 
@@ -209,7 +209,7 @@ def _open_orbax(
             tuple(str(part["key"]) for part in entry["key_metadata"])
             for entry in metadata["tree_metadata"].values()
         ]
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         raise ValueError(
             f"{state.path}/_METADATA: not the metadata of an Orbax tree; the file is "
             "damaged, copy it again"

@@ -9,7 +9,7 @@ import functools
 import io
 import pathlib
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import msgpack
@@ -48,7 +48,7 @@ def read(
     """
     name = str(data) if isinstance(data, pathlib.Path) else "checkpoint"
 
-    def open_data() -> BinaryIO:
+    def open_data() -> Any:
         return data.open("rb") if isinstance(data, pathlib.Path) else io.BytesIO(data)
 
     with open_data() as stream, open_data() as ahead:
@@ -65,7 +65,7 @@ def read(
     return _as_tensors(tree, open_data, name)
 
 
-def _unpacker(stream: BinaryIO, hook: Callable[[int, bytes], Any]) -> msgpack.Unpacker:
+def _unpacker(stream: Any, hook: Callable[[int, bytes], Any]) -> msgpack.Unpacker:
     # 0 lifts the limit on the size of one object to that of the format.
     return msgpack.Unpacker(
         stream, raw=False, max_buffer_size=0, strict_map_key=False, ext_hook=hook
@@ -74,7 +74,7 @@ def _unpacker(stream: BinaryIO, hook: Callable[[int, bytes], Any]) -> msgpack.Un
 
 def _walk(
     unpacker: msgpack.Unpacker,
-    ahead: BinaryIO,
+    ahead: Any,
     is_wanted: Callable[[tuple[str, ...]], bool],
     path: tuple[str, ...],
 ) -> Any:
@@ -105,7 +105,7 @@ def _measure(code: int, data: bytes) -> Any:
     return _Array(tuple(shape))
 
 
-def _as_tensors(tree: Any, open_data: Callable[[], BinaryIO], source: str) -> Any:
+def _as_tensors(tree: Any, open_data: Callable[[], Any], source: str) -> Any:
     if isinstance(tree, _Place):
         read_one = functools.partial(_read_array, open_data, tree.offset)
         return tensors.Tensor(tree.shape, lambda: np.asarray(read_one(), np.float32))
@@ -116,7 +116,7 @@ def _as_tensors(tree: Any, open_data: Callable[[], BinaryIO], source: str) -> An
     return tree
 
 
-def _join(tree: dict[str, Any], open_data: Callable[[], BinaryIO]) -> tensors.Tensor:
+def _join(tree: dict[str, Any], open_data: Callable[[], Any]) -> tensors.Tensor:
     shape = tuple(int(tree["shape"][str(axis)]) for axis in range(len(tree["shape"])))
     places = [tree["chunks"][str(number)] for number in range(len(tree["chunks"]))]
 
@@ -132,7 +132,7 @@ def _join(tree: dict[str, Any], open_data: Callable[[], BinaryIO]) -> tensors.Te
     return tensors.Tensor(shape, read_chunks)
 
 
-def _read_array(open_data: Callable[[], BinaryIO], offset: int) -> np.ndarray:
+def _read_array(open_data: Callable[[], Any], offset: int) -> np.ndarray:
     with open_data() as stream:
         stream.seek(offset)
         return _unpacker(stream, _restore).unpack()
