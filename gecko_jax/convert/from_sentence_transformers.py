@@ -12,6 +12,7 @@ Gecko computes exactly this chain; whatever else a folder asks for is refused by
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,7 +127,7 @@ def _check_pooling(path: pathlib.Path) -> None:
     values = from_hugging_face.read_json(path)
     # One name since 5.x, a switch for each mode before.
     modes = values.get("pooling_mode") or [
-        key.removeprefix("pooling_mode_").removesuffix("_tokens")
+        re.sub(r"^pooling_mode_|_tokens?$", "", key)
         for key, value in values.items()
         if key.startswith("pooling_mode_") and value is True
     ]
