@@ -25,6 +25,7 @@ FLOORS = {
     "plots": 0,
     "progress": 0,
     "ranking": 0,
+    "tensors": 0,
     "text": 0,
     "vocabulary": 0,
     "checkpoints": 1,
