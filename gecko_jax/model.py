@@ -275,6 +275,4 @@ def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, An
 
 def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
     """Returns plain values that JSON can hold."""
-    return dataclasses.asdict(config) | {
-        "mlp_activations": list(config.mlp_activations)
-    }
+    return dataclasses.asdict(config)
