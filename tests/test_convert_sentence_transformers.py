@@ -116,6 +116,11 @@ def test_prompts_become_the_text_format(folder, config, query, named, passage):
     assert text_format.format_passage("b", None) == passage
 
 
+def test_the_dim_it_is_cut_to_counts_as_trained(folder):
+    write(folder / "config_sentence_transformers.json", {"truncate_dim": 4})
+    assert formats.open_model(folder).mrl_dims == (4, 8)
+
+
 def test_an_export_of_ours_keeps_its_settings(folder, tiny_files):
     plain = formats.open_model(folder)
     settings = checkpoints.ModelFiles(

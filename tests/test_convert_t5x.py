@@ -1,5 +1,6 @@
 """T5X checkpoints of every age and form: the same parameters, or one clear error."""
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -302,6 +303,23 @@ def server(tmp_path):
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        """Answers with a range of bytes, as real servers do and Orbax's form needs."""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = pathlib.Path(self.translate_path(self.path))
+        if wanted is None or not path.is_file():
+            super().do_GET()
+            return
+        first, last = int(wanted[1]), int(wanted[2])
+        content = path.read_bytes()
+        part = content[first : last + 1]
+        self.send_response(206)
+        end = first + len(part) - 1
+        self.send_header("Content-Range", f"bytes {first}-{end}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
     def log_message(self, *args):
         pass
 
@@ -311,8 +329,38 @@ def test_a_checkpoint_behind_a_web_server_is_read(tmp_path, server):
     read, flat = load_params(f"{server}/model/checkpoint_1000")
     assert_same(flat, reference_params())
     assert read.step == 1000
+    # So may the vocabulary be.
+    shutil.copy(VOCABULARY, tmp_path / "t5.model")
+    opened = formats.open_model(
+        f"{server}/model/checkpoint_1000", vocabulary=f"{server}/t5.model"
+    )
+    assert opened.vocabulary_proto == VOCABULARY.read_bytes()
+    with pytest.raises(ValueError, match=r"gone\.model: no such vocabulary"):
+        formats.open_model(
+            f"{server}/model/checkpoint_1000", vocabulary=f"{server}/gone.model"
+        )
     with pytest.raises(ValueError, match="name the checkpoint_N folder itself"):
         load_params(f"{server}/model")
+
+
+def test_an_orbax_checkpoint_behind_a_web_server_is_read(tmp_path, server):
+    shutil.copytree(T5X / "orbax_f32", tmp_path / "model")
+    _, flat = load_params(f"{server}/model/checkpoint_1000")
+    assert_same(flat, reference_params())
+
+
+def test_an_export_of_ours_keeps_its_settings(tmp_path):
+    shutil.copytree(LEGACY, tmp_path / "checkpoint_1000")
+    plain, _ = load_params(tmp_path)
+    settings = dataclasses.replace(
+        plain, params={}, mrl_dims=(4, 8), query_length=9, revision="ours-5", step=5
+    )
+    (tmp_path / "gecko").mkdir()
+    checkpoints.write_model_json(tmp_path / "gecko", settings)
+    opened = checkpoints.read_params(formats.open_model(tmp_path))
+    assert_same(checkpoints.flatten_params(opened.params), reference_params())
+    assert (opened.mrl_dims, opened.query_length) == ((4, 8), 9)
+    assert (opened.revision, opened.step) == ("ours-5", 5)
 
 
 def test_a_bucket_is_asked_through_the_driver_for_buckets(monkeypatch):

@@ -31,6 +31,9 @@ from gecko_jax.convert import (
 # T5 was pre-trained on texts of this many tokens.
 _PRETRAINED_LENGTH = 512
 
+# Where `gecko export --to t5x` keeps what T5X has no place for, beside `checkpoint_N`.
+_T5X_SETTINGS = "gecko"
+
 # A plain encoder writes texts as they are.
 PLAIN_FORMAT = text.TextFormat(query="{text}", passage="{text}", no_title="")
 
@@ -191,8 +194,15 @@ def _tensorflow_fault(path: str) -> str:
 
 
 def _open_t5x(
-    folder: kvstores.Folder, vocabulary: Any, extra_ids: int
+    folder: kvstores.Folder, vocabulary: str | pathlib.Path | None, extra_ids: int
 ) -> checkpoints.ModelFiles:
+    beside = pathlib.Path(folder.path).parent / _T5X_SETTINGS
+    if vocabulary is None and (beside / checkpoints.MODEL_JSON).exists():
+        params = from_t5x.open_params(folder)
+        settings = checkpoints.load_settings(beside)
+        return dataclasses.replace(
+            settings, params=checkpoints.unflatten_params(params)
+        )
     if vocabulary is None:
         raise ValueError(
             f"{folder.path}: a T5X checkpoint holds no vocabulary; name the "
@@ -200,7 +210,7 @@ def _open_t5x(
             "with --extra-ids (extra_ids=). T5's is "
             "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model with 100"
         )
-    proto = vocabulary_lib.load(vocabulary, extra_ids).model_proto
+    proto = _read_vocabulary(vocabulary, extra_ids)
     params = from_t5x.open_params(folder)
     config = from_t5x.infer_config(params, folder.path)
     tokenizer.check_size(
@@ -211,7 +221,11 @@ def _open_t5x(
 
 
 def _open_hugging_face(
-    folder: pathlib.Path, vocabulary: Any, extra_ids: int, *, is_chain: bool
+    folder: pathlib.Path,
+    vocabulary: str | pathlib.Path | None,
+    extra_ids: int,
+    *,
+    is_chain: bool,
 ) -> checkpoints.ModelFiles:
     if is_chain and (folder / checkpoints.MODEL_JSON).exists():
         return _open_own_export(folder)
@@ -228,7 +242,7 @@ def _open_hugging_face(
             chain, params, config
         )
     if vocabulary is not None:
-        proto = vocabulary_lib.load(vocabulary, extra_ids).model_proto
+        proto = _read_vocabulary(vocabulary, extra_ids)
     else:
         proto, extra_ids = tokenizer.read(encoder)
     tokenizer.check_size(
@@ -248,7 +262,18 @@ def _open_hugging_face(
         extra_ids,
         length=chain.max_length,
         text_format=chain.text_format,
+        truncate_dim=chain.truncate_dim,
     )
+
+
+def _read_vocabulary(path: str | pathlib.Path, extra_ids: int) -> bytes:
+    if not kvstores.is_remote(str(path)):
+        return vocabulary_lib.load(path, extra_ids).model_proto
+    folder, _, name = str(path).rpartition("/")
+    proto = kvstores.Folder(folder).read(name)
+    if proto is None:
+        raise ValueError(f"{path}: no such vocabulary; check the address")
+    return vocabulary_lib.Vocabulary(proto, extra_ids).model_proto
 
 
 def _open_own_export(folder: pathlib.Path) -> checkpoints.ModelFiles:
@@ -274,15 +299,18 @@ def _build(
     step: int = 0,
     length: int | None = None,
     text_format: text.TextFormat = PLAIN_FORMAT,
+    truncate_dim: int | None = None,
 ) -> checkpoints.ModelFiles:
     length = length or _PRETRAINED_LENGTH
+    width = config.embedding_dim
+    dims = {width, min(truncate_dim or width, width)}
     return checkpoints.ModelFiles(
         params=checkpoints.unflatten_params(params),
         encoder_config=config,
         text_format=text_format,
         vocabulary_proto=proto,
         extra_ids=extra_ids,
-        mrl_dims=(config.embedding_dim,),
+        mrl_dims=tuple(sorted(dims)),
         query_length=length,
         passage_length=length,
         step=step,

@@ -47,12 +47,14 @@ class Chain:
         dense: Folder of the projection, or None.
         max_length: Tokens a text is cut to, or None where the folder has no limit.
         text_format: The prompts.
+        truncate_dim: The dim that it cuts to unless told otherwise, or None.
     """
 
     encoder: pathlib.Path
     dense: pathlib.Path | None
     max_length: int | None
     text_format: text.TextFormat
+    truncate_dim: int | None
 
 
 def read_chain(folder: pathlib.Path) -> Chain:
@@ -73,7 +75,15 @@ def read_chain(folder: pathlib.Path) -> Chain:
     if dense is not None:
         _check_dense(dense / "config.json")
     encoder = places["Transformer"]
-    return Chain(encoder, dense, _max_length(encoder), _read_prompts(folder))
+    path = folder / "config_sentence_transformers.json"
+    values = from_hugging_face.read_json(path) if path.exists() else {}
+    return Chain(
+        encoder,
+        dense,
+        _max_length(encoder),
+        _read_prompts(values, path),
+        values.get("truncate_dim"),
+    )
 
 
 def add_projection(
@@ -181,9 +191,7 @@ def tokenizer_length(encoder: pathlib.Path) -> int | None:
     return int(length) if isinstance(length, int) and 0 < length < 2**20 else None
 
 
-def _read_prompts(folder: pathlib.Path) -> text.TextFormat:
-    path = folder / "config_sentence_transformers.json"
-    values = from_hugging_face.read_json(path) if path.exists() else {}
+def _read_prompts(values: Mapping[str, Any], path: pathlib.Path) -> text.TextFormat:
     prompts: Mapping[str, Any] = values.get("prompts") or {}
     if not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise ValueError(f"{path}: prompts must be texts by name; mend the file")
