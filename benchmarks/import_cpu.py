@@ -121,10 +121,8 @@ def convert(source: str, output: str) -> None:
 
     began = time.perf_counter()
     # Rows of the table without an id of the bundled vocabulary do not matter here.
-    status = cli.main(
-        ["import", source, f"--output={output}", f"--vocabulary={VOCABULARY}"]
-        + ["--extra-ids=24064"]
-    )
+    vocabulary = [f"--vocabulary={VOCABULARY}", "--extra-ids=24064"]
+    status = cli.main(["import", source, f"--output={output}", *vocabulary])
     seconds = time.perf_counter() - began
     rise = _peak_bytes() - before
     if status:

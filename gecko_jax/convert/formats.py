@@ -13,7 +13,6 @@ import dataclasses
 import enum
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -164,7 +163,7 @@ def _is_t5x(folder: kvstores.Folder) -> bool:
     if index is not None and index.lstrip().startswith(b"model_checkpoint_path"):
         raise ValueError(_tensorflow_fault(folder.path))
     names = ("state/_METADATA", "_METADATA")
-    return index is not None or any(folder.read(name) is not None for name in names)
+    return index is not None or any(map(folder.has, names))
 
 
 def _folder_of(path: pathlib.Path) -> pathlib.Path:

@@ -33,7 +33,7 @@ def open_params(folder: kvstores.Folder) -> dict[str, tensors.Tensor]:
     Raises:
         ValueError: It is damaged, holds no encoder, or is none of the forms above.
     """
-    is_legacy = folder.read("checkpoint") is not None
+    is_legacy = folder.has("checkpoint")
     params, tops = (_open_legacy if is_legacy else _open_orbax)(folder)
     if "encoder" not in tops and "decoder" in tops:
         raise ValueError(
@@ -199,10 +199,10 @@ def _open_orbax(
     folder: kvstores.Folder,
 ) -> tuple[dict[str, tensors.Tensor], set[str]]:
     """Returns the parameters, and the names of all parts of the model."""
-    has_state = folder.read("state/_METADATA") is not None
+    has_state = folder.has("state/_METADATA")
     state = folder / "state" if has_state else folder
     metadata = kvstores.read_json(state, "_METADATA")
-    is_database = state.read("manifest.ocdbt") is not None
+    is_database = state.has("manifest.ocdbt")
     arrays = kvstores.ocdbt(state) if is_database else state
     try:
         keys = [

@@ -67,6 +67,11 @@ class Folder:
             raise self._fault(error) from error
         return result.value if result.state == "value" else None
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        local = self.local_file(name)
+        return self.read(name) is not None if local is None else local.is_file()
+
     def list(self) -> set[str]:
         """Returns the paths of all files below; a web server cannot tell them."""
         try:
@@ -119,9 +124,9 @@ class Folder:
         return tensors.Tensor(tuple(array.shape), read, place.path)
 
     def _array_driver(self, place: "Folder") -> str:
-        if place.read(".zarray") is not None:
+        if place.has(".zarray"):
             return "zarr"
-        if place.read("zarr.json") is not None:
+        if place.has("zarr.json"):
             return "zarr3"
         raise ValueError(
             f"{place.path}: neither .zarray nor zarr.json here; a part of the "

@@ -1,11 +1,11 @@
 """Flax's msgpack files, read leaf by leaf.
 
 `flax.serialization.msgpack_restore` would bring a whole file into memory, with the
-optimizer and the decoder in it. Here the file is walked once: what nobody wants is
-passed over, and of each array only shape and place are kept.
+optimizer and the decoder in it, and msgpack's own streaming copies each array several
+times. Here the heads of the objects are read, the numbers of arrays only when asked
+for, straight into place; what nobody wants is passed over.
 """
 
-import functools
 import io
 import pathlib
 from collections.abc import Callable
@@ -19,18 +19,33 @@ from gecko_jax import tensors
 
 # Flax splits arrays of more than 2^30 bytes into a map under this mark.
 _CHUNKED = "__msgpack_chunked_array__"
-_NDARRAY, _SCALAR = 1, 3  # Flax's extension types
+_ARRAY_CODES = (1, 3)  # Flax's extension types: an array, a scalar of numpy
+
+# First byte of an object -> bytes of its size, which follow it
+# (https://github.com/msgpack/msgpack/blob/master/spec.md).
+_MAPS = {0xDE: 2, 0xDF: 4}
+_LISTS = {0xDC: 2, 0xDD: 4}
+_BYTES = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+_EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
+# First byte -> bytes that follow, of numbers; all others are a byte alone.
+_NUMBERS = {0xCA: 4, 0xCB: 8} | {0xCC + n: 2**n for n in range(4)}
+_NUMBERS |= {0xD0 + n: 2**n for n in range(4)}
+_SMALL_EXTENSIONS = {0xD4 + n: 2**n for n in range(5)}
 
 
-class _Array(NamedTuple):
-    shape: tuple[int, ...]
+class _Head(NamedTuple):
+    """Kind of an object, and its number of items or of bytes after the head."""
+
+    kind: str
+    size: int
 
 
 class _Place(NamedTuple):
-    """An array of the file: where it begins, and its shape."""
+    """An array of the file: where its numbers begin, and what they are."""
 
     offset: int
     shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def read(
@@ -51,68 +66,110 @@ def read(
     def open_data() -> Any:
         return data.open("rb") if isinstance(data, pathlib.Path) else io.BytesIO(data)
 
-    with open_data() as stream, open_data() as ahead:
-        unpacker = _unpacker(stream, _measure)
+    with open_data() as stream:
         try:
-            tree = _walk(unpacker, ahead, is_wanted, ())
-        except (msgpack.UnpackException, ValueError, TypeError) as error:
+            tree = _walk(stream, is_wanted, ())
+        except (EOFError, ValueError, TypeError, msgpack.UnpackException) as error:
             raise ValueError(
                 f"{name}: not a whole msgpack file ({type(error).__name__} at byte "
-                f"{unpacker.tell():,}); copy it again"
+                f"{stream.tell():,}); copy it again"
             ) from error
+        end = stream.tell()
+        if end > stream.seek(0, io.SEEK_END):
+            raise ValueError(f"{name}: not a whole msgpack file; copy it again")
     if not isinstance(tree, dict):
         raise ValueError(f"{name}: not a tree of parameters; copy the file again")
-    return _as_tensors(tree, open_data, name)
-
-
-def _unpacker(stream: Any, hook: Callable[[int, bytes], Any]) -> msgpack.Unpacker:
-    # 0 lifts the limit on the size of one object to that of the format.
-    return msgpack.Unpacker(
-        stream, raw=False, max_buffer_size=0, strict_map_key=False, ext_hook=hook
-    )
+    return _as_tensors(tree, open_data)
 
 
 def _walk(
-    unpacker: msgpack.Unpacker,
-    ahead: Any,
-    is_wanted: Callable[[tuple[str, ...]], bool],
-    path: tuple[str, ...],
+    stream: Any, is_wanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...]
 ) -> Any:
-    offset = unpacker.tell()
-    ahead.seek(offset)
-    first = ahead.read(1)
-    is_map = bool(first) and (first[0] >> 4 == 0x8 or first[0] in (0xDE, 0xDF))
-    if not is_map:
-        value = unpacker.unpack()
-        return _Place(offset, value.shape) if isinstance(value, _Array) else value
-    tree = {}
-    for _ in range(unpacker.read_map_header()):
-        key = str(unpacker.unpack())
-        if is_wanted((*path, key)):
-            tree[key] = _walk(unpacker, ahead, is_wanted, (*path, key))
-        else:
-            unpacker.skip()
-    return tree
+    begin = stream.tell()
+    head = _read_head(stream)
+    if head.kind == "map":
+        tree = {}
+        for _ in range(head.size):
+            key = str(_read_value(stream))
+            if is_wanted((*path, key)):
+                tree[key] = _walk(stream, is_wanted, (*path, key))
+            else:
+                _skip(stream)
+        return tree
+    if head.kind == "extension":
+        end = stream.tell() + 1 + head.size
+        place = _find_numbers(stream) if stream.read(1)[0] in _ARRAY_CODES else None
+        stream.seek(end)
+        return place
+    stream.seek(begin)
+    return _read_value(stream)
 
 
-def _measure(code: int, data: bytes) -> Any:
-    if code not in (_NDARRAY, _SCALAR):
-        return None
-    parts = msgpack.Unpacker(max_buffer_size=0)
-    parts.feed(memoryview(data)[:1024])  # the numbers come last
-    parts.read_array_header()
-    shape = parts.unpack()
-    return _Array(tuple(shape))
+def _read_head(stream: Any) -> _Head:
+    """Reads the head of the next object."""
+
+    def number(size: int) -> int:
+        return int.from_bytes(stream.read(size), "big")
+
+    first = stream.read(1)
+    if not first:
+        raise EOFError
+    byte = first[0]
+    if byte >> 4 == 0x8 or byte in _MAPS:
+        return _Head("map", number(_MAPS[byte]) if byte in _MAPS else byte & 0xF)
+    if byte >> 4 == 0x9 or byte in _LISTS:
+        return _Head("list", number(_LISTS[byte]) if byte in _LISTS else byte & 0xF)
+    if byte >> 5 == 0b101 or byte in _BYTES:
+        return _Head("bytes", number(_BYTES[byte]) if byte in _BYTES else byte & 0x1F)
+    if byte in _EXTENSIONS:
+        return _Head("extension", number(_EXTENSIONS[byte]))
+    if byte in _SMALL_EXTENSIONS:
+        return _Head("extension", _SMALL_EXTENSIONS[byte])
+    return _Head("bytes", _NUMBERS.get(byte, 0))
 
 
-def _as_tensors(tree: Any, open_data: Callable[[], Any], source: str) -> Any:
+def _skip(stream: Any) -> None:
+    head = _read_head(stream)
+    if head.kind in ("map", "list"):
+        for _ in range(head.size * (2 if head.kind == "map" else 1)):
+            _skip(stream)
+    else:
+        # The code of an extension is a byte before its content.
+        stream.seek(head.size + (head.kind == "extension"), io.SEEK_CUR)
+
+
+def _read_value(stream: Any) -> Any:
+    """Reads a small object: a text, a number, a list of them."""
+    begin = stream.tell()
+    _skip(stream)
+    end = stream.tell()
+    stream.seek(begin)
+    return msgpack.unpackb(stream.read(end - begin), strict_map_key=False)
+
+
+def _find_numbers(stream: Any) -> _Place:
+    """Reads the head of [shape, dtype, numbers], which Flax makes of an array."""
+    if _read_head(stream) != ("list", 3):
+        raise ValueError("not an array as Flax writes it")
+    shape, dtype = _read_value(stream), _read_value(stream)
+    place_size = _read_head(stream).size
+    found = _Place(stream.tell(), tuple(shape), np.dtype(dtype))
+    if place_size != tensors.num_values(found.shape) * found.dtype.itemsize:
+        raise ValueError("an array whose size is not that of its shape")
+    return found
+
+
+def _as_tensors(tree: Any, open_data: Callable[[], Any]) -> Any:
     if isinstance(tree, _Place):
-        read_one = functools.partial(_read_array, open_data, tree.offset)
-        return tensors.Tensor(tree.shape, lambda: np.asarray(read_one(), np.float32))
+
+        def read_place() -> np.ndarray:
+            return np.asarray(_read_array(open_data, tree), np.float32)
+
+        return tensors.Tensor(tree.shape, read_place)
     if isinstance(tree, dict) and tree.get(_CHUNKED):
         return _join(tree, open_data)
     if isinstance(tree, dict):
-        return {key: _as_tensors(v, open_data, source) for key, v in tree.items()}
+        return {key: _as_tensors(value, open_data) for key, value in tree.items()}
     return tree
 
 
@@ -121,10 +178,10 @@ def _join(tree: dict[str, Any], open_data: Callable[[], Any]) -> tensors.Tensor:
     places = [tree["chunks"][str(number)] for number in range(len(tree["chunks"]))]
 
     def read_chunks() -> np.ndarray:
-        whole = np.empty(int(np.prod(shape, dtype=np.int64)), np.float32)
+        whole = np.empty(tensors.num_values(shape), np.float32)
         begin = 0
         for place in places:
-            chunk = _read_array(open_data, place.offset).reshape(-1)
+            chunk = _read_array(open_data, place).reshape(-1)
             whole[begin : begin + chunk.size] = chunk
             begin += chunk.size
         return whole.reshape(shape)
@@ -132,16 +189,9 @@ def _join(tree: dict[str, Any], open_data: Callable[[], Any]) -> tensors.Tensor:
     return tensors.Tensor(shape, read_chunks)
 
 
-def _read_array(open_data: Callable[[], Any], offset: int) -> np.ndarray:
+def _read_array(open_data: Callable[[], Any], place: _Place) -> np.ndarray:
+    array = np.empty(place.shape, place.dtype)
     with open_data() as stream:
-        stream.seek(offset)
-        return _unpacker(stream, _restore).unpack()
-
-
-def _restore(code: int, data: bytes) -> np.ndarray:
-    del code
-    # Unpacked without a copy of the numbers but the one that msgpack itself makes.
-    shape, dtype, buffer = msgpack.unpackb(
-        memoryview(data), raw=True, max_bin_len=2**32
-    )
-    return np.frombuffer(buffer, np.dtype(dtype.decode())).reshape(shape)
+        stream.seek(place.offset)
+        stream.readinto(array.reshape(-1).view(np.uint8).data)
+    return array
