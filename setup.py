@@ -26,6 +26,10 @@ _CORE = [
     "jaxtyping>=0.3.11",
     "numpy>=2.4",
     "safetensors>=0.8.0",
+    # Checkpoints of T5X.
+    "ml-dtypes>=0.5",
+    "msgpack>=1.1",
+    "tensorstore>=0.1.80",
     # Data: seqio needs TensorFlow; nothing outside gecko_jax/data imports either.
     "seqio>=0.0.20",
     "tensorflow>=2.21.0",
@@ -65,6 +69,9 @@ _TORCH = [
     "sentence-transformers>=6.2",
 ]
 
+# Models by their name on the Hugging Face hub.
+_HUB = ["huggingface-hub>=1.0"]
+
 setuptools.setup(
     name="gecko-jax",
     version=_VERSION,
@@ -83,6 +90,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,
+        "hub": _HUB,
     },
     entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
     classifiers=[
