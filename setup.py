@@ -27,6 +27,10 @@ _CORE = [
     "jaxtyping>=0.3.11",
     "numpy>=2.4",
     "safetensors>=0.8.0",
+    # Checkpoints of T5X.
+    "ml-dtypes>=0.5",
+    "msgpack>=1.1",
+    "tensorstore>=0.1.80",
     # Data: seqio needs TensorFlow; nothing outside gecko_jax/data imports either.
     "seqio>=0.0.20",
     "tensorflow>=2.21.0",
@@ -83,6 +87,9 @@ _TORCH = [
     "transformers>=5.0",
     "sentence-transformers>=6.2",
 ]
+
+# Models by their name on the Hugging Face hub.
+_HUB = ["huggingface-hub>=1.0"]
 
 setuptools.setup(
     name="gecko-jax",

@@ -10,7 +10,7 @@ A training workdir:
 
 A model folder, made by `gecko export` and independent of any training config:
 
-    gecko.json  vocabulary.model  model.safetensors
+    gecko.json  vocabulary.model  model.safetensors (or shards, see `tensors`)
 
 Parameter names are T5X's in both (`encoder/layers_0/attention/query/kernel`).
 """
@@ -21,9 +21,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,18 +29,17 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
-import safetensors.numpy
 from absl import logging
 from etils import epath
 
 from gecko_jax import config as config_lib
-from gecko_jax import files, model, text
+from gecko_jax import files, model, sharding, tensors, text
 
-FORMAT_VERSION = 1
+# 2: parameters may lie in shards, and an encoder may do without a projection.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
-PARAMS = "model.safetensors"
 CHECKPOINTS = "checkpoints"
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
@@ -65,7 +62,8 @@ class ModelFiles:
     """A trained model: everything that decides an embedding.
 
     Attributes:
-        params: Parameters by T5X name, nested dicts.
+        params: Parameters by T5X name, nested dicts; arrays, or `tensors.Tensor`
+            where they are not read yet.
         encoder_config: Sizes and settings.
         text_format: How queries and passages are written.
         vocabulary_proto: The serialized SentencePiece model.
@@ -74,7 +72,8 @@ class ModelFiles:
         query_length: Longest query, in tokens, EOS included.
         passage_length: Longest passage, in tokens, EOS included.
         step: Optimizer updates behind the parameters.
-        revision: Changes with the parameters; keys caches and indexes.
+        revision: Changes with the parameters; keys caches and indexes. Empty until
+            an imported model is read, then made from its content.
         provenance: Free facts about the training (config, data, versions).
     """
 
@@ -91,24 +90,35 @@ class ModelFiles:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def save_model(path: str | pathlib.Path, model_files: ModelFiles) -> None:
-    """Writes a model folder, whole or not at all.
+def save_model(
+    path: str | pathlib.Path,
+    model_files: ModelFiles,
+    shard_bytes: int = tensors.SHARD_BYTES,
+) -> ModelFiles:
+    """Writes a model folder, whole or not at all; parameters go one at a time.
+
+    Returns:
+        What was written; a model without a revision has got one.
 
     Raises:
         ValueError: The folder is there and is not a model folder.
     """
     path = pathlib.Path(path)
-    if path.exists() and any(path.iterdir()) and not (path / PARAMS).exists():
+    if path.exists() and (not path.is_dir() or _holds_something_else(path)):
         raise ValueError(
             f"{path}: not empty and not a model folder; choose another folder"
         )
-    flat = flatten_params(model_files.params)
-    tensors = {
-        name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flat.items()
-    }
+    params, digests = _digested(model_files)
     with files.write_folder(path) as folder:
-        _write_safetensors(tensors, folder / PARAMS)
+        tensors.write(folder, params, shard_bytes=shard_bytes)
+        model_files = _name_revision(model_files, digests)
         write_model_json(folder, model_files)
+    return model_files
+
+
+def _holds_something_else(path: pathlib.Path) -> bool:
+    is_model = (path / MODEL_JSON).exists() and tensors.has_tensors(path)
+    return any(path.iterdir()) and not is_model
 
 
 def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
@@ -117,13 +127,8 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         temporary.write_bytes(model_files.vocabulary_proto)
     values = {
         "format_version": FORMAT_VERSION,
-        "model": model.config_to_dict(model_files.encoder_config),
-        "text_format": model_files.text_format.to_dict(),
+        **_settings(model_files),
         "vocabulary_sha256": hashlib.sha256(model_files.vocabulary_proto).hexdigest(),
-        "extra_ids": model_files.extra_ids,
-        "mrl_dims": list(model_files.mrl_dims),
-        "query_length": model_files.query_length,
-        "passage_length": model_files.passage_length,
         "step": model_files.step,
         "revision": model_files.revision,
         "provenance": dict(model_files.provenance),
@@ -133,17 +138,44 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def load_model(path: str | pathlib.Path) -> ModelFiles:
+def _settings(model_files: ModelFiles) -> dict[str, Any]:
+    """Returns all but the parameters and the vocabulary that decides an embedding."""
+    return {
+        "model": model.config_to_dict(model_files.encoder_config),
+        "text_format": model_files.text_format.to_dict(),
+        "extra_ids": model_files.extra_ids,
+        "mrl_dims": list(model_files.mrl_dims),
+        "query_length": model_files.query_length,
+        "passage_length": model_files.passage_length,
+    }
+
+
+def load_model(
+    path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None
+) -> ModelFiles:
     """Reads a model folder, or the newest checkpoint of a training workdir.
+
+    Args:
+        path: The folder.
+        mesh: Where the parameters go, shared as in training; None leaves them in
+            numpy arrays.
 
     Raises:
         ValueError: Nothing to load there, or files that are missing, truncated or do
             not fit each other; names all of it.
     """
+    return read_params(open_model(path, mesh), mesh)
+
+
+def open_model(
+    path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None
+) -> ModelFiles:
+    """Opens what `load_model` reads; a folder's parameters are `Tensor`s still."""
     path = pathlib.Path(path)
     model_files = load_settings(path)
-    if (path / PARAMS).exists():
-        params = _read_safetensors(path / PARAMS)
+    config = model_files.encoder_config
+    if tensors.has_tensors(path):
+        params = unflatten_params(tensors.read(path))
         step, revision = model_files.step, model_files.revision
     else:
         step = latest_step(path)
@@ -152,10 +184,86 @@ def load_model(path: str | pathlib.Path) -> ModelFiles:
                 f"{path}: no finished checkpoint yet; train until the first one "
                 "(config.checkpoint.every_steps)"
             )
-        params = restore_params(path, step)
+        shardings = None if mesh is None else _shardings(config, mesh)
+        params = restore_params(path, step, shardings)
         revision = f"{model_files.revision}-{step}"
-    check_params(params, model_files.encoder_config, source=str(path))
+    check_params(params, config, source=str(path))
     return dataclasses.replace(model_files, params=params, step=step, revision=revision)
+
+
+def read_params(
+    model_files: ModelFiles, mesh: jax.sharding.Mesh | None = None
+) -> ModelFiles:
+    """Reads the parameters that are `Tensor`s still, one at a time.
+
+    Args:
+        model_files: Of `open_model`, or opened from another library's format.
+        mesh: Where each goes as soon as it is read; None leaves them in numpy arrays.
+    """
+    shardings = {}
+    if mesh is not None:
+        shardings = flatten_params(_shardings(model_files.encoder_config, mesh))
+    read, digests = _digested(model_files)
+    flat = flatten_params(model_files.params)
+    for name, tensor in sorted(read.items(), key=lambda item: item[1].source):
+        is_read = not isinstance(flat[name], tensors.Tensor)
+        if is_read and model_files.revision:
+            continue
+        array = tensor.read()
+        if mesh is not None and not is_read:
+            flat[name] = jax.make_array_from_callback(
+                array.shape, shardings[name], array.__getitem__
+            )
+        elif not is_read:
+            flat[name] = array
+    return dataclasses.replace(
+        _name_revision(model_files, digests), params=unflatten_params(flat)
+    )
+
+
+def _shardings(config: model.EncoderConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    return sharding.param_shardings(*model.abstract_params(config), mesh)
+
+
+def _digested(
+    model_files: ModelFiles,
+) -> tuple[dict[str, tensors.Tensor], dict[str, str]]:
+    """Returns the parameters, and a table their checksums enter as they are read.
+
+    Only a model that has no revision yet needs them.
+    """
+    digests: dict[str, str] = {}
+
+    def digested(name: str, tensor: tensors.Tensor) -> tensors.Tensor:
+        def read() -> np.ndarray:
+            array = np.ascontiguousarray(tensor.read())
+            digests[name] = hashlib.sha256(
+                array.reshape(-1).view(np.uint8).data
+            ).hexdigest()
+            return array
+
+        return dataclasses.replace(tensor, read=read)
+
+    flat = {
+        name: leaf if isinstance(leaf, tensors.Tensor) else tensors.from_array(leaf)
+        for name, leaf in flatten_params(model_files.params).items()
+    }
+    if not model_files.revision:
+        flat = {name: digested(name, tensor) for name, tensor in flat.items()}
+    return flat, digests
+
+
+def _name_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> ModelFiles:
+    """Names a model that has no revision by everything that decides an embedding."""
+    if model_files.revision:
+        return model_files
+    vocabulary = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
+    content = json.dumps(
+        [_settings(model_files), vocabulary, dict(sorted(digests.items()))],
+        sort_keys=True,
+    )
+    revision = hashlib.sha256(content.encode()).hexdigest()[:12]
+    return dataclasses.replace(model_files, revision=revision)
 
 
 def load_settings(path: str | pathlib.Path) -> ModelFiles:
@@ -172,7 +280,8 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
         raise ValueError(
             f"{path}: {VOCABULARY} is missing; copy it from where the model was made"
         ) from None
-    if hashlib.sha256(proto).hexdigest() != values["vocabulary_sha256"]:
+    digest = hashlib.sha256(proto).hexdigest()
+    if values.get("vocabulary_sha256", digest) != digest:
         raise ValueError(
             f"{path / VOCABULARY}: not the vocabulary that the model was trained with; "
             "copy it again from where the model was made"
@@ -193,7 +302,11 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
 
 
 def check_params(
-    params: Mapping[str, Any], config: model.EncoderConfig, *, source: str
+    params: Mapping[str, Any],
+    config: model.EncoderConfig,
+    *,
+    source: str,
+    remedy: str = "set config.model to the sizes of the checkpoint",
 ) -> None:
     """Compares names and shapes with what the config asks for.
 
@@ -218,8 +331,8 @@ def check_params(
     ]
     if faults:
         raise ValueError(
-            f"{source}: the parameters do not fit the model; set config.model to the "
-            "sizes of the checkpoint:\n  " + "\n  ".join(faults)
+            f"{source}: the parameters do not fit the model; {remedy}:\n  "
+            + "\n  ".join(faults)
         )
 
 
@@ -372,17 +485,30 @@ def latest_step(workdir: str | pathlib.Path) -> int | None:
     return max(steps, default=None)
 
 
-def restore_params(workdir: str | pathlib.Path, step: int) -> dict[str, Any]:
-    """Reads the parameters of one checkpoint as numpy arrays, on any mesh."""
+def restore_params(
+    workdir: str | pathlib.Path, step: int, shardings: Any = None
+) -> dict[str, Any]:
+    """Reads the parameters of one checkpoint, whatever mesh wrote it.
+
+    Args:
+        workdir: The run's folder.
+        step: One that is whole.
+        shardings: Where each parameter goes; None gives numpy arrays.
+    """
     folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
     try:
         handler = ocp.PyTreeCheckpointHandler()
-        as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-            handler.metadata(epath.Path(folder)).tree,
-        )
+        if shardings is None:
+            restore_args = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                handler.metadata(epath.Path(folder)).tree,
+            )
+        else:
+            restore_args = jax.tree.map(
+                lambda place: ocp.ArrayRestoreArgs(sharding=place), shardings
+            )
         restored = handler.restore(
-            epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+            epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=restore_args)
         )
         handler.close()
         return restored
@@ -419,12 +545,14 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{path / MODEL_JSON}: {files.kind(values)}, not an object; copy it again"
         )
-    if values.get("format_version") != FORMAT_VERSION:
+    if values.get("format_version") not in READABLE_VERSIONS:
         raise ValueError(
             f"{path / MODEL_JSON}: format_version {values.get('format_version')}, "
-            f"this gecko_jax reads {FORMAT_VERSION}; upgrade gecko-jax"
+            f"this gecko_jax reads {READABLE_VERSIONS}; upgrade gecko-jax"
         )
-    faults = [f"{key}: missing" for key in _RULES if key not in values]
+    # Folders of version 1 know nothing of the vocabulary's checksum.
+    optional = {"vocabulary_sha256"} if values["format_version"] == 1 else set()
+    faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
     flat = config_lib.flatten(values)
     faults += config_lib.find_faults(
         {key: flat.get(key, value) for key, value in values.items()}, _RULES
@@ -451,26 +579,6 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             "made:\n  " + "\n  ".join(faults)
         )
     return values
-
-
-def _write_safetensors(tensors: dict[str, Any], path: pathlib.Path) -> None:
-    try:
-        safetensors.numpy.save_file(tensors, path)
-    except safetensors.SafetensorError as error:
-        # Its I/O errors are no OSError; whoever asks about the disk needs one.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return unflatten_params(safetensors.numpy.load_file(path))
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); copy it again"
-        ) from None
 
 
 def _first_line(error: Exception) -> str:

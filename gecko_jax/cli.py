@@ -28,6 +28,7 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
   gecko embed       turns a file of texts into vectors
   gecko index       builds an index from vectors
   gecko search      answers queries from an index
+  gecko import      turns a checkpoint of another library into a model folder
   gecko export      writes a trained model into a folder of its own
 
 `gecko VERB --help` explains a verb with examples.
@@ -121,6 +122,19 @@ examples:
   gecko search --model=runs/finetune --index=index "how do plants make food"
   gecko search --model=runs/finetune --index=index --count=3 "first" "second"
   gecko search --model=runs/finetune --index=index < queries.txt > hits.jsonl --json"""
+
+_IMPORT = """\
+Turns a checkpoint of T5X, Hugging Face or sentence-transformers into a model folder.
+
+SOURCE is a T5X checkpoint (its folder, or the model_dir that holds several; a path,
+gs:// or https://), a folder with config.json or modules.json, or a name on the hub.
+Only the encoder, its embeddings and its projection are read, one tensor at a time.
+
+examples:
+  gecko import t5_1_1_base/checkpoint_1000000 --output=t5-base \\
+      --vocabulary=sentencepiece.model --extra-ids=100
+  gecko import google/flan-t5-base --output=flan-t5-base
+  gecko import sentence-transformers/gtr-t5-base --output=gtr --query-length=64"""
 
 _EXPORT = """\
 Writes a trained model into a folder of its own, without the state of training.
@@ -406,6 +420,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--json", action="store_true", help="print JSON lines")
 
+    import_ = _add_verb(verbs, "gecko import", _IMPORT, "import_")
+    import_.add_argument("source", metavar="SOURCE", help="path, URL or hub name")
+    _add_output(import_, "DIR", "the folder to write")
+    import_.add_argument(
+        "--vocabulary", metavar="FILE", help="SentencePiece model; T5X holds none"
+    )
+    import_.add_argument(
+        "--extra-ids", type=_count, default=0, help="sentinels after it (0; T5: 100)"
+    )
+    for side in ("query", "passage"):
+        import_.add_argument(
+            f"--{side}-length",
+            type=_length,
+            help=f"longest {side} in tokens (the source's, or 512)",
+        )
+
     export = _add_verb(verbs, "gecko export", _EXPORT, "export")
     export.add_argument("model", type=_path, metavar="DIR", help="workdir of a run")
     _add_output(export, "DIR", "the folder to write")
@@ -502,6 +532,12 @@ def _positive(text: str) -> int:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _length(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 2")
+    return int(text)
 
 
 def _dims(text: str) -> tuple[int, ...]:

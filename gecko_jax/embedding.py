@@ -13,7 +13,6 @@ in a segment, and T5's relative bias knows only the distance of two tokens).
 import collections
 import functools
 import os
-import pathlib
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from gecko_jax import (
     vocabulary,
 )
 from gecko_jax import text as text_lib
+from gecko_jax.convert import formats
 
 # Tokens per call. A CPU is fastest while the activations stay in its caches.
 TOKENS_PER_CALL = {"cpu": 2_048}
@@ -275,10 +275,37 @@ class Gecko:
         )
 
 
-def load(path: str | os.PathLike, tokens_per_call: int | None = None) -> Gecko:
-    """Loads a model from the workdir of a training run, or from an exported folder."""
+def load(
+    source: str | os.PathLike,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    vocabulary: str | os.PathLike | None = None,
+    extra_ids: int = 0,
+    tokens_per_call: int | None = None,
+) -> Gecko:
+    """Loads a model of any format.
+
+    Args:
+        source: The workdir of a training run, a model folder, or what `gecko import`
+            takes: a T5X checkpoint (a path or a URL), a Hugging Face or
+            sentence-transformers folder, or one of their names on the hub.
+        mesh: Where the parameters go as they are read (`sharding.build_mesh`); None is
+            one device.
+        vocabulary: The SentencePiece file of a source that holds none (T5X).
+        extra_ids: Sentinels after its pieces (T5: 100).
+        tokens_per_call: Tokens per device and call; None fits the backend.
+
+    Raises:
+        ValueError: The source is none of these, or damaged; says what it is.
+    """
     numerics.check()
-    return Gecko(checkpoints.load_model(pathlib.Path(path)), tokens_per_call)
+    opened = formats.open_model(
+        os.fspath(source),
+        vocabulary=None if vocabulary is None else os.fspath(vocabulary),
+        extra_ids=extra_ids,
+        mesh=mesh,
+    )
+    return Gecko(checkpoints.read_params(opened, mesh), tokens_per_call)
 
 
 def cut(

@@ -5,7 +5,9 @@ what the data can say without training: which tokens are rare, and along which
 directions queries and positives agree.
 """
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,26 +15,70 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Key
 
-from gecko_jax import checkpoints, model, progress, sharding, vocabulary
+from gecko_jax import checkpoints, model, progress, sharding, text, vocabulary
 from gecko_jax import config as config_lib
-from gecko_jax.data import pipeline
+from gecko_jax.convert import formats
+from gecko_jax.data import pipeline, tasks
 
 
 def load_start(config: ml_collections.ConfigDict) -> checkpoints.ModelFiles | None:
     """Reads `init.checkpoint`, if there is one, and checks that it fits the config.
+
+    It may be of any format. An encoder that comes without a projection gets a fresh one
+    where the config has one.
 
     Raises:
         ValueError: The checkpoint cannot be read, or its sizes are not the config's.
     """
     if not config.init.checkpoint:
         return None
-    start = checkpoints.load_model(config.init.checkpoint)
-    checkpoints.check_params(
-        start.params, config_lib.encoder_config(config), source=config.init.checkpoint
-    )
+    source = config.init.checkpoint
+    vocab: dict[str, Any] = {}
+    if formats.find_format(source)[0] is formats.Format.T5X:  # It holds none.
+        vocab = {
+            "vocabulary": tasks.vocabulary_path(config.data.vocabulary),
+            "extra_ids": config.data.extra_ids,
+        }
+    start = checkpoints.read_params(formats.open_model(source, **vocab))
+    encoder_config = config_lib.encoder_config(config)
+    if encoder_config.projection and not start.encoder_config.projection:
+        logging.info("%s has no projection: it gets a fresh one", source)
+        key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        fresh = np.asarray(model.init_projection(encoder_config, key))
+        params = {**start.params, "projection_layer": {"kernel": fresh}}
+        start = dataclasses.replace(start, params=params)
+    checkpoints.check_params(start.params, encoder_config, source=source)
+    _check_settings(encoder_config, start.encoder_config, source)
     return start
+
+
+def text_format(start: checkpoints.ModelFiles | None) -> text.TextFormat:
+    """Returns how a run writes its texts: as its start did, or else as the paper does.
+
+    A plain encoder, which writes texts as they are, has no format to keep.
+    """
+    if start is None or start.text_format == formats.PLAIN_FORMAT:
+        return text.TextFormat()
+    return start.text_format
+
+
+def _check_settings(
+    config: model.EncoderConfig, theirs: model.EncoderConfig, source: str
+) -> None:
+    """Compares what decides a result and is not to be seen in any shape."""
+    faults = [
+        f"model.{name}={getattr(config, name)!r}, and it has {getattr(theirs, name)!r}"
+        for name in ("num_heads", "mlp_activations", "relpos_max_distance")
+        if getattr(config, name) != getattr(theirs, name)
+    ]
+    if faults:
+        raise ValueError(
+            f"{source}: its settings are not the config's; set them so: "
+            + "; ".join(faults)
+        )
 
 
 def check_vocabulary(
@@ -55,10 +101,15 @@ def check_vocabulary(
         return
     theirs = vocabulary.Vocabulary(start.vocabulary_proto, start.extra_ids)
     if theirs.fingerprint != vocab.fingerprint:
+        folder = config.init.checkpoint
+        first = ""
+        if not (pathlib.Path(folder) / checkpoints.VOCABULARY).exists():
+            folder = "DIR"
+            first = f"`gecko import {config.init.checkpoint} --output DIR` and "
         raise ValueError(
             f"data.vocabulary={config.data.vocabulary}: not the vocabulary that "
             f"{config.init.checkpoint} was trained with, so its token embeddings would "
-            f"mean nothing; set data.vocabulary={config.init.checkpoint}/"
+            f"mean nothing; {first}set data.vocabulary={folder}/"
             f"{checkpoints.VOCABULARY} and data.extra_ids={start.extra_ids}"
         )
 

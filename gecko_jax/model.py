@@ -7,6 +7,7 @@ Queries and passages go through the same parameters; only their text differs
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     )
 }
 
+# Keeps the cosines of what it projects.
+_PROJECTION_INIT = nn.initializers.orthogonal()
+
 
 class DualEncoder(nn.Module):
     """Texts to embeddings, both sides through one tower."""
@@ -57,8 +61,7 @@ class DualEncoder(nn.Module):
             self.projection_layer = layers.Dense(
                 config.embedding_dim,
                 ("embed", "affinity"),
-                # Keeps the cosines of what it projects.
-                nn.initializers.orthogonal(),
+                _PROJECTION_INIT,
                 jnp.dtype(jnp.float32),
             )
 
@@ -165,6 +168,12 @@ def init_params(config: EncoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
     return params
 
 
+def init_projection(config: EncoderConfig, key: Key[Array, ""]) -> Float[Array, "M D"]:
+    """Returns a fresh projection, for an encoder that was trained without one."""
+    shape = (config.model_dim, config.embedding_dim)
+    return typing.cast(Array, _PROJECTION_INIT(key, shape, jnp.float32))
+
+
 def weight_tokens(
     params: dict[str, Any], weights: Float[np.ndarray, " V"], key: Key[Array, ""]
 ) -> dict[str, Any]:
@@ -266,6 +275,4 @@ def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, An
 
 def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
     """Returns plain values that JSON can hold."""
-    return dataclasses.asdict(config) | {
-        "mlp_activations": list(config.mlp_activations)
-    }
+    return dataclasses.asdict(config)

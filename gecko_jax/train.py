@@ -161,7 +161,7 @@ def train(
     initialization.check_vocabulary(load_vocabulary(config), config, start)
     batches = build_batches(
         config,
-        text_format=start.text_format if start else text.TextFormat(),
+        text_format=initialization.text_format(start),
         row_multiple=sharding.num_batch_shards(mesh),
     )
     encoder_config = config_lib.encoder_config(config)
@@ -322,7 +322,7 @@ def build_batches(
     del settings["vocabulary"], settings["extra_ids"]
     return pipeline.Batches(
         vocabulary=load_vocabulary(config),
-        vocabulary_path=_vocabulary_path(config),
+        vocabulary_path=tasks.vocabulary_path(config.data.vocabulary),
         text_format=text_format,
         seed=config.seed,
         cache_dir=cache_dir,
@@ -333,12 +333,8 @@ def build_batches(
 
 def load_vocabulary(config: ml_collections.ConfigDict) -> vocabulary.Vocabulary:
     """Returns the vocabulary that a config names."""
-    return vocabulary.load(_vocabulary_path(config), config.data.extra_ids)
-
-
-def _vocabulary_path(config: ml_collections.ConfigDict) -> str:
-    path = config.data.vocabulary
-    return str(tasks.QUICKSTART_VOCABULARY) if path == "quickstart" else path
+    path = tasks.vocabulary_path(config.data.vocabulary)
+    return vocabulary.load(path, config.data.extra_ids)
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

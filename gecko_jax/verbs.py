@@ -239,6 +239,29 @@ def search(options: argparse.Namespace) -> None:
         _answer_lines(answer)
 
 
+def import_(options: argparse.Namespace) -> None:
+    """Turns a checkpoint of another library into a model folder."""
+    from gecko_jax import checkpoints, tensors
+    from gecko_jax.convert import formats
+
+    opened = formats.open_model(
+        options.source,
+        vocabulary=options.vocabulary,
+        extra_ids=options.extra_ids,
+        query_length=options.query_length,
+        passage_length=options.passage_length,
+    )
+    written = checkpoints.save_model(options.output, opened)
+    config = written.encoder_config
+    leaves = checkpoints.flatten_params(written.params).values()
+    size = sum(tensors.num_values(leaf.shape) for leaf in leaves)
+    print(
+        f"{options.output}: {size / 1e6:,.1f}M parameters, {config.num_layers} layers, "
+        f"{config.embedding_dim} dims, revision {written.revision}. Load it with "
+        f"gecko_jax.load({options.output!r})"
+    )
+
+
 def export(options: argparse.Namespace) -> None:
     """Writes a trained model into a folder of its own, in the format asked for."""
     from gecko_jax import checkpoints, evaluation

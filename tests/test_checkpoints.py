@@ -4,14 +4,18 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from gecko_jax import checkpoints, model
+from gecko_jax import checkpoints, embedding, model, sharding, tensors
 
+WEIGHTS = "model.safetensors"
+STORED = pathlib.Path(__file__).parent / "data" / "model_v1"
 CONFIG = model.EncoderConfig(
     vocab_size=32,
     model_dim=8,
@@ -61,8 +65,88 @@ def test_a_model_folder_holds_all_of_the_model(files, folder):
     for field in dataclasses.fields(files):
         if field.name != "params":
             assert getattr(loaded, field.name) == getattr(files, field.name)
-    names = safetensors.numpy.load_file(folder / checkpoints.PARAMS)
+    names = safetensors.numpy.load_file(folder / WEIGHTS)
     assert "encoder/layers_0/attention/query/kernel" in names
+
+
+def test_a_stored_folder_of_version_1_still_loads():
+    """Its vectors are those of the release that wrote it."""
+    loaded = checkpoints.load_model(STORED)
+    assert json.loads((STORED / "gecko.json").read_text())["format_version"] == 1
+    assert (loaded.step, loaded.revision) == (5, "stored-5")
+    assert loaded.encoder_config.projection
+    vectors = embedding.Gecko(loaded).encode_passages(
+        ["a list of values", "the gecko"], titles=["Arrays", None]
+    )
+    np.testing.assert_allclose(vectors, np.load(STORED / "passages.npy"), atol=1e-6)
+
+
+def test_shards_hold_what_one_file_holds(files, tmp_path):
+    path = tmp_path / "shards"
+    checkpoints.save_model(path, files, shard_bytes=1_000)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert names == sorted(file.name for file in path.glob("*.safetensors"))
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    assert len(names) > 2
+    # A file holds at most 1,000 bytes of numbers, or one tensor.
+    for name in names:
+        held = safetensors.numpy.load_file(path / name).values()
+        assert len(held) == 1 or sum(leaf.nbytes for leaf in held) <= 1_000
+    assert_equal(checkpoints.load_model(path).params, files.params)
+    # Written over by one file, of which nothing of the shards is left.
+    checkpoints.save_model(path, files)
+    assert {file.name for file in path.glob("model*")} == {WEIGHTS}
+
+
+@pytest.mark.parametrize("kind", ["folder", "workdir"])
+def test_parameters_lie_on_a_mesh_as_in_training(request, files, kind):
+    mesh = sharding.build_mesh(data=2, fsdp=2, tensor=2)
+    loaded = checkpoints.load_model(request.getfixturevalue(kind), mesh)
+    table = loaded.params["token_embedder"]["embedding"]
+    assert table.sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
+    added = 0 if kind == "folder" else 4
+    assert_equal(loaded.params, jax.tree.map(lambda leaf: leaf + added, files.params))
+
+
+def test_a_model_without_a_revision_is_named_by_its_content(files, tmp_path):
+    def revision(**changes):
+        changed = dataclasses.replace(files, revision="", **changes)
+        return checkpoints.read_params(changed).revision
+
+    name = revision()
+    assert len(name) == 12
+    assert name == revision(step=99)
+    written = checkpoints.save_model(
+        tmp_path / "m", dataclasses.replace(files, revision="")
+    )
+    assert name == written.revision == checkpoints.load_model(tmp_path / "m").revision
+    params = checkpoints.flatten_params(files.params)
+    params["encoder/encoder_norm/scale"] += 1e-6
+    others = [
+        revision(params=checkpoints.unflatten_params(params)),
+        revision(query_length=9),
+        revision(extra_ids=1),
+        revision(vocabulary_proto=b"x"),
+    ]
+    assert len({name, *others}) == 5
+
+
+def test_a_missing_shard_is_named(files, tmp_path):
+    path = tmp_path / "shards"
+    checkpoints.save_model(path, files, shard_bytes=1_000)
+    lost = sorted(path.glob("model-*"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"{lost.name}: missing; copy it"):
+        checkpoints.load_model(path)
+    shutil.copy(path / sorted(path.glob("model-*"))[0].name, lost)
+    with pytest.raises(ValueError, match=rf"{lost.name}: .* should be in this file"):
+        checkpoints.load_model(path)
+    lost.write_bytes(content)
+    (path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="not an index of safetensors files"):
+        checkpoints.load_model(path)
 
 
 def test_a_workdir_loads_its_newest_checkpoint(files, workdir):
@@ -105,7 +189,7 @@ def test_unfinished_checkpoints_are_removed_and_never_loaded(workdir):
 
 
 def test_a_truncated_model_is_named(folder):
-    path = folder / checkpoints.PARAMS
+    path = folder / WEIGHTS
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(
         ValueError, match=r"model\.safetensors: not a whole safetensors"
@@ -142,7 +226,7 @@ def test_a_newer_format_is_refused(folder):
     [
         (checkpoints.MODEL_JSON, "neither a training workdir nor a model folder"),
         (checkpoints.VOCABULARY, r"vocabulary\.model is missing"),
-        (checkpoints.PARAMS, "no finished checkpoint yet"),
+        (WEIGHTS, "no finished checkpoint yet"),
     ],
 )
 def test_a_missing_file_is_named(folder, missing, message):
@@ -167,17 +251,23 @@ def test_parameters_of_another_size_are_listed_together(files):
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(files, folder, monkeypatch):
-    before = (folder / checkpoints.PARAMS).read_bytes()
+    before = (folder / WEIGHTS).read_bytes()
 
-    def full(tensors, path):
+    def full(path, _):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    monkeypatch.setattr(tensors, "_write_file", full)
     with pytest.raises(OSError, match=r"no disk space left.*nothing half-written"):
         checkpoints.save_model(folder, files)
-    assert (folder / checkpoints.PARAMS).read_bytes() == before
+    assert (folder / WEIGHTS).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_workdir_is_not_overwritten(files, workdir):
+    with pytest.raises(ValueError, match="not empty and not a model folder"):
+        checkpoints.save_model(workdir, files)
+    assert checkpoints.latest_step(workdir) == 4
 
 
 def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):

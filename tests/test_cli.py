@@ -482,3 +482,20 @@ def test_a_fault_of_the_config_file_is_one_error(tmp_path, code, message):
     path.write_text(code + "\n")
     with pytest.raises(ValueError, match=rf"--config=.*own\.py:x: .*{message}"):
         flags.load(f"{path}:x")
+
+
+def test_import_makes_a_model_of_a_t5x_checkpoint(capsys, tmp_path):
+    data = pathlib.Path(__file__).parent / "data"
+    source = str(data / "t5x_tiny" / "legacy_f32")
+    arguments = ["import", source, f"--output={tmp_path / 'out'}"]
+    assert cli.main(arguments) == 1
+    assert "holds no vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    arguments.append(f"--vocabulary={data / 'model_v1' / 'vocabulary.model'}")
+    assert cli.main([*arguments, "--extra-ids=2", "--query-length=9"]) == 0
+    assert "2 layers, 8 dims, revision " in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "gecko.json").read_text())
+    assert (settings["extra_ids"], settings["query_length"]) == (2, 9)
+    assert settings["provenance"]["imported"]["format"] == "T5X"
+    assert cli.main([*arguments, "--passage-length=1"]) == 2
+    assert "must be a whole number, at least 2" in capsys.readouterr().err

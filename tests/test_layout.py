@@ -26,6 +26,7 @@ FLOORS = {
     "progress": 0,
     "quantization": 0,
     "ranking": 0,
+    "tensors": 0,
     "text": 0,
     "vocabulary": 0,
     "checkpoints": 1,

@@ -104,6 +104,11 @@ MIXTURES: Mapping[str, Mapping[str, float | None]] = {
 }
 
 
+def vocabulary_path(name: str) -> str:
+    """Returns the file of `data.vocabulary`: a path, or the bundled "quickstart"."""
+    return str(QUICKSTART_VOCABULARY) if name == "quickstart" else name
+
+
 def resolve(mixture: str) -> tuple[tuple[Task, ...], tuple[float | None, ...]]:
     """Returns the tasks of a mixture, or of one task's name, and their rates.
 

@@ -1,0 +1,317 @@
+"""What a source is, decided before anything of it is read, and then opened.
+
+    open_model("gs://bucket/t5x/checkpoint_1000", vocabulary="t5.model", extra_ids=100)
+    open_model("google/flan-t5-base")
+    open_model("runs/finetune")
+
+A source is a training workdir or model folder of ours, a T5X checkpoint (its folder, or
+the `model_dir` that holds several), a Hugging Face or sentence-transformers folder, or
+the name of one of these on the hub. `docs/checkpoints.md` shows one command for each.
+"""
+
+import dataclasses
+import enum
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+from gecko_jax import checkpoints, model, tensors, text
+from gecko_jax import vocabulary as vocabulary_lib
+from gecko_jax.convert import (
+    from_hugging_face,
+    from_sentence_transformers,
+    from_t5x,
+    hub,
+    kvstores,
+    tokenizer,
+)
+
+# T5 was pre-trained on texts of this many tokens.
+_PRETRAINED_LENGTH = 512
+
+# Where `gecko export --to t5x` keeps what T5X has no place for, beside `checkpoint_N`.
+_T5X_SETTINGS = "gecko"
+
+# A plain encoder writes texts as they are.
+PLAIN_FORMAT = text.TextFormat(query="{text}", passage="{text}", no_title="")
+
+
+class Format(enum.Enum):
+    """What a source can be; the value names it for people."""
+
+    GECKO = "gecko_jax"
+    T5X = "T5X"
+    HUGGING_FACE = "Hugging Face"
+    SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+
+def open_model(
+    source: str | pathlib.Path,
+    *,
+    vocabulary: str | pathlib.Path | None = None,
+    extra_ids: int = 0,
+    query_length: int | None = None,
+    passage_length: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> checkpoints.ModelFiles:
+    """Opens a model of any format; its parameters are read later, one at a time.
+
+    Args:
+        source: A path, a URL or a hub name.
+        vocabulary: The SentencePiece file of a source that holds none.
+        extra_ids: Sentinels after its pieces (T5: 100).
+        query_length: Longest query in tokens; None is what the source says, or 512.
+        passage_length: Longest passage in tokens; likewise.
+        mesh: Where the parameters of a training workdir go.
+
+    Raises:
+        ValueError: It is none of the formats, or damaged, or does not fit together.
+    """
+    source = str(source)
+    found, place = find_format(source)
+    if found is Format.GECKO:
+        opened = checkpoints.open_model(place, mesh)
+        if vocabulary is not None:
+            raise ValueError(
+                f"{source}: brings its own vocabulary; leave --vocabulary out"
+            )
+    elif found is Format.T5X:
+        opened = _open_t5x(kvstores.Folder(place), vocabulary, extra_ids)
+    else:
+        opened = _open_hugging_face(
+            pathlib.Path(place),
+            vocabulary,
+            extra_ids,
+            is_chain=found is Format.SENTENCE_TRANSFORMERS,
+        )
+    lengths = {"query_length": query_length, "passage_length": passage_length}
+    opened = dataclasses.replace(
+        opened, **{key: value for key, value in lengths.items() if value}
+    )
+    if found is not Format.GECKO:
+        checkpoints.check_params(
+            opened.params,
+            opened.encoder_config,
+            source=source,
+            remedy="the files are damaged, or do not belong together",
+        )
+        imported = {"source": source, "format": found.value}
+        opened = dataclasses.replace(
+            opened, provenance={**opened.provenance, "imported": imported}
+        )
+    return opened
+
+
+def find_format(source: str) -> tuple[Format, str]:
+    """Returns what a source is, and the folder to open (the newest of several).
+
+    Raises:
+        ValueError: It is nothing that can be read; says what it is, and the remedy.
+    """
+    if kvstores.is_remote(source):
+        return Format.T5X, _find_remote(source)
+    path = pathlib.Path(source)
+    if source.startswith("hf://") or not path.exists():
+        path = hub.download(source)
+    if path.is_file():
+        path = _folder_of(path)
+    if (path / from_sentence_transformers.MODULES).exists():
+        return Format.SENTENCE_TRANSFORMERS, str(path)
+    if (path / checkpoints.MODEL_JSON).exists():
+        return Format.GECKO, str(path)
+    is_t5x = _is_t5x(kvstores.Folder(str(path)))
+    if is_t5x:
+        return Format.T5X, str(path)
+    if (path / "config.json").exists():
+        return Format.HUGGING_FACE, str(path)
+    newest = from_t5x.newest({child.name for child in path.iterdir()})
+    if newest is not None:
+        return find_format(str(path / newest))
+    _refuse(path)
+    raise ValueError(
+        f"{source}: not a model. Looked for gecko.json (gecko_jax), checkpoint or "
+        "state/_METADATA (T5X), config.json (Hugging Face), modules.json "
+        "(sentence-transformers); check the path"
+    )
+
+
+def _find_remote(source: str) -> str:
+    folder = kvstores.Folder(source)
+    if _is_t5x(folder):
+        return source
+    remedy = "check the address"
+    if not source.startswith("gs://"):
+        remedy = "name the checkpoint_N folder itself, a web server lists none"
+    else:
+        children = {key.partition("/")[0] for key in folder.list()}
+        newest = from_t5x.newest(children)
+        if newest is not None:
+            return f"{folder.path}/{newest}"
+    raise ValueError(f"{source}: no T5X checkpoint here; {remedy}")
+
+
+def _is_t5x(folder: kvstores.Folder) -> bool:
+    local = folder.local_file("checkpoint")
+    if local is not None and not local.is_file():
+        index = None
+    elif local is not None:
+        with local.open("rb") as file:
+            index = file.read(1_000)
+    else:
+        index = folder.read("checkpoint")
+    if index is not None and index.lstrip().startswith(b"model_checkpoint_path"):
+        raise ValueError(_tensorflow_fault(folder.path))
+    names = ("state/_METADATA", "_METADATA")
+    return index is not None or any(map(folder.has, names))
+
+
+def _folder_of(path: pathlib.Path) -> pathlib.Path:
+    if path.name in ("checkpoint", "config.json", from_sentence_transformers.MODULES):
+        return path.parent
+    if path.suffix == tensors.SUFFIX:
+        raise ValueError(
+            f"{path}: weights alone do not make a model; name the folder they lie in"
+        )
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        from_hugging_face.refuse_pickle(path.parent)
+    raise ValueError(f"{path}: a file; name the folder of a model")
+
+
+def _refuse(path: pathlib.Path) -> None:
+    """Names what a folder is that cannot be read."""
+    if any(path.glob("*.index")) or any(path.glob("*.data-?????-of-?????")):
+        raise ValueError(_tensorflow_fault(str(path)))
+    from_hugging_face.refuse_pickle(path)
+
+
+def _tensorflow_fault(path: str) -> str:
+    return (
+        f"{path}: a TensorFlow checkpoint (Mesh TensorFlow T5); take the same model "
+        "from gs://t5-data/pretrained_models/t5x/ or from Hugging Face"
+    )
+
+
+def _open_t5x(
+    folder: kvstores.Folder, vocabulary: str | pathlib.Path | None, extra_ids: int
+) -> checkpoints.ModelFiles:
+    beside = pathlib.Path(folder.path).parent / _T5X_SETTINGS
+    if vocabulary is None and (beside / checkpoints.MODEL_JSON).exists():
+        params = from_t5x.open_params(folder)
+        settings = checkpoints.load_settings(beside)
+        return dataclasses.replace(
+            settings, params=checkpoints.unflatten_params(params)
+        )
+    if vocabulary is None:
+        raise ValueError(
+            f"{folder.path}: a T5X checkpoint holds no vocabulary; name the "
+            "SentencePiece file with --vocabulary (vocabulary=), and its sentinels "
+            "with --extra-ids (extra_ids=). T5's is "
+            "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model with 100"
+        )
+    proto = _read_vocabulary(vocabulary, extra_ids)
+    params = from_t5x.open_params(folder)
+    config = from_t5x.infer_config(params, folder.path)
+    tokenizer.check_size(
+        proto, extra_ids, config.vocab_size, source=folder.path, is_given=True
+    )
+    step = from_t5x.step_of(folder)
+    return _build(params, config, proto, extra_ids, step=step)
+
+
+def _open_hugging_face(
+    folder: pathlib.Path,
+    vocabulary: str | pathlib.Path | None,
+    extra_ids: int,
+    *,
+    is_chain: bool,
+) -> checkpoints.ModelFiles:
+    if is_chain and (folder / checkpoints.MODEL_JSON).exists():
+        return _open_own_export(folder)
+    chain = None
+    encoder = folder
+    if is_chain:
+        chain = from_sentence_transformers.read_chain(folder)
+        encoder = chain.encoder
+    values = from_hugging_face.read_config(encoder)
+    config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
+    params = from_hugging_face.open_params(encoder, config)
+    if chain is not None:
+        params, config = from_sentence_transformers.add_projection(
+            chain, params, config
+        )
+    if vocabulary is not None:
+        proto = _read_vocabulary(vocabulary, extra_ids)
+    else:
+        proto, extra_ids = tokenizer.read(encoder)
+    tokenizer.check_size(
+        proto,
+        extra_ids,
+        config.vocab_size,
+        source=str(encoder),
+        is_given=vocabulary is not None,
+    )
+    if chain is None:
+        length = from_sentence_transformers.tokenizer_length(encoder)
+        return _build(params, config, proto, extra_ids, length=length)
+    return _build(
+        params,
+        config,
+        proto,
+        extra_ids,
+        length=chain.max_length,
+        text_format=chain.text_format,
+        truncate_dim=chain.truncate_dim,
+    )
+
+
+def _read_vocabulary(path: str | pathlib.Path, extra_ids: int) -> bytes:
+    if not kvstores.is_remote(str(path)):
+        return vocabulary_lib.load(path, extra_ids).model_proto
+    folder, _, name = str(path).rpartition("/")
+    proto = kvstores.Folder(folder).read(name)
+    if proto is None:
+        raise ValueError(f"{path}: no such vocabulary; check the address")
+    return vocabulary_lib.Vocabulary(proto, extra_ids).model_proto
+
+
+def _open_own_export(folder: pathlib.Path) -> checkpoints.ModelFiles:
+    """Opens a sentence-transformers folder that `gecko export` wrote, exactly."""
+    settings = checkpoints.load_settings(folder)
+    chain = from_sentence_transformers.read_chain(folder)
+    config = dataclasses.replace(
+        settings.encoder_config,
+        projection=False,
+        embedding_dim=settings.encoder_config.model_dim,
+    )
+    params = from_hugging_face.open_params(chain.encoder, config)
+    params, _ = from_sentence_transformers.add_projection(chain, params, config)
+    return dataclasses.replace(settings, params=checkpoints.unflatten_params(params))
+
+
+def _build(
+    params: Mapping[str, tensors.Tensor],
+    config: model.EncoderConfig,
+    proto: bytes,
+    extra_ids: int,
+    *,
+    step: int = 0,
+    length: int | None = None,
+    text_format: text.TextFormat = PLAIN_FORMAT,
+    truncate_dim: int | None = None,
+) -> checkpoints.ModelFiles:
+    length = length or _PRETRAINED_LENGTH
+    width = config.embedding_dim
+    dims = {width, min(truncate_dim or width, width)}
+    return checkpoints.ModelFiles(
+        params=checkpoints.unflatten_params(params),
+        encoder_config=config,
+        text_format=text_format,
+        vocabulary_proto=proto,
+        extra_ids=extra_ids,
+        mrl_dims=tuple(sorted(dims)),
+        query_length=length,
+        passage_length=length,
+        step=step,
+        revision="",
+    )

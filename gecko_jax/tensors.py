@@ -1,0 +1,195 @@
+"""Tensors that lie on disk: read one at a time, written one at a time.
+
+A `Tensor` has a shape now and its numbers when they are asked for, so a checkpoint of
+many gigabytes goes from one format to another with one tensor in memory.
+
+What is written is safetensors, in shards as Hugging Face names them:
+
+    model.safetensors                                    all in one file, or
+    model-00001-of-00002.safetensors, ...                several, and
+    model.safetensors.index.json                         which tensor lies in which
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import numpy as np
+import safetensors
+from jaxtyping import Float
+
+# Of a file; a larger tensor gets a file of its own.
+SHARD_BYTES = 2 * 2**30
+
+SUFFIX = ".safetensors"
+INDEX = ".safetensors.index.json"
+
+# What becomes float32 without a change of value; also what T5's formats hold.
+_FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A float32 tensor that is read when it is needed.
+
+    Attributes:
+        shape: Its shape, known without reading it.
+        read: Returns the numbers, in float32.
+        source: Where they lie. Tensors cut out of one array share it, and are best
+            read one after another.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], Float[np.ndarray, "..."]]
+    source: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers in memory and on disk."""
+        return 4 * num_values(self.shape)
+
+    def transpose(self) -> "Tensor":
+        """Returns the matrix with its two axes swapped."""
+        return Tensor(self.shape[::-1], lambda: self.read().T, self.source)
+
+
+def num_values(shape: tuple[int, ...]) -> int:
+    """Returns how many numbers a tensor of this shape holds."""
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def from_array(array: Any) -> Tensor:
+    """Returns an array, of numpy or JAX, as a `Tensor`."""
+    return Tensor(array.shape, lambda: np.asarray(array, np.float32))
+
+
+def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
+    """Opens all tensors of a folder, in one file or in shards.
+
+    Raises:
+        ValueError: A file is missing, truncated, or not where a shard may lie.
+    """
+    if (folder / f"{stem}{SUFFIX}").exists():
+        return _open_file(folder / f"{stem}{SUFFIX}")
+    index = folder / f"{stem}{INDEX}"
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder}: neither {stem}{SUFFIX} nor {index.name} here; copy the weights"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(
+            f"{index}: not an index of safetensors files; the file is damaged, copy it "
+            "again"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(
+                f"{index}: it names the file {name!r}, outside its folder; do not use "
+                "this model"
+            )
+        held = _open_file(folder / name)
+        lost = [t for t, file in places.items() if file == name and t not in held]
+        if lost:
+            raise ValueError(
+                f"{folder / name}: {lost[0]!r} should be in this file and is not; copy "
+                "the file again"
+            )
+        tensors |= held
+    return tensors
+
+
+def has_tensors(folder: pathlib.Path, stem: str = "model") -> bool:
+    """Whether `read` would find a file."""
+    return any((folder / f"{stem}{suffix}").exists() for suffix in (SUFFIX, INDEX))
+
+
+def write(
+    folder: pathlib.Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes all tensors as float32, with one of them in memory at a time.
+
+    Args:
+        folder: An empty folder.
+        tensors: By the name they get. Written by `source`, not in this order.
+        stem: The files' name before the dot.
+        shard_bytes: Largest file, but for a tensor that is larger.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].source):
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        _write_file(folder / f"{stem}{SUFFIX}", shards[0])
+        return
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}"
+        _write_file(folder / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; copy it from where the rest is") from None
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); copy it again"
+        ) from None
+    for name, kind in kinds.items():
+        if kind not in _FLOATS:
+            raise ValueError(
+                f"{path}: {name} is {kind}; the weights must be one of "
+                f"{', '.join(_FLOATS)}, not quantized"
+            )
+
+    def open_tensor(name: str) -> Tensor:
+        def read_tensor() -> np.ndarray:
+            # Opened anew each time: pages of a file that stays open stay in memory.
+            with safetensors.safe_open(path, framework="numpy") as file:
+                return np.asarray(file.get_tensor(name), np.float32)
+
+        return Tensor(shapes[name], read_tensor, f"{path}:{name}")
+
+    return {name: open_tensor(name) for name in shapes}
+
+
+def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the format by hand: the library wants a whole file in memory."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            array = np.ascontiguousarray(tensor.read(), "<f4")
+            file.write(array.reshape(-1).view(np.uint8).data)
