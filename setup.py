@@ -49,9 +49,9 @@ _CORE = [
     "tensorboardX>=2.6.4",
 ]
 
-# What exports need beyond the core.
+# An export to ONNX; models by their name on the Hugging Face hub.
 _ONNX = ["onnx>=1.23"]
-_HUB = ["huggingface_hub>=2.0"]
+_HUB = ["huggingface_hub>=1.0"]
 
 # MTEB. It brings torch, transformers and scikit-learn; ours imports none of the first
 # two.
@@ -87,9 +87,6 @@ _TORCH = [
     "transformers>=5.0",
     "sentence-transformers>=6.2",
 ]
-
-# Models by their name on the Hugging Face hub.
-_HUB = ["huggingface-hub>=1.0"]
 
 setuptools.setup(
     name="gecko-jax",

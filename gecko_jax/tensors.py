@@ -177,7 +177,8 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes the format by hand: the library wants a whole file in memory."""
-    header: dict[str, Any] = {}
+    # Older releases of transformers refuse a file that does not say so.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

@@ -455,6 +455,14 @@ def test_a_truncated_tree_is_named(copy, keep):
         load_params(copy)
 
 
+def test_truncated_inline_arrays_are_named(tmp_path):
+    write_legacy(tmp_path / "c", reference_params(), inline=lambda name: True)
+    path = tmp_path / "c" / "checkpoint"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint: not a whole msgpack file"):
+        load_params(tmp_path / "c")
+
+
 @pytest.mark.parametrize(
     "place", ["/etc/weights/", "../other/", "a/../../b/", "file:///tmp/x/"]
 )

@@ -14,16 +14,10 @@ writes after it cannot be exported.
 """
 
 import json
-import os
 import pathlib
-import re
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-
-from gecko_jax import checkpoints, files, model, vocabulary
+from gecko_jax import checkpoints, files, model, tensors, vocabulary
 from gecko_jax import text as text_lib
 from gecko_jax.convert import model_card, names, to_hugging_face_tokenizer
 
@@ -179,31 +173,14 @@ def build_config(config: model.EncoderConfig) -> dict[str, Any]:
 def _write_params(folder: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
     params = checkpoints.flatten_params(model_files.params)
     projection = params.pop(names.PROJECTION, None)
-    table = names.hugging_face_names(model_files.encoder_config)
-    tensors = {}
-    for name, leaf in params.items():
-        there = table[name]
-        tensors[there.name] = _contiguous(leaf, there.transposed)
-    _write_tensors(folder / "model.safetensors", tensors)
+    encoder = {}
+    for name, there in names.hugging_face_names(model_files.encoder_config).items():
+        leaf = tensors.from_array(params[name])
+        encoder[there.name] = leaf.transpose() if there.transposed else leaf
+    tensors.write(folder, encoder)
     if projection is not None:
-        dense = {names.DENSE_WEIGHT: _contiguous(projection, True)}
-        _write_tensors(folder / "2_Dense" / "model.safetensors", dense)
-
-
-def _write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    try:
-        # Older releases of transformers refuse a file that does not say so.
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def _contiguous(leaf: Any, transposed: bool) -> np.ndarray:
-    array = np.asarray(leaf, np.float32)
-    return np.ascontiguousarray(array.T if transposed else array)
+        kernel = tensors.from_array(projection).transpose()
+        tensors.write(folder / "2_Dense", {names.DENSE_WEIGHT: kernel})
 
 
 def _prefix(template: str, **fields: str) -> str:
