@@ -13,6 +13,7 @@ PACKAGE = ROOT / "gecko_jax"
 
 # Room -> floor. A folder is one room.
 FLOORS = {
+    "blockwise": 0,
     "config": 0,
     "evaluation_sets": 3,
     "files": 0,
