@@ -9,7 +9,7 @@ Nothing here talks to other devices: rows may be a device's own, keys are all th
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,13 @@ class Rows(NamedTuple):
     """What decides, from the side of a row, which keys count.
 
     Attributes:
-        index: Number in the global batch; a row is never its own negative.
+        row: Number in the global batch; a row is never its own negative.
         group: A key counts only if it has the same.
         excluded: Content ids, one for each reason to leave a key out: it is left out
             if its own content id at the same place is equal.
     """
 
-    index: Int[Array, " B"]
+    row: Int[Array, " B"]
     group: Int[Array, " B"]
     excluded: UInt32[Array, "B E 2"]
 
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 class Keys(NamedTuple):
     """The same from the side of a key; `mask` is False where there is none."""
 
-    index: Int[Array, " C"]
+    row: Int[Array, " C"]
     group: Int[Array, " C"]
     excluded: UInt32[Array, "C E 2"]
     mask: Bool[Array, " C"]
@@ -55,13 +55,13 @@ class Sums(NamedTuple):
             infinity where none does. The one part that has a gradient.
         best: The largest similarity among the other keys, minus infinity for none.
         total: Sum of the similarities of the other keys.
-        count: Number of the other keys that count.
+        number: How many other keys count.
     """
 
     log_sum_exp: Float[Array, " B"]
     best: Float[Array, " B"]
     total: Float[Array, " B"]
-    count: Float[Array, " B"]
+    number: Float[Array, " B"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -82,7 +82,7 @@ def sums(
         rows: See `Rows`.
         keys: See `Keys`.
         temperature: Divides the similarities in the log-sum-exp.
-        with_self: Whether the key with the row's own index counts in it.
+        with_self: Whether the key with the row's own number counts in it.
         block_size: Keys at a time; changes no result beyond rounding.
     """
 
@@ -96,7 +96,7 @@ def sums(
             jnp.logaddexp(so_far.log_sum_exp, of_block),
             jnp.maximum(so_far.best, best),
             so_far.total + jnp.sum(jnp.where(others, similarity, 0.0), axis=1),
-            so_far.count + jnp.sum(others.astype(jnp.float32), axis=1),
+            so_far.number + jnp.sum(others.astype(jnp.float32), axis=1),
         ), None
 
     # Made from an argument: inside a `shard_map` they must vary as it does.
@@ -107,7 +107,7 @@ def sums(
 
 
 def _forward(left, right, rows, keys, temperature, with_self, block_size):
-    result = sums(left, right, rows, keys, temperature, with_self, block_size)
+    result: Any = sums(left, right, rows, keys, temperature, with_self, block_size)
     return result, (left, right, rows, keys, result.log_sum_exp)
 
 
@@ -143,7 +143,7 @@ def _masks(
     rows: Rows, keys: Keys, with_self: bool
 ) -> tuple[Bool[Array, "B C"], Bool[Array, "B C"]]:
     """Returns which keys count, without and with the row's own."""
-    is_self = rows.index[:, None] == keys.index[None]
+    is_self = rows.row[:, None] == keys.row[None]
     others = (rows.group[:, None] == keys.group[None]) & keys.mask[None] & ~is_self
     for reason in range(rows.excluded.shape[1]):
         theirs, ours = keys.excluded[:, reason], rows.excluded[:, reason]
@@ -165,6 +165,6 @@ def _split(
         padded = jnp.pad(leaf, widths, constant_values=fill)
         return padded.reshape(num_blocks, size, *leaf.shape[1:])
 
-    index, group, excluded, mask = keys
-    # No row has the index -1, so that what fills is no row's own key either.
-    return cut(right), Keys(cut(index, -1), cut(group), cut(excluded), cut(mask))
+    row, group, excluded, mask = keys
+    # No row has the number -1, so that what fills is no row's own key either.
+    return cut(right), Keys(cut(row, -1), cut(group), cut(excluded), cut(mask))

@@ -153,11 +153,22 @@ SCHEMA: dict[str, Rule] = {
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
     "train.num_steps": _POSITIVE,
+    "train.microbatch_size": _COUNT,
     "train.log_every_steps": _POSITIVE,
+    "train.max_skipped_steps": _COUNT,
+    "train.compilation_cache": _TEXT,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.dcn_data": _AXIS,
+    "mesh.dcn_fsdp": _AXIS,
+    "mesh.rules": Rule(
+        tuple,
+        "must be pairs of a logical axis and a mesh axis, several, or None",
+        lambda v: all(len(rule) == 2 and isinstance(rule[0], str) for rule in v),
+    ),
     "checkpoint.every_steps": _POSITIVE,
+    "checkpoint.every_minutes": _COUNT,
     "checkpoint.keep": _POSITIVE,
     "checkpoint.keep_every_steps": _COUNT,
     "evaluation.every_steps": _COUNT,
@@ -234,6 +245,14 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
         )
     if [flat["mesh.data"], flat["mesh.fsdp"], flat["mesh.tensor"]].count(-1) > 1:
         faults.append("mesh: at most one of data, fsdp, tensor may be -1")
+    if [flat["mesh.dcn_data"], flat["mesh.dcn_fsdp"]].count(-1) > 1:
+        faults.append("mesh: at most one of dcn_data, dcn_fsdp may be -1")
+    microbatch_size, batch_size = flat["train.microbatch_size"], flat["data.batch_size"]
+    if microbatch_size > batch_size:
+        faults.append(
+            f"train.microbatch_size={microbatch_size}: must not exceed "
+            f"data.batch_size={batch_size}; 0 is for no microbatches"
+        )
     if flat["init.checkpoint"] and flat["init.token_weights"] != "none":
         faults.append(
             f"init.token_weights={flat['init.token_weights']!r}: weighs fresh token "

@@ -109,6 +109,8 @@ def contrastive_loss(
     first = jax.lax.axis_index(axis_names) * batch_size if axis_names else 0
     index = first + jnp.arange(batch_size)
 
+    ids = jax.tree.map(jnp.asarray, ids)
+
     def gather(leaf: Array) -> Array:
         return jax.lax.all_gather(leaf, axis_names, tiled=True) if axis_names else leaf
 
@@ -190,7 +192,7 @@ def contrastive_loss(
         loss=loss,
         accuracy=(own > best).astype(jnp.float32),
         positive_similarity=own,
-        negative_similarity=to_positives.total / jnp.maximum(to_positives.count, 1.0),
+        negative_similarity=to_positives.total / jnp.maximum(to_positives.number, 1.0),
     )
     return LossTerms(*(jnp.where(ids.example_mask, term, 0.0) for term in terms))
 
