@@ -23,6 +23,9 @@ from gecko_jax import losses, model, sharding
 
 SIDES = ("query", "passage")
 
+# What the loops over microbatches are called in a compiled step.
+MICROBATCHES = "microbatches"
+
 LossAndGradients = Callable[
     [Any, Mapping[str, Array], Array], tuple[Array, dict[int, losses.LossTerms], Any]
 ]
@@ -153,9 +156,10 @@ def _build_embed(
             return embedded, (pull, None)
         embedded = {}
         for side, rows in sides.items():
-            _, chunks = jax.lax.scan(
-                lambda _, chunk: (None, encode(params, chunk)), None, rows
-            )
+            with jax.named_scope(MICROBATCHES):
+                _, chunks = jax.lax.scan(
+                    lambda _, chunk: (None, encode(params, chunk)), None, rows
+                )
             embedded[side] = chunks.reshape(-1, *chunks.shape[2:])
         return embedded, (params, sides)
 
@@ -172,9 +176,12 @@ def _build_embed(
                 chunks = slopes[side].reshape(
                     *rows["tokens"].shape[:2], *slopes[side].shape[1:]
                 )
-                gradients, _ = jax.lax.scan(
-                    functools.partial(add_gradients, saved), gradients, (rows, chunks)
-                )
+                with jax.named_scope(MICROBATCHES):
+                    gradients, _ = jax.lax.scan(
+                        functools.partial(add_gradients, saved),
+                        gradients,
+                        (rows, chunks),
+                    )
         gradients = jax.tree.map(_reduce, gradients, compute_specs)
         return model.unstack_gradients(gradients, config), None
 

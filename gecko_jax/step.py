@@ -5,7 +5,7 @@ every array, and the jitted step.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     tx: optax.GradientTransformation
     shapes: TrainState
     shardings: TrainState
-    run: Callable[..., tuple[TrainState, dict[str, Array]]]
+    run: Any  # what `jax.jit` returns
 
 
 def train_step(
@@ -180,6 +180,11 @@ def build_optimizer(
         beta2=settings.beta2,
     )
     return schedule, tx
+
+
+def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the sizes in `config.mesh`, as `sharding.build_mesh` takes them."""
+    return {name: size for name, size in config.mesh.items() if name != "rules"}
 
 
 def row_multiple(config: ml_collections.ConfigDict, mesh: Mesh) -> int:

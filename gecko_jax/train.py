@@ -89,7 +89,7 @@ def _train(
     clock = metrics.Clock()
     workdir_lib.check_config(workdir, config)
     _set_compilation_cache(config.train.compilation_cache)
-    mesh = sharding.build_mesh(**mesh_sizes(config))
+    mesh = sharding.build_mesh(**step_lib.mesh_sizes(config))
 
     # Data, and the model's own files, which no step changes.
     start = initialization.load_start(config)
@@ -266,11 +266,6 @@ def _trace(steps_done: int, profile_steps: int, workdir: pathlib.Path) -> None:
     elif steps_done == _STEPS_BEFORE_PROFILE + profile_steps:
         jax.profiler.stop_trace()
         logging.info("a trace of %d steps is in %s", profile_steps, folder)
-
-
-def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the sizes in `config.mesh`, as `sharding.build_mesh` takes them."""
-    return {name: size for name, size in config.mesh.items() if name != "rules"}
 
 
 def _set_compilation_cache(folder: str) -> None:
