@@ -7,8 +7,8 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.files=triples.jsonl.gz \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
-on a laptop CPU in two to three minutes. `gecko data prepare` mines the hard negatives.
+Arguments: a size (mini, small, base, large, xl, xxl), `local`, which trains `mini` on a
+laptop CPU in two to three minutes, and `hardware=NAME`, one of those below, for `xl`. `gecko data prepare` mines the hard negatives.
 The paper gives no hyperparameters: numbers without a source are ours.
 """
 
@@ -18,9 +18,20 @@ from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
 
 
+# Batch, rows of a microbatch, and chips along fsdp: those that `gecko compile` accepts
+# for `xl` (docs/performance.md). The GPU's are an estimate; none of them has been run.
+HARDWARE = {
+    "v5e-8": (256, 8, 8),
+    "v5e-16": (512, 32, 16),
+    "v5e-256": (8_192, 512, 256),
+    "v5p-128": (8_192, 512, 64),
+    "h200": (512, 16, 1),
+}
+
+
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, size="mini", local=False)
+    arg = parse_arg(arg, size="mini", local=False, hardware="")
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -97,6 +108,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.every_steps = 1_000  # 0 for the end alone
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
+
+    if arg.hardware:
+        if arg.hardware not in HARDWARE:
+            raise ValueError(
+                f"hardware={arg.hardware}: known are {', '.join(HARDWARE)}"
+            )
+        batch_size, microbatch_size, fsdp = HARDWARE[arg.hardware]
+        config.data.batch_size = batch_size
+        config.train.microbatch_size = microbatch_size
+        config.mesh.data = 1
+        config.mesh.fsdp = fsdp
+        config.model.remat = "full"
 
     if arg.local:
         config.data.query_length = 32

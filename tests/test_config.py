@@ -40,6 +40,18 @@ def test_every_config_is_sound_and_traces(name, argument):
     assert metrics["loss"].shape == ()
 
 
+def test_every_hardware_has_a_batch_that_its_chips_can_split():
+    file = f"{ROOT / 'configs/finetune.py'}"
+    for name in ("v5e-8", "v5e-16", "v5e-256", "v5p-128", "h200"):
+        config = flags.load(f"{file}:xl,hardware={name}")
+        config_lib.check(config)
+        chips = config.mesh.data * config.mesh.fsdp
+        assert config.data.batch_size % config.train.microbatch_size == 0
+        assert config.train.microbatch_size % chips == 0
+    with pytest.raises(ValueError, match="hardware=v9: known are v5e-8"):
+        flags.load(f"{file}:hardware=v9")
+
+
 def test_all_faults_are_told_at_once():
     config = flags.load(f"{ROOT / 'configs/finetune.py'}:local").unlock()
     config.data.bach_size = 3
