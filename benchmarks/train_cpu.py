@@ -25,33 +25,25 @@ STEPS = 4  # of a round
 
 
 def gecko() -> None:
-    """Serves rounds of `train.train_step` on real batches."""
-    import functools
-
+    """Serves rounds of `step.train_step` on real batches."""
     import jax
     import numpy as np
 
-    from gecko_jax import config as config_lib
     from gecko_jax import flags, model, sharding, text, train
+    from gecko_jax import step as step_lib
 
     config = flags.load(str(ROOT / "configs/prefinetune.py") + ":local")
     batches = train.build_batches(config, text_format=text.TextFormat())
-    encoder_config = config_lib.encoder_config(config)
-    _, tx = train.build_optimizer(config)
-    params = model.init_params(encoder_config, jax.random.key(0))
-    state = train.TrainState(params, tx.init(params), np.int32(0))
     mesh = sharding.build_mesh()
-    step = jax.jit(
-        functools.partial(
-            train.train_step,
-            encoder=model.DualEncoder(encoder_config),
-            tx=tx,
-            num_segments=batches.num_segments,
-            num_tasks=len(batches.task_names),
-            loss_settings=config.loss.to_dict(),
-        ),
-        donate_argnums=0,
+    step = step_lib.build(
+        config,
+        mesh,
+        num_segments=batches.num_segments,
+        num_tasks=len(batches.task_names),
     )
+    params = model.init_params(step.encoder.config, jax.random.key(0))
+    state = step_lib.TrainState(params, step.tx.init(params), np.int32(0))
+    state = jax.device_put(state, step.shardings)
     stream = batches.iterate(0)
     key = jax.random.key(0)
 
@@ -59,13 +51,13 @@ def gecko() -> None:
         nonlocal state
         began = time.perf_counter()
         for batch in itertools.islice(stream, STEPS):
-            state, _ = step(state, sharding.place_batch(batch, mesh), key)
+            state, _ = step.run(state, sharding.place_batch(batch, mesh), key)
         jax.block_until_ready(state)
         return time.perf_counter() - began, STEPS * config.data.batch_size
 
     # Every shape of batch compiles once in a run; that is not what is measured.
     for batch in itertools.islice(batches.iterate(0), 40):
-        state, _ = step(state, sharding.place_batch(batch, mesh), key)
+        state, _ = step.run(state, sharding.place_batch(batch, mesh), key)
     side_by_side.serve(work)
 
 

@@ -7,20 +7,30 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.files=triples.jsonl.gz \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
-on a laptop CPU in two to three minutes. `gecko data prepare` mines the hard negatives.
-The paper gives no hyperparameters: numbers without a source are ours.
+Arguments: a size (mini, small, base, large, xl, xxl), `local`, which trains `mini` on a
+laptop CPU in two to three minutes, and `hardware=NAME`, one of those below, for `xl`.
+`gecko data prepare` mines the hard negatives. The paper gives no hyperparameters: numbers without a source are ours.
 """
 
 import ml_collections
 
-from gecko_jax import model
+from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
+
+# Batch, rows of a microbatch, and chips along fsdp: those that `gecko compile` accepts
+# for `xl` (docs/performance.md). The GPU's are an estimate; none of them has been run.
+HARDWARE = {
+    "v5e-8": (256, 8, 8),
+    "v5e-16": (512, 32, 16),
+    "v5e-256": (8_192, 512, 256),
+    "v5p-128": (8_192, 512, 64),
+    "h200": (512, 16, 1),
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, size="mini", local=False)
+    arg = parse_arg(arg, size="mini", local=False, hardware="")
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -74,15 +84,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.num_steps = 20_000  # GTR
+    config.train.microbatch_size = 0  # rows of a side, over all hosts; 0 for all
     config.train.log_every_steps = 100
+    config.train.max_skipped_steps = 0  # not finite in a row; 0 stops at the first
+    config.train.compilation_cache = "~/.cache/gecko_jax/compiled"  # empty for none
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # the devices that are left
+    config.mesh.data = -1  # devices of a slice; -1 for those that are left
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
+    config.mesh.dcn_data = -1  # slices; -1 for those that are left
+    config.mesh.dcn_fsdp = 1
+    config.mesh.rules = sharding.RULES  # logical axis, mesh axis
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = 1_000
+    config.checkpoint.every_minutes = 30  # as well; 0 for none
     config.checkpoint.keep = 3  # newest
     config.checkpoint.keep_every_steps = 5_000  # these stay too; 0 for none
 
@@ -90,6 +107,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.every_steps = 1_000  # 0 for the end alone
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
+
+    if arg.hardware:
+        if arg.hardware not in HARDWARE:
+            raise ValueError(
+                f"hardware={arg.hardware}: known are {', '.join(HARDWARE)}"
+            )
+        batch_size, microbatch_size, fsdp = HARDWARE[arg.hardware]
+        config.data.batch_size = batch_size
+        config.train.microbatch_size = microbatch_size
+        config.mesh.data = 1
+        config.mesh.fsdp = fsdp
+        config.model.remat = "full"
 
     if arg.local:
         config.data.query_length = 32
@@ -109,6 +138,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.optimizer.beta2 = 0.98
         config.train.num_steps = 60
         config.train.log_every_steps = 10
+        config.train.compilation_cache = ""
         config.checkpoint.every_steps = 20
         config.checkpoint.keep_every_steps = 0
         config.evaluation.every_steps = 30

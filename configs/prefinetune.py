@@ -13,7 +13,7 @@ source are ours.
 
 import ml_collections
 
-from gecko_jax import model
+from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
 
 
@@ -73,15 +73,22 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.num_steps = 800_000  # GTR
+    config.train.microbatch_size = 0  # rows of a side, over all hosts; 0 for all
     config.train.log_every_steps = 100
+    config.train.max_skipped_steps = 0  # not finite in a row; 0 stops at the first
+    config.train.compilation_cache = "~/.cache/gecko_jax/compiled"  # empty for none
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # the devices that are left
+    config.mesh.data = -1  # devices of a slice; -1 for those that are left
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
+    config.mesh.dcn_data = -1  # slices; -1 for those that are left
+    config.mesh.dcn_fsdp = 1
+    config.mesh.rules = sharding.RULES  # logical axis, mesh axis
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = 1_000
+    config.checkpoint.every_minutes = 30  # as well; 0 for none
     config.checkpoint.keep = 3  # newest
     config.checkpoint.keep_every_steps = 100_000  # these stay too; 0 for none
 
@@ -110,6 +117,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.optimizer.beta2 = 0.98
         config.train.num_steps = 200
         config.train.log_every_steps = 10
+        config.train.compilation_cache = ""
         config.checkpoint.every_steps = 50
         config.checkpoint.keep_every_steps = 0
         config.evaluation.every_steps = 100

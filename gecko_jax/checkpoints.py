@@ -6,6 +6,7 @@ A training workdir:
     gecko.json        what a model is besides its parameters (see `ModelFiles`)
     vocabulary.model  the SentencePiece vocabulary
     checkpoints/N/    parameters, optimizer state and data position after step N
+    damaged/N/        checkpoints that could not be read, set aside
     metrics.jsonl     one line per logged step; tensorboard/ holds the same
 
 A model folder, made by `gecko export` and independent of any training config:
@@ -31,6 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from gecko_jax import config as config_lib
 from gecko_jax import files, model, sharding, tensors, text
@@ -41,6 +43,7 @@ READABLE_VERSIONS = (1, 2)
 MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
 CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
     "model": config_lib.Rule(dict),
@@ -387,13 +390,18 @@ class Checkpointer:
             keep: Newest checkpoints that stay.
             keep_every_steps: Multiples of this stay too; 0 for none.
         """
+        self._workdir = pathlib.Path(workdir).absolute()
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every_steps or None,
+            enable_async_checkpointing=True,
+        )
+        self._open()
+
+    def _open(self) -> None:
         self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).absolute() / CHECKPOINTS,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every_steps or None,
-                enable_async_checkpointing=True,
-            ),
+            epath.Path(self._workdir / CHECKPOINTS),
+            options=self._options,
             item_names=("params", "opt_state", "position"),
         )
 
@@ -411,36 +419,75 @@ class Checkpointer:
             params: Parameters.
             opt_state: Optimizer state.
             position: What the data stream and the run need to go on, as JSON.
-        """
-        with self._explain_writing():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    opt_state=ocp.args.StandardSave(opt_state),
-                    position=ocp.args.JsonSave(position),
-                ),
-            )
-
-    def restore_position(self, step: int) -> dict[str, Any]:
-        """Returns the `position` saved with `step`."""
-        args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return self._restore(step, args).position
-
-    def restore(self, step: int, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """Restores onto the shardings of the abstract trees given.
 
         Raises:
-            ValueError: The checkpoint is truncated or of another model or optimizer.
+            OSError: This checkpoint or the one before could not be written.
         """
-        restored = self._restore(
-            step,
-            ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                opt_state=ocp.args.StandardRestore(opt_state),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            opt_state=ocp.args.StandardSave(opt_state),
+            position=ocp.args.JsonSave(position),
         )
-        return restored.params, restored.opt_state
+        with self._explain_writing():
+            self._manager.save(step, args=args)
+
+    def restore(
+        self, params: Any, opt_state: Any
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read, onto the shardings given.
+
+        Newer ones, which a fault of the disk or a kill has damaged, are set aside in
+        `damaged/` of the workdir, with a warning.
+
+        Args:
+            params: Shapes and shardings of the parameters.
+            opt_state: Shapes and shardings of the optimizer state.
+
+        Returns:
+            Step, parameters, optimizer state and position; None if there is nothing.
+
+        Raises:
+            ValueError: There are checkpoints, and none of them can be read.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            opt_state=ocp.args.StandardRestore(opt_state),
+            position=ocp.args.JsonRestore(),
+        )
+        faults: dict[int, ValueError] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            fault = restored = None
+            try:
+                restored = self._restore(step, args)
+            except ValueError as error:
+                fault = error
+            # All processes must go back to the same step.
+            if _is_anywhere(fault is not None):
+                faults[step] = fault or ValueError(f"{step}: unread elsewhere")
+                continue
+            assert restored is not None
+            self._set_aside(faults, step)
+            return step, restored.params, restored.opt_state, restored.position
+        if faults:
+            raise faults[max(faults)]
+        return None
+
+    def _set_aside(self, faults: Mapping[int, ValueError], used: int) -> None:
+        if not faults:
+            return
+        folder = self._workdir / DAMAGED
+        for fault in faults.values():
+            logging.warning(
+                "%s. Set aside in %s; going on from %d", fault, folder, used
+            )
+        self._manager.close()
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            for step in faults:
+                shutil.rmtree(folder / str(step), ignore_errors=True)
+                (self._workdir / CHECKPOINTS / str(step)).rename(folder / str(step))
+        multihost_utils.sync_global_devices("checkpoints set aside")
+        self._open()
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
@@ -449,14 +496,32 @@ class Checkpointer:
             raise ValueError(
                 f"{self._manager.directory / str(step)}: this checkpoint cannot be "
                 f"read ({_first_line(error)}); it is truncated, or of another model "
-                "or optimizer. Remove this folder to go on from the one before, or "
-                "start in a new workdir"
+                "or optimizer"
             ) from error
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk."""
+        """Waits until what was saved is on disk.
+
+        Raises:
+            OSError: The last checkpoint could not be written.
+        """
         with self._explain_writing():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explain_writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise several kinds.
+            last = latest_step(self._workdir)
+            kept = f"that of step {last} is whole" if last else "none is whole yet"
+            raise OSError(
+                errno.EIO,
+                f"{self._workdir / CHECKPOINTS}: a checkpoint could not be written "
+                f"({_first_line(error)}); {kept}. Make room on the disk "
+                "(checkpoint.keep, checkpoint.keep_every_steps), and the same command "
+                "goes on",
+            ) from error
 
     def close(self) -> None:
         """Waits for writers and lets go of the workdir."""
@@ -517,6 +582,13 @@ def restore_params(
             f"{folder}: this checkpoint cannot be read ({_first_line(error)}); it is "
             f"truncated. Remove {folder.parent} to use the one before"
         ) from error
+
+
+def _is_anywhere(fact: bool) -> bool:
+    """Whether a fact holds on any process."""
+    if jax.process_count() == 1:
+        return fact
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(fact))))
 
 
 def remove_temporary(workdir: str | pathlib.Path) -> None:

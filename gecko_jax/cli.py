@@ -17,12 +17,13 @@ from absl import logging
 import gecko_jax
 
 # Faults of the input or of the machine: told in one line, without a traceback.
-_EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)
+_EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 
 _DESCRIPTION = """\
 Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
 
   gecko train       trains a model from a config file
+  gecko compile     proves a config for a TPU topology, on a CPU
   gecko data        shows the data, makes hard negatives or a vocabulary
   gecko evaluate    judges a model on retrieval and similarity, beside BM25
   gecko embed       turns a file of texts into vectors
@@ -46,7 +47,22 @@ examples:
 What follows the colon is the config's own argument, such as `local` (a laptop) or a
 size. Every key of the config can be set: --config.GROUP.KEY=VALUE; tuples in quotes,
 --config.loss.mrl_dims='(256,768)'. The workdir gets the resolved config, checkpoints,
-metrics.jsonl and TensorBoard files, and can be used as a model at any time."""
+metrics.jsonl and TensorBoard files, and can be used as a model at any time. After
+SIGTERM everything is saved and the status is 143; the same command goes on.
+
+several hosts, each with the same workdir:
+  gecko train --distributed --config=... --workdir=...        TPU slices, srun, mpirun
+  gecko train --coordinator=HOST:1234 --processes=2 --process=0 --config=..."""
+
+_COMPILE = """\
+Compiles the train step of a config for a TPU topology, on a CPU (the extra "tpu"):
+memory, operations and collectives of a chip, and the time its data sheet allows.
+
+examples:
+  gecko compile --config=configs/finetune.py:xl --topology=v5e:16x16 \\
+      --config.data.batch_size=8192 --config.mesh.fsdp=256 \\
+      --config.train.microbatch_size=512
+  gecko compile --config=configs/finetune.py:base --topology=v5litepod-16 --search"""
 
 _SHOW = """\
 Shows the examples of a config as the model sees them: the formatted texts, their
@@ -199,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when done, 1 for an error that was told, 2 for a command line that cannot be
-        understood, 130 when interrupted.
+        understood, 130 when interrupted; a verb may exit with its own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("GECKO_DEBUG", "") not in ("", "0")
@@ -208,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = "gecko"
     try:
         options = _parse(arguments)
+        options.arguments = arguments
         command = options.parser.prog
         _set_up_logging(debug)
         from gecko_jax import verbs
@@ -319,6 +336,40 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--workdir", required=True, type=_path, metavar="DIR", help="of the run"
     )
+    train.add_argument(
+        "--profile",
+        type=_count,
+        default=0,
+        metavar="STEPS",
+        help="write a trace of so many steps to DIR/profile, for xprof (0)",
+    )
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, as TPU metadata, SLURM or Open MPI say",
+    )
+    train.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, where nothing says so"
+    )
+    train.add_argument("--processes", type=_positive, metavar="N", help="how many")
+    train.add_argument("--process", type=_count, metavar="I", help="which, from 0")
+    train.add_argument(
+        "--peer-timeout",
+        type=_positive,
+        default=100,
+        metavar="SECONDS",
+        help="how long a silent process is waited for (100)",
+    )
+
+    compile_ = _add_verb(verbs, "gecko compile", _COMPILE, "compile_step")
+    _add_config(compile_)
+    compile_.add_argument(
+        "--topology", required=True, metavar="NAME", help="such as v5e:4x4"
+    )
+    compile_.add_argument(
+        "--search", action="store_true", help="try microbatches, remat and meshes"
+    )
+    compile_.add_argument("--json", action="store_true", help="print JSON lines")
 
     data = _add_verb(verbs, "gecko data", "Looks at data and prepares it.")
     data_verbs = data.add_subparsers(metavar="VERB", required=True)

@@ -167,11 +167,22 @@ SCHEMA: dict[str, Rule] = {
     "optimizer.beta1": _SHARE,
     "optimizer.beta2": _SHARE,
     "train.num_steps": _POSITIVE,
+    "train.microbatch_size": _COUNT,
     "train.log_every_steps": _POSITIVE,
+    "train.max_skipped_steps": _COUNT,
+    "train.compilation_cache": _TEXT,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.dcn_data": _AXIS,
+    "mesh.dcn_fsdp": _AXIS,
+    "mesh.rules": Rule(
+        tuple,
+        "must be pairs of a logical axis and a mesh axis, several, or None",
+        lambda v: all(len(rule) == 2 and isinstance(rule[0], str) for rule in v),
+    ),
     "checkpoint.every_steps": _POSITIVE,
+    "checkpoint.every_minutes": _COUNT,
     "checkpoint.keep": _POSITIVE,
     "checkpoint.keep_every_steps": _COUNT,
     "evaluation.every_steps": _COUNT,
@@ -294,6 +305,12 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
             f"train.num_steps={flat['train.num_steps']}"
         )
     faults += _faults_of_mesh(flat)
+    microbatch_size, batch_size = flat["train.microbatch_size"], flat["data.batch_size"]
+    if microbatch_size > batch_size:
+        faults.append(
+            f"train.microbatch_size={microbatch_size}: must not exceed "
+            f"data.batch_size={batch_size}; 0 is for no microbatches"
+        )
     if flat["init.checkpoint"] and flat["init.token_weights"] != "none":
         faults.append(
             f"init.token_weights={flat['init.token_weights']!r}: weighs fresh token "
@@ -312,10 +329,11 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
 
 
 def _faults_of_mesh(flat: Mapping[str, Any]) -> list[str]:
-    sizes = [flat["mesh.data"], flat["mesh.fsdp"], flat["mesh.tensor"]]
-    if sizes.count(-1) > 1:
-        return ["mesh: at most one of data, fsdp, tensor may be -1"]
-    return []
+    return [
+        f"mesh: at most one of {', '.join(axes)} may be -1"
+        for axes in (("data", "fsdp", "tensor"), ("dcn_data", "dcn_fsdp"))
+        if [flat.get(f"mesh.{axis}") for axis in axes].count(-1) > 1
+    ]
 
 
 def flatten(

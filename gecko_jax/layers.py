@@ -11,7 +11,7 @@ distance inside a row alone, so a packed text gets exactly the embedding it gets
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,9 @@ DTYPES = ("float32", "bfloat16")
 # Of what a fresh layer adds to the residual, a tenth of T5X's: an untrained encoder is
 # nearly the bag of its tokens, which is where training from scratch best begins.
 RESIDUAL_INIT_SCALE = 0.1
+
+# Where the encoder's parameters hold all layers as one, for a scan.
+_STACKED = "layers"
 
 # Larger than any real logit and far from overflow in bfloat16; exp() of it is 0.
 MASKED_LOGIT = -1e9
@@ -97,19 +100,20 @@ class EncoderConfig:
 
 
 def dropout(
-    x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None
-) -> Float[Array, "..."]:
-    """Drops entries with probability `rate`; no key means evaluation.
+    x: Float[Array, "R ..."], rate: float, keys: Key[Array, " R"] | None
+) -> Float[Array, "R ..."]:
+    """Drops entries with probability `rate`; no keys mean evaluation.
 
     All positions of a row (axis -2) share one mask, as in T5X; drawing random bits for
-    every token would take longer than the layer. The key is an argument, not a Flax rng
-    stream: those fold in the module's path, which would make a scanned stack draw other
-    masks than an unrolled one.
+    every token would take longer than the layer. Every row has a key of its own, so
+    that its masks depend neither on the mesh nor on the microbatch it is in. The keys
+    are an argument, not a Flax rng stream: those fold in the module's path, which would
+    make a scanned stack draw other masks than an unrolled one.
     """
-    if key is None or rate == 0.0:
+    if keys is None or rate == 0.0:
         return x
-    shape = (*x.shape[:-2], 1, x.shape[-1])
-    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    shape = (*x.shape[1:-2], 1, x.shape[-1])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
@@ -217,16 +221,16 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L M"],
-        bias: Float[Array, "B H L L"],
-        dropout_key: Key[Array, ""] | None,
-    ) -> Float[Array, "B L M"]:
+        x: Float[Array, "R L M"],
+        bias: Float[Array, "R H L L"],
+        dropout_keys: Key[Array, " R"] | None,
+    ) -> Float[Array, "R L M"]:
         """Mixes the values of all tokens; `bias` holds the segment mask too."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         joined = config.num_heads * config.head_dim
 
-        def project(name: str, stddev: float) -> Float[Array, "B H L K"]:
+        def project(name: str, stddev: float) -> Float[Array, "R H L K"]:
             init = nn.initializers.normal(stddev)
             dense = Dense(joined, ("embed", "joined_kv"), init, dtype, name=name)
             heads = dense(x).reshape(*x.shape[:2], config.num_heads, config.head_dim)
@@ -241,7 +245,7 @@ class Attention(nn.Module):
             "bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32
         )
         weights = jax.nn.softmax(logits + bias, axis=-1)
-        weights = dropout(weights, config.dropout_rate, dropout_key).astype(dtype)
+        weights = dropout(weights, config.dropout_rate, dropout_keys).astype(dtype)
         mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
         init = nn.initializers.normal(RESIDUAL_INIT_SCALE * joined**-0.5)
         out = Dense(config.model_dim, ("joined_kv", "embed"), init, dtype, name="out")
@@ -255,8 +259,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L M"], dropout_key: Key[Array, ""] | None
-    ) -> Float[Array, "B L M"]:
+        self, x: Float[Array, "R L M"], dropout_keys: Key[Array, " R"] | None
+    ) -> Float[Array, "R L M"]:
         """Applies the MLP to every token by itself."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -268,7 +272,7 @@ class Mlp(nn.Module):
             branch = ACTIVATIONS[activation](dense(x))
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
-        hidden = dropout(hidden, config.dropout_rate, dropout_key)
+        hidden = dropout(hidden, config.dropout_rate, dropout_keys)
         init = nn.initializers.normal(RESIDUAL_INIT_SCALE * config.mlp_dim**-0.5)
         wo = Dense(config.model_dim, ("mlp", "embed"), init, dtype, name="wo")
         return wo(hidden)
@@ -282,15 +286,17 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L M"],
-        segment_mask: Float[Array, "B 1 L L"],
+        x: Float[Array, "R L M"],
+        segment_mask: Float[Array, "R 1 L L"],
         shared_bias: Float[Array, "H L L"] | None,
-        dropout_key: Key[Array, ""] | None,
-    ) -> Float[Array, "B L M"]:
+        dropout_keys: Key[Array, " R"] | None,
+    ) -> Float[Array, "R L M"]:
         """Runs the layer; without a shared bias it has its own (umT5)."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        keys: Sequence[Array | None] = [None] * 4
+        if dropout_keys is not None:
+            keys = list(jax.vmap(lambda key: jax.random.split(key, 4))(dropout_keys).T)
         if shared_bias is None:
             shared_bias = RelativePositionBias(config, name="relpos_bias")(x.shape[1])
         y = LayerNorm(dtype, name="pre_attention_layer_norm")(x)
@@ -310,10 +316,10 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L M"],
-        segment_ids: Int[Array, "B L"],
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "B L M"]:
+        x: Float[Array, "R L M"],
+        segment_ids: Int[Array, "R L"],
+        dropout_keys: Key[Array, " R"] | None = None,
+    ) -> Float[Array, "R L M"]:
         """Returns the normed hidden states; those of padding mean nothing."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -323,41 +329,43 @@ class Encoder(nn.Module):
         if config.shared_relative_bias:
             shared_bias = RelativePositionBias(config, name="relpos_bias")(x.shape[1])
 
-        def layer_key(index: int | Array) -> Array | None:
+        def layer_keys(index: int | Array) -> Array | None:
             # Folding in the index, not the path, draws the same masks scanned or not.
-            return (
-                None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            )
+            if dropout_keys is None:
+                return None
+            return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
 
-        input_key = layer_key(config.num_layers)
-        x = dropout(x.astype(dtype), config.dropout_rate, input_key)
+        input_keys = layer_keys(config.num_layers)
+        x = dropout(x.astype(dtype), config.dropout_rate, input_keys)
         if config.scan_layers and not self.is_initializing():
-            x = self._scan_layers(x, segment_mask, shared_bias, layer_key)
+            x = self._scan_layers(x, segment_mask, shared_bias, layer_keys)
         else:
             layer = _remat(EncoderLayer, config.remat)
             for i in range(config.num_layers):
                 x = layer(config, name=f"layers_{i}")(
-                    x, segment_mask, shared_bias, layer_key(i)
+                    x, segment_mask, shared_bias, layer_keys(i)
                 )
         x = LayerNorm(dtype, name="encoder_norm")(x)
-        return dropout(x, config.dropout_rate, layer_key(config.num_layers + 1))
+        return dropout(x, config.dropout_rate, layer_keys(config.num_layers + 1))
 
     def _scan_layers(
         self,
-        x: Float[Array, "B L M"],
-        segment_mask: Float[Array, "B 1 L L"],
+        x: Float[Array, "R L M"],
+        segment_mask: Float[Array, "R 1 L L"],
         shared_bias: Float[Array, "H L L"] | None,
-        layer_key: Callable[[Array], Array | None],
-    ) -> Float[Array, "B L M"]:
+        layer_keys: Callable[[Array], Array | None],
+    ) -> Float[Array, "R L M"]:
         """Runs the layers as one scan over their stacked parameters.
 
-        The parameters stay unstacked everywhere else, so names on disk, the optimizer
-        and the result do not depend on the setting (docs/decisions.md).
+        They are stacked here, or were before (`stack_layers`). They stay unstacked
+        everywhere else, so names on disk, the optimizer and the result do not depend
+        on the setting (docs/decisions.md).
         """
         config = self.config
-        params = self.variables["params"]
-        layers = [params[f"layers_{i}"] for i in range(config.num_layers)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        params: Any = self.variables["params"]
+        if _STACKED not in params:
+            params = stack_layers(params, config.num_layers)
+        stacked = params[_STACKED]
         layer = _remat(EncoderLayer, config.remat)(config, parent=None)
 
         def step(x: Array, layer_params_and_index: tuple) -> tuple[Any, None]:
@@ -367,12 +375,32 @@ class Encoder(nn.Module):
                 x,
                 segment_mask,
                 shared_bias,
-                layer_key(index),
+                layer_keys(index),
             )
             return y, None
 
         x, _ = jax.lax.scan(step, x, (stacked, jnp.arange(config.num_layers)))
         return x
+
+
+def stack_layers(
+    params: Mapping[str, Any],
+    num_layers: int,
+    stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
+) -> dict[str, Any]:
+    """Returns the encoder's parameters, or a tree like them, with its layers as one."""
+    layers = [params[f"layers_{i}"] for i in range(num_layers)]
+    others = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    return others | {_STACKED: jax.tree.map(stack, *layers)}
+
+
+def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Inverse of `stack_layers`."""
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params[_STACKED])
+        for i in range(num_layers)
+    }
+    return {k: v for k, v in params.items() if k != _STACKED} | layers
 
 
 def _remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:

@@ -6,15 +6,21 @@ positions in a host's share of the batch, so a loss is the same under any shardi
 
 Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 adds the
 row's own hard negative and `same_tower`. Their total over the MRL dims is `mrl_loss`.
+
+Negatives are those of the whole batch on all devices. Inside a `shard_map` each device
+has its own rows, gathers the others' embeddings over `axis_names`, and sums over them
+block by block (`blockwise`): no device ever holds a matrix of all pairs.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from gecko_jax import model
+from gecko_jax import blockwise, model
 
 
 class BatchIds(NamedTuple):
@@ -67,6 +73,8 @@ def contrastive_loss(
     bidirectional: bool = False,
     all_hard_negatives: bool = False,
     mask_duplicates: bool = False,
+    axis_names: Sequence[str] = (),
+    block_size: int = blockwise.BLOCK_SIZE,
 ) -> LossTerms:
     """In-batch cross-entropy with hard and same-tower negatives (eq. 2 and 3).
 
@@ -87,64 +95,104 @@ def contrastive_loss(
         all_hard_negatives: Adds the hard negatives of every other row (GTR).
         mask_duplicates: Leaves out what only looks like a negative: an equal query, an
             equal positive, a query or negative equal to the row's own positive.
+        axis_names: Mesh axes over which the batch is split, inside a `shard_map`; the
+            arguments are then one device's rows, and the negatives still everyone's.
+        block_size: Keys at a time; decides memory, and nothing beyond rounding.
 
     Returns:
-        The terms of each query, at full width; not reduced.
+        The terms of each query, at full width; not reduced. Only the loss has a
+        gradient.
     """
     queries = model.normalize(queries)
     positives = model.normalize(positives)
     batch_size = queries.shape[0]
-    is_self = jnp.eye(batch_size, dtype=bool)
-    same_group = ids.negative_group[:, None] == ids.negative_group[None, :]
-    # others[i, j]: example j may supply negatives to example i.
-    others = same_group & ids.example_mask[None, :] & ~is_self
-    if mask_duplicates:
-        others &= ~_equal(ids.query_id, ids.query_id)
-        others &= ~_equal(ids.passage_id, ids.passage_id)
+    first = jax.lax.axis_index(axis_names) * batch_size if axis_names else 0
+    index = first + jnp.arange(batch_size)
 
-    to_positives = jnp.einsum("bd,pd->bp", queries, positives)
-    own = jnp.diagonal(to_positives)
-    columns = [(to_positives, others | is_self)]
+    ids = jax.tree.map(jnp.asarray, ids)
+
+    def gather(leaf: Array) -> Array:
+        return jax.lax.all_gather(leaf, axis_names, tiled=True) if axis_names else leaf
+
+    all_queries, all_positives = gather(queries), gather(positives)
+    everyone = BatchIds(*(gather(leaf) for leaf in ids))
+    all_index = gather(index)
+
+    def compare(
+        left: Array,
+        right: Array,
+        reasons: Sequence[tuple[Array, Array]],
+        *,
+        with_self: bool = False,
+        mask: Array = everyone.example_mask,
+    ) -> blockwise.Sums:
+        """Sums over what each example of the batch has of `right`.
+
+        A reason leaves out pairs with equal content ids.
+        """
+        reasons = reasons if mask_duplicates else ()
+        each = right.shape[0] // all_index.shape[0]
+        rows = blockwise.Rows(
+            index, ids.negative_group, _stack([ours for ours, _ in reasons], batch_size)
+        )
+        keys = blockwise.Keys(
+            jnp.repeat(all_index, each),
+            jnp.repeat(everyone.negative_group, each),
+            _stack([theirs for _, theirs in reasons], right.shape[0]),
+            mask,
+        )
+        return blockwise.sums(
+            left, right, rows, keys, temperature, with_self, block_size
+        )
+
+    duplicates = [
+        (ids.query_id, everyone.query_id),
+        (ids.passage_id, everyone.passage_id),
+    ]
+    own = jnp.sum(queries * positives, axis=-1)
+    to_positives = compare(queries, all_positives, duplicates, with_self=True)
+    columns = [to_positives]
     if same_tower:
-        keep = others
-        if mask_duplicates:
-            # In symmetric tasks another query may be the very text of the positive.
-            keep &= ~_equal(ids.passage_id, ids.query_id)
-        columns.append((jnp.einsum("bd,cd->bc", queries, queries), keep))
+        # In symmetric tasks another query may be the very text of the positive.
+        crossed = (ids.passage_id, everyone.query_id)
+        columns.append(compare(queries, all_queries, [*duplicates, crossed]))
     if same_tower_passages:
-        columns.append((jnp.einsum("bd,cd->bc", positives, positives), others))
+        columns.append(compare(positives, all_positives, duplicates))
+    logits = [column.log_sum_exp[:, None] for column in columns]
+    best_other = [column.best for column in columns]
     if negatives is not None and negatives.shape[1]:
         negatives = model.normalize(negatives)
         keep = ids.negative_mask
         if mask_duplicates:
             keep &= ~jnp.all(ids.negative_id == ids.passage_id[:, None], axis=-1)
-        columns.append((jnp.einsum("bd,bgd->bg", queries, negatives), keep))
+        similarity = jnp.einsum(
+            "bd,bgd->bg", queries, negatives, precision=jax.lax.Precision.HIGHEST
+        )
+        logits.append(jnp.where(keep, similarity / temperature, -jnp.inf))
+        best_other.append(jnp.max(jnp.where(keep, similarity, -jnp.inf), axis=1))
         if all_hard_negatives:
-            others_negatives = same_group & ids.example_mask[None, :] & ~is_self
-            keep = others_negatives[:, :, None] & ids.negative_mask[None]
-            if mask_duplicates:
-                keep &= ~jnp.all(
-                    ids.negative_id[None] == ids.passage_id[:, None, None], axis=-1
-                )
-            similarity = jnp.einsum("bd,cgd->bcg", queries, negatives)
-            shape = (batch_size, -1)
-            columns.append((similarity.reshape(shape), keep.reshape(shape)))
+            theirs = everyone.negative_mask & everyone.example_mask[:, None]
+            of_others = compare(
+                queries,
+                _flatten(gather(negatives)),
+                [(ids.passage_id, _flatten(everyone.negative_id))],
+                mask=_flatten(theirs),
+            )
+            logits.append(of_others.log_sum_exp[:, None])
+            best_other.append(of_others.best)
 
-    similarity = jnp.concatenate([column for column, _ in columns], axis=1)
-    keep = jnp.concatenate([mask for _, mask in columns], axis=1)
-    loss = _cross_entropy(own, similarity, keep, temperature)
+    denominator = jax.nn.logsumexp(jnp.concatenate(logits, axis=1), axis=1)
+    loss = denominator - own / temperature
     if bidirectional:
-        loss += _cross_entropy(own, to_positives.T, others | is_self, temperature)
+        backward = compare(positives, all_queries, duplicates, with_self=True)
+        loss += backward.log_sum_exp - own / temperature
 
-    best_other = jnp.max(
-        jnp.where(keep.at[:, :batch_size].set(others), similarity, -jnp.inf), axis=1
-    )
-    in_batch = jnp.sum(jnp.where(others, to_positives, 0.0), axis=1)
+    best = functools.reduce(jnp.maximum, best_other)
     terms = LossTerms(
         loss=loss,
-        accuracy=(own > best_other).astype(jnp.float32),
+        accuracy=(own > best).astype(jnp.float32),
         positive_similarity=own,
-        negative_similarity=in_batch / jnp.maximum(jnp.sum(others, axis=1), 1),
+        negative_similarity=to_positives.total / jnp.maximum(to_positives.number, 1.0),
     )
     return LossTerms(*(jnp.where(ids.example_mask, term, 0.0) for term in terms))
 
@@ -187,17 +235,9 @@ def mrl_loss(
     return total, terms
 
 
-def _equal(
-    left: UInt32[Array, "B 2"], right: UInt32[Array, "C 2"]
-) -> Bool[Array, "B C"]:
-    return jnp.all(left[:, None] == right[None], axis=-1)
+def _stack(ids: Sequence[Array], num: int) -> UInt32[Array, "C E 2"]:
+    return jnp.stack(ids, axis=1) if ids else jnp.zeros((num, 0, 2), jnp.uint32)
 
 
-def _cross_entropy(
-    own: Float[Array, " B"],
-    similarity: Float[Array, "B C"],
-    keep: Bool[Array, "B C"],
-    temperature: float,
-) -> Float[Array, " B"]:
-    logits = jnp.where(keep, similarity / temperature, -jnp.inf)
-    return jax.nn.logsumexp(logits, axis=1) - own / temperature
+def _flatten(leaf: Shaped[Array, "C G ..."]) -> Shaped[Array, "N ..."]:
+    return leaf.reshape(-1, *leaf.shape[2:])

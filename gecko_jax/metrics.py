@@ -1,9 +1,14 @@
-"""Training metrics: means over a window of steps, to JSON lines and TensorBoard."""
+"""Training metrics: means over a window of steps, to JSON lines and TensorBoard.
 
+*Goodput* is the share of a run's time that its steps took; `Clock` says where the rest
+went.
+"""
+
+import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,21 +16,68 @@ import numpy as np
 METRICS = "metrics.jsonl"
 
 
+PHASES = ("init", "compile", "data", "step", "checkpoint", "evaluation")
+
+
+class Clock:
+    """Where the time of a run goes: each moment belongs to one of `PHASES`."""
+
+    def __init__(self):
+        """Starts in "init"."""
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._phase = "init"
+        self._since = time.monotonic()
+
+    def enter(self, phase: str) -> str:
+        """Begins another phase; returns the one that ends."""
+        now = time.monotonic()
+        self._seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
+        return before
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Spends what the context takes in a phase, and goes back to the one before."""
+        before = self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def shares(self) -> dict[str, float]:
+        """Returns each phase's share of the run so far, as `time/PHASE`."""
+        self.enter(self._phase)
+        total = max(sum(self._seconds.values()), 1e-9)
+        return {f"time/{phase}": s / total for phase, s in self._seconds.items()}
+
+
 class Window:
     """Means of the steps since the last log, and how fast they went."""
 
-    def __init__(self, task_names: tuple[str, ...]):
+    def __init__(
+        self,
+        task_names: tuple[str, ...],
+        *,
+        flops_per_token: Mapping[str, float] | None = None,
+        peak_flops_per_second: float | None = None,
+    ):
         """Starts the clock.
 
         Args:
             task_names: Names of the entries of `task_loss_sum` and `task_count`.
+            flops_per_token: Of training the model, for each side; padding counts for
+                nothing.
+            peak_flops_per_second: Of all chips; without it no utilisation is given.
         """
         self._task_names = task_names
+        self._flops_per_token = flops_per_token or {}
+        self._peak = peak_flops_per_second
         self._reset()
 
     def _reset(self) -> None:
         self._steps: list[Mapping[str, Any]] = []
         self._examples = self._tokens = self._slots = 0
+        self._flops = 0.0
         self._began = time.monotonic()
 
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -33,8 +85,10 @@ class Window:
         self._examples += int(batch["example_mask"].sum())
         for side in ("query", "passage"):
             segments = batch[f"{side}_segment_ids"]
-            self._tokens += int(np.count_nonzero(segments))
+            tokens = int(np.count_nonzero(segments))
+            self._tokens += tokens
             self._slots += segments.size
+            self._flops += tokens * self._flops_per_token.get(side, 0.0)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Adds the metrics of one step."""
@@ -61,6 +115,8 @@ class Window:
             "tokens_per_second": self._tokens / seconds,
             "padding_share": 1 - self._tokens / max(self._slots, 1),
         }
+        if self._peak:
+            result["model_flops_utilisation"] = self._flops / seconds / self._peak
         self._reset()
         return result
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from gecko_jax import layers
@@ -70,10 +71,10 @@ class DualEncoder(nn.Module):
         tokens: Int[Array, "R L"],
         segment_ids: Int[Array, "R L"],
         *,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " R"] | None = None,
     ) -> Float[Array, "R L M"]:
         """Returns the encoder's output per token, in the activation dtype."""
-        return self.encoder(self.token_embedder(tokens), segment_ids, dropout_key)
+        return self.encoder(self.token_embedder(tokens), segment_ids, dropout_keys)
 
     def __call__(
         self,
@@ -81,7 +82,7 @@ class DualEncoder(nn.Module):
         segment_ids: Int[Array, "R L"],
         *,
         num_segments: int = 1,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, " R"] | None = None,
     ) -> Float[Array, "R S D"]:
         """Returns the projected mean of each text, not normalized, in float32.
 
@@ -89,12 +90,12 @@ class DualEncoder(nn.Module):
             tokens: Token ids; 0 where there is none.
             segment_ids: 1 to S for the tokens of a row's texts, 0 for padding.
             num_segments: S, texts a row may hold.
-            dropout_key: Randomness of dropout; None in evaluation.
+            dropout_keys: Randomness of each row's dropout; None in evaluation.
 
         Returns:
             Row r's text s at [r, s - 1]; zeros where a row holds fewer texts.
         """
-        hidden = self.hidden_states(tokens, segment_ids, dropout_key=dropout_key)
+        hidden = self.hidden_states(tokens, segment_ids, dropout_keys=dropout_keys)
         pooled = mean_pool(hidden, segment_ids, num_segments)
         return self.projection_layer(pooled) if self.config.projection else pooled
 
@@ -223,9 +224,8 @@ def embed_texts(
     side: str,
     *,
     num_segments: int,
-    dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "T D"]:
-    """Embeds the texts of one side of a batch, before normalization.
+    """Embeds the texts of one side of a batch, without dropout or normalization.
 
     Args:
         encoder: The model.
@@ -233,16 +233,54 @@ def embed_texts(
         batch: Model features, see `gecko_jax.data.features`.
         side: "query" or "passage".
         num_segments: Texts a row may hold.
-        dropout_key: Randomness of dropout; None for none.
     """
     rows: Any = encoder.apply(
         {"params": params},
         batch[f"{side}_tokens"],
         batch[f"{side}_segment_ids"],
         num_segments=num_segments,
-        dropout_key=dropout_key,
     )
     return gather_texts(rows, batch[f"{side}_index"])
+
+
+def compute_params(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
+    """Returns the parameters as the encoder computes with them; it takes either.
+
+    The matrices of the layers are in the activation dtype, and stacked if they are
+    scanned: once for a step, and not for every microbatch of it. The token embedding
+    stays in float32, because its gradient adds up over all tokens of a batch.
+    """
+    encoder: dict[str, Any] = jax.tree.map_with_path(
+        lambda path, leaf: (
+            leaf.astype(config.dtype) if path[-1].key == "kernel" else leaf
+        ),
+        params["encoder"],
+    )
+    if config.scan_layers:
+        encoder = layers.stack_layers(encoder, config.num_layers)
+    return {**params, "encoder": encoder}
+
+
+def stack_specs(specs: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
+    """Returns partition specs for `compute_params`, given those of the parameters."""
+    if not config.scan_layers:
+        return dict(specs)
+
+    def stack(spec: PartitionSpec, *_: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(None, *spec)
+
+    stacked = layers.stack_layers(specs["encoder"], config.num_layers, stack)
+    return {**specs, "encoder": stacked}
+
+
+def unstack_gradients(
+    gradients: Mapping[str, Any], config: EncoderConfig
+) -> dict[str, Any]:
+    """Returns gradients of `compute_params` under the names of the parameters."""
+    if not config.scan_layers:
+        return dict(gradients)
+    encoder = layers.unstack_layers(gradients["encoder"], config.num_layers)
+    return {**gradients, "encoder": encoder}
 
 
 def align_projection(
@@ -271,6 +309,19 @@ def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, An
     """Returns shapes and logical axes of the parameters without making them."""
     boxed = jax.eval_shape(build_init(config), jax.random.key(0))
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def flops_per_token(config: EncoderConfig, length: int) -> float:
+    """Returns the FLOPs of training on a token of a row of `length` tokens.
+
+    A product of matrices counts 2 for each entry of the weights forward and 4 backward;
+    what is computed again to save memory is no work of the model and does not count.
+    """
+    width = config.num_heads * config.head_dim
+    per_layer = 4 * config.model_dim * width
+    per_layer += (len(config.mlp_activations) + 1) * config.model_dim * config.mlp_dim
+    attention = 2 * width * length
+    return 6.0 * config.num_layers * (per_layer + attention)
 
 
 def config_to_dict(config: EncoderConfig) -> dict[str, Any]:

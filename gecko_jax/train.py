@@ -1,135 +1,54 @@
 """The training loop: contrastive steps on a mesh, resumable at any checkpoint.
 
-`train_step` is the whole of the mathematics; `train` reads top to bottom around it.
+`step` holds the mathematics; `train` reads top to bottom around it.
 """
 
-import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import logging
-from jaxtyping import Array, Float, Key
+from jax.experimental import multihost_utils
+from jaxtyping import Array
 
 from gecko_jax import (
     checkpoints,
+    chips,
     initialization,
-    losses,
+    interruption,
     metrics,
     model,
+    nonfinite,
     numerics,
-    optimizer,
     progress,
     sharding,
     text,
     vocabulary,
 )
 from gecko_jax import config as config_lib
+from gecko_jax import step as step_lib
 from gecko_jax import workdir as workdir_lib
 from gecko_jax.data import pipeline, tasks
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
 
+# Steps before a trace begins: the first ones compile.
+_STEPS_BEFORE_PROFILE = 3
 
-class TrainState(NamedTuple):
-    """What a step changes: parameters, optimizer state, number of updates."""
-
-    params: Any
-    opt_state: Any
-    step: Array
-
-
-def train_step(
-    state: TrainState,
-    batch: Mapping[str, Array],
-    key: Key[Array, ""],
-    *,
-    encoder: model.DualEncoder,
-    tx: optax.GradientTransformation,
-    num_segments: int,
-    num_tasks: int,
-    loss_settings: Mapping[str, Any],
-) -> tuple[TrainState, dict[str, Array]]:
-    """One update on one global batch.
-
-    Args:
-        state: Donated.
-        batch: Model features, see `gecko_jax.data.pipeline`.
-        key: Randomness of the run; the step is folded in.
-        encoder: The model.
-        tx: The optimizer.
-        num_segments: Texts a row may hold.
-        num_tasks: Length of the per-task sums.
-        loss_settings: Keyword arguments of `losses.mrl_loss`.
-
-    Returns:
-        The next state, unchanged but for the step when the loss or a gradient is not
-        finite, and metrics: means over the batch, and sums per task.
-    """
-    query_key, passage_key = jax.random.split(jax.random.fold_in(key, state.step))
-    keys: dict[str, Array] = {"query": query_key, "passage": passage_key}
-    ids = losses.BatchIds(**{name: batch[name] for name in losses.BatchIds._fields})
-    batch_size, num_negatives = ids.negative_mask.shape
-    mask = ids.example_mask.astype(jnp.float32)
-    count = jnp.maximum(jnp.sum(mask), 1.0)
-
-    def embed(params: Any, side: str) -> Float[Array, "T D"]:
-        key = keys[side] if encoder.config.dropout_rate else None
-        return model.embed_texts(
-            encoder, params, batch, side, num_segments=num_segments, dropout_key=key
-        )
-
-    def mean_loss(params: Any) -> tuple[Array, Any]:
-        queries, passages = embed(params, "query"), embed(params, "passage")
-        positives, negatives = jnp.split(passages, [batch_size])
-        negatives = negatives.reshape(batch_size, num_negatives, passages.shape[-1])
-        loss, terms = losses.mrl_loss(
-            queries, positives, negatives, ids, **loss_settings
-        )
-        return jnp.sum(loss) / count, (loss, terms)
-
-    (loss, (row_loss, terms)), grads = jax.value_and_grad(mean_loss, has_aux=True)(
-        state.params
-    )
-    grad_norm = optax.tree.norm(grads)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    proposed = (optax.apply_updates(state.params, updates), opt_state)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old),
-        proposed,
-        (state.params, state.opt_state),
-    )
-
-    full = terms[max(terms)]
-    means = {
-        "loss": row_loss,
-        "accuracy": full.accuracy,
-        "positive_similarity": full.positive_similarity,
-        "negative_similarity": full.negative_similarity,
-        **{f"loss_{dim}": terms[dim].loss for dim in terms},
-    }
-    by_task = functools.partial(
-        jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
-    )
-    summary = {name: jnp.sum(value) / count for name, value in means.items()} | {
-        "grad_norm": grad_norm,
-        "task_loss_sum": by_task(row_loss),
-        "task_count": by_task(mask),
-    }
-    return TrainState(params, opt_state, state.step + 1), summary
+# Processes ask for the time together, which takes some milliseconds.
+_STEPS_BETWEEN_CLOCKS = 20
 
 
 def train(
     config: ml_collections.ConfigDict,
     workdir: str | pathlib.Path,
     evaluate: Evaluate | None = None,
+    *,
+    profile_steps: int = 0,
 ) -> dict[str, float]:
     """Trains a model, or goes on from the newest checkpoint of the workdir.
 
@@ -141,6 +60,7 @@ def train(
         workdir: The run's folder; see `checkpoints` for what it will hold.
         evaluate: Called with (parameters, step) every `evaluation.every_steps` and at
             the end; what it returns is logged.
+        profile_steps: Steps of which a trace is written to `profile/`; 0 for none.
 
     Returns:
         The last metrics.
@@ -148,13 +68,28 @@ def train(
     Raises:
         ValueError: A fault in the config, the data or the workdir.
         FloatingPointError: The loss or a gradient was not finite; says where.
+        interruption.Interrupted: SIGTERM came; all is saved, and the same call goes on.
     """
     config_lib.check(config)
     numerics.check()
     workdir = pathlib.Path(workdir)
     is_main = jax.process_index() == 0
+    with workdir_lib.hold(workdir, is_main), interruption.watch() as stop:
+        return _train(config, workdir, evaluate, stop, is_main, profile_steps)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    evaluate: Evaluate | None,
+    stop: interruption.Flag,
+    is_main: bool,
+    profile_steps: int,
+) -> dict[str, float]:
+    clock = metrics.Clock()
     workdir_lib.check_config(workdir, config)
-    mesh = sharding.build_mesh(**config.mesh.to_dict())
+    _set_compilation_cache(config.train.compilation_cache)
+    mesh = sharding.build_mesh(**step_lib.mesh_sizes(config))
 
     # Data, and the model's own files, which no step changes.
     start = initialization.load_start(config)
@@ -162,152 +97,197 @@ def train(
     batches = build_batches(
         config,
         text_format=initialization.text_format(start),
-        row_multiple=sharding.num_batch_shards(mesh),
+        row_multiple=step_lib.row_multiple(config, mesh),
     )
     encoder_config = config_lib.encoder_config(config)
     if is_main:
         workdir_lib.write_model(workdir, config, encoder_config, batches, start)
 
     # Model, optimizer, and where each of their arrays lives.
-    encoder = model.DualEncoder(encoder_config)
-    schedule, tx = build_optimizer(config)
-    shapes, logical_axes = model.abstract_params(encoder_config)
-    param_shardings = sharding.param_shardings(shapes, logical_axes, mesh)
-    opt_shapes = jax.eval_shape(tx.init, shapes)
-    opt_shardings = sharding.state_shardings(opt_shapes, shapes, param_shardings, mesh)
-    everywhere: Any = sharding.replicated(mesh)
-    shardings = TrainState(param_shardings, opt_shardings, everywhere)
+    step_fn = step_lib.build(
+        config,
+        mesh,
+        num_segments=batches.num_segments,
+        num_tasks=len(batches.task_names),
+    )
+    shardings = step_fn.shardings
     key = jax.random.key(config.seed)
 
     # The starting point: own workdir, then init.checkpoint, then scratch.
-    checkpoints.remove_temporary(workdir)
+    if is_main:
+        checkpoints.remove_temporary(workdir)
     checkpointer = checkpoints.Checkpointer(
         workdir,
         keep=config.checkpoint.keep,
         keep_every_steps=config.checkpoint.keep_every_steps,
     )
-    first_step = checkpointer.latest_step() or 0
-    if first_step:
-        workdir_lib.check_position(
-            checkpointer.restore_position(first_step), batches, config
-        )
-        params, opt_state = checkpointer.restore(
-            first_step,
-            _with_shardings(shapes, param_shardings),
-            _with_shardings(opt_shapes, opt_shardings),
-        )
+    restored = checkpointer.restore(step_fn.shapes.params, step_fn.shapes.opt_state)
+    first_step = 0
+    if restored is not None:
+        first_step, params, opt_state, position = restored
+        workdir_lib.check_position(position, batches, config)
         logging.info("going on from step %d of %s", first_step, workdir)
-    elif start is not None:
-        params = jax.device_put(start.params, param_shardings)
-        opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
-        logging.info("starting from %s", config.init.checkpoint)
     else:
-        params = initialization.init_params(
-            config, encoder, batches, key, mesh, param_shardings
-        )
-        opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
-    step_array = jax.device_put(np.int32(first_step), sharding.replicated(mesh))
-    state = TrainState(params, opt_state, step_array)
-    del start, params, opt_state
+        if start is not None:
+            params = jax.device_put(start.params, shardings.params)
+            logging.info("starting from %s", config.init.checkpoint)
+        else:
+            params = initialization.init_params(
+                config, step_fn.encoder, batches, key, mesh, shardings.params
+            )
+        init = jax.jit(step_fn.tx.init, out_shardings=shardings.opt_state)
+        opt_state = init(params)
+    step_array = jax.device_put(np.int32(first_step), shardings.step)
+    state = step_lib.TrainState(params, opt_state, step_array)
+    del start, restored, params, opt_state
 
-    step_fn = jax.jit(
-        functools.partial(
-            train_step,
-            encoder=encoder,
-            tx=tx,
-            num_segments=batches.num_segments,
-            num_tasks=len(batches.task_names),
-            loss_settings=config.loss.to_dict(),
-        ),
-        in_shardings=(shardings, None, None),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
     num_steps = config.train.num_steps
-    _log_start(config, shapes, batches, mesh)
+    logging.info(
+        "%s examples of %d tasks", f"{batches.num_examples:,}", len(batches.task_names)
+    )
+    for line in step_lib.describe(config, step_fn, mesh):
+        logging.info("%s", line)
     writer = metrics.Writer(workdir, first_step, enabled=is_main)
-    window = metrics.Window(batches.task_names)
+    window = _window(config, batches, mesh)
     bar = progress.Progress("Training", num_steps, first_step, enabled=is_main)
     position = {"mixture_hash": batches.mixture_hash, "seed": config.seed}
+    guard = nonfinite.Guard(config.train.max_skipped_steps, batches.task_names, workdir)
     last: dict[str, float] = {}
 
     def finish(step: int, summary: dict[str, Array]) -> None:
         """Takes in the metrics of a step, once the next one is on its way."""
         nonlocal last
         values = jax.device_get(summary)
-        _check_finite(step, values, batches.task_names, workdir)
-        window.add(values)
-        if step % config.train.log_every_steps == 0 or step == num_steps:
-            rate = float(np.asarray(schedule(step - 1)))
-            last = window.means() | {"learning_rate": rate}
-            writer.write(step, last)
+        if guard.is_finite(step, values):
+            window.add(values)
         bar.update(step, f"loss {values['loss']:.3f}")
+        if step % config.train.log_every_steps == 0 or step == num_steps:
+            rate = float(np.asarray(step_fn.schedule(step - 1)))
+            last = window.means() | clock.shares()
+            last |= {"learning_rate": rate, "skipped_steps": guard.total}
+            writer.write(step, last)
 
     def evaluate_now(step: int, params: Any) -> None:
         assert evaluate is not None
         began = time.monotonic()
-        results = {
-            f"evaluation/{k}": float(v) for k, v in evaluate(params, step).items()
-        }
+        with clock.within("evaluation"):
+            results = {
+                f"evaluation/{k}": float(v) for k, v in evaluate(params, step).items()
+            }
         writer.write(step, results)
         last.update(results)
         window.pause(time.monotonic() - began)
 
+    def save(step: int) -> None:
+        # What was logged up to here is on disk before the step counts as done.
+        writer.flush()
+        with clock.within("checkpoint"):
+            checkpointer.save(step, state.params, state.opt_state, position)
+
+    step, is_stopping = first_step, False
     try:
         if evaluate is not None and first_step == 0:
             evaluate_now(0, state.params)
         pending = None
+        shapes_seen = set()
+        saved_at = time.monotonic()
         stream = batches.iterate(first_step, num_steps)
+        clock.enter("data")
         for step, batch in enumerate(stream, start=first_step + 1):
             window.count(batch)
-            state, summary = step_fn(state, sharding.place_batch(batch, mesh), key)
+            _trace(step - 1 - first_step, profile_steps, workdir)
+            # The first call with a shape compiles it before it returns.
+            shape = tuple(leaf.shape for leaf in batch.values())
+            clock.enter("step" if shape in shapes_seen else "compile")
+            shapes_seen.add(shape)
+            placed = sharding.place_batch(batch, mesh)
+            state, summary = step_fn.run(state, placed, key)
+            clock.enter("step")
             if pending is not None:
                 finish(*pending)
             pending = (step, summary)
             every = config.evaluation.every_steps
-            is_saving = step % config.checkpoint.every_steps == 0 or step == num_steps
+            is_stopping = stop.is_raised(step)
+            is_saving = (
+                is_stopping
+                or step % config.checkpoint.every_steps == 0
+                or step == num_steps
+                or _is_due(saved_at, config.checkpoint.every_minutes, step)
+            )
             is_evaluating = evaluate is not None and (
                 (every and step % every == 0) or step == num_steps
             )
             if is_saving or is_evaluating:
                 finish(*pending)
                 pending = None
-            if is_evaluating:
+            if is_evaluating and not is_stopping:
                 evaluate_now(step, state.params)
             if is_saving:
-                # What was logged up to here is on disk before the step counts as done.
-                writer.flush()
-                checkpointer.save(step, state.params, state.opt_state, position)
+                save(step)
+                saved_at = time.monotonic()
+            if is_stopping and step < num_steps:
+                break
+            clock.enter("data")
+        clock.enter("checkpoint")
         checkpointer.wait()
     finally:
         bar.close()
         writer.close()
         checkpointer.close()
+    if is_stopping and step < num_steps:
+        raise interruption.Interrupted(
+            f"SIGTERM after step {step} of {num_steps}: saved in {workdir}; the same "
+            "command goes on from there"
+        )
     if first_step >= num_steps:
         logging.info("%s is finished: %d steps of %d", workdir, first_step, num_steps)
     return last
 
 
-def build_optimizer(
-    config: ml_collections.ConfigDict,
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Returns the schedule and the optimizer that a config names."""
-    settings = config.optimizer
-    schedule = optimizer.build_schedule(
-        settings.schedule,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        num_steps=config.train.num_steps,
+def _is_due(saved_at: float, every_minutes: int, step: int) -> bool:
+    """Whether it is time to save again, by the clock of the first process."""
+    if not every_minutes:
+        return False
+    is_due = time.monotonic() - saved_at > 60 * every_minutes
+    if jax.process_count() == 1:
+        return is_due
+    if step % _STEPS_BETWEEN_CLOCKS:
+        return False
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_due)))
+
+
+def _trace(steps_done: int, profile_steps: int, workdir: pathlib.Path) -> None:
+    """Begins or ends a trace, before the step that follows `steps_done` others."""
+    if not profile_steps:
+        return
+    folder = workdir / "profile"
+    if steps_done == _STEPS_BEFORE_PROFILE:
+        jax.profiler.start_trace(folder)
+    elif steps_done == _STEPS_BEFORE_PROFILE + profile_steps:
+        jax.profiler.stop_trace()
+        logging.info("a trace of %d steps is in %s", profile_steps, folder)
+
+
+def _set_compilation_cache(folder: str) -> None:
+    if folder:
+        path = pathlib.Path(folder).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _window(
+    config: ml_collections.ConfigDict, batches: pipeline.Batches, mesh: Any
+) -> metrics.Window:
+    encoder_config = config_lib.encoder_config(config)
+    chip = chips.of(mesh.devices.flat[0])
+    lengths = step_lib.row_lengths(config)
+    return metrics.Window(
+        batches.task_names,
+        flops_per_token={
+            side: model.flops_per_token(encoder_config, length)
+            for side, length in lengths.items()
+        },
+        peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
     )
-    tx = optimizer.build_optimizer(
-        settings.name,
-        schedule,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-    )
-    return schedule, tx
 
 
 def build_batches(
@@ -335,66 +315,3 @@ def load_vocabulary(config: ml_collections.ConfigDict) -> vocabulary.Vocabulary:
     """Returns the vocabulary that a config names."""
     path = tasks.vocabulary_path(config.data.vocabulary)
     return vocabulary.load(path, config.data.extra_ids)
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
-        ),
-        shapes,
-        shardings,
-    )
-
-
-def _log_start(
-    config: ml_collections.ConfigDict,
-    shapes: Any,
-    batches: pipeline.Batches,
-    mesh: jax.sharding.Mesh,
-) -> None:
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    batch_size = config.data.batch_size
-    same_tower = (batch_size - 1) * config.loss.same_tower
-    logging.info(
-        "%.1fM parameters on %s (mesh %s); %s examples of %d tasks; batch %d, each "
-        "query against %d in-batch, %d same-tower, %d hard negatives",
-        num_params / 1e6,
-        jax.devices()[0].device_kind,
-        "x".join(str(size) for size in mesh.shape.values()),
-        f"{batches.num_examples:,}",
-        len(batches.task_names),
-        batch_size,
-        batch_size - 1,
-        same_tower,
-        config.data.num_negatives
-        * (batch_size if config.loss.all_hard_negatives else 1),
-    )
-
-
-def _check_finite(
-    step: int,
-    values: Mapping[str, Any],
-    task_names: tuple[str, ...],
-    workdir: pathlib.Path,
-) -> None:
-    if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
-        return
-    sums = values["task_loss_sum"]
-    bad = [
-        name
-        for name, value in zip(task_names, sums, strict=True)
-        if not np.isfinite(value)
-    ]
-    seen = [name for name, n in zip(task_names, values["task_count"], strict=True) if n]
-    where = (
-        f"in task {', '.join(bad)}"
-        if bad
-        else f"in the gradient (the loss is finite; tasks {', '.join(seen)})"
-    )
-    raise FloatingPointError(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not "
-        f"finite, {where}; the update was not applied. Lower optimizer.learning_rate, "
-        "set optimizer.clip_norm or raise loss.temperature; the last checkpoint in "
-        f"{workdir / checkpoints.CHECKPOINTS} is from before"
-    )

@@ -4,9 +4,11 @@ Results go to stdout, progress and notes to stderr.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -17,8 +19,26 @@ from gecko_jax import flags
 
 def train(options: argparse.Namespace) -> None:
     """Trains, or goes on with, the run of a workdir."""
+    from gecko_jax import distributed
+
+    peers = distributed.Peers(
+        options.coordinator, options.processes, options.process, options.peer_timeout
+    )
+    distributed.check(peers)
+    is_distributed = options.distributed or peers.coordinator is not None
+    if is_distributed and not distributed.is_child():
+        status = distributed.run_child(options.arguments, peers)
+        if status:
+            raise SystemExit(status)
+        return
+    with distributed.join(peers) if is_distributed else contextlib.nullcontext():
+        _train(options)
+
+
+def _train(options: argparse.Namespace) -> None:
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
+    from gecko_jax import interruption
     from gecko_jax import train as training
 
     # A wrong key should be told before anything else can fail.
@@ -26,7 +46,14 @@ def train(options: argparse.Namespace) -> None:
     from gecko_jax import evaluation, plots
 
     evaluate = evaluation.build_callback(config, options.workdir)
-    training.train(config, options.workdir, evaluate=evaluate)
+    try:
+        training.train(
+            config, options.workdir, evaluate=evaluate, profile_steps=options.profile
+        )
+    except interruption.Interrupted as interrupted:
+        print(f"gecko train: {interrupted}", file=sys.stderr)
+        # What a shell reports of a process that SIGTERM has ended.
+        raise SystemExit(128 + signal.SIGTERM) from None
     # The stages of a model in one picture: the run it started from, then its own.
     folders = (config.init.checkpoint or options.workdir, options.workdir)
     runs = [pathlib.Path(folder) / "metrics.jsonl" for folder in folders]
@@ -34,6 +61,35 @@ def train(options: argparse.Namespace) -> None:
     if runs and _is_first_process():
         plots.plot_training(runs, pathlib.Path(options.workdir) / "training.png")
     print(f"{options.workdir}: load it with gecko_jax.load({options.workdir!r})")
+
+
+def compile_step(options: argparse.Namespace) -> None:
+    """Compiles the train step of a config for a TPU topology."""
+    config = flags.load(options.config, options.overrides)
+    from gecko_jax import compile as compile_lib
+
+    reports = []
+    found = (
+        compile_lib.search(config, options.topology)
+        if options.search
+        else [compile_lib.compile_step(config, options.topology)]
+    )
+    for report in found:
+        reports.append(report)
+        if options.json:
+            print(json.dumps(report.to_dict()), flush=True)
+        else:
+            print("\n".join(compile_lib.describe(report)) + "\n", flush=True)
+    if options.search and not options.json:
+        best = compile_lib.recommend(reports)
+        if best is None:
+            print("None of them leaves enough memory: more chips, or a smaller batch.")
+        else:
+            sizes = best.settings | {f"mesh.{k}": v for k, v in best.mesh.items()}
+            print(
+                "The fastest that fits: "
+                + " ".join(f"--config.{key}={value}" for key, value in sizes.items())
+            )
 
 
 def data_show(options: argparse.Namespace) -> None:

@@ -4,29 +4,73 @@ The files are listed in `checkpoints`; here is what decides whether a run may go
 a workdir, and what makes the workdir a model before its first step.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 from gecko_jax import checkpoints, files, model
 from gecko_jax import config as config_lib
 from gecko_jax.data import pipeline
 
 CONFIG = "config.json"
+LOCK = "lock"
 
 # Keys that may differ when a workdir is taken up again: they change neither what is
 # learned nor what a checkpoint holds.
 _FREE_ON_RESUME = (
     "train.log_every_steps",
+    "train.microbatch_size",
+    "train.max_skipped_steps",
+    "train.compilation_cache",
     "mesh.",
     "checkpoint.",
     "evaluation.",
     "data.cache_dir",
 )
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
+    """Keeps other runs out of a workdir for as long as this process lives in it.
+
+    The lock is the kernel's: it is gone when the process is, however that ends.
+
+    Args:
+        workdir: The run's folder, made if it is not there.
+        is_main: Whether this is the run's first process, the one that holds the lock.
+
+    Raises:
+        ValueError: Another run is in the workdir; names its process and machine.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not is_main:
+        yield
+        return
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{workdir}: another run is at work in it ({file.read().strip()}); "
+                "wait for it, end it, or choose another workdir"
+            ) from None
+        except OSError as error:
+            # A bucket that is mounted as a folder may know no locks.
+            logging.info("%s cannot be locked (%s)", workdir, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -156,7 +156,7 @@ def test_a_workdir_loads_its_newest_checkpoint(files, workdir):
     assert loaded.revision == f"{files.revision}-4"
 
 
-def test_the_training_state_is_restored_where_it_is_asked_for(files, workdir):
+def _restore(files, workdir):
     checkpointer = checkpoints.Checkpointer(workdir, keep=3, keep_every_steps=0)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -164,10 +164,56 @@ def test_the_training_state_is_restored_where_it_is_asked_for(files, workdir):
         ),
         (files.params, {"count": jax.device_put(np.int32(0))}),
     )
-    params, opt_state = checkpointer.restore(2, *shapes)
+    try:
+        return checkpointer.restore(*shapes)
+    finally:
+        checkpointer.close()
+
+
+def _halve(folder):
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def test_the_training_state_is_restored_where_it_is_asked_for(files, workdir):
+    step, params, opt_state, position = _restore(files, workdir)
+    assert step == 4
+    assert_equal(params, jax.tree.map(lambda leaf: leaf + 4, files.params))
+    assert int(opt_state["count"]) == 4
+    assert position == {"seed": 4}
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state", "position"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    files, workdir, caplog, part
+):
+    _halve(workdir / "checkpoints" / "4" / part)
+    step, params, opt_state, position = _restore(files, workdir)
+    assert (step, int(opt_state["count"]), position) == (2, 2, {"seed": 2})
     assert_equal(params, jax.tree.map(lambda leaf: leaf + 2, files.params))
-    assert int(opt_state["count"]) == 2
-    assert checkpointer.restore_position(2) == {"seed": 2}
+    assert "Set aside in" in caplog.text
+    assert checkpoints.latest_step(workdir) == 2
+    assert (workdir / "damaged" / "4").is_dir()
+
+
+def test_when_no_checkpoint_can_be_read_none_is_touched(files, workdir):
+    _halve(workdir / "checkpoints")
+    with pytest.raises(ValueError, match="4: this checkpoint cannot be read"):
+        _restore(files, workdir)
+    assert checkpoints.latest_step(workdir) == 4
+    assert not (workdir / "damaged").exists()
+
+
+def test_a_full_disk_while_saving_names_what_is_whole(files, workdir, monkeypatch):
+    checkpointer = checkpoints.Checkpointer(workdir, keep=3, keep_every_steps=0)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: writing: No space left on device")
+
+    monkeypatch.setattr(checkpointer._manager, "save", full)
+    with pytest.raises(OSError, match=r"that of step 4 is whole.*same command goes on"):
+        checkpointer.save(6, files.params, {"count": np.int32(6)}, {})
     checkpointer.close()
 
 

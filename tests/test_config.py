@@ -1,14 +1,13 @@
 """Configs: arguments, the check, and every file with every argument."""
 
-import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from gecko_jax import config as config_lib
-from gecko_jax import flags, model, train
+from gecko_jax import flags, model, sharding
+from gecko_jax import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = tuple(model.PRESETS)
@@ -30,44 +29,27 @@ def test_every_config_is_sound_and_traces(name, argument):
     config = flags.load(f"{ROOT / 'configs' / name}.py:{argument}")
     config_lib.check(config)
     config.model.num_layers = 2  # they are all alike, and tracing 24 takes long
-    encoder_config = config_lib.encoder_config(config)
-    _, tx = train.build_optimizer(config)
-    params, _ = model.abstract_params(encoder_config)
-    size, num_negatives = 4, config.data.num_negatives
-    length = config.data.passage_length
-
-    def shape(*dims, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(dims, dtype)
-
-    batch = {
-        "query_tokens": shape(size, length),
-        "query_segment_ids": shape(size, length),
-        "query_index": shape(size, 2),
-        "passage_tokens": shape(size, length),
-        "passage_segment_ids": shape(size, length),
-        "passage_index": shape(size * (1 + num_negatives), 2),
-        "query_id": shape(size, 2, dtype=jnp.uint32),
-        "passage_id": shape(size, 2, dtype=jnp.uint32),
-        "negative_id": shape(size, num_negatives, 2, dtype=jnp.uint32),
-        "negative_mask": shape(size, num_negatives, dtype=bool),
-        "example_mask": shape(size, dtype=bool),
-        "negative_group": shape(size),
-        "task_index": shape(size),
-    }
-    state = train.TrainState(params, jax.eval_shape(tx.init, params), shape())
-    step = functools.partial(
-        train.train_step,
-        encoder=model.DualEncoder(encoder_config),
-        tx=tx,
-        num_segments=16,
-        num_tasks=3,
-        loss_settings=config.loss.to_dict(),
-    )
-    after, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
+    config.data.batch_size = 8
+    mesh = sharding.build_mesh()
+    step = step_lib.build(config, mesh, num_segments=16, num_tasks=3)
+    batch = step_lib.abstract_batch(config, mesh)
+    after, metrics = jax.eval_shape(step.run, step.shapes, batch, jax.random.key(0))
     assert jax.tree.map(lambda a: a.shape, after) == jax.tree.map(
-        lambda a: a.shape, state
+        lambda a: a.shape, step.shapes
     )
     assert metrics["loss"].shape == ()
+
+
+def test_every_hardware_has_a_batch_that_its_chips_can_split():
+    file = f"{ROOT / 'configs/finetune.py'}"
+    for name in ("v5e-8", "v5e-16", "v5e-256", "v5p-128", "h200"):
+        config = flags.load(f"{file}:xl,hardware={name}")
+        config_lib.check(config)
+        chips = config.mesh.data * config.mesh.fsdp
+        assert config.data.batch_size % config.train.microbatch_size == 0
+        assert config.train.microbatch_size % chips == 0
+    with pytest.raises(ValueError, match="hardware=v9: known are v5e-8"):
+        flags.load(f"{file}:hardware=v9")
 
 
 def test_all_faults_are_told_at_once():
@@ -92,6 +74,8 @@ def test_all_faults_are_told_at_once():
         ("loss.mrl_dims=(64,)", "one weight for each"),
         ("optimizer.warmup_steps=1000000", "must not exceed"),
         ("mesh.fsdp=-1", "at most one"),
+        ("mesh.dcn_fsdp=-1", "at most one"),
+        ("train.microbatch_size=65", "must not exceed data.batch_size=64"),
         ("init.token_weights=idf", "brings its own"),
         ("init.align_steps=1", "brings its own"),
         ("seed=9223372036854775808", "must be in"),

@@ -50,17 +50,25 @@ def test_the_norm_neither_centers_nor_leaves_float32():
 
 def test_dropout_keeps_the_mean_and_shares_its_mask_along_a_row():
     x = jnp.ones((64, 7, 128))
-    dropped = layers.dropout(x, 0.25, jax.random.key(0))
+    dropped = layers.dropout(x, 0.25, jax.random.split(jax.random.key(0), 64))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
     assert abs(float(dropped.mean()) - 1) < 0.02
     assert (dropped == dropped[:, :1]).all()
     assert (dropped[0] != dropped[1]).any()
 
 
+def test_a_rows_dropout_depends_on_its_key_alone():
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jnp.ones((6, 3, 2, 16))
+    whole = layers.dropout(x, 0.5, keys)
+    part = layers.dropout(x[3:5], 0.5, keys[3:5])
+    np.testing.assert_array_equal(whole[3:5], part)
+
+
 def test_dropout_without_a_key_or_a_rate_changes_nothing():
     x = jax.random.normal(jax.random.key(1), (3, 4, 5))
     assert layers.dropout(x, 0.5, None) is x
-    assert layers.dropout(x, 0.0, jax.random.key(0)) is x
+    assert layers.dropout(x, 0.0, jax.random.split(jax.random.key(0), 3)) is x
 
 
 def test_the_gelu_is_the_tanh_form():

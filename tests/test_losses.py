@@ -186,25 +186,36 @@ def _gradients(queries, positives, negatives, ids, row_weights, **settings):
 
 
 EVERYTHING = COMBINATIONS[-1]
+# Every two switches in all four settings.
+PAIRS = [c for c in COMBINATIONS if sum(c.values()) in (0, 1, 4, 5)]
 EQUATION_3 = next(c for c in COMBINATIONS if [k for k in c if c[k]] == ["same_tower"])
 
 
 @pytest.mark.parametrize(
-    ("num_negatives", "combinations"),
+    ("num_negatives", "combinations", "block_size"),
     [
-        (0, [c for c in COMBINATIONS if not c["all_hard_negatives"]]),
-        (1, [EQUATION_3, EVERYTHING]),
-        (3, COMBINATIONS),
+        (0, [c for c in COMBINATIONS if not c["all_hard_negatives"]], 1024),
+        (1, [EQUATION_3, EVERYTHING], 1),
+        (3, PAIRS, 2),  # the last block is not full
+        pytest.param(3, COMBINATIONS, 2, marks=pytest.mark.slow),
     ],
 )
-def test_every_switch_and_mask_follows_the_formula(num_negatives, combinations):
+def test_every_switch_and_mask_follows_the_formula(
+    num_negatives, combinations, block_size
+):
     cases = list(_cases(num_negatives))
     # One gradient for all combinations: of their sum with a weight for each row.
     weights = np.random.default_rng(1).uniform(0.5, 1.5, (len(combinations), B))
 
     def total(parts, ids):
         terms = [
-            losses.contrastive_loss(*parts, ids, temperature=TEMPERATURE, **switches)
+            losses.contrastive_loss(
+                *parts,
+                ids,
+                temperature=TEMPERATURE,
+                block_size=block_size,
+                **switches,
+            )
             for switches in combinations
         ]
         rows = jnp.stack([each.loss for each in terms])
@@ -324,3 +335,24 @@ def test_mrl_loss_is_the_weighted_sum_over_normalized_prefixes():
     for dim in (2, 6):
         np.testing.assert_allclose(terms[dim].loss, expected[dim], atol=3e-6)
     np.testing.assert_allclose(total, 0.5 * expected[2] + 2 * expected[6], atol=1e-5)
+
+
+def test_memory_grows_with_the_batch_and_not_with_its_square():
+    def total(parts, ids):
+        return losses.contrastive_loss(
+            *parts, ids, temperature=0.05, block_size=64, **EVERYTHING
+        ).loss.sum()
+
+    temporary = []
+    for num in (1024, 4096):
+        parts, ids = jax.tree.map(
+            lambda leaf, num=num: jax.ShapeDtypeStruct(
+                (num, *leaf.shape[1:]), leaf.dtype
+            ),
+            ([np.float32(part) for part in _embeddings(1)], _distinct_ids(1)),
+        )
+        compiled = jax.jit(jax.value_and_grad(total)).lower(parts, ids).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < 4.4 * temporary[0]
+    # One matrix of all pairs in float32 is more than all there is.
+    assert temporary[1] < 4 * num**2

@@ -308,10 +308,11 @@ def _outputs_and_gradients(config):
     """Embeddings without dropout; gradients with it."""
     tokens, segments = map(jnp.asarray, _rows(_texts(4, 12, seed=3), 12))
     encoder = model.DualEncoder(config)
+    keys = jax.random.split(jax.random.key(5), 4)
 
     def total(params):
         projected = encoder.apply(
-            {"params": params}, tokens, segments, dropout_key=jax.random.key(5)
+            {"params": params}, tokens, segments, dropout_keys=keys
         )
         return jnp.sum(jnp.square(model.normalize(projected) - 0.3)), projected
 

@@ -17,9 +17,7 @@ def test_the_free_axis_takes_the_devices_that_are_left():
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 1, 1), (-1, 3, 1), (16, 1, 1)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     data, fsdp, tensor = sizes
-    with pytest.raises(
-        ValueError, match=r"number of devices, 8; set one of them to -1"
-    ):
+    with pytest.raises(ValueError, match=r"number of devices, 8; set one of them"):
         sharding.build_mesh(data=data, fsdp=fsdp, tensor=tensor)
 
 
@@ -74,14 +72,79 @@ def test_moments_lie_where_their_parameter_lies(name):
     assert set(found) == {PartitionSpec("fsdp", "tensor")}
 
 
-def test_token_rows_are_split_and_ids_are_everywhere():
+def test_rows_and_examples_are_split_and_places_of_texts_are_everywhere():
     mesh = sharding.build_mesh(data=4, fsdp=2)
     batch = {
         "query_tokens": np.arange(32, dtype=np.int32).reshape(16, 2),
         "query_id": np.zeros((16, 2), np.uint32),
+        "query_index": np.zeros((16, 2), np.int32),
     }
     placed = sharding.place_batch(batch, mesh)
-    assert placed["query_tokens"].sharding.shard_shape((16, 2)) == (2, 2)
-    assert placed["query_id"].sharding.is_fully_replicated
+    for name in ("query_tokens", "query_id"):
+        assert placed[name].sharding.shard_shape((16, 2)) == (2, 2)
+    assert placed["query_index"].sharding.is_fully_replicated
     for name, value in batch.items():
         np.testing.assert_array_equal(placed[name], value)
+
+
+def test_a_batch_must_divide_by_the_devices_that_split_it():
+    mesh = sharding.build_mesh(data=2, fsdp=2, tensor=2)
+    sharding.check_batch(8, 4, mesh)
+    with pytest.raises(ValueError, match=r"batch_size=30: .* the 4 .*; set it to 32"):
+        sharding.check_batch(30, 0, mesh)
+    with pytest.raises(ValueError, match=r"microbatch_size=6: .*; set it to 8"):
+        sharding.check_batch(32, 6, mesh)
+
+
+def test_the_first_rule_whose_axes_are_free_and_divide_places_a_dimension():
+    mesh = sharding.build_mesh(data=1, fsdp=4, tensor=2)
+    shapes = {"kernel": jax.ShapeDtypeStruct((8, 8), np.float32)}
+    axes = {"kernel": PartitionSpec("embed", "mlp")}
+    rules = (("embed", ("fsdp", "tensor")), ("mlp", "tensor"), ("mlp", None))
+    place = sharding.param_shardings(shapes, axes, mesh, rules)["kernel"]
+    assert place.spec == PartitionSpec(("fsdp", "tensor"), None)
+    with pytest.raises(ValueError, match="no rule for the logical axis 'mlp'"):
+        sharding.param_shardings(shapes, axes, mesh, rules[:1])
+    with pytest.raises(ValueError, match="'model' is no mesh axis; known are data"):
+        sharding.check_rules((("embed", "model"),))
+
+
+def test_factored_moments_lie_as_the_dimensions_they_keep():
+    mesh = sharding.build_mesh(data=1, fsdp=4, tensor=2)
+    for shape in ((256, 256), (256, 512), (512, 256)):
+        shapes = {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}
+        axes = {"kernel": PartitionSpec("embed", "mlp")}
+        shardings = sharding.param_shardings(shapes, axes, mesh)
+        tx = optimizer.build_optimizer(
+            "adafactor",
+            lambda _: 1e-3,
+            weight_decay=0.0,
+            clip_norm=0.0,
+            beta1=0.0,
+            beta2=0.0,
+        )
+        rng = np.random.default_rng(0)
+        params = {"kernel": rng.normal(size=shape).astype(np.float32)}
+        _, state = tx.update(params, tx.init(params), params)
+        places = sharding.state_shardings(state, shapes, shardings, mesh)
+        mean_square = np.square(params["kernel"])
+        seen = {}
+        for leaf, place in zip(
+            jax.tree.leaves(state), jax.tree.leaves(places), strict=True
+        ):
+            for axis in (0, 1):
+                mean = mean_square.mean(1 - axis)
+                if leaf.shape == mean.shape and np.allclose(leaf, mean, rtol=1e-3):
+                    seen[axis] = place.spec
+        assert seen == {0: PartitionSpec("fsdp"), 1: PartitionSpec("tensor")}, shape
+
+
+def test_the_table_says_what_a_chip_holds():
+    config = model.EncoderConfig(**model.PRESETS["mini"])
+    shapes, axes = model.abstract_params(config)
+    mesh = sharding.build_mesh(data=1, fsdp=4, tensor=2)
+    shardings = sharding.param_shardings(shapes, axes, mesh)
+    lines = sharding.describe(shapes, shardings)
+    assert "token_embedder/embedding" in lines[0]
+    assert "(tensor, fsdp)  1.0 MiB a chip of 7.9" in lines[0]
+    assert any("layers_*/mlp/wi_0/kernel" in line and "x2" in line for line in lines)

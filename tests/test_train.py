@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -70,7 +71,7 @@ def state_of(workdir, step):
 def metrics_of(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     return [
-        {k: v for k, v in line.items() if not k.endswith("_per_second")}
+        {k: v for k, v in line.items() if not re.match("time/|.*_per_second", k)}
         for line in lines
     ]
 

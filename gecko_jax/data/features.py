@@ -137,6 +137,40 @@ def convert(
     }
 
 
+def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Returns the shapes and dtypes of a batch whose texts all have full length.
+
+    For compiling a step without data; `task_index` is among them.
+    """
+    num = batch_size * (1 + shape.num_negatives)
+    longest = max(shape.query_length, shape.passage_length)
+    sides = {}
+    for side, texts, length in (
+        ("query", batch_size, shape.query_length),
+        ("passage", num, shape.passage_length),
+    ):
+        rows, row_length = texts, length
+        if shape.packing:
+            used = -(-texts // min(longest // length, MAX_SEGMENTS))
+            sizes = row_sizes(texts, shape.row_multiple)
+            rows, row_length = next(size for size in sizes if size >= used), longest
+        rows = shape.row_multiple * -(-rows // shape.row_multiple)
+        sides |= {
+            f"{side}_tokens": ((rows, row_length), np.int32),
+            f"{side}_segment_ids": ((rows, row_length), np.int32),
+            f"{side}_index": ((texts, 2), np.int32),
+        }
+    return sides | {
+        "query_id": ((batch_size, 2), np.uint32),
+        "passage_id": ((batch_size, 2), np.uint32),
+        "negative_id": ((batch_size, shape.num_negatives, 2), np.uint32),
+        "negative_mask": ((batch_size, shape.num_negatives), np.bool_),
+        "example_mask": ((batch_size,), np.bool_),
+        "negative_group": ((batch_size,), np.int32),
+        "task_index": ((batch_size,), np.int32),
+    }
+
+
 def row_sizes(num_texts: int, row_multiple: int = 1) -> tuple[int, ...]:
     """Returns every row count that packing `num_texts` texts can give, ascending."""
     step = row_multiple * max(1, -(-num_texts // (_ROW_PARTS * row_multiple)))

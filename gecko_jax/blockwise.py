@@ -1,0 +1,170 @@
+"""Sums over a matrix of similarities that is never whole in memory.
+
+A row's denominator runs over every key of the global batch. The similarities are
+computed a block of keys at a time, forward and once more backward, so that memory grows
+with the number of rows plus the number of keys and not with their product. Between
+the two passes only each row's log-sum-exp is kept.
+
+Nothing here talks to other devices: rows may be a device's own, keys are all there are.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+# Keys whose similarities are in memory at once. It decides no result.
+BLOCK_SIZE = 1024
+
+# Six passes in bfloat16 on a TPU: a temperature of 0.01 makes an error of 0.004 in a
+# cosine 0.4 nats. The loss is far below a percent of the encoder's work.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Rows(NamedTuple):
+    """What decides, from the side of a row, which keys count.
+
+    Attributes:
+        row: Number in the global batch; a row is never its own negative.
+        group: A key counts only if it has the same.
+        excluded: Content ids, one for each reason to leave a key out: it is left out
+            if its own content id at the same place is equal.
+    """
+
+    row: Int[Array, " B"]
+    group: Int[Array, " B"]
+    excluded: UInt32[Array, "B E 2"]
+
+
+class Keys(NamedTuple):
+    """The same from the side of a key; `mask` is False where there is none."""
+
+    row: Int[Array, " C"]
+    group: Int[Array, " C"]
+    excluded: UInt32[Array, "C E 2"]
+    mask: Bool[Array, " C"]
+
+
+class Sums(NamedTuple):
+    """What a row knows of its keys.
+
+    Attributes:
+        log_sum_exp: Of similarity / temperature over the keys that count; minus
+            infinity where none does. The one part that has a gradient.
+        best: The largest similarity among the other keys, minus infinity for none.
+        total: Sum of the similarities of the other keys.
+        number: How many other keys count.
+    """
+
+    log_sum_exp: Float[Array, " B"]
+    best: Float[Array, " B"]
+    total: Float[Array, " B"]
+    number: Float[Array, " B"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def sums(
+    left: Float[Array, "B D"],
+    right: Float[Array, "C D"],
+    rows: Rows,
+    keys: Keys,
+    temperature: float,
+    with_self: bool,
+    block_size: int,
+) -> Sums:
+    """Sums each row's similarities over the keys that count.
+
+    Args:
+        left: A vector for each row.
+        right: A vector for each key.
+        rows: See `Rows`.
+        keys: See `Keys`.
+        temperature: Divides the similarities in the log-sum-exp.
+        with_self: Whether the key with the row's own number counts in it.
+        block_size: Keys at a time; changes no result beyond rounding.
+    """
+
+    def add(so_far: Sums, block: tuple[Array, Keys]) -> tuple[Sums, None]:
+        others, keep = _masks(rows, block[1], with_self)
+        similarity = _similarity(left, block[0])
+        logits = jnp.where(keep, similarity / temperature, -jnp.inf)
+        of_block = jax.nn.logsumexp(logits, axis=1)
+        best = jnp.max(jnp.where(others, similarity, -jnp.inf), axis=1)
+        return Sums(
+            jnp.logaddexp(so_far.log_sum_exp, of_block),
+            jnp.maximum(so_far.best, best),
+            so_far.total + jnp.sum(jnp.where(others, similarity, 0.0), axis=1),
+            so_far.number + jnp.sum(others.astype(jnp.float32), axis=1),
+        ), None
+
+    # Made from an argument: inside a `shard_map` they must vary as it does.
+    zero = jnp.zeros_like(left[:, 0])
+    nothing = jnp.full_like(zero, -jnp.inf)
+    start = Sums(nothing, nothing, zero, zero)
+    return jax.lax.scan(add, start, _split(right, keys, block_size))[0]
+
+
+def _forward(left, right, rows, keys, temperature, with_self, block_size):
+    result: Any = sums(left, right, rows, keys, temperature, with_self, block_size)
+    return result, (left, right, rows, keys, result.log_sum_exp)
+
+
+def _backward(temperature, with_self, block_size, saved, slopes: Sums):
+    left, right, rows, keys, log_sum_exp = saved
+    slope = (slopes.log_sum_exp / temperature)[:, None]
+
+    def add(so_far: Array, block: tuple[Array, Keys]) -> tuple[Array, Array]:
+        _, keep = _masks(rows, block[1], with_self)
+        logits = _similarity(left, block[0]) / temperature
+        # Where no key counts the log-sum-exp is minus infinity, and `keep` False.
+        share = jnp.where(keep, jnp.exp(logits - log_sum_exp[:, None]), 0.0) * slope
+        to_left = jnp.einsum("bc,cd->bd", share, block[0], precision=_PRECISION)
+        to_right = jnp.einsum("bc,bd->cd", share, left, precision=_PRECISION)
+        return so_far + to_left, to_right
+
+    blocks = _split(right, keys, block_size)
+    to_left, to_right = jax.lax.scan(add, jnp.zeros_like(left), blocks)
+    to_right = to_right.reshape(-1, right.shape[1])[: right.shape[0]]
+    return to_left, to_right, None, None
+
+
+sums.defvjp(_forward, _backward)
+
+
+def _similarity(
+    left: Float[Array, "B D"], right: Float[Array, "C D"]
+) -> Float[Array, "B C"]:
+    return jnp.einsum("bd,cd->bc", left, right, precision=_PRECISION)
+
+
+def _masks(
+    rows: Rows, keys: Keys, with_self: bool
+) -> tuple[Bool[Array, "B C"], Bool[Array, "B C"]]:
+    """Returns which keys count, without and with the row's own."""
+    is_self = rows.row[:, None] == keys.row[None]
+    others = (rows.group[:, None] == keys.group[None]) & keys.mask[None] & ~is_self
+    for reason in range(rows.excluded.shape[1]):
+        theirs, ours = keys.excluded[:, reason], rows.excluded[:, reason]
+        others &= (ours[:, :1] != theirs[:, :1].T) | (ours[:, 1:] != theirs[:, 1:].T)
+    return others, others | is_self if with_self else others
+
+
+def _split(
+    right: Float[Array, "C D"], keys: Keys, block_size: int
+) -> tuple[Float[Array, "N c D"], Keys]:
+    """Cuts the keys into blocks of one size; what fills the last one never counts."""
+    num_keys = right.shape[0]
+    num_blocks = max(-(-num_keys // block_size), 1)
+    size = -(-num_keys // num_blocks)
+    padding = num_blocks * size - num_keys
+
+    def cut(leaf: Array, fill: int = 0) -> Array:
+        widths = [(0, padding)] + [(0, 0)] * (leaf.ndim - 1)
+        padded = jnp.pad(leaf, widths, constant_values=fill)
+        return padded.reshape(num_blocks, size, *leaf.shape[1:])
+
+    row, group, excluded, mask = keys
+    # No row has the number -1, so that what fills is no row's own key either.
+    return cut(right), Keys(cut(row, -1), cut(group), cut(excluded), cut(mask))

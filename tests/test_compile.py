@@ -1,0 +1,117 @@
+"""Proofs for TPU topologies: names, counts, and the loop that waits for nobody."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gecko_jax import compile as compile_lib
+from gecko_jax import flags, hlo, sharding
+from gecko_jax import step as step_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5e:4x4", "v5e:4x4"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v4-8", "v4:2x2x1"),
+        ("v6e-4", "v6e:2x2"),
+    ],
+)
+def test_names_of_the_cloud_are_those_of_the_compiler(name, topology):
+    assert compile_lib.parse_topology(name) == topology
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v7:2x2", "v5litepod-3", "v5e", ""])
+def test_an_unknown_topology_is_told_with_those_that_are(name):
+    with pytest.raises(ValueError, match=r"known are v5e:\{2x2,.*v5litepod-16"):
+        compile_lib.parse_topology(name)
+
+
+def test_flops_of_a_scan_and_of_recomputation_are_counted():
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def total(weights, x):
+        return jax.lax.scan(jax.checkpoint(layer), x, weights)[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1)))(
+        jnp.ones((3, 8, 8)), jnp.ones((4, 8))
+    )
+    # Forward, again, and two products backward, in each of three layers.
+    assert compile_lib.count_flops(jaxpr) == 3 * 4 * (2 * 4 * 8 * 8)
+
+
+def _step(microbatch_size, **sizes):
+    keys = {
+        "data.batch_size": 32,
+        "data.query_length": 8,
+        "data.passage_length": 8,
+        "data.packing": False,
+        "model.vocab_size": 64,
+        "model.model_dim": 16,
+        "model.num_heads": 2,
+        "model.head_dim": 8,
+        "model.mlp_dim": 16,
+        "model.embedding_dim": 8,
+        "model.scan_layers": True,
+        "model.remat": "full",
+        "loss.mrl_dims": "(8,)",
+        "loss.mrl_weights": "(1.0,)",
+        "train.microbatch_size": microbatch_size,
+        **{f"mesh.{name}": size for name, size in sizes.items()},
+    }
+    config = flags.load(
+        f"{ROOT / 'configs/finetune.py'}:local",
+        [f"--config.{key}={value}" for key, value in keys.items()],
+    )
+    mesh = sharding.build_mesh(**step_lib.mesh_sizes(config))
+    step = step_lib.build(config, mesh, num_segments=1, num_tasks=1)
+    batch = step_lib.abstract_batch(config, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.run.trace(step.shapes, batch, key), config
+
+
+def _in_microbatch_loop(traced):
+    quickly = {"xla_backend_optimization_level": 0}
+    program = hlo.Program(traced.lower().compile(quickly).as_text())
+    found = program.collectives()
+    assert found
+    loops = [loop for one in found for loop in one.loops]
+    return sum(map(compile_lib._is_microbatch_loop, loops))
+
+
+def test_no_microbatch_waits_for_another_device():
+    traced, config = _step(8, data=2, fsdp=4)
+    assert _in_microbatch_loop(traced) == 0
+    # Layers run three times forward: for the embeddings, to begin the backward pass,
+    # and in it (remat); and backward for twice as much. The loss comes on top.
+    flops = compile_lib.count_flops(traced.jaxpr)
+    model = step_lib.model_flops(config)
+    assert 5 / 3 * model < flops < 2 * model
+
+
+@pytest.mark.slow
+def test_a_split_over_heads_does_wait_in_the_loop():
+    traced, _ = _step(8, data=2, fsdp=2, tensor=2)
+    assert _in_microbatch_loop(traced) > 0
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_topology():
+    pytest.importorskip("libtpu", reason="needs gecko-jax[tpu]; .ci/run compiles one")
+    _, config = _step(16, data=1, fsdp=4)
+    report = compile_lib.compile_step(config, "v5e:2x2")
+    assert report.in_microbatch_loop == 0
+    assert 0 < report.argument_bytes + report.temporary_bytes <= report.peak_bytes
+    assert report.spare_share > 0.9
+    assert report.collectives["all-gather"]["bytes"] > 0
+    assert 0 < report.model_flops_utilisation < 1
+    assert compile_lib.recommend([report]) == report
+    assert "nothing was run" in compile_lib.describe(report)[-1]

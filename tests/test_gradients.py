@@ -1,0 +1,195 @@
+"""The loss and its gradient: the same on every mesh, in any number of microbatches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gecko_jax import gradients, losses, model, sharding
+from gecko_jax.data import features
+
+B, G = 32, 1
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
+EQUATION_3 = {
+    "temperature": 0.1,
+    "mrl_dims": (4, 8),
+    "mrl_weights": (1.0, 0.5),
+    "same_tower": True,
+    "mask_duplicates": True,
+}
+EVERYTHING = EQUATION_3 | {
+    "same_tower_passages": True,
+    "bidirectional": True,
+    "all_hard_negatives": True,
+}
+# Optimizing takes longer than the little there is to compute.
+COMPILE = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+def _encoder(**settings):
+    return model.DualEncoder(
+        model.EncoderConfig(
+            vocab_size=64,
+            model_dim=16,
+            num_layers=2,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=24,
+            embedding_dim=8,
+            **{"scan_layers": True, "remat": "full"} | settings,
+        )
+    )
+
+
+def _mesh(sizes):
+    data, fsdp, tensor = sizes
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.build_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+
+
+@functools.cache
+def _batch(packing, row_multiple):
+    rng = np.random.default_rng(0)
+
+    def text(longest):
+        return rng.integers(2, 64, size=rng.integers(2, longest)).astype(np.int32)
+
+    def content_id():
+        return rng.integers(0, 40, size=2).astype(np.uint32)
+
+    examples = [
+        features.Example(
+            query=text(6),
+            positive=text(14),
+            negatives=(text(14),) * int(rng.integers(0, 2)),
+            query_id=content_id(),
+            passage_id=content_id(),
+            negative_ids=content_id()[None],
+            negative_group=int(rng.integers(0, 2)),
+        )
+        for _ in range(B)
+    ]
+    shape = features.Shape(6, 14, G, packing, row_multiple)
+    batch = features.convert(examples, shape)
+    batch["example_mask"][5] = False
+    return batch
+
+
+def _compute(encoder, mesh, params, batch, microbatch_size, num_segments, settings):
+    shapes, axes = model.abstract_params(encoder.config)
+    shardings = sharding.param_shardings(shapes, axes, mesh)
+    compute = gradients.build(
+        encoder,
+        mesh,
+        shardings,
+        num_segments=num_segments,
+        microbatch_size=microbatch_size,
+        loss_settings=settings,
+    )
+    placed = sharding.place_batch(batch, mesh)
+    params = jax.device_put(params, shardings)
+    return COMPILE(compute), (params, placed, jax.random.key(3))
+
+
+@functools.cache
+def _params(encoder):
+    return jax.jit(model.init_params, static_argnums=0)(
+        encoder.config, jax.random.key(1)
+    )
+
+
+def _dense(encoder, batch, num_segments, settings):
+    """Without mesh or microbatches: what automatic differentiation says."""
+    batch = {name: jnp.asarray(leaf) for name, leaf in batch.items()}
+    ids = losses.BatchIds(**{name: batch[name] for name in losses.BatchIds._fields})
+
+    def keys(side):
+        if not encoder.config.dropout_rate:
+            return None
+        key = jax.random.fold_in(jax.random.key(3), gradients.SIDES.index(side))
+        rows = jnp.arange(len(batch[f"{side}_tokens"]))
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+    def mean_loss(params):
+        texts = {
+            side: model.gather_texts(
+                encoder.apply(
+                    {"params": params},
+                    batch[f"{side}_tokens"],
+                    batch[f"{side}_segment_ids"],
+                    num_segments=num_segments,
+                    dropout_keys=keys(side),
+                ),
+                batch[f"{side}_index"],
+            )
+            for side in gradients.SIDES
+        }
+        positives, negatives = jnp.split(texts["passage"], [B])
+        loss, terms = losses.mrl_loss(
+            texts["query"], positives, negatives.reshape(B, G, -1), ids, **settings
+        )
+        return loss.sum() / ids.example_mask.sum(), (loss, terms)
+
+    compute = COMPILE(jax.grad(mean_loss, has_aux=True))
+    found, (loss, terms) = compute(_params(encoder))
+    return jax.device_get((loss, terms, found))
+
+
+@functools.cache
+def _expected(dropout_rate, packing, everything):
+    encoder = _encoder(dropout_rate=dropout_rate)
+    num_segments = features.MAX_SEGMENTS if packing else 1
+    settings = EVERYTHING if everything else EQUATION_3
+    return _dense(encoder, _batch(packing, 8), num_segments, settings)
+
+
+def _assert_same(found, expected):
+    """The tolerances of the arithmetic: 1e-5 of a loss, 1e-4 of a leaf's norm."""
+    (loss, terms, grads), (loss_0, terms_0, grads_0) = jax.device_get(found), expected
+    np.testing.assert_allclose(loss, loss_0, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(
+        jax.tree.leaves(terms), jax.tree.leaves(terms_0), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(grads_0), strict=True
+    ):
+        wrong = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert wrong < 1e-4, (jax.tree_util.keystr(path), wrong)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatch", "packing", "dropout", "everything"),
+    [
+        ((2, 2, 2), 8, True, 0.1, False),
+        ((2, 4, 1), 0, True, 0.0, False),
+    ]
+    + [
+        pytest.param(mesh, *case, marks=pytest.mark.slow)
+        for mesh in MESHES
+        for case in (
+            (8, True, 0.1, True),
+            (16, False, 0.1, True),
+            (0, False, 0.0, True),
+            (0, True, 0.1, False),
+        )
+    ],
+)
+def test_every_mesh_and_microbatch_gives_the_dense_gradient(
+    mesh, microbatch, packing, dropout, everything
+):
+    encoder = _encoder(dropout_rate=dropout)
+    compute, arguments = _compute(
+        encoder,
+        _mesh(mesh),
+        _params(encoder),
+        _batch(packing, 8),
+        microbatch,
+        features.MAX_SEGMENTS if packing else 1,
+        EVERYTHING if everything else EQUATION_3,
+    )
+    _assert_same(compute(*arguments), _expected(dropout, packing, everything))
