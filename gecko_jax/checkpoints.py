@@ -508,6 +508,11 @@ class Checkpointer:
         with self._explain_writing():
             self._manager.wait_until_finished()
 
+    def close(self) -> None:
+        """Waits for writers and lets go of the workdir."""
+        with self._explain_writing():
+            self._manager.close()
+
     @contextlib.contextmanager
     def _explain_writing(self) -> Iterator[None]:
         try:
@@ -521,23 +526,6 @@ class Checkpointer:
                 f"({_first_line(error)}); {kept}. Make room on the disk "
                 "(checkpoint.keep, checkpoint.keep_every_steps), and the same command "
                 "goes on",
-            ) from error
-
-    def close(self) -> None:
-        """Waits for writers and lets go of the workdir."""
-        with self._explain_writing():
-            self._manager.close()
-
-    @contextlib.contextmanager
-    def _explain_writing(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax and TensorStore raise several kinds.
-            raise OSError(
-                errno.EIO,
-                f"{self._manager.directory}: a checkpoint could not be written "
-                f"({_first_line(error)}); free some disk space and run the same "
-                "command again: it goes on from the last whole checkpoint",
             ) from error
 
 
