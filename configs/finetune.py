@@ -9,8 +9,8 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
 
 Arguments: a size (mini, small, base, large, xl, xxl), `local`, which trains `mini` on a
 laptop CPU in two to three minutes, and `hardware=NAME`, one of those below, for `xl`.
-`gecko data prepare` mines the hard negatives. The paper gives no hyperparameters: numbers
-without a source are ours.
+`gecko data prepare` mines the hard negatives. The paper gives no hyperparameters:
+numbers without a source are ours.
 """
 
 import ml_collections
