@@ -322,7 +322,7 @@ def test_search_reads_queries_from_standard_input(
     [
         (["   "], "is empty: a query or passage needs"),
         (["x", "--index=nowhere"], "nowhere: no index.json here"),
-        (["x", "--model=nowhere"], "nowhere: no gecko.json here"),
+        (["x", "--model=nowhere"], "nowhere: no such folder, and not the name"),
     ],
 )
 def test_a_search_that_cannot_be_is_one_line(

@@ -33,6 +33,7 @@ def files(tiny_files):
         tiny_files,
         encoder_config=config,
         params=checkpoints.unflatten_params(flat),
+        mrl_dims=(4, 8),
         step=1_000,
     )
 
