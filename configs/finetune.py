@@ -8,7 +8,8 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl), `local`, which trains `mini` on a
-laptop CPU in two to three minutes, and `hardware=NAME`, one of those below, for `xl`. `gecko data prepare` mines the hard negatives.
+laptop CPU in two to three minutes, and `hardware=NAME`, one of those below, for `xl`.
+`gecko data prepare` mines the hard negatives.
 The paper gives no hyperparameters: numbers without a source are ours.
 """
 
@@ -16,7 +17,6 @@ import ml_collections
 
 from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
-
 
 # Batch, rows of a microbatch, and chips along fsdp: those that `gecko compile` accepts
 # for `xl` (docs/performance.md). The GPU's are an estimate; none of them has been run.
