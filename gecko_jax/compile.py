@@ -142,6 +142,44 @@ def parse_topology(name: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def topology_devices(topology: str) -> Iterator[Sequence[Any]]:
+    """Gives the devices of a topology, to compile for and not to run on.
+
+    Only one process at a time may load libtpu: another one is waited for.
+
+    Args:
+        topology: See `parse_topology`.
+
+    Raises:
+        ValueError: The topology is unknown.
+        ImportError: libtpu is missing; names the extra.
+    """
+    topology = parse_topology(topology)
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]  (extra)
+    except ImportError as error:
+        raise ImportError(
+            'compiling for TPUs needs libtpu: pip install "gecko-jax[tpu]"'
+        ) from error
+    # Without these it asks a cloud's metadata server which machine it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    path = pathlib.Path(tempfile.gettempdir()) / "gecko_jax_libtpu.lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("waiting for another process that compiles for TPUs")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        from jax.experimental import topologies
+
+        yield topologies.get_topology_desc(
+            platform="tpu", topology_name=topology
+        ).devices
+
+
 def compile_step(config: ml_collections.ConfigDict, topology: str) -> Report:
     """Compiles the train step of a config for a topology.
 
@@ -157,8 +195,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: str) -> Report:
     config_lib.check(config)
     topology = parse_topology(topology)
     kind = topology.partition(":")[0]
-    with _libtpu():
-        devices = _devices(topology)
+    with topology_devices(topology) as devices:
         mesh = sharding.build_mesh(**step_lib.mesh_sizes(config), devices=devices)
         step = step_lib.build(
             config,
@@ -232,9 +269,8 @@ def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]
     Yields:
         A report for each that the compiler accepts, in the order tried.
     """
-    topology = parse_topology(topology)
-    with _libtpu():
-        num_devices = len(_devices(topology))
+    with topology_devices(topology) as devices:
+        num_devices = len(devices)
     # From the least memory up: what is too large ends its series.
     for tensor, remat in itertools.product((1, 2), ("full", "dots", "none")):
         shards = num_devices // tensor
@@ -326,13 +362,6 @@ def _is_microbatch_loop(path: str) -> bool:
     return bool(re.search(rf"{gradients.MICROBATCHES}\)*/while$", path))
 
 
-def _devices(topology: str) -> Sequence[Any]:
-    from jax.experimental import topologies
-
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return described.devices
-
-
 def _why_too_large(message: str, topology: str) -> str:
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
     what = f"needs {found[1]} of {found[2]}" if found else "needs more than there is"
@@ -340,26 +369,3 @@ def _why_too_large(message: str, topology: str) -> str:
         f"{topology}: the step {what} of memory; lower train.microbatch_size, set "
         "model.remat=full, raise mesh.fsdp or mesh.tensor, or let --search find it"
     )
-
-
-@contextlib.contextmanager
-def _libtpu() -> Iterator[None]:
-    """Makes sure of libtpu, which only one process at a time may load."""
-    try:
-        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]  (extra)
-    except ImportError as error:
-        raise ImportError(
-            'compiling for TPUs needs libtpu: pip install "gecko-jax[tpu]"'
-        ) from error
-    # Without these it asks a cloud's metadata server which machine it is on.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    path = pathlib.Path(tempfile.gettempdir()) / "gecko_jax_libtpu.lock"
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logging.info("waiting for another process that compiles for TPUs")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

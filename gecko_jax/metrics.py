@@ -101,6 +101,9 @@ class Window:
     def means(self) -> dict[str, float]:
         """Returns the means of the window and opens the next one."""
         seconds = max(time.monotonic() - self._began, 1e-9)
+        if not self._steps:  # all were skipped
+            self._reset()
+            return {}
         names = [name for name in self._steps[0] if not name.startswith("task_")]
         result = {
             name: float(np.mean([step[name] for step in self._steps])) for name in names

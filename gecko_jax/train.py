@@ -154,9 +154,12 @@ def _train(
     guard = nonfinite.Guard(config.train.max_skipped_steps, batches.task_names, workdir)
     last: dict[str, float] = {}
 
-    def finish(step: int, summary: dict[str, Array]) -> None:
+    def finish(
+        step: int, summary: dict[str, Array], batch: dict[str, np.ndarray]
+    ) -> None:
         """Takes in the metrics of a step, once the next one is on its way."""
         nonlocal last
+        window.count(batch)
         values = jax.device_get(summary)
         if guard.is_finite(step, values):
             window.add(values)
@@ -194,7 +197,6 @@ def _train(
         stream = batches.iterate(first_step, num_steps)
         clock.enter("data")
         for step, batch in enumerate(stream, start=first_step + 1):
-            window.count(batch)
             _trace(step - 1 - first_step, profile_steps, workdir)
             # The first call with a shape compiles it before it returns.
             shape = tuple(leaf.shape for leaf in batch.values())
@@ -205,7 +207,7 @@ def _train(
             clock.enter("step")
             if pending is not None:
                 finish(*pending)
-            pending = (step, summary)
+            pending = (step, summary, batch)
             every = config.evaluation.every_steps
             is_stopping = stop.is_raised(step)
             is_saving = (

@@ -86,3 +86,42 @@ def test_a_damaged_line_ends_the_log(tmp_path):
         path = tmp_path / "metrics.jsonl"
         path.write_bytes(b'{"step": 1}\n' + bad + b"\n")
         assert metrics.read(path) == [{"step": 1}]
+
+
+def test_every_moment_belongs_to_one_phase(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    clock = metrics.Clock()
+    now[0] = 1.0
+    clock.enter("step")
+    now[0] = 4.0
+    with clock.within("evaluation"):
+        now[0] = 6.0
+    now[0] = 8.0
+    shares = clock.shares()
+    assert shares["time/init"] == 1 / 8
+    assert shares["time/step"] == 5 / 8
+    assert shares["time/evaluation"] == 2 / 8
+    assert sum(shares.values()) == 1
+
+
+def test_utilisation_counts_the_tokens_of_texts_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    window = metrics.Window(
+        ("a",),
+        flops_per_token={"query": 3.0, "passage": 5.0},
+        peak_flops_per_second=100.0,
+    )
+    window.count(
+        {
+            "example_mask": np.ones(2, bool),
+            "query_segment_ids": np.array([[1, 1, 0], [1, 0, 0]]),
+            "passage_segment_ids": np.array([[1, 2, 0], [1, 1, 1]]),
+        }
+    )
+    window.add({"loss": 1.0, "task_loss_sum": [2.0], "task_count": [2.0]})
+    now[0] = 2.0
+    # Three tokens of queries and five of passages in two seconds.
+    found = window.means()["model_flops_utilisation"]
+    assert found == (3 * 3.0 + 5 * 5.0) / 2 / 100

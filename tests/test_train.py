@@ -1,14 +1,16 @@
 """Training: exact resume, refusals, the same numbers on any mesh."""
 
 import json
+import os
 import pathlib
 import re
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, flags, sharding, text, train
+from gecko_jax import checkpoints, flags, interruption, sharding, text, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -102,6 +104,18 @@ def kill_at(step):
     return evaluate
 
 
+def tell_at(step):
+    """SIGTERM arrives while step `step` is evaluated."""
+    evaluate = kill_at(-1)
+
+    def tell(params, now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(params, now)
+
+    return tell
+
+
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     config = build(cache)
@@ -110,10 +124,16 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
         train.train(config, tmp_path / "killed", kill_at(3))
     assert checkpoints.latest_step(tmp_path / "killed") == 2
     train.train(config, tmp_path / "killed", kill_at(-1))
-    whole, killed = (state_of(tmp_path / name, 6) for name in ("whole", "killed"))
-    for name in whole:
-        np.testing.assert_array_equal(whole[name], killed[name], err_msg=name)
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "killed")
+    with pytest.raises(interruption.Interrupted, match="after step 4 of 6: saved in"):
+        train.train(config, tmp_path / "told", tell_at(3))
+    assert checkpoints.latest_step(tmp_path / "told") == 4
+    train.train(config, tmp_path / "told", kill_at(-1))
+    whole = state_of(tmp_path / "whole", 6)
+    for other in ("killed", "told"):
+        params = state_of(tmp_path / other, 6)
+        for name in whole:
+            np.testing.assert_array_equal(whole[name], params[name], err_msg=name)
+        assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / other)
     # A finished run stays as it is.
     assert train.train(config, tmp_path / "whole") == {}
 
@@ -123,7 +143,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
 
     names = {"loss", "loss_8", "loss_16", "accuracy", "grad_norm", "padding_share"}
     assert (
-        names | {"positive_similarity", "loss/even"}
+        names | {"positive_similarity", "loss/even", "skipped_steps"}
         <= metrics_of(tmp_path / "whole")[-2].keys()
     )
 
