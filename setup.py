@@ -44,9 +44,17 @@ _CORE = [
     "tensorboardX>=2.6.4",
 ]
 
+# FRet: the client of a language model's server.
+_FRET = ["httpx>=0.28"]
+
+# A small llama.cpp server that opens on this machine.
+_FRET_LOCAL = [*_FRET, "xllamacpp>=2026.10"]
+
 _TEST = [
+    *_FRET,
     "pytest>=9.0",
     "beartype>=0.22",
+    "hypothesis>=6.150",
 ]
 
 _DEV = [
@@ -75,7 +83,14 @@ setuptools.setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["gecko_jax", "gecko_jax.*"]),
-    package_data={"gecko_jax": ["py.typed", "quickstart/*", "quickstart/*/*"]},
+    package_data={
+        "gecko_jax": [
+            "py.typed",
+            "quickstart/*",
+            "quickstart/*/*",
+            "fret/prompt_files/*",
+        ]
+    },
     install_requires=_CORE,
     extras_require={
         "test": _TEST,
@@ -83,6 +98,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,
+        "fret": _FRET,
+        "fret-local": _FRET_LOCAL,
     },
     entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
     classifiers=[

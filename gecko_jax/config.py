@@ -173,17 +173,29 @@ def check(config: ml_collections.ConfigDict) -> None:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
     flat = flatten(config)
+    faults = find_faults(flat, SCHEMA) or _faults_between_keys(flat)
+    if faults:
+        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+
+
+def find_faults(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> list[str]:
+    """Returns a line for each key that is unknown, missing, of a wrong type or range.
+
+    Args:
+        flat: What `flatten` returns.
+        schema: Every key that the config must have.
+    """
     faults = []
-    for key in sorted(set(flat) - set(SCHEMA)):
-        near = difflib.get_close_matches(key, SCHEMA, n=1)
+    for key in sorted(set(flat) - set(schema)):
+        near = difflib.get_close_matches(key, schema, n=1)
         hint = f"did you mean {near[0]}?" if near else "remove it"
         faults.append(f"{key}={flat[key]!r}: unknown key; {hint}")
     faults += [
         f"{key}: missing; every key must be in the config file"
-        for key in SCHEMA
+        for key in schema
         if key not in flat
     ]
-    for key, rule in SCHEMA.items():
+    for key, rule in schema.items():
         if key in flat:
             value = flat[key]
             if not _is_kind(value, rule.kind):
@@ -193,10 +205,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                 )
             elif not rule.holds(value):
                 faults.append(f"{key}={value!r}: {rule.rule}")
-    if not faults:
-        faults = _faults_between_keys(flat)
-    if faults:
-        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+    return faults
 
 
 def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ FLOORS = {
     "index": 2,
     "initialization": 2,
     "optimizer": 2,
+    "fret": 3,
     "train": 2,
     "vectors": 2,
     "workdir": 2,
