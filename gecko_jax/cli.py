@@ -5,6 +5,7 @@ in `verbs`, which is imported when one runs, so that `gecko --help` needs no JAX
 """
 
 import argparse
+import importlib
 import logging as standard_logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 import gecko_jax
+from gecko_jax import fret_parsers
 
 # Faults of the input or of the machine: told in one line, without a traceback.
 _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)
@@ -29,6 +31,7 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
   gecko index       builds an index from vectors
   gecko search      answers queries from an index
   gecko export      writes a trained model into a folder of its own
+  gecko fret        makes training data with a language model
 
 `gecko VERB --help` explains a verb with examples.
 """
@@ -177,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         command = options.parser.prog
         _set_up_logging(debug)
-        from gecko_jax import verbs
-
-        getattr(verbs, options.verb)(options)
+        room = "fret_verbs" if options.verb.startswith("fret_") else "verbs"
+        verbs = importlib.import_module(f"gecko_jax.{room}")
+        getattr(verbs, options.verb.removeprefix("fret_"))(options)
     except _UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -364,6 +367,11 @@ def build_parser() -> argparse.ArgumentParser:
     export = _add_verb(verbs, "gecko export", _EXPORT, "export")
     export.add_argument("model", metavar="DIR", help="workdir of a run")
     _add_output(export, "DIR", "the folder to write")
+
+    fret = _add_verb(verbs, "gecko fret", fret_parsers.DESCRIPTION)
+    fret_parsers.add_parsers(
+        fret, _add_verb, _add_config, {"count": _count, "positive": _positive}
+    )
     return parser
 
 

@@ -8,6 +8,7 @@ vLLM does, or as llama.cpp, or wrongly, as a test wants; and it counts what it i
 import collections
 import contextlib
 import http.server
+import itertools
 import json
 import math
 import re
@@ -39,7 +40,7 @@ def _fields(prompt):
 def log_prob(prompt, before, token):
     """Of one token after a prompt and the token before it."""
     if prompt.startswith("The following sentences"):
-        pairs = zip(_FLUENT, _FLUENT[1:], strict=False)
+        pairs = itertools.pairwise(_FLUENT)
         known = {(a.strip(".").lower(), b.strip(".").lower()) for a, b in pairs}
         pair = (before.strip().lower(), token.strip().lower())
         return -0.5 if pair in known else -3.0 - _noise(before, token)

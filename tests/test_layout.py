@@ -43,6 +43,8 @@ FLOORS = {
     "__main__": 4,
     "cli": 4,
     "flags": 4,
+    "fret_parsers": 4,
+    "fret_verbs": 4,
     "verbs": 4,
 }
 
@@ -55,7 +57,8 @@ ROOMS_OF = {
     "torch": set(),
     "transformers": set(),
     "sentence_transformers": set(),
-    "argparse": {"cli", "verbs"},
+    "argparse": {"cli", "verbs", "fret_parsers", "fret_verbs"},
+    "httpx": {"fret"},
 }
 
 # Slow to import, or not always there: only inside the function that needs them.
@@ -69,6 +72,7 @@ ONLY_INSIDE_FUNCTIONS = (
     "Stemmer",
     "tensorboardX",
     "rich",
+    "httpx",
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

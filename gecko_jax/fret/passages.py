@@ -129,10 +129,10 @@ def read(
         kept.append({"id": len(kept), **record})
     if not kept:
         told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        named = ", ".join(str(path) for path in paths) or "passages.files=()"
         raise ValueError(
-            f"{', '.join(str(path) for path in paths) or 'passages.files=()'}: no passage is "
-            f"left ({told or 'there was none'}); give files with passages, or relax "
-            "the rules under passages"
+            f"{named}: no passage is left ({told or 'there was none'}); give files "
+            "with passages, or relax the rules under passages"
         )
     return kept, dict(sorted(dropped.items()))
 

@@ -142,7 +142,11 @@ class Pipeline:
     """One pass of a list of seed passages through the stages.
 
     Attributes:
-        steps: In order.
+        source: What all pipelines share.
+        shards: The seed passages of each shard.
+        steps: The stages, in order.
+        has_likelihood: Whether candidates are scored by QL.
+        has_relevance: Whether candidates are scored by RC.
     """
 
     def __init__(
@@ -167,10 +171,10 @@ class Pipeline:
         self.shards = shards
         self._folder = folder
         config, prompts = source.config, source.prompts
-        self._has_likelihood = bool(config.fuse.likelihood_weight) or (
+        self.has_likelihood = bool(config.fuse.likelihood_weight) or (
             scores_all and not config.llm.chat and config.llm.scoring != "none"
         )
-        self._has_relevance = bool(config.fuse.relevance_weight) or scores_all
+        self.has_relevance = bool(config.fuse.relevance_weight) or scores_all
         sampling = settings.sampling(config, prompts.generate)
         rules = settings.query_rules(config)
         self.generate = self._stage(
@@ -198,15 +202,15 @@ class Pipeline:
             model=source.model_facts,
             generic_passage=config.likelihood.generic_passage,
         )
-        before = self.likelihood if self._has_likelihood else self.retrieve
+        before = self.likelihood if self.has_likelihood else self.retrieve
         self.relevance = self._stage(
             "relevance",
             after=before.hash,
             prompt=prompts.relevance.facts,
             model=source.model_facts,
         )
-        judged = [self.likelihood] * self._has_likelihood
-        judged += [self.relevance] * self._has_relevance
+        judged = [self.likelihood] * self.has_likelihood
+        judged += [self.relevance] * self.has_relevance
         self.fuse = self._stage(
             "fuse",
             after=[stage.hash for stage in judged],
@@ -219,9 +223,9 @@ class Pipeline:
         self.steps.append(
             Step(self.retrieve, self._retrieve, (self.generate,), source.embed)
         )
-        if self._has_likelihood:
+        if self.has_likelihood:
             self.steps.append(Step(self.likelihood, self._likelihood, (self.retrieve,)))
-        if self._has_relevance:
+        if self.has_relevance:
             self.steps.append(Step(self.relevance, self._relevance, (before,)))
         self.steps.append(Step(self.fuse, self._fuse, (self.retrieve, *judged)))
 
@@ -358,7 +362,7 @@ class Pipeline:
 
     def _relevance(self, shard: int) -> list[stages.Record]:
         rows = stages.kept(self.retrieve.read(shard))
-        if self._has_likelihood:  # What has no likelihood is not paid for again.
+        if self.has_likelihood:  # What has no likelihood is not paid for again.
             scored = stages.by_id(self.likelihood.read(shard))
             rows = [row for row in rows if row["id"] in scored]
         return stages.relevance(
@@ -372,8 +376,8 @@ class Pipeline:
     def _fuse(self, shard: int) -> list[stages.Record]:
         return stages.fuse(
             stages.kept(self.retrieve.read(shard)),
-            stages.by_id(self.likelihood.read(shard)) if self._has_likelihood else {},
-            stages.by_id(self.relevance.read(shard)) if self._has_relevance else {},
+            stages.by_id(self.likelihood.read(shard)) if self.has_likelihood else {},
+            stages.by_id(self.relevance.read(shard)) if self.has_relevance else {},
             list(self.source.prompts.relevance.labels.values()),
             settings.fusion_settings(self.source.config),
             seed=self.source.config.seed,
