@@ -85,8 +85,7 @@ class FakeServer:
         self.model, self.faults, self.twist, self.bos = model, faults, twist, bos
         self.answered = collections.Counter()
         self.received = 0
-        self.at_once = self.most_at_once = 0
-        self.times = []
+        self.closed = False
         self.headers = []
         self.lock = threading.Lock()
 
@@ -170,14 +169,11 @@ class FakeServer:
                 with server.lock:
                     server.received += 1
                     number = server.received
-                    server.at_once += 1
-                    server.most_at_once = max(server.most_at_once, server.at_once)
                     server.headers.append(dict(self.headers))
-                try:
+                if server.closed:  # A connection that was kept open.
+                    self.close_connection = True
+                else:
                     self._answer(body, number)
-                finally:
-                    with server.lock:
-                        server.at_once -= 1
 
             def _answer(self, body, number):
                 for fault in server.faults:
@@ -219,6 +215,7 @@ class FakeServer:
         return self
 
     def __exit__(self, *unused):
+        self.closed = True
         self._http.shutdown()
         self._http.server_close()
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gecko_jax.fret import requests
 
@@ -85,6 +85,7 @@ class Failure:
     detail: str = ""
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What a stage asks of a model. Answers are in the order of the prompts."""
 

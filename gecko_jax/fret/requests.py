@@ -133,9 +133,9 @@ class Budget:
     def __init__(
         self,
         max_requests: int | None = None,
-        max_cost: float | None = None,
-        price_input: float = 0.0,
-        price_output: float = 0.0,
+        max_cost: int | float | None = None,
+        price_input: int | float = 0.0,
+        price_output: int | float = 0.0,
     ):
         """Starts with nothing spent.
 
@@ -159,7 +159,9 @@ class Budget:
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
-    def price(self, prompt_tokens: float, completion_tokens: float) -> float:
+    def price(
+        self, prompt_tokens: int | float, completion_tokens: int | float
+    ) -> float:
         """Returns what so many tokens cost."""
         return (
             prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]

@@ -8,7 +8,7 @@ retriever. With a checkpoint the passages are embedded shard by shard into
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from gecko_jax import files, ranking
 
 
+@runtime_checkable
 class Retriever(Protocol):
     """Finds passages for queries."""
 

@@ -123,7 +123,7 @@ def prepare(
 def open_budget(
     config: ml_collections.ConfigDict,
     max_requests: int | None = None,
-    max_cost: float | None = None,
+    max_cost: int | float | None = None,
 ) -> requests.Budget:
     """Returns a budget with the prices of the config."""
     return requests.Budget(
