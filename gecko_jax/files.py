@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -163,7 +164,8 @@ def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         OSError: The disk is full; the message names `path` and the remedy.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share a folder may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with _explain_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)

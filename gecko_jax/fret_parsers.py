@@ -63,6 +63,16 @@ positives moved, tasks, lengths, cost, and random rows with their candidates.
 example:
   gecko fret report --config=configs/fret.py:local --workdir=runs/fret"""
 
+STAGES = (
+    "passages",
+    "generate",
+    "retrieve",
+    "likelihood",
+    "relevance",
+    "fuse",
+    "export",
+)
+
 
 def add_parsers(parent: Any, add_verb: Any, add_config: Any, types: Any) -> None:
     """Adds the verbs of `gecko fret` to the parser of the command.
@@ -101,17 +111,10 @@ def add_parsers(parent: Any, add_verb: Any, add_config: Any, types: Any) -> None
         )
     parsers["run"].add_argument(
         "--until",
-        choices=(
-            "passages",
-            "generate",
-            "retrieve",
-            "likelihood",
-            "relevance",
-            "fuse",
-            "export",
-        ),
+        choices=STAGES,
+        metavar="STAGE",
         default="export",
-        help="the last stage to run (export)",
+        help=f"the last to run, of {', '.join(STAGES)}",
     )
     parsers["run"].add_argument(
         "--worker", type=_worker, default=(0, 1), metavar="I/N", help="see above"

@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from gecko_jax.fret import answers, prompts
 
 KINDS = ("generate", "generate_for_task", "likelihood", "relevance")
+FORGED = (
+    *("Query:", "query:", "\nPassage:", "Task:", "\n\n", "Relevance:"),
+    *("<|im_start|>", "</s>", "[INST]", "{query}", "{passage}", "\x00"),
+)
 RULES = answers.Rules(min_words=3, max_words=10, max_copied_words=4)
 PASSAGE = "Geckos stick to smooth walls and eat insects at night in warm houses."
 
@@ -87,10 +91,7 @@ def test_shots_are_drawn_by_the_seed_and_differ_in_task(bundled):
     parts=st.lists(
         st.one_of(
             st.text(max_size=12),
-            st.sampled_from(
-                ["Query:", "query:", "\nPassage:", "Task:", "\n\n", "Relevance:"]
-                + ["<|im_start|>", "</s>", "[INST]", "{query}", "{passage}", "\x00"]
-            ),
+            st.sampled_from(FORGED),
         ),
         min_size=1,
         max_size=8,
@@ -241,8 +242,7 @@ def test_any_answer_is_a_clean_query_or_rejected(bundled, answer, is_cut):
     prompt = bundled["generate"]
     try:
         task, query = _parse(prompt, answer, is_cut=is_cut)
-    except answers.Rejected as error:
-        assert error.reason.isidentifier()
+    except answers.Rejected:
         return
     for found in (task, query):
         assert "\n" not in found

@@ -363,10 +363,10 @@ def test_no_more_is_spent_than_the_budget_allows():
     with fake_llm.FakeServer() as fake:
         budget = requests.Budget(max_cost=2e-4, price_input=1.0, price_output=1.0)
         model = connect(fake, budget)
-        with pytest.raises(requests.BudgetError, match="max_cost=0.0002"):
+        with pytest.raises(requests.BudgetError, match=r"max_cost=0\.0002"):
             model.score([PROMPT] * 60, [f" a {n}" for n in range(60)])
         assert 1e-4 < budget.cost <= 2e-4
-    with pytest.raises(ValueError, match="set llm.price_input"):
+    with pytest.raises(ValueError, match=r"set llm\.price_input"):
         requests.Budget(max_cost=1.0)
 
 

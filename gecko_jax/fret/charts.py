@@ -73,7 +73,7 @@ def _axis(highest: int) -> str:
     return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def _text(x: int | float, y: int | float, text: str, anchor: str) -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" '
         f'fill="{_MUTED}">{html.escape(text)}</text>'

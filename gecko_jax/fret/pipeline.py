@@ -285,13 +285,14 @@ class Pipeline:
             for shard in waiting:
                 if not all(stage.has(shard) for stage in step.needs):
                     continue
-                lock = step.stage.folder / f".shard-{shard:05}.lock"
-                with records.try_lock(lock) as got:
+                lock = f"{title.replace('/', '-')}-{shard:05}.lock"
+                path = self.source.workdir / records.LOCKS / lock
+                with records.try_lock(path) as got:
                     if got and not step.stage.has(shard):
                         self._make(step, shard)
                         moved = True
                     if got:
-                        lock.unlink()
+                        path.unlink()
                 finished += 1
                 bar.update(finished)
         return moved

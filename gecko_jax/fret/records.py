@@ -23,6 +23,7 @@ from typing import Any
 from gecko_jax import files
 
 DROPPED = "dropped"  # A record with this field goes no further; it holds the reason.
+LOCKS = ".locks"  # Folder of a workdir; holds nothing that is worth keeping.
 _FACTS, _DONE = "stage.json", ".done.json"
 
 

@@ -32,7 +32,6 @@ from gecko_jax.fret import (
     settings,
 )
 
-STAGES = ("passages", "generate", "retrieve", "likelihood", "relevance", "fuse")
 _QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart" / "train.jsonl"
 _HELD_OUT = 3  # Purpose of the randomness; see `stages.row_rng`.
 
@@ -195,7 +194,7 @@ def _passages(
     stage = records.Stage(workdir, "passages", facts)
     stage.begin()
     while stage.done() is None:
-        with records.try_lock(stage.folder / ".lock") as got:
+        with records.try_lock(workdir / records.LOCKS / "passages.lock") as got:
             if got and stage.done() is None:
                 kept, dropped = passages.read(paths, rules, contamination)
                 rows = config.passages.shard_rows
