@@ -47,7 +47,7 @@ _CORE = [
 # FRet: the client of a language model's server.
 _FRET = ["httpx>=0.28"]
 
-# A small llama.cpp server that opens on this machine.
+# The same, and llama.cpp, for a model on this machine.
 _FRET_LOCAL = [*_FRET, "xllamacpp>=2026.10"]
 
 _TEST = [
