@@ -155,4 +155,4 @@ def bm25_rankings(
     if len(passages) != len(ids):
         raise ValueError(f"{len(passages)} passages but {len(ids)} ids: one id each")
     found = Bm25(passages).search(queries, k)
-    return [[ids[position] for position in best] for best, _ in found]
+    return [[ids[int(position)] for position in best] for best, _ in found]

@@ -220,6 +220,8 @@ def test_answers_are_read_or_rejected(bundled, answer, expected):
 def test_with_a_task_given_the_answer_is_the_query(bundled):
     prompt = bundled["generate_for_task"]
     assert _parse(prompt, " geckos can climb\nmore", "t") == ("t", "geckos can climb")
+    assert prompt.stop == ("\n",)
+    assert bundled["generate"].stop == ("\n\n", "\nPassage:")
 
 
 def test_a_query_without_its_end_is_none(bundled):

@@ -89,7 +89,9 @@ class Prompt:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Strings that end an answer: a blank line, or a marker of a next example."""
+        """Strings that end an answer: its line, or what begins a next example."""
+        if self.kind == "generate_for_task":
+            return ("\n",)
         return (_SEPARATOR, f"\n{self.markers[0]}")
 
     def choose(self, count: int, rng: np.random.Generator) -> tuple[int, ...]:
