@@ -53,6 +53,12 @@ _CORE = [
 _ONNX = ["onnx>=1.23"]
 _HUB = ["huggingface_hub>=1.0"]
 
+# FRet: the client of a language model's server.
+_FRET = ["httpx>=0.28"]
+
+# The same, and llama.cpp, for a model on this machine.
+_FRET_LOCAL = [*_FRET, "xllamacpp>=2026.10"]
+
 # MTEB. It brings torch, transformers and scikit-learn; ours imports none of the first
 # two.
 _EVAL = [
@@ -63,6 +69,7 @@ _EVAL = [
 _TEST = [
     *_ONNX,
     *_HUB,
+    *_FRET,
     "scikit-learn>=1.6",
     "pytest>=9.0",
     "beartype>=0.22",
@@ -98,7 +105,14 @@ setuptools.setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["gecko_jax", "gecko_jax.*"]),
-    package_data={"gecko_jax": ["py.typed", "quickstart/*", "quickstart/*/*"]},
+    package_data={
+        "gecko_jax": [
+            "py.typed",
+            "quickstart/*",
+            "quickstart/*/*",
+            "fret/prompt_files/*",
+        ]
+    },
     install_requires=_CORE,
     extras_require={
         "onnx": _ONNX,
@@ -109,6 +123,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,
+        "fret": _FRET,
+        "fret-local": _FRET_LOCAL,
     },
     entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
     classifiers=[

@@ -7,10 +7,11 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.files=triples.jsonl.gz \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl), `local`, which trains `mini` on a
-laptop CPU in two to three minutes, and `hardware=NAME`, one of those below, for `xl`.
-`gecko data prepare` mines the hard negatives. The paper gives no hyperparameters:
-numbers without a source are ours.
+Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mini` on a
+laptop CPU in two to three minutes; `hardware=NAME`, one of those below, for `xl`; and
+`fret`, for the triples that `gecko fret run` left in runs/fret (elsewhere:
+--config.data.files). `gecko data prepare` mines hard negatives for pairs.
+The paper gives no hyperparameters: numbers without a source are ours.
 """
 
 import ml_collections
@@ -31,7 +32,7 @@ HARDWARE = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, size="mini", local=False, hardware="")
+    arg = parse_arg(arg, size="mini", local=False, fret=False, hardware="")
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -109,6 +110,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
 
+    if arg.fret:
+        config.data.files = ("runs/fret/export/fret.jsonl",)
     if arg.hardware:
         if arg.hardware not in HARDWARE:
             raise ValueError(

@@ -614,10 +614,10 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     optional = {"vocabulary_sha256"} if values["format_version"] == 1 else set()
     faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
     flat = config_lib.flatten(values)
-    faults += config_lib.find_faults(
+    faults += config_lib.find_wrong_values(
         {key: flat.get(key, value) for key, value in values.items()}, _RULES
     )
-    faults += config_lib.find_faults(
+    faults += config_lib.find_wrong_values(
         flat, {k: rule for k, rule in config_lib.SCHEMA.items() if k[:6] == "model."}
     )
     if not faults:

@@ -5,6 +5,7 @@ in `verbs`, which is imported when one runs, so that `gecko --help` needs no JAX
 """
 
 import argparse
+import importlib
 import logging as standard_logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 import gecko_jax
+from gecko_jax import fret_parsers
 
 # Faults of the input or of the machine: told in one line, without a traceback.
 _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
@@ -31,6 +33,7 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
   gecko search      answers queries from an index
   gecko import      turns a checkpoint of another library into a model folder
   gecko export      writes a trained model into a folder of its own
+  gecko fret        makes training data with a language model
 
 `gecko VERB --help` explains a verb with examples.
 """
@@ -227,9 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.arguments = arguments
         command = options.parser.prog
         _set_up_logging(debug)
-        from gecko_jax import verbs
-
-        getattr(verbs, options.verb)(options)
+        room = "fret_verbs" if options.verb.startswith("fret_") else "verbs"
+        verbs = importlib.import_module(f"gecko_jax.{room}")
+        getattr(verbs, options.verb.removeprefix("fret_"))(options)
     except _UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -509,6 +512,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--push", metavar="OWNER/NAME", help="upload to this repository of the hub"
+    )
+
+    fret = _add_verb(verbs, "gecko fret", fret_parsers.DESCRIPTION)
+    fret_parsers.add_parsers(
+        fret, _add_verb, _add_config, {"count": _count, "positive": _positive}
     )
     return parser
 

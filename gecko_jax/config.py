@@ -221,22 +221,27 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
-    _check_keys(config, SCHEMA)
-    _refuse(_faults_between_keys(flatten(config)))
+    flat = flatten(config)
+    refuse(find_faults(flat, SCHEMA) or _faults_between_keys(flat))
 
 
 def check_evaluation(config: ml_collections.ConfigDict) -> None:
     """Checks every key of `configs/evaluate.py`; raises as `check` does."""
-    _check_keys(config, EVALUATION_SCHEMA)
     flat = flatten(config)
+    refuse(find_faults(flat, EVALUATION_SCHEMA))
     faults = _faults_of_mesh(flat)
     if not (flat["suites"] or flat["tasks"] or flat["folders"]):
         faults.append("suites, tasks and folders are empty: name something to run")
-    _refuse(faults)
+    refuse(faults)
 
 
-def _check_keys(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -> None:
-    flat = flatten(config)
+def find_faults(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> list[str]:
+    """Returns a line for each key that is unknown, missing, of a wrong type or range.
+
+    Args:
+        flat: What `flatten` returns.
+        schema: Every key that the config must have.
+    """
     faults = []
     for key in sorted(set(flat) - set(schema)):
         near = difflib.get_close_matches(key, schema, n=1)
@@ -247,16 +252,11 @@ def _check_keys(config: ml_collections.ConfigDict, schema: Mapping[str, Rule]) -
         for key in schema
         if key not in flat
     ]
-    _refuse(faults + find_faults(flat, schema))
+    return faults + find_wrong_values(flat, schema)
 
 
-def _refuse(faults: Sequence[str]) -> None:
-    if faults:
-        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
-
-
-def find_faults(flat: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
-    """Returns a line for every key that is there and breaks its rule."""
+def find_wrong_values(flat: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """Returns a line for each key that is there and breaks its rule."""
     faults = []
     for key, rule in rules.items():
         if key in flat:
@@ -269,6 +269,12 @@ def find_faults(flat: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]
             elif not rule.holds(value):
                 faults.append(f"{key}={value!r}: {rule.rule}")
     return faults
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises ValueError with all faults, if there are any."""
+    if faults:
+        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
 
 
 def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:

@@ -105,7 +105,7 @@ class Gecko:
     def encode_queries(
         self,
         texts: Sequence[str],
-        task: str = DEFAULT_TASK,
+        task: str | Sequence[str] = DEFAULT_TASK,
         *,
         dim: int | None = None,
         description: str | None = None,
@@ -114,7 +114,8 @@ class Gecko:
 
         Args:
             texts: The queries, without any prefix.
-            task: A name in `task_descriptions`, or a description in plain words.
+            task: A name in `task_descriptions`, or a description in plain words; one
+                for all queries, or one for each.
             dim: One of `dims`; None is the largest.
             description: Shows progress under this name.
         """
@@ -147,7 +148,7 @@ class Gecko:
         texts: Sequence[str],
         *,
         side: Side,
-        task: str | None = None,
+        task: str | Sequence[str] | None = None,
         titles: Sequence[str | None] | None = None,
         dim: int | None = None,
         max_length: int | None = None,
@@ -159,8 +160,8 @@ class Gecko:
             texts: Queries or passages, without any prefix.
             side: How the texts are written. The passages of a symmetric task are
                 written as its queries.
-            task: Name or description; None is "search result" for queries, and no
-                task for passages.
+            task: Name or description, of all or of each; None is "search result" for
+                queries, and no task for passages.
             titles: Titles of passages.
             dim: One of `dims`; None is the largest.
             max_length: Tokens a text is cut to; None is the length of training.
@@ -205,7 +206,7 @@ class Gecko:
         texts: Sequence[str],
         *,
         side: Side,
-        task: str | None = None,
+        task: str | Sequence[str] | None = None,
         titles: Sequence[str | None] | None = None,
     ) -> list[str]:
         """Returns the texts as the encoder reads them; see `encode`."""
@@ -218,11 +219,14 @@ class Gecko:
                 f"{len(titles)} titles for {len(texts)} texts, side={side!r}: titles "
                 "belong to passages, one each"
             )
+        tasks = [task] * len(texts) if task is None or isinstance(task, str) else task
+        if len(tasks) != len(texts):
+            raise ValueError(f"{len(tasks)} tasks for {len(texts)} texts: one each")
         text_format = self.files.text_format
-        as_query = side == "query" or (task and text_format.is_symmetric(task))
         formatted = []
-        for position, text in enumerate(texts):
+        for position, (text, task) in enumerate(zip(texts, tasks, strict=True)):
             title = titles[position] if titles else None
+            as_query = side == "query" or (task and text_format.is_symmetric(task))
             try:
                 if not as_query:
                     formatted.append(text_format.format_passage(text, title))

@@ -10,7 +10,7 @@ those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,52 @@ def best_positions(scores: Float[np.ndarray, " P"], k: int) -> Int[np.ndarray, "
     return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
 
 
+class Bm25:
+    """BM25 over a corpus (bm25s, English stemmer), built once for many queries."""
+
+    def __init__(self, passages: Sequence[str]):
+        """Indexes the passages; a title belongs in front of its text."""
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # It tells every step.
+        words = _tokenize(passages)
+        self._size = len(passages)
+        self._retriever = None
+        if any(words):  # Else nothing but stop words: there is nothing to index.
+            self._retriever = bm25s.BM25()
+            self._retriever.index(words, show_progress=False)
+
+    def search(
+        self, queries: Sequence[str], k: int
+    ) -> Iterator[tuple[Int[np.ndarray, " T"], Float[np.ndarray, " T"]]]:
+        """Yields positions and scores of the k best passages, query by query.
+
+        Passages that share no word with the query never appear, so there may be fewer.
+        """
+        for query in _tokenize(queries):
+            known = self._retriever.get_tokens_ids(query) if self._retriever else []
+            if not known or self._retriever is None:
+                yield np.empty(0, np.int64), np.empty(0, np.float32)
+                continue
+            scores = np.asarray(self._retriever.get_scores_from_ids(known), np.float32)
+            best = best_positions(scores, k)
+            best = best[scores[best] > 0]
+            yield best, scores[best]
+
+
+def _tokenize(texts: Sequence[str]) -> Any:
+    import bm25s
+    import Stemmer
+
+    return bm25s.tokenize(
+        list(texts),
+        stopwords="en",
+        stemmer=Stemmer.Stemmer("english"),
+        return_ids=False,
+        show_progress=False,
+    )
+
+
 def bm25_rankings(
     queries: Sequence[str],
     passages: Sequence[str],
@@ -106,31 +152,7 @@ def bm25_rankings(
             so a ranking may be shorter.
 
     """
-    import bm25s
-    import Stemmer
-
     if len(passages) != len(ids):
         raise ValueError(f"{len(passages)} passages but {len(ids)} ids: one id each")
-
-    def tokenize(texts: Sequence[str]) -> Any:
-        return bm25s.tokenize(
-            list(texts),
-            stopwords="en",
-            stemmer=Stemmer.Stemmer("english"),
-            return_ids=False,
-            show_progress=False,
-        )
-
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # It tells every step.
-    words = tokenize(passages)
-    if not any(words):  # Nothing but stop words: bm25s has no vocabulary to index.
-        return [[] for _ in queries]
-    retriever = bm25s.BM25()
-    retriever.index(words, show_progress=False)
-    rankings = []
-    for query in tokenize(queries):
-        known = retriever.get_tokens_ids(query)
-        scores = retriever.get_scores_from_ids(known) if known else np.zeros(len(ids))
-        best = best_positions(np.asarray(scores), k)
-        rankings.append([ids[position] for position in best if scores[position] > 0])
-    return rankings
+    found = Bm25(passages).search(queries, k)
+    return [[ids[int(position)] for position in best] for best, _ in found]

@@ -11,7 +11,7 @@ import time
 import ml_collections
 import pytest
 
-from gecko_jax import cli, flags, verbs
+from gecko_jax import cli, flags, fret_verbs, verbs
 from gecko_jax.convert import to_hub
 
 VERBS = (
@@ -24,6 +24,11 @@ VERBS = (
     ("index",),
     ("search",),
     ("export",),
+    ("fret", "plan"),
+    ("fret", "calibrate"),
+    ("fret", "run"),
+    ("fret", "bootstrap"),
+    ("fret", "report"),
 )
 
 
@@ -88,7 +93,8 @@ def test_help_of_every_verb_has_an_example(capsys, verb):
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_has_its_function(verb):
-    assert callable(getattr(verbs, "_".join(verb)))
+    room = fret_verbs if verb[0] == "fret" else verbs
+    assert callable(getattr(room, "_".join(verb).removeprefix("fret_")))
 
 
 def test_no_argument_shows_the_help(capsys):

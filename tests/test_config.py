@@ -12,6 +12,7 @@ from gecko_jax import step as step_lib
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = tuple(model.PRESETS)
 ARGUMENTS = ("", "local", *SIZES, *(f"{size},local" for size in SIZES))
+FINETUNE = ("fret", "fret,local", "xl,fret")
 
 
 def test_arguments_are_words_and_pairs():
@@ -23,8 +24,13 @@ def test_arguments_are_words_and_pairs():
         config_lib.parse_arg("rate=x", rate=1)
 
 
-@pytest.mark.parametrize("name", ["prefinetune", "finetune"])
-@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *(("prefinetune", argument) for argument in ARGUMENTS),
+        *(("finetune", argument) for argument in (*ARGUMENTS, *FINETUNE)),
+    ],
+)
 def test_every_config_is_sound_and_traces(name, argument):
     config = flags.load(f"{ROOT / 'configs' / name}.py:{argument}")
     config_lib.check(config)

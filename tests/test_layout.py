@@ -47,6 +47,7 @@ FLOORS = {
     "optimizer": 2,
     "t5x_adapter": 2,
     "step": 2,
+    "fret": 3,
     "train": 2,
     "vectors": 2,
     "workdir": 2,
@@ -54,6 +55,8 @@ FLOORS = {
     "__main__": 4,
     "cli": 4,
     "flags": 4,
+    "fret_parsers": 4,
+    "fret_verbs": 4,
     "verbs": 4,
 }
 
@@ -67,7 +70,8 @@ ROOMS_OF = {
     "torch": set(),
     "transformers": set(),
     "sentence_transformers": set(),
-    "argparse": {"cli", "verbs"},
+    "argparse": {"cli", "verbs", "fret_parsers", "fret_verbs"},
+    "httpx": {"fret"},
 }
 
 # Slow to import, or not always there: only inside the function that needs them.
@@ -85,6 +89,7 @@ ONLY_INSIDE_FUNCTIONS = (
     "datasets",
     "huggingface_hub",
     "sklearn",
+    "httpx",
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,150 @@
+"""Export: the triples as JSON lines that `gecko train` reads, and what they are.
+
+    {"task": "fact checking", "query": "Honey ...", "positive": "Honey hardly ...",
+     "title": "", "negatives": ["..."], "negative_titles": [""],
+     "task_description": "fact checking", "generator": "...", "licence": "CC0-1.0"}
+
+`gecko train --config.data.files=WORKDIR/export/fret.jsonl` takes the file. Every value
+of `task` is a task of its own there, so rare ones are "search result"; the words of the
+model stay beside them in `task_description`.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from gecko_jax import files
+from gecko_jax.fret import pipeline, records, stages
+
+OUTPUT = "fret.jsonl"
+OTHER_TASK = "search result"
+
+
+def export(passes: pipeline.Pipeline) -> pathlib.Path:
+    """Writes the triples of a finished pass; returns their file.
+
+    A file that is there already and was made from the same records stays.
+    """
+    source = passes.source
+    facts = {"code": 1, "fuse": passes.fuse.hash} | {
+        "max_tasks": source.config.export.max_tasks
+    }
+    stage = records.Stage(source.workdir, "export", facts)
+    stage.begin()
+    path = stage.folder / OUTPUT
+    if stage.done() is None:
+        counts: Counter[str] = Counter()
+        for shard in range(len(passes.shards)):
+            for record in stages.kept(passes.generate.read(shard)):
+                counts[record["task"]] += 1
+        common = sorted(counts, key=lambda task: (-counts[task], task))
+        tasks = set(common[: source.config.export.max_tasks])
+        num_rows = num_moved = 0
+        licences: Counter[str] = Counter()
+        digest = hashlib.sha256()
+        with files.write_file(path) as temporary, temporary.open("wb") as lines:
+            for triple, moved in _triples(passes, tasks):
+                line = records.to_line(triple).encode()
+                lines.write(line)
+                digest.update(line)
+                num_rows += 1
+                num_moved += moved
+                licences[triple.get("licence", "unknown")] += 1
+        if not num_rows:
+            path.unlink()
+            raise ValueError(
+                f"{source.workdir}: no triple is left; `gecko fret report` shows what "
+                "was dropped and why"
+            )
+        card = _card(passes, num_rows, num_moved, licences)
+        with files.write_file(stage.folder / "README.md") as temporary:
+            temporary.write_text(card)
+        stage.finish(0, records=num_rows, moved=num_moved, sha256=digest.hexdigest())
+    return path
+
+
+def write_pairs(passes: pipeline.Pipeline, path: pathlib.Path) -> int:
+    """Writes (task, query, seed passage) of every query; returns their number."""
+    number = 0
+    with files.write_file(path) as temporary, temporary.open("w") as lines:
+        for shard in range(len(passes.shards)):
+            for record in stages.kept(passes.generate.read(shard)):
+                title, body = passes.source.store.texts[record["id"]]
+                pair = {"task": record["task"], "query": record["query"]}
+                lines.write(records.to_line(pair | {"positive": body, "title": title}))
+                number += 1
+    return number
+
+
+def _triples(
+    passes: pipeline.Pipeline, tasks: set[str]
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yields (triple, whether its positive moved) in the order of the seeds."""
+    source = passes.source
+    rows = source.config.passages.shard_rows
+    for shard in range(len(passes.shards)):
+        queries = stages.by_id(passes.generate.read(shard))
+        seeds = {record["id"]: record for record in source.stage.read(shard)}
+        for record in stages.kept(passes.fuse.read(shard)):
+            query = queries[record["id"]]
+            title, body = source.store.texts[record["positive"]]
+            task = query["task"] if query["task"] in tasks else OTHER_TASK
+            triple: dict[str, Any] = {"task": task, "query": query["query"]}
+            triple |= {"positive": body, "title": title}
+            if record["negative"] is not None:
+                title, body = source.store.texts[record["negative"]]
+                triple |= {"negatives": [body], "negative_titles": [title]}
+            triple |= {"task_description": query["task"], "generator": query["model"]}
+            triple |= {"prompt": query["prompt"], "seed": record["id"]}
+            seed = seeds[record["id"]]
+            assert record["id"] // rows == shard
+            for name in ("source", "source_id", "licence", "license"):
+                if name in seed:
+                    triple["licence" if name == "license" else name] = seed[name]
+            yield triple, record["moved"]
+
+
+def _card(
+    passes: pipeline.Pipeline, num_rows: int, num_moved: int, licences: Counter[str]
+) -> str:
+    """Returns what somebody must know who is given the file alone."""
+    source, config = passes.source, passes.source.config
+    prompts = source.prompts
+    used = [prompts.generate, prompts.likelihood, prompts.relevance]
+    lines = [
+        "# FRet triples",
+        "",
+        "Made by `gecko fret run` (gecko_jax): a language model read each passage and "
+        "wrote a task and a query; it then chose the positive and the hard negative "
+        "among the neighbours of the query (Lee et al. 2024, section 3.2). Queries are "
+        "machine-written and were not checked by people.",
+        "",
+        f"- triples: {num_rows:,}; the positive is not the seed in "
+        f"{num_moved / num_rows:.1%} of them",
+        f"- generator: {json.dumps(source.model_facts)}, licence of its output: "
+        f"{config.llm.licence or 'not stated'}",
+        f"- retriever: {config.retrieve.model or 'BM25'}, "
+        f"{config.retrieve.num_candidates} candidates",
+        f"- seed: {config.seed}; hash of the fused records: {passes.fuse.hash}",
+        "- prompts: "
+        + ", ".join(f"{p.name} version {p.version} ({p.sha256[:12]})" for p in used),
+        f"- kept clear of: {', '.join(config.passages.decontaminate) or 'nothing'}",
+        "- licences of the passages: "
+        + ", ".join(f"{name} {count:,}" for name, count in licences.most_common()),
+        "",
+        "| stage | records | kept | dropped |",
+        "|---|---|---|---|",
+    ]
+    for stage in (source.stage, *(step.stage for step in passes.steps)):
+        done = stage.done()
+        if done is not None and done["records"]:
+            why = ", ".join(
+                f"{count} {name}" for name, count in done["dropped"].items()
+            )
+            lines.append(
+                f"| {stage.name} | {done['records']:,} | {done['kept']:,} | {why} |"
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,272 @@
+"""Language models: the one protocol that the stages speak, and its recorded form.
+
+    model.generate(prompts, seeds)            texts that go on where the prompts end
+    model.score(prompts, continuations)       log LLM(continuation | prompt), in nats
+    model.label_log_probs(prompts, labels)    log LLM(label | prompt) of every label
+
+An answer is a number or a text that the model gave. What it did not give is a
+`Failure` with a reason: never a constant in its place.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from gecko_jax.fret import requests
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens that an answer took.
+
+    Attributes:
+        prompt_tokens: Read.
+        completion_tokens: Written.
+        requests: Sent for it, those answered with an error left out.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 1
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.requests + other.requests,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A text.
+
+    Attributes:
+        text: What the model wrote, as it came.
+        is_cut: It was stopped by the limit of tokens, not by its own end.
+        usage: Of tokens.
+    """
+
+    text: str
+    is_cut: bool
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The log-likelihood of a continuation: the sum over its tokens, in nats."""
+
+    log_prob: float
+    num_tokens: int
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelScores:
+    """The log-probability of each label, in nats, in the order of the labels."""
+
+    log_probs: tuple[float, ...]
+    usage: Usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """No answer.
+
+    Attributes:
+        reason: One of a few words, by which failures are counted.
+        detail: What came instead, for people.
+    """
+
+    reason: str
+    detail: str = ""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What a stage asks of a model. Answers are in the order of the prompts."""
+
+    @property
+    def name(self) -> str:
+        """Model and revision, as written beside every record."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything about the model that changes an answer."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: "Sampling"
+    ) -> list[Generation | Failure]:
+        """Continues each prompt, with its own seed."""
+        ...
+
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str]
+    ) -> list[Score | Failure]:
+        """Scores each continuation of its prompt."""
+        ...
+
+    def label_log_probs(
+        self, prompts: Sequence[str], labels: Sequence[str]
+    ) -> list[LabelScores | Failure]:
+        """Scores every label as the continuation of each prompt."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How text is drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: Share of the probability that may be drawn.
+        max_tokens: Most tokens of an answer.
+        stop: Strings that end it; they are not part of it.
+    """
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+
+
+def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """Returns the name of a request: equal ones have the same answer.
+
+    Args:
+        kind: "generate", "score" or "labels".
+        facts: Backend, model and revision.
+        body: Rendered prompt, parameters and seed.
+    """
+    encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(encoded.encode()).hexdigest()[:32]
+
+
+# What a request log holds of an answer, and how it is read back.
+KINDS: Mapping[str, type] = {
+    "generate": Generation,
+    "score": Score,
+    "labels": LabelScores,
+}
+
+
+def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
+    """Returns plain values that JSON can hold."""
+    return dataclasses.asdict(answer)
+
+
+def from_record(kind: str, record: Mapping[str, Any]) -> Any:
+    """Inverse of `to_record`."""
+    values = dict(record)
+    values["usage"] = Usage(**values["usage"])
+    if kind == "labels":
+        values["log_probs"] = tuple(values["log_probs"])
+    return KINDS[kind](**values)
+
+
+class CachedModel:
+    """A model behind a request log: what was answered before is not asked again.
+
+    Subclasses, or the `ask` given, answer what the log does not hold.
+    """
+
+    def __init__(self, name: str, facts: dict[str, Any], ask: "Ask"):
+        """Starts without a log; the stages open one for each shard.
+
+        Args:
+            name: Model and revision.
+            facts: Everything that changes an answer; part of every key.
+            ask: Called with the kind and the bodies of new requests, and with a
+                function to call with (position, answer) as each answer comes.
+        """
+        self.name = name
+        self.facts = facts
+        self._ask = ask
+        self.log: requests.RequestLog = requests.RequestLog(None)
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Generation | Failure]:
+        """See `LanguageModel.generate`."""
+        settings = dataclasses.asdict(sampling) | {"stop": list(sampling.stop)}
+        bodies = [
+            {"prompt": prompt, "seed": seed, **settings}
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return self._answer("generate", bodies)
+
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str]
+    ) -> list[Score | Failure]:
+        """See `LanguageModel.score`."""
+        bodies = [
+            {"prompt": prompt, "continuation": continuation}
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+        return self._answer("score", bodies)
+
+    def label_log_probs(
+        self, prompts: Sequence[str], labels: Sequence[str]
+    ) -> list[LabelScores | Failure]:
+        """See `LanguageModel.label_log_probs`."""
+        bodies = [{"prompt": prompt, "labels": list(labels)} for prompt in prompts]
+        return self._answer("labels", bodies)
+
+    def _answer(self, kind: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
+        keys = [request_key(kind, self.facts, body) for body in bodies]
+        waiting: dict[str, int] = {}  # Equal requests are sent once.
+        for position, key in enumerate(keys):
+            if self.log.get(key) is None:
+                waiting.setdefault(key, position)
+        failures: dict[str, Failure] = {}
+        new = list(waiting.items())
+
+        def keep(number: int, answer: Any) -> None:
+            key = new[number][0]
+            if isinstance(answer, Failure):
+                failures[key] = answer
+            else:
+                self.log.put(key, to_record(answer))
+
+        if new:
+            self._ask(kind, [bodies[position] for _, position in new], keep)
+        answers = []
+        for key in keys:
+            record = self.log.get(key)
+            answers.append(
+                failures.get(key, Failure("not_asked"))
+                if record is None
+                else from_record(kind, record)
+            )
+        return answers
+
+
+Ask = Callable[[str, list[dict[str, Any]], Callable[[int, Any], None]], None]
+
+
+def recorded(folder: str | os.PathLike) -> CachedModel:
+    """Returns a model that knows only the answers of a run's request logs.
+
+    Args:
+        folder: A folder that `export_recording` wrote, or the workdir of a run.
+
+    Raises:
+        ValueError: No recording there.
+    """
+    name, facts, answers = requests.read_recording(folder)
+
+    def ask(kind: str, bodies: list[dict[str, Any]], keep: Any) -> None:
+        for number, body in enumerate(bodies):
+            record = answers.get(request_key(kind, facts, body))
+            if record is None:
+                detail = body["prompt"][-80:]
+                keep(number, Failure("not_recorded", f"no answer to ...{detail!r}"))
+            else:
+                keep(number, from_record(kind, record))
+
+    return CachedModel(name, facts, ask)

@@ -1,0 +1,92 @@
+"""MinHash: texts that are nearly the same, found without comparing every two.
+
+The *resemblance* of two texts is the share of their runs of `SHINGLE_WORDS` words that
+both have. A signature holds, for each of `SIZE` hash functions, the smallest value over
+a text's runs; the share of equal entries estimates the resemblance with a standard
+error of at most 1 / (2 sqrt(SIZE)). Texts that agree in a whole band of entries are
+compared, which misses hardly any pair above 0.75.
+
+Our own hundred lines rather than a library's: signatures must stay the same from one
+version to the next, for what is dropped decides every later record.
+"""
+
+import hashlib
+import re
+
+import numpy as np
+from jaxtyping import UInt32, UInt64
+
+SHINGLE_WORDS = 3
+SIZE = 128
+_BANDS, _ROWS = 16, 8
+_WORD = re.compile(r"\w+")
+
+_rng = np.random.Generator(np.random.PCG64(20240329))
+_FACTORS = _rng.integers(1, 1 << 32, SIZE, dtype=np.uint64)
+_OFFSETS = _rng.integers(0, 1 << 32, SIZE, dtype=np.uint64)
+
+
+def words(text: str) -> list[str]:
+    """Returns the words of a text, in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def shingles(tokens: list[str], length: int) -> UInt64[np.ndarray, " S"]:
+    """Returns the hashes of all runs of `length` words; a shorter text is one run."""
+    count = max(len(tokens) - length + 1, 1)
+    runs = {" ".join(tokens[begin : begin + length]) for begin in range(count)}
+    digests = b"".join(
+        hashlib.blake2b(run.encode(), digest_size=8).digest() for run in sorted(runs)
+    )
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
+    """Returns the smallest value of each hash function over the runs."""
+    low = hashes & np.uint64(0xFFFFFFFF)
+    # Multiply and shift, modulo 2^64: the high half is the hash.
+    mixed = low[:, None] * _FACTORS[None, :] * np.uint64(0x9E3779B97F4A7C15)
+    mixed += _OFFSETS[None, :] * np.uint64(0xC2B2AE3D27D4EB4F)
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
+
+
+class NearDuplicates:
+    """The signatures seen so far."""
+
+    def __init__(self, threshold: float):
+        """Starts empty.
+
+        Args:
+            threshold: Resemblance, in (0, 1], from which two texts count as the same.
+        """
+        self._threshold = threshold
+        self._signatures: list[UInt32[np.ndarray, " H"]] = []
+        self._bands: dict[bytes, list[int]] = {}
+
+    def find(self, text: str) -> int | None:
+        """Returns the number of an added text that resembles this one, or None."""
+        seen: set[int] = set()
+        entries = signature(shingles(words(text), SHINGLE_WORDS))
+        for key in self._keys(entries):
+            for number in self._bands.get(key, ()):
+                if number not in seen:
+                    seen.add(number)
+                    same = np.mean(self._signatures[number] == entries)
+                    if same >= self._threshold:
+                        return number
+        return None
+
+    def add(self, text: str) -> int:
+        """Adds a text and returns its number."""
+        entries = signature(shingles(words(text), SHINGLE_WORDS))
+        number = len(self._signatures)
+        self._signatures.append(entries)
+        for key in self._keys(entries):
+            self._bands.setdefault(key, []).append(number)
+        return number
+
+    def _keys(self, entries: UInt32[np.ndarray, " H"]) -> list[bytes]:
+        rows = entries.reshape(_BANDS, _ROWS)
+        return [bytes([band]) + rows[band].tobytes() for band in range(_BANDS)]

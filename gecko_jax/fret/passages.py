@@ -1,0 +1,183 @@
+"""Passages: read, cleaned, each kept once, and none of an evaluation set.
+
+    {"_id": "d1", "title": "Lizards", "text": "Geckos ...", "licence": "CC0-1.0"}
+ -> {"id": 0, "source": "corpus.jsonl", "source_id": "d1", "title": "Lizards",
+     "text": "Geckos ...", "licence": "CC0-1.0"}
+
+A passage that breaks a rule is counted under its reason; a file that cannot be read is
+an error. Texts of evaluation sets are known by a run of `COMMON_WORDS` words that the
+passage shares with a query or a passage of theirs, or by being the same.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gecko_jax import evaluation_sets, files, progress, text
+from gecko_jax.fret import answers, minhash
+
+# Words in a row that two texts do not share by chance (GPT-3 took 13 as well).
+COMMON_WORDS = 13
+# Evaluation texts shorter than that count whole, from this many words on.
+_MIN_WORDS = 6
+_KEPT_FIELDS = ("licence", "license", "src", "url")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a passage must be.
+
+    Attributes:
+        min_words: Fewest words.
+        max_characters: Most characters.
+        near_duplicate: Resemblance from which two passages count as the same; 0 keeps
+            all that differ at all.
+        limit: Most passages kept; 0 for all.
+    """
+
+    min_words: int
+    max_characters: int
+    near_duplicate: float
+    limit: int
+
+
+class Contamination:
+    """The texts of evaluation sets."""
+
+    def __init__(self, folders: Sequence[str | os.PathLike]):
+        """Reads every query and passage of the sets.
+
+        Args:
+            folders: What `evaluation_sets.load` takes.
+        """
+        self._texts: set[str] = set()
+        self._runs: dict[int, set[int]] = {}
+        for folder in folders:
+            for one in evaluation_sets.load(folder):
+                if isinstance(one, evaluation_sets.RetrievalSet):
+                    found = (*one.queries, *one.texts)
+                else:
+                    found = (*one.sentences1, *one.sentences2)
+                for content in found:
+                    self._add(content)
+
+    def _add(self, content: str) -> None:
+        tokens = minhash.words(content)
+        self._texts.add(answers.normalized(content))
+        length = min(len(tokens), COMMON_WORDS)
+        if length >= _MIN_WORDS:
+            found = minhash.shingles(tokens, length).tolist()
+            self._runs.setdefault(length, set()).update(found)
+
+    def holds(self, content: str) -> bool:
+        """Whether `content` is or shares a text of an evaluation set."""
+        if answers.normalized(content) in self._texts:
+            return True
+        tokens = minhash.words(content)
+        return any(
+            len(tokens) >= length
+            and not known.isdisjoint(minhash.shingles(tokens, length).tolist())
+            for length, known in self._runs.items()
+        )
+
+
+def read(
+    paths: Sequence[str | os.PathLike], rules: Rules, contamination: Contamination
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Returns the passages that are kept, numbered, and the others by reason.
+
+    Args:
+        paths: JSON lines or `.txt` files, see `files.read_texts`; of a file of pairs
+            the field `positive` or `passage` is the text.
+        rules: What a passage must be.
+        contamination: What it must not be.
+
+    Raises:
+        ValueError: A file is missing or is not what its name says; no passage is left.
+    """
+    dropped: Counter[str] = Counter()
+    kept: list[dict[str, Any]] = []
+    seen: set[tuple[int, int]] = set()
+    near = minhash.NearDuplicates(rules.near_duplicate or 1.0)
+    lines = itertools.chain.from_iterable(map(_read_file, paths))
+    for record in progress.track(lines, "Reading passages"):
+        if rules.limit and len(kept) == rules.limit:
+            break
+        reason = _clean(record, rules)
+        if reason is None and contamination.holds(
+            f"{record['title']} {record['text']}"
+        ):
+            reason = "evaluation_set"
+        if reason is None:
+            # A text under another title would be a doubtful negative.
+            content = text.content_id(record["text"])
+            if content in seen:
+                reason = "duplicate"
+            elif rules.near_duplicate and near.find(record["text"]) is not None:
+                reason = "near_duplicate"
+            seen.add(content)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        if rules.near_duplicate:
+            near.add(record["text"])
+        kept.append({"id": len(kept), **record})
+    if not kept:
+        told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        named = ", ".join(str(path) for path in paths) or "passages.files=()"
+        raise ValueError(
+            f"{named}: no passage is left ({told or 'there was none'}); give files "
+            "with passages, or relax the rules under passages"
+        )
+    return kept, dict(sorted(dropped.items()))
+
+
+def _read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    path = pathlib.Path(path)
+    plain = path.name.removesuffix(".gz").endswith(".txt")
+    for place, line in files.read_lines(path) if plain else files.read_records(path):
+        number = place.rpartition(":")[2]
+        record = {"text": line} if isinstance(line, str) else line
+        identity = record.get("_id", record.get("id", number))
+        fields = {"source": path.name, "source_id": str(identity)}
+        for name in _KEPT_FIELDS:
+            if isinstance(record.get(name), str):
+                fields[name] = record[name]
+        given = (record.get(name) for name in ("text", "positive", "passage"))
+        body = next((value for value in given if value is not None), None)
+        yield {**fields, "title": record.get("title") or "", "text": body}
+
+
+def _clean(record: dict[str, Any], rules: Rules) -> str | None:
+    """Cleans title and text in place; returns why the passage is not kept."""
+    title, body = record["title"], record["text"]
+    if not isinstance(title, str) or not isinstance(body, str):
+        return "no_text"
+    if not body.strip():
+        return "empty"
+    if len(title) + len(body) > rules.max_characters:
+        return "too_long"
+    if _is_binary(title + body):
+        return "binary"
+    record["text"] = text.clean(body)
+    record["title"] = text.clean(title) if title.strip() else ""
+    if len(minhash.words(record["text"])) < rules.min_words:
+        return "too_short"
+    return None
+
+
+def _is_binary(content: str) -> bool:
+    """Whether more than a few characters are none that text is made of."""
+    categories = Counter(
+        unicodedata.category(c) for c in content if c not in "\t\n\r\f"
+    )
+    # Half of a surrogate pair is no character and cannot be written.
+    if "\x00" in content or categories["Cs"]:
+        return True
+    strange = categories["Cc"] + categories["Co"] + categories["Cn"]
+    return 50 * (strange + content.count("\ufffd")) > len(content)

@@ -1,0 +1,181 @@
+"""Records: the folders of shards that stages read and write.
+
+    generate/stage.json             facts that decide what the stage writes
+    generate/shard-00000.jsonl      a record a line; whole, or not there
+    generate/.done.json             counts; there once every shard is
+
+A shard is written under a temporary name and renamed. While a process works on one it
+holds a lock that the system takes back when the process ends, however it ends; so
+several may share a folder, and none waits for a dead one. Where locks do not reach, as
+between machines on a bucket, `worker=(i, n)` gives each every n-th shard.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from gecko_jax import files
+
+DROPPED = "dropped"  # A record with this field goes no further; it holds the reason.
+LOCKS = ".locks"  # Folder of a workdir; holds nothing that is worth keeping.
+_FACTS, _DONE = "stage.json", ".done.json"
+
+
+class Stage:
+    """A folder of shards.
+
+    Attributes:
+        name: Of the stage, and of its folder.
+        folder: Where its shards lie.
+        facts: What decides the content: settings, prompts, model, code version and
+            the hash of the stage before.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        name: str,
+        facts: Mapping[str, Any],
+        suffix: str = ".jsonl",
+    ):
+        """Names the folder; `begin` makes it."""
+        self.name = name
+        self._suffix = suffix
+        self.folder = workdir / name
+        self.facts = json.loads(json.dumps(facts, default=list))
+
+    @property
+    def hash(self) -> str:
+        """Changes with whatever the stage's records depend on."""
+        encoded = json.dumps([self.name, self.facts], sort_keys=True)
+        return hashlib.sha256(encoded.encode()).hexdigest()[:16]
+
+    def begin(self) -> None:
+        """Writes the facts, or compares them with those of an earlier run.
+
+        Raises:
+            ValueError: The folder was begun with others; names each difference.
+        """
+        path = self.folder / _FACTS
+        if not path.exists():
+            with files.write_file(path) as temporary:
+                temporary.write_text(json.dumps(self.facts, indent=2) + "\n")
+            return
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}: not JSON ({error}); remove the folder, or restore the file"
+            ) from None
+        changed = list(_differences(before, self.facts))
+        if changed:
+            raise ValueError(
+                f"{self.folder}: begun with other settings. Set these back, remove "
+                "the folder and those of the stages after it to make them anew, or "
+                "choose another workdir:\n  " + "\n  ".join(changed)
+            )
+
+    def shard_path(self, shard: int) -> pathlib.Path:
+        """Returns where a shard lies, or will."""
+        return self.folder / f"shard-{shard:05}{self._suffix}"
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is finished."""
+        return self.shard_path(shard).exists()
+
+    def read(self, shard: int) -> list[dict[str, Any]]:
+        """Returns the records of a finished shard, dropped ones among them."""
+        path = self.shard_path(shard)
+        return [record for _, record in files.read_records(path)]
+
+    def write(self, shard: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes a shard whole."""
+        with (
+            files.write_file(self.shard_path(shard)) as temporary,
+            temporary.open("w", encoding="utf-8") as lines,
+        ):
+            for record in records:
+                lines.write(to_line(record))
+
+    def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:
+        """Counts the records of every shard and closes the stage.
+
+        Returns:
+            What `.done.json` holds: shards, records, those dropped by reason, tokens.
+        """
+        counts: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        for shard in range(num_shards if self._suffix == ".jsonl" else 0):
+            for record in self.read(shard):
+                counts["records"] += 1
+                if DROPPED in record:
+                    reasons[record[DROPPED]] += 1
+                for name, number in record.get("usage", {}).items():
+                    counts[name] += number
+        done = {
+            "stage": self.name,
+            "hash": self.hash,
+            "shards": num_shards,
+            "records": counts.pop("records", 0),
+            "kept": 0,
+            "dropped": dict(sorted(reasons.items())),
+            "usage": dict(sorted(counts.items())),
+            **facts,
+        }
+        done["kept"] = done["records"] - sum(done["dropped"].values())
+        with files.write_file(self.folder / _DONE) as temporary:
+            temporary.write_text(json.dumps(done, indent=2, default=list) + "\n")
+        return done
+
+    def done(self) -> dict[str, Any] | None:
+        """Returns what `.done.json` holds, None while the stage is unfinished."""
+        try:
+            return json.loads((self.folder / _DONE).read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.folder / _DONE}: not JSON ({error}); remove it, and the same "
+                "command writes it again"
+            ) from None
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """Returns a record as a line; the same record is always the same bytes."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def try_lock(path: pathlib.Path) -> Iterator[bool]:
+    """Gives whether the lock could be had; nobody is waited for.
+
+    The file stays. It belongs to whoever holds it, and to nobody once that process
+    has ended.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            got = True
+        except BlockingIOError:
+            got = False
+        yield got
+    finally:
+        os.close(handle)
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """Yields `key: was ..., is ...` of every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            path = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), now.get(name), path)
+    elif before != now:
+        yield f"{key}: was {before!r}, is {now!r}"

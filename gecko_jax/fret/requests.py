@@ -1,0 +1,204 @@
+"""Requests: what was asked before, what it cost, and how much may still be spent.
+
+A request log is a JSON-lines file beside the shard whose requests it holds. A line is
+written as soon as an answer comes, so a killed run has paid only for what was on its
+way; the logs of a run are also its recording, which `llm.recorded` replays.
+
+    requests/generate/shard-00000.jsonl     {"key": "3f...", "answer": {...}}
+    requests/model.json                     {"name": "...", "facts": {...}}
+"""
+
+import json
+import os
+import pathlib
+import threading
+from typing import Any
+
+from gecko_jax import files
+
+FOLDER = "requests"
+_MODEL = "model.json"
+
+
+class RequestLog:
+    """The answers of one shard, by the key of the request."""
+
+    def __init__(self, path: pathlib.Path | None):
+        """Reads what an earlier attempt left; a torn last line is cut off.
+
+        Args:
+            path: The file; None keeps the answers in memory alone.
+        """
+        self._answers: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        self._file: Any = None
+        if path is None:
+            return
+        if path.exists():
+            self._read(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab", buffering=0)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Returns the answer that was kept under `key`."""
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: dict[str, Any]) -> None:
+        """Keeps an answer; it is in the file when this returns."""
+        line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False)
+        with self._lock:
+            if self._file is not None:
+                self._file.write(line.encode() + b"\n")
+            self._answers[key] = answer
+
+    def close(self) -> None:
+        """Closes the file; the answers stay in memory."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "RequestLog":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def _read(self, path: pathlib.Path) -> None:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self._answers[record["key"]] = record["answer"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number}: not an answer ({error}); the log is damaged: "
+                    "remove the line, and its request is sent again"
+                ) from error
+
+
+def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
+    """Says whose answers the logs of a run hold."""
+    path = workdir / FOLDER / _MODEL
+    if not path.exists():
+        with files.write_file(path) as temporary:
+            temporary.write_text(json.dumps({"name": name, "facts": facts}, indent=2))
+
+
+def read_recording(
+    folder: str | os.PathLike,
+) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Returns the model's name and facts, and every answer of its logs.
+
+    Args:
+        folder: The workdir of a run, or its folder `requests`.
+
+    Raises:
+        ValueError: No recording there, or a damaged one.
+    """
+    root = pathlib.Path(folder)
+    root = root / FOLDER if (root / FOLDER).is_dir() else root
+    try:
+        about = json.loads((root / _MODEL).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder}: no {_MODEL} here, so no recorded answers; give the workdir of "
+            "a run of `gecko fret run`, or its folder 'requests'"
+        ) from None
+    answers = {}
+    paths = [*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]
+    for path in sorted(paths):
+        for place, record in files.read_records(path):
+            try:
+                answers[record["key"]] = record["answer"]
+            except KeyError as error:
+                raise ValueError(f"{place}: no {error}; not a request log") from None
+    return about["name"], about["facts"], answers
+
+
+class BudgetError(Exception):
+    """The run may send no more requests; what was answered is kept."""
+
+
+class Budget:
+    """What a run may still send, and what it has spent.
+
+    A request is reserved before it is sent and settled when it is answered, so that
+    what is on its way can never carry the run over its limit.
+    """
+
+    def __init__(
+        self,
+        max_requests: int | None = None,
+        max_cost: int | float | None = None,
+        price_input: int | float = 0.0,
+        price_output: int | float = 0.0,
+    ):
+        """Starts with nothing spent.
+
+        Args:
+            max_requests: Most requests, each try counted; None for any number.
+            max_cost: Most money, in the currency of the prices; None for any sum.
+            price_input: Of a million prompt tokens.
+            price_output: Of a million completion tokens.
+        """
+        if max_cost is not None and not (price_input or price_output):
+            raise ValueError(
+                f"max_cost={max_cost}: without prices nothing costs anything; set "
+                "llm.price_input and llm.price_output (of a million tokens)"
+            )
+        self._max_requests = max_requests
+        self._max_cost = max_cost
+        self._prices = (price_input, price_output)
+        self._lock = threading.Lock()
+        self._reserved = 0.0
+        self.requests = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+
+    def price(
+        self, prompt_tokens: int | float, completion_tokens: int | float
+    ) -> float:
+        """Returns what so many tokens cost."""
+        return (
+            prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]
+        ) / 1e6
+
+    @property
+    def cost(self) -> float:
+        """What was spent."""
+        return self.price(self.prompt_tokens, self.completion_tokens)
+
+    def reserve(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Counts a request that is about to be sent, and returns its highest price.
+
+        Raises:
+            BudgetError: It would pass a limit.
+        """
+        price = self.price(prompt_tokens, completion_tokens)
+        with self._lock:
+            if self._max_requests is not None and self.requests >= self._max_requests:
+                raise BudgetError(f"max_requests={self._max_requests:,} were sent")
+            if (
+                self._max_cost is not None
+                and self.cost + self._reserved + price > self._max_cost
+            ):
+                raise BudgetError(
+                    f"max_cost={self._max_cost:g}: {self.cost:.4f} is spent, and the "
+                    f"next request might cost {price:.4f}"
+                )
+            self.requests += 1
+            self._reserved += price
+        return price
+
+    def settle(
+        self, reserved: float, prompt_tokens: int = 0, completion_tokens: int = 0
+    ) -> None:
+        """Replaces a reservation by what was used."""
+        with self._lock:
+            self._reserved -= reserved
+            self.prompt_tokens += prompt_tokens
+            self.completion_tokens += completion_tokens

@@ -1,0 +1,104 @@
+"""Retrieval: the candidates of a query, by BM25 or by any gecko checkpoint.
+
+For the first round BM25 does; `gecko fret bootstrap` trains the paper's initial
+retriever. With a checkpoint the passages are embedded shard by shard into
+
+    embed/shard-00000.npy       float32, one row a passage
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from gecko_jax import files, ranking
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Finds passages for queries."""
+
+    def search(
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Returns positions and scores of the k best passages per query."""
+        ...
+
+
+class Bm25Retriever:
+    """Words in common; the task has no part in it."""
+
+    def __init__(self, passages: Sequence[tuple[str, str]]):
+        """Indexes (title, text) of every passage."""
+        self._bm25 = ranking.Bm25([f"{title}\n{body}" for title, body in passages])
+
+    def search(
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """See `Retriever.search`; passages without a common word are never found."""
+        del tasks
+        found = self._bm25.search(queries, k)
+        return [(best.tolist(), _rounded(scores)) for best, scores in found]
+
+
+class GeckoRetriever:
+    """Exact search over the vectors of a checkpoint; the query is written "t q"."""
+
+    def __init__(self, gecko: Any, vectors: Float[np.ndarray, "P D"]):
+        """Takes a `gecko_jax.embedding.Gecko` and the passages' vectors."""
+        from gecko_jax import index
+
+        self._gecko = gecko
+        numbers = [str(number) for number in range(len(vectors))]
+        self._index = index.Index(vectors, numbers, revision=gecko.revision)
+
+    def search(
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """See `Retriever.search`."""
+        if not queries:
+            return []
+        encoded = self._gecko.encode_queries(queries, tasks, dim=self._index.dim)
+        scores, positions = self._index.search_positions(encoded, k)
+        return [
+            (row.tolist(), _rounded(values))
+            for row, values in zip(positions, scores, strict=True)
+        ]
+
+
+def write_vectors(
+    path: pathlib.Path, gecko: Any, passages: Sequence[tuple[str, str]], dim: int
+) -> None:
+    """Embeds (title, text) of a shard of passages; `dim` 0 is the largest."""
+    vectors = gecko.encode_passages(
+        [body for _, body in passages],
+        [title for title, _ in passages],
+        dim=dim or None,
+    )
+    with files.write_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, vectors)
+
+
+def read_vectors(paths: Sequence[pathlib.Path]) -> Float[np.ndarray, "P D"]:
+    """Returns the vectors of every shard, in order.
+
+    Raises:
+        ValueError: A shard is damaged.
+    """
+    parts = []
+    for path in paths:
+        try:
+            parts.append(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path}: missing or damaged ({error}); remove it, and the same "
+                "command makes it again"
+            ) from error
+    return np.concatenate(parts)
+
+
+def _rounded(scores: Float[np.ndarray, " T"]) -> list[float]:
+    """Six decimals: what is written does not depend on the last bit."""
+    return [round(float(score), 6) for score in scores]

@@ -1,0 +1,216 @@
+"""A run: raw passages become training triples in a workdir (section 3.2).
+
+    passages/ generate/ [embed/] retrieve/ likelihood/ relevance/ fuse/   shards
+    requests/             the answers of the language model, as they came
+    export/fret.jsonl     the triples; export/README.md says what they are
+    config.json           the settings
+
+Killed at any moment and started again, it ends with the same bytes, and what was
+answered is not asked again.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from gecko_jax import config as config_lib
+from gecko_jax import files
+from gecko_jax.fret import (
+    canary,
+    export,
+    llm,
+    passages,
+    pipeline,
+    records,
+    requests,
+    server,
+    settings,
+)
+
+_QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart" / "train.jsonl"
+_HELD_OUT = 3  # Purpose of the randomness; see `stages.row_rng`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a call did.
+
+    Attributes:
+        stages: What `.done.json` of each finished stage holds.
+        budget: What this call sent.
+        stopped: Why it ended early; "" if it did not.
+        output: The exported file; None if there is none yet.
+    """
+
+    stages: dict[str, dict[str, Any]]
+    budget: requests.Budget
+    stopped: str
+    output: pathlib.Path | None
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    budget: requests.Budget | None = None,
+    worker: tuple[int, int] = (0, 1),
+    until: str = "export",
+    connect: Callable[..., llm.CachedModel] | None = None,
+) -> Summary:
+    """Runs the stages that are missing, and exports.
+
+    Args:
+        config: See `configs/fret.py`.
+        workdir: Of the run; shared by all of its workers.
+        budget: What may be sent; None sets no limit.
+        worker: (i, n): see `Pipeline.run`.
+        until: The last stage, or "export".
+        connect: Gives the model for (config, budget); None asks the server of the
+            config, or its recording.
+
+    Raises:
+        ValueError: A bad setting, file or answer; the workdir was begun otherwise.
+        OSError: The server is gone, or the disk is full. What was answered is kept.
+    """
+    budget = budget or open_budget(config)
+    source = prepare(config, workdir, budget, connect or open_model)
+    stopped = ""
+    passes = main_pipeline(source)
+    try:
+        if until != "passages":
+            passes.run("fuse" if until == "export" else until, worker)
+    except requests.BudgetError as error:
+        stopped = str(error)
+    steps = [source.stage, *(step.stage for step in passes.steps)]
+    done = {stage.name: stage.done() for stage in steps}
+    output = None
+    if until == "export" and done["fuse"]:
+        output = export.export(passes)
+    finished = {name: found for name, found in done.items() if found}
+    return Summary(finished, budget, stopped, output)
+
+
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    budget: requests.Budget,
+    connect: Callable[..., llm.CachedModel],
+) -> pipeline.Source:
+    """Checks the config, makes the passages, and returns what the pipelines share."""
+    settings.check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    contamination = passages.Contamination(config.passages.decontaminate)
+    stage = _passages(config, workdir, contamination)
+    facts = _model_facts(config)
+    name = facts.pop("name")
+
+    def open_and_check() -> llm.CachedModel:
+        model = connect(config, budget)
+        requests.write_model(workdir, name, facts)
+        return model
+
+    with files.write_file(workdir / "config.json") as temporary:
+        temporary.write_text(config_lib.to_json(config))
+    return pipeline.Source(config, workdir, stage, contamination, facts, open_and_check)
+
+
+def open_budget(
+    config: ml_collections.ConfigDict,
+    max_requests: int | None = None,
+    max_cost: int | float | None = None,
+) -> requests.Budget:
+    """Returns a budget with the prices of the config."""
+    return requests.Budget(
+        max_requests, max_cost, config.llm.price_input, config.llm.price_output
+    )
+
+
+def open_model(
+    config: ml_collections.ConfigDict, budget: requests.Budget
+) -> llm.CachedModel:
+    """Returns the recorded model, or that of the server once the canary has sung."""
+    if config.llm.recording:
+        return llm.recorded(config.llm.recording)
+    model = server.connect(settings.server_settings(config), budget)
+    canary.check(
+        model,
+        scores=config.llm.scoring != "none" and not config.llm.chat,
+        labels=bool(config.fuse.relevance_weight),
+    )
+    return model
+
+
+def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
+    """Returns the seeds that calibrate the judges and stay out of the run."""
+    count = min(config.calibrate.num_seeds, num_passages // 5)
+    rng = np.random.default_rng([config.seed, _HELD_OUT])
+    return sorted(rng.permutation(num_passages)[:count].tolist())
+
+
+def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
+    """Returns the pass over all passages that are not held out."""
+    out = set(held_out(source.config, len(source.store)))
+    rows = source.config.passages.shard_rows
+    shards = [
+        [n for n in range(s, min(s + rows, len(source.store))) if n not in out]
+        for s in range(0, len(source.store), rows)
+    ]
+    return pipeline.Pipeline(source, shards, "", {"held_out": len(out)})
+
+
+def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
+    """Returns the pass over the held-out passages, scored by both judges."""
+    chosen = held_out(source.config, len(source.store))
+    rows = source.config.passages.shard_rows
+    shards = [chosen[s : s + rows] for s in range(0, len(chosen), rows)]
+    return pipeline.Pipeline(
+        source, shards, "calibration", {"seeds": len(chosen)}, scores_all=True
+    )
+
+
+def _passages(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    contamination: passages.Contamination,
+) -> records.Stage:
+    """Returns the finished stage of passages; one worker makes it, others wait."""
+    paths = [_QUICKSTART if p == "quickstart" else p for p in config.passages.files]
+    for path in map(pathlib.Path, paths):
+        if not path.is_file():
+            raise ValueError(f"passages.files: {path}: no such file; check the path")
+    rules = settings.passage_rules(config)
+    facts = {
+        "code": pipeline.CODE_VERSION["passages"],
+        "files": {pathlib.Path(path).name: files.sha256(path) for path in paths},
+        "decontaminate": config.passages.decontaminate,
+        "rules": dataclasses.asdict(rules),
+        "shard_rows": config.passages.shard_rows,
+    }
+    stage = records.Stage(workdir, "passages", facts)
+    stage.begin()
+    while stage.done() is None:
+        with records.try_lock(workdir / records.LOCKS / "passages.lock") as got:
+            if got and stage.done() is None:
+                kept, dropped = passages.read(paths, rules, contamination)
+                rows = config.passages.shard_rows
+                starts = range(0, len(kept), rows)
+                for shard, start in enumerate(starts):
+                    stage.write(shard, kept[start : start + rows])
+                total = len(kept) + sum(dropped.values())
+                stage.finish(len(starts), records=total, dropped=dropped)
+        if not got:
+            time.sleep(0.2)
+    return stage
+
+
+def _model_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    if config.llm.recording:
+        name, facts, _ = requests.read_recording(config.llm.recording)
+        return facts | {"name": name}
+    found = settings.server_settings(config)
+    return server.facts(found) | {"name": server.name(found)}
