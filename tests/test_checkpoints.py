@@ -359,5 +359,5 @@ def test_a_checkpoint_that_cannot_be_written_names_the_remedy(
         raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device")
 
     monkeypatch.setattr(checkpointer._manager, "save", full)
-    with pytest.raises(OSError, match=r"checkpoints: .*No space left.*free some disk"):
+    with pytest.raises(OSError, match=r"checkpoints: .*No space left.*Make room"):
         checkpointer.save(1, files.params, {}, {})

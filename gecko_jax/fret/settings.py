@@ -96,9 +96,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
     flat = config_lib.flatten(config)
-    faults = config_lib.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
-    if faults:
-        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+    config_lib.refuse(
+        config_lib.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
+    )
 
 
 def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
