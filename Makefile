@@ -62,6 +62,13 @@ test: $(VENV)/.test ## the fast tests, about five minutes on 2 cores
 test-slow: $(VENV)/.test ## the fast tests and the slow ones
 	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network"
 
+# A CPU build is enough: make test-torch TORCH=torch==2.13.0, or any that is there.
+TORCH ?= torch
+
+.PHONY: test-torch
+test-torch: $(VENV)/.torch ## the tests against PyTorch libraries, and inside mteb
+	$(BIN)/python -m pytest -q -m "torch and not slow"
+
 .PHONY: check
 check: $(VENV)/.dev ## formatting, lint, types and the fast tests: what must pass
 	$(BIN)/ruff format --check .
@@ -84,6 +91,11 @@ $(VENV)/.test: setup.py | $(VENV)/.python
 
 $(VENV)/.dev: setup.py | $(VENV)/.python
 	$(call install,.[dev])
+	@touch $(VENV)/.core $(VENV)/.test
+
+$(VENV)/.torch: setup.py | $(VENV)/.python
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(call install,.[test,torch,eval])
 	@touch $(VENV)/.core $(VENV)/.test
 
 define install
