@@ -1,5 +1,7 @@
 """Meshes and shardings, on eight CPU devices."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -19,6 +21,30 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     data, fsdp, tensor = sizes
     with pytest.raises(ValueError, match=r"number of devices, 8; set one of them"):
         sharding.build_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def _two_slices():
+    return [
+        types.SimpleNamespace(
+            id=i, slice_index=i // 4, process_index=i // 4, platform="gpu"
+        )
+        for i in range(8)
+    ]
+
+
+def test_slices_lie_along_data_or_fsdp_and_never_along_tensor(monkeypatch):
+    monkeypatch.setattr(sharding, "Mesh", lambda array, names, **_: array)
+    along_data = sharding.build_mesh(data=2, tensor=2, devices=_two_slices())
+    slices = np.vectorize(lambda device: device.slice_index)
+    assert slices(along_data).tolist() == [[[0, 0]]] * 2 + [[[1, 1]]] * 2
+    along_fsdp = sharding.build_mesh(
+        data=1, fsdp=2, tensor=2, dcn_fsdp=2, dcn_data=1, devices=_two_slices()
+    )
+    assert slices(along_fsdp).tolist() == [[[0, 0], [0, 0], [1, 1], [1, 1]]]
+    with pytest.raises(ValueError, match=r"product, 8, .* each of 2 slices, 4"):
+        sharding.build_mesh(data=8, devices=_two_slices())
+    with pytest.raises(ValueError, match=r"dcn_data=1 .* number of slices, 2"):
+        sharding.build_mesh(data=4, dcn_data=1, devices=_two_slices())
 
 
 @pytest.mark.parametrize("size", model.PRESETS)
