@@ -1,7 +1,5 @@
 """Meshes and shardings, on eight CPU devices."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -23,23 +21,27 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
         sharding.build_mesh(data=data, fsdp=fsdp, tensor=tensor)
 
 
+class _Device:
+    platform = "gpu"
+    device_kind = "any"
+    client = None
+
+    def __init__(self, number):
+        self.id = number
+        self.slice_index = self.process_index = number // 4
+
+
 def _two_slices():
-    return [
-        types.SimpleNamespace(
-            id=i, slice_index=i // 4, process_index=i // 4, platform="gpu"
-        )
-        for i in range(8)
-    ]
+    return [_Device(number) for number in range(8)]
 
 
-def test_slices_lie_along_data_or_fsdp_and_never_along_tensor(monkeypatch):
-    monkeypatch.setattr(sharding, "Mesh", lambda array, names, **_: array)
-    along_data = sharding.build_mesh(data=2, tensor=2, devices=_two_slices())
+def test_slices_lie_along_data_or_fsdp_and_never_along_tensor():
+    along_data = sharding.build_mesh(data=2, tensor=2, devices=_two_slices()).devices
     slices = np.vectorize(lambda device: device.slice_index)
     assert slices(along_data).tolist() == [[[0, 0]]] * 2 + [[[1, 1]]] * 2
     along_fsdp = sharding.build_mesh(
         data=1, fsdp=2, tensor=2, dcn_fsdp=2, dcn_data=1, devices=_two_slices()
-    )
+    ).devices
     assert slices(along_fsdp).tolist() == [[[0, 0], [0, 0], [1, 1], [1, 1]]]
     with pytest.raises(ValueError, match=r"product, 8, .* each of 2 slices, 4"):
         sharding.build_mesh(data=8, devices=_two_slices())
