@@ -120,6 +120,7 @@ setuptools.setup(
         "test": _TEST,
         "eval": _EVAL,
         "dev": _DEV,
+        # libtpu, which `gecko compile` needs on a CPU as well.
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,

@@ -370,6 +370,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--topology", required=True, metavar="NAME", help="such as v5e:4x4"
     )
     compile_.add_argument(
+        "--slices", type=_positive, default=1, help="of the pod, joined by DCN (1)"
+    )
+    compile_.add_argument(
         "--search", action="store_true", help="try microbatches, remat and meshes"
     )
     compile_.add_argument("--json", action="store_true", help="print JSON lines")

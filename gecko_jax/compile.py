@@ -55,7 +55,8 @@ class Report:
     """What the compiler says of a step; bytes and FLOPs are those of one chip.
 
     Attributes:
-        topology: Such as "v5e:4x4".
+        topology: Of a slice, such as "v5e:4x4".
+        num_slices: Slices of the pod.
         num_devices: JAX devices; of v4 each is a core, with half of a chip's memory.
         mesh: Size of each mesh axis.
         settings: The keys of the config that `search` varies.
@@ -71,11 +72,13 @@ class Report:
         in_microbatch_loop: Collectives that every microbatch waits for.
         compute_seconds: Of the FLOPs at the chip's peak.
         memory_seconds: Of the bytes at the memory's peak.
-        link_seconds: Of the collectives at the peak of the chip's links.
+        link_seconds: Of the collectives at the peak of the links inside a slice; those
+            between slices are slower.
         compile_seconds: What the compiler took.
     """
 
     topology: str
+    num_slices: int
     num_devices: int
     mesh: dict[str, int]
     settings: dict[str, Any]
@@ -143,13 +146,14 @@ def parse_topology(name: str) -> str:
 
 
 @contextlib.contextmanager
-def topology_devices(topology: str) -> Iterator[Sequence[Any]]:
+def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[Any]]:
     """Gives the devices of a topology, to compile for and not to run on.
 
     Only one process at a time may load libtpu: another one is waited for.
 
     Args:
-        topology: See `parse_topology`.
+        topology: Of a slice, see `parse_topology`.
+        num_slices: Slices of the pod, joined by the data-centre network.
 
     Raises:
         ValueError: The topology is unknown.
@@ -176,16 +180,19 @@ def topology_devices(topology: str) -> Iterator[Sequence[Any]]:
         from jax.experimental import topologies
 
         yield topologies.get_topology_desc(
-            platform="tpu", topology_name=topology
+            platform="tpu", topology_name=topology, num_slices=num_slices
         ).devices
 
 
-def compile_step(config: ml_collections.ConfigDict, topology: str) -> Report:
+def compile_step(
+    config: ml_collections.ConfigDict, topology: str, num_slices: int = 1
+) -> Report:
     """Compiles the train step of a config for a topology.
 
     Args:
         config: The training config; its mesh must fit the topology.
-        topology: See `parse_topology`.
+        topology: Of a slice, see `parse_topology`.
+        num_slices: Slices of the pod.
 
     Raises:
         ValueError: The topology is unknown, or the config or its mesh has faults.
@@ -195,7 +202,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: str) -> Report:
     config_lib.check(config)
     topology = parse_topology(topology)
     kind = topology.partition(":")[0]
-    with topology_devices(topology) as devices:
+    with topology_devices(topology, num_slices) as devices:
         mesh = sharding.build_mesh(**step_lib.mesh_sizes(config), devices=devices)
         step = step_lib.build(
             config,
@@ -230,6 +237,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: str) -> Report:
     linked_bytes = sum(kind["bytes"] for kind in by_kind.values())
     return Report(
         topology=topology,
+        num_slices=num_slices,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
         settings={
@@ -304,8 +312,9 @@ def describe(report: Report) -> list[str]:
     gib = 2**30
     shape = " x ".join(f"{name} {size}" for name, size in report.mesh.items())
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
+    slices = f"{report.num_slices} x " if report.num_slices > 1 else ""
     lines = [
-        f"{report.topology}: {report.num_devices} devices, mesh {shape}, "
+        f"{slices}{report.topology}: {report.num_devices} devices, mesh {shape}, "
         f"batch {report.batch_size:,}, {settings}",
         f"memory of a device: {report.argument_bytes / gib:.2f} GiB arguments, "
         f"{report.temporary_bytes / gib:.2f} temporaries, "

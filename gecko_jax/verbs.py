@@ -65,6 +65,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def compile_step(options: argparse.Namespace) -> None:
     """Compiles the train step of a config for a TPU topology."""
+    if options.search and options.slices > 1:
+        raise ValueError("--search: looks at one slice; leave out --slices")
     config = flags.load(options.config, options.overrides)
     from gecko_jax import compile as compile_lib
 
@@ -72,7 +74,7 @@ def compile_step(options: argparse.Namespace) -> None:
     found = (
         compile_lib.search(config, options.topology)
         if options.search
-        else [compile_lib.compile_step(config, options.topology)]
+        else [compile_lib.compile_step(config, options.topology, options.slices)]
     )
     for report in found:
         reports.append(report)

@@ -193,3 +193,35 @@ def test_every_mesh_and_microbatch_gives_the_dense_gradient(
         EVERYTHING if everything else EQUATION_3,
     )
     _assert_same(compute(*arguments), _expected(dropout, packing, everything))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_five_steps_of_sgd_end_at_the_same_parameters(dropout):
+    encoder = _encoder(dropout_rate=dropout)
+    ends = []
+    for mesh, microbatch in (((1, 1, 1), 0), ((8, 1, 1), 16), ((2, 2, 2), 8)):
+        compute, (params, batch, key) = _compute(
+            encoder,
+            _mesh(mesh),
+            _params(encoder),
+            _batch(True, 8),
+            microbatch,
+            features.MAX_SEGMENTS,
+            EQUATION_3,
+        )
+        for step in range(5):
+            _, _, found = compute(params, batch, jax.random.fold_in(key, step))
+            params = jax.tree.map(lambda leaf, slope: leaf - 0.1 * slope, params, found)
+        ends.append(jax.device_get(params))
+    assert not np.allclose(
+        ends[0]["projection_layer"]["kernel"],
+        _params(encoder)["projection_layer"]["kernel"],
+        atol=1e-3,
+    )
+    for other in ends[1:]:
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5),
+            ends[0],
+            other,
+        )

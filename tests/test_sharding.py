@@ -21,6 +21,34 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
         sharding.build_mesh(data=data, fsdp=fsdp, tensor=tensor)
 
 
+class _Device:
+    platform = "gpu"
+    device_kind = "any"
+    client = None
+
+    def __init__(self, number):
+        self.id = number
+        self.slice_index = self.process_index = number // 4
+
+
+def _two_slices():
+    return [_Device(number) for number in range(8)]
+
+
+def test_slices_lie_along_data_or_fsdp_and_never_along_tensor():
+    along_data = sharding.build_mesh(data=2, tensor=2, devices=_two_slices()).devices
+    slices = np.vectorize(lambda device: device.slice_index)
+    assert slices(along_data).tolist() == [[[0, 0]]] * 2 + [[[1, 1]]] * 2
+    along_fsdp = sharding.build_mesh(
+        data=1, fsdp=2, tensor=2, dcn_fsdp=2, dcn_data=1, devices=_two_slices()
+    ).devices
+    assert slices(along_fsdp).tolist() == [[[0, 0], [0, 0], [1, 1], [1, 1]]]
+    with pytest.raises(ValueError, match=r"product, 8, .* each of 2 slices, 4"):
+        sharding.build_mesh(data=8, devices=_two_slices())
+    with pytest.raises(ValueError, match=r"dcn_data=1 .* number of slices, 2"):
+        sharding.build_mesh(data=4, dcn_data=1, devices=_two_slices())
+
+
 @pytest.mark.parametrize("size", model.PRESETS)
 def test_every_preset_fits_a_mesh_and_is_split_over_it(size):
     config = model.EncoderConfig(**model.PRESETS[size])
