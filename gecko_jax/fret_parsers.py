@@ -128,6 +128,12 @@ def add_parsers(parent: Any, add_verb: Any, add_config: Any, types: Any) -> None
     parsers["bootstrap"].add_argument(
         "--output", required=True, metavar="DIR", help="workdir of the retriever"
     )
+    parsers["bootstrap"].add_argument(
+        "--batch-size", type=types["positive"], help="if not the train config's"
+    )
+    parsers["bootstrap"].add_argument(
+        "--steps", type=types["positive"], help="of training, if not the train config's"
+    )
     parsers["report"].add_argument(
         "--rows", type=types["count"], default=12, help="random rows to show (12)"
     )

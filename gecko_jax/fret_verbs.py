@@ -90,7 +90,13 @@ def bootstrap(options: argparse.Namespace) -> None:
     from gecko_jax.fret import bootstrap as bootstrap_lib
 
     pairs, count = bootstrap_lib.write_pairs(config, pathlib.Path(options.workdir))
-    training = bootstrap_lib.training_config(training, pairs, count)
+    training = bootstrap_lib.training_config(
+        training,
+        pairs,
+        count,
+        batch_size=options.batch_size,
+        num_steps=options.steps,
+    )
     config_lib.check(training)
     train.train(training, options.output)
     print(

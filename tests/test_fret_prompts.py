@@ -199,6 +199,7 @@ def _parse(prompt, answer, task=None, is_cut=False, shots=(0,), rules=RULES):
         ("\nQuery: geckos can climb", "no_query"),
         (" ...\nQuery: geckos can climb", "no_task"),
         (f" {'very ' * 9}long\nQuery: geckos can climb", "no_task"),
+        (" task\nQuery: geckos can climb \ufffd", "not_text"),
         (" task\nQuery: geckos climb", "too_short"),
         (f" task\nQuery: {'geckos ' * 11}", "too_long"),
         (" task\nQuery: How can geckos climb glass?", "copied_example"),

@@ -15,6 +15,7 @@ import time
 import fake_llm
 import pytest
 
+from gecko_jax import config as config_lib
 from gecko_jax import flags
 from gecko_jax.data import jsonl
 from gecko_jax.fret import bootstrap, export, measure, pipeline, records, report
@@ -487,6 +488,9 @@ def test_bootstrap_trains_on_the_queries_and_their_seeds(corpus, tmp_path):
     assert bootstrap.training_config(training, path, count).data.files == (str(path),)
     with pytest.raises(ValueError, match="there are 3 pairs"):
         bootstrap.training_config(training, path, 3)
+    small = bootstrap.training_config(training, path, 3, batch_size=2, num_steps=20)
+    config_lib.check(small)
+    assert (small.data.batch_size, small.train.num_steps) == (2, 20)
     finetune = flags.load(f"{ROOT / 'configs/finetune.py'}:local")
     with pytest.raises(ValueError, match="in-batch negatives only"):
         bootstrap.training_config(finetune, path, count)

@@ -98,6 +98,34 @@ def test_equal_requests_are_sent_once_and_remembered(tmp_path):
     assert len([json.loads(line) for line in lines]) == 2
 
 
+class FullDisk:
+    """A file that takes a few bytes more."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, line):
+        return self.file.write(line[:5])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with requests.RequestLog(path) as log:
+        log.put("a", {"text": "\ud800"})
+        whole, log._file = log._file, FullDisk(log._file)
+        with pytest.raises(OSError, match=r"No space left.*every answer before"):
+            log.put("b", {})
+        assert log.get("b") is None
+        log._file = whole
+        log.put("c", {})
+    again = requests.RequestLog(path)
+    assert again.get("a") == {"text": "\ud800"}
+    assert (again.get("b"), again.get("c")) == (None, {})
+
+
 def test_the_key_holds_whatever_changes_an_answer():
     facts, body = {"model": "m"}, {"prompt": "p", "seed": 1, "temperature": 0.7}
     key = llm.request_key("generate", facts, body)
@@ -271,6 +299,11 @@ def test_labels_that_are_not_there_are_a_failure(change, reason):
         (found,) = connect(fake).label_log_probs(["a"], ["Perfect", "Irrelevant"])
     assert isinstance(found, llm.Failure)
     assert found.reason.startswith(reason)
+
+
+def test_a_character_cut_in_two_is_marked():
+    reply = {"choices": [{"text": "a \ud83e\udd8e \ud83e", "finish_reason": "length"}]}
+    assert wire.read_generation(reply, chat=False) == ("a \U0001f98e \ufffd", True)
 
 
 def test_beginnings_of_a_label_are_added_up():

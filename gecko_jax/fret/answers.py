@@ -101,6 +101,8 @@ def _check(
     shots: Sequence[int],
 ) -> None:
     words = _words(query)
+    if "\ufffd" in query:
+        raise Rejected("not_text")
     if any(marker.lower() in query.lower() for marker in prompt.markers):
         raise Rejected("marker")
     if prompt.neutralize(query or "-") != (query or "-"):

@@ -40,7 +40,12 @@ def write_pairs(
 
 
 def training_config(
-    config: ml_collections.ConfigDict, pairs: pathlib.Path, num_pairs: int
+    config: ml_collections.ConfigDict,
+    pairs: pathlib.Path,
+    num_pairs: int,
+    *,
+    batch_size: int | None = None,
+    num_steps: int | None = None,
 ) -> ml_collections.ConfigDict:
     """Returns a pre-finetuning config that trains on the pairs.
 
@@ -48,6 +53,8 @@ def training_config(
         config: Of `configs/prefinetune.py`.
         pairs: What `write_pairs` wrote.
         num_pairs: Their number.
+        batch_size: Examples of a step; None is the config's.
+        num_steps: Of training; None is the config's.
 
     Raises:
         ValueError: The config has hard negatives, or batches that no pairs fill.
@@ -57,11 +64,16 @@ def training_config(
             f"data.num_negatives={config.data.num_negatives}: the initial retriever "
             "has in-batch negatives only; give configs/prefinetune.py"
         )
+    config = ml_collections.ConfigDict(config)
+    config.data.files = (str(pairs),)
+    config.data.batch_size = batch_size or config.data.batch_size
+    if num_steps:
+        config.train.num_steps = num_steps
+        warmup = config.optimizer.warmup_steps
+        config.optimizer.warmup_steps = min(warmup, num_steps // 10)
     if num_pairs < config.data.batch_size:
         raise ValueError(
             f"data.batch_size={config.data.batch_size}: there are {num_pairs:,} pairs; "
-            "lower it with the train config, or generate more queries"
+            "lower it with --batch-size, or generate more queries"
         )
-    config = ml_collections.ConfigDict(config)
-    config.data.files = (str(pairs),)
     return config.lock()

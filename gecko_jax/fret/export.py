@@ -36,12 +36,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
     stage.begin()
     path = stage.folder / OUTPUT
     if stage.done() is None:
-        counts: Counter[str] = Counter()
-        for shard in range(len(passes.shards)):
-            for record in stages.kept(passes.generate.read(shard)):
-                counts[record["task"]] += 1
-        common = sorted(counts, key=lambda task: (-counts[task], task))
-        tasks = set(common[: source.config.export.max_tasks])
+        tasks = _common_tasks(passes)
         num_rows = num_moved = 0
         licences: Counter[str] = Counter()
         digest = hashlib.sha256()
@@ -68,15 +63,26 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
 
 def write_pairs(passes: pipeline.Pipeline, path: pathlib.Path) -> int:
     """Writes (task, query, seed passage) of every query; returns their number."""
-    number = 0
+    number, tasks = 0, _common_tasks(passes)
     with files.write_file(path) as temporary, temporary.open("w") as lines:
         for shard in range(len(passes.shards)):
             for record in stages.kept(passes.generate.read(shard)):
                 title, body = passes.source.store.texts[record["id"]]
-                pair = {"task": record["task"], "query": record["query"]}
+                task = record["task"] if record["task"] in tasks else OTHER_TASK
+                pair = {"task": task, "query": record["query"]}
                 lines.write(records.to_line(pair | {"positive": body, "title": title}))
                 number += 1
     return number
+
+
+def _common_tasks(passes: pipeline.Pipeline) -> set[str]:
+    """Returns the most frequent tasks, which are tasks of their own in training."""
+    counts: Counter[str] = Counter()
+    for shard in range(len(passes.shards)):
+        for record in stages.kept(passes.generate.read(shard)):
+            counts[record["task"]] += 1
+    common = sorted(counts, key=lambda task: (-counts[task], task))
+    return set(common[: passes.source.config.export.max_tasks])
 
 
 def _triples(

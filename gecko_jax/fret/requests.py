@@ -8,6 +8,7 @@ way; the logs of a run are also its recording, which `llm.recorded` replays.
     requests/model.json                     {"name": "...", "facts": {...}}
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -37,19 +38,41 @@ class RequestLog:
         if path.exists():
             self._read(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Returns the answer that was kept under `key`."""
         return self._answers.get(key)
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
-        """Keeps an answer; it is in the file when this returns."""
-        line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False)
+        """Keeps an answer; it is in the file when this returns.
+
+        Raises:
+            OSError: The disk is full; the file holds whole lines all the same.
+        """
+        record = {"key": key, "answer": answer}
+        # Half of a surrogate pair, which only JSON can spell, stays spelled so.
+        line = json.dumps(record).encode() + b"\n"
         with self._lock:
             if self._file is not None:
-                self._file.write(line.encode() + b"\n")
+                self._append(line)
             self._answers[key] = answer
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise OSError(
+                error.errno,
+                f"{self._path}: {error.strerror}; every answer before it is kept: free "
+                "some space and run the same command again",
+            ) from error
+        self._size += len(line)
 
     def close(self) -> None:
         """Closes the file; the answers stay in memory."""

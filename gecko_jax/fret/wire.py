@@ -37,6 +37,8 @@ def read_generation(reply: Any, chat: bool) -> tuple[str, bool]:
     text = _get(choice, "message", "content") if chat else choice.get("text")
     if not isinstance(text, str):
         raise Malformed("no_text", _shorten(choice))
+    # A character that was cut in two is no text; its place is marked.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text, choice.get("finish_reason") == "length"
 
 
