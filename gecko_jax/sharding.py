@@ -25,6 +25,8 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "affinity": None,
     "relpos_buckets": None,
+    "layers": None,
+    "kv": None,
 }
 
 
