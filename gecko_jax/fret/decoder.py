@@ -18,6 +18,7 @@ keys, `T` scored positions, `Y` targets of a position.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,8 +28,8 @@ from jaxtyping import Array, Float, Int
 
 PAD_POSITION = np.iinfo(np.int32).max
 
-# Positions whose logits are in memory at once: 134 MB at Gemma's 262k tokens.
-_HEAD_POSITIONS = 128
+# Logits that are in memory at once: 128 MiB in float32.
+_HEAD_LOGITS = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def token_log_probs(
 
     The logits of a few positions are in memory at once, whatever T is.
     """
-    size = min(_HEAD_POSITIONS, hidden.shape[0])
+    size = min(max(_HEAD_LOGITS // config.vocab_size, 1), hidden.shape[0])
     blocks = -(-hidden.shape[0] // size)
     rows = ((0, blocks * size - hidden.shape[0]), (0, 0))
     hidden_blocks = jnp.pad(hidden, rows).reshape(blocks, size, hidden.shape[1])
@@ -288,32 +289,58 @@ def _attend(
     parts: list[tuple[Array, Array]],
     masks: list[Array],
 ) -> Float[Array, "B L H K"]:
-    """Attends to several parts of keys with one softmax over all of them."""
-    num_kv_heads = parts[0][0].shape[-2]
+    """Attends to several parts of keys with one softmax over all of them.
+
+    A part without `B` is shared by the rows, and so is a mask whose first size is 1.
+    """
     batch, length, heads, width = query.shape
-    grouped = query.reshape(batch, length, num_kv_heads, -1, width)
-    logits = []
-    for (keys, _), mask in zip(parts, masks, strict=True):
-        # A prefix has no B: its keys are read once for all rows.
-        letters = "sgk" if keys.ndim == 3 else "bsgk"
-        part = jnp.einsum(
-            f"blgrk,{letters}->bgrls",
-            grouped,
-            keys,
-            preferred_element_type=jnp.float32,
+    num_kv_heads = parts[0][0].shape[-2]
+    is_own = [keys.ndim == 4 for keys, _ in parts]
+    own_parts = [part for part, own in zip(parts, is_own, strict=True) if own]
+    masks = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks]
+
+    def attend_row(row: tuple) -> Array:
+        query, own, masks = row
+        own = iter(own)
+        all_parts = [
+            next(own) if is_row else part
+            for part, is_row in zip(parts, is_own, strict=True)
+        ]
+        grouped = query.reshape(length, num_kv_heads, -1, width)
+        logits = [
+            jnp.where(
+                mask[None, None],
+                jnp.einsum(
+                    "lgrk,sgk->grls",
+                    grouped,
+                    keys,
+                    preferred_element_type=jnp.float32,
+                ),
+                -jnp.inf,
+            )
+            for (keys, _), mask in zip(all_parts, masks, strict=True)
+        ]
+        top = functools.reduce(
+            jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in logits]
         )
-        logits.append(jnp.where(mask[:, None, None], part, -jnp.inf))
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-    weights = weights.astype(query.dtype)
-    mixed = jnp.zeros_like(grouped)
-    start = 0
-    for _, values in parts:
-        size = values.shape[-3]
-        part = weights[..., start : start + size]
-        letters = "sgk" if values.ndim == 3 else "bsgk"
-        mixed = mixed + jnp.einsum(f"bgrls,{letters}->blgrk", part, values)
-        start += size
-    return mixed.reshape(batch, length, heads, width)
+        weights = [jnp.exp(part - top) for part in logits]
+        total = sum(jnp.sum(part, axis=-1) for part in weights)
+        mixed = sum(
+            jnp.einsum(
+                "grls,sgk->grlk",
+                part.astype(values.dtype),
+                values,
+                preferred_element_type=jnp.float32,
+            )
+            for part, (_, values) in zip(weights, all_parts, strict=True)
+        )
+        mixed = (mixed / total[..., None]).astype(query.dtype)
+        return mixed.transpose(2, 0, 1, 3).reshape(length, heads, width)
+
+    # A CPU is fastest row by row, whose logits stay in its caches.
+    row_by_row = jax.default_backend() == "cpu" and length > 1
+    over_rows = jax.lax.map if row_by_row else lambda f, rows: jax.vmap(f)(rows)
+    return over_rows(attend_row, (query, own_parts, masks))
 
 
 def _norm(
