@@ -13,7 +13,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 # The token type of llama.cpp that text must not reach.
 _CONTROL = 3
@@ -25,16 +25,39 @@ _CUTS_DIGITS = {"smollm": True, "gpt-2": False}
 _META = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-class Backend(Protocol):
-    """What turns text into ids and back; control tokens are left to `Tokenizer`."""
+class _Tokenizers:
+    """A tokenizer of the `tokenizers` package."""
+
+    def __init__(self, tokenizer: Any):
+        tokenizer.encode_special_tokens = True  # as plain text
+        self._tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of plain text."""
-        ...
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        """Returns the text of ids."""
-        ...
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+class _SentencePiece:
+    """A SentencePiece model, loaded at first use."""
+
+    def __init__(self, model_proto: bytes):
+        self._model_proto = model_proto
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(self._model_proto)
+        return processor
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.EncodeAsIds(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._processor.DecodeIds(tokens)
 
 
 class Tokenizer:
@@ -45,7 +68,7 @@ class Tokenizer:
         end_ids: Control tokens: each ends a generated text.
     """
 
-    def __init__(self, backend: Backend, begin_id: int | None, end_ids: frozenset[int]):
+    def __init__(self, backend: _Tokenizers | _SentencePiece, begin_id: int | None, end_ids: frozenset[int]):
         self._backend = backend
         self.begin_id = begin_id
         self.end_ids = end_ids
@@ -151,44 +174,9 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
     return Tokenizer(_Tokenizers(tokenizer), begin, frozenset(ends))
 
 
-class _Tokenizers:
-    """A tokenizer of the `tokenizers` package."""
-
-    def __init__(self, tokenizer: Any):
-        tokenizer.encode_special_tokens = True  # as plain text
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
-
-
-class _SentencePiece:
-    """A SentencePiece model, loaded at first use."""
-
-    def __init__(self, model_proto: bytes):
-        self._model_proto = model_proto
-
-    @functools.cached_property
-    def _processor(self) -> Any:
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(self._model_proto)
-        return processor
-
-    def encode(self, text: str) -> list[int]:
-        return self._processor.EncodeAsIds(text)
-
-    def decode(self, tokens: list[int]) -> str:
-        return self._processor.DecodeIds(tokens)
-
-
 def _byte_level_bpe(
     pieces: Sequence[str], merges: Sequence[str], cuts_digits: bool
-) -> Backend:
+) -> _Tokenizers:
     tokenizers = _import_tokenizers()
     model = tokenizers.models.BPE(
         vocab={piece: number for number, piece in enumerate(pieces)},
