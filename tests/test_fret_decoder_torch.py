@@ -109,6 +109,4 @@ def test_log_probs_equal_those_of_transformers(build, tmp_path):
         return jax.nn.log_softmax(logits)
 
     found = log_probs(params, jnp.asarray(tokens, jnp.int32))
-    np.testing.assert_allclose(
-        found, expected.reshape(120, 300), atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(found, expected.reshape(120, 300), atol=1e-4, rtol=0)

@@ -36,7 +36,7 @@ def test_quantized_tensors_are_those_of_the_gguf_package(kind, tmp_path):
     import gguf as package
 
     path = tiny_decoder.write_gguf(tmp_path / "tiny.gguf", {"ffn_down": kind})
-    file, params = _load(path)
+    _, params = _load(path)
     quantization = package.GGMLQuantizationType[kind]
     for layer, found in enumerate(params["layers"]["down"]):
         plain = tiny_decoder.params(tiny_decoder.LLAMA)["layers"]["down"][layer].T
@@ -77,5 +77,5 @@ def test_another_family_is_refused(tmp_path):
     path = tiny_decoder.write_gguf(tmp_path / "tiny.gguf")
     # The same length, so that the file stays whole.
     path.write_bytes(path.read_bytes().replace(b"llama", b"qwen9"))
-    with pytest.raises(ValueError, match="architecture 'qwen9'.*llama and gemma3"):
+    with pytest.raises(ValueError, match=r"architecture 'qwen9'.*llama and gemma3"):
         gguf.Gguf(path)

@@ -39,6 +39,7 @@ FLOORS = {
     "vectors": 2,
     "workdir": 2,
     "evaluation": 3,
+    "fret": 3,
     "__main__": 4,
     "cli": 4,
     "flags": 4,
@@ -68,6 +69,8 @@ ONLY_INSIDE_FUNCTIONS = (
     "Stemmer",
     "tensorboardX",
     "rich",
+    "gguf",
+    "tokenizers",
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -234,14 +234,12 @@ def _extend(
     rotary = _rotary(positions, config.rope_base, config.rope_factors, config.head_dim)
     has_local = any(config.is_local)
     local_masks, local_rotary = masks, rotary
-    if has_local:
+    if config.local_window is not None:
         local_masks = [
             mask & (positions[:, :, None] - keys[:, None, :] < config.local_window)
             for mask, keys in zip(masks, seen, strict=True)
         ]
-        local_rotary = _rotary(
-            positions, config.local_rope_base, None, config.head_dim
-        )
+        local_rotary = _rotary(positions, config.local_rope_base, None, config.head_dim)
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         weights, is_local, *before = inputs
@@ -324,7 +322,10 @@ def _attend(
             jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in logits]
         )
         weights = [jnp.exp(part - top) for part in logits]
-        total = sum(jnp.sum(part, axis=-1) for part in weights)
+        total = sum(
+            (jnp.sum(part, axis=-1, keepdims=True) for part in weights),
+            start=jnp.zeros_like(top),
+        )
         mixed = sum(
             jnp.einsum(
                 "grls,sgk->grlk",
@@ -334,7 +335,7 @@ def _attend(
             )
             for part, (_, values) in zip(weights, all_parts, strict=True)
         )
-        mixed = (mixed / total[..., None]).astype(query.dtype)
+        mixed = (mixed / total).astype(query.dtype)
         return mixed.transpose(2, 0, 1, 3).reshape(length, heads, width)
 
     # A CPU is fastest row by row, whose logits stay in its caches.

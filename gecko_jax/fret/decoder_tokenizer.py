@@ -68,7 +68,12 @@ class Tokenizer:
         end_ids: Control tokens: each ends a generated text.
     """
 
-    def __init__(self, backend: _Tokenizers | _SentencePiece, begin_id: int | None, end_ids: frozenset[int]):
+    def __init__(
+        self,
+        backend: _Tokenizers | _SentencePiece,
+        begin_id: int | None,
+        end_ids: frozenset[int],
+    ):
         self._backend = backend
         self.begin_id = begin_id
         self.end_ids = end_ids
@@ -138,8 +143,8 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
         )
     else:
         raise ValueError(
-            f"{place}: a tokenizer of the model {model!r}; the in-process decoder knows "
-            "gpt2 and llama: choose another model"
+            f"{place}: a tokenizer of the model {model!r}; the in-process decoder "
+            "knows gpt2 and llama: choose another model"
         )
     add_begin = setting("tokenizer.ggml.add_bos_token", model == "llama")
     begin = setting("tokenizer.ggml.bos_token_id", None) if add_begin else None

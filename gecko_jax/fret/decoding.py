@@ -127,13 +127,11 @@ def decode(
         drawn, own = decoder.extend(
             params, config, token[:, None], here[:, None], prefix, cache
         )
-        cache = jax.tree.map(
-            lambda whole, part, axis: jax.lax.dynamic_update_slice_in_dim(
-                whole, part, slot + number, axis
-            ),
-            cache,
-            own,
-            decoder.KeyValues(2, 2, 1),
+        write = jax.lax.dynamic_update_slice_in_dim
+        cache = decoder.KeyValues(
+            write(cache.keys, own.keys, slot + number, axis=2),
+            write(cache.values, own.values, slot + number, axis=2),
+            write(cache.positions, own.positions, slot + number, axis=1),
         )
         return (drawn[:, 0], cache), token
 

