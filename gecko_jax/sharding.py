@@ -33,6 +33,8 @@ RULES: Rules = (
     ("mlp", "tensor"),
     ("affinity", None),
     ("relpos_buckets", None),
+    ("layers", None),
+    ("kv", None),
 )
 
 

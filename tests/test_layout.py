@@ -52,6 +52,7 @@ FLOORS = {
     "vectors": 2,
     "workdir": 2,
     "evaluation": 3,
+    "fret": 3,
     "__main__": 4,
     "cli": 4,
     "flags": 4,
@@ -90,6 +91,8 @@ ONLY_INSIDE_FUNCTIONS = (
     "huggingface_hub",
     "sklearn",
     "httpx",
+    "gguf",
+    "tokenizers",
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

