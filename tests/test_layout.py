@@ -47,7 +47,6 @@ FLOORS = {
     "optimizer": 2,
     "t5x_adapter": 2,
     "step": 2,
-    "fret": 3,
     "train": 2,
     "vectors": 2,
     "workdir": 2,
