@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import socket
 import zlib
@@ -50,8 +51,16 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, record) of a JSON-lines file, `.gz` or plain."""
+def read_records(
+    path: str | os.PathLike, *, any_characters: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, record) of a JSON-lines file, `.gz` or plain.
+
+    Args:
+        path: The file.
+        any_characters: Also halves of surrogate pairs, which no file can hold: for
+            those who sort out bad texts themselves.
+    """
     for place, line in read_lines(path):
         try:
             record = json.loads(line)
@@ -69,6 +78,7 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
                 f"{place}: {kind(record)}; each line must be one JSON object"
             )
         if "\\u" in line:
+            if not any_characters:
             _check_characters(place, record)
         yield place, record
 
@@ -258,8 +268,9 @@ def _follow(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _temporary(path: pathlib.Path, ending: str) -> pathlib.Path:
-    name = f".{path.name}.{socket.gethostname()}-{os.getpid()}.{ending}"
-    return path.with_name(name)
+    # Threads of a process may write the same path.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{writer}.{ending}")
 
 
 def _remove_leftovers(path: pathlib.Path) -> None:
@@ -267,7 +278,7 @@ def _remove_leftovers(path: pathlib.Path) -> None:
     begin = f".{path.name}.{socket.gethostname()}-"
     for ending in (".tmp", ".old"):
         for left in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
-            number = left.name.removeprefix(begin).removesuffix(ending)
+            number = left.name.removeprefix(begin).partition("-")[0]
             if number.isdecimal() and not _is_alive(int(number)):
                 if ending == ".old" and not path.exists():
                     left.rename(path)  # It died before the new one was in place.

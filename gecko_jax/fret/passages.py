@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gecko_jax import evaluation_sets, files, progress, text
+from gecko_jax import files, progress, text
+from gecko_jax.evaluation import sets
 from gecko_jax.fret import answers, minhash
 
 # Words in a row that two texts do not share by chance (GPT-3 took 13 as well).
@@ -53,16 +54,18 @@ class Contamination:
         """Reads every query and passage of the sets.
 
         Args:
-            folders: What `evaluation_sets.load` takes.
+            folders: What `sets.load` takes.
         """
         self._texts: set[str] = set()
         self._runs: dict[int, set[int]] = {}
         for folder in folders:
-            for one in evaluation_sets.load(folder):
-                if isinstance(one, evaluation_sets.RetrievalSet):
+            for one in sets.load(folder):
+                if isinstance(one, sets.RetrievalSet):
                     found = (*one.queries, *one.texts)
-                else:
+                elif isinstance(one, sets.SimilaritySet):
                     found = (*one.sentences1, *one.sentences2)
+                else:
+                    found = (*one.train.texts, *one.test.texts)
                 for content in found:
                     self._add(content)
 
@@ -140,7 +143,8 @@ def read(
 def _read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     path = pathlib.Path(path)
     plain = path.name.removesuffix(".gz").endswith(".txt")
-    for place, line in files.read_lines(path) if plain else files.read_records(path):
+    records = files.read_records(path, any_characters=True)
+    for place, line in files.read_lines(path) if plain else records:
         number = place.rpartition(":")[2]
         record = {"text": line} if isinstance(line, str) else line
         identity = record.get("_id", record.get("id", number))
