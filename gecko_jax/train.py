@@ -39,6 +39,9 @@ Evaluate = Callable[[Any, int], Mapping[str, float]]
 # Steps before a trace begins: the first ones compile.
 _STEPS_BEFORE_PROFILE = 3
 
+# JAX has one trace at a time, and so has a process.
+_is_tracing = False
+
 # Processes ask for the time together, which takes some milliseconds.
 _STEPS_BETWEEN_CLOCKS = 20
 
@@ -197,7 +200,7 @@ def _train(
         stream = batches.iterate(first_step, num_steps)
         clock.enter("data")
         for step, batch in enumerate(stream, start=first_step + 1):
-            _trace(step - 1 - first_step, profile_steps, workdir)
+            _trace(step - first_step, profile_steps, workdir)
             # The first call with a shape compiles it before it returns.
             shape = tuple(leaf.shape for leaf in batch.values())
             clock.enter("step" if shape in shapes_seen else "compile")
@@ -233,6 +236,7 @@ def _train(
         clock.enter("checkpoint")
         checkpointer.wait()
     finally:
+        _trace(0, profile_steps, workdir)
         bar.close()
         writer.close()
         checkpointer.close()
@@ -258,16 +262,17 @@ def _is_due(saved_at: float, every_minutes: int, step: int) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_due)))
 
 
-def _trace(steps_done: int, profile_steps: int, workdir: pathlib.Path) -> None:
-    """Begins or ends a trace, before the step that follows `steps_done` others."""
-    if not profile_steps:
-        return
-    folder = workdir / "profile"
-    if steps_done == _STEPS_BEFORE_PROFILE:
-        jax.profiler.start_trace(folder)
-    elif steps_done == _STEPS_BEFORE_PROFILE + profile_steps:
+def _trace(steps_begun: int, profile_steps: int, workdir: pathlib.Path) -> None:
+    """Begins or ends a trace where a step begins; with 0 steps begun, ends it."""
+    global _is_tracing
+    first = _STEPS_BEFORE_PROFILE + 1
+    is_wanted = first <= steps_begun < first + profile_steps
+    if is_wanted and not _is_tracing:
+        jax.profiler.start_trace(workdir / "profile")
+    elif _is_tracing and not is_wanted:
         jax.profiler.stop_trace()
-        logging.info("a trace of %d steps is in %s", profile_steps, folder)
+        logging.info("a trace is in %s; xprof shows it", workdir / "profile")
+    _is_tracing = is_wanted
 
 
 def _set_compilation_cache(folder: str) -> None:

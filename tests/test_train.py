@@ -216,6 +216,22 @@ def test_any_mesh_trains_the_same(cache, tmp_path, mesh, single_device):
         np.testing.assert_allclose(leaf, params[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
+def test_microbatches_train_the_same_and_a_trace_is_written(
+    cache, tmp_path, monkeypatch, single_device
+):
+    use_one_device(monkeypatch)
+    monkeypatch.setattr(train, "_STEPS_BEFORE_PROFILE", 1)
+    config = build(cache, train__num_steps=2, train__microbatch_size=4)
+    # The trace is cut short by the end of the run.
+    last = train.train(config, tmp_path, profile_steps=9)
+    expected, params = single_device
+    assert last["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, leaf in state_of(tmp_path, 2).items():
+        np.testing.assert_allclose(leaf, params[name], atol=1e-5, err_msg=name)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 @pytest.fixture(scope="module")
 def single_device(cache, tmp_path_factory):
     """Two steps on one device of the eight."""
