@@ -175,3 +175,14 @@ def test_a_saved_model_loads_and_gives_the_same(
         loaded.encode_passages(texts[:5]), tiny_gecko.encode_passages(texts[:5])
     )
     assert loaded.revision == "tiny-7"
+
+
+def test_each_query_may_have_its_own_task(tiny_gecko):
+    texts, tasks = ["a gecko", "a wall", "a gecko"], ["docs", "sts", "fact checking"]
+    together = tiny_gecko.encode_queries(texts, tasks)
+    for row, (text, task) in enumerate(zip(texts, tasks, strict=True)):
+        (alone,) = tiny_gecko.encode_queries([text], task)
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+    assert np.abs(together[0] - together[2]).max() > 1e-3
+    with pytest.raises(ValueError, match="2 tasks for 3 texts"):
+        tiny_gecko.encode_queries(texts, tasks[:2])

@@ -431,6 +431,30 @@ def test_a_gecko_retrieves(corpus, tmp_path, tiny_gecko, monkeypatch):
     assert row["candidates"][:2] == best[:2]
 
 
+def test_workers_with_parts_wait_for_all_vectors(
+    corpus, tmp_path, tiny_gecko, monkeypatch
+):
+    monkeypatch.setattr(pipeline.Source, "gecko", property(lambda self: tiny_gecko))
+    faults = []
+    with fake_llm.FakeServer() as fake:
+        config = load(corpus, fake.url, "retrieve.model=tiny")
+
+        def work(worker):
+            try:
+                run_lib.run(config, tmp_path / "run", worker=worker, until="retrieve")
+            except BaseException as error:
+                faults.append(error)
+
+        threads = [threading.Thread(target=work, args=[(i, 2)]) for i in range(2)]
+        threads[0].start()
+        time.sleep(1.0)  # It has made its vectors, and must wait for the others.
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    assert not faults
+    assert len(list((tmp_path / "run/retrieve").glob("shard-*.jsonl"))) == 5
+
+
 def test_calibration_measures_the_seed_among_the_candidates(corpus, tmp_path):
     with fake_llm.FakeServer() as fake:
         config = load(corpus, fake.url, "calibrate.num_seeds=3")

@@ -170,10 +170,7 @@ def from_record(kind: str, record: Mapping[str, Any]) -> Any:
 
 
 class CachedModel:
-    """A model behind a request log: what was answered before is not asked again.
-
-    Subclasses, or the `ask` given, answer what the log does not hold.
-    """
+    """A model behind a request log: what was answered before is not asked again."""
 
     def __init__(self, name: str, facts: dict[str, Any], ask: "Ask"):
         """Starts without a log; the stages open one for each shard.
@@ -253,7 +250,7 @@ def recorded(folder: str | os.PathLike) -> CachedModel:
     """Returns a model that knows only the answers of a run's request logs.
 
     Args:
-        folder: A folder that `export_recording` wrote, or the workdir of a run.
+        folder: The workdir of a run, or its folder `requests`.
 
     Raises:
         ValueError: No recording there.

@@ -234,8 +234,9 @@ class Pipeline:
 
         Args:
             until: Name of the last stage.
-            worker: (i, n) makes every n-th shard from the i-th on, and does not wait
-                for the others; (0, 1) makes all that nobody else is making.
+            worker: (i, n) makes every n-th shard from the i-th on, and waits for the
+                others only where a stage needs all of theirs; (0, 1) makes all that
+                nobody else is making.
 
         Raises:
             ValueError: A stage was begun with other settings, or the model fails too
@@ -250,21 +251,22 @@ class Pipeline:
             moved = False
             for step in steps:
                 moved |= self._run_step(step, worker)
-            missing = [
-                (step.stage.name, shard)
-                for step in steps
-                for shard in self._numbers(step, (0, 1))
-                if not step.stage.has(shard)
-            ]
-            if not missing:
+            if not self._is_missing(steps, worker):
                 break
             if not moved:
-                if worker != (0, 1):
-                    return
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(_WAIT_SECONDS)  # Others hold what is left, or come first.
+        if self._is_missing(steps, (0, 1)):
+            return
         for step in steps:
             if step.stage.done() is None:
                 step.stage.finish(len(self._numbers(step, (0, 1))))
+
+    def _is_missing(self, steps: Sequence[Step], worker: tuple[int, int]) -> bool:
+        return not all(
+            step.stage.has(shard)
+            for step in steps
+            for shard in self._numbers(step, worker)
+        )
 
     def _numbers(self, step: Step, worker: tuple[int, int]) -> range:
         is_embed = step.stage is self.source.embed
