@@ -85,7 +85,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
         f"tokens, prompts of {min(lengths)} to {max(lengths)}"
     )
     # One at a time there is no family, and no row beside it.
-    few = max(pairs // 4, 1)
+    few = max(pairs // 8, 1)
 
     def alone() -> None:
         for prompt, query in zip(prompts[:few], queries[:few], strict=True):
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("what", choices=("scoring", "search"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--passages", type=int, default=1_000_000)
     options = parser.parse_args()
     print(f"gecko_jax {gecko_jax.__version__}")
