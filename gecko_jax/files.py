@@ -77,8 +77,7 @@ def read_records(
             raise ValueError(
                 f"{place}: {kind(record)}; each line must be one JSON object"
             )
-        if "\\u" in line:
-            if not any_characters:
+        if "\\u" in line and not any_characters:
             _check_characters(place, record)
         yield place, record
 

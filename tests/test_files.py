@@ -167,8 +167,8 @@ def _ended_process():
 def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
     path = tmp_path / "out"
     begin = f".out.{socket.gethostname()}-"
-    dead = tmp_path / f"{begin}{_ended_process()}.tmp"
-    alive = tmp_path / f"{begin}{os.getppid()}.tmp"
+    dead = tmp_path / f"{begin}{_ended_process()}-0.tmp"
+    alive = tmp_path / f"{begin}{os.getppid()}-0.tmp"
     for left in (dead, alive):
         left.write_text("half")
     with files.write_file(path) as temporary:
