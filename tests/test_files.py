@@ -177,7 +177,7 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path)
 
 
 def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
-    old = tmp_path / f".out.{socket.gethostname()}-{_ended_process()}.old"
+    old = tmp_path / f".out.{socket.gethostname()}-{_ended_process()}-0.old"
     old.mkdir()
     (old / "kept").write_text("x")
     with pytest.raises(RuntimeError):
