@@ -228,7 +228,11 @@ def train(
     writer = metrics.Writer(workdir, first_step, enabled=is_main)
     window = metrics.Window(batches.task_names)
     bar = progress.Progress("Training", num_steps, first_step, enabled=is_main)
-    position = {"mixture_hash": batches.mixture_hash, "seed": config.seed}
+    position = {
+        "mixture_hash": batches.mixture_hash,
+        "mixture": batches.facts,
+        "seed": config.seed,
+    }
     last: dict[str, float] = {}
 
     def finish(step: int, summary: dict[str, Array]) -> None:

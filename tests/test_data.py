@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from gecko_jax import text, vocabulary
-from gecko_jax.data import cache, load_seqio, mining, pipeline, preprocessors, tasks
+from gecko_jax.data import (
+    cache,
+    formatting,
+    load_seqio,
+    mining,
+    mixtures,
+    pipeline,
+    registration,
+    tasks,
+)
 
 SIZES = {"docs": 24, "code": 12, "term": 6}
 
@@ -161,8 +170,9 @@ def test_negatives_are_sampled_anew(open_batches):
 def test_rates_are_honoured(open_batches, monkeypatch, pairs, one_task):
     rows = tasks.from_files([pairs], [SIZES], text.TextFormat())
     monkeypatch.setattr(tasks, "TASKS", rows)
+    shares = {"docs": 1.0, "code": 2.0, "term": 5.0}
     monkeypatch.setattr(
-        tasks, "MIXTURES", {"mixed": {"docs": 1.0, "code": 2.0, "term": 5.0}}
+        mixtures, "MIXTURES", {"mixed": mixtures.Mixture(tuple(shares), shares)}
     )
     batches = open_batches(mixture="mixed", files=(), one_task_per_batch=one_task)
     assert batches.rates == (1 / 8, 2 / 8, 5 / 8)
@@ -367,7 +377,7 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
         task_descriptions={"qa": "question answering"},
         symmetric_tasks=("qa",) if symmetric else (),
     )
-    forms = preprocessors.templates(text_format, "qa")
+    forms = formatting.templates(text_format, "qa")
     dataset = tf.data.Dataset.from_tensor_slices(
         {
             "query": [text.clean(body) for body, _ in TRICKY],
@@ -377,7 +387,7 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
             "negative_titles": [["", "T"]] * 3,
         }
     )
-    got = list(preprocessors.format_texts(dataset, forms).as_numpy_iterator())
+    got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
     for record, (body, title) in zip(got, TRICKY, strict=True):
         query = text_format.format_query(body, "qa")
         passage = text_format.format_passage(body, title)
@@ -393,7 +403,7 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
 def test_quickstart_is_a_seqio_mixture():
     """The golden example of each bundled task, through seqio alone."""
     seqio = load_seqio()
-    assert tasks.register("quickstart") is tasks.register("quickstart")
+    assert registration.register("quickstart") is registration.register("quickstart")
     assert seqio.get_mixture_or_task("quickstart").num_input_examples("train") == 3828
     pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
     golden = {
