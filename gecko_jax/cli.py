@@ -49,9 +49,11 @@ metrics.jsonl and TensorBoard files, and can be used as a model at any time."""
 
 _SHOW = """\
 Shows the examples of a config as the model sees them: the formatted texts, their
-tokens, and how much of a batch is padding.
+tokens, and how much of a batch is padding. With a mixture's name it shows the table:
+rates, sizes, licences, and what has been prepared.
 
 examples:
+  gecko data show gecko_finetune
   gecko data show --config=configs/finetune.py:local
   gecko data show --config=configs/finetune.py:local --count=5 \\
       --config.data.files=mine.jsonl"""
@@ -66,8 +68,11 @@ example:
 _PREPARE = """\
 Adds hard negatives to pairs: passages of the same files that BM25 ranks high for the
 query and that are not its positive. The result is a file of triples to fine-tune on.
+With the name of a set of the table it turns the set's source into such triples.
 
-example:
+examples:
+  gecko data prepare snli
+  gecko data prepare hotpotqa --source='hotpotqa/distractor/train-*.parquet'
   gecko data prepare pairs.jsonl --output=triples.jsonl --negatives=1
 
 Each line of the input is an object with `task`, `query` and `positive` (or `passage`),
@@ -289,7 +294,9 @@ def build_parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
 
     show = _add_verb(data_verbs, "gecko data show", _SHOW, "data_show")
-    _add_config(show)
+    show.add_argument("mixture", nargs="?", metavar="MIXTURE", help="of the table")
+    _add_config(show, required=False)
+    _add_prepared_dir(show)
     show.add_argument(
         "--count", type=_positive, default=2, help="examples of each task (2)"
     )
@@ -304,8 +311,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     prepare = _add_verb(data_verbs, "gecko data prepare", _PREPARE, "data_prepare")
-    prepare.add_argument("files", nargs="+", metavar="FILE", help="JSONL of pairs")
-    _add_output(prepare, "FILE", "the JSONL of triples to write")
+    prepare.add_argument(
+        "files", nargs="+", metavar="NAME|FILE", help="a set, or JSONL of pairs"
+    )
+    prepare.add_argument(
+        "--output", metavar="FILE", help="the JSONL of triples to write, for files"
+    )
+    prepare.add_argument(
+        "--source", default="", metavar="PATH", help="where the set's files lie"
+    )
+    prepare.add_argument(
+        "--accept-licence",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a set whose restricted licence you have read and accept",
+    )
+    prepare.add_argument(
+        "--tfds-data-dir", metavar="DIR", help="where TFDS keeps its sets"
+    )
+    _add_prepared_dir(prepare)
     prepare.add_argument(
         "--negatives", type=_positive, default=1, help="hard negatives of a pair (1)"
     )
@@ -391,9 +416,18 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_prepared_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py:ARG", help="the config file"
+        "--prepared-dir",
+        default="~/.cache/gecko_jax/prepared",
+        metavar="DIR",
+        help="where prepared sets lie (~/.cache/gecko_jax/prepared)",
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--config", required=required, metavar="FILE.py:ARG", help="the config file"
     )
     # Never stored: `flags.split` has taken these. Here for the help.
     parser.add_argument(
