@@ -47,6 +47,8 @@ _CORE = [
 _TEST = [
     "pytest>=9.0",
     "beartype>=0.22",
+    "hypothesis>=6.100",
+    "pyarrow>=20.0",
 ]
 
 _DEV = [
@@ -80,6 +82,7 @@ setuptools.setup(
     extras_require={
         "test": _TEST,
         "dev": _DEV,
+        "data": ["pyarrow>=20.0"],  # sets that come as Parquet
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,

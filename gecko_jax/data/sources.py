@@ -155,8 +155,8 @@ def _read_tfrecord(path: Any) -> Iterator[dict[str, Any]]:
     load_seqio()
     import tensorflow as tf
 
-    for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
-        yield _parse_example(record)
+    for record in tf.data.TFRecordDataset(os.fspath(path)):
+        yield _parse_example(record.numpy())
 
 
 def _read_arrayrecord(path: Any) -> Iterator[dict[str, Any]]:
