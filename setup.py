@@ -82,6 +82,7 @@ _TEST = [
     "pytest>=9.0",
     "beartype>=0.22",
     "hypothesis>=6.150",
+    "pyarrow>=20.0",
     # Exports are opened by what others open them with.
     "onnxruntime>=1.23",
 ]
@@ -127,6 +128,7 @@ setuptools.setup(
         "test": _TEST,
         "eval": _EVAL,
         "dev": _DEV,
+        "data": ["pyarrow>=20.0"],  # sets that come as Parquet
         # libtpu, which `gecko compile` needs on a CPU as well.
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],

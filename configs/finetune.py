@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.packing = True  # several texts share a row; results do not change
     config.data.one_task_per_batch = False
     config.data.cache_dir = "~/.cache/gecko_jax"  # tokenized examples, by content
+    config.data.prepared_dir = "~/.cache/gecko_jax/prepared"  # by `gecko data prepare`
 
     config.model = ml_collections.ConfigDict(
         model.config_to_dict(model.EncoderConfig(**model.PRESETS[arg.size]))

@@ -69,9 +69,11 @@ examples:
 
 _SHOW = """\
 Shows the examples of a config as the model sees them: the formatted texts, their
-tokens, and how much of a batch is padding.
+tokens, and how much of a batch is padding. With a mixture's name it shows the table:
+rates, sizes, licences, and what has been prepared.
 
 examples:
+  gecko data show gecko_finetune
   gecko data show --config=configs/finetune.py:local
   gecko data show --config=configs/finetune.py:local --count=5 \\
       --config.data.files=mine.jsonl"""
@@ -86,8 +88,11 @@ example:
 _PREPARE = """\
 Adds hard negatives to pairs: passages of the same files that BM25 ranks high for the
 query and that are not its positive. The result is a file of triples to fine-tune on.
+With the name of a set of the table it turns the set's source into such triples.
 
-example:
+examples:
+  gecko data prepare snli
+  gecko data prepare hotpotqa --source='hotpotqa/distractor/train-*.parquet'
   gecko data prepare pairs.jsonl --output=triples.jsonl --negatives=1
 
 Each line of the input is an object with `task`, `query` and `positive` (or `passage`),
@@ -381,7 +386,9 @@ def build_parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
 
     show = _add_verb(data_verbs, "gecko data show", _SHOW, "data_show")
-    _add_config(show)
+    show.add_argument("mixture", nargs="?", metavar="MIXTURE", help="of the table")
+    _add_config(show, required=False)
+    _add_prepared_dir(show)
     show.add_argument(
         "--count", type=_positive, default=2, help="examples of each task (2)"
     )
@@ -399,9 +406,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     prepare = _add_verb(data_verbs, "gecko data prepare", _PREPARE, "data_prepare")
     prepare.add_argument(
-        "files", nargs="+", type=_path, metavar="FILE", help="JSONL of pairs"
+        "files",
+        nargs="+",
+        type=_path,
+        metavar="NAME|FILE",
+        help="a set, or JSONL of pairs",
     )
-    _add_output(prepare, "FILE", "the JSONL of triples to write")
+    prepare.add_argument(
+        "--output",
+        type=_path,
+        metavar="FILE",
+        help="the JSONL of triples to write, for files",
+    )
+    prepare.add_argument(
+        "--source", default="", metavar="PATH", help="where the set's files lie"
+    )
+    prepare.add_argument(
+        "--accept-licence",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a set whose restricted licence you have read and accept",
+    )
+    prepare.add_argument(
+        "--tfds-data-dir", type=_path, metavar="DIR", help="where TFDS keeps its sets"
+    )
+    _add_prepared_dir(prepare)
     prepare.add_argument(
         "--negatives", type=_positive, default=1, help="hard negatives of a pair (1)"
     )
@@ -545,6 +575,15 @@ def _texts(description: str) -> dict[str, Any]:
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", help="show tracebacks and every log line"
+    )
+
+
+def _add_prepared_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prepared-dir",
+        default="~/.cache/gecko_jax/prepared",
+        metavar="DIR",
+        help="where prepared sets lie (~/.cache/gecko_jax/prepared)",
     )
 
 

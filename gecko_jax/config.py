@@ -112,6 +112,7 @@ SCHEMA: dict[str, Rule] = {
     "data.packing": _SWITCH,
     "data.one_task_per_batch": _SWITCH,
     "data.cache_dir": Rule(str, "must name a folder", bool),
+    "data.prepared_dir": Rule(str, "must name a folder", bool),
     "model.vocab_size": _POSITIVE,
     "model.model_dim": _POSITIVE,
     "model.num_layers": _POSITIVE,

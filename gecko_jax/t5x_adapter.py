@@ -208,11 +208,12 @@ def _model_class() -> Any:
         def _embed(
             self, params: Any, tokens: Int[Array, "B L"], key: Any
         ) -> Float[Array, "B D"]:
+            keys = None if key is None else jax.random.split(key, tokens.shape[0])
             rows: Any = self.module.apply(
                 {"params": flax_core.unfreeze(params)},
                 tokens,
                 (tokens > 0).astype(jnp.int32),
-                dropout_key=key,
+                dropout_keys=keys,
             )
             return rows[:, 0]
 

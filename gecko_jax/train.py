@@ -153,7 +153,11 @@ def _train(
     writer = metrics.Writer(workdir, first_step, enabled=is_main)
     window = _window(config, batches, mesh)
     bar = progress.Progress("Training", num_steps, first_step, enabled=is_main)
-    position = {"mixture_hash": batches.mixture_hash, "seed": config.seed}
+    position = {
+        "mixture_hash": batches.mixture_hash,
+        "mixture": batches.facts,
+        "seed": config.seed,
+    }
     guard = nonfinite.Guard(config.train.max_skipped_steps, batches.task_names, workdir)
     last: dict[str, float] = {}
 

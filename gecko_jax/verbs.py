@@ -96,6 +96,10 @@ def compile_step(options: argparse.Namespace) -> None:
 
 def data_show(options: argparse.Namespace) -> None:
     """Prints the tasks of a config, and examples as the encoder reads them."""
+    if options.mixture:
+        _print_mixture(options.mixture, options.prepared_dir)
+    if not options.config:
+        return
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
     from gecko_jax import text
@@ -135,6 +139,45 @@ def data_show(options: argparse.Namespace) -> None:
         )
 
 
+def _print_mixture(name: str, prepared_dir: str) -> None:
+    """Prints the rows of a mixture of the table, prepared or not."""
+    from gecko_jax.data import jsonl, mixtures
+
+    tasks, drawn = mixtures.describe(name)
+    located = [mixtures.locate(task, prepared_dir) for task in tasks]
+    sizes = []
+    for task in located:
+        counts = [jsonl.summarize(path).examples for path in task.files]
+        size = sum(count.get(task.source_task, 0) for count in counts)
+        sizes.append(size or task.published_size)
+    known = [size for size in sizes if size]
+    rates = drawn.rates(
+        [task.name for task, size in zip(located, sizes, strict=True) if size], known
+    )
+    share = dict(
+        zip(
+            [t.name for t, size in zip(located, sizes, strict=True) if size],
+            [rate / sum(rates) for rate in rates],
+            strict=True,
+        )
+    )
+    print(
+        f"{name}: {len(tasks)} tasks, temperature {drawn.temperature:g}, cap "
+        f"{drawn.cap or 'none'}; rates are ours, among the tasks of known size"
+    )
+    for task, size in zip(located, sizes, strict=True):
+        state = "" if task.files else "; not prepared"
+        count = f"{size:,} examples" if size else "unknown size"
+        rate = f"{share[task.name]:.1%}" if task.name in share else "-"
+        print(f"\n{task.name}: {count}, {rate}; licence {task.licence}{state}")
+        form = ", symmetric" if task.symmetric else ""
+        print(f"  {task.source or 'JSONL'}; t = {task.task_description!r}{form}")
+        if task.restricted:
+            print(f"  restricted: {task.restricted}")
+        if task.touches:
+            print(f"  may hold texts of {', '.join(task.touches)}")
+
+
 def data_vocabulary(options: argparse.Namespace) -> None:
     """Trains a vocabulary and says what it is."""
     from gecko_jax.data import pieces
@@ -147,8 +190,19 @@ def data_vocabulary(options: argparse.Namespace) -> None:
 
 
 def data_prepare(options: argparse.Namespace) -> None:
-    """Mines hard negatives by BM25."""
-    from gecko_jax.data import mining
+    """Prepares a set of the table, or mines hard negatives by BM25."""
+    from gecko_jax.data import mining, tasks
+
+    table = {task.name: task for task in tasks.TASKS}
+    (name, *others) = options.files
+    if not others and name in table and not pathlib.Path(name).exists():
+        _prepare_set(table[name], options)
+        return
+    if not options.output:
+        raise ValueError(
+            f"{name}: is no set of the table; to mine hard negatives for files, say "
+            "where the triples go with --output=FILE"
+        )
 
     summary = mining.mine_negatives(
         options.files, options.output, options.negatives, skip_top=options.skip_top
@@ -162,6 +216,23 @@ def data_prepare(options: argparse.Namespace) -> None:
             f"{summary.short:,} examples have fewer than {options.negatives}: no other "
             "passage shares a word with their query"
         )
+
+
+def _prepare_set(task: Any, options: argparse.Namespace) -> None:
+    from gecko_jax.data import prepare
+
+    summary = prepare.prepare(
+        task,
+        options.prepared_dir,
+        source=options.source,
+        accepted_licences=tuple(options.accept_licence),
+        tfds_data_dir=options.tfds_data_dir,
+    )
+    print(f"{summary.folder}: {summary.examples:,} examples; licence {task.licence}")
+    for reason, count in sorted(summary.dropped.items(), key=lambda item: -item[1]):
+        print(f"  left out {count:,}: {reason}")
+    if task.mine and summary.without_negative:
+        print(f"  {summary.without_negative:,} have no hard negative")
 
 
 def evaluate(options: argparse.Namespace) -> None:

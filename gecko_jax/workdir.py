@@ -35,6 +35,7 @@ _FREE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
     "data.cache_dir",
+    "data.prepared_dir",
 )
 
 
@@ -110,16 +111,35 @@ def check_position(
     """Refuses to go on when the data is not what the checkpoint was trained on.
 
     Raises:
-        ValueError: Names both hashes of the data.
+        ValueError: Names what has changed: task, source, rate, format or size.
     """
     if position["mixture_hash"] != batches.mixture_hash:
+        before = _flat_facts(position.get("mixture", {}))
+        now = _flat_facts(json.loads(json.dumps(batches.facts)))
+        changed = [
+            f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and not name.endswith(".cache")
+        ] or ["the version of the code that tokenizes"]
         raise ValueError(
             f"the data has changed since the checkpoint was made (mixture "
             f"{position['mixture_hash']}, now {batches.mixture_hash}): a resumed run "
             "would not see the examples it should; restore the files of "
             f"data.files={config.data.files} or data.mixture={config.data.mixture}, or "
-            "start in a new workdir"
+            "start in a new workdir. Changed:\n  " + "\n  ".join(changed)
         )
+
+
+def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"task docs.rate": ...}; task names may hold dots."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            part = "task " if name == "tasks" and not prefix else f"{prefix}{name}."
+            flat |= _flat_facts(value, part)
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def write_model(

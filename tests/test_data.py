@@ -1,6 +1,7 @@
 """The pipeline: what a step holds is a pure function of (mixture, seed, step)."""
 
 import collections
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,8 +11,17 @@ import time
 import numpy as np
 import pytest
 
-from gecko_jax import text, vocabulary
-from gecko_jax.data import cache, load_seqio, mining, pipeline, preprocessors, tasks
+from gecko_jax import flags, text, vocabulary, workdir
+from gecko_jax.data import (
+    cache,
+    formatting,
+    load_seqio,
+    mining,
+    mixtures,
+    pipeline,
+    registration,
+    tasks,
+)
 
 SIZES = {"docs": 24, "code": 12, "term": 6}
 
@@ -161,8 +171,9 @@ def test_negatives_are_sampled_anew(open_batches):
 def test_rates_are_honoured(open_batches, monkeypatch, pairs, one_task):
     rows = tasks.from_files([pairs], [SIZES], text.TextFormat())
     monkeypatch.setattr(tasks, "TASKS", rows)
+    shares = {"docs": 1.0, "code": 2.0, "term": 5.0}
     monkeypatch.setattr(
-        tasks, "MIXTURES", {"mixed": {"docs": 1.0, "code": 2.0, "term": 5.0}}
+        mixtures, "MIXTURES", {"mixed": mixtures.Mixture(tuple(shares), shares)}
     )
     batches = open_batches(mixture="mixed", files=(), one_task_per_batch=one_task)
     assert batches.rates == (1 / 8, 2 / 8, 5 / 8)
@@ -218,6 +229,67 @@ pipeline.Batches(
 assert "tensorflow" not in sys.modules and "seqio" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_any_number_of_processes_draws_the_same_batches(open_batches, pairs, tmp_path):
+    """Processes that start at once, caches unbuilt, agree with each other and here."""
+    program = f"""
+import hashlib
+from gecko_jax import text, vocabulary
+from gecko_jax.data import pipeline, tasks
+path = tasks.QUICKSTART_VOCABULARY
+batches = pipeline.Batches(
+    mixture="", files=({str(pairs)!r},), vocabulary=vocabulary.load(path),
+    vocabulary_path=path, query_length=16, passage_length=32, num_negatives=2,
+    text_format=text.TextFormat(task_descriptions={{"docs": "search result"}}),
+    batch_size=7, packing=False, one_task_per_batch=False, seed=3,
+    cache_dir={str(tmp_path)!r},
+)
+digest = hashlib.sha256()
+for batch in batches.iterate(5, 9):
+    for name in sorted(batch):
+        digest.update(batch[name].tobytes())
+print(digest.hexdigest())
+"""
+    command = [sys.executable, "-c", program]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    digest = hashlib.sha256()
+    for batch in open_batches().iterate(5, 9):
+        for name in sorted(batch):
+            digest.update(batch[name].tobytes())
+    for process in running:
+        answer, _ = process.communicate()
+        assert process.returncode == 0
+        assert answer.strip() == digest.hexdigest()
+
+
+def test_a_changed_mixture_is_named(open_batches, pairs, tmp_path):
+    before = open_batches(cache_dir=tmp_path)
+    position = {"mixture_hash": before.mixture_hash, "mixture": before.facts}
+    position = json.loads(json.dumps(position))
+    config = flags.load("configs/finetune.py:local")
+    workdir.check_position(position, before, config)
+    changed = tmp_path / "changed.jsonl"
+    lines = [line for line in pairs.read_text().splitlines() if "term" not in line]
+    changed.write_text("\n".join(lines[:-1]))
+    after = open_batches(
+        files=(changed,),
+        cache_dir=tmp_path,
+        text_format=text.TextFormat(task_descriptions={"docs": "finding"}),
+    )
+    with pytest.raises(ValueError, match="the data has changed") as caught:
+        workdir.check_position(position, after, config)
+    message = str(caught.value)
+    for fact in (
+        "task term.examples: was 6, is None",
+        "task code.examples: was 12, is 11",
+        "task code.rate: was 12",
+        "task code.sources: was",
+        "task docs.format.query: was 'task: search result",
+    ):
+        assert fact in message
 
 
 def test_changed_sources_and_formats_make_other_caches(open_batches, pairs, tmp_path):
@@ -367,7 +439,7 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
         task_descriptions={"qa": "question answering"},
         symmetric_tasks=("qa",) if symmetric else (),
     )
-    forms = preprocessors.templates(text_format, "qa")
+    forms = formatting.templates(text_format, "qa")
     dataset = tf.data.Dataset.from_tensor_slices(
         {
             "query": [text.clean(body) for body, _ in TRICKY],
@@ -377,7 +449,7 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
             "negative_titles": [["", "T"]] * 3,
         }
     )
-    got = list(preprocessors.format_texts(dataset, forms).as_numpy_iterator())
+    got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
     for record, (body, title) in zip(got, TRICKY, strict=True):
         query = text_format.format_query(body, "qa")
         passage = text_format.format_passage(body, title)
@@ -393,7 +465,7 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
 def test_quickstart_is_a_seqio_mixture():
     """The golden example of each bundled task, through seqio alone."""
     seqio = load_seqio()
-    assert tasks.register("quickstart") is tasks.register("quickstart")
+    assert registration.register("quickstart") is registration.register("quickstart")
     assert seqio.get_mixture_or_task("quickstart").num_input_examples("train") == 3828
     pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
     golden = {

@@ -17,7 +17,7 @@ import pytest
 from flax.linen import partitioning
 
 from gecko_jax import checkpoints, losses, model, t5x_adapter
-from gecko_jax.data import t5x_features, tasks
+from gecko_jax.data import registration, t5x_features
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
 CONFIG = model.EncoderConfig(
@@ -81,7 +81,7 @@ def adapted(monkeypatch):
 def batch():
     """Examples of a seqio task, through the converter that t5x makes."""
     converter = t5x_features.feature_converter(2)(pack=False)
-    task = tasks.register("quickstart_docs")
+    task = registration.register("quickstart_docs")
     lengths = {"query": 16, "positive": 32, "negatives": 32}
     dataset = task.get_dataset(lengths, split="train", shuffle=False)
     rows = list(converter(dataset, lengths).take(3).as_numpy_iterator())

@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 
 from gecko_jax import files, progress, text, vocabulary
-from gecko_jax.data import features, jsonl, load_seqio, preprocessors
+from gecko_jax.data import features, formatting, jsonl, load_seqio, registration
 from gecko_jax.data import tasks as tasks_lib
 
 # Tokens kept of a text, so that the lengths of a run can change without a new cache.
@@ -70,9 +70,7 @@ def key(
         "max_tokens": MAX_TOKENS,
         "source_task": task.source_task,
         "sources": [source.sha256 for source in sources],
-        "templates": dataclasses.asdict(
-            preprocessors.templates(text_format, task.name)
-        ),
+        "templates": dataclasses.asdict(formatting.templates(text_format, task.name)),
         "vocabulary": pieces.fingerprint,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -107,7 +105,7 @@ def _write(
 
     logging.info("Tokenizing %s into %s", task.name, folder)
     load_seqio()
-    dataset = tasks_lib.register_task(
+    dataset = registration.register_task(
         task, text_format, vocabulary_path, extra_ids
     ).get_dataset(sequence_length=None, split="train", shuffle=False)
     num_examples = 0

@@ -88,12 +88,19 @@ def mine_negatives(
         len(pairs),
     ):
         mined[number] = found
-    with files_lib.write_file(output) as temporary:
-        opener = gzip.open if os.fspath(output).endswith(".gz") else open
-        with opener(temporary, "wt", encoding="utf-8") as lines:
-            for record, pair, found in zip(records, pairs, mined, strict=True):
-                line = json.dumps(_extend(record, pair, found), ensure_ascii=False)
-                lines.write(line + "\n")
+    with files_lib.write_file(output) as temporary, temporary.open("wb") as raw:
+        # Without a name and a time: equal lines give equal bytes.
+        packed = (
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+            if os.fspath(output).endswith(".gz")
+            else None
+        )
+        lines = packed or raw
+        for record, pair, found in zip(records, pairs, mined, strict=True):
+            line = json.dumps(_extend(record, pair, found), ensure_ascii=False)
+            lines.write((line + "\n").encode())
+        if packed:
+            packed.close()
     return MiningSummary(
         examples=len(pairs),
         mined=sum(map(len, mined)),

@@ -22,6 +22,7 @@ Features of a batch of B examples with G negatives, rows R and tokens L:
     negative_group, task_index            int32 [B]
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ from jaxtyping import Float
 
 from gecko_jax import text
 from gecko_jax import vocabulary as vocabulary_lib
-from gecko_jax.data import cache, features
+from gecko_jax.data import cache, features, formatting, mixtures
 from gecko_jax.data import tasks as tasks_lib
 
 # Batches that wait for the consumer of `iterate`.
@@ -66,6 +67,7 @@ class Batches:
         num_examples: Of all tasks.
         text_format: As given, completed with the descriptions of these tasks; this is
             the one to keep with a checkpoint.
+        facts: What the examples of a step depend on, other than the seed.
         mixture_hash: Changes with whatever the examples of a step depend on, other
             than the seed: sources, format, vocabulary, rates, batch size.
     """
@@ -87,6 +89,7 @@ class Batches:
         seed: int,
         cache_dir: str | os.PathLike,
         row_multiple: int = 1,
+        prepared_dir: str | os.PathLike = mixtures.PREPARED,
     ):
         """Opens the caches of the mixture, building those that are not there.
 
@@ -106,6 +109,7 @@ class Batches:
             seed: Of the shuffles and of the sampling of negatives.
             cache_dir: Where caches lie; may be shared by many runs.
             row_multiple: Row counts are multiples of it.
+            prepared_dir: Where `gecko data prepare` put the sets of the mixture.
 
         Raises:
             ValueError: An unknown mixture, a bad file or line, an impossible size.
@@ -127,19 +131,18 @@ class Batches:
             query_length, passage_length, num_negatives, packing, row_multiple
         )
         folder = pathlib.Path(cache_dir)
-        rates: tuple[float | None, ...]
         if files:
             paths = [os.fspath(path) for path in files]
             summaries = [cache.summarize_source(path, folder) for path in paths]
             self.tasks = tasks_lib.from_files(
                 paths, [summary.examples for summary in summaries], text_format
             )
-            rates = (None,) * len(self.tasks)
+            drawn = mixtures.Mixture(tuple(task.name for task in self.tasks))
         else:
-            self.tasks, rates = tasks_lib.resolve(mixture)
+            self.tasks, drawn = mixtures.resolve(mixture, prepared_dir)
         self.text_format = tasks_lib.complete_text_format(text_format, self.tasks)
         self._readers = []
-        keys = []
+        keys, digests = [], []
         for task in self.tasks:
             sources = [cache.summarize_source(path, folder) for path in task.files]
             if not any(task.source_task in source.examples for source in sources):
@@ -147,6 +150,7 @@ class Batches:
                     f"task {task.name}: no line of {', '.join(task.files)} has the "
                     f"task {task.source_task!r}"
                 )
+            digests.append([source.sha256 for source in sources])
             keys.append(cache.key(task, sources, self.text_format, vocabulary))
             self._readers.append(
                 cache.build(
@@ -161,18 +165,35 @@ class Batches:
         self.task_names = tuple(task.name for task in self.tasks)
         self.task_sizes = tuple(len(reader) for reader in self._readers)
         self.num_examples = sum(self.task_sizes)
-        weights = [
-            float(size if rate is None else rate)
-            for rate, size in zip(rates, self.task_sizes, strict=True)
-        ]
+        weights = drawn.rates(self.task_names, self.task_sizes)
         self.rates = tuple(weight / sum(weights) for weight in weights)
-        facts = [
-            *zip(self.task_names, keys, weights, strict=True),
-            batch_size,
-            num_negatives,
-            one_task_per_batch,
-        ]
-        digest = hashlib.sha256(json.dumps(facts).encode())
+        # Kept beside every checkpoint, so that a refusal can name what has changed.
+        self.facts: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_negatives": num_negatives,
+            "one_task_per_batch": one_task_per_batch,
+            "vocabulary": vocabulary.fingerprint,
+            "tasks": {
+                name: {
+                    "rate": weight,
+                    "examples": size,
+                    "sources": sources,
+                    "format": dataclasses.asdict(
+                        formatting.templates(self.text_format, name)
+                    ),
+                    "cache": key,
+                }
+                for name, weight, size, sources, key in zip(
+                    self.task_names,
+                    weights,
+                    self.task_sizes,
+                    digests,
+                    keys,
+                    strict=True,
+                )
+            },
+        }
+        digest = hashlib.sha256(json.dumps(self.facts).encode())
         self.mixture_hash = digest.hexdigest()[:16]
         self._order = self._build_order(weights)
         self._lock = threading.Lock()

@@ -1,90 +1,309 @@
-"""seqio preprocessors: a record of raw texts becomes a record of tokens.
+"""Preprocessors: records of a source become canonical pairs and triples.
 
-    {"query": "how to sort", "positive": "sorted() returns ...", "title": "Sorting",
-     "negatives": ["reverse() ..."], "negative_titles": [""]}
-
-    format_texts ->
-    {"query": "task: search result | query: how to sort",
-     "positive": "title: Sorting | text: sorted() returns ...",
-     "negatives": ["title: none | text: reverse() ..."]}
-
-    seqio's tokenize and append_eos ->
-    {"query": [9, 350, ..., 1], "positive": [...], "negatives": [[...]]}
-
-The strings of the format are `gecko_jax.text`'s; they are taken from it by writing
-markers, so that text read through TensorFlow and text encoded later cannot differ.
+A preprocessor takes an iterable of a source's own records and yields, in their order,
+either a line in the layout of `gecko_jax.data.jsonl` (without `task`) or a `Drop` that
+says why a record, or a part of one, is left out. Those that need to see all records
+before the first line (NLI by premise, classification by label) hold them in memory.
 """
 
 import dataclasses
+import html
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gecko_jax import text
+Record = Mapping[str, Any]
 
-# Private-use characters: no real text holds them, and `text.clean` leaves them alone.
-_TEXT_MARK = "\ue000"
-_TITLE_MARK = "\ue001"
+_TAG = re.compile(r"<(?:[a-zA-Z/!][^<>]*)>")
+# C0 and C1 controls that are no white space; they come from broken encodings.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_ENTAILMENT, _NEUTRAL, _CONTRADICTION = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Templates:
-    """The written forms of one task, with markers for what an example fills in."""
+class Drop:
+    """A record that gives no example, and why; `prepare` counts the reasons."""
 
-    query: str
-    passage: str
-    titled_passage: str
+    reason: str
 
 
-def templates(text_format: text.TextFormat, task: str) -> Templates:
-    """Returns the written forms of `task`; a symmetric task has one for both sides."""
-    query = text_format.format_query(_TEXT_MARK, task)
-    if text_format.is_symmetric(task):
-        return Templates(query, query, query)
-    return Templates(
-        query,
-        text_format.format_passage(_TEXT_MARK),
-        text_format.format_passage(_TEXT_MARK, title=_TITLE_MARK),
-    )
+Preprocessor = Callable[[Iterable[Record]], Iterator[dict[str, Any] | Drop]]
 
 
-def format_texts(dataset: Any, forms: Templates) -> Any:
-    """Writes queries and passages as the encoder reads them.
+def field(record: Record, name: str) -> Any:
+    """Returns a field of a source's record.
 
-    Args:
-        dataset: A `tf.data.Dataset` of cleaned texts; a title may be empty.
-        forms: The written forms of the task.
+    Raises:
+        ValueError: There is no such field: the source has changed its schema.
     """
-    import tensorflow as tf
-
-    def passage(content: Any, title: Any) -> Any:
-        return tf.where(
-            tf.strings.length(title) > 0,
-            _fill(forms.titled_passage, content, title),
-            _fill(forms.passage, content, title),
+    if name not in record:
+        raise ValueError(
+            f"a record has no field {name!r} (it has {', '.join(sorted(record))}): the "
+            "source's schema is another one; check that it is the right set and version"
         )
+    return record[name]
 
-    def format_record(record: dict[str, Any]) -> dict[str, Any]:
-        formatted = dict(record)
-        title = formatted.pop("title")
-        negative_titles = formatted.pop("negative_titles")
-        return formatted | {
-            "query": _fill(forms.query, record["query"], title),
-            "positive": passage(record["positive"], title),
-            "negatives": passage(record["negatives"], negative_titles),
+
+def text(record: Record, name: str) -> str:
+    """Returns a text field without control characters, '' for null."""
+    value = field(record, name)
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if not isinstance(value, str):
+        raise ValueError(
+            f"field {name!r} is a {type(value).__name__}, and must be text; check that "
+            "it is the right set and version"
+        )
+    return _CONTROL.sub("", value).strip()
+
+
+def strip_html(markup: str) -> str:
+    """Returns the text of HTML: tags away, entities read.
+
+    >>> strip_html("<p>Use <code>a &lt; b</code></p>")
+    'Use a < b'
+    """
+    return " ".join(html.unescape(_TAG.sub(" ", markup)).split())
+
+
+def pairs(
+    records: Iterable[Record],
+    *,
+    query: str,
+    positive: str,
+    title: str | None = None,
+    is_html: bool = False,
+) -> Iterator[dict[str, Any] | Drop]:
+    """Takes query and positive from two fields.
+
+    {"question": "what is a gecko", "answer": "A lizard."}
+    -> {"query": "what is a gecko", "positive": "A lizard."}
+    """
+    read = strip_html if is_html else str
+    for record in records:
+        line = {
+            "query": read(text(record, query)),
+            "positive": read(text(record, positive)),
         }
+        if title:
+            line["title"] = read(text(record, title))
+        yield line if line["query"] and line["positive"] else Drop("empty text")
 
-    return dataset.map(format_record, num_parallel_calls=tf.data.AUTOTUNE)
 
+def passage_lists(
+    records: Iterable[Record],
+) -> Iterator[dict[str, Any] | Drop]:
+    """Gives one line for each positive; every line has all negatives of its query.
 
-def _fill(template: str, content: Any, title: Any) -> Any:
-    """Replaces the markers; works on scalars and vectors of strings alike."""
-    import tensorflow as tf
-
-    parts = []
-    before, _, after = template.partition(_TEXT_MARK)
-    for part in (before, None, after):
-        if part is None:
-            parts.append(content)
+    {"query_id": "7", "query": "who", "positive_passages": [{"docid": "1#0", "title":
+     "A", "text": "a"}], "negative_passages": [{"docid": "2#0", "title": "B",
+     "text": "b"}]}
+    -> {"query": "who", "query_id": "7", "positive": "a", "title": "A",
+        "passage_id": "1#0", "negatives": ["b"], "negative_titles": ["B"],
+        "negative_ids": ["2#0"]}
+    """
+    for record in records:
+        query = text(record, "query")
+        positives = list(field(record, "positive_passages"))
+        negatives = [p for p in field(record, "negative_passages") if text(p, "text")]
+        if not query or not positives:
+            yield Drop("no positive" if query else "empty text")
             continue
-        head, mark, tail = part.partition(_TITLE_MARK)
-        parts.extend([head, title, tail] if mark else [part])
-    return tf.strings.join(parts)
+        for passage in positives:
+            if not text(passage, "text"):
+                yield Drop("empty text")
+                continue
+            yield {
+                "query": query,
+                "query_id": str(field(record, "query_id")),
+                "positive": text(passage, "text"),
+                "title": text(passage, "title"),
+                "passage_id": str(field(passage, "docid")),
+                "negatives": [text(p, "text") for p in negatives],
+                "negative_titles": [text(p, "title") for p in negatives],
+                "negative_ids": [str(field(p, "docid")) for p in negatives],
+            }
+
+
+def nli(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
+    """Groups hypotheses by premise: (premise, entailment, contradiction).
+
+    {"premise": "A man sleeps.", "hypothesis": "A man rests.", "label": 0}
+    {"premise": "A man sleeps.", "hypothesis": "A man runs.", "label": 2}
+    -> {"query": "A man sleeps.", "positive": "A man rests.",
+        "negatives": ["A man runs."]}
+
+    Each entailment is one line with all contradictions of its premise. Both sides are
+    written in the query form, since the task is symmetric (section 3.3).
+    """
+    groups: dict[str, tuple[list[str], list[str]]] = {}
+    for record in records:
+        label = int(field(record, "label"))
+        premise, hypothesis = text(record, "premise"), text(record, "hypothesis")
+        if label == -1:
+            yield Drop("annotators disagree")
+        elif label not in (_ENTAILMENT, _NEUTRAL, _CONTRADICTION):
+            raise ValueError(f"label {label} is out of range: NLI has 0, 1, 2 and -1")
+        elif not premise or not hypothesis:
+            yield Drop("empty text")
+        elif label == _NEUTRAL:
+            yield Drop("neutral")
+        else:
+            group = groups.setdefault(premise, ([], []))
+            group[label == _CONTRADICTION].append(hypothesis)
+    for premise, (entailed, contradicting) in groups.items():
+        if not entailed:
+            yield from [Drop("no entailment of this premise")] * len(contradicting)
+        elif not contradicting:
+            yield from [Drop("no contradiction of this premise")] * len(entailed)
+        else:
+            for positive in entailed:
+                yield {
+                    "query": premise,
+                    "positive": positive,
+                    "negatives": list(contradicting),
+                }
+
+
+def fact_verification(
+    records: Iterable[Record],
+) -> Iterator[dict[str, Any] | Drop]:
+    """Pairs a claim with each page that supports or refutes it.
+
+    {"claim": "Honey spoils.", "label": "REFUTES",
+     "evidence": [["Honey_-LRB-food-RRB-", 3, "Honey keeps."]]}
+    -> {"query": "Honey spoils.", "positive": "Honey keeps.",
+        "title": "Honey (food)"}
+
+    Sentences of one page become one passage, in the page's order. A claim without
+    enough information has no evidence, and is dropped.
+    """
+    for record in records:
+        claim, label = text(record, "claim"), text(record, "label")
+        if label not in ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO"):
+            raise ValueError(
+                f"label {label!r} is out of range: it must be SUPPORTS, REFUTES or "
+                "NOT ENOUGH INFO"
+            )
+        pages: dict[str, dict[int, str]] = {}
+        for page, number, sentence in field(record, "evidence"):
+            if page and str(sentence).strip():
+                pages.setdefault(page, {})[int(number)] = sentence.strip()
+        if label == "NOT ENOUGH INFO" or not pages:
+            yield Drop("no evidence")
+            continue
+        for page, sentences in pages.items():
+            yield {
+                "query": claim,
+                "positive": " ".join(sentences[n] for n in sorted(sentences)),
+                "title": _page_title(page),
+            }
+
+
+def _page_title(page: str) -> str:
+    for written, meant in (("-LRB-", "("), ("-RRB-", ")"), ("-COLON-", ":")):
+        page = page.replace(written, meant)
+    return page.replace("_", " ")
+
+
+def multiple_choice(
+    records: Iterable[Record],
+) -> Iterator[dict[str, Any] | Drop]:
+    """Turns a question with four options into question, answer and wrong options.
+
+    {"question": "Where is insulin made?", "opa": "Liver", "opb": "Pancreas",
+     "opc": "Spleen", "opd": "Lung", "cop": 1, "exp": "Beta cells make it."}
+    -> {"query": "Where is insulin made?", "positive": "Pancreas. Beta cells make it.",
+        "negatives": ["Liver", "Spleen", "Lung"]}
+    """
+    for record in records:
+        question = text(record, "question")
+        options = [text(record, name) for name in ("opa", "opb", "opc", "opd")]
+        answer = int(field(record, "cop"))
+        if answer == -1:
+            yield Drop("no answer")
+        elif answer not in range(len(options)):
+            raise ValueError(f"label {answer} is out of range: MedMCQA has 0 to 3")
+        elif not question or not options[answer]:
+            yield Drop("empty text")
+        else:
+            explanation = text(record, "exp")
+            right = options.pop(answer)
+            wrong = [option for option in options if option and option != right]
+            yield {
+                "query": question,
+                "positive": f"{right}. {explanation}" if explanation else right,
+                "negatives": wrong,
+            }
+
+
+def multi_hop(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
+    """Makes each supporting paragraph a positive, and the distractors negatives.
+
+    {"id": "5a", "question": "Who?", "supporting_facts": {"title": ["A"], "sent_id":
+     [0]}, "context": {"title": ["A", "B"], "sentences": [["a ", "b"], ["c"]]}}
+    -> {"query": "Who?", "query_id": "5a", "positive": "a b", "title": "A",
+        "negatives": ["c"], "negative_titles": ["B"]}
+    """
+    for record in records:
+        context = field(record, "context")
+        wanted = set(field(field(record, "supporting_facts"), "title"))
+        paragraphs = [
+            (title, "".join(sentences).strip())
+            for title, sentences in zip(
+                field(context, "title"), field(context, "sentences"), strict=True
+            )
+        ]
+        positives = [p for p in paragraphs if p[0] in wanted and p[1]]
+        negatives = [p for p in paragraphs if p[0] not in wanted and p[1]]
+        if not positives:
+            yield Drop("no positive")
+        for title, body in positives:
+            yield {
+                "query": text(record, "question"),
+                "query_id": str(field(record, "id")),
+                "positive": body,
+                "title": title,
+                "negatives": [body for _, body in negatives],
+                "negative_titles": [title for title, _ in negatives],
+            }
+
+
+def natural_questions(
+    records: Iterable[Record],
+) -> Iterator[dict[str, Any] | Drop]:
+    """Takes the annotated long answer out of its page.
+
+    {"question": {"text": "who found it"}, "document": {"title": "Honey", "tokens":
+     {"token": ["<P>", "Bees", "did", "</P>"], "is_html": [True, False, False, True]}},
+     "annotations": {"long_answer": {"start_token": [0], "end_token": [4]}}}
+    -> {"query": "who found it", "positive": "Bees did", "title": "Honey"}
+    """
+    for record in records:
+        document = field(record, "document")
+        tokens = field(field(document, "tokens"), "token")
+        is_html = field(field(document, "tokens"), "is_html")
+        answers = field(field(record, "annotations"), "long_answer")
+        starts, ends = field(answers, "start_token"), field(answers, "end_token")
+        spans = [(s, e) for s, e in zip(starts, ends, strict=True) if 0 <= s < e]
+        if not spans:
+            yield Drop("no long answer")
+            continue
+        start, end = spans[0]
+        words = [
+            text({"word": tokens[n]}, "word")
+            for n in range(start, end)
+            if not is_html[n]
+        ]
+        answer = " ".join(filter(None, words))
+        yield (
+            {
+                "query": text(field(record, "question"), "text"),
+                "positive": answer,
+                "title": text(document, "title"),
+            }
+            if answer
+            else Drop("empty text")
+        )

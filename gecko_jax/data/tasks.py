@@ -1,29 +1,19 @@
-"""The one table of tasks and mixtures, and their registration with seqio.
+"""The one table of tasks.
 
-A data set is a row of `TASKS`; a mixture names tasks and their rates. A user's own
-files need no row: each value of the field `task` in them becomes a task.
-
-    seqio.get_mixture_or_task("quickstart")     after `register("quickstart")`
+A data set is a row of `TASKS`; `mixtures` names tasks and their rates, `registration`
+makes them known to seqio. A user's own files need no row: each value of the field
+`task` in them becomes a task.
 """
 
 import dataclasses
 import functools
-import hashlib
-import itertools
-import json
 import os
 import pathlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from gecko_jax import text, vocabulary
-from gecko_jax.data import jsonl, load_seqio, preprocessors
-
-# Examples read at once.
-_BLOCK = 256
+from gecko_jax import text
+from gecko_jax.data import classification, preprocessors
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 QUICKSTART_VOCABULARY = QUICKSTART / "vocabulary.model"
@@ -42,6 +32,12 @@ class Task:
         licence: Of the texts.
         num_examples: Lines chosen; None when it is only known by reading.
         touches: Evaluation sets whose texts or near duplicates the data may hold.
+        source: Where `gecko data prepare` reads it, see `gecko_jax.data.sources`; ""
+            for one that lies ready as JSONL.
+        preprocessor: Turns the source's records into lines, see `preprocessors`.
+        restricted: Why its licence must be accepted by name; "" when it need not be.
+        published_size: Examples that the source's authors count, for planning.
+        mine: Hard negatives are mined where a line has none.
     """
 
     name: str
@@ -52,6 +48,11 @@ class Task:
     licence: str = "unknown"
     num_examples: int | None = None
     touches: tuple[str, ...] = ()
+    source: str = ""
+    preprocessor: preprocessors.Preprocessor | None = None
+    restricted: str = ""
+    published_size: int | None = None
+    mine: bool = True
 
 
 _QUICKSTART_TRAIN = (str(QUICKSTART / "train.jsonl"),)
@@ -92,16 +93,14 @@ TASKS: tuple[Task, ...] = (
     ),
 )
 
-# Mixture -> task -> rate; None is the number of examples, so that every example is
-# equally likely.
-MIXTURES: Mapping[str, Mapping[str, float | None]] = {
-    "quickstart": {
-        "quickstart_docs": None,
-        "quickstart_wordnet": None,
-        "quickstart_code": None,
-        "quickstart_term": None,
-    },
-}
+
+_EMOTIONS = (
+    "admiration", "amusement", "anger", "annoyance", "approval", "caring",
+    "confusion", "curiosity", "desire", "disappointment", "disapproval", "disgust",
+    "embarrassment", "excitement", "fear", "gratitude", "grief", "joy", "love",
+    "nervousness", "optimism", "pride", "realization", "relief", "remorse",
+    "sadness", "surprise", "neutral",
+)  # fmt: skip
 
 
 def vocabulary_path(name: str) -> str:
@@ -109,23 +108,238 @@ def vocabulary_path(name: str) -> str:
     return str(QUICKSTART_VOCABULARY) if name == "quickstart" else name
 
 
-def resolve(mixture: str) -> tuple[tuple[Task, ...], tuple[float | None, ...]]:
-    """Returns the tasks of a mixture, or of one task's name, and their rates.
-
-    Raises:
-        ValueError: Neither table knows the name.
-    """
-    table = {task.name: task for task in TASKS}
-    if mixture in MIXTURES:
-        rates = MIXTURES[mixture]
-        return tuple(table[name] for name in rates), tuple(rates.values())
-    if mixture in table:
-        return (table[mixture],), (None,)
-    known = ", ".join([*MIXTURES, *table])
-    raise ValueError(
-        f"mixture {mixture!r} is unknown: choose one of {known}, or give files of your "
-        "own as data.files"
+def _emotions(records: Iterable[preprocessors.Record]) -> Iterator[Any]:
+    return classification.triples(
+        classification.one_true_column(records, text="comment_text", columns=_EMOTIONS)
     )
+
+
+def _toxicity(records: Iterable[preprocessors.Record]) -> Iterator[Any]:
+    # Few comments are toxic: above 0.5 as Jigsaw counts them, and clearly not below.
+    return classification.triples(
+        classification.threshold(
+            records, text="text", score="toxicity", low=0.0, high=0.5
+        )
+    )
+
+
+def _labels(text: str, label: str, num_labels: int | None) -> Any:
+    return functools.partial(
+        classification.triples, text=text, label=label, num_labels=num_labels
+    )
+
+
+_MIRACL_LANGUAGES = (
+    "ar", "bn", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw",
+    "te", "th", "zh",
+)  # fmt: skip
+
+# Sources without a scheme are files that the user has: `--source` says where. Licences
+# are those that the sets' authors or cards name; docs/data.md says where each stands.
+TASKS += (
+    # Pre-finetuning: community questions and answers, titles and bodies (section 3.3).
+    Task(
+        name="gooaq",
+        files=(),
+        source_task="gooaq",
+        source="parquet",
+        preprocessor=functools.partial(
+            preprocessors.pairs, query="question", positive="answer"
+        ),
+        task_description="question answering",
+        licence="Apache-2.0",
+        published_size=3_112_679,
+        mine=False,
+    ),
+    Task(
+        name="stackexchange_title_body",
+        files=(),
+        source_task="stackexchange_title_body",
+        source="jsonl",
+        preprocessor=functools.partial(
+            preprocessors.pairs, query="title", positive="body", is_html=True
+        ),
+        task_description="search result",
+        licence="CC-BY-SA-4.0",
+        touches=("CQADupstack", "StackExchangeClustering", "StackOverflowDupQuestions"),
+        mine=False,
+    ),
+    Task(
+        name="stackexchange_qa",
+        files=(),
+        source_task="stackexchange_qa",
+        source="jsonl",
+        preprocessor=functools.partial(
+            preprocessors.pairs, query="title", positive="answer", is_html=True
+        ),
+        task_description="question answering",
+        licence="CC-BY-SA-4.0",
+        touches=("CQADupstack", "StackExchangeClustering", "StackOverflowDupQuestions"),
+        mine=False,
+    ),
+    Task(
+        name="wikipedia_title_body",
+        files=(),
+        source_task="wikipedia_title_body",
+        source="tfds:wikipedia/20230601.en:train",
+        preprocessor=functools.partial(
+            preprocessors.pairs, query="title", positive="text"
+        ),
+        task_description="search result",
+        licence="CC-BY-SA-3.0",
+        touches=("DBPedia", "NQ", "HotpotQA", "FEVER", "MIRACL"),
+        mine=False,
+    ),
+    # FRet: what `gecko fret` exports is canonical already.
+    Task(
+        name="fret",
+        files=(),
+        source_task="fret",
+        source="canonical",
+        task_description="search result",
+        licence="of the seed passages and the LLM",
+        published_size=6_600_000,
+    ),
+    # Academic (section 3.3).
+    Task(
+        name="natural_questions",
+        files=(),
+        source_task="natural_questions",
+        source="tfds:natural_questions/default:train",
+        preprocessor=preprocessors.natural_questions,
+        task_description="question answering",
+        licence="CC-BY-SA-3.0",
+        published_size=307_373,
+        touches=("NQ",),
+    ),
+    Task(
+        name="hotpotqa",
+        files=(),
+        source_task="hotpotqa",
+        source="parquet",
+        preprocessor=preprocessors.multi_hop,
+        task_description="search result",
+        licence="CC-BY-SA-4.0",
+        published_size=90_447,
+        touches=("HotpotQA",),
+    ),
+    Task(
+        name="fever",
+        files=(),
+        source_task="fever",
+        source="jsonl",
+        preprocessor=preprocessors.fact_verification,
+        task_description="fact checking",
+        licence="CC-BY-SA-3.0",
+        touches=("FEVER", "ClimateFEVER"),
+    ),
+    Task(
+        name="medmcqa",
+        files=(),
+        source_task="medmcqa",
+        source="parquet",
+        preprocessor=preprocessors.multiple_choice,
+        task_description="question answering",
+        licence="Apache-2.0",
+        published_size=182_822,
+    ),
+    Task(
+        name="snli",
+        files=(),
+        source_task="snli",
+        source="tfds:snli:train",
+        preprocessor=preprocessors.nli,
+        task_description="semantic similarity",
+        symmetric=True,
+        licence="CC-BY-SA-4.0",
+        published_size=550_152,
+        touches=("STS12", "STS14", "STS15", "SICK-R"),
+    ),
+    Task(
+        name="mnli",
+        files=(),
+        source_task="mnli",
+        source="tfds:multi_nli:train",
+        preprocessor=preprocessors.nli,
+        task_description="semantic similarity",
+        symmetric=True,
+        licence="OANC, CC-BY-SA-3.0, CC-BY-3.0",
+        published_size=392_702,
+    ),
+    # Classification. The paper names none; these are ours.
+    Task(
+        name="imdb_sentiment",
+        files=(),
+        source_task="imdb_sentiment",
+        source="tfds:imdb_reviews/plain_text:train",
+        preprocessor=_labels("text", "label", 2),
+        task_description="classification",
+        symmetric=True,
+        licence="none stated",
+        restricted="IMDb's reviews come without a licence; research use",
+        published_size=25_000,
+        touches=("ImdbClassification",),
+    ),
+    Task(
+        name="ag_news_topic",
+        files=(),
+        source_task="ag_news_topic",
+        source="tfds:ag_news_subset:train",
+        preprocessor=_labels("description", "label", 4),
+        task_description="classification",
+        symmetric=True,
+        licence="non-commercial",
+        restricted="AG's corpus is given for research and non-commercial use",
+        published_size=120_000,
+    ),
+    Task(
+        name="clinc_intent",
+        files=(),
+        source_task="clinc_intent",
+        source="tfds:clinc_oos:train",
+        preprocessor=_labels("text", "intent_name", None),
+        task_description="classification",
+        symmetric=True,
+        licence="CC-BY-3.0",
+    ),
+    Task(
+        name="goemotions_emotion",
+        files=(),
+        source_task="goemotions_emotion",
+        source="tfds:goemotions:train",
+        preprocessor=_emotions,
+        task_description="classification",
+        symmetric=True,
+        licence="Apache-2.0",
+        published_size=43_410,
+    ),
+    Task(
+        name="civil_comments_toxicity",
+        files=(),
+        source_task="civil_comments_toxicity",
+        source="tfds:civil_comments/CivilComments:train",
+        preprocessor=_toxicity,
+        task_description="classification",
+        symmetric=True,
+        licence="CC0-1.0",
+        published_size=1_804_874,
+        touches=("ToxicConversationsClassification",),
+    ),
+    # The multilingual recipe.
+    *(
+        Task(
+            name=f"miracl_{language}",
+            files=(),
+            source_task=f"miracl_{language}",
+            source="jsonl",
+            preprocessor=preprocessors.passage_lists,
+            task_description="question answering",
+            licence="Apache-2.0",
+            touches=("MIRACL",),
+        )
+        for language in _MIRACL_LANGUAGES
+    ),
+)
 
 
 def from_files(
@@ -180,160 +394,3 @@ def complete_text_format(
         task_descriptions=descriptions | dict(text_format.task_descriptions),
         symmetric_tasks=tuple(symmetric),
     )
-
-
-def register(
-    mixture: str = "quickstart",
-    *,
-    vocabulary_path: str | os.PathLike = QUICKSTART_VOCABULARY,
-    extra_ids: int = 0,
-    text_format: text.TextFormat | None = None,
-) -> Any:
-    """Registers a mixture of the table under its own name, for use through seqio.
-
-    Training does not need this: it registers the tasks it reads under names that hold
-    the format and the vocabulary too. Calling it again with the same name does nothing.
-
-    Returns:
-        The seqio Mixture, or the Task when `mixture` names one.
-    """
-    seqio = load_seqio()
-    tasks, rates = resolve(mixture)
-    text_format = complete_text_format(text_format or text.TextFormat(), tasks)
-    for task in tasks:
-        register_task(task, text_format, vocabulary_path, extra_ids, task.name)
-    if mixture in MIXTURES and mixture not in seqio.MixtureRegistry.names():
-        seqio.MixtureRegistry.add(
-            mixture,
-            [
-                (task.name, float(rate or task.num_examples or 1))
-                for task, rate in zip(tasks, rates, strict=True)
-            ],
-        )
-    return seqio.get_mixture_or_task(mixture)
-
-
-def register_task(
-    task: Task,
-    text_format: text.TextFormat,
-    vocabulary_path: str | os.PathLike,
-    extra_ids: int = 0,
-    name: str | None = None,
-) -> Any:
-    """Registers one seqio Task, unless there is one of that name, and returns it.
-
-    Args:
-        task: A row of the table, or one made by `from_files`.
-        text_format: Already completed with the task's description.
-        vocabulary_path: A SentencePiece `.model` file.
-        extra_ids: Sentinels to add to it.
-        name: In seqio's registry; by default the task's and a hash of the rest.
-    """
-    seqio = load_seqio()
-    model = vocabulary.load(vocabulary_path, extra_ids)
-    forms = preprocessors.templates(text_format, task.name)
-    if name is None:
-        facts = json.dumps([dataclasses.asdict(task), dataclasses.asdict(forms)])
-        digest = hashlib.sha256(f"{facts}{model.fingerprint}".encode()).hexdigest()
-        name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', task.name)}:{digest[:16]}"
-    if name in seqio.TaskRegistry.names():
-        return seqio.TaskRegistry.get(name)
-    pieces = seqio.SentencePieceVocabulary(os.fspath(vocabulary_path), extra_ids)
-    # seqio reads a path once in a process, whatever happens to the file later.
-    if pieces.tokenizer.serialized_model_proto() != model.full_proto:
-        raise ValueError(
-            f"{vocabulary_path}: has changed since this process first read it; start "
-            "again, or give the new vocabulary another name"
-        )
-    return seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(
-            functools.partial(_dataset, task=task),
-            splits=("train",),
-            num_input_examples=(
-                None if task.num_examples is None else {"train": task.num_examples}
-            ),
-        ),
-        preprocessors=[
-            functools.partial(preprocessors.format_texts, forms=forms),
-            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-            seqio.preprocessors.append_eos,
-        ],
-        output_features={
-            "query": seqio.Feature(pieces, add_eos=True),
-            "positive": seqio.Feature(pieces, add_eos=True),
-            "negatives": seqio.Feature(pieces, add_eos=True, rank=2),
-        },
-        metric_fns=[],
-    )
-
-
-def _dataset(
-    split: str, shuffle_files: bool, seed: int | None = None, *, task: Task
-) -> Any:
-    """Reads a task's files into a `tf.data.Dataset`, in the order of the lines."""
-    import tensorflow as tf
-
-    del split, shuffle_files, seed
-    strings = tf.TensorSpec((None,), tf.string)
-    words = tf.TensorSpec((None, 2), tf.uint32)
-    numbers = tf.TensorSpec((None,), tf.int32)
-    columns = {
-        "query": strings,
-        "positive": strings,
-        "title": strings,
-        "negatives": tf.TensorSpec((None, None), tf.string),
-        "negative_titles": tf.TensorSpec((None, None), tf.string),
-        "query_id": words,
-        "passage_id": words,
-        "negative_ids": tf.TensorSpec((None, None, 2), tf.uint32),
-        "negative_group": numbers,
-        "num_negatives": numbers,
-    }
-
-    def drop_padding(record: dict[str, Any]) -> dict[str, Any]:
-        kept = dict(record)
-        count = kept.pop("num_negatives")
-        for name in ("negatives", "negative_titles", "negative_ids"):
-            kept[name] = kept[name][:count]
-        return kept
-
-    # One record at a time, a generator costs 2 ms of TensorFlow's for each.
-    dataset = tf.data.Dataset.from_generator(
-        functools.partial(_column_blocks, task), output_signature=columns
-    )
-    return dataset.unbatch().map(drop_padding)
-
-
-def _column_blocks(task: Task) -> Iterator[dict[str, Any]]:
-    """Yields the task's cleaned examples in columns, `_BLOCK` at a time."""
-    pairs = itertools.chain.from_iterable(
-        jsonl.read_pairs(file, task.source_task) for file in task.files
-    )
-    while block := list(itertools.islice(pairs, _BLOCK)):
-        # At least one column: TensorFlow 2.21 crashes when it unbatches none.
-        widest = max(1, *(len(pair.negatives) for pair in block))
-
-        def pad(texts: Sequence[str], widest: int = widest) -> list[str]:
-            return [_clean(t) for t in texts] + [""] * (widest - len(texts))
-
-        negative_ids = np.zeros((len(block), widest, 2), np.uint32)
-        for row, pair in enumerate(block):
-            if pair.negatives:
-                negative_ids[row, : len(pair.negatives)] = pair.negative_ids
-        yield {
-            "query": [_clean(pair.query) for pair in block],
-            "positive": [_clean(pair.positive) for pair in block],
-            "title": [_clean(pair.title) for pair in block],
-            "negatives": [pad(pair.negatives) for pair in block],
-            "negative_titles": [pad(pair.negative_titles) for pair in block],
-            "query_id": np.array([pair.query_id for pair in block], np.uint32),
-            "passage_id": np.array([pair.passage_id for pair in block], np.uint32),
-            "negative_ids": negative_ids,
-            "negative_group": [pair.negative_group for pair in block],
-            "num_negatives": [len(pair.negatives) for pair in block],
-        }
-
-
-def _clean(content: str) -> str:
-    return text.clean(content) if content.strip() else ""

@@ -1,0 +1,240 @@
+"""Preparing a set of the table: its source becomes canonical triples on disk.
+
+    <prepared_dir>/<name>/part-00000.jsonl.gz ...   lines as `jsonl` reads them
+    <prepared_dir>/<name>/prepared.json             counts, licence, source
+    <prepared_dir>/.<name>.work/                    while it is not finished
+
+A part is written under a temporary name and renamed, hard negatives are mined part by
+part, and the folder gets its name when it is whole: an interrupted run goes on with
+the parts it has. What a part holds depends on the source and the table alone.
+"""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+
+from gecko_jax import files, progress
+from gecko_jax.data import jsonl, mining, preprocessors, sources
+from gecko_jax.data import tasks as tasks_lib
+
+# Lines of a part.
+PART = 50_000
+
+# Raised whenever what a part holds changes.
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was prepared.
+
+    Attributes:
+        folder: Where the set lies.
+        examples: Lines written.
+        dropped: Reason -> number of records, or parts of one, left out.
+        without_negative: Lines for which none was there or could be mined.
+    """
+
+    folder: pathlib.Path
+    examples: int
+    dropped: dict[str, int]
+    without_negative: int
+
+
+def prepare(
+    task: tasks_lib.Task,
+    prepared_dir: str | os.PathLike,
+    *,
+    source: str = "",
+    accepted_licences: tuple[str, ...] = (),
+    tfds_data_dir: str | None = None,
+    part: int = PART,
+) -> Summary:
+    """Turns the source of a row of the table into canonical triples.
+
+    Args:
+        task: The row.
+        prepared_dir: Folder of all prepared sets.
+        source: Where the source lies, when the table gives only its kind.
+        accepted_licences: Names of restricted sets whose licence the user accepts.
+        tfds_data_dir: Where TFDS keeps its sets.
+        part: Lines of a part.
+
+    Raises:
+        ValueError: The licence is not accepted, the source is missing or has another
+            schema, or gives no example.
+    """
+    if task.restricted and task.name not in accepted_licences:
+        raise ValueError(
+            f"{task.name}: its licence is restricted ({task.restricted}); read it, and "
+            f"if your use is covered, add --accept-licence={task.name}"
+        )
+    location = _location(task, source)
+    target = pathlib.Path(prepared_dir).expanduser() / task.name
+    note = target / "prepared.json"
+    facts = _facts(task, location, part)
+    if note.exists():
+        found = json.loads(note.read_text())
+        if found["facts"] != facts:
+            raise ValueError(
+                f"{target}: was prepared from {found['facts']['source']} by other "
+                "settings; delete it, or prepare into another folder"
+            )
+        return Summary(
+            target, found["examples"], found["dropped"], found["without_negative"]
+        )
+    work = target.with_name(f".{task.name}.work")
+    _claim(work, facts)
+    dropped = _write_parts(task, location, work, tfds_data_dir, part)
+    parts = sorted(work.glob("part-*.jsonl.gz"))
+    if not parts:
+        reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items())
+        raise ValueError(
+            f"{task.name}: {location} gives no example"
+            f"{f' (left out: {reasons})' if reasons else ''}; check the split"
+        )
+    examples, short = _mine(task, parts, work)
+    with files.write_file(work / "prepared.json") as temporary:
+        temporary.write_text(
+            json.dumps(
+                {
+                    "facts": facts,
+                    "licence": task.licence,
+                    "examples": examples,
+                    "dropped": dropped,
+                    "without_negative": short,
+                },
+                indent=2,
+            )
+        )
+    for leftover in work.glob("pairs-*"):
+        leftover.unlink()
+    (work / "facts.json").unlink()
+    work.rename(target)
+    return Summary(target, examples, dropped, short)
+
+
+def _location(task: tasks_lib.Task, source: str) -> str:
+    if source or ":" in task.source:
+        return source or task.source
+    if not task.source:
+        raise ValueError(f"{task.name}: lies ready as JSONL; nothing is to be prepared")
+    raise ValueError(
+        f"{task.name}: give its files, as {task.source}, with --source=PATH; "
+        "docs/data.md says where they come from"
+    )
+
+
+def _facts(task: tasks_lib.Task, location: str, part: int) -> dict[str, Any]:
+    return {"version": _VERSION, "task": task.name, "source": location, "part": part}
+
+
+def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Begins a working folder, or goes on with one of the same facts."""
+    note = work / "facts.json"
+    if note.exists():
+        if json.loads(note.read_text()) != facts:
+            raise ValueError(
+                f"{work}: was begun from another source or by other settings; delete "
+                "it and run again"
+            )
+        return
+    with files.write_file(note) as temporary:
+        temporary.write_text(json.dumps(facts))
+
+
+def _write_parts(
+    task: tasks_lib.Task,
+    location: str,
+    work: pathlib.Path,
+    tfds_data_dir: str | None,
+    part: int,
+) -> dict[str, int]:
+    """Writes the lines in parts; those that are there already are passed over."""
+    done = work / "pairs-done.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    dropped: collections.Counter[str] = collections.Counter()
+    lines = _lines(task, sources.read(location, tfds_data_dir=tfds_data_dir), dropped)
+    for number in itertools.count():
+        block = list(itertools.islice(lines, part))
+        if not block:
+            break
+        path = work / f"part-{number:05}.jsonl.gz"
+        if path.exists():
+            continue
+        with files.write_file(path) as temporary:
+            _write(temporary, block)
+        logging.info("%s: %d lines in %s", task.name, len(block), path.name)
+    with files.write_file(done) as temporary:
+        temporary.write_text(json.dumps(dropped))
+    return dict(dropped)
+
+
+def _lines(
+    task: tasks_lib.Task,
+    records: Iterator[dict[str, Any]],
+    dropped: collections.Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Yields checked lines without duplicates; counts what is left out."""
+    assert task.preprocessor is not None or task.source == "canonical"
+    found = records if task.preprocessor is None else task.preprocessor(records)
+    seen: set[bytes] = set()
+    for line in progress.track(found, f"Preparing {task.name}", None):
+        if isinstance(line, preprocessors.Drop):
+            dropped[line.reason] += 1
+            continue
+        line = {**line, "task": task.name}
+        try:
+            pair = jsonl.parse(task.name, line)
+        except ValueError as error:
+            if not dropped["unfit text"]:
+                logging.warning("Left out, and others like it: %s", error)
+            dropped["unfit text"] += 1
+            continue
+        content = f"{pair.query}\0{pair.title}\0{pair.positive}".encode()
+        digest = hashlib.blake2b(content, digest_size=12).digest()
+        if digest in seen:
+            dropped["duplicate"] += 1
+        elif pair.query == pair.positive:
+            dropped["positive equals query"] += 1
+        else:
+            seen.add(digest)
+            yield line
+
+
+def _mine(
+    task: tasks_lib.Task, parts: list[pathlib.Path], work: pathlib.Path
+) -> tuple[int, int]:
+    """Mines a negative for lines without one; returns all lines and those left bare."""
+    examples = short = 0
+    for path in parts:
+        mined = work / f"pairs-mined-{path.name}.json"
+        if not mined.exists():
+            counts = [0, 0]
+            pairs = list(jsonl.read_pairs(path))
+            counts[0] = len(pairs)
+            counts[1] = sum(not pair.negatives for pair in pairs)
+            if task.mine and counts[1]:
+                counts[1] = mining.mine_negatives([path], path, 1).short
+            with files.write_file(mined) as temporary:
+                temporary.write_text(json.dumps(counts))
+        counts = json.loads(mined.read_text())
+        examples, short = examples + counts[0], short + counts[1]
+    return examples, short
+
+
+def _write(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+    # No time stamp: equal lines give equal bytes, and so one cache for all.
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
+        for line in lines:
+            out.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,181 @@
+"""Registration of tasks and mixtures with seqio, and reading JSONL for it.
+
+seqio.get_mixture_or_task("quickstart")     after `register("quickstart")`
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gecko_jax import text, vocabulary
+from gecko_jax.data import formatting, jsonl, load_seqio, mixtures
+from gecko_jax.data import tasks as tasks_lib
+
+# Examples read at once.
+_BLOCK = 256
+
+
+def register(
+    mixture: str = "quickstart",
+    *,
+    vocabulary_path: str | os.PathLike = tasks_lib.QUICKSTART_VOCABULARY,
+    extra_ids: int = 0,
+    text_format: text.TextFormat | None = None,
+    prepared_dir: str | os.PathLike = mixtures.PREPARED,
+) -> Any:
+    """Registers a mixture of the table under its own name, for use through seqio.
+
+    Training does not need this: it registers the tasks it reads under names that hold
+    the format and the vocabulary too. Calling it again with the same name does nothing.
+
+    Returns:
+        The seqio Mixture, or the Task when `mixture` names one.
+    """
+    seqio = load_seqio()
+    tasks, weights = mixtures.resolve(mixture, prepared_dir)
+    text_format = tasks_lib.complete_text_format(
+        text_format or text.TextFormat(), tasks
+    )
+    for task in tasks:
+        register_task(task, text_format, vocabulary_path, extra_ids, task.name)
+    if mixture in mixtures.MIXTURES and mixture not in seqio.MixtureRegistry.names():
+        sizes = [task.num_examples or 1 for task in tasks]
+        rates = weights.rates([task.name for task in tasks], sizes)
+        seqio.MixtureRegistry.add(
+            mixture, list(zip((task.name for task in tasks), rates, strict=True))
+        )
+    return seqio.get_mixture_or_task(mixture)
+
+
+def register_task(
+    task: tasks_lib.Task,
+    text_format: text.TextFormat,
+    vocabulary_path: str | os.PathLike,
+    extra_ids: int = 0,
+    name: str | None = None,
+) -> Any:
+    """Registers one seqio Task, unless there is one of that name, and returns it.
+
+    Args:
+        task: A row of the table, or one made by `from_files`.
+        text_format: Already completed with the task's description.
+        vocabulary_path: A SentencePiece `.model` file.
+        extra_ids: Sentinels to add to it.
+        name: In seqio's registry; by default the task's and a hash of the rest.
+    """
+    seqio = load_seqio()
+    model = vocabulary.load(vocabulary_path, extra_ids)
+    forms = formatting.templates(text_format, task.name)
+    if name is None:
+        facts = json.dumps([dataclasses.asdict(task), dataclasses.asdict(forms)])
+        digest = hashlib.sha256(f"{facts}{model.fingerprint}".encode()).hexdigest()
+        name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', task.name)}:{digest[:16]}"
+    if name in seqio.TaskRegistry.names():
+        return seqio.TaskRegistry.get(name)
+    pieces = seqio.SentencePieceVocabulary(os.fspath(vocabulary_path), extra_ids)
+    # seqio reads a path once in a process, whatever happens to the file later.
+    if pieces.tokenizer.serialized_model_proto() != model.full_proto:
+        raise ValueError(
+            f"{vocabulary_path}: has changed since this process first read it; start "
+            "again, or give the new vocabulary another name"
+        )
+    return seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(
+            functools.partial(_dataset, task=task),
+            splits=("train",),
+            num_input_examples=(
+                None if task.num_examples is None else {"train": task.num_examples}
+            ),
+        ),
+        preprocessors=[
+            functools.partial(formatting.format_texts, forms=forms),
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            seqio.preprocessors.append_eos,
+        ],
+        output_features={
+            "query": seqio.Feature(pieces, add_eos=True),
+            "positive": seqio.Feature(pieces, add_eos=True),
+            "negatives": seqio.Feature(pieces, add_eos=True, rank=2),
+        },
+        metric_fns=[],
+    )
+
+
+def _dataset(
+    split: str, shuffle_files: bool, seed: int | None = None, *, task: tasks_lib.Task
+) -> Any:
+    """Reads a task's files into a `tf.data.Dataset`, in the order of the lines."""
+    import tensorflow as tf
+
+    del split, shuffle_files, seed
+    strings = tf.TensorSpec((None,), tf.string)
+    words = tf.TensorSpec((None, 2), tf.uint32)
+    numbers = tf.TensorSpec((None,), tf.int32)
+    columns = {
+        "query": strings,
+        "positive": strings,
+        "title": strings,
+        "negatives": tf.TensorSpec((None, None), tf.string),
+        "negative_titles": tf.TensorSpec((None, None), tf.string),
+        "query_id": words,
+        "passage_id": words,
+        "negative_ids": tf.TensorSpec((None, None, 2), tf.uint32),
+        "negative_group": numbers,
+        "num_negatives": numbers,
+    }
+
+    def drop_padding(record: dict[str, Any]) -> dict[str, Any]:
+        kept = dict(record)
+        count = kept.pop("num_negatives")
+        for name in ("negatives", "negative_titles", "negative_ids"):
+            kept[name] = kept[name][:count]
+        return kept
+
+    # One record at a time, a generator costs 2 ms of TensorFlow's for each.
+    dataset = tf.data.Dataset.from_generator(
+        functools.partial(_column_blocks, task), output_signature=columns
+    )
+    return dataset.unbatch().map(drop_padding)
+
+
+def _column_blocks(task: tasks_lib.Task) -> Iterator[dict[str, Any]]:
+    """Yields the task's cleaned examples in columns, `_BLOCK` at a time."""
+    pairs = itertools.chain.from_iterable(
+        jsonl.read_pairs(file, task.source_task) for file in task.files
+    )
+    while block := list(itertools.islice(pairs, _BLOCK)):
+        # At least one column: TensorFlow 2.21 crashes when it unbatches none.
+        widest = max(1, *(len(pair.negatives) for pair in block))
+
+        def pad(texts: Sequence[str], widest: int = widest) -> list[str]:
+            return [_clean(t) for t in texts] + [""] * (widest - len(texts))
+
+        negative_ids = np.zeros((len(block), widest, 2), np.uint32)
+        for row, pair in enumerate(block):
+            if pair.negatives:
+                negative_ids[row, : len(pair.negatives)] = pair.negative_ids
+        yield {
+            "query": [_clean(pair.query) for pair in block],
+            "positive": [_clean(pair.positive) for pair in block],
+            "title": [_clean(pair.title) for pair in block],
+            "negatives": [pad(pair.negatives) for pair in block],
+            "negative_titles": [pad(pair.negative_titles) for pair in block],
+            "query_id": np.array([pair.query_id for pair in block], np.uint32),
+            "passage_id": np.array([pair.passage_id for pair in block], np.uint32),
+            "negative_ids": negative_ids,
+            "negative_group": [pair.negative_group for pair in block],
+            "num_negatives": [len(pair.negatives) for pair in block],
+        }
+
+
+def _clean(content: str) -> str:
+    return text.clean(content) if content.strip() else ""

@@ -1,0 +1,459 @@
+"""The recipe: golden examples, every source, every set, every mixture, bad inputs."""
+
+import gzip
+import json
+import re
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from gecko_jax.data import (
+    classification,
+    jsonl,
+    load_seqio,
+    mixtures,
+    prepare,
+    preprocessors,
+    sources,
+    tasks,
+)
+
+TABLE = {task.name: task for task in tasks.TASKS if task.source}
+NLI = [
+    {"premise": "A man sleeps.", "hypothesis": "A man rests.", "label": 0},
+    {"premise": "A man sleeps.", "hypothesis": "A man runs.", "label": 2},
+    {"premise": "A man sleeps.", "hypothesis": "A man dreams.", "label": 1},
+    {"premise": "A dog.", "hypothesis": "An animal.", "label": 0},
+    {"premise": "A cat.", "hypothesis": "?", "label": -1},
+]
+LABELLED = [
+    {"text": "loved it", "label": 1},
+    {"text": "great fun", "label": 1},
+    {"text": "dull", "label": 0},
+    {"text": "a bore", "label": 0},
+]
+MIRACL = {
+    "query_id": "7",
+    "query": "who",
+    "positive_passages": [
+        {"docid": "1#0", "title": "A", "text": "a"},
+        {"docid": "1#1", "title": "A", "text": "aa"},
+    ],
+    "negative_passages": [{"docid": "2#0", "title": "B", "text": "b"}],
+}
+HOTPOT = {
+    "id": "5a",
+    "question": "Who?",
+    "supporting_facts": {"title": ["A"], "sent_id": [0]},
+    "context": {"title": ["A", "B"], "sentences": [["a ", "b"], ["c"]]},
+}
+FEVER = {
+    "claim": "Honey spoils.",
+    "label": "REFUTES",
+    "evidence": [["Honey_-LRB-food-RRB-", 3, "Honey keeps."]],
+}
+MEDMCQA = {
+    "question": "Where is insulin made?",
+    "opa": "Liver",
+    "opb": "Pancreas",
+    "opc": "Spleen",
+    "opd": "Lung",
+    "cop": 1,
+    "exp": "Beta cells make it.",
+}
+NATURAL = {
+    "question": {"text": "who found it"},
+    "document": {
+        "title": "Honey",
+        "tokens": {
+            "token": ["<P>", "Bees", "did", "</P>"],
+            "is_html": [True, False, False, True],
+        },
+    },
+    "annotations": {"long_answer": {"start_token": [-1, 0], "end_token": [-1, 4]}},
+}
+# Task -> two or more records in the real schema of its source.
+RECORDS = {
+    "gooaq": [{"id": 1, "question": "what is it", "answer": "A lizard."}],
+    "stackexchange_title_body": [{"title": "a &amp; b", "body": "<p>Why?</p>"}],
+    "stackexchange_qa": [{"title": "a < b?", "answer": "<b>No</b>, b &lt; a"}],
+    "hotpotqa": [HOTPOT],
+    "fever": [FEVER],
+    "medmcqa": [MEDMCQA],
+    **{name: [MIRACL] for name in TABLE if name.startswith("miracl_")},
+}
+
+
+def split(found):
+    found = list(found)
+    lines = [line for line in found if isinstance(line, dict)]
+    return lines, [line.reason for line in found if not isinstance(line, dict)]
+
+
+def test_nli_groups_by_premise():
+    lines, dropped = split(preprocessors.nli(NLI))
+    assert lines == [
+        {
+            "query": "A man sleeps.",
+            "positive": "A man rests.",
+            "negatives": ["A man runs."],
+        }
+    ]
+    assert dropped == [
+        "neutral",
+        "annotators disagree",
+        "no contradiction of this premise",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "record", "line"),
+    [
+        (
+            preprocessors.fact_verification,
+            FEVER,
+            {
+                "query": "Honey spoils.",
+                "positive": "Honey keeps.",
+                "title": "Honey (food)",
+            },
+        ),
+        (
+            preprocessors.multiple_choice,
+            MEDMCQA,
+            {
+                "query": "Where is insulin made?",
+                "positive": "Pancreas. Beta cells make it.",
+                "negatives": ["Liver", "Spleen", "Lung"],
+            },
+        ),
+        (
+            preprocessors.multi_hop,
+            HOTPOT,
+            {
+                "query": "Who?",
+                "query_id": "5a",
+                "positive": "a b",
+                "title": "A",
+                "negatives": ["c"],
+                "negative_titles": ["B"],
+            },
+        ),
+        (
+            preprocessors.natural_questions,
+            NATURAL,
+            {"query": "who found it", "positive": "Bees did", "title": "Honey"},
+        ),
+    ],
+)
+def test_golden_examples(preprocessor, record, line):
+    assert split(preprocessor([record])) == ([line], [])
+
+
+def test_several_positives_share_their_negatives():
+    lines, _ = split(preprocessors.passage_lists([MIRACL]))
+    assert [line["positive"] for line in lines] == ["a", "aa"]
+    assert [line["passage_id"] for line in lines] == ["1#0", "1#1"]
+    for line in lines:
+        assert line["negatives"] == ["b"]
+        assert line["negative_ids"] == ["2#0"]
+        assert line["negative_titles"] == ["B"]
+
+
+def test_pairs_lose_html_and_control_characters():
+    records = [{"q": "<b>a\x00</b> &amp; b", "p": "x\x07y", "t": "T"}]
+    lines, _ = split(
+        preprocessors.pairs(records, query="q", positive="p", title="t", is_html=True)
+    )
+    assert lines == [{"query": "a & b", "positive": "xy", "title": "T"}]
+
+
+@pytest.mark.parametrize("unique_ids", classification.UNIQUE_IDS)
+def test_classification_draws_same_and_other_label(unique_ids):
+    lines, _ = split(
+        classification.triples(LABELLED, num_labels=2, unique_ids=unique_ids)
+    )
+    label = {record["text"]: record["label"] for record in LABELLED}
+    for number, line in enumerate(lines):
+        texts = [line["query"], line["positive"], *line["negatives"]]
+        if unique_ids == "text":
+            assert all(t.endswith(f" {number}") for t in texts)
+            texts = [t.removesuffix(f" {number}") for t in texts]
+        else:
+            assert line["negative_group"] == number + 1
+        query, positive, negative = texts
+        assert query != positive
+        assert label[query] == label[positive] != label[negative]
+    assert len(lines) == 4
+
+
+def test_emotions_and_toxicity_become_labels():
+    rows = [{"c": "ta", "joy": True, "fear": False}, {"c": "eh", "joy": 1, "fear": 1}]
+    found = classification.one_true_column(rows, text="c", columns=("joy", "fear"))
+    assert [row["label"] for row in found] == ["joy", None]
+    rows = [{"t": "a", "s": s} for s in (0.0, 0.3, 0.5)]
+    found = classification.threshold(rows, text="t", score="s", low=0.0, high=0.5)
+    assert [row["label"] for row in found] == ["low", None, "high"]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda: preprocessors.nli([{**NLI[0], "label": 7}]),
+            "label 7 is out of range",
+        ),
+        (lambda: preprocessors.nli([{"premise": "a", "label": 0}]), "no field 'hypoth"),
+        (
+            lambda: preprocessors.multiple_choice([{**MEDMCQA, "cop": 4}]),
+            "label 4 is out of range",
+        ),
+        (
+            lambda: preprocessors.fact_verification([{**FEVER, "label": "MAYBE"}]),
+            "'MAYBE' is out of range",
+        ),
+        (
+            lambda: classification.triples([{"text": "a", "label": 2}], num_labels=2),
+            "label 2 is out of range: there are 2",
+        ),
+        (lambda: classification.triples(LABELLED[:2]), "at least two labels"),
+        (lambda: sources.read("x.parquet"), "no such file"),
+        (lambda: sources.read("x.csv"), "cannot tell what it is"),
+    ],
+)
+def test_bad_input_is_named(run, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(run())
+
+
+def write_source(folder, kind, records):
+    """Writes records as a source of the table would lie on disk."""
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        path = folder / "train-0.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path = folder / "train.jsonl.gz"
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_set_of_files_is_prepared(tmp_path, name):
+    task = TABLE[name]
+    source = write_source(tmp_path, task.source, RECORDS[name])
+    summary = prepare.prepare(task, tmp_path / "p", source=source)
+    located = mixtures.locate(task, tmp_path / "p")
+    pairs = [p for path in located.files for p in jsonl.read_pairs(path, name)]
+    assert len(pairs) == summary.examples > 0
+    again = prepare.prepare(task, tmp_path / "p", source=source)
+    assert again == summary
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, t in TABLE.items() if t.source.startswith("tfds:")]
+)
+def test_every_tfds_set_is_prepared(tmp_path, name, monkeypatch):
+    load_seqio()
+    import tensorflow_datasets as tfds
+
+    def as_dataset(self, *args, **kwargs):
+        import tensorflow as tf
+
+        rng = np.random.default_rng(0)
+
+        def four(item):
+            if isinstance(item, dict):
+                # Ragged within ragged is more than a generator can give.
+                return {k: four(v) for k, v in item.items() if k != "short_answers"}
+            return [item] * 4
+
+        def value(feature, path, n):
+            if isinstance(feature, tfds.features.FeaturesDict):
+                return {k: value(f, k, n) for k, f in feature.items()}
+            if isinstance(feature, tfds.features.Sequence):
+                return four(value(feature.feature, path, n))
+            dtype = feature.np_dtype
+            if dtype == np.bool_:
+                return path == ("joy" if n % 2 else "anger")
+            if path == "start_token":
+                return 0
+            if path == "end_token":
+                return 4
+            if np.issubdtype(dtype, np.integer):
+                return n % 2 * (2 if "premise" in self.info.features else 1)
+            if np.issubdtype(dtype, np.floating):
+                return float(n % 2)
+            if path == "intent_name":
+                return f"intent {n % 2}"
+            if path == "premise":
+                return f"premise {n // 2}"
+            return f"{path} {n} {rng.integers(9)}"
+
+        records = [value(self.info.features, "", n) for n in range(8)]
+        spec = self.info.features.get_tensor_spec()
+        spec.get("annotations", {}).pop("short_answers", None)
+        return tf.data.Dataset.from_generator(lambda: records, output_signature=spec)
+
+    with tfds.testing.mock_data(as_dataset_fn=as_dataset):
+        summary = prepare.prepare(
+            TABLE[name], tmp_path, accepted_licences=(name,), part=3
+        )
+    assert summary.examples > 0
+    assert len(list(summary.folder.glob("part-*"))) == -(-summary.examples // 3)
+
+
+def test_interrupted_preparation_goes_on(tmp_path, monkeypatch):
+    task = TABLE["gooaq"]
+    records = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
+    source = write_source(tmp_path, "parquet", records)
+    write, calls = prepare._write, []
+
+    def fail(path, lines):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(path, lines)
+
+    monkeypatch.setattr(prepare, "_write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(task, tmp_path / "a", source=source, part=3)
+    assert not mixtures.locate(task, tmp_path / "a").files
+    summary = prepare.prepare(task, tmp_path / "a", source=source, part=3)
+    assert len(calls) == 3 + 2  # The two parts that were there are not written again.
+    whole = prepare.prepare(task, tmp_path / "b", source=source, part=3)
+    assert summary.dropped == whole.dropped
+    for one, other in zip(
+        sorted(summary.folder.glob("part-*")),
+        sorted(whole.folder.glob("part-*")),
+        strict=True,
+    ):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_restricted_licence_must_be_accepted(tmp_path):
+    with pytest.raises(ValueError, match="--accept-licence=imdb_sentiment"):
+        prepare.prepare(TABLE["imdb_sentiment"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_drops_are_counted_and_empty_sets_refused(tmp_path):
+    records = [
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": None},
+        {"question": "same", "answer": "same"},
+    ]
+    task = TABLE["gooaq"]
+    source = write_source(tmp_path, "parquet", records)
+    summary = prepare.prepare(task, tmp_path / "p", source=source)
+    assert summary.examples == 1
+    assert summary.dropped == {
+        "duplicate": 1,
+        "empty text": 1,
+        "positive equals query": 1,
+    }
+    with pytest.raises(ValueError, match="gives no example"):
+        prepare.prepare(
+            task,
+            tmp_path / "q",
+            source=write_source(tmp_path, "parquet", records[2:3]),
+        )
+
+
+def test_mined_negatives_fill_what_is_missing(tmp_path):
+    evidence = [
+        {**FEVER, "claim": "Honey of bees", "evidence": [["A", 0, "Honey is food"]]},
+        {**FEVER, "claim": "Bees fly", "evidence": [["B", 0, "Bees make honey"]]},
+    ]
+    source = write_source(tmp_path, "jsonl", evidence)
+    summary = prepare.prepare(TABLE["fever"], tmp_path / "p", source=source)
+    (path,) = summary.folder.glob("part-*")
+    first, _ = jsonl.read_pairs(path)
+    assert first.negatives == ("Bees make honey",)
+
+
+def test_beir_folder_is_joined(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text(
+        '{"_id": "d1", "title": "A", "text": "a"}\n{"_id": "d2", "text": "b"}'
+    )
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who"}')
+    qrels = tmp_path / "qrels" / "train.tsv"
+    qrels.write_text("query-id\tcorpus-id\tscore\nq\td1\t1\nq\td2\t0\n")
+    lines, _ = split(preprocessors.passage_lists(sources.read(str(tmp_path))))
+    assert [(line["positive"], line["negatives"]) for line in lines] == [("a", ["b"])]
+    qrels.write_text("query-id\tcorpus-id\tscore\nq\td9\t1\n")
+    with pytest.raises(ValueError, match="'d9' is not in the corpus"):
+        list(sources.read(str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_tf_examples_are_read(tmp_path, kind):
+    load_seqio()
+    import tensorflow as tf
+    from array_record.python import array_record_module
+
+    features = {
+        "question": tf.train.Feature(
+            bytes_list=tf.train.BytesList(value=["é".encode()])
+        ),
+        "cop": tf.train.Feature(int64_list=tf.train.Int64List(value=[3])),
+    }
+    record = tf.train.Example(
+        features=tf.train.Features(feature=features)
+    ).SerializeToString()
+    path = str(tmp_path / f"a.{kind}")
+    if kind == "tfrecord":
+        with tf.io.TFRecordWriter(path) as writer:
+            writer.write(record)
+    else:
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+        writer.write(record)
+        writer.close()
+    assert list(sources.read(path)) == [{"question": "é", "cop": 3}]
+
+
+@pytest.mark.parametrize("name", mixtures.MIXTURES)
+def test_every_mixture_has_its_rows_and_rates(name, tmp_path):
+    rows, drawn = mixtures.describe(name)
+    sizes = [1_000 * (n + 1) for n in range(len(rows))]
+    rates = drawn.rates([row.name for row in rows], sizes)
+    assert len(rates) == len(rows)
+    assert min(rates) > 0
+    if name != "quickstart":
+        with pytest.raises(ValueError, match="not prepared"):
+            mixtures.resolve(name, tmp_path)
+
+
+def test_rates_by_size_are_capped_and_tempered():
+    drawn = mixtures.Mixture(("a", "b"), cap=400, temperature=2.0)
+    assert drawn.rates(["a", "b"], [100, 10_000]) == [10.0, 20.0]
+    with pytest.raises(ValueError, match="task b has the rate 0"):
+        mixtures.Mixture(("a", "b"), {"a": 1.0, "b": 0.0}).rates(["a", "b"], [1, 1])
+
+
+_ANY = strategies.text(strategies.characters(exclude_categories=()))
+
+
+@hypothesis.given(_ANY, _ANY)
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_any_text_survives_or_is_left_out(query, positive):
+    lines, dropped = split(
+        preprocessors.pairs(
+            [{"q": query, "p": positive}], query="q", positive="p", is_html=False
+        )
+    )
+    assert len(lines) + len(dropped) == 1
+    for line in lines:
+        written = json.loads(json.dumps({**line, "task": "t"}))
+        if any("\ud800" <= letter <= "\udfff" for letter in query + positive):
+            with pytest.raises(ValueError, match=r"here: field .* lone surrogate"):
+                jsonl.parse("here", written)
+        else:
+            pair = jsonl.parse("here", written)
+            assert (pair.query, pair.positive) == (line["query"], line["positive"])
