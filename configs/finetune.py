@@ -19,7 +19,7 @@ from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
 
 # Batch, rows of a microbatch, and chips along fsdp, for `xl`. The compiler has proved
-# v5e-256 (docs/performance.md); the others are estimates, which `gecko compile` proves.
+# v5e-16 and v5e-256 (docs/performance.md); the others are estimates, to be proved.
 HARDWARE = {
     "v5e-8": (256, 8, 8),
     "v5e-16": (512, 32, 16),
