@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("what", choices=("scoring", "search"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1])
     parser.add_argument("--passages", type=int, default=1_000_000)
     options = parser.parse_args()
     print(f"gecko_jax {gecko_jax.__version__}")

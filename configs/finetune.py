@@ -19,8 +19,8 @@ import ml_collections
 from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
 
-# Batch, rows of a microbatch, and chips along fsdp, for `xl`: estimates from the sizes
-# of the arrays (docs/performance.md). None has been run; `gecko compile` proves one.
+# Batch, rows of a microbatch, and chips along fsdp, for `xl`. The compiler has proved
+# v5e-16 and v5e-256 (docs/performance.md); the others are estimates, to be proved.
 HARDWARE = {
     "v5e-8": (256, 8, 8),
     "v5e-16": (512, 32, 16),
