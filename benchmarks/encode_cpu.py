@@ -2,7 +2,7 @@
 
     python benchmarks/encode_cpu.py                       needs gecko-jax[torch]
     python benchmarks/encode_cpu.py --size base --texts 256 --rounds 3
-    python benchmarks/encode_cpu.py --size base --dtype bfloat16    on a GPU, if there is one
+    python benchmarks/encode_cpu.py --size base --dtype bfloat16      with a GPU
 
 sentence-transformers writes a folder of random T5 1.1 weights, `gecko import` reads it,
 and both encode the bundled training passages, of 10 to 160 tokens, in the corpus's
