@@ -62,13 +62,11 @@ def gecko(scratch: pathlib.Path, options: argparse.Namespace) -> None:
     """Serves rounds of `Gecko.encode_passages`."""
     import jax
 
-    from gecko_jax import checkpoints, embedding, numerics
+    from gecko_jax import embedding
 
-    numerics.check()
-    files = checkpoints.load_model(scratch / "gecko")
+    files = embedding.load(scratch / "gecko").files
     config = dataclasses.replace(files.encoder_config, dtype=options.dtype)
     built = embedding.Gecko(dataclasses.replace(files, encoder_config=config))
-    del files
     texts = passages(options.texts)
 
     def work() -> tuple[float, int]:

@@ -175,3 +175,13 @@ def test_a_saved_model_loads_and_gives_the_same(
         loaded.encode_passages(texts[:5]), tiny_gecko.encode_passages(texts[:5])
     )
     assert loaded.revision == "tiny-7"
+
+
+def test_parameters_are_in_memory_once(tiny_files, tmp_path):
+    checkpoints.save_model(tmp_path / "model", tiny_files)
+    read = checkpoints.load_model(tmp_path / "model")
+    for gecko in (embedding.Gecko(read), embedding.load(tmp_path / "model")):
+        # No copy on the host beside those that encode.
+        for leaf in jax.tree.leaves(gecko.files.params):
+            assert isinstance(leaf, jax.Array)
+            assert leaf.devices() == {jax.local_devices()[0]}
