@@ -1,6 +1,7 @@
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
         CONFIG.format(real=real, sizes=sizes)
     )
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "notebook"}
+    names: dict[str, Any] = {"__name__": "notebook"}
     for block in blocks():
         exec(compile(block, str(PAGE), "exec"), names)
     printed = capsys.readouterr().out
