@@ -1,101 +1,174 @@
-"""Encoding texts per second on CPU: gecko_jax beside sentence-transformers.
+"""Encoding texts per second: an imported encoder beside sentence-transformers.
 
-    python benchmarks/encode_cpu.py           needs gecko-jax[torch]
+    python benchmarks/encode_cpu.py                       needs gecko-jax[torch]
+    python benchmarks/encode_cpu.py --size base --texts 256 --rounds 3
+    python benchmarks/encode_cpu.py --size base --dtype bfloat16      with a GPU
 
-Both encode the bundled training passages, of 10 to 160 tokens, in the corpus's order
-with an untrained `mini`, cut at 128 tokens. Both sort by length inside `encode`.
+sentence-transformers writes a folder of random T5 1.1 weights, `gecko import` reads it,
+and both encode the bundled training passages, of 10 to 160 tokens, in the corpus's
+order, cut at 128 tokens. Both sort by length inside `encode`. They must give the same
+vectors before anything is timed. Where torch and JAX have a GPU, both use it.
 """
 
 import argparse
+import dataclasses
 import json
+import os
+import pathlib
+import subprocess
 import sys
 import tempfile
 import time
 
+import numpy as np
 import side_by_side
 
 import gecko_jax
 
-TEXTS = 1024  # of a round
+NAMES = ("gecko_jax", "sentence-transformers")
 LENGTH = 128  # tokens
+LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
 
 
-def passages() -> list[str]:
-    """Returns real passages of mixed lengths."""
+def passages(number: int) -> list[str]:
+    """Returns real passages of mixed lengths, as training formats them."""
+    from gecko_jax import text
     from gecko_jax.data import tasks
 
     lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [record["positive"] for record in records[:: len(records) // TEXTS][:TEXTS]]
+    records = [json.loads(line) for line in lines][:: max(len(lines) // number, 1)]
+    text_format = text.TextFormat()
+    return [text_format.format_passage(r["positive"]) for r in records[:number]]
 
 
-def gecko() -> None:
+def make(size: str, scratch: pathlib.Path) -> None:
+    """Writes `sbert/`, of random weights, and `gecko/`, its import."""
+    import sbert as baseline
+
+    from gecko_jax import cli, model
+    from gecko_jax.data import tasks
+
+    config = model.EncoderConfig(**model.PRESETS[size])
+    parts = scratch / "parts"
+    built = baseline.build(config, tasks.QUICKSTART_VOCABULARY, LENGTH, str(parts))
+    built.save(str(scratch / "sbert"))
+    output = f"--output={scratch / 'gecko'}"
+    status = cli.main(["import", str(scratch / "sbert"), output])
+    if status:
+        sys.exit(status)
+
+
+def gecko(scratch: pathlib.Path, options: argparse.Namespace) -> None:
     """Serves rounds of `Gecko.encode_passages`."""
     import jax
 
-    from gecko_jax import checkpoints, embedding, model, text
-    from gecko_jax.data import tasks
+    from gecko_jax import embedding
 
-    config = model.EncoderConfig(**model.PRESETS["mini"])
-    built = embedding.Gecko(
-        checkpoints.ModelFiles(
-            params=model.init_params(config, jax.random.key(0)),
-            encoder_config=config,
-            text_format=text.TextFormat(),
-            vocabulary_proto=tasks.QUICKSTART_VOCABULARY.read_bytes(),
-            extra_ids=0,
-            mrl_dims=(config.embedding_dim,),
-            query_length=LENGTH,
-            passage_length=LENGTH,
-            step=0,
-            revision="untrained",
-        )
-    )
-    texts = passages()
+    files = embedding.load(scratch / "gecko").files
+    config = dataclasses.replace(files.encoder_config, dtype=options.dtype)
+    built = embedding.Gecko(dataclasses.replace(files, encoder_config=config))
+    texts = passages(options.texts)
 
     def work() -> tuple[float, int]:
         began = time.perf_counter()
-        built.encode_passages(texts)
-        return time.perf_counter() - began, len(texts)
+        vectors = built.encode_passages(texts)
+        seconds = time.perf_counter() - began
+        np.save(scratch / f"{NAMES[0]}.npy", vectors)
+        return seconds, len(texts)
 
-    side_by_side.serve(work)
+    def device_peak() -> float:
+        statistics = jax.devices()[0].memory_stats() or {}
+        return statistics.get("peak_bytes_in_use", 0) / 2**30
+
+    on_host = jax.default_backend() == "cpu"
+    side_by_side.serve(work, side_by_side.host_peak if on_host else device_peak)
 
 
-def sbert() -> None:
+def sbert(scratch: pathlib.Path, options: argparse.Namespace) -> None:
     """Serves rounds of `SentenceTransformer.encode`."""
-    import sbert as baseline
+    import torch
+    from sentence_transformers import SentenceTransformer
 
-    from gecko_jax import model, text
-    from gecko_jax.data import tasks
-
-    config = model.EncoderConfig(**model.PRESETS["mini"])
-    with tempfile.TemporaryDirectory() as folder:
-        built = baseline.build(config, tasks.QUICKSTART_VOCABULARY, LENGTH, folder)
-    text_format = text.TextFormat()
-    texts = [text_format.format_passage(passage) for passage in passages()]
+    on_host = not torch.cuda.is_available()
+    built = SentenceTransformer(
+        str(scratch / "sbert"),
+        device="cpu" if on_host else "cuda",
+        model_kwargs={"dtype": options.dtype},
+    )
+    built.to(getattr(torch, options.dtype))  # Dense, which the argument passes over.
+    texts = passages(options.texts)
 
     def work() -> tuple[float, int]:
         began = time.perf_counter()
-        built.encode(texts, batch_size=64, show_progress_bar=False)
-        return time.perf_counter() - began, len(texts)
+        vectors = built.encode(
+            texts,
+            batch_size=options.batch_size,
+            show_progress_bar=False,
+            convert_to_tensor=True,
+        )
+        vectors = vectors.float().cpu().numpy()
+        seconds = time.perf_counter() - began
+        np.save(scratch / f"{NAMES[1]}.npy", vectors)
+        return seconds, len(texts)
 
-    side_by_side.serve(work)
+    def device_peak() -> float:
+        return torch.cuda.max_memory_allocated() / 2**30
+
+    side_by_side.serve(work, side_by_side.host_peak if on_host else device_peak)
+
+
+def check(scratch: pathlib.Path, dtype: str) -> None:
+    """Ends the benchmark unless both gave the same vectors."""
+    ours, theirs = (np.load(scratch / f"{name}.npy") for name in NAMES)
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    cosine = float(np.min(np.sum(ours * theirs, axis=1) / norms))
+    print(f"the same vectors: least cosine {cosine:.7f}", flush=True)
+    if not cosine >= LEAST_COSINE[dtype]:
+        sys.exit(f"the vectors differ: cosine {cosine} < {LEAST_COSINE[dtype]}")
 
 
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="mini", help="mini, small, base, ...")
+    parser.add_argument("--texts", type=int, default=1024, help="of a round")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--worker", choices=("gecko_jax", "sentence-transformers"))
+    parser.add_argument("--dtype", default="float32", choices=tuple(LEAST_COSINE))
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="texts, for sentence-transformers"
+    )
+    parser.add_argument("--scratch", help="the folder that --worker reads")
+    parser.add_argument("--worker", choices=("make", *NAMES))
     options = parser.parse_args()
-    if options.worker == "gecko_jax":
-        gecko()
-    elif options.worker:
-        sbert()
-    else:
-        print(f"gecko_jax {gecko_jax.__version__}, model `mini`")
-        names = ("gecko_jax", "sentence-transformers")
-        side_by_side.compare(sys.argv[0], names, options.rounds, "texts", [])
+    if options.worker == "make":
+        make(options.size, pathlib.Path(options.scratch))
+        return
+    if options.worker:
+        serve = gecko if options.worker == NAMES[0] else sbert
+        serve(pathlib.Path(options.scratch), options)
+        return
+    # Both processes live at once on one GPU: JAX must not reserve most of it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    print(f"gecko_jax {gecko_jax.__version__}, `{options.size}`, {options.dtype}")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = pathlib.Path(folder)
+        # In a process of its own, whose peak memory the workers do not inherit.
+        maker = [sys.executable, sys.argv[0], "--worker=make", f"--size={options.size}"]
+        subprocess.run([*maker, f"--scratch={folder}"], check=True)
+        arguments = [
+            f"--texts={options.texts}",
+            f"--dtype={options.dtype}",
+            f"--batch-size={options.batch_size}",
+            f"--scratch={folder}",
+        ]
+        side_by_side.compare(
+            sys.argv[0],
+            NAMES,
+            options.rounds,
+            "texts",
+            arguments,
+            warmed=lambda: check(scratch, options.dtype),
+        )
 
 
 if __name__ == "__main__":

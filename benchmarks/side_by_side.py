@@ -13,19 +13,30 @@ import sys
 from collections.abc import Callable
 
 
-def serve(work: Callable[[], tuple[float, int]]) -> None:
+def host_peak() -> float:
+    """Returns the most memory that this process ever held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def serve(
+    work: Callable[[], tuple[float, int]], peak: Callable[[], float] = host_peak
+) -> None:
     """Answers every request with one round of work: seconds, and items done."""
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever libraries print must not be taken for an answer
     for _ in sys.stdin:
         seconds, items = work()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        answer = {"seconds": seconds, "items": items, "peak_gib": peak}
+        answer = {"seconds": seconds, "items": items, "peak_gib": peak()}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def compare(
-    script: str, names: tuple[str, str], rounds: int, unit: str, arguments: list[str]
+    script: str,
+    names: tuple[str, str],
+    rounds: int,
+    unit: str,
+    arguments: list[str],
+    warmed: Callable[[], None] = lambda: None,
 ) -> None:
     """Lets both workers warm up, takes turns for `rounds`, and prints a table.
 
@@ -35,6 +46,7 @@ def compare(
         rounds: Counted rounds of each.
         unit: What `items` counts.
         arguments: Passed on to the workers.
+        warmed: Called after the first round, which is not counted.
     """
     workers = {
         name: subprocess.Popen(
@@ -64,6 +76,8 @@ def compare(
             if turn:  # The first round compiles and warms caches.
                 rates[name].append(answer["items"] / answer["seconds"])
                 print(f"round {turn}/{rounds}  {name}: {rates[name][-1]:.1f} {unit}/s")
+        if not turn:
+            warmed()
     for worker in workers.values():
         assert worker.stdin is not None
         worker.stdin.close()

@@ -11,6 +11,7 @@ in a segment, and T5's relative bias knows only the distance of two tokens).
 """
 
 import collections
+import dataclasses
 import functools
 import os
 import typing
@@ -28,6 +29,7 @@ from gecko_jax import (
     numerics,
     packing,
     progress,
+    sharding,
     vocabulary,
 )
 from gecko_jax import text as text_lib
@@ -63,7 +65,6 @@ class Gecko:
                 that lie on a mesh stay there, and the work is shared over it.
             tokens_per_call: Tokens per device and call; None fits the backend.
         """
-        self.files = model_files
         self.vocabulary = vocabulary.Vocabulary(
             model_files.vocabulary_proto, model_files.extra_ids
         )
@@ -75,6 +76,8 @@ class Gecko:
                 "vocabulary that the model was trained with"
             )
         self._params, self._sharding = _place(model_files.params)
+        # Not twice in memory: what came from a file gives way to what was placed.
+        self.files = dataclasses.replace(model_files, params=self._params)
         devices = self._sharding.mesh.size if self._sharding else 1
         self._row_multiple = devices
         self._tokens_per_call = devices * (
@@ -309,7 +312,9 @@ def load(
         extra_ids=extra_ids,
         mesh=mesh,
     )
-    return Gecko(checkpoints.read_params(opened, mesh), tokens_per_call)
+    # Placed as they are read, so that they are never in memory twice.
+    one_device = sharding.build_mesh(devices=jax.local_devices()[:1])
+    return Gecko(checkpoints.read_params(opened, mesh or one_device), tokens_per_call)
 
 
 def cut(

@@ -186,3 +186,13 @@ def test_each_query_may_have_its_own_task(tiny_gecko):
     assert np.abs(together[0] - together[2]).max() > 1e-3
     with pytest.raises(ValueError, match="2 tasks for 3 texts"):
         tiny_gecko.encode_queries(texts, tasks[:2])
+
+
+def test_parameters_are_in_memory_once(tiny_files, tmp_path):
+    checkpoints.save_model(tmp_path / "model", tiny_files)
+    read = checkpoints.load_model(tmp_path / "model")
+    for gecko in (embedding.Gecko(read), embedding.load(tmp_path / "model")):
+        # No copy on the host beside those that encode.
+        for leaf in jax.tree.leaves(gecko.files.params):
+            assert isinstance(leaf, jax.Array)
+            assert leaf.devices() == {jax.local_devices()[0]}
