@@ -19,6 +19,7 @@ Parameter names are T5X's in both (`encoder/layers_0/attention/query/kernel`).
 import contextlib
 import dataclasses
 import errno
+import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -107,10 +108,8 @@ def save_model(
         ValueError: The folder is there and is not a model folder.
     """
     path = pathlib.Path(path)
-    if path.exists() and (not path.is_dir() or _holds_something_else(path)):
-        raise ValueError(
-            f"{path}: not empty and not a model folder; choose another folder"
-        )
+    if path.is_dir():
+        _refuse_something_else(path)
     params, digests = _digested(model_files)
     with files.write_folder(path) as folder:
         tensors.write(folder, params, shard_bytes=shard_bytes)
@@ -119,9 +118,21 @@ def save_model(
     return model_files
 
 
-def _holds_something_else(path: pathlib.Path) -> bool:
-    is_model = (path / MODEL_JSON).exists() and tensors.has_tensors(path)
-    return any(path.iterdir()) and not is_model
+def _refuse_something_else(path: pathlib.Path) -> None:
+    """Refuses a folder with anything in it that `save_model` does not write."""
+    names = {child.name for child in path.iterdir()}
+    # Exports to other formats also hold gecko.json and safetensors, and more.
+    others = sorted(
+        name
+        for name in names - {MODEL_JSON, VOCABULARY}
+        if not fnmatch.fnmatch(name, f"model*{tensors.SUFFIX}*")
+    )
+    is_model = MODEL_JSON in names and tensors.has_tensors(path)
+    if names and (others or not is_model):
+        found = f" ({others[0]})" if others else ""
+        raise ValueError(
+            f"{path}: not empty and not a model folder{found}; choose another folder"
+        )
 
 
 def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:

@@ -323,6 +323,16 @@ def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_an_export_that_holds_more_than_a_model_folder_is_not_overwritten(
+    files, folder
+):
+    checkpoints.save_model(folder, files)  # One of ours is replaced,
+    (folder / "modules.json").write_text("[]")  # not that of sentence-transformers.
+    with pytest.raises(ValueError, match=r"not a model folder \(modules\.json\)"):
+        checkpoints.save_model(folder, files)
+    assert (folder / "modules.json").read_text() == "[]"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

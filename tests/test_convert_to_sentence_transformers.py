@@ -236,3 +236,10 @@ def test_an_earlier_export_is_replaced(folder, scaled_files):
     (folder / "stale.txt").write_text("")
     to_sentence_transformers.save(folder, scaled_files)
     assert not (folder / "stale.txt").exists()
+
+
+def test_a_model_of_others_is_not_overwritten(scaled_files, tmp_path):
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"no gecko\.json"):
+        to_sentence_transformers.save(tmp_path, scaled_files)
+    assert (tmp_path / "modules.json").read_text() == "[]"

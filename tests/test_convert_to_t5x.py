@@ -136,3 +136,11 @@ def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):
     with pytest.raises(ValueError, match="not an earlier export"):
         to_t5x.save(tmp_path, files)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_999"]
+
+
+def test_a_project_with_a_folder_named_gecko_is_not_overwritten(tiny_files, tmp_path):
+    (tmp_path / "gecko").mkdir()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"no gecko/gecko\.json"):
+        to_t5x.save(tmp_path, tiny_files)
+    assert (tmp_path / "thesis.txt").exists()

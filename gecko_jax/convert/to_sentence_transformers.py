@@ -49,6 +49,8 @@ def save(
             so (says what is in the way).
     """
     files.check_replaceable(path, MODULES)
+    # Other people's models have a modules.json too.
+    files.check_replaceable(path, checkpoints.MODEL_JSON)
     config = model_files.encoder_config
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]

@@ -33,7 +33,7 @@ def save(path: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
     """
     from flax import serialization
 
-    files.check_replaceable(path, SETTINGS)
+    files.check_replaceable(path, f"{SETTINGS}/{checkpoints.MODEL_JSON}")
     with files.write_folder(path) as folder:
         checkpoint = folder / f"checkpoint_{model_files.step}"
         checkpoint.mkdir()
