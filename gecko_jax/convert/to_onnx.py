@@ -53,6 +53,7 @@ def save(
             "exporting to ONNX needs onnx: pip install 'gecko-jax[onnx]'"
         ) from None
     files.check_replaceable(path, MODEL)
+    files.check_replaceable(path, checkpoints.MODEL_JSON)
     config = model_files.encoder_config
     dim = dim or max(model_files.mrl_dims)
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
