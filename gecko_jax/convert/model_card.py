@@ -98,7 +98,7 @@ small = SentenceTransformer("PATH OR REPOSITORY", truncate_dim={smallest})
 
 {default}A cut vector is not of length 1: compare by cosine, or pass
 `normalize_embeddings=True`. Always name a prompt; without one a text is taken for a
-document. With [gecko_jax](https://pypi.org/project/gecko-jax/):
+document. With gecko_jax:
 `gecko_jax.load("PATH").encode_queries(texts, task="...")`."""
 
 
