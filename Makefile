@@ -93,9 +93,11 @@ $(VENV)/.dev: setup.py | $(VENV)/.python
 	$(call install,.[dev])
 	@touch $(VENV)/.core $(VENV)/.test
 
+# A comma would end the argument of `call`.
+TORCH_EXTRAS := .[test,torch,eval]
 $(VENV)/.torch: setup.py | $(VENV)/.python
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
-	$(call install,.[test,torch,eval])
+	$(call install,$(TORCH_EXTRAS))
 	@touch $(VENV)/.core $(VENV)/.test
 
 define install
