@@ -132,12 +132,7 @@ class Batches:
         )
         folder = pathlib.Path(cache_dir)
         if files:
-            paths = [os.fspath(path) for path in files]
-            summaries = [cache.summarize_source(path, folder) for path in paths]
-            self.tasks = tasks_lib.from_files(
-                paths, [summary.examples for summary in summaries], text_format
-            )
-            drawn = mixtures.Mixture(tuple(task.name for task in self.tasks))
+            self.tasks, drawn = tasks_of_files(files, text_format, folder)
         else:
             self.tasks, drawn = mixtures.resolve(mixture, prepared_dir)
         self.text_format = tasks_lib.complete_text_format(text_format, self.tasks)
@@ -335,6 +330,24 @@ class Batches:
                     name,
                     size,
                 )
+
+
+def tasks_of_files(
+    files: Sequence[str | os.PathLike],
+    text_format: text.TextFormat,
+    cache_dir: pathlib.Path,
+) -> tuple[tuple[tasks_lib.Task, ...], mixtures.Mixture]:
+    """Returns the tasks of a user's own files, and their mixture by size.
+
+    Raises:
+        ValueError: A file is missing, empty or holds a bad line.
+    """
+    paths = [os.fspath(path) for path in files]
+    summaries = [cache.summarize_source(path, cache_dir) for path in paths]
+    tasks = tasks_lib.from_files(
+        paths, [summary.examples for summary in summaries], text_format
+    )
+    return tasks, mixtures.Mixture(tuple(task.name for task in tasks))
 
 
 def summarize(batches: Batches, examples: int = 2) -> dict[str, Any]:
