@@ -187,7 +187,9 @@ def test_stats_are_printed_and_drawn(tmp_path, capsys, options):
     status, out, _ = gecko(capsys, *options, "--stats", f"--output={picture}")
     assert status == 0
     assert "2 tasks, 5 lines; tokens are those of all" in out
-    assert re.search(r"\n  a +4 of 4 +80\.0% +\d+ +\d+ +\d+ +\d+ +0\.0% +0\.0% +█", out)
+    assert re.search(
+        r"\n  a +4 of 4 +80\.0% +\d+ +\d+ +\d+ +\d+ +0\.0% +0\.0% +▃█", out
+    )
     assert "cut at 32" in out
     assert "cut at 128" in out
     assert re.search(r"\n  a +2 \(50\.0%\) +2 \(50\.0%\) +1 \(25\.0%\)\n", out)

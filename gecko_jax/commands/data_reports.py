@@ -8,7 +8,7 @@ from typing import Any
 
 from gecko_jax import flags
 
-# Upper ends of the bins of a histogram, in tokens; the last holds all longer texts.
+# Upper ends of the bins of a histogram, in tokens; one more holds all longer texts.
 _BINS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -119,7 +119,7 @@ def _print_stats(found: Any, output: str | None) -> None:
         header += [
             f"cut at {length}",
             "tokens lost",
-            f"≤{' '.join(map(str, _BINS))} more",
+            f"≤{_BINS[0]} to >{_BINS[-1]}",
         ]
         print(f"\n{'queries' if side == 'query' else 'passages'}, in tokens:")
         _print_table(header, rows)
@@ -173,7 +173,10 @@ def _print_stats(found: Any, output: str | None) -> None:
     if output:
         with files.write_file(output) as temporary:
             plots.plot_lengths(
-                [(t.name, t.query_lengths, t.passage_lengths) for t in found.tasks],
+                [
+                    (t.name, t.query_lengths.tolist(), t.passage_lengths.tolist())
+                    for t in found.tasks
+                ],
                 shape.query_length,
                 shape.passage_length,
                 temporary,
