@@ -264,7 +264,7 @@ def test_classification_leaves_out_what_has_no_partner():
         "empty text",
         "only text of its label",
     ]
-    with pytest.raises(ValueError, match=r"score 1\.5 is out of range"):
+    with pytest.raises(ValueError, match=r"s 1\.5 is out of range"):
         list(
             classification.threshold(
                 [{"t": "a", "s": 1.5}], text="t", score="s", low=0.0, high=1.0
@@ -305,7 +305,7 @@ def test_descriptions_given_beforehand_stay():
 def test_shares_and_temperature_are_honoured():
     drawn = mixtures.Mixture(("a", "b"), {"a": 1.0, "b": 3.0})
     assert drawn.rates(["b", "a"], [5, 5]) == [3.0, 1.0]
-    with pytest.raises(ValueError, match="temperature 0: must be above 0"):
+    with pytest.raises(ValueError, match="temperature 0.0: must be above 0"):
         mixtures.Mixture(("a",), temperature=0.0).rates(["a"], [1])
 
 
