@@ -141,7 +141,7 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         temporary.write_bytes(model_files.vocabulary_proto)
     values = {
         "format_version": FORMAT_VERSION,
-        **_settings(model_files),
+        **settings(model_files),
         "vocabulary_sha256": hashlib.sha256(model_files.vocabulary_proto).hexdigest(),
         "step": model_files.step,
         "revision": model_files.revision,
@@ -152,7 +152,7 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _settings(model_files: ModelFiles) -> dict[str, Any]:
+def settings(model_files: ModelFiles) -> dict[str, Any]:
     """Returns all but the parameters and the vocabulary that decides an embedding."""
     return {
         "model": model.config_to_dict(model_files.encoder_config),
@@ -203,6 +203,29 @@ def open_model(
         revision = f"{model_files.revision}-{step}"
     check_params(params, config, source=str(path))
     return dataclasses.replace(model_files, params=params, step=step, revision=revision)
+
+
+def open_step(path: str | pathlib.Path, step: int) -> ModelFiles:
+    """Opens one checkpoint of a training workdir; its parameters are `Tensor`s still.
+
+    Raises:
+        ValueError: It is not there or cannot be read; names those that are.
+    """
+    path = pathlib.Path(path)
+    model_files = load_settings(path)
+    if step not in all_steps(path):
+        there = ", ".join(map(str, all_steps(path))) or "none"
+        raise ValueError(
+            f"{path}: no checkpoint of step {step}; there are those of {there}"
+        )
+    params = unflatten_params(_open_params(_params_folder(path, step)))
+    check_params(params, model_files.encoder_config, source=f"{path}, step {step}")
+    return dataclasses.replace(
+        model_files,
+        params=params,
+        step=step,
+        revision=f"{model_files.revision}-{step}",
+    )
 
 
 def read_params(
@@ -273,7 +296,7 @@ def _name_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
         return model_files
     vocabulary = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
     content = json.dumps(
-        [_settings(model_files), vocabulary, dict(sorted(digests.items()))],
+        [settings(model_files), vocabulary, dict(sorted(digests.items()))],
         sort_keys=True,
     )
     revision = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -542,11 +565,15 @@ class Checkpointer:
 
 def latest_step(workdir: str | pathlib.Path) -> int | None:
     """Returns the newest whole checkpoint of a workdir, or None."""
+    return max(all_steps(workdir), default=None)
+
+
+def all_steps(workdir: str | pathlib.Path) -> list[int]:
+    """Returns the steps of the whole checkpoints of a workdir, rising."""
     folder = pathlib.Path(workdir) / CHECKPOINTS
     if not folder.is_dir():
-        return None
-    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()]
-    return max(steps, default=None)
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
 def restore_params(
@@ -559,8 +586,8 @@ def restore_params(
         step: One that is whole.
         shardings: Where each parameter goes; None gives numpy arrays.
     """
-    folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
-    try:
+    folder = _params_folder(workdir, step)
+    with _explain_reading(folder):
         handler = ocp.PyTreeCheckpointHandler()
         if shardings is None:
             restore_args = jax.tree.map(
@@ -576,11 +603,47 @@ def restore_params(
         )
         handler.close()
         return restored
-    except Exception as error:
+
+
+def _params_folder(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
+    return pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
+
+
+@contextlib.contextmanager
+def _explain_reading(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise several kinds.
         raise ValueError(
             f"{folder}: this checkpoint cannot be read ({_first_line(error)}); it is "
             f"truncated. Remove {folder.parent} to use the one before"
         ) from error
+
+
+def _open_params(folder: pathlib.Path) -> dict[str, tensors.Tensor]:
+    """Opens the parameters of a checkpoint; Orbax reads one when it is asked."""
+    handler = ocp.PyTreeCheckpointHandler()
+    with _explain_reading(folder):
+        found = flatten_params(handler.metadata(epath.Path(folder)).tree)
+
+    def open_tensor(name: str) -> tensors.Tensor:
+        def read() -> np.ndarray:
+            wanted = unflatten_params({name: found[name]})
+            whole = ocp.RestoreArgs(restore_type=np.ndarray)
+            with _explain_reading(folder):
+                restored = handler.restore(
+                    epath.Path(folder),
+                    args=ocp.args.PyTreeRestore(
+                        item=wanted,
+                        restore_args=unflatten_params({name: whole}),
+                        partial_restore=True,
+                    ),
+                )
+            return np.asarray(flatten_params(restored)[name], np.float32)
+
+        return tensors.Tensor(tuple(found[name].shape), read, f"{folder}:{name}")
+
+    return {name: open_tensor(name) for name in found}
 
 
 def _is_anywhere(fact: bool) -> bool:
