@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ VERBS = (
     ("search",),
     ("import",),
     ("export",),
+    ("average",),
     ("fret", "plan"),
     ("fret", "calibrate"),
     ("fret", "run"),
@@ -399,6 +401,22 @@ def test_an_export_is_pushed_when_it_is_whole(
     ((names, repo_id),) = pushed
     assert "gecko.json" in names
     assert repo_id == "a/b"
+
+
+def test_an_average_says_what_went_in(capsys, model_folder, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(model_folder, tmp_path / name)
+    models = [str(tmp_path / name) for name in ("a", "b")]
+    output = f"--output={tmp_path / 'soup'}"
+    status, out, _ = _run(capsys, "average", *models, output, "--weights=3,1")
+    assert status == 0
+    assert f"0.750  {models[0]}" in out
+    assert "cosine 1.0000 with the one before" in out
+    assert (tmp_path / "soup" / "model.safetensors").is_file()
+    status, _, err = _run(capsys, "average", *models, output, "--weights=much")
+    assert (status, "numbers with commas" in err) == (2, True)
+    status, _, err = _run(capsys, "average", *models, output, "--steps=2")
+    assert (status, "leave it out" in err) == (1, True)
 
 
 def test_fewer_bits_go_from_embed_to_search(capsys, model_folder, tmp_path):
