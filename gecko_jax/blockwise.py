@@ -52,13 +52,15 @@ class Sums(NamedTuple):
 
     Attributes:
         log_sum_exp: Of similarity / temperature over the keys that count; minus
-            infinity where none does. The one part that has a gradient.
+            infinity where none does. This and `squares` have a gradient.
+        squares: Sum of the squared similarities of the other keys.
         best: The largest similarity among the other keys, minus infinity for none.
         total: Sum of the similarities of the other keys.
         number: How many other keys count.
     """
 
     log_sum_exp: Float[Array, " B"]
+    squares: Float[Array, " B"]
     best: Float[Array, " B"]
     total: Float[Array, " B"]
     number: Float[Array, " B"]
@@ -94,6 +96,7 @@ def sums(
         best = jnp.max(jnp.where(others, similarity, -jnp.inf), axis=1)
         return Sums(
             jnp.logaddexp(so_far.log_sum_exp, of_block),
+            so_far.squares + jnp.sum(jnp.where(others, similarity**2, 0.0), axis=1),
             jnp.maximum(so_far.best, best),
             so_far.total + jnp.sum(jnp.where(others, similarity, 0.0), axis=1),
             so_far.number + jnp.sum(others.astype(jnp.float32), axis=1),
@@ -102,7 +105,7 @@ def sums(
     # Made from an argument: inside a `shard_map` they must vary as it does.
     zero = jnp.zeros_like(left[:, 0])
     nothing = jnp.full_like(zero, -jnp.inf)
-    start = Sums(nothing, nothing, zero, zero)
+    start = Sums(nothing, zero, nothing, zero, zero)
     return jax.lax.scan(add, start, _split(right, keys, block_size))[0]
 
 
@@ -114,12 +117,15 @@ def _forward(left, right, rows, keys, temperature, with_self, block_size):
 def _backward(temperature, with_self, block_size, saved, slopes: Sums):
     left, right, rows, keys, log_sum_exp = saved
     slope = (slopes.log_sum_exp / temperature)[:, None]
+    slope_of_squares = slopes.squares[:, None]
 
     def add(so_far: Array, block: tuple[Array, Keys]) -> tuple[Array, Array]:
-        _, keep = _masks(rows, block[1], with_self)
-        logits = _similarity(left, block[0]) / temperature
+        others, keep = _masks(rows, block[1], with_self)
+        similarity = _similarity(left, block[0])
+        logits = similarity / temperature
         # Where no key counts the log-sum-exp is minus infinity, and `keep` False.
         share = jnp.where(keep, jnp.exp(logits - log_sum_exp[:, None]), 0.0) * slope
+        share += jnp.where(others, 2.0 * similarity, 0.0) * slope_of_squares
         to_left = jnp.einsum("bc,cd->bd", share, block[0], precision=_PRECISION)
         to_right = jnp.einsum("bc,bd->cd", share, left, precision=_PRECISION)
         return so_far + to_left, to_right

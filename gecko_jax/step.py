@@ -93,6 +93,9 @@ def train_step(
         "negative_similarity": full.negative_similarity,
         **{f"loss_{dim}": terms[dim].loss for dim in terms},
     }
+    for name in ("spread", "matching"):
+        if getattr(full, name) is not None:
+            means[name] = getattr(full, name)
     by_task = functools.partial(
         jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
     )
