@@ -49,6 +49,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.one_task_per_batch = False
     config.data.cache_dir = "~/.cache/gecko_jax"  # tokenized examples, by content
     config.data.prepared_dir = "~/.cache/gecko_jax/prepared"  # by `gecko data prepare`
+    config.data.teacher = ""  # vectors of `gecko data teach`, for embedding matching
+    config.data.teacher_dim = 0  # their dims
 
     config.model = ml_collections.ConfigDict(
         model.config_to_dict(model.EncoderConfig(**model.PRESETS[arg.size]))
@@ -74,6 +76,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss.bidirectional = False
     config.loss.all_hard_negatives = False
     config.loss.mask_duplicates = False
+    config.loss.hardness = 0.0  # of hard negatives; EmbeddingGemma has 5
+    config.loss.spread_weight = 0.0  # of the spread-out regularizer
+    config.loss.matching_weight = 0.0  # of embedding matching, to data.teacher
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adafactor"  # GTR

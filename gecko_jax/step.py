@@ -204,6 +204,7 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
         data.num_negatives,
         data.packing,
         row_multiple(config, mesh),
+        data.teacher_dim,
     )
     shapes = {
         name: jax.ShapeDtypeStruct(dims, dtype)

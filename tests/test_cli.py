@@ -21,6 +21,7 @@ VERBS = (
     ("data", "show"),
     ("data", "vocabulary"),
     ("data", "prepare"),
+    ("data", "teach"),
     ("evaluate",),
     ("embed",),
     ("index",),

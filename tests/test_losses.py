@@ -378,13 +378,13 @@ def _teacher(num_negatives, width):
             part[number] = 0.0
     if num_negatives:
         vectors[2][4, 0] = 0.0
-    return losses.TeacherVectors(*(part.astype(np.float16) for part in vectors))
+    return losses.TeacherVectors(*(jnp.float16(part) for part in vectors))
 
 
 def _matching(queries, positives, negatives, ids, teacher):
     """The distances, written out for each example."""
     width = teacher.query_teacher.shape[-1]
-    theirs = [part.astype(np.float64) for part in teacher]
+    theirs = [np.asarray(part, np.float64) for part in teacher]
     rows = []
     for i in range(B):
         total = np.zeros(queries.shape[:-2], queries.dtype)

@@ -60,6 +60,7 @@ class Shape:
         packing: Several texts share a row; both sides then have rows of the longer
             of the two lengths.
         row_multiple: Row counts are multiples of it: the devices that share a batch.
+        teacher_dim: Width of a teacher's vectors (T); 0 without.
     """
 
     query_length: int
@@ -67,6 +68,7 @@ class Shape:
     num_negatives: int = 0
     packing: bool = False
     row_multiple: int = 1
+    teacher_dim: int = 0
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -159,6 +161,13 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
             f"{side}_tokens": ((rows, row_length), np.int32),
             f"{side}_segment_ids": ((rows, row_length), np.int32),
             f"{side}_index": ((texts, 2), np.int32),
+        }
+    if shape.teacher_dim:
+        width = shape.teacher_dim
+        sides |= {
+            "query_teacher": ((batch_size, width), np.float16),
+            "passage_teacher": ((batch_size, width), np.float16),
+            "negative_teacher": ((batch_size, shape.num_negatives, width), np.float16),
         }
     return sides | {
         "query_id": ((batch_size, 2), np.uint32),
