@@ -420,6 +420,40 @@ def test_an_average_says_what_went_in(capsys, model_folder, tmp_path):
     assert (status, "leave it out" in err) == (1, True)
 
 
+def test_a_teacher_is_made_by_a_model_or_from_vectors(capsys, model_folder, tmp_path):
+    pairs, texts, folder = (str(tmp_path / n) for n in ("p.jsonl", "t.jsonl", "taught"))
+    lines = [
+        {"task": "docs", "query": f"list {i}", "positive": f"a list of {i}"}
+        for i in range(4)
+    ]
+    pathlib.Path(pairs).write_text("\n".join(map(json.dumps, lines)))
+    teach = ("data", "teach", pairs)
+    status, out, _ = _run(
+        capsys, *teach, f"--model={model_folder}", f"--output={folder}", "--dim=4"
+    )
+    assert status == 0
+    assert "8 vectors of 4 dims" in out
+    assert "--config.data.teacher_dim=4" in out
+    status, out, _ = _run(capsys, *teach, f"--texts={texts}")
+    assert (status, "8 texts" in out) == (0, True)
+    listed = [json.loads(line) for line in pathlib.Path(texts).read_text().splitlines()]
+    vectors = [
+        json.dumps({"_id": line["_id"], "vector": [1.0, float(row), 0.5]})
+        for row, line in enumerate(listed)
+    ]
+    pathlib.Path(texts).write_text("\n".join(vectors))
+    status, out, _ = _run(capsys, *teach, f"--vectors={texts}", f"--output={folder}")
+    assert (status, "8 vectors of 3 dims" in out) == (0, True)
+    for wrong, message in (
+        ((), "needs one of --model, --vectors, --texts"),
+        ((f"--texts={texts}", f"--vectors={texts}"), "needs one of"),
+        ((f"--vectors={texts}",), "need --output"),
+        ((f"--texts={texts}", f"--output={folder}"), "is an output itself"),
+    ):
+        status, _, err = _run(capsys, *teach, *wrong)
+        assert (status, message in err) == (2, True)
+
+
 def test_fewer_bits_go_from_embed_to_search(capsys, model_folder, tmp_path):
     (tmp_path / "t.txt").write_text("one passage\nanother thing\nthree\n")
     status, out, _ = _run(

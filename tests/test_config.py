@@ -89,6 +89,10 @@ def test_all_faults_are_told_at_once():
         ("loss.mrl_weights=(nan,1.0)", "must be numbers of 0 or more"),
         ("data.files=(1,2)", "must be paths"),
         ("optimizer.name=sgd", "must be one of adafactor, adamw"),
+        ("loss.matching_weight=1.0", "embedding matching needs all three"),
+        ("data.teacher=vectors", "embedding matching needs all three"),
+        ("data.teacher_dim=512", "must not exceed model.embedding_dim=256"),
+        ("loss.spread_weight=-1.0", "0 or more"),
     ],
 )
 def test_keys_must_fit_each_other(override, message):

@@ -48,10 +48,10 @@ _TEACH = """\
 Makes the vectors of a teacher that embedding matching trains towards: one for each
 query, positive and hard negative of JSONL files.
 
-With a teacher that gecko can load (a Gecko, or what `gecko import` reads):
+example with a teacher that gecko can load (a Gecko, or what `gecko import` reads):
   gecko data teach triples.jsonl --model=runs/xl --output=teacher --dim=768
 
-With any other: write the texts, embed them as you like, and hand over the vectors, as
+examples with any other: write the texts, embed them, and hand over the vectors, as
 an .npy with a row for each line or as JSON lines with `_id` and `vector`:
   gecko data teach triples.jsonl --texts=texts.jsonl
   gecko data teach triples.jsonl --vectors=vectors.npy --output=teacher --dim=256

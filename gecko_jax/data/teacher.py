@@ -132,7 +132,8 @@ def read_vectors(
             found[row] = np.asarray(record.get("vector"), np.float32)
         except (TypeError, ValueError):
             found[row] = np.zeros(0, np.float32)
-        if found[row].ndim != 1 or len(found[row]) != len(next(iter(found.values()))):
+        first = next(iter(found.values()))
+        if found[row].ndim != 1 or not first.size or found[row].shape != first.shape:
             raise ValueError(
                 f"{place}: field 'vector' must be a list of numbers, as many as in the "
                 "lines before"
