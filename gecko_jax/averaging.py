@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import checkpoints, tensors
+from gecko_jax import checkpoints, model_folder, parameters, tensors
 from gecko_jax.convert import formats
 
 METHODS = ("mean", "slerp")
@@ -57,7 +57,7 @@ class Average:
         cosines: Of all parameters of each model with those of the one before it.
     """
 
-    model_files: checkpoints.ModelFiles
+    model_files: model_folder.ModelFiles
     inputs: tuple[dict[str, Any], ...]
     cosines: tuple[float, ...]
 
@@ -105,7 +105,7 @@ def average(
         }
         for (source, files), share in zip(opened, shares, strict=True)
     )
-    flat = [checkpoints.flatten_params(files.params) for _, files in opened]
+    flat = [parameters.flatten(files.params) for _, files in opened]
     seen = _Cosines(len(opened))
     params = {
         leaf: _combine(
@@ -113,11 +113,11 @@ def average(
         )
         for leaf in flat[0]
     }
-    written = checkpoints.save_model(
+    written = model_folder.save_model(
         output,
         dataclasses.replace(
             first,
-            params=checkpoints.unflatten_params(params),
+            params=parameters.unflatten(params),
             step=max(files.step for _, files in opened),
             revision="",
             provenance=_provenance(method, inputs, [files for _, files in opened]),
@@ -145,7 +145,7 @@ def describe(model: dict[str, Any]) -> str:
 
 def _open(
     sources: Sequence[str], steps: Sequence[int]
-) -> list[tuple[str, checkpoints.ModelFiles]]:
+) -> list[tuple[str, model_folder.ModelFiles]]:
     """Opens the models that are meant, with the source of each."""
     if len(sources) > 1:
         if steps:
@@ -167,17 +167,17 @@ def _open(
             f"{source}: one checkpoint, step {chosen[0]}, is no average; name more of "
             f"{', '.join(map(str, there))}, or train with a larger checkpoint.keep"
         )
-    return [(source, checkpoints.open_step(source, step)) for step in chosen]
+    return [(source, model_folder.open_step(source, step)) for step in chosen]
 
 
-def _open_newest(source: str) -> checkpoints.ModelFiles:
+def _open_newest(source: str) -> model_folder.ModelFiles:
     newest = checkpoints.latest_step(source)
     if newest is not None:
-        return checkpoints.open_step(source, newest)
+        return model_folder.open_step(source, newest)
     return formats.open_model(source)
 
 
-def _refuse_twice(opened: Sequence[tuple[str, checkpoints.ModelFiles]]) -> None:
+def _refuse_twice(opened: Sequence[tuple[str, model_folder.ModelFiles]]) -> None:
     seen = set()
     for source, files in opened:
         place = (pathlib.Path(source).resolve(), files.step)
@@ -203,15 +203,15 @@ def _shares(weights: Sequence[float], number: int) -> tuple[float, ...]:
 
 def _check_alike(
     name: str,
-    first: checkpoints.ModelFiles,
+    first: model_folder.ModelFiles,
     other_name: str,
-    other: checkpoints.ModelFiles,
+    other: model_folder.ModelFiles,
 ) -> None:
     """Refuses models that do not write, cut or encode texts alike."""
 
-    def facts(files: checkpoints.ModelFiles) -> dict[str, Any]:
-        settings = checkpoints.settings(files)
-        shapes = checkpoints.flatten_params(files.params)
+    def facts(files: model_folder.ModelFiles) -> dict[str, Any]:
+        settings = model_folder.settings(files)
+        shapes = parameters.flatten(files.params)
         return {
             **{key: value for key, value in settings.items() if key != "model"},
             **{
@@ -239,7 +239,7 @@ def _check_alike(
 def _provenance(
     method: str,
     inputs: Sequence[dict[str, Any]],
-    models: Sequence[checkpoints.ModelFiles],
+    models: Sequence[model_folder.ModelFiles],
 ) -> dict[str, Any]:
     """Returns what the average is made of; the data is all that any of them saw."""
     found: dict[str, Any] = {"average": {"method": method, "models": list(inputs)}}

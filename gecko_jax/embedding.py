@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gecko_jax import (
-    checkpoints,
     model,
+    model_folder,
     numerics,
     packing,
     progress,
@@ -56,7 +56,7 @@ class Gecko:
     """
 
     def __init__(
-        self, model_files: checkpoints.ModelFiles, tokens_per_call: int | None = None
+        self, model_files: model_folder.ModelFiles, tokens_per_call: int | None = None
     ):
         """Puts the parameters on the device.
 
@@ -314,7 +314,7 @@ def load(
     )
     # Placed as they are read, so that they are never in memory twice.
     one_device = sharding.build_mesh(devices=jax.local_devices()[:1])
-    return Gecko(checkpoints.read_params(opened, mesh or one_device), tokens_per_call)
+    return Gecko(model_folder.read_params(opened, mesh or one_device), tokens_per_call)
 
 
 def cut(

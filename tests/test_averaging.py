@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import averaging, checkpoints, model
+from gecko_jax import averaging, checkpoints, model, model_folder, parameters
 
 CONFIG = model.EncoderConfig(
     vocab_size=32,
@@ -49,8 +49,8 @@ def models(tiny_files, tmp_path):
     for seed in (1, 2, 3):
         files = build(tiny_files, seed)
         paths.append(str(tmp_path / f"model{seed}"))
-        checkpoints.save_model(paths[-1], files)
-        params.append(checkpoints.flatten_params(files.params))
+        model_folder.save_model(paths[-1], files)
+        params.append(parameters.flatten(files.params))
     return paths, params
 
 
@@ -59,7 +59,7 @@ def workdir(tiny_files, tmp_path):
     """A run with checkpoints of steps 2, 4 and 6, and their parameters."""
     path = tmp_path / "run"
     path.mkdir()
-    checkpoints.write_model_json(path, build(tiny_files, 1, revision="run"))
+    model_folder.write_model_json(path, build(tiny_files, 1, revision="run"))
     saved = {step: build(tiny_files, step).params for step in (2, 4, 6)}
     checkpointer = checkpoints.Checkpointer(path, keep=3, keep_every_steps=0)
     for step, params in saved.items():
@@ -69,7 +69,7 @@ def workdir(tiny_files, tmp_path):
 
 
 def read(path):
-    return checkpoints.flatten_params(checkpoints.load_model(path).params)
+    return parameters.flatten(model_folder.load_model(path).params)
 
 
 def test_the_mean_is_the_weighted_mean_of_every_parameter(models, tmp_path):
@@ -91,9 +91,9 @@ def test_equal_models_give_themselves_to_the_bit(tiny_files, tmp_path, method):
     files = build(tiny_files, 1)
     paths = [str(tmp_path / f"copy{number}") for number in range(3)]
     for path in paths:
-        checkpoints.save_model(path, files)
+        model_folder.save_model(path, files)
     averaging.average(paths, tmp_path / "out", method=method)
-    for name, array in checkpoints.flatten_params(files.params).items():
+    for name, array in parameters.flatten(files.params).items():
         np.testing.assert_array_equal(read(tmp_path / "out")[name], array)
 
 
@@ -166,7 +166,7 @@ def test_a_run_is_averaged_over_its_checkpoints(workdir, tmp_path):
     averaging.average([path], tmp_path / "two", steps=(6, 2))
     name = "projection_layer/kernel"
     for out, steps in (("all", (2, 4, 6)), ("two", (2, 6))):
-        arrays = [checkpoints.flatten_params(saved[step])[name] for step in steps]
+        arrays = [parameters.flatten(saved[step])[name] for step in steps]
         np.testing.assert_allclose(
             read(tmp_path / out)[name], np.mean(arrays, axis=0), rtol=1e-6, atol=1e-7
         )
@@ -176,7 +176,7 @@ def test_a_run_among_several_models_counts_by_its_newest(workdir, models, tmp_pa
     path, saved = workdir
     averaging.average([path, models[0][0]], tmp_path / "out")
     name = "projection_layer/kernel"
-    want = (checkpoints.flatten_params(saved[6])[name] + models[1][0][name]) / 2
+    want = (parameters.flatten(saved[6])[name] + models[1][0][name]) / 2
     np.testing.assert_allclose(read(tmp_path / "out")[name], want, rtol=1e-6, atol=1e-7)
 
 
@@ -205,7 +205,7 @@ def test_what_all_inputs_share_is_kept(tiny_files, tmp_path):
     facts = {"config": {"seed": 1}, "started_from": "start"}
     paths = [str(tmp_path / name) for name in "ab"]
     for seed, path in enumerate(paths):
-        checkpoints.save_model(path, build(tiny_files, seed, provenance=facts))
+        model_folder.save_model(path, build(tiny_files, seed, provenance=facts))
     done = averaging.average(paths, tmp_path / "out")
     assert {key: done.model_files.provenance[key] for key in facts} == facts
 
@@ -226,7 +226,7 @@ def test_models_that_differ_are_refused_by_name(
     tiny_files, tmp_path, models, changes, message
 ):
     other = str(tmp_path / "other")
-    checkpoints.save_model(other, build(tiny_files, 9, **changes))
+    model_folder.save_model(other, build(tiny_files, 9, **changes))
     with pytest.raises(ValueError, match=message) as raised:
         averaging.average([models[0][0], other], tmp_path / "out")
     assert models[0][0] in str(raised.value)
@@ -238,7 +238,7 @@ def test_other_shapes_are_refused_by_name(tiny_files, tmp_path, models):
     wide = dataclasses.replace(CONFIG, mlp_dim=16)
     params = jax.jit(model.init_params, static_argnums=0)(wide, jax.random.key(0))
     other = str(tmp_path / "other")
-    checkpoints.save_model(
+    model_folder.save_model(
         other, build(tiny_files, 9, encoder_config=wide, params=params)
     )
     with pytest.raises(ValueError, match=r"model\.mlp_dim: 8, and 16") as raised:
@@ -249,7 +249,7 @@ def test_other_shapes_are_refused_by_name(tiny_files, tmp_path, models):
 def test_settings_of_training_alone_may_differ(tiny_files, tmp_path, models):
     other = str(tmp_path / "other")
     config = dataclasses.replace(CONFIG, dropout_rate=0.1, remat="full")
-    checkpoints.save_model(other, build(tiny_files, 9, encoder_config=config))
+    model_folder.save_model(other, build(tiny_files, 9, encoder_config=config))
     averaging.average([models[0][0], other], tmp_path / "out")
 
 
@@ -295,12 +295,10 @@ def test_strangers_are_told(tiny_files, tmp_path, models, caplog):
         lambda leaf: random.standard_normal(leaf.shape, np.float32),
         build(tiny_files, 1).params,
     )
-    checkpoints.save_model(tmp_path / "far", build(tiny_files, 9, params=params))
+    model_folder.save_model(tmp_path / "far", build(tiny_files, 9, params=params))
     done = averaging.average([models[0][0], str(tmp_path / "far")], tmp_path / "mixed")
     a, b = (
-        np.concatenate(
-            [leaf.reshape(-1) for leaf in checkpoints.flatten_params(p).values()]
-        )
+        np.concatenate([leaf.reshape(-1) for leaf in parameters.flatten(p).values()])
         for p in (build(tiny_files, 1).params, params)
     )
     cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
@@ -316,7 +314,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
 
     paths = [str(tmp_path / f"model{seed}") for seed in range(5)]
     for seed, path in enumerate(paths):
-        checkpoints.save_model(path, build(tiny_files, seed))
+        model_folder.save_model(path, build(tiny_files, seed))
     held, most = weakref.WeakSet(), 0
 
     class Watched(np.ndarray):

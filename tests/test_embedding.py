@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, embedding, model, sharding, vocabulary
+from gecko_jax import embedding, model, model_folder, sharding, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_parameters_on_a_mesh_share_the_work_and_give_the_same(
 def test_a_saved_model_loads_and_gives_the_same(
     tmp_path, tiny_files, tiny_gecko, texts
 ):
-    checkpoints.save_model(tmp_path / "export", tiny_files)
+    model_folder.save_model(tmp_path / "export", tiny_files)
     loaded = embedding.load(tmp_path / "export")
     np.testing.assert_array_equal(
         loaded.encode_passages(texts[:5]), tiny_gecko.encode_passages(texts[:5])
@@ -189,8 +189,8 @@ def test_each_query_may_have_its_own_task(tiny_gecko):
 
 
 def test_parameters_are_in_memory_once(tiny_files, tmp_path):
-    checkpoints.save_model(tmp_path / "model", tiny_files)
-    read = checkpoints.load_model(tmp_path / "model")
+    model_folder.save_model(tmp_path / "model", tiny_files)
+    read = model_folder.load_model(tmp_path / "model")
     for gecko in (embedding.Gecko(read), embedding.load(tmp_path / "model")):
         # No copy on the host beside those that encode.
         for leaf in jax.tree.leaves(gecko.files.params):
