@@ -362,9 +362,13 @@ def _prepare_set(task: Any, options: argparse.Namespace) -> None:
         source=options.source,
         accepted_licences=tuple(options.accept_licence),
         tfds_data_dir=options.tfds_data_dir,
+        negatives=options.negatives,
     )
     print(f"{summary.folder}: {summary.examples:,} examples; licence {task.licence}")
     for reason, count in sorted(summary.dropped.items(), key=lambda item: -item[1]):
         print(f"  left out {count:,}: {reason}")
     if task.mine and summary.without_negative:
-        print(f"  {summary.without_negative:,} have no hard negative")
+        print(
+            f"  {summary.without_negative:,} have fewer hard negatives than "
+            f"{options.negatives}"
+        )

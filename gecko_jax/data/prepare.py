@@ -41,7 +41,7 @@ class Summary:
         folder: Where the set lies.
         examples: Lines written.
         dropped: Reason -> number of records, or parts of one, left out.
-        without_negative: Lines for which none was there or could be mined.
+        without_negative: Lines that have fewer than asked for, with those mined.
     """
 
     folder: pathlib.Path
@@ -58,6 +58,7 @@ def prepare(
     accepted_licences: tuple[str, ...] = (),
     tfds_data_dir: str | None = None,
     part: int = PART,
+    negatives: int = 1,
 ) -> Summary:
     """Turns the source of a row of the table into canonical triples.
 
@@ -68,6 +69,7 @@ def prepare(
         accepted_licences: Names of restricted sets whose licence the user accepts.
         tfds_data_dir: Where TFDS keeps its sets.
         part: Lines of a part.
+        negatives: Hard negatives a line should have, where the row lets them be mined.
 
     Raises:
         ValueError: The licence is not accepted, the source is missing or has another
@@ -82,6 +84,8 @@ def prepare(
     target = pathlib.Path(prepared_dir).expanduser() / task.name
     note = target / "prepared.json"
     facts = _facts(task, location, part)
+    if negatives != 1:
+        facts["negatives"] = negatives
     if note.exists():
         found = json.loads(note.read_text())
         if found["facts"] != facts:
@@ -102,7 +106,7 @@ def prepare(
             f"{task.name}: {location} gives no example"
             f"{f' (left out: {reasons})' if reasons else ''}; check the split"
         )
-    examples, short = _mine(task, parts, work)
+    examples, short = _mine(task, parts, work, negatives)
     with files.write_file(work / "prepared.json") as temporary:
         temporary.write_text(
             json.dumps(
@@ -213,9 +217,9 @@ def _lines(
 
 
 def _mine(
-    task: tasks_lib.Task, parts: list[pathlib.Path], work: pathlib.Path
+    task: tasks_lib.Task, parts: list[pathlib.Path], work: pathlib.Path, wanted: int
 ) -> tuple[int, int]:
-    """Mines a negative for lines without one; returns all lines and those left bare."""
+    """Mines the negatives that lines lack; returns all lines and those left short."""
     examples = short = 0
     for path in parts:
         mined = work / f"pairs-mined-{path.name}.json"
@@ -223,9 +227,9 @@ def _mine(
             counts = [0, 0]
             pairs = list(jsonl.read_pairs(path))
             counts[0] = len(pairs)
-            counts[1] = sum(not pair.negatives for pair in pairs)
+            counts[1] = sum(len(pair.negatives) < wanted for pair in pairs)
             if task.mine and counts[1]:
-                counts[1] = mining.mine_negatives([path], path, 1).short
+                counts[1] = mining.mine_negatives([path], path, wanted).short
             with files.write_file(mined) as temporary:
                 temporary.write_text(json.dumps(counts))
         counts = json.loads(mined.read_text())
