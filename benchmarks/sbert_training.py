@@ -21,8 +21,8 @@ def train(
     """Trains on the pairs of the first config, then on the triples of the second.
 
     Batch size, steps, lengths, MRL dims, temperature, optimizer and its schedule are
-    those of the configs. The loss is MatryoshkaLoss of CachedMultipleNegativesRankingLoss; its
-    encoder starts as transformers makes one.
+    those of the configs. The loss is MatryoshkaLoss of
+    CachedMultipleNegativesRankingLoss; the encoder starts as transformers makes one.
 
     Returns:
         The model, and the seconds of both loops.
