@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import logging
 import pathlib
 import platform
 import subprocess
@@ -222,8 +223,11 @@ def vocabulary_path(data: Data, output: pathlib.Path) -> pathlib.Path:
 
 def prepare(data: Data, output: pathlib.Path) -> None:
     """Makes the vocabulary and the triples once; neither counts as training."""
+    import bm25s
+
     from gecko_jax.data import mining, pieces
 
+    logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)
     vocabulary, triples = vocabulary_path(data, output), triples_path(data, output)
     if not vocabulary.exists():
         pieces.train_vocabulary([str(data.train)], str(vocabulary), VOCABULARY_SIZE)

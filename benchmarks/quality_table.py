@@ -11,12 +11,18 @@ _HEAD = """\
 # Results
 
 What a model trained here is worth, beside others, at what cost: nDCG@10 on test
-folders, at the largest dim, and the mean at smaller ones. Written by `python
-benchmarks/quality.py --output=DIR --table=docs/results.md` from the rows in DIR: every
-number was measured, and a row that is missing was not. With several seeds the mean
-stands first and then the least and the most. Seconds are those of training both
-stages, compilation and reading included; the vocabulary and the hard negatives were
-made before. Memory is the process's peak.
+folders, at the largest dim, and the mean at smaller ones. This page is written from
+rows that `benchmarks/quality.py` makes one by one (its `--help` has the commands):
+
+```bash
+python benchmarks/quality.py --data=DATA --output=DIR --rows=ladder
+python benchmarks/quality.py --output=DIR --table=docs/results.md
+```
+
+Every number was measured; a row that is missing was not. With several seeds the mean
+stands first and then the least and the most. Seconds are those of training both stages,
+compilation and reading included; the vocabulary and the hard negatives were made
+before. Memory is the process's peak.
 """
 
 
