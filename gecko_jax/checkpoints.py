@@ -502,7 +502,10 @@ class Checkpointer:
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
-            return self._manager.restore(step, args=args)
+            restored = self._manager.restore(step, args=args)
+            if not isinstance(restored.position, dict):
+                raise TypeError(f"its position is {files.kind(restored.position)}")
+            return restored
         except Exception as error:
             raise ValueError(
                 f"{self._manager.directory / str(step)}: this checkpoint cannot be "

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gecko_jax import text as text_format
@@ -80,6 +80,50 @@ def read_records(
         if "\\u" in line and not any_characters:
             _check_characters(place, record)
         yield place, record
+
+
+def read_object(
+    path: str | os.PathLike,
+    fields: Mapping[str, type | tuple[Any, ...]],
+    *,
+    remedy: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the JSON object of a file that this package wrote.
+
+    Args:
+        path: The file.
+        fields: What the object must have: a type, or one of some values. An `int` is
+            1 or more.
+        remedy: What to do about a file that is something else.
+        defaults: Fields that older files lack.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        ValueError: It holds something else; names every fault, and the remedy.
+    """
+    path = pathlib.Path(path)
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {kind(found)}, not an object; {remedy}")
+    found = {**(defaults or {}), **found}
+    faults = [
+        f"{name} is {json.dumps(found[name])[:80]}" if name in found else f"no {name}"
+        for name, wanted in fields.items()
+        if name not in found or not _is_as(found[name], wanted)
+    ]
+    if faults:
+        raise ValueError(f"{path}: damaged or edited ({', '.join(faults)}); {remedy}")
+    return found
+
+
+def _is_as(value: Any, wanted: type | tuple[Any, ...]) -> bool:
+    if isinstance(wanted, tuple):
+        return value in wanted
+    return type(value) is wanted and (wanted is not int or value >= 1)
 
 
 def kind(value: Any) -> str:

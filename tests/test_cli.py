@@ -340,7 +340,8 @@ def test_search_shows_titles_and_texts(capsys, model_folder, index_folder):
 def test_search_reads_queries_from_standard_input(
     capsys, monkeypatch, model_folder, index_folder
 ):
-    monkeypatch.setattr("sys.stdin", io.StringIO("lizard\n\n   \na graph\n"))
+    lines = io.BytesIO(b"lizard\n\n   \n\xff\na graph\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, "utf-8"))
     status, out, err = _run(
         capsys, "search", f"--model={model_folder}", f"--index={index_folder}", "--json"
     )
@@ -349,6 +350,7 @@ def test_search_reads_queries_from_standard_input(
         "lizard",
         "a graph",
     ]
+    assert err.strip().endswith("which is no character; write it as UTF-8")
     assert "error" not in err
 
 

@@ -32,6 +32,8 @@ PART = 50_000
 # Raised whenever what a part holds changes.
 _VERSION = 1
 
+_FIELDS = {"facts": dict, "examples": int, "dropped": dict}
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -83,10 +85,15 @@ def prepare(
     note = target / "prepared.json"
     facts = _facts(task, location, part)
     if note.exists():
-        found = json.loads(note.read_text())
+        found = files.read_object(
+            note,
+            _FIELDS,
+            remedy="delete the folder and prepare again",
+            defaults={"without_negative": 0},
+        )
         if found["facts"] != facts:
             raise ValueError(
-                f"{target}: was prepared from {found['facts']['source']} by other "
+                f"{target}: was prepared from {found['facts'].get('source')} by other "
                 "settings; delete it, or prepare into another folder"
             )
         return Summary(
