@@ -296,12 +296,24 @@ def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             _remove_leftovers(path)
             temporary.mkdir()
             yield temporary
-            if path.exists():  # A folder cannot be renamed over a full one.
-                path.rename(old)
-            temporary.rename(path)
+            _replace_folder(path, temporary, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_folder(path: pathlib.Path, new: pathlib.Path, old: pathlib.Path) -> None:
+    """Renames `new` to `path`, and what is there to `old`; the last writer wins."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(old)  # A folder cannot be renamed over a full one.
+        try:
+            new.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # Another writer came between.
 
 
 def _follow(path: str | os.PathLike) -> pathlib.Path:

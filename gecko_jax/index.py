@@ -141,11 +141,18 @@ class Index:
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float[np.ndarray, "Q T"], Int[np.ndarray, "Q T"]]:
         """The same as `search`, with positions in the corpus instead of ids."""
+        if queries.ndim != 2:
+            raise ValueError(
+                f"queries of shape {queries.shape}: give one row for each query, "
+                "[queries, dims]"
+            )
         if queries.shape[1] != self.dim:
             raise ValueError(
                 f"queries of {queries.shape[1]} dims in an index of {self.dim}: encode "
                 f"them with dim={self.dim}"
             )
+        if not np.isfinite(queries).all():
+            raise ValueError("a query's vector is not finite; encode it again")
         if k < 1:
             raise ValueError(f"k={k}: it must be at least 1")
         k = min(k, len(self))

@@ -17,8 +17,8 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from gecko_jax import checkpoints, files, model
 from gecko_jax import config as config_lib
+from gecko_jax import files, model, model_folder
 from gecko_jax.data import pipeline
 
 CONFIG = "config.json"
@@ -154,7 +154,7 @@ def write_model(
     config: ml_collections.ConfigDict,
     encoder_config: model.EncoderConfig,
     batches: pipeline.Batches,
-    start: checkpoints.ModelFiles | None,
+    start: model_folder.ModelFiles | None,
 ) -> None:
     """Writes what makes the workdir a model, before step 0."""
     with files.write_file(workdir / CONFIG) as temporary:
@@ -168,9 +168,9 @@ def write_model(
         },
         "started_from": start.revision if start else None,
     }
-    checkpoints.write_model_json(
+    model_folder.write_model_json(
         workdir,
-        checkpoints.ModelFiles(
+        model_folder.ModelFiles(
             params={},
             encoder_config=encoder_config,
             text_format=batches.text_format,

@@ -288,10 +288,10 @@ def test_overrides_are_set_apart(arguments, overrides, others):
 
 @pytest.fixture(scope="module")
 def model_folder(tiny_files, tmp_path_factory):
-    from gecko_jax import checkpoints
+    from gecko_jax import model_folder
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    checkpoints.save_model(folder, tiny_files)
+    model_folder.save_model(folder, tiny_files)
     return str(folder)
 
 

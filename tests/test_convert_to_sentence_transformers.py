@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, embedding, model, text
+from gecko_jax import embedding, model, model_folder, parameters, text
 from gecko_jax.convert import names, to_sentence_transformers
 
 QUERIES = ["what  do geckos\neat", "café </s> <pad>", "漢字 👨‍👩‍👧 ①½", "e\u0301 x"]
@@ -141,7 +141,7 @@ def test_parameters_lie_once_and_transposed(folder, scaled_files):
 
     found = safetensors.numpy.load_file(folder / "model.safetensors")
     dense = safetensors.numpy.load_file(folder / "2_Dense" / "model.safetensors")
-    params = checkpoints.flatten_params(scaled_files.params)
+    params = parameters.flatten(scaled_files.params)
     table = names.hugging_face_names(scaled_files.encoder_config)
     assert found.keys() == {there.name for there in table.values()}
     for name, there in table.items():
@@ -152,7 +152,7 @@ def test_parameters_lie_once_and_transposed(folder, scaled_files):
 
 
 def test_our_own_settings_are_inside(folder, scaled_files):
-    settings = checkpoints.load_settings(folder)
+    settings = model_folder.load_settings(folder)
     for field in dataclasses.fields(settings):
         if field.name != "params":
             assert getattr(settings, field.name) == getattr(scaled_files, field.name)

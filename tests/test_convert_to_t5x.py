@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 from flax import serialization
 
-from gecko_jax import checkpoints, model
+from gecko_jax import model, model_folder, parameters
 from gecko_jax.convert import to_t5x
 
 FIXTURE = pathlib.Path(__file__).parent / "data" / "t5x_tiny"
@@ -32,7 +32,7 @@ def files(tiny_files):
     return dataclasses.replace(
         tiny_files,
         encoder_config=config,
-        params=checkpoints.unflatten_params(flat),
+        params=parameters.unflatten(flat),
         mrl_dims=(4, 8),
         step=1_000,
     )
@@ -109,7 +109,7 @@ def test_every_parameter_comes_back_bit_for_bit(files, folder):
         found[name] = store.read().result()
 
     collect(specs, "")
-    expected = checkpoints.flatten_params(files.params)
+    expected = parameters.flatten(files.params)
     assert found.keys() == expected.keys()
     assert "projection_layer/kernel" in found
     for name, array in found.items():
@@ -118,7 +118,7 @@ def test_every_parameter_comes_back_bit_for_bit(files, folder):
 
 
 def test_what_t5x_has_no_place_for_lies_beside_it(files, folder):
-    settings = checkpoints.load_settings(folder / "gecko")
+    settings = model_folder.load_settings(folder / "gecko")
     assert settings.encoder_config == files.encoder_config
     assert settings.text_format == files.text_format
     assert settings.vocabulary_proto == files.vocabulary_proto

@@ -295,9 +295,9 @@ def test_folders_and_a_config_are_two_ways(arguments, message, capsys):
 def test_the_command_ends_with_the_tables_and_an_error(
     tiny_files, folder, tmp_path, capsys
 ):
-    from gecko_jax import checkpoints
+    from gecko_jax import model_folder
 
-    checkpoints.save_model(tmp_path / "model", tiny_files)
+    model_folder.save_model(tmp_path / "model", tiny_files)
     command = [
         "evaluate",
         f"--config={ROOT}/configs/evaluate.py:none",

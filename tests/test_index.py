@@ -102,6 +102,8 @@ def test_queries_of_another_width_and_a_k_of_zero_are_refused():
         built.search(_random(2, 4), 3)
     with pytest.raises(ValueError, match="k=0"):
         built.search(_random(2), 0)
+    with pytest.raises(ValueError, match="vector is not finite"):
+        built.search(np.full((1, 6), np.nan, np.float32), 3)
 
 
 def _damage(folder, name, change):

@@ -10,7 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, flags, interruption, sharding, text, train
+from gecko_jax import (
+    checkpoints,
+    flags,
+    interruption,
+    model_folder,
+    parameters,
+    sharding,
+    text,
+    train,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -64,7 +73,7 @@ def build(cache, **overrides):
 
 
 def state_of(workdir, step):
-    params = checkpoints.flatten_params(checkpoints.restore_params(workdir, step))
+    params = parameters.flatten(checkpoints.restore_params(workdir, step))
     folder = workdir / "checkpoints" / str(step) / "opt_state"
     assert folder.is_dir()
     return params
@@ -179,7 +188,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(
 def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     train.train(build(cache, train__num_steps=2), tmp_path / "first")
-    checkpoints.save_model(tmp_path / "out", checkpoints.load_model(tmp_path / "first"))
+    model_folder.save_model(
+        tmp_path / "out", model_folder.load_model(tmp_path / "first")
+    )
     seen = []
 
     def evaluate(params, step):

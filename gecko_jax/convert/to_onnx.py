@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import checkpoints, files, layers, model, vocabulary
+from gecko_jax import files, layers, model, model_folder, parameters, vocabulary
 from gecko_jax.convert import to_hugging_face_tokenizer
 
 MODEL = "model.onnx"
@@ -33,7 +33,7 @@ _GELU_CUBIC = 0.044715
 
 
 def save(
-    path: pathlib.Path, model_files: checkpoints.ModelFiles, *, dim: int | None = None
+    path: pathlib.Path, model_files: model_folder.ModelFiles, *, dim: int | None = None
 ) -> None:
     """Writes the folder, whole or not at all; an export that is there is replaced.
 
@@ -53,7 +53,7 @@ def save(
             "exporting to ONNX needs onnx: pip install 'gecko-jax[onnx]'"
         ) from None
     files.check_replaceable(path, MODEL)
-    files.check_replaceable(path, checkpoints.MODEL_JSON)
+    files.check_replaceable(path, model_folder.MODEL_JSON)
     config = model_files.encoder_config
     dim = dim or max(model_files.mrl_dims)
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
@@ -61,7 +61,7 @@ def save(
     max_length = max(model_files.query_length, model_files.passage_length)
     is_large = 4 * sum(
         int(np.prod(leaf.shape))
-        for leaf in checkpoints.flatten_params(model_files.params).values()
+        for leaf in parameters.flatten(model_files.params).values()
     )
     with files.write_folder(path) as folder:
         onnx.save_model(
@@ -71,7 +71,7 @@ def save(
             location=f"{MODEL}_data",
         )
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
-        checkpoints.write_model_json(folder, model_files)
+        model_folder.write_model_json(folder, model_files)
 
 
 def build(params: dict[str, Any], config: model.EncoderConfig, dim: int) -> Any:
@@ -86,7 +86,7 @@ def build(params: dict[str, Any], config: model.EncoderConfig, dim: int) -> Any:
 
     flat = {
         name: np.asarray(leaf, np.float32)
-        for name, leaf in checkpoints.flatten_params(params).items()
+        for name, leaf in parameters.flatten(params).items()
     }
     graph = _Graph()
     embedding = _embed(graph, flat, config, dim)

@@ -17,7 +17,7 @@ import json
 import pathlib
 from typing import Any
 
-from gecko_jax import checkpoints, files, model, tensors, vocabulary
+from gecko_jax import files, model, model_folder, parameters, tensors, vocabulary
 from gecko_jax import text as text_lib
 from gecko_jax.convert import model_card, names, to_hugging_face_tokenizer
 
@@ -30,7 +30,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu"}
 
 def save(
     path: pathlib.Path,
-    model_files: checkpoints.ModelFiles,
+    model_files: model_folder.ModelFiles,
     *,
     truncate_dim: int | None = None,
     scores: dict[str, Any] | None = None,
@@ -50,7 +50,7 @@ def save(
     """
     files.check_replaceable(path, MODULES)
     # Other people's models have a modules.json too.
-    files.check_replaceable(path, checkpoints.MODEL_JSON)
+    files.check_replaceable(path, model_folder.MODEL_JSON)
     config = model_files.encoder_config
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
@@ -68,7 +68,7 @@ def save(
             for n, (name, folder) in enumerate(zip(modules, folders, strict=True))
         ],
         "config_sentence_transformers.json": {
-            "__version__": checkpoints.versions(),
+            "__version__": model_folder.versions(),
             "prompts": build_prompts(model_files.text_format),
             # The one side that needs no task.
             "default_prompt_name": DOCUMENT,
@@ -105,7 +105,7 @@ def save(
             )
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         _write_params(folder, model_files)
-        checkpoints.write_model_json(folder, model_files)
+        model_folder.write_model_json(folder, model_files)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -172,8 +172,8 @@ def build_config(config: model.EncoderConfig) -> dict[str, Any]:
     }
 
 
-def _write_params(folder: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
-    params = checkpoints.flatten_params(model_files.params)
+def _write_params(folder: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
+    params = parameters.flatten(model_files.params)
     projection = params.pop(names.PROJECTION, None)
     encoder = {}
     for name, there in names.hugging_face_names(model_files.encoder_config).items():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import checkpoints, files
+from gecko_jax import files, model_folder, parameters
 
 FORMAT_VERSION = 3
 SETTINGS = "gecko"
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 64 * 2**20
 _COMPRESSOR = {"id": "gzip", "level": 1}
 
 
-def save(path: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
+def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
     """Writes the checkpoint, whole or not at all; an export that is there is replaced.
 
     Raises:
@@ -33,26 +33,26 @@ def save(path: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
     """
     from flax import serialization
 
-    files.check_replaceable(path, f"{SETTINGS}/{checkpoints.MODEL_JSON}")
+    files.check_replaceable(path, f"{SETTINGS}/{model_folder.MODEL_JSON}")
     with files.write_folder(path) as folder:
         checkpoint = folder / f"checkpoint_{model_files.step}"
         checkpoint.mkdir()
         specs = {
             name: _write_array(checkpoint, f"target.{name.replace('/', '.')}", leaf)
-            for name, leaf in checkpoints.flatten_params(model_files.params).items()
+            for name, leaf in parameters.flatten(model_files.params).items()
         }
         contents = {
             "version": FORMAT_VERSION,
             "optimizer": {
                 "state": {"step": np.int32(model_files.step)},
-                "target": checkpoints.unflatten_params(specs),
+                "target": parameters.unflatten(specs),
             },
         }
         (checkpoint / "checkpoint").write_bytes(
             serialization.msgpack_serialize(contents)
         )
         (folder / SETTINGS).mkdir()
-        checkpoints.write_model_json(folder / SETTINGS, model_files)
+        model_folder.write_model_json(folder / SETTINGS, model_files)
 
 
 def _write_array(folder: pathlib.Path, name: str, leaf: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from gecko_jax import checkpoints, embedding, files, model, sharding
+from gecko_jax import embedding, files, model, model_folder, sharding
 from gecko_jax.evaluation import encoder, local_tasks, scoreboard, sets, store
 
 # How a scoreboard calls what is in no suite.
@@ -96,7 +96,7 @@ def run(
             suite: [runner.run(task) for task in _track(suite, tasks)]
             for suite, tasks in chosen.items()
         }
-    versions = checkpoints.versions() | {"mteb": mteb.__version__}
+    versions = model_folder.versions() | {"mteb": mteb.__version__}
     return scoreboard.Board(
         about={**about, "backend": jax.default_backend(), "versions": versions},
         dims=dims,
