@@ -150,7 +150,7 @@ class Checkpointer:
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
-            restored = self._manager.restore(step, args=args)
+            restored: Any = self._manager.restore(step, args=args)
             if not isinstance(restored.position, dict):
                 raise TypeError(f"its position is {files.kind(restored.position)}")
             return restored
