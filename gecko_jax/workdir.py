@@ -116,9 +116,9 @@ def check_position(
     mixture_hash, facts = position.get("mixture_hash"), position.get("mixture", {})
     if not isinstance(mixture_hash, str) or not isinstance(facts, Mapping):
         raise ValueError(
-            f"the newest of {checkpoints.CHECKPOINTS}/ has a damaged or edited "
-            f"position (mixture_hash {mixture_hash!r}); remove that checkpoint, and "
-            "the run goes on from the one before"
+            "the newest of checkpoints/ has an edited position (mixture_hash is "
+            f"{mixture_hash!r}); remove that checkpoint, and the run goes on from the "
+            "one before"
         )
     if mixture_hash != batches.mixture_hash:
         before = _flat_facts(facts)
