@@ -16,6 +16,7 @@ FLOORS = {
     "blockwise": 0,
     "chips": 0,
     "config": 0,
+    "contamination": 0,
     "instructions": 0,
     "files": 0,
     "hlo": 0,
