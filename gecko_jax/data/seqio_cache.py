@@ -194,6 +194,8 @@ def _build(
     examples = (
         pipeline
         | beam_utils.PreprocessTask(seqio_task, "train", setup_fn=register)
+        # A tensor takes far longer to hand on than its array.
+        | beam.Map(lambda example: {k: v.numpy() for k, v in example.items()})
         | beam.Reshuffle()
     )
     prefix = seqio.get_cached_tfrecord_prefix(os.fspath(output), "train")
