@@ -88,6 +88,7 @@ class Batches:
         seed: int,
         cache_dir: str | os.PathLike,
         row_multiple: int = 1,
+        microbatch_rows: int = 0,
         prepared_dir: str | os.PathLike = mixtures.PREPARED,
     ):
         """Opens the caches of the mixture, building those that are not there.
@@ -108,6 +109,7 @@ class Batches:
             seed: Of the shuffles and of the sampling of negatives.
             cache_dir: Where caches lie; may be shared by many runs.
             row_multiple: Row counts are multiples of it.
+            microbatch_rows: Row counts above it are multiples of it; 0 for any.
             prepared_dir: Where `gecko data prepare` put the sets of the mixture.
 
         Raises:
@@ -122,13 +124,18 @@ class Batches:
                 "file that the vocabulary was loaded from"
             )
         self.vocabulary = vocabulary
-        self.num_segments = features.MAX_SEGMENTS if packing else 1
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
         self._shape = features.Shape(
-            query_length, passage_length, num_negatives, packing, row_multiple
+            query_length,
+            passage_length,
+            num_negatives,
+            packing,
+            row_multiple,
+            microbatch_rows,
         )
+        self.num_segments = self._shape.num_segments
         chosen = selection.select(
             mixture=mixture,
             files=files,
