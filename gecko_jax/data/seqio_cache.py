@@ -148,7 +148,7 @@ def write(
         ImportError: The extra is missing.
         ValueError: A half-written cache is in the way.
     """
-    beam, beam_utils = _load_beam()
+    beam, beam_utils = load_beam()
     seqio = load_seqio()
     target = find(task, key, cache_dir)
     if target is None:
@@ -212,7 +212,12 @@ def _build(
         )
 
 
-def _load_beam() -> tuple[Any, Any]:
+def load_beam() -> tuple[Any, Any]:
+    """Returns Apache Beam and seqio's transforms for it.
+
+    Raises:
+        ImportError: The extra is missing.
+    """
     try:
         import apache_beam
     except ModuleNotFoundError:
