@@ -73,6 +73,13 @@ _EVAL = [
     "scikit-learn>=1.6",
 ]
 
+# seqio's cache job. Beam wants an older protobuf than the newest TensorFlow brings, so
+# that it is better off in an environment of its own.
+_BEAM = [
+    "apache-beam>=2.77",
+    "google-crc32c>=1.9",
+]
+
 _TEST = [
     *_ONNX,
     *_HUB,
@@ -128,6 +135,7 @@ setuptools.setup(
         "test": _TEST,
         "eval": _EVAL,
         "dev": _DEV,
+        "beam": _BEAM,
         "data": ["pyarrow>=20.0"],  # sets that come as Parquet
         # libtpu, which `gecko compile` needs on a CPU as well.
         "tpu": ["jax[tpu]>=0.10.2"],

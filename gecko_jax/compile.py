@@ -30,7 +30,6 @@ from absl import logging
 from gecko_jax import chips, gradients, hlo, sharding
 from gecko_jax import config as config_lib
 from gecko_jax import step as step_lib
-from gecko_jax.data import features
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -207,7 +206,7 @@ def compile_step(
         step = step_lib.build(
             config,
             mesh,
-            num_segments=features.MAX_SEGMENTS if config.data.packing else 1,
+            num_segments=step_lib.batch_shape(config, mesh).num_segments,
             num_tasks=1,
         )
         batch = step_lib.abstract_batch(config, mesh)

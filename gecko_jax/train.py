@@ -100,7 +100,7 @@ def _train(
     batches = build_batches(
         config,
         text_format=initialization.text_format(start),
-        row_multiple=step_lib.row_multiple(config, mesh),
+        row_multiple=sharding.num_batch_shards(mesh),
     )
     encoder_config = config_lib.encoder_config(config)
     if is_main:
@@ -318,6 +318,7 @@ def build_batches(
         seed=config.seed,
         cache_dir=cache_dir,
         row_multiple=row_multiple,
+        microbatch_rows=config.train.microbatch_size,
         **settings,
     )
 

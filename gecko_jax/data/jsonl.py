@@ -156,6 +156,13 @@ def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -
             f"{place}: field {name!r} has {len(value):,} characters; at most "
             f"{text.MAX_CHARACTERS:,} are allowed: split it into passages"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{place}: field {name!r} holds a lone surrogate, which is no character; "
+            "write the text again as UTF-8"
+        ) from None
     return value
 
 

@@ -38,8 +38,7 @@ from jaxtyping import Float
 
 from gecko_jax import text
 from gecko_jax import vocabulary as vocabulary_lib
-from gecko_jax.data import cache, features, formatting, mixtures
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import cache, features, formatting, mixtures, selection
 
 # Batches that wait for the consumer of `iterate`.
 _PREFETCH = 4
@@ -89,6 +88,7 @@ class Batches:
         seed: int,
         cache_dir: str | os.PathLike,
         row_multiple: int = 1,
+        microbatch_rows: int = 0,
         prepared_dir: str | os.PathLike = mixtures.PREPARED,
     ):
         """Opens the caches of the mixture, building those that are not there.
@@ -109,6 +109,7 @@ class Batches:
             seed: Of the shuffles and of the sampling of negatives.
             cache_dir: Where caches lie; may be shared by many runs.
             row_multiple: Row counts are multiples of it.
+            microbatch_rows: Row counts above it are multiples of it; 0 for any.
             prepared_dir: Where `gecko data prepare` put the sets of the mixture.
 
         Raises:
@@ -123,49 +124,42 @@ class Batches:
                 "file that the vocabulary was loaded from"
             )
         self.vocabulary = vocabulary
-        self.num_segments = features.MAX_SEGMENTS if packing else 1
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
         self._shape = features.Shape(
-            query_length, passage_length, num_negatives, packing, row_multiple
+            query_length,
+            passage_length,
+            num_negatives,
+            packing,
+            row_multiple,
+            microbatch_rows,
         )
-        folder = pathlib.Path(cache_dir)
-        if files:
-            paths = [os.fspath(path) for path in files]
-            summaries = [cache.summarize_source(path, folder) for path in paths]
-            self.tasks = tasks_lib.from_files(
-                paths, [summary.examples for summary in summaries], text_format
+        self.num_segments = self._shape.num_segments
+        chosen = selection.select(
+            mixture=mixture,
+            files=files,
+            vocabulary=vocabulary,
+            text_format=text_format,
+            cache_dir=cache_dir,
+            prepared_dir=prepared_dir,
+        )
+        self.tasks, self.text_format = chosen.tasks, chosen.text_format
+        self._readers = [
+            cache.build(
+                task,
+                key,
+                self.text_format,
+                os.fspath(vocabulary_path),
+                vocabulary.extra_ids,
+                pathlib.Path(cache_dir),
             )
-            drawn = mixtures.Mixture(tuple(task.name for task in self.tasks))
-        else:
-            self.tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-        self.text_format = tasks_lib.complete_text_format(text_format, self.tasks)
-        self._readers = []
-        keys, digests = [], []
-        for task in self.tasks:
-            sources = [cache.summarize_source(path, folder) for path in task.files]
-            if not any(task.source_task in source.examples for source in sources):
-                raise ValueError(
-                    f"task {task.name}: no line of {', '.join(task.files)} has the "
-                    f"task {task.source_task!r}"
-                )
-            digests.append([source.sha256 for source in sources])
-            keys.append(cache.key(task, sources, self.text_format, vocabulary))
-            self._readers.append(
-                cache.build(
-                    task,
-                    keys[-1],
-                    self.text_format,
-                    os.fspath(vocabulary_path),
-                    vocabulary.extra_ids,
-                    folder,
-                )
-            )
+            for task, key in zip(self.tasks, chosen.keys, strict=True)
+        ]
         self.task_names = tuple(task.name for task in self.tasks)
         self.task_sizes = tuple(len(reader) for reader in self._readers)
         self.num_examples = sum(self.task_sizes)
-        weights = drawn.rates(self.task_names, self.task_sizes)
+        weights = chosen.mixture.rates(self.task_names, self.task_sizes)
         self.rates = tuple(weight / sum(weights) for weight in weights)
         # Kept beside every checkpoint, so that a refusal can name what has changed.
         self.facts: dict[str, Any] = {
@@ -177,7 +171,7 @@ class Batches:
                 name: {
                     "rate": weight,
                     "examples": size,
-                    "sources": sources,
+                    "sources": list(sources),
                     "format": dataclasses.asdict(
                         formatting.templates(self.text_format, name)
                     ),
@@ -187,8 +181,8 @@ class Batches:
                     self.task_names,
                     weights,
                     self.task_sizes,
-                    digests,
-                    keys,
+                    chosen.sources,
+                    chosen.keys,
                     strict=True,
                 )
             },
