@@ -307,24 +307,30 @@ def test_every_tfds_set_is_prepared(tmp_path, name, monkeypatch):
     assert len(list(summary.folder.glob("part-*"))) == -(-summary.examples // 3)
 
 
-def test_interrupted_preparation_goes_on(tmp_path, monkeypatch):
-    task = TABLE["gooaq"]
-    records = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
-    source = write_source(tmp_path, "parquet", records)
-    write, calls = prepare._write, []
+@pytest.mark.parametrize("stop", [3, 6])
+def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, stop):
+    task = TABLE["fever"]
+    records = [
+        {**FEVER, "claim": f"q {n}", "evidence": [[f"P{n % 5}", 0, f"a q {n % 7}"]]}
+        for n in range(10)
+    ]
+    source = write_source(tmp_path, "jsonl", records)
+    write, calls = prepare.mining.write_lines, []
 
     def fail(path, lines):
         calls.append(path)
-        if len(calls) == 3:
+        if len(calls) == stop:
             raise KeyboardInterrupt
         write(path, lines)
 
-    monkeypatch.setattr(prepare, "_write", fail)
+    monkeypatch.setattr(prepare.mining, "write_lines", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(task, tmp_path / "a", source=source, part=3)
     assert not mixtures.locate(task, tmp_path / "a").files
     summary = prepare.prepare(task, tmp_path / "a", source=source, part=3)
-    assert len(calls) == 3 + 2  # The two parts that were there are not written again.
+    # Four parts are read and four are mined: what was there is not written again.
+    assert len(calls) == 4 + 4 + 1
+    monkeypatch.undo()
     whole = prepare.prepare(task, tmp_path / "b", source=source, part=3)
     assert summary.dropped == whole.dropped
     for one, other in zip(
@@ -365,31 +371,35 @@ def test_drops_are_counted_and_empty_sets_refused(tmp_path):
         )
 
 
-def test_mined_negatives_fill_what_is_missing(tmp_path):
+def test_negatives_are_mined_from_the_whole_source(tmp_path):
     evidence = [
         {**FEVER, "claim": "Honey of bees", "evidence": [["A", 0, "Honey is food"]]},
-        {**FEVER, "claim": "Bees fly", "evidence": [["B", 0, "Bees make honey"]]},
+        {**FEVER, "claim": "Sea of salt", "evidence": [["C", 0, "Salty water"]]},
+        {**FEVER, "claim": "Bees make food", "evidence": [["B", 0, "Bees make honey"]]},
+        {**FEVER, "claim": "A word alone", "evidence": [["D", 0, "Xyzzy"]]},
     ]
     source = write_source(tmp_path, "jsonl", evidence)
-    summary = prepare.prepare(TABLE["fever"], tmp_path / "p", source=source)
-    (path,) = summary.folder.glob("part-*")
-    first, _ = jsonl.read_pairs(path)
-    assert first.negatives == ("Bees make honey",)
-
-
-def test_beir_folder_is_joined(tmp_path):
-    (tmp_path / "qrels").mkdir()
-    (tmp_path / "corpus.jsonl").write_text(
-        '{"_id": "d1", "title": "A", "text": "a"}\n{"_id": "d2", "text": "b"}'
-    )
-    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who"}')
-    qrels = tmp_path / "qrels" / "train.tsv"
-    qrels.write_text("query-id\tcorpus-id\tscore\nq\td1\t1\nq\td2\t0\n")
-    lines, _ = split(preprocessors.passage_lists(sources.read(str(tmp_path))))
-    assert [(line["positive"], line["negatives"]) for line in lines] == [("a", ["b"])]
-    qrels.write_text("query-id\tcorpus-id\tscore\nq\td9\t1\n")
-    with pytest.raises(ValueError, match="'d9' is not in the corpus"):
-        list(sources.read(str(tmp_path)))
+    for part in (1, 2, 9):
+        target = tmp_path / f"p{part}"
+        summary = prepare.prepare(TABLE["fever"], target, source=source, part=part)
+        assert (summary.examples, summary.without_negative) == (4, 2)
+        lines = [
+            pair
+            for path in mixtures.locate(TABLE["fever"], target).files
+            for pair in jsonl.read_pairs(path)
+        ]
+        assert [pair.negatives for pair in lines] == [
+            ("Bees make honey",),
+            (),
+            ("Honey is food",),
+            (),
+        ]
+        assert lines[0].negative_titles == ("B",)
+        names = {path.name for path in summary.folder.iterdir()}
+        assert names == {
+            "prepared.json",
+            *(f"part-{n:05}.jsonl.gz" for n in range(-(-4 // part))),
+        }
 
 
 def write_lines(path, *records):

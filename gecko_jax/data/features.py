@@ -189,9 +189,7 @@ _Rows = tuple[
 ]
 
 
-def _lay_out(
-    texts: Sequence[np.ndarray | None], side: str, shape: Shape
-) -> _Rows:
+def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Rows:
     """Lays the texts of a side out in rows.
 
     A missing text points at the first one of row 0; without packing it is a lone EOS
