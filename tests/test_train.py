@@ -128,8 +128,31 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
         train.train(config, tmp_path / "told", tell_at(3))
     assert checkpoints.latest_step(tmp_path / "told") == 4
     train.train(config, tmp_path / "told", kill_at(-1))
+    # SIGTERM at the very step of an evaluation, the last one too, only delays it.
+    for step in (3, 6):
+        workdir = tmp_path / f"told_{step}"
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                interruption.Flag, "is_raised", lambda _, now, at=step: now == at
+            )
+            with pytest.raises(interruption.Interrupted, match=f"step {step} of 6"):
+                train.train(config, workdir, kill_at(-1))
+        assert not [
+            line
+            for line in metrics_of(workdir)
+            if line.get("evaluation/norm") and line["step"] == step
+        ]
+        train.train(config, workdir, kill_at(-1))
+    # Killed before the first checkpoint, a run starts again and repeats no line.
+    with pytest.raises(Killed):
+        train.train(
+            build(cache, checkpoint__every_steps=5), tmp_path / "early", kill_at(3)
+        )
+    train.train(
+        build(cache, checkpoint__every_steps=5), tmp_path / "early", kill_at(-1)
+    )
     whole = state_of(tmp_path / "whole", 6)
-    for other in ("killed", "told"):
+    for other in ("killed", "told", "told_3", "told_6", "early"):
         params = state_of(tmp_path / other, 6)
         for name in whole:
             np.testing.assert_array_equal(whole[name], params[name], err_msg=name)
