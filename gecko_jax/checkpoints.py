@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gecko_jax import files
+from gecko_jax import files, tensors
 
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
@@ -201,32 +201,73 @@ def latest_step(workdir: str | pathlib.Path) -> int | None:
 
 
 def restore_params(
-    workdir: str | pathlib.Path, step: int, shardings: Any = None
+    workdir: str | pathlib.Path, step: int, shardings: Any
 ) -> dict[str, Any]:
-    """Reads the parameters of one checkpoint, whatever mesh wrote it.
+    """Reads the parameters of one checkpoint onto a mesh, whatever mesh wrote it.
 
     Args:
         workdir: The run's folder.
         step: One that is whole.
-        shardings: Where each parameter goes; None gives numpy arrays.
+        shardings: Where each parameter goes.
     """
+    restore_args = jax.tree.map(
+        lambda place: ocp.ArrayRestoreArgs(sharding=place), shardings
+    )
+    with _reading_params(workdir, step) as (handler, folder):
+        return handler.restore(
+            folder, args=ocp.args.PyTreeRestore(restore_args=restore_args)
+        )
+
+
+def open_params(workdir: str | pathlib.Path, step: int) -> dict[str, tensors.Tensor]:
+    """Opens the parameters of one checkpoint, to be read one at a time.
+
+    Args:
+        workdir: The run's folder.
+        step: One that is whole.
+
+    Returns:
+        By name, `encoder/layers_0/...`.
+    """
+    with _reading_params(workdir, step) as (handler, folder):
+        found = jax.tree_util.tree_leaves_with_path(handler.metadata(folder).tree)
+        keys = [tuple(str(part.key) for part in path) for path, _ in found]
+        shapes = [tuple(leaf.shape) for _, leaf in found]
+
+    def open_leaf(key: tuple[str, ...], shape: tuple[int, ...]) -> tensors.Tensor:
+        def nest(leaf: Any) -> Any:
+            for part in reversed(key):
+                leaf = {part: leaf}
+            return leaf
+
+        def read() -> np.ndarray:
+            with _reading_params(workdir, step) as (handler, folder):
+                args = ocp.args.PyTreeRestore(
+                    item=nest(0),
+                    restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)),
+                    partial_restore=True,
+                )
+                (leaf,) = jax.tree.leaves(handler.restore(folder, args=args))
+                return np.asarray(leaf, np.float32)
+
+        return tensors.Tensor(shape, read)
+
+    return {
+        "/".join(key): open_leaf(key, shape)
+        for key, shape in zip(keys, shapes, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def _reading_params(
+    workdir: str | pathlib.Path, step: int
+) -> Iterator[tuple[ocp.PyTreeCheckpointHandler, epath.Path]]:
+    """Gives what reads the parameters, and their folder; explains what fails."""
     folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
     try:
         handler = ocp.PyTreeCheckpointHandler()
-        if shardings is None:
-            restore_args = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                handler.metadata(epath.Path(folder)).tree,
-            )
-        else:
-            restore_args = jax.tree.map(
-                lambda place: ocp.ArrayRestoreArgs(sharding=place), shardings
-            )
-        restored = handler.restore(
-            epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=restore_args)
-        )
+        yield handler, epath.Path(folder)
         handler.close()
-        return restored
     except Exception as error:
         raise ValueError(
             f"{folder}: this checkpoint cannot be read ({_first_line(error)}); it is "

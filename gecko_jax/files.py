@@ -6,6 +6,7 @@ beside its place until it is complete, and is then renamed.
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gecko_jax import text as text_format
@@ -257,23 +258,43 @@ def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.unlink()
 
 
-def check_replaceable(path: str | os.PathLike, marker: str) -> None:
-    """Refuses a folder that holds something else than what is to be written.
+def check_replaceable(
+    path: str | os.PathLike, markers: Sequence[str], others: Sequence[str] = ()
+) -> None:
+    """Refuses a folder with anything in it that is not about to be written anew.
 
     Args:
         path: Where a folder is to be written.
-        marker: A file that every folder of the same kind has.
+        markers: Patterns; every folder of the same kind has a file for each.
+        others: Patterns of the files it may hold besides.
 
     Raises:
-        ValueError: `path` is a file, or a folder with files in it but no `marker`.
+        ValueError: `path` is a file, or a folder with files in it, but one for each
+            marker is missing or there are more.
     """
     path = pathlib.Path(path)
-    if path.is_dir() and (not any(path.iterdir()) or (path / marker).exists()):
+    if not path.exists():
         return
-    if path.exists():
+    if not path.is_dir():
+        raise ValueError(f"{path}: there, but not a folder; choose another name")
+    names = [
+        child.relative_to(path).as_posix()
+        for child in path.rglob("*")
+        if child.is_symlink() or not child.is_dir()
+    ]
+    missing = [name for name in markers if not fnmatch.filter(names, name)]
+    if names and missing:
         raise ValueError(
-            f"{path}: there, and not an earlier export of this kind (no {marker}); "
-            "choose another folder"
+            f"{path}: not empty, and not an earlier export of this kind (no "
+            f"{missing[0].rstrip('*')}); choose another folder"
+        )
+    known = (*markers, *others)
+    added = [n for n in names if not any(fnmatch.fnmatch(n, k) for k in known)]
+    if added:
+        more = f" and {len(added) - 1:,} more" if added[1:] else ""
+        raise ValueError(
+            f"{path}: an earlier export that also holds {min(added)}{more}, which "
+            "would be lost; move it, or choose another folder"
         )
 
 

@@ -15,7 +15,6 @@ from gecko_jax import (
     flags,
     interruption,
     model_folder,
-    parameters,
     sharding,
     text,
     train,
@@ -73,7 +72,7 @@ def build(cache, **overrides):
 
 
 def state_of(workdir, step):
-    params = parameters.flatten(checkpoints.restore_params(workdir, step))
+    params = checkpoints.open_params(workdir, step)
     folder = workdir / "checkpoints" / str(step) / "opt_state"
     assert folder.is_dir()
     return params
