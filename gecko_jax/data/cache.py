@@ -42,7 +42,7 @@ from gecko_jax.data import tasks as tasks_lib
 MAX_TOKENS = 2048
 
 # Examples fetched from TensorFlow at once.
-_BLOCK = 256
+BLOCK = 256
 
 # Raised whenever the records, or what is written in them, change.
 _VERSION = 1
@@ -123,13 +123,13 @@ def _write(
     )
 
     wanted = task.num_examples
-    blocks = dataset.ragged_batch(_BLOCK)
+    blocks = dataset.ragged_batch(BLOCK)
     places: list[np.ndarray] = []
     with files.write_folder(folder) as temporary:
         path = str(temporary / "records.array_record")
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
         for example in progress.track(
-            _examples(seqio_cache.guard(blocks, stored) if stored else blocks, places),
+            examples(seqio_cache.guard(blocks, stored) if stored else blocks, places),
             f"{'Reading' if stored else 'Tokenizing'} {task.name}",
             wanted,
         ):
@@ -163,7 +163,7 @@ def _write(
         )
 
 
-def _examples(
+def examples(
     blocks: Iterable[Any], places: list[np.ndarray]
 ) -> Iterator[features.Example]:
     """Yields what is in blocks of a seqio task, and adds the place of each to a list.
@@ -235,10 +235,14 @@ class Reader:
 
     def read(self, numbers: Sequence[int]) -> list[features.Example]:
         """Returns the examples with these numbers, in their order."""
-        records = list(numbers)
+        return [decode(record) for record in self.records(numbers)]
+
+    def records(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the records of `read`, before they are decoded."""
+        places = list(numbers)
         if self._order is not None:
-            records = self._order[records].tolist()
-        return [decode(record) for record in self._reader.read(records)]
+            places = self._order[places].tolist()
+        return self._reader.read(places)
 
 
 def encode(example: features.Example) -> bytes:

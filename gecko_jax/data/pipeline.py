@@ -62,6 +62,8 @@ class Batches:
         tasks: The rows of the table, or those made for the files.
         task_names: What `task_index` points into.
         task_sizes: Number of examples of each task.
+        readers: The cache of each task.
+        shape: The sizes of a batch.
         rates: Share of each task, summing to 1.
         num_examples: Of all tasks.
         text_format: As given, completed with the descriptions of these tasks; this is
@@ -127,7 +129,7 @@ class Batches:
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
-        self._shape = features.Shape(
+        self.shape = features.Shape(
             query_length,
             passage_length,
             num_negatives,
@@ -135,7 +137,7 @@ class Batches:
             row_multiple,
             microbatch_rows,
         )
-        self.num_segments = self._shape.num_segments
+        self.num_segments = self.shape.num_segments
         chosen = selection.select(
             mixture=mixture,
             files=files,
@@ -145,7 +147,7 @@ class Batches:
             prepared_dir=prepared_dir,
         )
         self.tasks, self.text_format = chosen.tasks, chosen.text_format
-        self._readers = [
+        self.readers = [
             cache.build(
                 task,
                 key,
@@ -157,7 +159,7 @@ class Batches:
             for task, key in zip(self.tasks, chosen.keys, strict=True)
         ]
         self.task_names = tuple(task.name for task in self.tasks)
-        self.task_sizes = tuple(len(reader) for reader in self._readers)
+        self.task_sizes = tuple(len(reader) for reader in self.readers)
         self.num_examples = sum(self.task_sizes)
         weights = chosen.mixture.rates(self.task_names, self.task_sizes)
         self.rates = tuple(weight / sum(weights) for weight in weights)
@@ -197,9 +199,9 @@ class Batches:
         """Returns the model features of one step, counted from 0."""
         if step < 0:
             raise ValueError(f"step {step}: steps are counted from 0")
-        picks = self._picks(step)
+        picks = self.picks(step)
         examples: list[Any] = [None] * len(picks)
-        for task_index, reader in enumerate(self._readers):
+        for task_index, reader in enumerate(self.readers):
             rows = [row for row, (task, _) in enumerate(picks) if task == task_index]
             if rows:
                 with self._lock:
@@ -207,7 +209,7 @@ class Batches:
                 for row, example in zip(rows, read, strict=True):
                     examples[row] = example
         choices = self._choose_negatives(step, examples)
-        batch = features.convert(examples, self._shape, choices)
+        batch = features.convert(examples, self.shape, choices)
         batch["task_index"] = np.array([task for task, _ in picks], np.int32)
         return batch
 
@@ -252,7 +254,7 @@ class Batches:
 
     def examples(self, task_index: int, count: int) -> list[features.Example]:
         """Returns the first examples of a task, in the order of its files."""
-        reader = self._readers[task_index]
+        reader = self.readers[task_index]
         with self._lock:
             return reader.read(range(min(count, len(reader))))
 
@@ -287,8 +289,8 @@ class Batches:
         """
         counts = np.zeros(vocab_size)
         num_texts = 0
-        for reader in self._readers:
-            numbers = np.arange(len(reader))[: _IDF_EXAMPLES // len(self._readers)]
+        for reader in self.readers:
+            numbers = np.arange(len(reader))[: _IDF_EXAMPLES // len(self.readers)]
             for example in reader.read(numbers.tolist()):
                 for tokens in (example.query, example.positive):
                     counts[np.unique(tokens)] += 1
@@ -296,7 +298,8 @@ class Batches:
         idf = np.log((num_texts - counts + 0.5) / (counts + 0.5))
         return np.clip(idf / np.log(num_texts), _LEAST_WEIGHT, 1.0).astype(np.float32)
 
-    def _picks(self, step: int) -> list[tuple[int, int]]:
+    def picks(self, step: int) -> list[tuple[int, int]]:
+        """Returns the task and the number of each example of a step."""
         if self._one_task_per_batch:
             return self._order[step]
         first = step * self._batch_size
@@ -306,7 +309,7 @@ class Batches:
         self, step: int, examples: Sequence[features.Example]
     ) -> list[list[int]]:
         """Samples G of each example's negatives, by seed and step alone."""
-        num = self._shape.num_negatives
+        num = self.shape.num_negatives
         most = max(len(example.negatives) for example in examples)
         if not num or not most:
             return [[] for _ in examples]
