@@ -1,5 +1,6 @@
 """A run ends with the same bytes however it is interrupted, and asks nothing twice."""
 
+import gc
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import fake_llm
 import pytest
@@ -358,6 +360,18 @@ def test_a_recording_stands_for_the_server(corpus, tmp_path, fresh):
     summary = run_lib.run(config, tmp_path / "again")
     assert summary.budget.requests == 0
     assert contents(tmp_path / "again") == fresh
+
+
+def test_a_run_leaves_no_connection_open(corpus, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fake_llm.FakeServer() as fake:
+            run_lib.run(load(corpus, fake.url), tmp_path / "run", until="generate")
+            with pytest.raises(ValueError, match="does not serve it"):
+                config = load(corpus, fake.url, "llm.model=other")
+                run_lib.run(config, tmp_path / "other", until="generate")
+        gc.collect()
+    assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
 
 
 def _break(share, reply):

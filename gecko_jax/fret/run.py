@@ -78,14 +78,14 @@ def run(
         OSError: The server is gone, or the disk is full. What was answered is kept.
     """
     budget = budget or open_budget(config)
-    source = prepare(config, workdir, budget, connect or open_model)
     stopped = ""
-    passes = main_pipeline(source)
-    try:
-        if until != "passages":
-            passes.run("fuse" if until == "export" else until, worker)
-    except requests.BudgetError as error:
-        stopped = str(error)
+    with prepare(config, workdir, budget, connect or open_model) as source:
+        passes = main_pipeline(source)
+        try:
+            if until != "passages":
+                passes.run("fuse" if until == "export" else until, worker)
+        except requests.BudgetError as error:
+            stopped = str(error)
     steps = [source.stage, *(step.stage for step in passes.steps)]
     done = {stage.name: stage.done() for stage in steps}
     output = None
@@ -137,11 +137,15 @@ def open_model(
     if config.llm.recording:
         return llm.recorded(config.llm.recording)
     model = server.connect(settings.server_settings(config), budget)
-    canary.check(
-        model,
-        scores=config.llm.scoring != "none" and not config.llm.chat,
-        labels=bool(config.fuse.relevance_weight),
-    )
+    try:
+        canary.check(
+            model,
+            scores=config.llm.scoring != "none" and not config.llm.chat,
+            labels=bool(config.fuse.relevance_weight),
+        )
+    except BaseException:
+        model.close()
+        raise
     return model
 
 
