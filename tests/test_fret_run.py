@@ -367,8 +367,8 @@ def test_a_run_leaves_no_connection_open(corpus, tmp_path):
         warnings.simplefilter("always")
         with fake_llm.FakeServer() as fake:
             run_lib.run(load(corpus, fake.url), tmp_path / "run", until="generate")
+            config = load(corpus, fake.url, "llm.model=other")
             with pytest.raises(ValueError, match="does not serve it"):
-                config = load(corpus, fake.url, "llm.model=other")
                 run_lib.run(config, tmp_path / "other", until="generate")
         gc.collect()
     assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
