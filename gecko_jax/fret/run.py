@@ -23,6 +23,7 @@ from gecko_jax import files
 from gecko_jax.fret import (
     canary,
     export,
+    in_process,
     llm,
     passages,
     pipeline,
@@ -32,7 +33,8 @@ from gecko_jax.fret import (
     settings,
 )
 
-_QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart" / "train.jsonl"
+# What "quickstart" stands for: passages, and the answers of a model about some of them.
+_QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 _HELD_OUT = 3  # Purpose of the randomness; see `stages.row_rng`.
 
 
@@ -70,8 +72,7 @@ def run(
         budget: What may be sent; None sets no limit.
         worker: (i, n): see `Pipeline.run`.
         until: The last stage, or "export".
-        connect: Gives the model for (config, budget); None asks the server of the
-            config, or its recording.
+        connect: Gives the model for (config, budget); None is `open_model`.
 
     Raises:
         ValueError: A bad setting, file or answer; the workdir was begun otherwise.
@@ -133,9 +134,16 @@ def open_budget(
 def open_model(
     config: ml_collections.ConfigDict, budget: requests.Budget
 ) -> llm.CachedModel:
-    """Returns the recorded model, or that of the server once the canary has sung."""
+    """Returns the recorded model, or that of this process, or that of the server.
+
+    The last is trusted once the canary has sung.
+    """
     if config.llm.recording:
-        return llm.recorded(config.llm.recording)
+        return llm.recorded(_recording(config))
+    if config.llm.weights:
+        return in_process.open_model(
+            config.llm.weights, config.llm.dtype, config.llm.tensor, budget
+        )
     model = server.connect(settings.server_settings(config), budget)
     try:
         canary.check(
@@ -183,7 +191,10 @@ def _passages(
     contamination: passages.Contamination,
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
-    paths = [_QUICKSTART if p == "quickstart" else p for p in config.passages.files]
+    paths = [
+        _QUICKSTART / "train.jsonl" if path == "quickstart" else path
+        for path in config.passages.files
+    ]
     for path in map(pathlib.Path, paths):
         if not path.is_file():
             raise ValueError(f"passages.files: {path}: no such file; check the path")
@@ -212,9 +223,17 @@ def _passages(
     return stage
 
 
+def _recording(config: ml_collections.ConfigDict) -> pathlib.Path:
+    found = config.llm.recording
+    return _QUICKSTART / "recording" if found == "quickstart" else pathlib.Path(found)
+
+
 def _model_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if config.llm.recording:
-        name, facts, _ = requests.read_recording(config.llm.recording)
+        name, facts, _ = requests.read_recording(_recording(config))
         return facts | {"name": name}
+    if config.llm.weights:
+        found = in_process.facts(config.llm.weights, config.llm.dtype)
+        return found | {"name": found["model"]}
     found = settings.server_settings(config)
     return server.facts(found) | {"name": server.name(found)}
