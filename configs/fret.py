@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.llm.weights = ""  # .gguf, folder or "smollm2", run in this process
     config.llm.dtype = "float32"  # of that model; bfloat16 on an accelerator
     config.llm.tensor = 1  # devices that it is split over; rows go to the rest
+    config.llm.compilation_cache = "~/.cache/gecko_jax/compiled"  # empty for none
     config.llm.url = "http://localhost:8000"  # of a server otherwise, without /v1
     config.llm.model = ""  # name under which it is served
     config.llm.revision = ""  # commit or checksum of the weights, for the record

@@ -90,6 +90,7 @@ def load(folder, *overrides):
             "--config.passages.shard_rows=5",
             f"--config.llm.weights={folder / 'tiny.gguf'}",
             *(f"--config.{name}.prompt={folder / name}.toml" for name in PROMPTS),
+            "--config.llm.compilation_cache=",
             "--config.generate.shots=0",
             "--config.generate.temperature=1.0",
             "--config.generate.max_tokens=8",
@@ -111,7 +112,7 @@ def contents(workdir):
 
 def open_model(folder, budget=None):
     return in_process.open_model(
-        str(folder / "tiny.gguf"), "float32", 1, budget or requests.Budget()
+        str(folder / "tiny.gguf"), "float32", 1, "", budget or requests.Budget()
     )
 
 
@@ -224,6 +225,11 @@ def test_a_missing_model_is_told_before_anything_is_written(folder, tmp_path):
     ):
         with pytest.raises(error, match=message):
             run_lib.run(load(folder, f"llm.weights={weights}"), tmp_path / "run")
+
+
+def test_a_model_and_a_recording_cannot_both_answer(folder, tmp_path):
+    with pytest.raises(ValueError, match="only one can answer"):
+        run_lib.run(load(folder, f"llm.recording={tmp_path}"), tmp_path / "run")
 
 
 def test_what_cannot_be_asked_is_a_failure_and_the_rest_is_answered(folder):

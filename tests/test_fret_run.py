@@ -597,7 +597,10 @@ def test_keys_must_fit_each_other(override, message, tmp_path):
         run_lib.run(load("x", "http://a", override), tmp_path / "run")
 
 
-@pytest.mark.parametrize("argument", ["", ":local", ":llama_cpp", ":hosted"])
+@pytest.mark.parametrize(
+    "argument",
+    ["", ":local", ":local,recorded", ":local,llama_cpp", ":llama_cpp", ":hosted"],
+)
 def test_every_config_is_whole(argument):
     from gecko_jax.fret import settings
 

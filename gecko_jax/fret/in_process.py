@@ -5,8 +5,11 @@ even where some of its answers are known: rounding differs between shapes of bat
 so this is what lets a run that was stopped end with the bytes of one that was not.
 """
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from gecko_jax import sharding
 from gecko_jax.fret import decoder_files, llm, local, requests
@@ -33,7 +36,11 @@ def facts(weights: str, dtype: str) -> dict[str, Any]:
 
 
 def open_model(
-    weights: str, dtype: str, tensor: int, budget: requests.Budget
+    weights: str,
+    dtype: str,
+    tensor: int,
+    compilation_cache: str,
+    budget: requests.Budget,
 ) -> llm.CachedModel:
     """Loads the model.
 
@@ -41,12 +48,16 @@ def open_model(
         weights: A `.gguf` file, a model folder, or "smollm2".
         dtype: Of the products.
         tensor: Devices that it is split over; rows go to the rest.
+        compilation_cache: Folder of what was compiled before; "" for none.
         budget: What may be asked.
 
     Raises:
         ImportError: A package or the model is not installed (names it).
         ValueError: No such model, a damaged file, or another family.
     """
+    if compilation_cache:
+        cache = pathlib.Path(compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     model = local.load(weights, mesh=sharding.build_mesh(tensor=tensor), dtype=dtype)
     found = {"backend": "in_process", "model": model.name}
     return llm.CachedModel(model.name, found, _Asker(model, budget).ask)

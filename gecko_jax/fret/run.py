@@ -142,7 +142,11 @@ def open_model(
         return llm.recorded(_recording(config))
     if config.llm.weights:
         return in_process.open_model(
-            config.llm.weights, config.llm.dtype, config.llm.tensor, budget
+            config.llm.weights,
+            config.llm.dtype,
+            config.llm.tensor,
+            config.llm.compilation_cache,
+            budget,
         )
     model = server.connect(settings.server_settings(config), budget)
     try:

@@ -43,6 +43,7 @@ SCHEMA: dict[str, _Rule] = {
     "llm.weights": _TEXT,
     "llm.dtype": _one_of("float32", "bfloat16"),
     "llm.tensor": _POSITIVE,
+    "llm.compilation_cache": _TEXT,
     "llm.url": _Rule(
         str,
         "must begin with http:// or https:// and have no /v1",
@@ -152,7 +153,7 @@ def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:
     """Returns where and how the model is asked."""
     values = config.llm.to_dict()
     for key in (
-        *("recording", "weights", "dtype", "tensor"),
+        *("recording", "weights", "dtype", "tensor", "compilation_cache"),
         *("licence", "price_input", "price_output"),
     ):
         values.pop(key)
