@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gecko_jax import parameters, tensors
+from gecko_jax import files, tensors
 
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
@@ -150,7 +150,10 @@ class Checkpointer:
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
-            return self._manager.restore(step, args=args)
+            restored: Any = self._manager.restore(step, args=args)
+            if not isinstance(restored.position, dict):
+                raise TypeError(f"its position is {files.kind(restored.position)}")
+            return restored
         except Exception as error:
             raise ValueError(
                 f"{self._manager.directory / str(step)}: this checkpoint cannot be "
@@ -202,70 +205,74 @@ def all_steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def restore_params(
-    workdir: str | pathlib.Path, step: int, shardings: Any = None
+    workdir: str | pathlib.Path, step: int, shardings: Any
 ) -> dict[str, Any]:
-    """Reads the parameters of one checkpoint, whatever mesh wrote it.
+    """Reads the parameters of one checkpoint onto a mesh, whatever mesh wrote it.
 
     Args:
         workdir: The run's folder.
         step: One that is whole.
-        shardings: Where each parameter goes; None gives numpy arrays.
+        shardings: Where each parameter goes.
     """
-    folder = _params_folder(workdir, step)
-    with _explain_reading(folder):
-        handler = ocp.PyTreeCheckpointHandler()
-        if shardings is None:
-            restore_args = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                handler.metadata(epath.Path(folder)).tree,
-            )
-        else:
-            restore_args = jax.tree.map(
-                lambda place: ocp.ArrayRestoreArgs(sharding=place), shardings
-            )
-        restored = handler.restore(
-            epath.Path(folder), args=ocp.args.PyTreeRestore(restore_args=restore_args)
+    restore_args = jax.tree.map(
+        lambda place: ocp.ArrayRestoreArgs(sharding=place), shardings
+    )
+    with _reading_params(workdir, step) as (handler, folder):
+        return handler.restore(
+            folder, args=ocp.args.PyTreeRestore(restore_args=restore_args)
         )
-        handler.close()
-        return restored
 
 
 def open_params(workdir: str | pathlib.Path, step: int) -> dict[str, tensors.Tensor]:
-    """Opens the parameters of one checkpoint; each is read when it is asked for."""
-    folder = _params_folder(workdir, step)
-    handler = ocp.PyTreeCheckpointHandler()
-    with _explain_reading(folder):
-        found = parameters.flatten(handler.metadata(epath.Path(folder)).tree)
+    """Opens the parameters of one checkpoint, to be read one at a time.
 
-    def open_tensor(name: str) -> tensors.Tensor:
+    Args:
+        workdir: The run's folder.
+        step: One that is whole.
+
+    Returns:
+        By name, `encoder/layers_0/...`.
+    """
+    with _reading_params(workdir, step) as (handler, folder):
+        found = jax.tree_util.tree_leaves_with_path(handler.metadata(folder).tree)
+        keys = [tuple(str(part.key) for part in path) for path, _ in found]
+        shapes = [tuple(leaf.shape) for _, leaf in found]
+
+    def open_leaf(key: tuple[str, ...], shape: tuple[int, ...]) -> tensors.Tensor:
+        def nest(leaf: Any) -> Any:
+            for part in reversed(key):
+                leaf = {part: leaf}
+            return leaf
+
         def read() -> np.ndarray:
-            wanted = parameters.unflatten({name: found[name]})
-            whole = ocp.RestoreArgs(restore_type=np.ndarray)
-            with _explain_reading(folder):
-                restored = handler.restore(
-                    epath.Path(folder),
-                    args=ocp.args.PyTreeRestore(
-                        item=wanted,
-                        restore_args=parameters.unflatten({name: whole}),
-                        partial_restore=True,
-                    ),
+            with _reading_params(workdir, step) as (handler, folder):
+                args = ocp.args.PyTreeRestore(
+                    item=nest(0),
+                    restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)),
+                    partial_restore=True,
                 )
-            return np.asarray(parameters.flatten(restored)[name], np.float32)
+                (leaf,) = jax.tree.leaves(handler.restore(folder, args=args))
+                return np.asarray(leaf, np.float32)
 
-        return tensors.Tensor(tuple(found[name].shape), read, f"{folder}:{name}")
+        return tensors.Tensor(shape, read)
 
-    return {name: open_tensor(name) for name in found}
-
-
-def _params_folder(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
-    return pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
+    return {
+        "/".join(key): open_leaf(key, shape)
+        for key, shape in zip(keys, shapes, strict=True)
+    }
 
 
 @contextlib.contextmanager
-def _explain_reading(folder: pathlib.Path) -> Iterator[None]:
+def _reading_params(
+    workdir: str | pathlib.Path, step: int
+) -> Iterator[tuple[ocp.PyTreeCheckpointHandler, epath.Path]]:
+    """Gives what reads the parameters, and their folder; explains what fails."""
+    folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
     try:
-        yield
-    except Exception as error:  # Orbax and TensorStore raise several kinds.
+        handler = ocp.PyTreeCheckpointHandler()
+        yield handler, epath.Path(folder)
+        handler.close()
+    except Exception as error:
         raise ValueError(
             f"{folder}: this checkpoint cannot be read ({_first_line(error)}); it is "
             f"truncated. Remove {folder.parent} to use the one before"

@@ -11,7 +11,6 @@ A training workdir has the first two, and its newest checkpoint in place of the 
 """
 
 import dataclasses
-import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +29,8 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
+# What a model folder may hold, as patterns.
+FILES = (MODEL_JSON, VOCABULARY, f"model*{tensors.SUFFIX}*")
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
     "model": config_lib.Rule(dict),
@@ -90,34 +91,17 @@ def save_model(
         What was written; a model without a revision has got one.
 
     Raises:
-        ValueError: The folder is there and is not a model folder.
+        ValueError: The folder is there, and is not a model folder or holds more.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        _refuse_something_else(path)
+    # Exports to other formats also hold gecko.json and safetensors, and more.
+    files.check_replaceable(path, [MODEL_JSON, f"model{tensors.SUFFIX}*"], FILES)
     params, digests = _digested(model_files)
     with files.write_folder(path) as folder:
         tensors.write(folder, params, shard_bytes=shard_bytes)
         model_files = _name_revision(model_files, digests)
         write_model_json(folder, model_files)
     return model_files
-
-
-def _refuse_something_else(path: pathlib.Path) -> None:
-    """Refuses a folder with anything in it that `save_model` does not write."""
-    names = {child.name for child in path.iterdir()}
-    # Exports to other formats also hold gecko.json and safetensors, and more.
-    others = sorted(
-        name
-        for name in names - {MODEL_JSON, VOCABULARY}
-        if not fnmatch.fnmatch(name, f"model*{tensors.SUFFIX}*")
-    )
-    is_model = MODEL_JSON in names and tensors.has_tensors(path)
-    if names and (others or not is_model):
-        found = f" ({others[0]})" if others else ""
-        raise ValueError(
-            f"{path}: not empty and not a model folder{found}; choose another folder"
-        )
 
 
 def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
@@ -169,7 +153,10 @@ def load_model(
 def open_model(
     path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None
 ) -> ModelFiles:
-    """Opens what `load_model` reads; a folder's parameters are `Tensor`s still."""
+    """Opens what `load_model` reads; the parameters are `Tensor`s still.
+
+    Those of a workdir are not when there is a mesh: each process reads its own part.
+    """
     path = pathlib.Path(path)
     model_files = load_settings(path)
     config = model_files.encoder_config
@@ -183,8 +170,10 @@ def open_model(
                 f"{path}: no finished checkpoint yet; train until the first one "
                 "(config.checkpoint.every_steps)"
             )
-        shardings = None if mesh is None else _shardings(config, mesh)
-        params = checkpoints.restore_params(path, step, shardings)
+        if mesh is None:
+            params = parameters.unflatten(checkpoints.open_params(path, step))
+        else:
+            params = checkpoints.restore_params(path, step, _shardings(config, mesh))
         revision = f"{model_files.revision}-{step}"
     parameters.check(params, config, source=str(path))
     return dataclasses.replace(model_files, params=params, step=step, revision=revision)
@@ -267,7 +256,7 @@ def _digested(
         return dataclasses.replace(tensor, read=read)
 
     flat = {
-        name: leaf if isinstance(leaf, tensors.Tensor) else tensors.from_array(leaf)
+        name: tensors.as_tensor(leaf)
         for name, leaf in parameters.flatten(model_files.params).items()
     }
     if not model_files.revision:

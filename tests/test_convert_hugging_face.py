@@ -126,7 +126,7 @@ def test_shards_are_read_by_their_index(folder):
     weights = safetensors.numpy.load_file(folder / "whole.safetensors")
     tensors.write(
         folder,
-        {name: tensors.from_array(leaf) for name, leaf in weights.items()},
+        {name: tensors.as_tensor(leaf) for name, leaf in weights.items()},
         shard_bytes=3_000,
     )
     (folder / "whole.safetensors").unlink()

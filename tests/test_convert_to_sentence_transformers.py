@@ -232,10 +232,28 @@ def test_a_folder_of_something_else_is_not_overwritten(tiny_files, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_an_earlier_export_is_replaced(folder, scaled_files):
-    (folder / "stale.txt").write_text("")
-    to_sentence_transformers.save(folder, scaled_files)
-    assert not (folder / "stale.txt").exists()
+def test_an_earlier_export_is_replaced_unless_it_holds_more(scaled_files, tmp_path):
+    to_sentence_transformers.save(tmp_path, scaled_files)
+    # Of an encoder without projection there are fewer files.
+    config = dataclasses.replace(
+        scaled_files.encoder_config, projection=False, embedding_dim=16
+    )
+    flat = parameters.flatten(scaled_files.params)
+    flat.pop(names.PROJECTION)
+    plain = dataclasses.replace(
+        scaled_files, encoder_config=config, params=parameters.unflatten(flat)
+    )
+    to_sentence_transformers.save(tmp_path, plain)
+    assert not (tmp_path / "2_Dense").exists()
+    for added in ("notes.txt", "1_Pooling/notes.txt", "eval/scores.csv"):
+        (tmp_path / added).parent.mkdir(exist_ok=True)
+        (tmp_path / added).write_text("mine")
+        with pytest.raises(ValueError, match=rf"also holds {added}, which would be"):
+            to_sentence_transformers.save(tmp_path, scaled_files)
+        assert (tmp_path / added).read_text() == "mine"
+        (tmp_path / added).unlink()
+    to_sentence_transformers.save(tmp_path, scaled_files)
+    assert (tmp_path / "2_Dense").exists()
 
 
 def test_a_model_of_others_is_not_overwritten(scaled_files, tmp_path):

@@ -125,17 +125,35 @@ def test_what_t5x_has_no_place_for_lies_beside_it(files, folder):
 
 
 def test_large_arrays_are_cut_evenly():
-    array = np.broadcast_to(np.float32(0), (32_128, 4_096))
-    chunks = to_t5x.choose_chunks(array)
+    chunks = to_t5x.choose_chunks((32_128, 4_096))
     assert 32 * 2**20 <= 4 * chunks[0] * chunks[1] <= 64 * 2**20
     assert 32_128 % chunks[0] == 4_096 % chunks[1] == 0
 
 
 def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):
     (tmp_path / "checkpoint_999").mkdir()
+    (tmp_path / "checkpoint_999" / "checkpoint").write_text("training")
     with pytest.raises(ValueError, match="not an earlier export"):
         to_t5x.save(tmp_path, files)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_999"]
+
+
+def test_an_earlier_export_is_replaced(files, tmp_path):
+    to_t5x.save(tmp_path / "m", dataclasses.replace(files, step=3))
+    to_t5x.save(tmp_path / "m", files)
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"checkpoint_1000", "gecko"}
+
+
+def test_a_checkpoint_that_t5x_added_is_kept(files, tmp_path):
+    """t5x goes on in the folder it began from."""
+    to_t5x.save(tmp_path, files)
+    added = tmp_path / "checkpoint_2000" / "checkpoint"
+    added.parent.mkdir()
+    added.write_text("trained further")
+    with pytest.raises(ValueError, match=r"also holds checkpoint_2000/checkpoint, w"):
+        to_t5x.save(tmp_path, files)
+    assert added.read_text() == "trained further"
 
 
 def test_a_project_with_a_folder_named_gecko_is_not_overwritten(tiny_files, tmp_path):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, distributed, parameters
+from gecko_jax import checkpoints, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = {
@@ -120,8 +120,7 @@ def test_two_processes_train_die_and_go_on_as_one(tmp_path):
     assert alone.returncode == 0, notes
     assert f"going on from step {step}" in notes
     params = [
-        parameters.flatten(checkpoints.restore_params(tmp_path / name, 60))
-        for name in ("whole", "killed")
+        checkpoints.open_params(tmp_path / name, 60) for name in ("whole", "killed")
     ]
     for name, leaf in params[0].items():
         # Sums over devices in another order, sixty times over.

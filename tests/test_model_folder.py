@@ -196,14 +196,14 @@ def test_a_full_disk_leaves_the_folder_as_it_was(small_files, folder, monkeypatc
 
 
 def test_a_workdir_is_not_overwritten(small_files, workdir):
-    with pytest.raises(ValueError, match="not empty and not a model folder"):
+    with pytest.raises(ValueError, match="not empty, and not an earlier export"):
         model_folder.save_model(workdir, small_files)
     assert checkpoints.latest_step(workdir) == 4
 
 
 def test_a_folder_of_something_else_is_not_overwritten(small_files, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not empty and not a model folder"):
+    with pytest.raises(ValueError, match="not empty, and not an earlier export"):
         model_folder.save_model(tmp_path, small_files)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -213,9 +213,14 @@ def test_an_export_that_holds_more_than_a_model_folder_is_not_overwritten(
 ):
     model_folder.save_model(folder, small_files)  # One of ours is replaced,
     (folder / "modules.json").write_text("[]")  # not that of sentence-transformers.
-    with pytest.raises(ValueError, match=r"not a model folder \(modules\.json\)"):
+    with pytest.raises(ValueError, match=r"also holds modules\.json, which"):
         model_folder.save_model(folder, small_files)
     assert (folder / "modules.json").read_text() == "[]"
+    (folder / "modules.json").rename(folder / "notes.txt")
+    (folder / "a").mkdir()
+    (folder / "a" / "b").write_text("")
+    with pytest.raises(ValueError, match=r"also holds a/b and 1 more, which would be"):
+        model_folder.save_model(folder, small_files)
 
 
 @pytest.mark.parametrize(

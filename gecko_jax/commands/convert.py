@@ -114,7 +114,7 @@ def export(options: argparse.Namespace) -> None:
     output = pathlib.Path(options.output)
     if options.push:
         to_hub.check(options.push)
-    model_files = model_folder.load_model(options.model)
+    model_files = model_folder.open_model(options.model)
     _check_export(options, model_files.mrl_dims)
     if options.to == "sentence-transformers":
         from gecko_jax.convert import to_sentence_transformers

@@ -24,6 +24,19 @@ from gecko_jax.convert import model_card, names, to_hugging_face_tokenizer
 QUERY, DOCUMENT = "query", "document"
 MODULES = "modules.json"
 
+# What may lie in an export, as patterns.
+_FILES = (
+    "README.md",
+    "config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    *to_hugging_face_tokenizer.FILES,
+    *model_folder.FILES,
+    f"2_Dense/*{tensors.SUFFIX}",
+)
+
 # Ours -> the name in Hugging Face's table of activations. Its "gelu" is the exact one.
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu"}
 
@@ -48,9 +61,8 @@ def save(
         ValueError: The folder holds something else, or the model cannot be written
             so (says what is in the way).
     """
-    files.check_replaceable(path, MODULES)
     # Other people's models have a modules.json too.
-    files.check_replaceable(path, model_folder.MODEL_JSON)
+    files.check_replaceable(path, [MODULES, model_folder.MODEL_JSON], _FILES)
     config = model_files.encoder_config
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
@@ -177,11 +189,11 @@ def _write_params(folder: pathlib.Path, model_files: model_folder.ModelFiles) ->
     projection = params.pop(names.PROJECTION, None)
     encoder = {}
     for name, there in names.hugging_face_names(model_files.encoder_config).items():
-        leaf = tensors.from_array(params[name])
+        leaf = tensors.as_tensor(params[name])
         encoder[there.name] = leaf.transpose() if there.transposed else leaf
     tensors.write(folder, encoder)
     if projection is not None:
-        kernel = tensors.from_array(projection).transpose()
+        kernel = tensors.as_tensor(projection).transpose()
         tensors.write(folder / "2_Dense", {names.DENSE_WEIGHT: kernel})
 
 

@@ -27,7 +27,14 @@ import ml_collections
 from absl import logging
 
 from gecko_jax import embedding, files, model, model_folder, sharding
-from gecko_jax.evaluation import encoder, local_tasks, scoreboard, sets, store
+from gecko_jax.evaluation import (
+    encoder,
+    local_tasks,
+    scoreboard,
+    sets,
+    store,
+    whole_results,
+)
 
 # How a scoreboard calls what is in no suite.
 TASKS, LOCAL = "single tasks", "local sets"
@@ -91,7 +98,9 @@ def run(
         for dim in dims
     ]
     with _quiet():
-        runner = Runner(mteb, encoders, mteb.ResultCache(output), vectors)
+        runner = Runner(
+            mteb, encoders, whole_results.build_cache(mteb, output), vectors
+        )
         suites = {
             suite: [runner.run(task) for task in _track(suite, tasks)]
             for suite, tasks in chosen.items()
