@@ -60,7 +60,7 @@ test: $(VENV)/.test ## the fast tests, about five minutes on 2 cores
 
 .PHONY: test-slow
 test-slow: $(VENV)/.test ## the fast tests and the slow ones
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network"
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network and not beam"
 
 # A CPU build is enough: make test-torch TORCH=torch==2.13.0, or any that is there.
 TORCH ?= torch

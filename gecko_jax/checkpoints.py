@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gecko_jax import tensors
+from gecko_jax import files, tensors
 
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
@@ -150,7 +150,10 @@ class Checkpointer:
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
-            return self._manager.restore(step, args=args)
+            restored: Any = self._manager.restore(step, args=args)
+            if not isinstance(restored.position, dict):
+                raise TypeError(f"its position is {files.kind(restored.position)}")
+            return restored
         except Exception as error:
             raise ValueError(
                 f"{self._manager.directory / str(step)}: this checkpoint cannot be "

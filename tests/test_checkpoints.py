@@ -54,6 +54,13 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert (workdir / "damaged" / "4").is_dir()
 
 
+def test_a_position_that_is_no_object_is_damage(small_files, workdir, caplog):
+    for file in (workdir / "checkpoints" / "4" / "position").glob("metadata"):
+        file.write_text("[]")
+    assert _restore(small_files, workdir)[0] == 2
+    assert "its position is a list" in caplog.text
+
+
 def test_when_no_checkpoint_can_be_read_none_is_touched(small_files, workdir):
     _halve(workdir / "checkpoints")
     with pytest.raises(ValueError, match="4: this checkpoint cannot be read"):

@@ -1,6 +1,8 @@
 import dataclasses
 import functools
 import random
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +148,44 @@ def test_wrong_arguments_are_refused(tiny_gecko, arguments, message):
 def test_a_single_string_is_refused(tiny_gecko):
     with pytest.raises(ValueError, match="pass a list"):
         tiny_gecko.encode_queries("text")
+
+
+def test_what_is_not_text_is_told_by_its_place(tiny_files, tmp_path):
+    """In a process of its own, where nothing checks types."""
+    model_folder.save_model(tmp_path / "model", tiny_files)
+    program = """
+import sys
+import numpy as np
+import gecko_jax
+from gecko_jax import index
+model = gecko_jax.load(sys.argv[1])
+for wrong in (
+    lambda: model.encode_queries(["a", float("nan")]),
+    lambda: model.encode_queries([b"a"]),
+    lambda: model.encode_queries(None),
+    lambda: model.encode_queries(text for text in "ab"),
+    lambda: model.encode_passages(["a", "b"], np.array(["t", 3], object)),
+    lambda: index.Index(np.ones((1, 2)), ["a"]).search(np.ones(2), 1),
+):
+    try:
+        print(wrong())
+    except ValueError as error:
+        print(error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.splitlines() == [
+        "texts[1] is nan: it must be a string",
+        "texts[0] is b'a': it must be a string",
+        "texts is one NoneType: pass a list, such as [text]",
+        "texts is one generator: pass a list, such as [text]",
+        "titles[1] is 3: it must be a string",
+        "queries of shape (2,): give one row for each query, [queries, dims]",
+    ]
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tiny_files):

@@ -11,6 +11,7 @@ from gecko_jax import gradients, losses, model, sharding
 from gecko_jax.data import features
 
 B, G = 32, 1
+NUM_SEGMENTS = features.Shape(6, 14, G, packing=True).num_segments
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
 EQUATION_3 = {
     "temperature": 0.1,
@@ -142,7 +143,7 @@ def _dense(encoder, batch, num_segments, settings):
 @functools.cache
 def _expected(dropout_rate, packing, everything):
     encoder = _encoder(dropout_rate=dropout_rate)
-    num_segments = features.MAX_SEGMENTS if packing else 1
+    num_segments = NUM_SEGMENTS if packing else 1
     settings = EVERYTHING if everything else EQUATION_3
     return _dense(encoder, _batch(packing, 8), num_segments, settings)
 
@@ -189,10 +190,19 @@ def test_every_mesh_and_microbatch_gives_the_dense_gradient(
         _params(encoder),
         _batch(packing, 8),
         microbatch,
-        features.MAX_SEGMENTS if packing else 1,
+        NUM_SEGMENTS if packing else 1,
         EVERYTHING if everything else EQUATION_3,
     )
     _assert_same(compute(*arguments), _expected(dropout, packing, everything))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "microbatch_size", "ratio", "expected"),
+    [(32, 2, 8, 16), (32, 0, 8, 32), (32, 2, 1, 2), (24, 2, 8, 12), (8, 16, 4, 8)],
+)
+def test_short_rows_share_a_microbatch(num_rows, microbatch_size, ratio, expected):
+    found = gradients.microbatch_rows(num_rows, microbatch_size, ratio)
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -207,7 +217,7 @@ def test_five_steps_of_sgd_end_at_the_same_parameters(dropout):
             _params(encoder),
             _batch(True, 8),
             microbatch,
-            features.MAX_SEGMENTS,
+            NUM_SEGMENTS,
             EQUATION_3,
         )
         for step in range(5):

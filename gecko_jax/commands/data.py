@@ -6,18 +6,24 @@ import textwrap
 from typing import Any
 
 from gecko_jax import flags
-from gecko_jax.commands import parsing
+from gecko_jax.commands import data_reports, parsing
 
 _SHOW = """\
 Shows the examples of a config as the model sees them: the formatted texts, their
 tokens, and how much of a batch is padding. With a mixture's name it shows the table:
 rates, sizes, licences, and what has been prepared.
 
+--stats counts instead: tokens, what the config's lengths cut, padding, duplicates, and
+what tasks share; with MIXTURE, of that one in place of the config's. --decontaminate
+counts lines that hold texts of evaluation sets: the same text, or 13 words in a row.
+
 examples:
   gecko data show gecko_finetune
   gecko data show --config=configs/finetune.py:local
   gecko data show --config=configs/finetune.py:local --count=5 \\
-      --config.data.files=mine.jsonl"""
+      --config.data.files=mine.jsonl
+  gecko data show --config=configs/finetune.py:base --stats --output=lengths.png
+  gecko data show gecko_finetune --decontaminate=beir/nq,beir/scifact,sts.tsv"""
 
 
 _VOCABULARY = """\
@@ -42,6 +48,21 @@ Each line of the input is an object with `task`, `query` and `positive` (or `pas
 and maybe `title` and ids."""
 
 
+_CACHE = """\
+Tokenizes the data of a config with seqio's Apache Beam job, whose workers share the
+files: for sets that are too large for one machine. Training takes the caches over when
+its data.cache_dir is the folder, and draws the same batches as without them; it needs
+no Beam. Without this verb training tokenizes by itself.
+
+Apache Beam wants an environment of its own: pip install "gecko-jax[beam]"
+
+examples:
+  gecko data cache --config=configs/finetune.py:base --output=/mnt/bucket/cache \\
+      --config.data.mixture=gecko_academic
+  gecko data cache --config=configs/finetune.py:local --output=cache \\
+      --pipeline-options=--direct_num_workers=4,--direct_running_mode=multi_processing"""
+
+
 def add_parser(verbs: Any) -> None:
     """Adds the parsers of `gecko data`."""
     data = parsing.add_verb(verbs, "gecko data", "Looks at data and prepares it.")
@@ -53,6 +74,22 @@ def add_parser(verbs: Any) -> None:
     parsing.add_prepared_dir(parser)
     parser.add_argument(
         "--count", type=parsing.positive, default=2, help="examples of each task (2)"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="lengths, padding, duplicates, overlaps"
+    )
+    parser.add_argument(
+        "--output",
+        type=parsing.path,
+        metavar="FILE",
+        help="the PNG of the lengths to write, with --stats",
+    )
+    parser.add_argument(
+        "--decontaminate",
+        type=parsing.words,
+        default=(),
+        metavar="SET,...",
+        help="evaluation sets: folders, files, or quickstart",
     )
 
     parser = parsing.add_verb(
@@ -110,9 +147,25 @@ def add_parser(verbs: Any) -> None:
         help="best-ranked passages to pass over: the likeliest unmarked answers (0)",
     )
 
+    parser = parsing.add_verb(data_verbs, "gecko data cache", _CACHE, cache)
+    parsing.add_config(parser)
+    parsing.add_output(parser, "DIR", "the data.cache_dir of the runs to come")
+    parser.add_argument(
+        "--pipeline-options",
+        type=parsing.words,
+        default=(),
+        metavar="OPTION,...",
+        help="of Apache Beam, such as --runner=DataflowRunner",
+    )
+
 
 def show(options: argparse.Namespace) -> None:
     """Prints the tasks of a config, and examples as the encoder reads them."""
+    if options.output and not options.stats:
+        raise ValueError("--output is the picture of --stats: add that")
+    if options.stats or options.decontaminate:
+        data_reports.report(options)
+        return
     if options.mixture:
         _print_mixture(options.mixture, options.prepared_dir)
     if not options.config:
@@ -263,3 +316,42 @@ def _prepare_set(task: Any, options: argparse.Namespace) -> None:
         print(f"  left out {count:,}: {reason}")
     if task.mine and summary.without_negative:
         print(f"  {summary.without_negative:,} have no hard negative")
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Fills the caches of a config with Apache Beam, and says what they hold."""
+    config = flags.load(options.config, options.overrides)
+    from gecko_jax import config as config_lib
+    from gecko_jax import initialization
+    from gecko_jax import train as training
+    from gecko_jax.data import selection, seqio_cache, tasks
+
+    config_lib.check(config)
+    seqio_cache.load_beam()
+    pieces = training.load_vocabulary(config)
+    # How texts are written comes from the checkpoint that training will start from.
+    start = initialization.load_start(config)
+    output = pathlib.Path(options.output)
+    chosen = selection.select(
+        mixture=config.data.mixture,
+        files=config.data.files,
+        vocabulary=pieces,
+        text_format=initialization.text_format(start),
+        cache_dir=output,
+        prepared_dir=config.data.prepared_dir,
+    )
+    job = seqio_cache.Job(
+        chosen.text_format,
+        tasks.vocabulary_path(config.data.vocabulary),
+        pieces.extra_ids,
+        options.pipeline_options,
+    )
+    for task, key in zip(chosen.tasks, chosen.keys, strict=True):
+        folder, stats = seqio_cache.write(task, key, job, output)
+        tokens = sum(
+            n
+            for name, n in stats.items()
+            if name.endswith("_tokens") and not name.endswith("_max_tokens")
+        )
+        print(f"{folder}: {stats['examples']:,} examples, {tokens:,} tokens")
+    print(f"Train on them with --config.data.cache_dir={options.output}")
