@@ -3,8 +3,8 @@
     python benchmarks/import_cpu.py [--scratch DIR]     needs 2 GB of disk
 
 Random weights in the real formats: T5X's legacy checkpoint (zarr, gzip) and a Hugging
-Face folder (safetensors); what the last became goes out again in every form. Memory is the
-peak of the whole process over what it holds after `import gecko_jax`, JAX and Orbax
+Face folder (safetensors); what the last became goes out again in every form. Memory is
+the peak of the whole process over what it holds after `import gecko_jax`, JAX and Orbax
 included, as a share of the parameters' bytes.
 """
 
