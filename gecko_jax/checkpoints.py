@@ -269,9 +269,8 @@ def _reading_params(
     """Gives what reads the parameters, and their folder; explains what fails."""
     folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "params"
     try:
-        handler = ocp.PyTreeCheckpointHandler()
-        yield handler, epath.Path(folder)
-        handler.close()
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            yield handler, epath.Path(folder)
     except Exception as error:
         raise ValueError(
             f"{folder}: this checkpoint cannot be read ({_first_line(error)}); it is "
