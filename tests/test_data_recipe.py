@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from gecko_jax import cli
 from gecko_jax.data import (
     classification,
     jsonl,
@@ -576,3 +577,66 @@ def test_any_text_survives_or_is_left_out(query, positive):
         else:
             pair = jsonl.parse("here", written)
             assert (pair.query, pair.positive) == (line["query"], line["positive"])
+
+
+def cli_prepare(capsys, *arguments):
+    status = cli.main(["data", "prepare", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "message"),
+    [
+        ("gooaq", [{"question": "q"}], "record 1: a record has no field 'answer' (it"),
+        (
+            "medmcqa",
+            [MEDMCQA, {**MEDMCQA, "cop": 4}],
+            "record 2: label 4 is out of range",
+        ),
+        ("medmcqa", [{**MEDMCQA, "cop": "b"}], "record 1: "),
+        ("fever", [{**FEVER, "label": "MAYBE"}], "record 1: label 'MAYBE' is out of"),
+        ("fever", [{**FEVER, "evidence": [["A", 0]]}], "record 1: "),
+        ("fever", [{**FEVER, "evidence": 3}], "record 1: "),
+        ("fever", [{**FEVER, "claim": 3}], "record 1: field 'claim' is a int"),
+        ("fever", [{**FEVER, "id": 3}] * 2, "train.jsonl.gz:2: id 3 was given before"),
+        (
+            "hotpotqa",
+            [{**HOTPOT, "context": {"x": 1}}],
+            "record 1: a record has no field",
+        ),
+        ("miracl_en", [{**MIRACL, "positive_passages": ["a"]}], "record 1: "),
+        ("fever", [{**FEVER, "label": "NOT ENOUGH INFO"}], "(left out: 1 no evidence)"),
+        ("fever", [], "gives no example; check the split"),
+    ],
+)
+def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
+    source = write_source(tmp_path, TABLE[name].source, records)
+    target = tmp_path / "prepared"
+    status, printed = cli_prepare(
+        capsys, name, f"--source={source}", f"--prepared-dir={target}"
+    )
+    assert status == 1
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    # What was begun is hidden, and no set is there.
+    assert not mixtures.locate(TABLE[name], target).files
+    assert all(path.name.startswith(".") for path in target.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imdb_sentiment"], "its licence is restricted (IMDb's"),
+        (["fever"], "give its files, as jsonl, with --source=PATH"),
+        (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
+        (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
+        (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
+        (["quickstart_docs"], "lies ready as JSONL"),
+        (["nothing"], "nothing: is no set of the table"),
+    ],
+)
+def test_bad_requests_are_told(tmp_path, capsys, arguments, message):
+    status, printed = cli_prepare(capsys, *arguments, f"--prepared-dir={tmp_path}/p")
+    assert status == 1
+    assert message in printed.err
+    assert not list(tmp_path.glob("p/[!.]*"))

@@ -184,7 +184,8 @@ def _write_pairs(
         facts = json.loads(done.read_text())
         return facts["parts"], facts["dropped"]
     dropped: collections.Counter[str] = collections.Counter()
-    lines = _lines(task, sources.read(location, tfds_data_dir=tfds_data_dir), dropped)
+    records = sources.read(location, tfds_data_dir=tfds_data_dir)
+    lines = _lines(task, location, records, dropped)
     number = 0
     while block := list(itertools.islice(lines, part)):
         path = work / _PAIRS.format(number)
@@ -199,12 +200,13 @@ def _write_pairs(
 
 def _lines(
     task: tasks_lib.Task,
+    location: str,
     records: Iterator[dict[str, Any]],
     dropped: collections.Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """Yields checked lines without duplicates; counts what is left out."""
     assert task.preprocessor is not None or task.source == "canonical"
-    found = records if task.preprocessor is None else task.preprocessor(records)
+    found = _preprocess(task, location, records)
     seen: set[bytes] = set()
     for line in progress.track(found, f"Preparing {task.name}"):
         if isinstance(line, preprocessors.Drop):
@@ -227,6 +229,30 @@ def _lines(
         else:
             seen.add(digest)
             yield line
+
+
+def _preprocess(
+    task: tasks_lib.Task, location: str, records: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any] | preprocessors.Drop]:
+    """Runs the task's preprocessor; its errors name the record they are about."""
+    if task.preprocessor is None:
+        yield from records
+        return
+    number = 0
+
+    def count() -> Iterator[dict[str, Any]]:
+        nonlocal number
+        for place, record in enumerate(records, start=1):
+            number = place
+            yield record
+            number = 0  # What is wrong with the next or after the last names itself.
+
+    try:
+        yield from task.preprocessor(count())
+    except (TypeError, KeyError, ValueError) as error:
+        if not number:
+            raise
+        raise ValueError(f"{location}, record {number:,}: {error}") from error
 
 
 def _mine(
