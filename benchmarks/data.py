@@ -104,8 +104,10 @@ def stages(options: argparse.Namespace) -> None:
 
     config = model.EncoderConfig(**model.PRESETS["base"])
     flops = model.flops_per_token(config, LENGTHS["passage"]) * size / count
-    print(f"\nNeeded by `base`, {flops / 1e9:.1f} GFLOPs an example of {size / count:.0f}"
-          " tokens, without padding")
+    print(
+        f"\nNeeded by `base`, {flops / 1e9:.1f} GFLOPs an example of {size / count:.0f}"
+        " tokens, without padding"
+    )
     print(f"{'':24}{'utilisation':>12}{'examples/s':>12}{'delivered/needed':>18}")
     for host, (chip, number) in HOSTS.items():
         for utilisation in UTILISATIONS:

@@ -321,7 +321,10 @@ def cache(options: argparse.Namespace) -> None:
     )
     for task, key in zip(chosen.tasks, chosen.keys, strict=True):
         folder, stats = seqio_cache.write(task, key, job, output)
-        tokens = sum(n for name, n in stats.items() if name.endswith("_tokens")
-            and not name.endswith("_max_tokens"))
+        tokens = sum(
+            n
+            for name, n in stats.items()
+            if name.endswith("_tokens") and not name.endswith("_max_tokens")
+        )
         print(f"{folder}: {stats['examples']:,} examples, {tokens:,} tokens")
     print(f"Train on them with --config.data.cache_dir={options.output}")

@@ -1,7 +1,7 @@
 """What a config's data names: tasks with their sources, and the keys of their caches.
 
-    select(mixture="gecko_academic", files=(), ...).tasks    rows of the table
-    select(mixture="", files=("pairs.jsonl",), ...).tasks    made for the files
+select(mixture="gecko_academic", files=(), ...).tasks    rows of the table
+select(mixture="", files=("pairs.jsonl",), ...).tasks    made for the files
 """
 
 import dataclasses

@@ -171,7 +171,9 @@ def write(
             with beam.Pipeline(options=options) as pipeline:
                 _build(pipeline, register(), register, temporary, beam, beam_utils)
             (temporary / _COMPLETED).touch()
-    stats = json.loads(pathlib.Path(seqio.get_cached_stats_path(target, "train")).read_text())
+    stats = json.loads(
+        pathlib.Path(seqio.get_cached_stats_path(target, "train")).read_text()
+    )
     return target, stats
 
 
