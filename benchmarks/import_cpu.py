@@ -28,11 +28,11 @@ def make(form: str, folder: pathlib.Path) -> int:
     import numpy as np
     import safetensors.numpy
 
-    from gecko_jax import checkpoints, model
+    from gecko_jax import model, parameters
     from gecko_jax.convert import names
 
     config = model.EncoderConfig(**model.PRESETS["base"], projection=False)
-    shapes = checkpoints.flatten_params(model.abstract_params(config)[0])
+    shapes = parameters.flatten(model.abstract_params(config)[0])
     rng = np.random.default_rng(0)
     params = {
         name: rng.standard_normal(leaf.shape, np.float32)

@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.num_steps = 800_000  # GTR
-    config.train.microbatch_size = 0  # rows of a side, over all hosts; 0 for all
+    config.train.microbatch_size = 0  # of the longer rows, all hosts'; 0 for all
     config.train.log_every_steps = 100
     config.train.max_skipped_steps = 0  # not finite in a row; 0 stops at the first
     config.train.compilation_cache = "~/.cache/gecko_jax/compiled"  # empty for none
@@ -104,6 +104,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.query_length = 32
         config.data.passage_length = 128
         config.data.batch_size = 64
+        config.model.dropout_rate = 0.0  # a few epochs: every dim is better without
         config.model.dtype = "float32"
         config.model.scan_layers = False
         config.model.remat = "none"

@@ -269,6 +269,11 @@ def compile_step(
 def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]:
     """Compiles the step with several microbatches, remat policies and meshes.
 
+    A compilation takes minutes, so that what cannot be faster is not tried: larger
+    microbatches of a step that compute already bounds, for they save memory traffic
+    alone; and a split over `tensor`, which makes every microbatch wait for other
+    devices, where the step fits without.
+
     Args:
         config: The training config; what is varied is set on copies.
         topology: See `parse_topology`.
@@ -279,7 +284,10 @@ def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]
     with topology_devices(topology) as devices:
         num_devices = len(devices)
     # From the least memory up: what is too large ends its series.
+    fits_without_tensor = False
     for tensor, remat in itertools.product((1, 2), ("full", "dots", "none")):
+        if tensor > 1 and fits_without_tensor:
+            return
         shards = num_devices // tensor
         for rows in (1, 2, 4, 8, 16, 32):
             if rows * shards > config.data.batch_size:
@@ -297,6 +305,9 @@ def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]
                 break
             yield report
             if report.spare_share < SPARE_SHARE:
+                break
+            fits_without_tensor |= tensor == 1
+            if report.roofline_seconds == report.compute_seconds:
                 break
 
 

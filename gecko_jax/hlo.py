@@ -27,8 +27,11 @@ _BYTES = {
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
     "conditional", "call", "after-all", "opt-barrier", "iota", "partition-id",
-    "copy-done", "async-done", "async-update", "get-dimension-size",
+    "get-dimension-size",
 }  # fmt: skip
+
+# What runs beside other work has its bytes counted where it begins.
+_FINISHING = ("-done", "-update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Program:
             elif one.opcode in ("call", "conditional"):
                 other = one.called("to_apply")
                 total += self._traffic(other) if other in self._computations else 0.0
-            elif one.opcode not in _FREE:
+            elif one.opcode not in _FREE and not one.opcode.endswith(_FINISHING):
                 total += self._traffic_of(one, instructions)
         return total
 
@@ -154,6 +157,14 @@ class Program:
         self, one: Instruction, instructions: dict[str, Instruction]
     ) -> float:
         shapes = [instructions[n].shape for n in one.operands if n in instructions]
+        if one.opcode in ("slice-start", "dynamic-slice-start"):
+            # Its shape is (operands, result, context); of an operand it reads a part.
+            (source,), result = shapes[:1], split_tuple(one.shape)[1]
+            read = shape_bytes(result) if shape_bytes(source, in_main=True) else 0
+            return float(read + shape_bytes(result, in_main=True))
+        if one.opcode == "copy-start":
+            # Its shape is (result, operand, context).
+            return float(shape_bytes(one.shape, in_main=True))
         if one.opcode in ("dynamic-slice", "gather", "slice"):
             return 2.0 * shape_bytes(one.shape, in_main=True)
         if one.opcode == "dynamic-update-slice":
@@ -218,6 +229,18 @@ def shape_bytes(shape: str, *, in_main: bool = False) -> int:
         sizes = [int(size) for size in dims.split(",") if size]
         total += math.prod(sizes) * _BYTES.get(dtype, 0)
     return total
+
+
+def split_tuple(shape: str) -> list[str]:
+    """Returns the elements of a tuple's shape."""
+    elements, depth = [""], 0
+    for letter in shape[1:-1]:
+        if letter == "," and depth == 0:
+            elements.append("")
+        else:
+            depth += (letter in "([{") - (letter in ")]}")
+            elements[-1] += letter
+    return elements
 
 
 def _parse(line: str) -> Instruction | None:

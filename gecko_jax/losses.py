@@ -8,8 +8,8 @@ Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 a
 row's own hard negative and `same_tower`. Their total over the MRL dims is `mrl_loss`.
 
 Negatives are those of the whole batch on all devices. Inside a `shard_map` each device
-has its own rows, gathers the others' embeddings over `axis_names`, and sums over them
-block by block (`blockwise`): no device ever holds a matrix of all pairs.
+has its own rows, and sums over the embeddings of all devices block by block
+(`blockwise`): none ever holds a matrix of all pairs, nor all embeddings.
 """
 
 import functools
@@ -111,53 +111,43 @@ def contrastive_loss(
 
     ids = jax.tree.map(jnp.asarray, ids)
 
-    def gather(leaf: Array) -> Array:
-        return jax.lax.all_gather(leaf, axis_names, tiled=True) if axis_names else leaf
-
-    all_queries, all_positives = gather(queries), gather(positives)
-    everyone = BatchIds(*(gather(leaf) for leaf in ids))
-    all_index = gather(index)
-
     def compare(
         left: Array,
         right: Array,
         reasons: Sequence[tuple[Array, Array]],
         *,
         with_self: bool = False,
-        mask: Array = everyone.example_mask,
+        mask: Array = ids.example_mask,
     ) -> blockwise.Sums:
-        """Sums over what each example of the batch has of `right`.
+        """Sums over what each example of the batch, on any device, has of `right`.
 
         A reason leaves out pairs with equal content ids.
         """
         reasons = reasons if mask_duplicates else ()
-        each = right.shape[0] // all_index.shape[0]
+        each = right.shape[0] // batch_size
         rows = blockwise.Rows(
             index, ids.negative_group, _stack([ours for ours, _ in reasons], batch_size)
         )
         keys = blockwise.Keys(
-            jnp.repeat(all_index, each),
-            jnp.repeat(everyone.negative_group, each),
+            jnp.repeat(index, each),
+            jnp.repeat(ids.negative_group, each),
             _stack([theirs for _, theirs in reasons], right.shape[0]),
             mask,
         )
         return blockwise.sums(
-            left, right, rows, keys, temperature, with_self, block_size
+            left, right, rows, keys, temperature, with_self, axis_names, block_size
         )
 
-    duplicates = [
-        (ids.query_id, everyone.query_id),
-        (ids.passage_id, everyone.passage_id),
-    ]
+    duplicates = [(ids.query_id, ids.query_id), (ids.passage_id, ids.passage_id)]
     own = jnp.sum(queries * positives, axis=-1)
-    to_positives = compare(queries, all_positives, duplicates, with_self=True)
+    to_positives = compare(queries, positives, duplicates, with_self=True)
     columns = [to_positives]
     if same_tower:
         # In symmetric tasks another query may be the very text of the positive.
-        crossed = (ids.passage_id, everyone.query_id)
-        columns.append(compare(queries, all_queries, [*duplicates, crossed]))
+        crossed = (ids.passage_id, ids.query_id)
+        columns.append(compare(queries, queries, [*duplicates, crossed]))
     if same_tower_passages:
-        columns.append(compare(positives, all_positives, duplicates))
+        columns.append(compare(positives, positives, duplicates))
     logits = [column.log_sum_exp[:, None] for column in columns]
     best_other = [column.best for column in columns]
     if negatives is not None and negatives.shape[1]:
@@ -171,11 +161,11 @@ def contrastive_loss(
         logits.append(jnp.where(keep, similarity / temperature, -jnp.inf))
         best_other.append(jnp.max(jnp.where(keep, similarity, -jnp.inf), axis=1))
         if all_hard_negatives:
-            theirs = everyone.negative_mask & everyone.example_mask[:, None]
+            theirs = ids.negative_mask & ids.example_mask[:, None]
             of_others = compare(
                 queries,
-                _flatten(gather(negatives)),
-                [(ids.passage_id, _flatten(everyone.negative_id))],
+                _flatten(negatives),
+                [(ids.passage_id, _flatten(ids.negative_id))],
                 mask=_flatten(theirs),
             )
             logits.append(of_others.log_sum_exp[:, None])
@@ -184,7 +174,7 @@ def contrastive_loss(
     denominator = jax.nn.logsumexp(jnp.concatenate(logits, axis=1), axis=1)
     loss = denominator - own / temperature
     if bidirectional:
-        backward = compare(positives, all_queries, duplicates, with_self=True)
+        backward = compare(positives, queries, duplicates, with_self=True)
         loss += backward.log_sum_exp - own / temperature
 
     best = functools.reduce(jnp.maximum, best_other)

@@ -307,24 +307,30 @@ def test_every_tfds_set_is_prepared(tmp_path, name, monkeypatch):
     assert len(list(summary.folder.glob("part-*"))) == -(-summary.examples // 3)
 
 
-def test_interrupted_preparation_goes_on(tmp_path, monkeypatch):
-    task = TABLE["gooaq"]
-    records = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
-    source = write_source(tmp_path, "parquet", records)
-    write, calls = prepare._write, []
+@pytest.mark.parametrize("stop", [3, 6])
+def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, stop):
+    task = TABLE["fever"]
+    records = [
+        {**FEVER, "claim": f"q {n}", "evidence": [[f"P{n % 5}", 0, f"a q {n % 7}"]]}
+        for n in range(10)
+    ]
+    source = write_source(tmp_path, "jsonl", records)
+    write, calls = prepare.mining.write_lines, []
 
     def fail(path, lines):
         calls.append(path)
-        if len(calls) == 3:
+        if len(calls) == stop:
             raise KeyboardInterrupt
         write(path, lines)
 
-    monkeypatch.setattr(prepare, "_write", fail)
+    monkeypatch.setattr(prepare.mining, "write_lines", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(task, tmp_path / "a", source=source, part=3)
     assert not mixtures.locate(task, tmp_path / "a").files
     summary = prepare.prepare(task, tmp_path / "a", source=source, part=3)
-    assert len(calls) == 3 + 2  # The two parts that were there are not written again.
+    # Four parts are read and four are mined: what was there is not written again.
+    assert len(calls) == 4 + 4 + 1
+    monkeypatch.undo()
     whole = prepare.prepare(task, tmp_path / "b", source=source, part=3)
     assert summary.dropped == whole.dropped
     for one, other in zip(
@@ -365,31 +371,121 @@ def test_drops_are_counted_and_empty_sets_refused(tmp_path):
         )
 
 
-def test_mined_negatives_fill_what_is_missing(tmp_path):
+def test_negatives_are_mined_from_the_whole_source(tmp_path):
     evidence = [
         {**FEVER, "claim": "Honey of bees", "evidence": [["A", 0, "Honey is food"]]},
-        {**FEVER, "claim": "Bees fly", "evidence": [["B", 0, "Bees make honey"]]},
+        {**FEVER, "claim": "Sea of salt", "evidence": [["C", 0, "Salty water"]]},
+        {**FEVER, "claim": "Bees make food", "evidence": [["B", 0, "Bees make honey"]]},
+        {**FEVER, "claim": "A word alone", "evidence": [["D", 0, "Xyzzy"]]},
     ]
     source = write_source(tmp_path, "jsonl", evidence)
-    summary = prepare.prepare(TABLE["fever"], tmp_path / "p", source=source)
-    (path,) = summary.folder.glob("part-*")
-    first, _ = jsonl.read_pairs(path)
-    assert first.negatives == ("Bees make honey",)
+    for part in (1, 2, 9):
+        target = tmp_path / f"p{part}"
+        summary = prepare.prepare(TABLE["fever"], target, source=source, part=part)
+        assert (summary.examples, summary.without_negative) == (4, 2)
+        lines = [
+            pair
+            for path in mixtures.locate(TABLE["fever"], target).files
+            for pair in jsonl.read_pairs(path)
+        ]
+        assert [pair.negatives for pair in lines] == [
+            ("Bees make honey",),
+            (),
+            ("Honey is food",),
+            (),
+        ]
+        assert lines[0].negative_titles == ("B",)
+        names = {path.name for path in summary.folder.iterdir()}
+        assert names == {
+            "prepared.json",
+            *(f"part-{n:05}.jsonl.gz" for n in range(-(-4 // part))),
+        }
 
 
-def test_beir_folder_is_joined(tmp_path):
-    (tmp_path / "qrels").mkdir()
-    (tmp_path / "corpus.jsonl").write_text(
-        '{"_id": "d1", "title": "A", "text": "a"}\n{"_id": "d2", "text": "b"}'
+def write_lines(path, *records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def beir_folder(folder, corpus=(), queries=(), judged=()):
+    """A sound folder of one query and two passages, and what is added to it."""
+    write_lines(
+        folder / "corpus.jsonl",
+        {"_id": "d1", "title": "A", "text": "a"},
+        {"_id": "d2", "text": "b"},
+        *corpus,
     )
-    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who"}')
-    qrels = tmp_path / "qrels" / "train.tsv"
-    qrels.write_text("query-id\tcorpus-id\tscore\nq\td1\t1\nq\td2\t0\n")
-    lines, _ = split(preprocessors.passage_lists(sources.read(str(tmp_path))))
-    assert [(line["positive"], line["negatives"]) for line in lines] == [("a", ["b"])]
-    qrels.write_text("query-id\tcorpus-id\tscore\nq\td9\t1\n")
-    with pytest.raises(ValueError, match="'d9' is not in the corpus"):
-        list(sources.read(str(tmp_path)))
+    write_lines(folder / "queries.jsonl", {"_id": "q", "text": "who"}, *queries)
+    (folder / "qrels").mkdir(exist_ok=True)
+    rows = ["query-id\tcorpus-id\tscore", "q\td1\t1", "q\td2\t0", *judged]
+    (folder / "qrels" / "train.tsv").write_text("\n".join(rows))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (
+            {"corpus": [{"_id": "d1", "text": "other"}]},
+            "corpus.jsonl:3: _id 'd1' was given before, at {}/corpus.jsonl:1",
+        ),
+        (
+            {"queries": [{"_id": "q", "text": "who"}]},
+            "queries.jsonl:2: _id 'q' was given before, at {}/queries.jsonl:1",
+        ),
+        (
+            {"judged": ["q\td1\t0"]},
+            "train.tsv:4: query 'q' and passage 'd1' were judged before, at "
+            "{}/qrels/train.tsv:2",
+        ),
+        ({"judged": ["q\td3\thigh"]}, "train.tsv:4: score 'high' is not a number"),
+        ({"judged": ["q d3 1"]}, "train.tsv:4: 1 columns"),
+        ({"judged": ["q\td9\t1"]}, "train.tsv:4: passage 'd9' is not in the corpus"),
+        ({"corpus": [{"text": "a"}]}, "corpus.jsonl:3: no field '_id' (it has text)"),
+        (
+            {"corpus": [{"_id": "d3"}], "judged": ["q\td3\t1"]},
+            "corpus.jsonl:3: no field 'text'",
+        ),
+        (
+            {"queries": [{"_id": "r"}], "judged": ["r\td1\t1"]},
+            "queries.jsonl:2: no field 'text'",
+        ),
+    ],
+)
+def test_bad_beir_folders_are_named(tmp_path, added, message):
+    folder = beir_folder(tmp_path, **added)
+    with pytest.raises(ValueError, match=re.escape(message.format(tmp_path))):
+        list(sources.read(folder))
+
+
+@pytest.mark.parametrize("name", ["id", "_id"])
+def test_an_id_may_come_once_in_a_source(tmp_path, name):
+    one, two = {name: 7, "question": "q"}, {name: 8, "question": "q"}
+    write_lines(tmp_path / "a.jsonl", one, {"question": "has none"}, two)
+    last = write_lines(tmp_path / "b.jsonl", {"question": "has none"}, {name: "7"})
+    message = f"{last}:2: {name} '7' was given before, at {tmp_path}/a.jsonl:1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(sources.read(f"{tmp_path}/*.jsonl"))
+    assert len(list(sources.read(str(tmp_path / "a.jsonl")))) == 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tfrecord", "arrayrecord", "jsonl.gz"])
+def test_a_damaged_file_is_named(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(
+        gzip.compress(b'{"a": 1}\n' * 9)[:-9] if "gz" in kind else b"\0" * 50
+    )
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*not a whole"):
+        list(sources.read(f"{kind.removesuffix('.gz')}:{path}"))
+
+
+@pytest.mark.parametrize("line", ['{"a": ', "[1]", "9" * 5000, "[" * 9999, "\xff"])
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:2: "):
+        list(sources.read(str(path)))
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
@@ -441,6 +537,8 @@ _ANY = strategies.text(strategies.characters(exclude_categories=()))
 
 
 @hypothesis.given(_ANY, _ANY)
+@hypothesis.example("half \ud800", "whole")
+@hypothesis.example("whole", "half \udfff")
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_any_text_survives_or_is_left_out(query, positive):
     lines, dropped = split(

@@ -196,6 +196,15 @@ def test_every_mesh_and_microbatch_gives_the_dense_gradient(
     _assert_same(compute(*arguments), _expected(dropout, packing, everything))
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "microbatch_size", "ratio", "expected"),
+    [(32, 2, 8, 16), (32, 0, 8, 32), (32, 2, 1, 2), (24, 2, 8, 12), (8, 16, 4, 8)],
+)
+def test_short_rows_share_a_microbatch(num_rows, microbatch_size, ratio, expected):
+    found = gradients.microbatch_rows(num_rows, microbatch_size, ratio)
+    assert found == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_five_steps_of_sgd_end_at_the_same_parameters(dropout):

@@ -60,6 +60,19 @@ def test_a_slice_of_an_array_is_what_it_reads():
     assert hlo.Program(TEXT).memory_bytes() == 384 + 6 * (16 + 16 + 4 + 128)
 
 
+def test_what_is_fetched_ahead_counts_once_and_in_part():
+    # 16 bytes of the slice read into another memory, and 128 copied both ways in main.
+    ahead = """\
+  %some = ((f32[8,4]{1,0}), f32[1,4]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%rows.1), x
+  %part = f32[1,4]{1,0:S(1)} slice-done(%some)
+  %both = (f32[8,4]{1,0}, f32[8,4]{0,1}, u32[]{:S(2)}) copy-start(%rows.1)
+  %copied = f32[8,4]{1,0} copy-done(%both)
+"""
+    line = next(line for line in TEXT.splitlines() if "%start =" in line)
+    more = hlo.Program(TEXT.replace(line, line + "\n" + ahead)).memory_bytes()
+    assert more == hlo.Program(TEXT).memory_bytes() + 16 + 2 * 128
+
+
 def test_pieces_of_one_collective_count_once():
     pieces = TEXT.replace("dimensions={0},", 'dimensions={0}, x={chain_id="3"},')
     line = next(line for line in pieces.splitlines() if "%all =" in line)

@@ -6,13 +6,15 @@ every derivative to machine precision, since the formulas are analytic.
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from gecko_jax import losses
+from gecko_jax import losses, sharding
 
 B, D = 5, 6
 TEMPERATURE = 0.2
@@ -356,3 +358,42 @@ def test_memory_grows_with_the_batch_and_not_with_its_square():
     assert temporary[1] < 4.4 * temporary[0]
     # One matrix of all pairs in float32 is more than all there is.
     assert temporary[1] < 4 * num**2
+
+
+def test_no_device_holds_the_keys_of_the_whole_batch():
+    mesh = sharding.build_mesh()
+    spec = PartitionSpec(sharding.BATCH_AXES)
+    width = 64
+
+    def total(parts, ids):
+        return losses.mrl_loss(
+            *parts,
+            ids,
+            mrl_dims=(32, width),
+            mrl_weights=(1.0, 1.0),
+            temperature=0.05,
+            same_tower=True,
+            mask_duplicates=True,
+            axis_names=sharding.BATCH_AXES,
+            block_size=64,
+        )[0].sum()
+
+    gradient = jax.shard_map(
+        jax.grad(total), mesh=mesh, in_specs=(spec, spec), out_specs=spec
+    )
+    temporary = []
+    for num in (2048, 4096):
+        parts = [jax.ShapeDtypeStruct((num, width), np.float32)] * 2 + [None]
+        ids = jax.tree.map(
+            lambda leaf, num=num: jax.ShapeDtypeStruct(
+                (num, *leaf.shape[1:]), leaf.dtype
+            ),
+            _distinct_ids(0),
+        )
+        compiled = jax.jit(gradient).lower(parts, ids).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < 2.2 * temporary[0]
+    # Nothing gathered is as large as the queries or the positives of all devices.
+    gathered = re.findall(r"f32\[(\d+),64\]\S* all-gather", compiled.as_text())
+    assert gathered
+    assert max(map(int, gathered)) == 64

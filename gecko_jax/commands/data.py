@@ -6,18 +6,24 @@ import textwrap
 from typing import Any
 
 from gecko_jax import flags
-from gecko_jax.commands import parsing
+from gecko_jax.commands import data_reports, parsing
 
 _SHOW = """\
 Shows the examples of a config as the model sees them: the formatted texts, their
 tokens, and how much of a batch is padding. With a mixture's name it shows the table:
 rates, sizes, licences, and what has been prepared.
 
+--stats counts instead: tokens, what the config's lengths cut, padding, duplicates, and
+what tasks share; with MIXTURE, of that one in place of the config's. --decontaminate
+counts lines that hold texts of evaluation sets: the same text, or 13 words in a row.
+
 examples:
   gecko data show gecko_finetune
   gecko data show --config=configs/finetune.py:local
   gecko data show --config=configs/finetune.py:local --count=5 \\
-      --config.data.files=mine.jsonl"""
+      --config.data.files=mine.jsonl
+  gecko data show --config=configs/finetune.py:base --stats --output=lengths.png
+  gecko data show gecko_finetune --decontaminate=beir/nq,beir/scifact,sts.tsv"""
 
 
 _VOCABULARY = """\
@@ -68,6 +74,22 @@ def add_parser(verbs: Any) -> None:
     parsing.add_prepared_dir(parser)
     parser.add_argument(
         "--count", type=parsing.positive, default=2, help="examples of each task (2)"
+    )
+    parser.add_argument(
+        "--stats", action="store_true", help="lengths, padding, duplicates, overlaps"
+    )
+    parser.add_argument(
+        "--output",
+        type=parsing.path,
+        metavar="FILE",
+        help="the PNG of the lengths to write, with --stats",
+    )
+    parser.add_argument(
+        "--decontaminate",
+        type=parsing.words,
+        default=(),
+        metavar="SET,...",
+        help="evaluation sets: folders, files, or quickstart",
     )
 
     parser = parsing.add_verb(
@@ -139,6 +161,11 @@ def add_parser(verbs: Any) -> None:
 
 def show(options: argparse.Namespace) -> None:
     """Prints the tasks of a config, and examples as the encoder reads them."""
+    if options.output and not options.stats:
+        raise ValueError("--output is the picture of --stats: add that")
+    if options.stats or options.decontaminate:
+        data_reports.report(options)
+        return
     if options.mixture:
         _print_mixture(options.mixture, options.prepared_dir)
     if not options.config:

@@ -59,7 +59,8 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
     digest = files.sha256(path)
     note = cache_dir / "sources" / f"{digest}.json"
     if note.exists():
-        return jsonl.FileSummary(digest, json.loads(note.read_text()))
+        remedy = "delete it, and the source is read through again"
+        return jsonl.FileSummary(digest, files.read_object(note, {}, remedy=remedy))
     summary = jsonl.summarize(path)
     with files.write_file(note) as temporary:
         temporary.write_text(json.dumps(summary.examples))
@@ -222,7 +223,11 @@ class Reader:
         )
         order = folder / "order.npy"
         self._order = np.load(order, mmap_mode="r") if order.exists() else None
-        info = json.loads((folder / "info.json").read_text())
+        info = files.read_object(
+            folder / "info.json",
+            {"num_examples": int},
+            remedy="delete the folder, and it will be built again",
+        )
         if len(self) != info["num_examples"]:
             raise ValueError(
                 f"{folder}: holds {len(self):,} of {info['num_examples']:,} "

@@ -207,6 +207,7 @@ def _dataset(task: tasks_lib.Task, chosen: Sequence[int]) -> Any:
     numbers = tf.TensorSpec((None,), tf.int32)
     columns = {
         "query": strings,
+        "task_description": strings,
         "positive": strings,
         "title": strings,
         "negatives": tf.TensorSpec((None, None), tf.string),
@@ -262,6 +263,7 @@ def _column_blocks(
                 negative_ids[row, : len(pair.negatives)] = pair.negative_ids
         yield {
             "query": [_clean(pair.query) for pair in block],
+            "task_description": [_clean(pair.task_description) for pair in block],
             "positive": [_clean(pair.positive) for pair in block],
             "title": [_clean(pair.title) for pair in block],
             "negatives": [pad(pair.negatives) for pair in block],

@@ -50,12 +50,7 @@ def select(
     """
     folder = pathlib.Path(cache_dir)
     if files:
-        paths = [os.fspath(path) for path in files]
-        summaries = [cache.summarize_source(path, folder) for path in paths]
-        tasks = tasks_lib.from_files(
-            paths, [summary.examples for summary in summaries], text_format
-        )
-        drawn = mixtures.Mixture(tuple(task.name for task in tasks))
+        tasks, drawn = tasks_of_files(files, text_format, folder)
     else:
         tasks, drawn = mixtures.resolve(mixture, prepared_dir)
     text_format = tasks_lib.complete_text_format(text_format, tasks)
@@ -72,3 +67,21 @@ def select(
         sources.append(tuple(source.sha256 for source in found))
         keys.append(cache.key(task, found, text_format, vocabulary))
     return Selection(tuple(sized), drawn, text_format, tuple(sources), tuple(keys))
+
+
+def tasks_of_files(
+    files: Sequence[str | os.PathLike],
+    text_format: text.TextFormat,
+    cache_dir: pathlib.Path,
+) -> tuple[tuple[tasks_lib.Task, ...], mixtures.Mixture]:
+    """Returns the tasks of a user's own files, and their mixture by size.
+
+    Raises:
+        ValueError: A file is missing, empty or holds a bad line.
+    """
+    paths = [os.fspath(path) for path in files]
+    summaries = [cache.summarize_source(path, cache_dir) for path in paths]
+    tasks = tasks_lib.from_files(
+        paths, [summary.examples for summary in summaries], text_format
+    )
+    return tasks, mixtures.Mixture(tuple(task.name for task in tasks))

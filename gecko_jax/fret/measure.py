@@ -71,7 +71,16 @@ def plan(
         ValueError: Nothing is held out to ask about, or the model does not answer.
     """
     budget = budget or run.open_budget(config)
-    source = run.prepare(config, workdir, budget, connect or run.open_model)
+    with run.prepare(config, workdir, budget, connect or run.open_model) as source:
+        return _plan(config, source, sample, budget)
+
+
+def _plan(
+    config: ml_collections.ConfigDict,
+    source: pipeline.Source,
+    sample: int,
+    budget: requests.Budget,
+) -> Plan:
     passes = run.main_pipeline(source)
     seeds = sum(map(len, passes.shards))
     chosen = _held_out(config, source)[:sample]
@@ -169,11 +178,11 @@ def calibrate(
         requests.BudgetError: The limit is reached; what was answered is kept.
     """
     budget = budget or run.open_budget(config)
-    source = run.prepare(config, workdir, budget, connect or run.open_model)
-    _held_out(config, source)
-    passes = run.calibration_pipeline(source)
-    passes.run("relevance")
-    return read_calibration(passes)
+    with run.prepare(config, workdir, budget, connect or run.open_model) as source:
+        _held_out(config, source)
+        passes = run.calibration_pipeline(source)
+        passes.run("relevance")
+        return read_calibration(passes)
 
 
 def read_calibration(passes: pipeline.Pipeline) -> Calibration:

@@ -15,10 +15,10 @@ from typing import Any
 
 import ml_collections
 
+from gecko_jax import contamination as contamination_lib
 from gecko_jax import progress
 from gecko_jax.fret import (
     llm,
-    passages,
     records,
     requests,
     retrieval,
@@ -28,8 +28,8 @@ from gecko_jax.fret import (
 
 # Raised whenever what a stage writes for the same input changes.
 CODE_VERSION = {
-    "passages": 1,
-    "generate": 1,
+    "passages": 2,
+    "generate": 2,
     "embed": 1,
     "retrieve": 1,
     "likelihood": 1,
@@ -59,14 +59,17 @@ class Step:
 
 
 class Source:
-    """What every pipeline of a run shares: passages, prompts, model, retriever."""
+    """What every pipeline of a run shares: passages, prompts, model, retriever.
+
+    A context manager, which lets go of the model.
+    """
 
     def __init__(
         self,
         config: ml_collections.ConfigDict,
         workdir: pathlib.Path,
         stage: records.Stage,
-        contamination: passages.Contamination,
+        contamination: contamination_lib.Contamination,
         model_facts: dict[str, Any],
         connect: Callable[[], llm.CachedModel],
     ):
@@ -96,6 +99,13 @@ class Source:
                 "dim": config.retrieve.dim,
             }
             self.embed = records.Stage(workdir, "embed", facts, ".npy")
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._model is not None:
+            self._model.close()
 
     @property
     def model(self) -> llm.CachedModel:
