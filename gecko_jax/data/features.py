@@ -206,10 +206,10 @@ def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Ro
     """
     length = shape.row_length(side)
     if shape.packing:
-        present = [number for number, text in enumerate(texts) if text is not None]
-        sizes = [len(texts[number]) for number in present]
+        present = [(n, len(text)) for n, text in enumerate(texts) if text is not None]
+        sizes = [size for _, size in present]
         members = [
-            [present[position] for position in row.positions]
+            [present[position][0] for position in row.positions]
             for row in packing.pack(sizes, length, shape.num_segments)
         ]
     else:
