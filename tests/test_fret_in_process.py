@@ -8,7 +8,7 @@ import random
 import pytest
 import tiny_decoder
 
-from gecko_jax import flags
+from gecko_jax import flags, sharding
 from gecko_jax.fret import decoder_files, in_process, llm, local, requests
 from gecko_jax.fret import run as run_lib
 
@@ -53,7 +53,10 @@ WORDS = ("cat", "hat", "the", "wall", "glass", "river", "stone", "honey", "night
 
 @pytest.fixture(scope="module", autouse=True)
 def _words():
-    """Reads what is drawn as words: random parameters write none."""
+    """Reads what is drawn as words: random parameters write none.
+
+    One device is enough: `test_fret_local` compares eight with one.
+    """
 
     def complete(self, tokens, stop):
         text = " ".join(WORDS[token % 9] for token in tokens[:3].tolist())
@@ -61,6 +64,7 @@ def _words():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local.LocalModel, "_complete", complete)
+        patch.setattr(sharding, "build_mesh", lambda tensor: tiny_decoder.mesh())
         yield
 
 
