@@ -109,7 +109,10 @@ def average(
     seen = _Cosines(len(opened))
     params = {
         leaf: _combine(
-            [_tensor(of_model[leaf]) for of_model in flat], shares, method, seen
+            [tensors.as_tensor(of_model[leaf]) for of_model in flat],
+            shares,
+            method,
+            seen,
         )
         for leaf in flat[0]
     }
@@ -258,10 +261,6 @@ def _provenance(
     if len(starts) == 1 and starts != {None}:
         found["started_from"] = starts.pop()
     return found
-
-
-def _tensor(leaf: Any) -> tensors.Tensor:
-    return leaf if isinstance(leaf, tensors.Tensor) else tensors.from_array(leaf)
 
 
 class _Cosines:

@@ -211,8 +211,11 @@ def contrastive_loss(
 
     spread = None
     if spread_weight:
-        both = [compare(side, side, duplicates) for side in (queries, positives)]
-        spread = sum(side.squares / jnp.maximum(side.number, 1.0) for side in both)
+        of_queries, of_positives = (
+            compare(side, side, duplicates) for side in (queries, positives)
+        )
+        spread = of_queries.squares / jnp.maximum(of_queries.number, 1.0)
+        spread += of_positives.squares / jnp.maximum(of_positives.number, 1.0)
         loss += spread_weight * spread
 
     best = functools.reduce(jnp.maximum, best_other)

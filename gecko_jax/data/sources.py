@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_jsonl(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    opener = gzip.open if path.name.endswith(".gz") else (lambda file, mode: file)
+    opener: Any = gzip.open if path.name.endswith(".gz") else (lambda file, mode: file)
     number = 0
     try:
         with path.open("rb") as raw, opener(raw, "rb") as lines:
