@@ -211,8 +211,10 @@ def contrastive_loss(
 
     spread = None
     if spread_weight:
-        both = [compare(side, side, duplicates) for side in (queries, positives)]
-        spread = sum(side.squares / jnp.maximum(side.number, 1.0) for side in both)
+        spread = jnp.zeros_like(own)
+        for side in (queries, positives):
+            pairs = compare(side, side, duplicates)
+            spread += pairs.squares / jnp.maximum(pairs.number, 1.0)
         loss += spread_weight * spread
 
     best = functools.reduce(jnp.maximum, best_other)
