@@ -109,7 +109,10 @@ def average(
     seen = _Cosines(len(opened))
     params = {
         leaf: _combine(
-            [_tensor(of_model[leaf]) for of_model in flat], shares, method, seen
+            [tensors.as_tensor(of_model[leaf]) for of_model in flat],
+            shares,
+            method,
+            seen,
         )
         for leaf in flat[0]
     }
@@ -153,7 +156,7 @@ def _open(
                 f"steps={','.join(map(str, steps))}: chooses checkpoints of one run, "
                 f"and {len(sources)} models are named; leave it out"
             )
-        return [(source, _open_newest(source)) for source in sources]
+        return [(source, formats.open_model(source)) for source in sources]
     (source,) = sources
     there = checkpoints.all_steps(source)
     if not there:
@@ -168,13 +171,6 @@ def _open(
             f"{', '.join(map(str, there))}, or train with a larger checkpoint.keep"
         )
     return [(source, model_folder.open_step(source, step)) for step in chosen]
-
-
-def _open_newest(source: str) -> model_folder.ModelFiles:
-    newest = checkpoints.latest_step(source)
-    if newest is not None:
-        return model_folder.open_step(source, newest)
-    return formats.open_model(source)
 
 
 def _refuse_twice(opened: Sequence[tuple[str, model_folder.ModelFiles]]) -> None:
@@ -258,10 +254,6 @@ def _provenance(
     if len(starts) == 1 and starts != {None}:
         found["started_from"] = starts.pop()
     return found
-
-
-def _tensor(leaf: Any) -> tensors.Tensor:
-    return leaf if isinstance(leaf, tensors.Tensor) else tensors.from_array(leaf)
 
 
 class _Cosines:
