@@ -22,6 +22,7 @@ import json
 import logging
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -146,6 +147,8 @@ def main() -> None:
     if options.worker:
         make_row(options.worker, int(options.seeds), options)
         return
+    # So that the worker ends with us: `subprocess.run` kills it when this is raised.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     names = GROUPS.get(options.rows) or tuple(options.rows.split(","))
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"--rows: {unknown[0]} is none of {', '.join(ROWS)}")

@@ -46,11 +46,12 @@ def write(
     parts = [_HEAD]
     for data in dict.fromkeys(row["data"] for row in made):
         for group, names in groups.items():
-            for steps, batch in dict.fromkeys(
+            trained_by = dict.fromkeys(
                 (tuple(row["steps"]), row["batch_size"])
                 for row in made
                 if row["data"] == data and row["seed"] is not None
-            ):
+            )
+            for steps, batch in trained_by or {((), 0): None}:
                 lines = [
                     (name, found)
                     for name in names
@@ -59,9 +60,10 @@ def write(
                 trained = sum(found[0]["seed"] is not None for _, found in lines)
                 if group == "ablations" and trained < 2:
                     continue
-                title = f"\n## {group.capitalize()} on `{data}`: "
-                title += f"{steps[0]:,} + {steps[1]:,} steps of {batch}\n"
-                parts += [title, *_table(lines, rows)]
+                title = f"\n## {group.capitalize()} on `{data}`"
+                if steps:
+                    title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
+                parts += [title + "\n", *_table(lines, rows)]
     with files.write_file(path) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
 

@@ -156,7 +156,7 @@ def _open(
                 f"steps={','.join(map(str, steps))}: chooses checkpoints of one run, "
                 f"and {len(sources)} models are named; leave it out"
             )
-        return [(source, _open_newest(source)) for source in sources]
+        return [(source, formats.open_model(source)) for source in sources]
     (source,) = sources
     there = checkpoints.all_steps(source)
     if not there:
@@ -171,13 +171,6 @@ def _open(
             f"{', '.join(map(str, there))}, or train with a larger checkpoint.keep"
         )
     return [(source, model_folder.open_step(source, step)) for step in chosen]
-
-
-def _open_newest(source: str) -> model_folder.ModelFiles:
-    newest = checkpoints.latest_step(source)
-    if newest is not None:
-        return model_folder.open_step(source, newest)
-    return formats.open_model(source)
 
 
 def _refuse_twice(opened: Sequence[tuple[str, model_folder.ModelFiles]]) -> None:

@@ -211,11 +211,10 @@ def contrastive_loss(
 
     spread = None
     if spread_weight:
-        of_queries, of_positives = (
-            compare(side, side, duplicates) for side in (queries, positives)
-        )
-        spread = of_queries.squares / jnp.maximum(of_queries.number, 1.0)
-        spread += of_positives.squares / jnp.maximum(of_positives.number, 1.0)
+        spread = jnp.zeros_like(own)
+        for side in (queries, positives):
+            pairs = compare(side, side, duplicates)
+            spread += pairs.squares / jnp.maximum(pairs.number, 1.0)
         loss += spread_weight * spread
 
     best = functools.reduce(jnp.maximum, best_other)

@@ -281,7 +281,7 @@ def test_what_cannot_be_averaged_is_refused(models, workdir, tmp_path):
 def test_a_folder_of_something_else_stays(models, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not a model folder"):
+    with pytest.raises(ValueError, match="not an earlier export"):
         averaging.average(models[0], tmp_path / "notes")
     assert [child.name for child in (tmp_path / "notes").iterdir()] == ["mine.txt"]
 
