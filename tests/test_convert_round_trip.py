@@ -304,9 +304,12 @@ def test_each_end_of_the_chain_gives_the_vectors_of_the_other_loader(kind, tmp_p
     ours = gecko_jax.load(tmp_path / "c").encode_queries(TEXTS)
     opened = SentenceTransformer(str(st), device="cpu")
     opened.max_seq_length = 40
-    for loader in filter(None, (opened, theirs)):
-        found = embedding.cut(loader.encode(TEXTS), ours.shape[1])
-        assert np.sum(ours * found, axis=1).min() >= 0.99999
+    found = embedding.cut(opened.encode(TEXTS), ours.shape[1])
+    assert np.sum(ours * found, axis=1).min() >= 0.99999
+    if theirs is not None:
+        # Their tokenizer, made of `spiece.model` alone, knows no pieces for bytes.
+        found = embedding.cut(theirs.encode(TEXTS[:-1]), ours.shape[1])
+        assert np.sum(ours[:-1] * found, axis=1).min() >= 0.99999
 
 
 @pytest.mark.parametrize("form", ["gecko", "sentence-transformers", "t5x", "onnx"])
