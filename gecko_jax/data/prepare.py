@@ -109,7 +109,7 @@ def prepare(
             target, found["examples"], found["dropped"], found["without_negative"]
         )
     work = target.with_name(f".{task.name}.work")
-    _claim(work, facts)
+    _claim(work, facts | {"files": sources.stamps(location)})
     num_parts, dropped = _write_pairs(task, location, work, tfds_data_dir, part)
     if not num_parts:
         reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items())
@@ -159,8 +159,8 @@ def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
     if note.exists():
         if json.loads(note.read_text()) != facts:
             raise ValueError(
-                f"{work}: was begun from another source or by other settings; delete "
-                "it and run again"
+                f"{work}: was begun from another source, or by other settings, or the "
+                "source has changed since; delete it and run again"
             )
         return
     with files.write_file(note) as temporary:

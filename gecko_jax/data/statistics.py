@@ -241,7 +241,8 @@ def _padding(
         num_drawn = 1 if one_task_per_batch else batch_size
         chosen = np.resize(draw.choice(len(sampled), num_drawn, p=rates), batch_size)
         examples = [
-            sampled[n][int(draw.integers(len(sampled[n])))] for n in chosen.tolist()
+            sampled[task][int(draw.integers(len(sampled[task])))]
+            for task in chosen.tolist()
         ]
         for packing in (False, True):
             batch = features.convert(
