@@ -15,6 +15,7 @@ from gecko_jax import flags, text, vocabulary, workdir
 from gecko_jax.data import (
     cache,
     formatting,
+    jsonl,
     load_seqio,
     mining,
     mixtures,
@@ -253,7 +254,7 @@ print(digest.hexdigest())
 """
     command = [sys.executable, "-c", program]
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
     digest = hashlib.sha256()
     for batch in open_batches().iterate(5, 9):
@@ -287,7 +288,7 @@ def test_a_changed_mixture_is_named(open_batches, pairs, tmp_path):
         "task code.examples: was 12, is 11",
         "task code.rate: was 12",
         "task code.sources: was",
-        "task docs.format.query: was 'task: search result",
+        "task docs.format.task_description: was 'search result'",
     ):
         assert fact in message
 
@@ -338,6 +339,15 @@ def test_cut_off_cache_is_never_taken_for_whole(
     info.write_text(json.dumps({"num_examples": 99}))
     with pytest.raises(ValueError, match="of 99 examples; delete the folder"):
         open_batches(files=(path,), cache_dir=tmp_path)
+    info.write_text("{}")
+    with pytest.raises(ValueError, match=r"no num_examples.*delete the folder"):
+        open_batches(files=(path,), cache_dir=tmp_path)
+    (note,) = tmp_path.glob("sources/*.json")
+    summary = note.read_text()
+    note.write_text("3")
+    with pytest.raises(ValueError, match="a number, not an object; delete it"):
+        open_batches(files=(path,), cache_dir=tmp_path)
+    note.write_text(summary)
     shutil.rmtree(info.parent)
     rebuilt = open_batches(files=(path,), cache_dir=tmp_path)
     assert_same(whole.batch(1), rebuilt.batch(1))
@@ -436,13 +446,16 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
     import tensorflow as tf
 
     text_format = text.TextFormat(
-        task_descriptions={"qa": "question answering"},
+        task_descriptions={"qa": "question answering", "docs": "search result"},
         symmetric_tasks=("qa",) if symmetric else (),
     )
     forms = formatting.templates(text_format, "qa")
+    # The last is the name of a task, and stands for itself all the same.
+    own = ["", "fact checking", "docs"]
     dataset = tf.data.Dataset.from_tensor_slices(
         {
             "query": [text.clean(body) for body, _ in TRICKY],
+            "task_description": own,
             "positive": [text.clean(body) for body, _ in TRICKY],
             "title": [" ".join(title.split()) for _, title in TRICKY],
             "negatives": [["wrong", "bad"]] * 3,
@@ -450,16 +463,51 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
         }
     )
     got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
-    for record, (body, title) in zip(got, TRICKY, strict=True):
-        query = text_format.format_query(body, "qa")
-        passage = text_format.format_passage(body, title)
+    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
+        said = said or "question answering"
+        query = f"task: {said} | query: {text.clean(body)}"
+        passage = query if symmetric else text_format.format_passage(body, title)
         assert record["query"].decode() == query
-        assert record["positive"].decode() == (query if symmetric else passage)
+        assert record["positive"].decode() == passage
     golden = [b"title: none | text: wrong", b"title: T | text: bad"]
     if symmetric:
         golden = [b"task: question answering | query: " + n for n in (b"wrong", b"bad")]
     assert got[0]["negatives"].tolist() == golden
     assert got[0].keys() == {"query", "positive", "negatives"}
+    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
+        line = {"task": "x", "query": body, "positive": body, "title": title}
+        line |= {"negatives": ["wrong", "bad"], "negative_titles": ["", "T"]}
+        pair = jsonl.parse("here", {**line, "task_description": f" {said} "})
+        query, positive, negatives = formatting.write(text_format, "qa", pair)
+        assert query == record["query"].decode()
+        assert positive == record["positive"].decode()
+        assert [n.encode() for n in negatives] == record["negatives"].tolist()
+
+
+def test_a_line_may_have_a_task_description_of_its_own(open_batches, tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {
+            "task": "fret",
+            "query": "q one",
+            "positive": "p",
+            "task_description": "facts",
+        },
+        {"task": "fret", "query": "q two", "positive": "p"},
+        {"task": "fret", "query": "q three", "positive": "p", "task_description": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    text_format = text.TextFormat(task_descriptions={"fret": "search result"})
+    batches = open_batches(
+        files=(path,), text_format=text_format, batch_size=3, query_length=64
+    )
+    assert set(query_texts(batches, batches.batch(0))) == {
+        "task: facts | query: q one",
+        "task: search result | query: q two",
+        "task: search result | query: q three",
+    }
+    examples = pipeline.summarize(batches)["tasks"][0]["examples"]
+    assert examples[0]["query"] == "task: facts | query: q one"
 
 
 def test_quickstart_is_a_seqio_mixture():

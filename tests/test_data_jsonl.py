@@ -24,11 +24,13 @@ def test_golden_example(tmp_path):
         "negatives": ["reverse()", "append()"],
         "negative_titles": ["Lists", ""],
         "negative_group": 3,
+        "task_description": "search result",
         "licence": "passed over",
     }
     (pair,) = jsonl.read_pairs(write(tmp_path / "a.jsonl", record))
     assert pair == jsonl.Pair(
         task="docs",
+        task_description="search result",
         query="sort a list",
         positive="sorted() returns",
         title="Sorting",

@@ -1,5 +1,6 @@
 """The recipe: golden examples, every source, every set, every mixture, bad inputs."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from gecko_jax import cli, text
 from gecko_jax.data import (
     classification,
     jsonl,
@@ -152,6 +154,171 @@ def test_golden_examples(preprocessor, record, line):
     assert split(preprocessor([record])) == ([line], [])
 
 
+EMPTY = {"docid": "3#0", "title": "C", "text": " "}
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "record", "positives", "reasons"),
+    [
+        # Sentences come in the page's order, and marks of titles are read.
+        (
+            preprocessors.fact_verification,
+            {**FEVER, "evidence": [["A-COLON-B", 7, "two."], ["A-COLON-B", 2, "one."]]},
+            [("A:B", "one. two.")],
+            [],
+        ),
+        (
+            preprocessors.fact_verification,
+            {**FEVER, "evidence": [["A", 1, " "], [None, 2, "x"]]},
+            [],
+            ["no evidence"],
+        ),
+        (
+            preprocessors.fact_verification,
+            {**FEVER, "label": "NOT ENOUGH INFO"},
+            [],
+            ["no evidence"],
+        ),
+        (preprocessors.multiple_choice, {**MEDMCQA, "cop": -1}, [], ["no answer"]),
+        (preprocessors.multiple_choice, {**MEDMCQA, "opb": ""}, [], ["empty text"]),
+        (
+            preprocessors.multiple_choice,
+            {**MEDMCQA, "exp": None, "opa": "Pancreas", "opd": ""},
+            [(None, "Pancreas")],
+            [],
+        ),
+        (
+            preprocessors.multi_hop,
+            {**HOTPOT, "supporting_facts": {"title": ["Z"]}},
+            [],
+            ["no positive"],
+        ),
+        (
+            preprocessors.natural_questions,
+            {
+                **NATURAL,
+                "annotations": {"long_answer": {"start_token": [-1], "end_token": [3]}},
+            },
+            [],
+            ["no long answer"],
+        ),
+        (
+            preprocessors.natural_questions,
+            {
+                **NATURAL,
+                "annotations": {"long_answer": {"start_token": [3], "end_token": [4]}},
+            },
+            [],
+            ["empty text"],
+        ),
+        (
+            preprocessors.passage_lists,
+            {**MIRACL, "positive_passages": []},
+            [],
+            ["no positive"],
+        ),
+        (preprocessors.passage_lists, {**MIRACL, "query": " "}, [], ["empty text"]),
+        (
+            preprocessors.passage_lists,
+            {
+                **MIRACL,
+                "positive_passages": [EMPTY, MIRACL["positive_passages"][0]],
+                "negative_passages": [EMPTY, *MIRACL["negative_passages"]],
+            },
+            [("A", "a")],
+            ["empty text"],
+        ),
+    ],
+)
+def test_what_is_left_out_has_a_reason(preprocessor, record, positives, reasons):
+    lines, dropped = split(preprocessor([record]))
+    assert [(line.get("title"), line["positive"]) for line in lines] == positives
+    assert dropped == reasons
+    for line in lines:
+        wrong = {
+            preprocessors.multiple_choice: ["Spleen"],
+            preprocessors.passage_lists: ["b"],
+        }
+        assert line.get("negatives") == wrong.get(preprocessor)
+
+
+def test_nli_without_entailment_is_left_out():
+    _, dropped = split(preprocessors.nli([NLI[1], {**NLI[0], "hypothesis": ""}]))
+    assert dropped == ["empty text", "no entailment of this premise"]
+
+
+def test_classification_leaves_out_what_has_no_partner():
+    records = [
+        *LABELLED,
+        {"text": "dull", "label": 1},
+        {"text": "so so", "label": 2},
+        {"text": "unknown", "label": -1},
+        {"text": "unsaid", "label": None},
+        {"text": " ", "label": 1},
+    ]
+    lines, dropped = split(classification.triples(records))
+    assert len(lines) == 4
+    assert dropped == [
+        "duplicate text",
+        "no label",
+        "no label",
+        "empty text",
+        "only text of its label",
+    ]
+    with pytest.raises(ValueError, match=r"score 1\.5 is out of range"):
+        list(
+            classification.threshold(
+                [{"t": "a", "s": 1.5}], text="t", score="s", low=0.0, high=1.0
+            )
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_text_is_its_own_positive(seed):
+    lines, _ = split(classification.triples(LABELLED, seed=seed))
+    assert all(line["query"] != line["positive"] for line in lines)
+
+
+def test_toxicity_needs_a_clear_score():
+    scores = {"a": 0.0, "b": 0.0, "c": 0.9, "d": 0.5, "e": 0.2}
+    records = [{"text": name, "toxicity": score} for name, score in scores.items()]
+    lines, dropped = split(TABLE["civil_comments_toxicity"].preprocessor(records))
+    assert {line["query"] for line in lines} == {"a", "b", "c", "d"}
+    assert dropped == ["no label"]
+
+
+def test_descriptions_given_beforehand_stay():
+    found = tasks.complete_text_format(
+        text.TextFormat(task_descriptions={"snli": "given"}), tasks.TASKS
+    )
+    assert found.describe("snli") == "given"
+    assert found.describe("mnli") == "semantic similarity"
+    assert (
+        found.describe("docs") == found.describe("quickstart_docs") == "search result"
+    )
+    assert found.is_symmetric("snli")
+    assert not found.is_symmetric("fever")
+    (row,) = tasks.from_files(["a", "b"], [{}, {"snli": 3}], found)
+    assert (row.files, row.num_examples, row.symmetric) == (("b",), 3, True)
+    assert row.task_description == "given"
+
+
+def test_shares_and_temperature_are_honoured():
+    drawn = mixtures.Mixture(("a", "b"), {"a": 1.0, "b": 3.0})
+    assert drawn.rates(["b", "a"], [5, 5]) == [3.0, 1.0]
+    with pytest.raises(ValueError, match="temperature 0: must be above 0"):
+        mixtures.Mixture(("a",), temperature=0.0).rates(["a"], [1])
+
+
+def test_half_prepared_sets_have_no_files(tmp_path):
+    folder = tmp_path / "fever"
+    folder.mkdir()
+    (folder / "part-00000.jsonl.gz").write_bytes(b"")
+    assert not mixtures.locate(TABLE["fever"], tmp_path).files
+    (folder / "prepared.json").write_text("{}")
+    assert len(mixtures.locate(TABLE["fever"], tmp_path).files) == 1
+
+
 def test_several_positives_share_their_negatives():
     lines, _ = split(preprocessors.passage_lists([MIRACL]))
     assert [line["positive"] for line in lines] == ["a", "aa"]
@@ -254,6 +421,26 @@ def test_every_set_of_files_is_prepared(tmp_path, name):
     assert again == summary
 
 
+def test_a_set_gets_as_many_negatives_as_are_asked_for(tmp_path):
+    words = ("lizard", "gecko", "snake", "bird")
+    records = [
+        {"question": f"animal named {w}", "answer": f"a {w} is an animal that moves"}
+        for w in words
+    ]
+    task = dataclasses.replace(TABLE["gooaq"], mine=True)
+    source = write_source(tmp_path, task.source, records)
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare.prepare(task, one, source=source)
+    prepare.prepare(task, two, source=source, negatives=2)
+    for folder, wanted in ((one, 1), (two, 2)):
+        located = mixtures.locate(task, folder)
+        pairs = [p for path in located.files for p in jsonl.read_pairs(path)]
+        mined = [len(pair.negatives) for pair in pairs]
+        assert mined == [wanted] * 4
+    with pytest.raises(ValueError, match="by other settings"):
+        prepare.prepare(task, one, source=source, negatives=2)
+
+
 @pytest.mark.parametrize(
     "name", [n for n, t in TABLE.items() if t.source.startswith("tfds:")]
 )
@@ -307,24 +494,30 @@ def test_every_tfds_set_is_prepared(tmp_path, name, monkeypatch):
     assert len(list(summary.folder.glob("part-*"))) == -(-summary.examples // 3)
 
 
-def test_interrupted_preparation_goes_on(tmp_path, monkeypatch):
-    task = TABLE["gooaq"]
-    records = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(10)]
-    source = write_source(tmp_path, "parquet", records)
-    write, calls = prepare._write, []
+@pytest.mark.parametrize("stop", [3, 6])
+def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, stop):
+    task = TABLE["fever"]
+    records = [
+        {**FEVER, "claim": f"q {n}", "evidence": [[f"P{n % 5}", 0, f"a q {n % 7}"]]}
+        for n in range(10)
+    ]
+    source = write_source(tmp_path, "jsonl", records)
+    write, calls = prepare.mining.write_lines, []
 
     def fail(path, lines):
         calls.append(path)
-        if len(calls) == 3:
+        if len(calls) == stop:
             raise KeyboardInterrupt
         write(path, lines)
 
-    monkeypatch.setattr(prepare, "_write", fail)
+    monkeypatch.setattr(prepare.mining, "write_lines", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(task, tmp_path / "a", source=source, part=3)
     assert not mixtures.locate(task, tmp_path / "a").files
     summary = prepare.prepare(task, tmp_path / "a", source=source, part=3)
-    assert len(calls) == 3 + 2  # The two parts that were there are not written again.
+    # Four parts are read and four are mined: what was there is not written again.
+    assert len(calls) == 4 + 4 + 1
+    monkeypatch.undo()
     whole = prepare.prepare(task, tmp_path / "b", source=source, part=3)
     assert summary.dropped == whole.dropped
     for one, other in zip(
@@ -333,6 +526,22 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch):
         strict=True,
     ):
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_source_that_changed_meanwhile_is_refused(tmp_path, monkeypatch):
+    task, target = TABLE["gooaq"], tmp_path / "p"
+    records = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
+    source = write_source(tmp_path, "parquet", records)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.mining, "extend", None)
+        with pytest.raises(TypeError):
+            prepare.prepare(task, target, source=source, part=3)
+    write_source(tmp_path, "parquet", [{"question": "q", "answer": "other"}] * 4)
+    with pytest.raises(ValueError, match="the source has changed since"):
+        prepare.prepare(task, target, source=source, part=3)
+    folder = beir_folder(tmp_path / "beir")
+    assert sources.stamps(folder)[f"{folder}/qrels/train.tsv"][0] == 38
+    assert sources.stamps("tfds:snli:train") == {}
 
 
 def test_restricted_licence_must_be_accepted(tmp_path):
@@ -365,31 +574,121 @@ def test_drops_are_counted_and_empty_sets_refused(tmp_path):
         )
 
 
-def test_mined_negatives_fill_what_is_missing(tmp_path):
+def test_negatives_are_mined_from_the_whole_source(tmp_path):
     evidence = [
         {**FEVER, "claim": "Honey of bees", "evidence": [["A", 0, "Honey is food"]]},
-        {**FEVER, "claim": "Bees fly", "evidence": [["B", 0, "Bees make honey"]]},
+        {**FEVER, "claim": "Sea of salt", "evidence": [["C", 0, "Salty water"]]},
+        {**FEVER, "claim": "Bees make food", "evidence": [["B", 0, "Bees make honey"]]},
+        {**FEVER, "claim": "A word alone", "evidence": [["D", 0, "Xyzzy"]]},
     ]
     source = write_source(tmp_path, "jsonl", evidence)
-    summary = prepare.prepare(TABLE["fever"], tmp_path / "p", source=source)
-    (path,) = summary.folder.glob("part-*")
-    first, _ = jsonl.read_pairs(path)
-    assert first.negatives == ("Bees make honey",)
+    for part in (1, 2, 9):
+        target = tmp_path / f"p{part}"
+        summary = prepare.prepare(TABLE["fever"], target, source=source, part=part)
+        assert (summary.examples, summary.without_negative) == (4, 2)
+        lines = [
+            pair
+            for path in mixtures.locate(TABLE["fever"], target).files
+            for pair in jsonl.read_pairs(path)
+        ]
+        assert [pair.negatives for pair in lines] == [
+            ("Bees make honey",),
+            (),
+            ("Honey is food",),
+            (),
+        ]
+        assert lines[0].negative_titles == ("B",)
+        names = {path.name for path in summary.folder.iterdir()}
+        assert names == {
+            "prepared.json",
+            *(f"part-{n:05}.jsonl.gz" for n in range(-(-4 // part))),
+        }
 
 
-def test_beir_folder_is_joined(tmp_path):
-    (tmp_path / "qrels").mkdir()
-    (tmp_path / "corpus.jsonl").write_text(
-        '{"_id": "d1", "title": "A", "text": "a"}\n{"_id": "d2", "text": "b"}'
+def write_lines(path, *records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def beir_folder(folder, corpus=(), queries=(), judged=()):
+    """A sound folder of one query and two passages, and what is added to it."""
+    write_lines(
+        folder / "corpus.jsonl",
+        {"_id": "d1", "title": "A", "text": "a"},
+        {"_id": "d2", "text": "b"},
+        *corpus,
     )
-    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "who"}')
-    qrels = tmp_path / "qrels" / "train.tsv"
-    qrels.write_text("query-id\tcorpus-id\tscore\nq\td1\t1\nq\td2\t0\n")
-    lines, _ = split(preprocessors.passage_lists(sources.read(str(tmp_path))))
-    assert [(line["positive"], line["negatives"]) for line in lines] == [("a", ["b"])]
-    qrels.write_text("query-id\tcorpus-id\tscore\nq\td9\t1\n")
-    with pytest.raises(ValueError, match="'d9' is not in the corpus"):
-        list(sources.read(str(tmp_path)))
+    write_lines(folder / "queries.jsonl", {"_id": "q", "text": "who"}, *queries)
+    (folder / "qrels").mkdir(exist_ok=True)
+    rows = ["query-id\tcorpus-id\tscore", "q\td1\t1", "q\td2\t0", *judged]
+    (folder / "qrels" / "train.tsv").write_text("\n".join(rows))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (
+            {"corpus": [{"_id": "d1", "text": "other"}]},
+            "corpus.jsonl:3: _id 'd1' was given before, at {}/corpus.jsonl:1",
+        ),
+        (
+            {"queries": [{"_id": "q", "text": "who"}]},
+            "queries.jsonl:2: _id 'q' was given before, at {}/queries.jsonl:1",
+        ),
+        (
+            {"judged": ["q\td1\t0"]},
+            "train.tsv:4: query 'q' and passage 'd1' were judged before, at "
+            "{}/qrels/train.tsv:2",
+        ),
+        ({"judged": ["q\td3\thigh"]}, "train.tsv:4: score 'high' is not a number"),
+        ({"judged": ["q d3 1"]}, "train.tsv:4: 1 columns"),
+        ({"judged": ["q\td9\t1"]}, "train.tsv:4: passage 'd9' is not in the corpus"),
+        ({"corpus": [{"text": "a"}]}, "corpus.jsonl:3: no field '_id' (it has text)"),
+        (
+            {"corpus": [{"_id": "d3"}], "judged": ["q\td3\t1"]},
+            "corpus.jsonl:3: no field 'text'",
+        ),
+        (
+            {"queries": [{"_id": "r"}], "judged": ["r\td1\t1"]},
+            "queries.jsonl:2: no field 'text'",
+        ),
+    ],
+)
+def test_bad_beir_folders_are_named(tmp_path, added, message):
+    folder = beir_folder(tmp_path, **added)
+    with pytest.raises(ValueError, match=re.escape(message.format(tmp_path))):
+        list(sources.read(folder))
+
+
+@pytest.mark.parametrize("name", ["id", "_id"])
+def test_an_id_may_come_once_in_a_source(tmp_path, name):
+    one, two = {name: 7, "question": "q"}, {name: 8, "question": "q"}
+    write_lines(tmp_path / "a.jsonl", one, {"question": "has none"}, two)
+    last = write_lines(tmp_path / "b.jsonl", {"question": "has none"}, {name: "7"})
+    message = f"{last}:2: {name} '7' was given before, at {tmp_path}/a.jsonl:1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(sources.read(f"{tmp_path}/*.jsonl"))
+    assert len(list(sources.read(str(tmp_path / "a.jsonl")))) == 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tfrecord", "arrayrecord", "jsonl.gz"])
+def test_a_damaged_file_is_named(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(
+        gzip.compress(b'{"a": 1}\n' * 9)[:-9] if "gz" in kind else b"\0" * 50
+    )
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*not a whole"):
+        list(sources.read(f"{kind.removesuffix('.gz')}:{path}"))
+
+
+@pytest.mark.parametrize("line", ['{"a": ', "[1]", "9" * 5000, "[" * 9999, "\xff"])
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:2: "):
+        list(sources.read(str(path)))
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
@@ -441,6 +740,8 @@ _ANY = strategies.text(strategies.characters(exclude_categories=()))
 
 
 @hypothesis.given(_ANY, _ANY)
+@hypothesis.example("half \ud800", "whole")
+@hypothesis.example("whole", "half \udfff")
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_any_text_survives_or_is_left_out(query, positive):
     lines, dropped = split(
@@ -457,3 +758,66 @@ def test_any_text_survives_or_is_left_out(query, positive):
         else:
             pair = jsonl.parse("here", written)
             assert (pair.query, pair.positive) == (line["query"], line["positive"])
+
+
+def cli_prepare(capsys, *arguments):
+    status = cli.main(["data", "prepare", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "message"),
+    [
+        ("gooaq", [{"question": "q"}], "record 1: a record has no field 'answer' (it"),
+        (
+            "medmcqa",
+            [MEDMCQA, {**MEDMCQA, "cop": 4}],
+            "record 2: label 4 is out of range",
+        ),
+        ("medmcqa", [{**MEDMCQA, "cop": "b"}], "record 1: "),
+        ("fever", [{**FEVER, "label": "MAYBE"}], "record 1: label 'MAYBE' is out of"),
+        ("fever", [{**FEVER, "evidence": [["A", 0]]}], "record 1: "),
+        ("fever", [{**FEVER, "evidence": 3}], "record 1: "),
+        ("fever", [{**FEVER, "claim": 3}], "record 1: field 'claim' is a int"),
+        ("fever", [{**FEVER, "id": 3}] * 2, "train.jsonl.gz:2: id 3 was given before"),
+        (
+            "hotpotqa",
+            [{**HOTPOT, "context": {"x": 1}}],
+            "record 1: a record has no field",
+        ),
+        ("miracl_en", [{**MIRACL, "positive_passages": ["a"]}], "record 1: "),
+        ("fever", [{**FEVER, "label": "NOT ENOUGH INFO"}], "(left out: 1 no evidence)"),
+        ("fever", [], "gives no example; check the split"),
+    ],
+)
+def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
+    source = write_source(tmp_path, TABLE[name].source, records)
+    target = tmp_path / "prepared"
+    status, printed = cli_prepare(
+        capsys, name, f"--source={source}", f"--prepared-dir={target}"
+    )
+    assert status == 1
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    # What was begun is hidden, and no set is there.
+    assert not mixtures.locate(TABLE[name], target).files
+    assert all(path.name.startswith(".") for path in target.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imdb_sentiment"], "its licence is restricted (IMDb's"),
+        (["fever"], "give its files, as jsonl, with --source=PATH"),
+        (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
+        (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
+        (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
+        (["quickstart_docs"], "lies ready as JSONL"),
+        (["nothing"], "nothing: is no set of the table"),
+    ],
+)
+def test_bad_requests_are_told(tmp_path, capsys, arguments, message):
+    status, printed = cli_prepare(capsys, *arguments, f"--prepared-dir={tmp_path}/p")
+    assert status == 1
+    assert message in printed.err
+    assert not list(tmp_path.glob("p/[!.]*"))

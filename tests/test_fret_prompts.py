@@ -250,7 +250,7 @@ def test_any_answer_is_a_clean_query_or_rejected(bundled, answer, is_cut):
     for found in (task, query):
         assert "\n" not in found
         assert not any(m.lower() in found.lower() for m in prompt.markers)
-    assert RULES.min_words <= len(answers.normalized(query).split()) <= RULES.max_words
+    assert RULES.min_words <= len(answers._words(query)) <= RULES.max_words
     assert prompt.neutralize(query) == query
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gecko_jax import ranking
+from gecko_jax.evaluation import texts as evaluation_texts
 from gecko_jax.fret import fusion, minhash, passages, records
 
 RULES = passages.Rules(min_words=4, max_characters=500, near_duplicate=0.8, limit=0)
@@ -18,7 +19,7 @@ def read(tmp_path, *lines, rules=RULES, folders=()):
     path = tmp_path / "corpus.jsonl"
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("\n".join(texts) + "\n")
-    return passages.read([path], rules, passages.Contamination(folders))
+    return passages.read([path], rules, evaluation_texts.read(folders))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def beir(tmp_path):
     ],
 )
 def test_texts_of_evaluation_sets_are_known(tmp_path, beir, text, is_held):
-    assert passages.Contamination([beir]).holds(text) == is_held
+    assert evaluation_texts.read([beir]).holds(text) == is_held
     filler = {"text": GOOD + " And a filler."}
     padded = {"text": text if len(text.split()) > 3 else f"{text} "}
     rules = passages.Rules(1, 500, 0.0, 0)

@@ -1,7 +1,7 @@
 """seqio preprocessors: a record of raw texts becomes a record of tokens.
 
-    {"query": "how to sort", "positive": "sorted() returns ...", "title": "Sorting",
-     "negatives": ["reverse() ..."], "negative_titles": [""]}
+    {"query": "how to sort", "task_description": "", "positive": "sorted() returns ...",
+     "title": "Sorting", "negatives": ["reverse() ..."], "negative_titles": [""]}
 
     format_texts ->
     {"query": "task: search result | query: how to sort",
@@ -16,19 +16,27 @@ markers, so that text read through TensorFlow and text encoded later cannot diff
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from gecko_jax import text
+from gecko_jax.data import jsonl
 
 # Private-use characters: no real text holds them, and `text.clean` leaves them alone.
 _TEXT_MARK = "\ue000"
 _TITLE_MARK = "\ue001"
+_TASK_MARK = "\ue002"
+_MARKS = re.compile(f"([{_TEXT_MARK}{_TITLE_MARK}{_TASK_MARK}])")
 
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-    """The written forms of one task, with markers for what an example fills in."""
+    """The written forms of one task, with markers for what an example fills in.
 
+    An example without a task description of its own has that of the task.
+    """
+
+    task_description: str
     query: str
     passage: str
     titled_passage: str
@@ -36,10 +44,12 @@ class Templates:
 
 def templates(text_format: text.TextFormat, task: str) -> Templates:
     """Returns the written forms of `task`; a symmetric task has one for both sides."""
-    query = text_format.format_query(_TEXT_MARK, task)
+    description = text_format.describe(task)
+    query = text_format.format_query(_TEXT_MARK, _TASK_MARK)
     if text_format.is_symmetric(task):
-        return Templates(query, query, query)
+        return Templates(description, query, query, query)
     return Templates(
+        description,
         query,
         text_format.format_passage(_TEXT_MARK),
         text_format.format_passage(_TEXT_MARK, title=_TITLE_MARK),
@@ -50,41 +60,61 @@ def format_texts(dataset: Any, forms: Templates) -> Any:
     """Writes queries and passages as the encoder reads them.
 
     Args:
-        dataset: A `tf.data.Dataset` of cleaned texts; a title may be empty.
+        dataset: A `tf.data.Dataset` of cleaned texts; a title may be empty, and so may
+            a task description.
         forms: The written forms of the task.
     """
     import tensorflow as tf
 
-    def passage(content: Any, title: Any) -> Any:
+    def passage(content: Any, title: Any, task: Any) -> Any:
         return tf.where(
             tf.strings.length(title) > 0,
-            _fill(forms.titled_passage, content, title),
-            _fill(forms.passage, content, title),
+            _fill(forms.titled_passage, content, title, task),
+            _fill(forms.passage, content, title, task),
         )
 
     def format_record(record: dict[str, Any]) -> dict[str, Any]:
         formatted = dict(record)
         title = formatted.pop("title")
         negative_titles = formatted.pop("negative_titles")
+        own = formatted.pop("task_description")
+        task = tf.where(tf.strings.length(own) > 0, own, forms.task_description)
         return formatted | {
-            "query": _fill(forms.query, record["query"], title),
-            "positive": passage(record["positive"], title),
-            "negatives": passage(record["negatives"], negative_titles),
+            "query": _fill(forms.query, record["query"], title, task),
+            "positive": passage(record["positive"], title, task),
+            "negatives": passage(record["negatives"], negative_titles, task),
         }
 
     return dataset.map(format_record, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _fill(template: str, content: Any, title: Any) -> Any:
+def write(
+    text_format: text.TextFormat, task: str, pair: jsonl.Pair
+) -> tuple[str, str, tuple[str, ...]]:
+    """Returns query, positive and negatives of one example, as `format_texts` does.
+
+    For a look at some examples: TensorFlow is not needed.
+    """
+    own = pair.task_description
+    description = text.clean(own) if own.strip() else text_format.describe(task)
+    # A description stands for itself, even when it is the name of a task.
+    plain = dataclasses.replace(text_format, task_descriptions={})
+
+    def passage(content: str, title: str) -> str:
+        if text_format.is_symmetric(task):
+            return plain.format_query(content, description)
+        return plain.format_passage(content, title)
+
+    return (
+        plain.format_query(pair.query, description),
+        passage(pair.positive, pair.title),
+        tuple(map(passage, pair.negatives, pair.negative_titles)),
+    )
+
+
+def _fill(template: str, content: Any, title: Any, task: Any) -> Any:
     """Replaces the markers; works on scalars and vectors of strings alike."""
     import tensorflow as tf
 
-    parts = []
-    before, _, after = template.partition(_TEXT_MARK)
-    for part in (before, None, after):
-        if part is None:
-            parts.append(content)
-            continue
-        head, mark, tail = part.partition(_TITLE_MARK)
-        parts.extend([head, title, tail] if mark else [part])
-    return tf.strings.join(parts)
+    values = {_TEXT_MARK: content, _TITLE_MARK: title, _TASK_MARK: task}
+    return tf.strings.join([values.get(p, p) for p in _MARKS.split(template)])

@@ -8,6 +8,8 @@ One line is one training example:
 
 Fields:
     task: Name by which lines are chosen; looked up in the table of task descriptions.
+    task_description: The paper's *t* of this query alone, as `gecko fret` writes it;
+        by default that of the task.
     query, positive: Texts; `passage` is another name of `positive`.
     title: Title of the positive, or none.
     negatives: List of hard negatives, or none; `negative` for one string.
@@ -38,11 +40,12 @@ _INT32 = range(-(2**31), 2**31)
 class Pair:
     """A query, its positive passage and any number of hard negatives.
 
-    Ids are the two uint32 words of `text.content_id`. For those of the file they hash
-    the id instead of the text.
+    A title or task description that is not given is "". Ids are the two uint32 words
+    of `text.content_id`; for those of the file they hash the id instead of the text.
     """
 
     task: str
+    task_description: str
     query: str
     positive: str
     title: str
@@ -117,6 +120,7 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         _check_text(place, f"negative_titles[{number}]", value, may_be_empty=True)
     return Pair(
         task=_text(place, record, "task"),
+        task_description=_optional_text(place, record, "task_description"),
         query=query,
         positive=positive,
         title=title,
@@ -156,6 +160,13 @@ def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -
             f"{place}: field {name!r} has {len(value):,} characters; at most "
             f"{text.MAX_CHARACTERS:,} are allowed: split it into passages"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{place}: field {name!r} holds a lone surrogate, which is no character; "
+            "write the text again as UTF-8"
+        ) from None
     return value
 
 

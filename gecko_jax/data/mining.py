@@ -7,22 +7,27 @@
 The passages searched are the positives and negatives of the same task in the given
 files. A passage is never a negative of a query that names it as positive on any line,
 nor when its text is the query's own; equal texts count as one passage.
+
+A `Corpus` holds its texts and, for each, 8 bytes a different word and some 500 for its
+ids: near 1 GB for a million passages of a hundred words.
 """
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from gecko_jax import files as files_lib
 from gecko_jax import progress, ranking, text
 from gecko_jax.data import jsonl
 
 _Id = tuple[int, int]
+
+# Queries searched for at once.
+_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +87,16 @@ def mine_negatives(
     by_task: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_task.setdefault(pair.task, []).append(number)
-    for number, found in progress.track(
-        _mine_tasks(pairs, by_task, num_negatives, skip_top),
-        "Mining hard negatives",
-        len(pairs),
-    ):
-        mined[number] = found
-    with files_lib.write_file(output) as temporary, temporary.open("wb") as raw:
-        # Without a name and a time: equal lines give equal bytes.
-        packed = (
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-            if os.fspath(output).endswith(".gz")
-            else None
-        )
-        lines = packed or raw
-        for record, pair, found in zip(records, pairs, mined, strict=True):
-            line = json.dumps(_extend(record, pair, found), ensure_ascii=False)
-            lines.write((line + "\n").encode())
-        if packed:
-            packed.close()
+    with progress.Progress("Mining hard negatives", len(pairs)) as bar:
+        done = 0
+        for numbers in by_task.values():
+            chosen = [pairs[number] for number in numbers]
+            found = Corpus(chosen).mine(chosen, num_negatives, skip_top=skip_top)
+            for number, negatives in zip(numbers, found, strict=True):
+                mined[number] = negatives
+                done += 1
+                bar.update(done)
+    write_lines(output, map(extend, records, pairs, mined))
     return MiningSummary(
         examples=len(pairs),
         mined=sum(map(len, mined)),
@@ -111,80 +107,94 @@ def mine_negatives(
     )
 
 
-def _mine_tasks(
-    pairs: Sequence[jsonl.Pair],
-    by_task: dict[str, list[int]],
-    num_negatives: int,
-    skip_top: int,
-) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """Yields (line, mined negatives with their titles), task by task."""
-    for numbers in by_task.values():
-        chosen = [pairs[number] for number in numbers]
-        passages = _passages(chosen)
-        answers = _answers(chosen)
-        contents = [f"{title}\n{body}" for body, title in passages.values()]
-        ids = list(passages)
-        queries = [pair.query for pair in chosen]
-        for number, pair, scores in zip(
-            numbers, chosen, _bm25_scores(queries, contents), strict=True
-        ):
-            wanted = num_negatives - len(pair.negatives)
-            excluded = {text.content_id(body) for body in (pair.query, *pair.negatives)}
+class Corpus:
+    """The passages of one task, indexed once for many queries."""
+
+    def __init__(self, pairs: Iterable[jsonl.Pair]):
+        """Takes positives and negatives of all pairs, each text once."""
+        # Content id -> (text, title). Titles do not tell passages apart here: a text
+        # under another title would be a doubtful negative.
+        self._passages: dict[_Id, tuple[str, str]] = {}
+        # Two lines are of the same query when their texts or the ids they give are
+        # equal; a positive stands for every text that was given its id.
+        same_passage: dict[_Id, set[_Id]] = {}
+        positives: dict[_Id, set[_Id]] = {}
+        for pair in pairs:
+            for body, title, given in zip(
+                (pair.positive, *pair.negatives),
+                (pair.title, *pair.negative_titles),
+                (pair.passage_id, *pair.negative_ids),
+                strict=True,
+            ):
+                content = text.content_id(body)
+                self._passages.setdefault(content, (body, title))
+                same_passage.setdefault(given, set()).add(content)
             for key in _query_keys(pair):
-                excluded |= answers[key]
-            depth = max(wanted, 0) + skip_top + len(excluded)
-            candidates = [
-                ids[position]
-                for position in ranking.best_positions(scores, depth)
-                if scores[position] > 0 and ids[position] not in excluded
-            ]
-            found = candidates[skip_top : skip_top + max(wanted, 0)]
-            yield number, [passages[passage] for passage in found]
+                positives.setdefault(key, set()).add(pair.passage_id)
+        self._answers = {
+            query: set().union(*(same_passage[given] for given in found))
+            for query, found in positives.items()
+        }
+        self._ids = list(self._passages)
+        self._index = ranking.Bm25(
+            [f"{title}\n{body}" for body, title in self._passages.values()]
+        )
+
+    def mine(
+        self, pairs: Iterable[jsonl.Pair], num_negatives: int, *, skip_top: int = 0
+    ) -> Iterator[list[tuple[str, str]]]:
+        """Yields what each pair lacks of its negatives: texts with their titles.
+
+        Args:
+            pairs: All of them among those that the corpus was made of.
+            num_negatives: Negatives each pair should have.
+            skip_top: Best-ranked candidates to pass over.
+        """
+        pairs = iter(pairs)
+        while block := list(itertools.islice(pairs, _BLOCK)):
+            excluded = []
+            for pair in block:
+                own = {text.content_id(body) for body in (pair.query, *pair.negatives)}
+                own.update(*(self._answers[key] for key in _query_keys(pair)))
+                excluded.append(own)
+            depth = num_negatives + skip_top + max(map(len, excluded))
+            queries = [pair.query for pair in block]
+            for pair, own, (best, _) in zip(
+                block, excluded, self._index.search(queries, depth), strict=True
+            ):
+                candidates = [
+                    self._ids[place] for place in best if self._ids[place] not in own
+                ]
+                wanted = max(num_negatives - len(pair.negatives), 0)
+                yield [
+                    self._passages[passage]
+                    for passage in candidates[skip_top : skip_top + wanted]
+                ]
 
 
-def _passages(pairs: Sequence[jsonl.Pair]) -> dict[_Id, tuple[str, str]]:
-    """Returns content id -> (text, title) of each different text.
-
-    Titles do not tell passages apart here: a text under another title would be a
-    doubtful negative.
-    """
-    passages: dict[_Id, tuple[str, str]] = {}
-    for pair in pairs:
-        for body, title in zip(
-            (pair.positive, *pair.negatives),
-            (pair.title, *pair.negative_titles),
-            strict=True,
-        ):
-            passages.setdefault(text.content_id(body), (body, title))
-    return passages
-
-
-def _answers(pairs: Sequence[jsonl.Pair]) -> dict[_Id, set[_Id]]:
-    """Returns query -> the content ids of all its positives.
-
-    Two lines are of the same query when their texts or the ids they give are equal;
-    a positive stands for every text that was given its id.
-    """
-    same_passage: dict[_Id, set[_Id]] = {}
-    for pair in pairs:
-        for body, given in zip(
-            (pair.positive, *pair.negatives),
-            (pair.passage_id, *pair.negative_ids),
-            strict=True,
-        ):
-            same_passage.setdefault(given, set()).add(text.content_id(body))
-    answers: dict[_Id, set[_Id]] = {}
-    for pair in pairs:
-        for key in _query_keys(pair):
-            answers.setdefault(key, set()).update(same_passage[pair.passage_id])
-    return answers
+def write_lines(
+    output: str | os.PathLike, records: Iterable[Mapping[str, Any]]
+) -> None:
+    """Writes JSON lines, compressed if the name ends in `.gz`; whole or not at all."""
+    with files_lib.write_file(output) as temporary, temporary.open("wb") as raw:
+        # Without a name and a time: equal lines give equal bytes.
+        packed = (
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+            if os.fspath(output).endswith(".gz")
+            else None
+        )
+        lines = packed or raw
+        for record in records:
+            lines.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        if packed:
+            packed.close()
 
 
 def _query_keys(pair: jsonl.Pair) -> tuple[_Id, _Id]:
     return pair.query_id, text.content_id(pair.query)
 
 
-def _extend(
+def extend(
     record: dict[str, Any], pair: jsonl.Pair, found: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """Returns the record with the mined negatives after its own."""
@@ -198,31 +208,3 @@ def _extend(
     if record.get("negative_ids") is not None:
         extended["negative_ids"] = [*record["negative_ids"], *([None] * len(found))]
     return extended
-
-
-def _bm25_scores(
-    queries: Sequence[str], passages: Sequence[str]
-) -> Iterator[np.ndarray]:
-    """Yields the BM25 score of every passage, query by query."""
-    import bm25s
-    import Stemmer
-
-    def tokenize(texts: Sequence[str]) -> Any:
-        return bm25s.tokenize(
-            list(texts),
-            stopwords="en",
-            stemmer=Stemmer.Stemmer("english"),
-            return_ids=False,
-            show_progress=False,
-        )
-
-    words = tokenize(passages)
-    nothing = np.zeros(len(passages), np.float32)
-    if not any(words):  # Nothing but stop words: bm25s has no vocabulary to index.
-        yield from (nothing for _ in queries)
-        return
-    retriever = bm25s.BM25()
-    retriever.index(words, show_progress=False)
-    for query in tokenize(queries):
-        known = retriever.get_tokens_ids(query)
-        yield np.asarray(retriever.get_scores_from_ids(known)) if known else nothing

@@ -4,20 +4,22 @@
     <prepared_dir>/<name>/prepared.json             counts, licence, source
     <prepared_dir>/.<name>.work/                    while it is not finished
 
-A part is written under a temporary name and renamed, hard negatives are mined part by
-part, and the folder gets its name when it is whole: an interrupted run goes on with
-the parts it has. What a part holds depends on the source and the table alone.
+The source is read into parts (`pairs-00000.jsonl.gz` ...), then each part gets its hard
+negatives, mined among the passages of all parts. A part is written under a temporary
+name and renamed, and the folder gets its name when it is whole: an interrupted run goes
+on with the parts it has, and builds the index of passages again. What a part holds
+depends on the source and the table alone. Memory is that of `mining.Corpus` where
+negatives are mined, and some 100 bytes a line where they are not.
 """
 
 import collections
 import dataclasses
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -29,8 +31,13 @@ from gecko_jax.data import tasks as tasks_lib
 # Lines of a part.
 PART = 50_000
 
+# Names of a part: as read, and with its negatives.
+_PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
+
 # Raised whenever what a part holds changes.
-_VERSION = 1
+_VERSION = 2
+
+_FIELDS = {"facts": dict, "examples": int, "dropped": dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Summary:
         folder: Where the set lies.
         examples: Lines written.
         dropped: Reason -> number of records, or parts of one, left out.
-        without_negative: Lines for which none was there or could be mined.
+        without_negative: Lines that have fewer than asked for, with those mined.
     """
 
     folder: pathlib.Path
@@ -58,6 +65,7 @@ def prepare(
     accepted_licences: tuple[str, ...] = (),
     tfds_data_dir: str | None = None,
     part: int = PART,
+    negatives: int = 1,
 ) -> Summary:
     """Turns the source of a row of the table into canonical triples.
 
@@ -68,6 +76,7 @@ def prepare(
         accepted_licences: Names of restricted sets whose licence the user accepts.
         tfds_data_dir: Where TFDS keeps its sets.
         part: Lines of a part.
+        negatives: Hard negatives a line should have, where the row lets them be mined.
 
     Raises:
         ValueError: The licence is not accepted, the source is missing or has another
@@ -82,27 +91,33 @@ def prepare(
     target = pathlib.Path(prepared_dir).expanduser() / task.name
     note = target / "prepared.json"
     facts = _facts(task, location, part)
+    if negatives != 1:
+        facts["negatives"] = negatives
     if note.exists():
-        found = json.loads(note.read_text())
+        found = files.read_object(
+            note,
+            _FIELDS,
+            remedy="delete the folder and prepare again",
+            defaults={"without_negative": 0},
+        )
         if found["facts"] != facts:
             raise ValueError(
-                f"{target}: was prepared from {found['facts']['source']} by other "
+                f"{target}: was prepared from {found['facts'].get('source')} by other "
                 "settings; delete it, or prepare into another folder"
             )
         return Summary(
             target, found["examples"], found["dropped"], found["without_negative"]
         )
     work = target.with_name(f".{task.name}.work")
-    _claim(work, facts)
-    dropped = _write_parts(task, location, work, tfds_data_dir, part)
-    parts = sorted(work.glob("part-*.jsonl.gz"))
-    if not parts:
+    _claim(work, facts | {"files": sources.stamps(location)})
+    num_parts, dropped = _write_pairs(task, location, work, tfds_data_dir, part)
+    if not num_parts:
         reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items())
         raise ValueError(
             f"{task.name}: {location} gives no example"
             f"{f' (left out: {reasons})' if reasons else ''}; check the split"
         )
-    examples, short = _mine(task, parts, work)
+    examples, short = _mine(task, num_parts, work, negatives)
     with files.write_file(work / "prepared.json") as temporary:
         temporary.write_text(
             json.dumps(
@@ -144,52 +159,56 @@ def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
     if note.exists():
         if json.loads(note.read_text()) != facts:
             raise ValueError(
-                f"{work}: was begun from another source or by other settings; delete "
-                "it and run again"
+                f"{work}: was begun from another source, or by other settings, or the "
+                "source has changed since; delete it and run again"
             )
         return
     with files.write_file(note) as temporary:
         temporary.write_text(json.dumps(facts))
 
 
-def _write_parts(
+def _write_pairs(
     task: tasks_lib.Task,
     location: str,
     work: pathlib.Path,
     tfds_data_dir: str | None,
     part: int,
-) -> dict[str, int]:
-    """Writes the lines in parts; those that are there already are passed over."""
+) -> tuple[int, dict[str, int]]:
+    """Writes the lines in parts, those that are not there already.
+
+    Returns:
+        The number of parts, and what was left out.
+    """
     done = work / "pairs-done.json"
     if done.exists():
-        return json.loads(done.read_text())
+        facts = json.loads(done.read_text())
+        return facts["parts"], facts["dropped"]
     dropped: collections.Counter[str] = collections.Counter()
-    lines = _lines(task, sources.read(location, tfds_data_dir=tfds_data_dir), dropped)
-    for number in itertools.count():
-        block = list(itertools.islice(lines, part))
-        if not block:
-            break
-        path = work / f"part-{number:05}.jsonl.gz"
-        if path.exists():
-            continue
-        with files.write_file(path) as temporary:
-            _write(temporary, block)
-        logging.info("%s: %d lines in %s", task.name, len(block), path.name)
+    records = sources.read(location, tfds_data_dir=tfds_data_dir)
+    lines = _lines(task, location, records, dropped)
+    number = 0
+    while block := list(itertools.islice(lines, part)):
+        path = work / _PAIRS.format(number)
+        if not path.exists():
+            mining.write_lines(path, block)
+            logging.info("%s: %d lines in %s", task.name, len(block), path.name)
+        number += 1
     with files.write_file(done) as temporary:
-        temporary.write_text(json.dumps(dropped))
-    return dict(dropped)
+        temporary.write_text(json.dumps({"parts": number, "dropped": dropped}))
+    return number, dict(dropped)
 
 
 def _lines(
     task: tasks_lib.Task,
+    location: str,
     records: Iterator[dict[str, Any]],
     dropped: collections.Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """Yields checked lines without duplicates; counts what is left out."""
     assert task.preprocessor is not None or task.source == "canonical"
-    found = records if task.preprocessor is None else task.preprocessor(records)
+    found = _preprocess(task, location, records)
     seen: set[bytes] = set()
-    for line in progress.track(found, f"Preparing {task.name}", None):
+    for line in progress.track(found, f"Preparing {task.name}"):
         if isinstance(line, preprocessors.Drop):
             dropped[line.reason] += 1
             continue
@@ -212,29 +231,66 @@ def _lines(
             yield line
 
 
+def _preprocess(
+    task: tasks_lib.Task, location: str, records: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any] | preprocessors.Drop]:
+    """Runs the task's preprocessor; its errors name the record they are about."""
+    if task.preprocessor is None:
+        yield from records
+        return
+    number = 0
+
+    def count() -> Iterator[dict[str, Any]]:
+        nonlocal number
+        for place, record in enumerate(records, start=1):
+            number = place
+            yield record
+            number = 0  # What is wrong with the next or after the last names itself.
+
+    try:
+        yield from task.preprocessor(count())
+    except (TypeError, KeyError, ValueError) as error:
+        if not number:
+            raise
+        raise ValueError(f"{location}, record {number:,}: {error}") from error
+
+
 def _mine(
-    task: tasks_lib.Task, parts: list[pathlib.Path], work: pathlib.Path
+    task: tasks_lib.Task, num_parts: int, work: pathlib.Path, wanted: int
 ) -> tuple[int, int]:
-    """Mines a negative for lines without one; returns all lines and those left bare."""
-    examples = short = 0
-    for path in parts:
-        mined = work / f"pairs-mined-{path.name}.json"
-        if not mined.exists():
-            counts = [0, 0]
-            pairs = list(jsonl.read_pairs(path))
-            counts[0] = len(pairs)
-            counts[1] = sum(not pair.negatives for pair in pairs)
-            if task.mine and counts[1]:
-                counts[1] = mining.mine_negatives([path], path, 1).short
-            with files.write_file(mined) as temporary:
-                temporary.write_text(json.dumps(counts))
-        counts = json.loads(mined.read_text())
-        examples, short = examples + counts[0], short + counts[1]
-    return examples, short
+    """Mines the negatives that lines lack; returns all lines and those left short."""
+    counts = []
+    corpus = None
+    for number in range(num_parts):
+        note = work / f"pairs-{number:05}-counts.json"
+        if not note.exists():
+            read = list(jsonl.read_lines(work / _PAIRS.format(number)))
+            records = [record for _, record, _ in read]
+            pairs = [pair for _, _, pair in read]
+            mined: Sequence[list[tuple[str, str]]] = [[] for _ in pairs]
+            if task.mine and any(len(pair.negatives) < wanted for pair in pairs):
+                corpus = corpus or mining.Corpus(_all_pairs(num_parts, work))
+                mined = list(
+                    progress.track(
+                        corpus.mine(pairs, wanted),
+                        f"Mining for part {number}",
+                        len(pairs),
+                    )
+                )
+            mining.write_lines(
+                work / _PART.format(number), map(mining.extend, records, pairs, mined)
+            )
+            bare = sum(
+                len(pair.negatives) + len(found) < wanted
+                for pair, found in zip(pairs, mined, strict=True)
+            )
+            with files.write_file(note) as temporary:
+                temporary.write_text(json.dumps([len(pairs), bare]))
+        counts.append(json.loads(note.read_text()))
+    examples, short = zip(*counts, strict=True)
+    return sum(examples), sum(short)
 
 
-def _write(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
-    # No time stamp: equal lines give equal bytes, and so one cache for all.
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as out:
-        for line in lines:
-            out.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+def _all_pairs(num_parts: int, work: pathlib.Path) -> Iterator[jsonl.Pair]:
+    for number in range(num_parts):
+        yield from jsonl.read_pairs(work / _PAIRS.format(number))

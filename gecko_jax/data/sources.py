@@ -6,14 +6,18 @@
 
 A path may be local or on Google Cloud Storage (gs://), and may hold `*`. Records come
 in the order of the files' names and are dicts of plain Python values and numpy arrays.
+A record of a file may have an id, `_id` or `id`; no two records may have the same.
 """
 
 import gzip
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gecko_jax import files
 from gecko_jax.data import load_seqio
 
 _ENDINGS = {
@@ -25,6 +29,9 @@ _ENDINGS = {
 }
 KINDS = ("tfds", "beir", *sorted(set(_ENDINGS.values())))
 
+# Yields the number of each record in its file (of its line, for JSONL) and the record.
+_Reader = Callable[[Any], Iterator[tuple[int, dict[str, Any]]]]
+
 
 def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str, Any]]:
     """Yields the records of a source.
@@ -34,7 +41,8 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
         tfds_data_dir: Where TFDS keeps its sets; its own default if None.
 
     Raises:
-        ValueError: There is no such source, or it cannot be read as what it is.
+        ValueError: There is no such source, it cannot be read as what it is, or two
+            records have the same id.
     """
     kind, _, rest = source.partition(":")
     if kind not in KINDS:
@@ -43,13 +51,27 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
         return _read_tfds(rest, tfds_data_dir)
     if kind == "beir":
         return _read_beir(rest)
-    readers = {
-        "jsonl": _read_jsonl,
-        "parquet": _read_parquet,
-        "tfrecord": _read_tfrecord,
-        "arrayrecord": _read_arrayrecord,
-    }
-    return _chain(readers[kind], _paths(rest))
+    return _chain(kind, _paths(rest))
+
+
+def stamps(source: str) -> dict[str, list[int]]:
+    """Returns bytes and time of each file of a source; TFDS has versions of its own.
+
+    Raises:
+        ValueError: There is no such source.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in KINDS:
+        kind, rest = _kind_of(source), source
+    if kind == "tfds":
+        return {}
+    if kind == "beir":
+        names = ("corpus.jsonl*", "queries.jsonl*", "qrels/train.tsv")
+        paths = [path for name in names for path in _paths(f"{rest}/{name}")]
+    else:
+        paths = _paths(rest)
+    found = {str(path): path.stat() for path in paths}
+    return {path: [int(stat.length), int(stat.mtime)] for path, stat in found.items()}
 
 
 def _kind_of(path: str) -> str:
@@ -81,9 +103,32 @@ def _paths(pattern: str) -> list[Any]:
     return found
 
 
-def _chain(reader: Any, paths: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        yield from reader(path)
+def _chain(kind: str, paths: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    return (record for _, record in _chain_placed(kind, paths))
+
+
+def _chain_placed(
+    kind: str, paths: Sequence[Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, record) of all files; refuses an id that was given before."""
+    # Digest of an id -> its file and line: some 150 bytes for each record with an id.
+    seen: dict[bytes, tuple[int, int]] = {}
+    for file, path in enumerate(paths):
+        for number, record in _READERS[kind](path):
+            place = f"{path}:{number}"
+            name = next((n for n in _IDS if record.get(n) is not None), None)
+            if name is not None:
+                key = f"{name}:{record[name]}".encode(errors="surrogatepass")
+                key = hashlib.blake2b(key, digest_size=12).digest()
+                if key in seen:
+                    earlier, line = seen[key]
+                    raise ValueError(
+                        f"{place}: {name} {record[name]!r} was given before, at "
+                        f"{paths[earlier]}:{line}; ids must differ: drop one of the "
+                        "two, or the field"
+                    )
+                seen[key] = file, number
+            yield place, record
 
 
 def _read_tfds(name: str, data_dir: str | None) -> Iterator[dict[str, Any]]:
@@ -114,27 +159,35 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read_jsonl(path: Any) -> Iterator[dict[str, Any]]:
-    opener = gzip.open if path.name.endswith(".gz") else (lambda file, mode: file)
-    with path.open("rb") as raw, opener(raw, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not JSON ({error}); each line must be one object"
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}:{number}: a {type(record).__name__}; each line must be "
-                    "one JSON object"
-                )
-            yield record
+def _read_jsonl(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        with path.open("rb") as raw:
+            lines = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parse_json(f"{path}:{number}", line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}:{number + 1}: not a whole gzip file ({error}); copy it again"
+        ) from None
 
 
-def _read_parquet(path: Any) -> Iterator[dict[str, Any]]:
+def _parse_json(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{place}: not JSON ({error}); each line must be one object"
+        ) from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{place}: {files.kind(record)}; each line must be one JSON object"
+        )
+    return record
+
+
+def _read_parquet(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -147,35 +200,57 @@ def _read_parquet(path: Any) -> Iterator[dict[str, Any]]:
             table = parquet.ParquetFile(file)
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path}: not a whole Parquet file ({error})") from None
-        for block in table.iter_batches():
-            yield from block.to_pylist()
+        rows = (row for block in table.iter_batches() for row in block.to_pylist())
+        yield from enumerate(rows, start=1)
 
 
-def _read_tfrecord(path: Any) -> Iterator[dict[str, Any]]:
+def _read_tfrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     load_seqio()
     import tensorflow as tf
 
-    for record in tf.data.TFRecordDataset(os.fspath(path)):
-        yield _parse_example(bytes(record.numpy()))
+    number = 0
+    try:
+        for number, record in enumerate(
+            tf.data.TFRecordDataset(os.fspath(path)), start=1
+        ):
+            yield number, _parse_example(f"{path}:{number}", bytes(record.numpy()))
+    except tf.errors.DataLossError:
+        raise ValueError(
+            f"{path}: not a whole TFRecord file (damaged after record {number:,}); "
+            "copy it again"
+        ) from None
 
 
-def _read_arrayrecord(path: Any) -> Iterator[dict[str, Any]]:
+def _read_arrayrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     from array_record.python import (
         array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
     )
 
     reader = array_record_module.ArrayRecordReader(os.fspath(path))
-    for number in range(reader.num_records()):
-        (record,) = reader.read([number])
-        yield _parse_example(record)
+    number = 0
+    try:
+        if not reader.ok():  # It takes a cut file for one without records.
+            raise RuntimeError("no footer")
+        for number in range(reader.num_records()):
+            (record,) = reader.read([number])
+            yield number + 1, _parse_example(f"{path}:{number + 1}", record)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: not a whole ArrayRecord file ({error}, at record {number + 1:,});"
+            " copy it again"
+        ) from None
 
 
-def _parse_example(record: bytes) -> dict[str, Any]:
+def _parse_example(place: str, record: bytes) -> dict[str, Any]:
     """Reads a tf.Example: one value is a scalar, several are a list."""
     load_seqio()
     import tensorflow as tf
+    from google.protobuf import message
 
-    features = tf.train.Example.FromString(record).features.feature
+    try:
+        features = tf.train.Example.FromString(record).features.feature
+    except message.DecodeError as error:
+        raise ValueError(f"{place}: not a tf.Example ({error})") from None
     values = {}
     for name, feature in features.items():
         kind = feature.WhichOneof("kind")
@@ -196,39 +271,75 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
             f"{judgements}: no such file; a BEIR folder that is trained on has "
             "corpus.jsonl, queries.jsonl and qrels/train.tsv"
         )
-    wanted: dict[str, list[tuple[str, float]]] = {}
-    lines = judgements.read_text().splitlines()
-    for number, line in enumerate(lines[1:], start=2):
-        parts = line.split("\t")
-        if len(parts) != 3:
-            raise ValueError(
-                f"{judgements}:{number}: {len(parts)} columns; it must have query, "
-                "passage and score"
-            )
-        wanted.setdefault(parts[0], []).append((parts[1], float(parts[2])))
-    used = {passage for found in wanted.values() for passage, _ in found}
-    passages = {
-        str(record["_id"]): record
-        for record in _chain(_read_jsonl, _paths(f"{folder}/corpus.jsonl*"))
-        if str(record.get("_id")) in used
-    }
-    for query in _chain(_read_jsonl, _paths(f"{folder}/queries.jsonl*")):
-        found = wanted.get(str(query.get("_id")), [])
-        if not found:
-            continue
+    wanted = _read_judgements(judgements)
+    used = {passage for found in wanted.values() for passage in found}
+    passages = {}
+    for place, record in _chain_placed("jsonl", _paths(f"{folder}/corpus.jsonl*")):
+        if (identity := _beir_field(place, record, "_id")) in used:
+            passages[identity] = {
+                "docid": identity,
+                "title": record.get("title"),
+                "text": _beir_field(place, record, "text"),
+            }
+    for place, query in _chain_placed("jsonl", _paths(f"{folder}/queries.jsonl*")):
+        identity = _beir_field(place, query, "_id")
         lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for passage, score in found:
+        for passage, (judged_at, score) in wanted.get(identity, {}).items():
             if passage not in passages:
                 raise ValueError(
-                    f"{judgements}: passage {passage!r} is not in the corpus"
+                    f"{judged_at}: passage {passage!r} is not in the corpus"
                 )
-            record = passages[passage]
-            lists[score > 0].append(
-                {"docid": passage, "title": record.get("title"), "text": record["text"]}
+            lists[score > 0].append(passages[passage])
+        if identity in wanted:
+            yield {
+                "query_id": identity,
+                "query": _beir_field(place, query, "text"),
+                "positive_passages": lists[True],
+                "negative_passages": lists[False],
+            }
+
+
+def _read_judgements(path: Any) -> dict[str, dict[str, tuple[str, float]]]:
+    """Returns query -> passage -> (place, score)."""
+    wanted: dict[str, dict[str, tuple[str, float]]] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        place = f"{path}:{number}"
+        parts = line.split("\t")
+        if number == 1 and parts == ["query-id", "corpus-id", "score"]:
+            continue
+        if len(parts) != 3:
+            raise ValueError(
+                f"{place}: {len(parts)} columns; it must have query, passage and score"
             )
-        yield {
-            "query_id": str(query["_id"]),
-            "query": query["text"],
-            "positive_passages": lists[True],
-            "negative_passages": lists[False],
-        }
+        query, passage, score = parts
+        judged = wanted.setdefault(query, {})
+        if passage in judged:
+            raise ValueError(
+                f"{place}: query {query!r} and passage {passage!r} were judged before, "
+                f"at {judged[passage][0]}; keep one line"
+            )
+        try:
+            judged[passage] = place, float(score)
+        except ValueError:
+            raise ValueError(f"{place}: score {score!r} is not a number") from None
+    return wanted
+
+
+def _beir_field(place: str, record: dict[str, Any], name: str) -> str:
+    """Returns a field that every line of a BEIR folder has, as a string."""
+    if record.get(name) is None:
+        raise ValueError(
+            f"{place}: no field {name!r} (it has {', '.join(sorted(record))}); every "
+            "line of a BEIR folder needs it"
+        )
+    return str(record[name])
+
+
+_READERS: dict[str, _Reader] = {
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "tfrecord": _read_tfrecord,
+    "arrayrecord": _read_arrayrecord,
+}
+# Fields by which records are told apart, the first that a record has.
+_IDS = ("_id", "id")

@@ -132,11 +132,6 @@ def longest_copy(words: Sequence[str], source: Sequence[str]) -> int:
     return best
 
 
-def normalized(query: str) -> str:
-    """Returns the form in which queries are the same: words alone, in lower case."""
-    return " ".join(_words(query))
-
-
 def _words(content: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", content).lower())
 

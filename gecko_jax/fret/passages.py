@@ -5,8 +5,7 @@
      "text": "Geckos ...", "licence": "CC0-1.0"}
 
 A passage that breaks a rule is counted under its reason; a file that cannot be read is
-an error. Texts of evaluation sets are known by a run of `COMMON_WORDS` words that the
-passage shares with a query or a passage of theirs, or by being the same.
+an error. Texts of evaluation sets are known as `gecko_jax.contamination` says.
 """
 
 import dataclasses
@@ -18,14 +17,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files, progress, text
-from gecko_jax.evaluation import sets
-from gecko_jax.fret import answers, minhash
+from gecko_jax import contamination, files, progress, text
+from gecko_jax.fret import minhash
 
-# Words in a row that two texts do not share by chance (GPT-3 took 13 as well).
-COMMON_WORDS = 13
-# Evaluation texts shorter than that count whole, from this many words on.
-_MIN_WORDS = 6
 _KEPT_FIELDS = ("licence", "license", "src", "url")
 
 
@@ -47,50 +41,8 @@ class Rules:
     limit: int
 
 
-class Contamination:
-    """The texts of evaluation sets."""
-
-    def __init__(self, folders: Sequence[str | os.PathLike]):
-        """Reads every query and passage of the sets.
-
-        Args:
-            folders: What `sets.load` takes.
-        """
-        self._texts: set[str] = set()
-        self._runs: dict[int, set[int]] = {}
-        for folder in folders:
-            for one in sets.load(folder):
-                if isinstance(one, sets.RetrievalSet):
-                    found = (*one.queries, *one.texts)
-                elif isinstance(one, sets.SimilaritySet):
-                    found = (*one.sentences1, *one.sentences2)
-                else:
-                    found = (*one.train.texts, *one.test.texts)
-                for content in found:
-                    self._add(content)
-
-    def _add(self, content: str) -> None:
-        tokens = minhash.words(content)
-        self._texts.add(answers.normalized(content))
-        length = min(len(tokens), COMMON_WORDS)
-        if length >= _MIN_WORDS:
-            found = minhash.shingles(tokens, length).tolist()
-            self._runs.setdefault(length, set()).update(found)
-
-    def holds(self, content: str) -> bool:
-        """Whether `content` is or shares a text of an evaluation set."""
-        if answers.normalized(content) in self._texts:
-            return True
-        tokens = minhash.words(content)
-        return any(
-            len(tokens) >= length
-            and not known.isdisjoint(minhash.shingles(tokens, length).tolist())
-            for length, known in self._runs.items()
-        )
-
-
 def read(
-    paths: Sequence[str | os.PathLike], rules: Rules, contamination: Contamination
+    paths: Sequence[str | os.PathLike], rules: Rules, known: contamination.Contamination
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Returns the passages that are kept, numbered, and the others by reason.
 
@@ -98,7 +50,7 @@ def read(
         paths: JSON lines or `.txt` files, see `files.read_texts`; of a file of pairs
             the field `positive` or `passage` is the text.
         rules: What a passage must be.
-        contamination: What it must not be.
+        known: What it must not be.
 
     Raises:
         ValueError: A file is missing or is not what its name says; no passage is left.
@@ -112,9 +64,7 @@ def read(
         if rules.limit and len(kept) == rules.limit:
             break
         reason = _clean(record, rules)
-        if reason is None and contamination.holds(
-            f"{record['title']} {record['text']}"
-        ):
+        if reason is None and known.holds(f"{record['title']} {record['text']}"):
             reason = "evaluation_set"
         if reason is None:
             # A text under another title would be a doubtful negative.

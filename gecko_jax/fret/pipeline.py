@@ -15,10 +15,10 @@ from typing import Any
 
 import ml_collections
 
+from gecko_jax import contamination as contamination_lib
 from gecko_jax import progress
 from gecko_jax.fret import (
     llm,
-    passages,
     records,
     requests,
     retrieval,
@@ -28,8 +28,8 @@ from gecko_jax.fret import (
 
 # Raised whenever what a stage writes for the same input changes.
 CODE_VERSION = {
-    "passages": 1,
-    "generate": 1,
+    "passages": 2,
+    "generate": 2,
     "embed": 1,
     "retrieve": 1,
     "likelihood": 1,
@@ -69,7 +69,7 @@ class Source:
         config: ml_collections.ConfigDict,
         workdir: pathlib.Path,
         stage: records.Stage,
-        contamination: passages.Contamination,
+        contamination: contamination_lib.Contamination,
         model_facts: dict[str, Any],
         connect: Callable[[], llm.CachedModel],
     ):

@@ -19,7 +19,9 @@ import ml_collections
 import numpy as np
 
 from gecko_jax import config as config_lib
+from gecko_jax import contamination as contamination_lib
 from gecko_jax import files
+from gecko_jax.evaluation import texts
 from gecko_jax.fret import (
     canary,
     export,
@@ -105,7 +107,7 @@ def prepare(
     """Checks the config, makes the passages, and returns what the pipelines share."""
     settings.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    contamination = passages.Contamination(config.passages.decontaminate)
+    contamination = texts.read(config.passages.decontaminate)
     stage = _passages(config, workdir, contamination)
     facts = _model_facts(config)
     name = facts.pop("name")
@@ -192,7 +194,7 @@ def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
 def _passages(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    contamination: passages.Contamination,
+    contamination: contamination_lib.Contamination,
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
     paths = [

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax.fret import answers, fusion, llm, passages, prompts, records, retrieval
+from gecko_jax import contamination as contamination_lib
+from gecko_jax.fret import answers, fusion, llm, prompts, records, retrieval
 
 Record = dict[str, Any]
 
@@ -53,7 +54,7 @@ def generate(
     prompt: prompts.Prompt,
     rules: answers.Rules,
     sampling: llm.Sampling,
-    contamination: passages.Contamination,
+    contamination: contamination_lib.Contamination,
     *,
     shots: int,
     seed: int,
