@@ -9,7 +9,7 @@ import pytest
 import tiny_decoder
 
 from gecko_jax import flags, sharding
-from gecko_jax.fret import decoder_files, in_process, llm, local, requests
+from gecko_jax.fret import decoder_files, in_process, llm, local, records, requests
 from gecko_jax.fret import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,10 +107,13 @@ def load(folder, *overrides):
 
 
 def contents(workdir):
+    """Every file that a run is judged by, with its bytes."""
     return {
         path.relative_to(workdir).as_posix(): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
-        if path.is_file() and not {requests.FOLDER, "locks"} & set(path.parts)
+        if path.is_file()
+        and not {requests.FOLDER, records.LOCKS} & set(path.parts)
+        and path.name != "config.json"
     }
 
 
