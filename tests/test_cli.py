@@ -483,8 +483,8 @@ def test_a_teacher_is_made_by_a_model_or_from_vectors(capsys, model_folder, tmp_
         for row, line in enumerate(listed)
     ]
     pathlib.Path(texts).write_text("\n".join(vectors))
-    status, out, _ = _run(capsys, *teach, f"--vectors={texts}", f"--output={folder}")
-    assert (status, "8 vectors of 3 dims" in out) == (0, True)
+    status, out, err = _run(capsys, *teach, f"--vectors={texts}", f"--output={folder}")
+    assert (status, "8 vectors of 3 dims" in out, err) == (0, True, "")
     for wrong, message in (
         ((), "needs one of --model, --vectors, --texts"),
         ((f"--texts={texts}", f"--vectors={texts}"), "needs one of"),

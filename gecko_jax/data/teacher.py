@@ -174,8 +174,7 @@ def write(
     Raises:
         ValueError: Vectors that are missing, one too many, not finite or of no length.
     """
-    if pathlib.Path(folder).exists():
-        files.check_replaceable(folder, SETTINGS)
+    files.check_replaceable(folder, [SETTINGS], ["*.npy"])
     with files.write_folder(folder) as temporary:
         path = temporary / "vectors.npy"
         width, moment = _write_vectors(path, blocks, len(keys))
