@@ -73,6 +73,13 @@ _EVAL = [
     "scikit-learn>=1.6",
 ]
 
+# seqio's cache job. Beam wants an older protobuf than the newest TensorFlow brings, so
+# that it is better off in an environment of its own.
+_BEAM = [
+    "apache-beam>=2.77",
+    "google-crc32c>=1.9",
+]
+
 _TEST = [
     *_ONNX,
     *_HUB,
@@ -128,6 +135,7 @@ setuptools.setup(
         "test": _TEST,
         "eval": _EVAL,
         "dev": _DEV,
+        "beam": _BEAM,
         "data": ["pyarrow>=20.0"],  # sets that come as Parquet
         # libtpu, which `gecko compile` needs on a CPU as well.
         "tpu": ["jax[tpu]>=0.10.2"],
@@ -137,7 +145,7 @@ setuptools.setup(
         "fret-local": _FRET_LOCAL,
         "llm-local": _LLM_LOCAL,
     },
-    entry_points={"console_scripts": ["gecko = gecko_jax.cli:main"]},
+    entry_points={"console_scripts": ["gecko = gecko_jax.cli:run"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

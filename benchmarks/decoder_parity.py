@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 
 from gecko_jax.data import tasks
-from gecko_jax.fret import local
+from gecko_jax.fret import decoder_files, local
 
 ODD_TEXTS = (
     "<|im_end|> \n\n\t x  y   z 12345 ½ naïve 日本語 🦎 'll don't I'M\r\n",
@@ -88,7 +88,7 @@ def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=pathlib.Path)
-    path = parser.parse_args().model or local.smollm2_path()
+    path = parser.parse_args().model or decoder_files.find(decoder_files.SMOLLM2)
     model = local.load(path)
     print(model.name)
     compare("as quantized", path, model)

@@ -60,7 +60,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     import llama_cpp
 
     from gecko_jax.data import tasks
-    from gecko_jax.fret import local
+    from gecko_jax.fret import decoder_files, local
 
     lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // (pairs + SHOTS)]]
@@ -72,7 +72,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     asked = records[SHOTS : SHOTS + pairs]
     prompts = [few_shot + ask(record) for record in asked]
     queries = [f" {record['query']}" for record in asked]
-    path = local.smollm2_path()
+    path = decoder_files.find(decoder_files.SMOLLM2)
     model = local.load(path)
     tokens = [
         (model.tokenizer.encode(prompt), model.tokenizer.encode(query))

@@ -1,10 +1,11 @@
-"""Seconds and memory of `gecko import` on a T5 1.1 base encoder (109.6M parameters).
+"""Seconds and memory of importing and exporting a T5 1.1 base encoder (109.6M).
 
     python benchmarks/import_cpu.py [--scratch DIR]     needs 2 GB of disk
 
 Random weights in the real formats: T5X's legacy checkpoint (zarr, gzip) and a Hugging
-Face folder (safetensors). Memory is the peak of the whole process over what it holds
-after `import gecko_jax`, JAX and Orbax included, as a share of the parameters' bytes.
+Face folder (safetensors); what the last became goes out again in every form. Memory is
+the peak of the whole process over what it holds after `import gecko_jax`, JAX and Orbax
+included, as a share of the parameters' bytes.
 """
 
 import argparse
@@ -18,6 +19,14 @@ import time
 
 import gecko_jax
 
+RUNS = (
+    ("import", "t5x"),
+    ("import", "hugging_face"),
+    ("export", "gecko"),
+    ("export", "sentence-transformers"),
+    ("export", "t5x"),
+    ("export", "onnx"),
+)
 MOST_SECONDS = 60
 MOST_MEMORY = 1.5  # of the parameters' bytes
 VOCABULARY = pathlib.Path(gecko_jax.__file__).parent / "quickstart" / "vocabulary.model"
@@ -28,11 +37,11 @@ def make(form: str, folder: pathlib.Path) -> int:
     import numpy as np
     import safetensors.numpy
 
-    from gecko_jax import checkpoints, model
+    from gecko_jax import model, parameters
     from gecko_jax.convert import names
 
     config = model.EncoderConfig(**model.PRESETS["base"], projection=False)
-    shapes = checkpoints.flatten_params(model.abstract_params(config)[0])
+    shapes = parameters.flatten(model.abstract_params(config)[0])
     rng = np.random.default_rng(0)
     params = {
         name: rng.standard_normal(leaf.shape, np.float32)
@@ -114,15 +123,17 @@ def _peak_bytes() -> int:
     raise OSError("/proc/self/status has no VmHWM: this benchmark needs Linux")
 
 
-def convert(source: str, output: str) -> None:
-    """Runs `gecko import` in this process and prints what it took."""
+def convert(verb: str, form: str, source: str, output: str) -> None:
+    """Runs `gecko import` or `gecko export` here and prints what it took."""
     before = _peak_bytes()
     from gecko_jax import cli
 
     began = time.perf_counter()
     # Rows of the table without an id of the bundled vocabulary do not matter here.
-    vocabulary = [f"--vocabulary={VOCABULARY}", "--extra-ids=24064"]
-    status = cli.main(["import", source, f"--output={output}", *vocabulary])
+    settings = [f"--vocabulary={VOCABULARY}", "--extra-ids=24064"]
+    if verb == "export":
+        settings = [f"--to={form}"]
+    status = cli.main([verb, source, f"--output={output}", *settings])
     seconds = time.perf_counter() - began
     rise = _peak_bytes() - before
     if status:
@@ -136,21 +147,27 @@ def main() -> None:
     parser.add_argument(
         "--scratch", help="folder for the checkpoints (a temporary one)"
     )
-    parser.add_argument("--worker", nargs=2, metavar=("SOURCE", "OUTPUT"))
+    parser.add_argument(
+        "--worker", nargs=4, metavar=("VERB", "FORM", "SOURCE", "OUTPUT")
+    )
     options = parser.parse_args()
     if options.worker:
         convert(*options.worker)
         return
     print(f"gecko_jax {gecko_jax.__version__}, T5 1.1 base encoder, float32")
-    print(f"{'from':<14}{'MB':>8}{'seconds':>10}{'peak rise':>12}{'of its size':>13}")
+    head = f"{'MB':>8}{'seconds':>10}{'peak rise':>12}{'of its size':>13}"
+    print(f"{'':<30}{head}")
     too_much = False
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        for form in ("t5x", "hugging_face"):
-            source = pathlib.Path(scratch) / form
-            output = pathlib.Path(scratch) / "imported"
-            size = make(form, source)
+        imported = pathlib.Path(scratch) / "imported"
+        size = 0
+        for verb, form in RUNS:
+            source, output = imported, pathlib.Path(scratch) / "exported"
+            if verb == "import":
+                source, output = pathlib.Path(scratch) / form, imported
+                size = make(form, source)
             done = subprocess.run(
-                [sys.executable, __file__, "--worker", str(source), str(output)],
+                [sys.executable, __file__, "--worker", verb, form, source, output],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -158,13 +175,12 @@ def main() -> None:
             result = json.loads(done.stdout.splitlines()[-1])
             share = result["rise"] / size
             print(
-                f"{form:<14}{size / 1e6:>8.0f}{result['seconds']:>10.1f}"
+                f"{verb + ' ' + form:<30}{size / 1e6:>8.0f}{result['seconds']:>10.1f}"
                 f"{result['rise'] / 1e6:>9.0f} MB{share:>13.2f}",
                 flush=True,
             )
             too_much |= result["seconds"] > MOST_SECONDS or share > MOST_MEMORY
-            shutil.rmtree(source)
-            shutil.rmtree(output)
+            shutil.rmtree(source if verb == "import" else output)
     if too_much:
         sys.exit(f"above {MOST_SECONDS} s or {MOST_MEMORY} of the size")
 

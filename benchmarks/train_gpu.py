@@ -117,7 +117,7 @@ def sbert(options: argparse.Namespace) -> dict[str, float]:
             return features | {"token_embeddings": output.last_hidden_state}
 
     width = sizes["model_dim"]
-    dense = models.Dense(
+    dense = modules.Dense(
         width,
         sizes["embedding_dim"],
         bias=False,

@@ -6,11 +6,13 @@ r"""FRet: training data from a language model, passages to triples (section 3.2)
         --config.passages.files=corpus.jsonl.gz --config.llm.url=http://tpu-host:8000 \
         --config.llm.model=google/gemma-3-27b-it --max-cost=200
 
-Arguments: `local` takes 60 passages of the bundled corpus and a small model that a
-llama.cpp server runs on this machine (port 8080), in well under half an hour;
-`llama_cpp` and `hosted` set what those servers need. Without one, vLLM or SGLang is
-meant. docs/fret.md tells how to start each. The paper gives neither prompts, model, N
-nor filters: numbers without a source are ours.
+Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
+which runs in this process, in well under half an hour on a laptop. `local,recorded`
+replays what it answered, in seconds and with nothing to install. `llama_cpp` and
+`hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
+port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
+each. The paper gives neither prompts, model, N nor filters: numbers without a source
+are ours.
 """
 
 import ml_collections
@@ -20,7 +22,7 @@ from gecko_jax.config import parse_arg
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, local=False, llama_cpp=False, hosted=False)
+    arg = parse_arg(arg, local=False, recorded=False, llama_cpp=False, hosted=False)
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -34,8 +36,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.passages.shard_rows = 256  # passages of a shard, which is written whole
 
     config.llm = ml_collections.ConfigDict()
-    config.llm.recording = ""  # workdir whose recorded answers stand for the model
-    config.llm.url = "http://localhost:8000"  # of the server, without /v1
+    config.llm.recording = ""  # workdir whose answers stand for the model
+    config.llm.weights = ""  # .gguf, folder or "smollm2", run in this process
+    config.llm.dtype = "float32"  # of that model; bfloat16 on an accelerator
+    config.llm.tensor = 1  # devices that it is split over; rows go to the rest
+    config.llm.compilation_cache = "~/.cache/gecko_jax/compiled"  # empty for none
+    config.llm.url = "http://localhost:8000"  # of a server otherwise, without /v1
     config.llm.model = ""  # name under which it is served
     config.llm.revision = ""  # commit or checksum of the weights, for the record
     config.llm.licence = ""  # of the model's output, for the record
@@ -53,7 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.llm.price_output = 0.0  # of a million tokens
 
     config.generate = ml_collections.ConfigDict()
-    config.generate.prompt = "generate"  # or generate_for_task: the task is drawn
+    config.generate.prompt = "generate"  # generate_for_task: the task is drawn
     config.generate.shots = 5  # few-shot examples of a row; 0 for all
     config.generate.temperature = 0.7
     config.generate.top_p = 1.0
@@ -92,7 +98,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.run = ml_collections.ConfigDict()
     config.run.max_error_rate = 0.05  # of a shard's rows, from which the run stops
 
-    if arg.llama_cpp or arg.local:
+    if arg.llama_cpp:
         config.llm.url = "http://localhost:8080"
         config.llm.scoring = "forced"
         config.llm.concurrency = 4  # slots of the server
@@ -107,14 +113,20 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.passages.files = ("quickstart",)
         config.passages.decontaminate = ("quickstart",)
         config.passages.limit = 60
-        config.passages.shard_rows = 10
+        config.passages.shard_rows = 30
         config.passages.max_characters = 800
-        config.llm.model = "SmolLM2-135M-Instruct"
         config.llm.licence = "Apache-2.0"
-        config.llm.concurrency = 1
+        if arg.recorded:
+            config.llm.recording = "quickstart"
+        elif arg.llama_cpp:
+            config.llm.model = "SmolLM2-135M-Instruct"
+            config.llm.concurrency = 1
+        else:
+            config.llm.weights = "smollm2"
         # What a model of this size can do, measured: docs/fret.md.
-        config.generate.prompt = "generate_for_task"
-        config.generate.max_tokens = 40
+        config.generate.prompt = "generate_short"
+        config.generate.shots = 0  # all five, so that they are read once
+        config.generate.max_tokens = 32
         config.retrieve.num_candidates = 10
         config.likelihood.generic_passage = "This is a short text."
         config.fuse.relevance = "log_odds"

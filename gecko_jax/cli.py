@@ -4,16 +4,21 @@ The verbs are in `commands`, with their options and the help that teaches each.
 """
 
 import argparse
+import contextlib
 import logging as standard_logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from absl import logging
 
 import gecko_jax
 from gecko_jax.commands import (
+    average,
     compile,
     convert,
     data,
@@ -28,6 +33,9 @@ from gecko_jax.commands import (
 # Faults of the input or of the machine: told in one line, without a traceback.
 _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 
+# What a shell reports of a process that Ctrl-C has ended.
+_INTERRUPTED = 130
+
 _DESCRIPTION = """\
 Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
 
@@ -40,10 +48,33 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
   gecko search      answers queries from an index
   gecko import      turns a checkpoint of another library into a model folder
   gecko export      writes a trained model into a folder of its own
+  gecko average     makes one model of the checkpoints of a run, or of several models
   gecko fret        makes training data with a language model
 
 `gecko VERB --help` explains a verb with examples.
 """
+
+
+def run() -> NoReturn:
+    """Runs the command as a process of its own, which ends here."""
+    sys.unraisablehook = _repeat_lost_interrupt
+    status = main()
+    if status == _INTERRUPTED:
+        # XLA's threads are at work still, and crash when Python is taken down.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _repeat_lost_interrupt(lost: Any) -> None:
+    """Gives Ctrl-C again when it fell into a callback, where Python drops errors."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"\n{command}: interrupted; the same command goes on from what is saved",
             file=sys.stderr,
         )
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output, such as `head`, has gone: no fault of anyone's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,6 +189,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parsing.add_debug(parser)
     verbs = parser.add_subparsers(metavar="VERB", required=True, help="see above")
-    for command in (train, compile, data, evaluate, embed, search, convert, fret):
+    for command in (
+        train,
+        compile,
+        data,
+        evaluate,
+        embed,
+        search,
+        convert,
+        average,
+        fret,
+    ):
         command.add_parser(verbs)
     return parser

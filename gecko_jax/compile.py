@@ -30,7 +30,6 @@ from absl import logging
 from gecko_jax import chips, gradients, hlo, sharding
 from gecko_jax import config as config_lib
 from gecko_jax import step as step_lib
-from gecko_jax.data import features
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -207,7 +206,7 @@ def compile_step(
         step = step_lib.build(
             config,
             mesh,
-            num_segments=features.MAX_SEGMENTS if config.data.packing else 1,
+            num_segments=step_lib.batch_shape(config, mesh).num_segments,
             num_tasks=1,
         )
         batch = step_lib.abstract_batch(config, mesh)
@@ -270,6 +269,11 @@ def compile_step(
 def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]:
     """Compiles the step with several microbatches, remat policies and meshes.
 
+    A compilation takes minutes, so that what cannot be faster is not tried: larger
+    microbatches of a step that compute already bounds, for they save memory traffic
+    alone; and a split over `tensor`, which makes every microbatch wait for other
+    devices, where the step fits without.
+
     Args:
         config: The training config; what is varied is set on copies.
         topology: See `parse_topology`.
@@ -280,7 +284,10 @@ def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]
     with topology_devices(topology) as devices:
         num_devices = len(devices)
     # From the least memory up: what is too large ends its series.
+    fits_without_tensor = False
     for tensor, remat in itertools.product((1, 2), ("full", "dots", "none")):
+        if tensor > 1 and fits_without_tensor:
+            return
         shards = num_devices // tensor
         for rows in (1, 2, 4, 8, 16, 32):
             if rows * shards > config.data.batch_size:
@@ -298,6 +305,9 @@ def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]
                 break
             yield report
             if report.spare_share < SPARE_SHARE:
+                break
+            fits_without_tensor |= tensor == 1
+            if report.roofline_seconds == report.compute_seconds:
                 break
 
 

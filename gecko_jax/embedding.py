@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import os
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gecko_jax import (
-    checkpoints,
     model,
+    model_folder,
     numerics,
     packing,
     progress,
@@ -56,7 +56,7 @@ class Gecko:
     """
 
     def __init__(
-        self, model_files: checkpoints.ModelFiles, tokens_per_call: int | None = None
+        self, model_files: model_folder.ModelFiles, tokens_per_call: int | None = None
     ):
         """Puts the parameters on the device.
 
@@ -213,8 +213,10 @@ class Gecko:
         titles: Sequence[str | None] | None = None,
     ) -> list[str]:
         """Returns the texts as the encoder reads them; see `encode`."""
-        if isinstance(texts, str):
-            raise ValueError("texts is one string: pass a list, such as [text]")
+        if isinstance(texts, str) or not isinstance(texts, Collection):
+            raise ValueError(
+                f"texts is one {type(texts).__name__}: pass a list, such as [text]"
+            )
         if side not in ("query", "passage"):
             raise ValueError(f"side={side!r}: it must be 'query' or 'passage'")
         if titles is not None and (side == "query" or len(titles) != len(texts)):
@@ -228,7 +230,12 @@ class Gecko:
         text_format = self.files.text_format
         formatted = []
         for position, (text, task) in enumerate(zip(texts, tasks, strict=True)):
-            title = titles[position] if titles else None
+            title = None if titles is None else titles[position]
+            for name, value in (("texts", text), ("titles", title or "")):
+                if not isinstance(value, str):
+                    raise ValueError(
+                        f"{name}[{position}] is {value!r}: it must be a string"
+                    )
             as_query = side == "query" or (task and text_format.is_symmetric(task))
             try:
                 if not as_query:
@@ -314,7 +321,7 @@ def load(
     )
     # Placed as they are read, so that they are never in memory twice.
     one_device = sharding.build_mesh(devices=jax.local_devices()[:1])
-    return Gecko(checkpoints.read_params(opened, mesh or one_device), tokens_per_call)
+    return Gecko(model_folder.read_params(opened, mesh or one_device), tokens_per_call)
 
 
 def cut(

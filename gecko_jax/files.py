@@ -6,6 +6,7 @@ beside its place until it is complete, and is then renamed.
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gecko_jax import text as text_format
@@ -80,6 +81,50 @@ def read_records(
         if "\\u" in line and not any_characters:
             _check_characters(place, record)
         yield place, record
+
+
+def read_object(
+    path: str | os.PathLike,
+    fields: Mapping[str, type | tuple[Any, ...]],
+    *,
+    remedy: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the JSON object of a file that this package wrote.
+
+    Args:
+        path: The file.
+        fields: What the object must have: a type, or one of some values. An `int` is
+            1 or more.
+        remedy: What to do about a file that is something else.
+        defaults: Fields that older files lack.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        ValueError: It holds something else; names every fault, and the remedy.
+    """
+    path = pathlib.Path(path)
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {kind(found)}, not an object; {remedy}")
+    found = {**(defaults or {}), **found}
+    faults = [
+        f"{name} is {json.dumps(found[name])[:80]}" if name in found else f"no {name}"
+        for name, wanted in fields.items()
+        if name not in found or not _is_as(found[name], wanted)
+    ]
+    if faults:
+        raise ValueError(f"{path}: damaged or edited ({', '.join(faults)}); {remedy}")
+    return found
+
+
+def _is_as(value: Any, wanted: type | tuple[Any, ...]) -> bool:
+    if isinstance(wanted, tuple):
+        return value in wanted
+    return type(value) is wanted and (wanted is not int or value >= 1)
 
 
 def kind(value: Any) -> str:
@@ -213,23 +258,43 @@ def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.unlink()
 
 
-def check_replaceable(path: str | os.PathLike, marker: str) -> None:
-    """Refuses a folder that holds something else than what is to be written.
+def check_replaceable(
+    path: str | os.PathLike, markers: Sequence[str], others: Sequence[str] = ()
+) -> None:
+    """Refuses a folder with anything in it that is not about to be written anew.
 
     Args:
         path: Where a folder is to be written.
-        marker: A file that every folder of the same kind has.
+        markers: Patterns; every folder of the same kind has a file for each.
+        others: Patterns of the files it may hold besides.
 
     Raises:
-        ValueError: `path` is a file, or a folder with files in it but no `marker`.
+        ValueError: `path` is a file, or a folder with files in it, but one for each
+            marker is missing or there are more.
     """
     path = pathlib.Path(path)
-    if path.is_dir() and (not any(path.iterdir()) or (path / marker).exists()):
+    if not path.exists():
         return
-    if path.exists():
+    if not path.is_dir():
+        raise ValueError(f"{path}: there, but not a folder; choose another name")
+    names = [
+        child.relative_to(path).as_posix()
+        for child in path.rglob("*")
+        if child.is_symlink() or not child.is_dir()
+    ]
+    missing = [name for name in markers if not fnmatch.filter(names, name)]
+    if names and missing:
         raise ValueError(
-            f"{path}: there, and not an earlier export of this kind (no {marker}); "
-            "choose another folder"
+            f"{path}: not empty, and not an earlier export of this kind (no "
+            f"{missing[0].rstrip('*')}); choose another folder"
+        )
+    known = (*markers, *others)
+    added = [n for n in names if not any(fnmatch.fnmatch(n, k) for k in known)]
+    if added:
+        more = f" and {len(added) - 1:,} more" if added[1:] else ""
+        raise ValueError(
+            f"{path}: an earlier export that also holds {min(added)}{more}, which "
+            "would be lost; move it, or choose another folder"
         )
 
 
@@ -252,12 +317,24 @@ def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             _remove_leftovers(path)
             temporary.mkdir()
             yield temporary
-            if path.exists():  # A folder cannot be renamed over a full one.
-                path.rename(old)
-            temporary.rename(path)
+            _replace_folder(path, temporary, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_folder(path: pathlib.Path, new: pathlib.Path, old: pathlib.Path) -> None:
+    """Renames `new` to `path`, and what is there to `old`; the last writer wins."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(old)  # A folder cannot be renamed over a full one.
+        try:
+            new.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # Another writer came between.
 
 
 def _follow(path: str | os.PathLike) -> pathlib.Path:

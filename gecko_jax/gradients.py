@@ -6,6 +6,10 @@ each microbatch again, backward, and adds up the gradients; only their sum is re
 over the mesh. So the result is that of one large batch, while the memory is that of a
 microbatch, and no microbatch waits for another device.
 
+The configured rows of a microbatch are those of the longer side. Of the shorter one as
+many are encoded together as have no more tokens: fewer microbatches, each of which
+reads all weights and all gradients.
+
 Parameters that are split over `fsdp` are gathered once for the step, the matrices in
 the activation dtype; what is added up over microbatches is float32.
 """
@@ -50,8 +54,8 @@ def build(
         mesh: The devices.
         param_shardings: Where the parameters lie.
         num_segments: Texts a row may hold.
-        microbatch_size: Rows of a side that are encoded together, over all devices; 0
-            for all of them.
+        microbatch_size: Rows of the longer side that are encoded together, over all
+            devices; 0 for all of them.
         loss_settings: Keyword arguments of `losses.mrl_loss`.
     """
     # The `tensor` axis stays the compiler's; of the others every collective is here.
@@ -64,15 +68,21 @@ def build(
         params: Any, batch: Mapping[str, Array], key: Key[Array, ""]
     ) -> tuple[Array, dict[int, losses.LossTerms], Any]:
         ids = losses.BatchIds(**{name: batch[name] for name in losses.BatchIds._fields})
+        teacher = None
+        if "query_teacher" in batch:
+            names = losses.TeacherVectors._fields
+            teacher = losses.TeacherVectors(*(batch[name] for name in names))
         batch_size, num_negatives = ids.negative_mask.shape
         mask = jnp.sum(ids.example_mask.astype(jnp.float32))
         count = jnp.maximum(jax.lax.psum(mask, sharding.BATCH_AXES), 1.0)
-        sides = {
-            side: _split_rows(
-                _rows(batch, side, key if encoder.config.dropout_rate else None),
-                microbatch_size // num_shards,
-            )
+        whole = {
+            side: _rows(batch, side, key if encoder.config.dropout_rate else None)
             for side in SIDES
+        }
+        longest = max(rows["tokens"].shape[1] for rows in whole.values())
+        sides = {
+            side: _split_rows(rows, microbatch_size // num_shards, longest)
+            for side, rows in whole.items()
         }
 
         def mean_loss(params: Any) -> tuple[Array, Any]:
@@ -89,6 +99,7 @@ def build(
                 positives,
                 negatives,
                 ids,
+                teacher=teacher,
                 axis_names=sharding.BATCH_AXES,
                 **loss_settings,
             )
@@ -213,14 +224,35 @@ def _rows(
     }
 
 
-def _split_rows(rows: dict[str, Any], microbatch_size: int) -> dict[str, Any]:
-    """Cuts a device's own rows: no row moves, so globally the cut is strided."""
-    num_rows = rows["tokens"].shape[0]
-    size = min(microbatch_size or num_rows, num_rows)
-    assert num_rows % size == 0, f"{num_rows} rows in microbatches of {size}"
+def _split_rows(
+    rows: dict[str, Any], microbatch_size: int, longest: int
+) -> dict[str, Any]:
+    """Cuts a device's own rows: no row moves, so globally the cut is strided.
+
+    Args:
+        rows: See `_rows`.
+        microbatch_size: Rows of `longest` tokens in a microbatch; 0 for all.
+        longest: Tokens of a row of the longer side.
+    """
+    num_rows, length = rows["tokens"].shape
+    size = microbatch_rows(num_rows, microbatch_size, longest // length)
     return jax.tree.map(
         lambda leaf: leaf.reshape(num_rows // size, size, *leaf.shape[1:]), rows
     )
+
+
+def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
+    """Returns the rows of one side that a device encodes together.
+
+    Args:
+        num_rows: Rows of the side on a device, a multiple of `microbatch_size`.
+        microbatch_size: Rows of the longer side in a microbatch; 0 for all.
+        ratio: How many rows of this side have the tokens of one of the longer.
+    """
+    size = min(microbatch_size or num_rows, num_rows)
+    parts, rest = divmod(num_rows, size)
+    assert not rest, f"{num_rows} rows in microbatches of {size}"
+    return size * next(n for n in range(min(ratio, parts), 0, -1) if parts % n == 0)
 
 
 def _collect(

@@ -27,8 +27,11 @@ _BYTES = {
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
     "conditional", "call", "after-all", "opt-barrier", "iota", "partition-id",
-    "copy-done", "async-done", "async-update", "get-dimension-size",
+    "get-dimension-size",
 }  # fmt: skip
+
+# What runs beside other work has its bytes counted where it begins.
+_FINISHING = ("-done", "-update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +94,14 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Returns every collective, with how often it runs."""
-        found, chains = [], set()
-        for chain, collective in self._collectives(self._entry, 1, ()):
-            # One collective in pieces, so that others may compute beside it.
-            if chain is None or chain not in chains:
-                found.append(collective)
-                chains.add(chain)
-        return found
+        found: dict[str | int, Collective] = {}
+        for chain, one in self._collectives(self._entry, 1, ()):
+            # One collective in pieces, so that others may compute beside it, in loops
+            # too: it begins outside of them.
+            key = chain or len(found)
+            if key not in found or one.times < found[key].times:
+                found[key] = one
+        return list(found.values())
 
     def _collectives(
         self, computation: str, times: int, loops: tuple[str, ...]
@@ -116,10 +120,8 @@ class Program:
                         shape_bytes(instructions[name].shape) for name in one.operands
                     )
                 chain = re.search(r'chain_id="(\d+)"', one.rest)
-                if chain:
-                    yield chain[1], Collective(kind, num_bytes, 1, one.path, ())
-                else:
-                    yield None, Collective(kind, num_bytes, times, one.path, loops)
+                collective = Collective(kind, num_bytes, times, one.path, loops)
+                yield chain[1] if chain else None, collective
             elif one.opcode == "while":
                 body, inside = one.called("body"), (*loops, one.path)
                 assert body is not None
@@ -146,7 +148,7 @@ class Program:
             elif one.opcode in ("call", "conditional"):
                 other = one.called("to_apply")
                 total += self._traffic(other) if other in self._computations else 0.0
-            elif one.opcode not in _FREE:
+            elif one.opcode not in _FREE and not one.opcode.endswith(_FINISHING):
                 total += self._traffic_of(one, instructions)
         return total
 
@@ -154,6 +156,14 @@ class Program:
         self, one: Instruction, instructions: dict[str, Instruction]
     ) -> float:
         shapes = [instructions[n].shape for n in one.operands if n in instructions]
+        if one.opcode in ("slice-start", "dynamic-slice-start"):
+            # Its shape is (operands, result, context); of an operand it reads a part.
+            (source,), result = shapes[:1], split_tuple(one.shape)[1]
+            read = shape_bytes(result) if shape_bytes(source, in_main=True) else 0
+            return float(read + shape_bytes(result, in_main=True))
+        if one.opcode == "copy-start":
+            # Its shape is (result, operand, context).
+            return float(shape_bytes(one.shape, in_main=True))
         if one.opcode in ("dynamic-slice", "gather", "slice"):
             return 2.0 * shape_bytes(one.shape, in_main=True)
         if one.opcode == "dynamic-update-slice":
@@ -218,6 +228,18 @@ def shape_bytes(shape: str, *, in_main: bool = False) -> int:
         sizes = [int(size) for size in dims.split(",") if size]
         total += math.prod(sizes) * _BYTES.get(dtype, 0)
     return total
+
+
+def split_tuple(shape: str) -> list[str]:
+    """Returns the elements of a tuple's shape."""
+    elements, depth = [""], 0
+    for letter in shape[1:-1]:
+        if letter == "," and depth == 0:
+            elements.append("")
+        else:
+            depth += (letter in "([{") - (letter in ")]}")
+            elements[-1] += letter
+    return elements
 
 
 def _parse(line: str) -> Instruction | None:

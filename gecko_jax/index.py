@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ BLOCK_QUERIES = 256
 
 _ABOUT, _VECTORS, _PASSAGES = "index.json", "vectors.npy", "passages.jsonl"
 _RANGES = "ranges.npy"
+_FIELDS = {
+    "format_version": int,
+    "num_passages": int,
+    "dim": int,
+    "precision": quantization.PRECISIONS,
+    "revision": str,
+}
 
 
 class Index:
@@ -133,11 +141,18 @@ class Index:
         self, queries: Float[np.ndarray, "Q E"], k: int
     ) -> tuple[Float[np.ndarray, "Q T"], Int[np.ndarray, "Q T"]]:
         """The same as `search`, with positions in the corpus instead of ids."""
+        if queries.ndim != 2:
+            raise ValueError(
+                f"queries of shape {queries.shape}: give one row for each query, "
+                "[queries, dims]"
+            )
         if queries.shape[1] != self.dim:
             raise ValueError(
                 f"queries of {queries.shape[1]} dims in an index of {self.dim}: encode "
                 f"them with dim={self.dim}"
             )
+        if not np.isfinite(queries).all():
+            raise ValueError("a query's vector is not finite; encode it again")
         if k < 1:
             raise ValueError(f"k={k}: it must be at least 1")
         k = min(k, len(self))
@@ -247,49 +262,65 @@ def load(folder: str | os.PathLike) -> Index:
     """
     path = pathlib.Path(folder)
     try:
-        about = json.loads((path / _ABOUT).read_text())
-        version = about["format_version"]
-        if version not in (1, FORMAT_VERSION):
-            raise ValueError(
-                f"{path}: format_version {version}, this gecko_jax reads up to "
-                f"{FORMAT_VERSION}; upgrade gecko-jax"
-            )
-        precision = about["precision"] if version > 1 else quantization.FLOAT32
-        width = quantization.width(precision, about["dim"])
-        shape = (about["num_passages"], width)
-        revision = about["revision"]
+        about = files.read_object(
+            path / _ABOUT,
+            _FIELDS,
+            remedy="make the index again with `gecko index`",
+            defaults={"precision": quantization.FLOAT32},
+        )
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no {_ABOUT} here, so not an index; make one with `gecko index`"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise _damaged(path / _ABOUT, f"{type(error).__name__}: {error}") from error
-    try:
-        found = np.load(path / _VECTORS, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path / _VECTORS, error) from error
-    if found.shape != shape or found.dtype != quantization.dtype(precision):
-        raise _damaged(path / _VECTORS, f"{found.dtype}{found.shape}, not {shape}")
+    if about["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {about['format_version']}, this gecko_jax reads "
+            f"up to {FORMAT_VERSION}; upgrade gecko-jax"
+        )
+    precision, dim = about["precision"], about["dim"]
+    shape = (about["num_passages"], quantization.width(precision, dim))
+    values = _open_array(path / _VECTORS, shape, quantization.dtype(precision))
     ranges = None
     if precision == quantization.INT8:
-        try:
-            ranges = np.load(path / _RANGES, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _damaged(path / _RANGES, error) from error
-    records = [record for _, record in files.read_records(path / _PASSAGES)]
+        ranges = np.array(_open_array(path / _RANGES, (2, dim), np.float32))
+    records = list(files.read_records(path / _PASSAGES))
     if len(records) != shape[0]:
         raise _damaged(path / _PASSAGES, f"{len(records):,} lines, not {shape[0]:,}")
-    has = records[0].keys()
+    ids, titles, texts = (_column(records, name) for name in ("_id", "title", "text"))
+    if ids is None:
+        raise _damaged(path / _PASSAGES, "a line without _id")
     try:
         return Index(
-            quantization.Codes(np.array(found), precision, about["dim"], ranges),
-            [record["_id"] for record in records],
-            titles=[record["title"] for record in records] if "title" in has else None,
-            texts=[record["text"] for record in records] if "text" in has else None,
-            revision=revision,
+            quantization.Codes(np.array(values), precision, dim, ranges),
+            ids,
+            titles=titles,
+            texts=texts,
+            revision=about["revision"],
         )
-    except KeyError as error:
-        raise _damaged(path / _PASSAGES, f"a line without {error}") from error
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _open_array(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # Of a damaged header, numpy raises many kinds.
+        raise _damaged(path, error) from error
+    if found.shape != shape or found.dtype != dtype:
+        raise _damaged(path, f"{found.dtype}{found.shape}, not {shape}")
+    return found
+
+
+def _column(
+    records: Sequence[tuple[str, dict[str, Any]]], name: str
+) -> list[str] | None:
+    """Returns a field of all passages; None where no passage has it."""
+    if not any(name in record for _, record in records):
+        return None
+    for place, record in records:
+        if not isinstance(record.get(name), str):
+            raise _damaged(place, f"{name} is {files.kind(record.get(name))}")
+    return [record[name] for _, record in records]
 
 
 def from_embeddings(
@@ -318,10 +349,15 @@ def from_embeddings(
             f"{source}: missing, or not the file that {folder} was made from; give "
             "that one, or embed again"
         )
-    return Index(codes, ids, titles=titles, texts=texts, revision=settings["revision"])
+    try:
+        return Index(
+            codes, ids, titles=titles, texts=texts, revision=settings["revision"]
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
-def _damaged(path: pathlib.Path, fault: object) -> ValueError:
+def _damaged(path: pathlib.Path | str, fault: object) -> ValueError:
     return ValueError(
         f"{path}: missing or damaged ({fault}); make the index again with `gecko index`"
     )

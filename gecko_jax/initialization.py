@@ -18,13 +18,21 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Key
 
-from gecko_jax import checkpoints, model, progress, sharding, text, vocabulary
 from gecko_jax import config as config_lib
+from gecko_jax import (
+    model,
+    model_folder,
+    parameters,
+    progress,
+    sharding,
+    text,
+    vocabulary,
+)
 from gecko_jax.convert import formats
 from gecko_jax.data import pipeline, tasks
 
 
-def load_start(config: ml_collections.ConfigDict) -> checkpoints.ModelFiles | None:
+def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | None:
     """Reads `init.checkpoint`, if there is one, and checks that it fits the config.
 
     It may be of any format. An encoder that comes without a projection gets a fresh one
@@ -42,7 +50,7 @@ def load_start(config: ml_collections.ConfigDict) -> checkpoints.ModelFiles | No
             "vocabulary": tasks.vocabulary_path(config.data.vocabulary),
             "extra_ids": config.data.extra_ids,
         }
-    start = checkpoints.read_params(formats.open_model(source, **vocab))
+    start = model_folder.read_params(formats.open_model(source, **vocab))
     encoder_config = config_lib.encoder_config(config)
     if encoder_config.projection and not start.encoder_config.projection:
         logging.info("%s has no projection: it gets a fresh one", source)
@@ -50,12 +58,12 @@ def load_start(config: ml_collections.ConfigDict) -> checkpoints.ModelFiles | No
         fresh = np.asarray(model.init_projection(encoder_config, key))
         params = {**start.params, "projection_layer": {"kernel": fresh}}
         start = dataclasses.replace(start, params=params)
-    checkpoints.check_params(start.params, encoder_config, source=source)
+    parameters.check(start.params, encoder_config, source=source)
     _check_settings(encoder_config, start.encoder_config, source)
     return start
 
 
-def text_format(start: checkpoints.ModelFiles | None) -> text.TextFormat:
+def text_format(start: model_folder.ModelFiles | None) -> text.TextFormat:
     """Returns how a run writes its texts: as its start did, or else as the paper does.
 
     A plain encoder, which writes texts as they are, has no format to keep.
@@ -84,7 +92,7 @@ def _check_settings(
 def check_vocabulary(
     vocab: vocabulary.Vocabulary,
     config: ml_collections.ConfigDict,
-    start: checkpoints.ModelFiles | None,
+    start: model_folder.ModelFiles | None,
 ) -> None:
     """Refuses a vocabulary that does not fit the model or the checkpoint.
 
@@ -103,14 +111,14 @@ def check_vocabulary(
     if theirs.fingerprint != vocab.fingerprint:
         folder = config.init.checkpoint
         first = ""
-        if not (pathlib.Path(folder) / checkpoints.VOCABULARY).exists():
+        if not (pathlib.Path(folder) / model_folder.VOCABULARY).exists():
             folder = "DIR"
             first = f"`gecko import {config.init.checkpoint} --output DIR` and "
         raise ValueError(
             f"data.vocabulary={config.data.vocabulary}: not the vocabulary that "
             f"{config.init.checkpoint} was trained with, so its token embeddings would "
             f"mean nothing; {first}set data.vocabulary={folder}/"
-            f"{checkpoints.VOCABULARY} and data.extra_ids={start.extra_ids}"
+            f"{model_folder.VOCABULARY} and data.extra_ids={start.extra_ids}"
         )
 
 

@@ -20,8 +20,6 @@ import pathlib
 import re
 import sys
 
-import numpy as np
-
 _FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
 # The first version that is wrong without the flag.
@@ -79,6 +77,7 @@ def _probe_error() -> float:
     """Largest error of the known-wrong case, relative to the results' size."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     # Up to 8 rows the result is right; from 32 rows on it is not.
     rows = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)

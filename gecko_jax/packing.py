@@ -1,9 +1,9 @@
 """Packing: which texts share a row of tokens, and which rows share a call.
 
-Rows come in a few widths, each a power of two, and calls in a few numbers of rows, so
-that hardly any padding is computed and hardly any shape compiled. This is for encoding,
-where texts come in any number; batches of training have their own, fixed sizes
-(`data.features`).
+In encoding, where texts come in any number, rows have a few widths, each a power of
+two, and calls a few numbers of rows, so that hardly any padding is computed and hardly
+any shape compiled. The rows of a batch of training have one width, and their number is
+rounded by `round_up` (`data.features`).
 """
 
 import collections
@@ -35,13 +35,20 @@ class Call(NamedTuple):
     rows: list[Row]
 
 
-def pack(lengths: Sequence[int]) -> list[Row]:
+def pack(
+    lengths: Sequence[int], width: int = 0, max_texts: int | None = None
+) -> list[Row]:
     """Puts texts into rows, longest first, each into the row it fills best.
 
     A text opens a row of the next power of two above its length, and later, shorter
     texts fill what it leaves. Widths of the rows never grow along the list.
 
         pack([100, 20, 200]) == [Row(256, [2]), Row(128, [0, 1])]
+
+    Args:
+        lengths: Tokens of each text.
+        width: Of all rows, no less than the longest text; 0 for the widths above.
+        max_texts: Most texts of a row; by default its width over `MIN_TEXT`.
     """
     rows: list[Row] = []
     # Open rows by the tokens they have left. Bit n of `free` says that open[n] has
@@ -58,15 +65,26 @@ def pack(lengths: Sequence[int]) -> list[Row]:
             if not open_rows[left]:
                 free &= ~(1 << left)
         else:
-            left = max(MIN_WIDTH, 1 << (length - 1).bit_length())
+            left = width or max(MIN_WIDTH, 1 << (length - 1).bit_length())
             row = Row(left, [])
             rows.append(row)
         row.positions.append(position)
         left -= length
-        if left and len(row.positions) < row.width // MIN_TEXT:
+        most = max_texts or row.width // MIN_TEXT
+        if left and len(row.positions) < most:
             open_rows[left].append(row)
             free |= 1 << left
     return rows
+
+
+def round_up(number: int, multiple: int = 1) -> int:
+    """Returns the next number that is `multiple` times one of five binary digits.
+
+    A sixteenth is added at most, and numbers that are near each other become one.
+    """
+    parts = -(-number // multiple)
+    step = 1 << max(parts.bit_length() - 5, 0)
+    return -(-parts // step) * step * multiple
 
 
 def plan_calls(

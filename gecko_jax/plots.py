@@ -132,7 +132,7 @@ def plot_lengths(
         output: The PNG to write.
     """
     longest = [
-        2 * max(kept, *(length for task in tasks for length in task[column]))
+        2 * max([kept, *(length for task in tasks for length in task[column])])
         for column, kept in ((1, query_length), (2, passage_length))
     ]
     pyplot, style = _start()

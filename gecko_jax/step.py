@@ -93,6 +93,9 @@ def train_step(
         "negative_similarity": full.negative_similarity,
         **{f"loss_{dim}": terms[dim].loss for dim in terms},
     }
+    for name in ("spread", "matching"):
+        if getattr(full, name) is not None:
+            means[name] = getattr(full, name)
     by_task = functools.partial(
         jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
     )
@@ -187,24 +190,25 @@ def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: size for name, size in config.mesh.items() if name != "rules"}
 
 
-def row_multiple(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
-    """Returns what the rows of a batch are a multiple of: microbatches, or devices."""
-    return config.train.microbatch_size or sharding.num_batch_shards(mesh)
-
-
-def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """Returns shapes and shardings of a batch whose texts all have full length."""
+def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape:
+    """Returns the sizes of the batches of a config on a mesh."""
     data = config.data
-    shape = features.Shape(
+    return features.Shape(
         data.query_length,
         data.passage_length,
         data.num_negatives,
         data.packing,
-        row_multiple(config, mesh),
+        row_multiple=sharding.num_batch_shards(mesh),
+        microbatch_rows=config.train.microbatch_size,
+        teacher_dim=data.teacher_dim,
     )
+
+
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """Returns shapes and shardings of a batch whose texts all have full length."""
+    sizes = features.largest(config.data.batch_size, batch_shape(config, mesh))
     shapes = {
-        name: jax.ShapeDtypeStruct(dims, dtype)
-        for name, (dims, dtype) in features.largest(data.batch_size, shape).items()
+        name: jax.ShapeDtypeStruct(dims, dtype) for name, (dims, dtype) in sizes.items()
     }
     return _with_shardings(shapes, sharding.batch_shardings(shapes, mesh))
 

@@ -32,7 +32,7 @@ from flax import core as flax_core
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int
 
-from gecko_jax import checkpoints, losses, model
+from gecko_jax import losses, model, parameters
 from gecko_jax.data import t5x_features
 
 # Beside t5x's standard rules: the width of the projection, as in t5x_retrieval.
@@ -117,11 +117,11 @@ def _model_class() -> Any:
             """Returns `params`, and their logical axes as t5x wants them."""
             del input_shapes, input_types  # No parameter depends on them.
             config = self.module.config
-            axes = checkpoints.flatten_params(model.abstract_params(config)[1])
+            axes = parameters.flatten(model.abstract_params(config)[1])
             return flax_core.freeze(
                 {
                     "params": model.init_params(config, _typed_key(rng)),
-                    "params_axes": checkpoints.unflatten_params(
+                    "params_axes": parameters.unflatten(
                         {
                             f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
                             for name, spec in axes.items()

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
@@ -61,9 +61,11 @@ def num_values(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
-def from_array(array: Any) -> Tensor:
-    """Returns an array, of numpy or JAX, as a `Tensor`."""
-    return Tensor(array.shape, lambda: np.asarray(array, np.float32))
+def as_tensor(leaf: Any) -> Tensor:
+    """Returns an array, of numpy or JAX, as a `Tensor`; a `Tensor` as it is."""
+    if isinstance(leaf, Tensor):
+        return leaf
+    return Tensor(leaf.shape, lambda: np.asarray(leaf, np.float32))
 
 
 def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
@@ -192,5 +194,10 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
-            array = np.ascontiguousarray(tensor.read(), "<f4")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            _append(file, tensor)
+
+
+def _append(file: BinaryIO, tensor: Tensor) -> None:
+    # A function of its own: its array is gone before the next is read.
+    array = np.ascontiguousarray(tensor.read(), "<f4")
+    file.write(array.reshape(-1).view(np.uint8).data)

@@ -61,8 +61,9 @@ def train(
     Args:
         config: See `configs/`; checked here.
         workdir: The run's folder; see `checkpoints` for what it will hold.
-        evaluate: Called with (parameters, step) every `evaluation.every_steps` and at
-            the end; what it returns is logged.
+        evaluate: Called with (parameters, step) at the start, at the end and every
+            `evaluation.every_steps`; what it returns is logged. SIGTERM does not wait
+            for it: the run that goes on begins with what was left out.
         profile_steps: Steps of which a trace is written to `profile/`; 0 for none.
 
     Returns:
@@ -100,7 +101,7 @@ def _train(
     batches = build_batches(
         config,
         text_format=initialization.text_format(start),
-        row_multiple=step_lib.row_multiple(config, mesh),
+        row_multiple=sharding.num_batch_shards(mesh),
     )
     encoder_config = config_lib.encoder_config(config)
     if is_main:
@@ -177,6 +178,11 @@ def _train(
             last |= {"learning_rate": rate, "skipped_steps": guard.total}
             writer.write(step, last)
 
+    def is_evaluation_step(step: int) -> bool:
+        every = config.evaluation.every_steps
+        is_due = step in (0, num_steps) or (every > 0 and step % every == 0)
+        return evaluate is not None and is_due
+
     def evaluate_now(step: int, params: Any) -> None:
         assert evaluate is not None
         began = time.monotonic()
@@ -194,10 +200,10 @@ def _train(
         with clock.within("checkpoint"):
             checkpointer.save(step, state.params, state.opt_state, position)
 
-    step, is_stopping = first_step, False
+    step, is_interrupted = first_step, False
     try:
-        if evaluate is not None and first_step == 0:
-            evaluate_now(0, state.params)
+        if is_evaluation_step(first_step) and not _is_evaluated(workdir, first_step):
+            evaluate_now(first_step, state.params)
         pending = None
         shapes_seen = set()
         saved_at = time.monotonic()
@@ -215,7 +221,6 @@ def _train(
             if pending is not None:
                 finish(*pending)
             pending = (step, summary, batch)
-            every = config.evaluation.every_steps
             is_stopping = stop.is_raised(step)
             is_saving = (
                 is_stopping
@@ -223,9 +228,7 @@ def _train(
                 or step == num_steps
                 or _is_due(saved_at, config.checkpoint.every_minutes, step)
             )
-            is_evaluating = evaluate is not None and (
-                (every and step % every == 0) or step == num_steps
-            )
+            is_evaluating = is_evaluation_step(step)
             if is_saving or is_evaluating:
                 finish(*pending)
                 pending = None
@@ -234,7 +237,8 @@ def _train(
             if is_saving:
                 save(step)
                 saved_at = time.monotonic()
-            if is_stopping and step < num_steps:
+            is_interrupted = is_stopping and (step < num_steps or is_evaluating)
+            if is_interrupted:
                 break
             clock.enter("data")
         clock.enter("checkpoint")
@@ -244,7 +248,7 @@ def _train(
         bar.close()
         writer.close()
         checkpointer.close()
-    if is_stopping and step < num_steps:
+    if is_interrupted:
         raise interruption.Interrupted(
             f"SIGTERM after step {step} of {num_steps}: saved in {workdir}; the same "
             "command goes on from there"
@@ -252,6 +256,17 @@ def _train(
     if first_step >= num_steps:
         logging.info("%s is finished: %d steps of %d", workdir, first_step, num_steps)
     return last
+
+
+def _is_evaluated(workdir: pathlib.Path, step: int) -> bool:
+    """Whether the metrics hold the evaluation of a step, as the first process sees."""
+    is_evaluated = any(
+        line["step"] == step and any(name.startswith("evaluation/") for name in line)
+        for line in metrics.read(workdir / metrics.METRICS)
+    )
+    if jax.process_count() == 1:
+        return is_evaluated
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_evaluated)))
 
 
 def _is_due(saved_at: float, every_minutes: int, step: int) -> bool:
@@ -318,6 +333,7 @@ def build_batches(
         seed=config.seed,
         cache_dir=cache_dir,
         row_multiple=row_multiple,
+        microbatch_rows=config.train.microbatch_size,
         **settings,
     )
 

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import pathlib
-import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,15 @@ from jaxtyping import Float
 from gecko_jax import embedding, files, progress, quantization
 
 _SETTINGS = "embeddings.json"
+_FIELDS = {
+    "revision": str,
+    "dim": int,
+    "precision": quantization.PRECISIONS,
+    "shard_rows": int,
+    "num_texts": int,
+    "source_sha256": str,
+    "source": str,
+}
 
 
 def embed_file(
@@ -118,18 +126,18 @@ def embed_file(
 
 def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """Returns what `embed_file` wrote about the vectors of `folder`."""
-    path = pathlib.Path(folder) / _SETTINGS
     try:
-        # Folders made before there was a choice do not name it.
-        return {"precision": quantization.FLOAT32} | json.loads(path.read_text())
+        return files.read_object(
+            pathlib.Path(folder) / _SETTINGS,
+            _FIELDS,
+            remedy="remove the folder and embed again",
+            # Folders made before there was a choice do not name it.
+            defaults={"precision": quantization.FLOAT32},
+        )
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: no {_SETTINGS}, so not a folder of `gecko embed`; check it"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not JSON ({error}); remove the folder and embed again"
-        ) from error
 
 
 def read_shards(
@@ -161,6 +169,7 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
         loaded = _load_shard(path)
         if (
             loaded is None
+            or len(loaded.ids) != expected
             or (loaded.vectors.dtype, loaded.vectors.shape)
             != (values.dtype, (expected, width))
             or not (shard == 0 or _are_equal(loaded.ranges, ranges))
@@ -234,10 +243,9 @@ def _load_shard(path: pathlib.Path) -> _Shard | None:
     try:
         # numpy leaves a damaged file open that it opened itself.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
-            return _Shard(
-                shard["ids"].tolist(),
-                shard["vectors"],
-                shard.get("ranges"),
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            ids = shard["ids"]
+            if ids.ndim != 1 or ids.dtype.kind != "U":
+                return None
+            return _Shard(ids.tolist(), shard["vectors"], shard.get("ranges"))
+    except Exception:  # Of a damaged file, numpy and zipfile raise many kinds.
         return None

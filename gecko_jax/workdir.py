@@ -17,8 +17,8 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from gecko_jax import checkpoints, files, model
 from gecko_jax import config as config_lib
+from gecko_jax import files, model, model_folder
 from gecko_jax.data import pipeline
 
 CONFIG = "config.json"
@@ -113,8 +113,15 @@ def check_position(
     Raises:
         ValueError: Names what has changed: task, source, rate, format or size.
     """
-    if position["mixture_hash"] != batches.mixture_hash:
-        before = _flat_facts(position.get("mixture", {}))
+    mixture_hash, facts = position.get("mixture_hash"), position.get("mixture", {})
+    if not isinstance(mixture_hash, str) or not isinstance(facts, Mapping):
+        raise ValueError(
+            "the newest of checkpoints/ has an edited position (mixture_hash is "
+            f"{mixture_hash!r}); remove that checkpoint, and the run goes on from the "
+            "one before"
+        )
+    if mixture_hash != batches.mixture_hash:
+        before = _flat_facts(facts)
         now = _flat_facts(json.loads(json.dumps(batches.facts)))
         changed = [
             f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
@@ -123,7 +130,7 @@ def check_position(
         ] or ["the version of the code that tokenizes"]
         raise ValueError(
             f"the data has changed since the checkpoint was made (mixture "
-            f"{position['mixture_hash']}, now {batches.mixture_hash}): a resumed run "
+            f"{mixture_hash}, now {batches.mixture_hash}): a resumed run "
             "would not see the examples it should; restore the files of "
             f"data.files={config.data.files} or data.mixture={config.data.mixture}, or "
             "start in a new workdir. Changed:\n  " + "\n  ".join(changed)
@@ -147,7 +154,7 @@ def write_model(
     config: ml_collections.ConfigDict,
     encoder_config: model.EncoderConfig,
     batches: pipeline.Batches,
-    start: checkpoints.ModelFiles | None,
+    start: model_folder.ModelFiles | None,
 ) -> None:
     """Writes what makes the workdir a model, before step 0."""
     with files.write_file(workdir / CONFIG) as temporary:
@@ -161,9 +168,9 @@ def write_model(
         },
         "started_from": start.revision if start else None,
     }
-    checkpoints.write_model_json(
+    model_folder.write_model_json(
         workdir,
-        checkpoints.ModelFiles(
+        model_folder.ModelFiles(
             params={},
             encoder_config=encoder_config,
             text_format=batches.text_format,

@@ -1,6 +1,7 @@
 """What every test runs under: 8 CPU devices, strict shapes, right numbers."""
 
 import atexit
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -37,7 +38,7 @@ def tiny_files():
     """Files of a small, untrained model with the bundled vocabulary."""
     import pathlib
 
-    from gecko_jax import checkpoints, model, text
+    from gecko_jax import model, model_folder, text
 
     quickstart = pathlib.Path(__file__).parents[1] / "gecko_jax" / "quickstart"
     config = model.EncoderConfig(
@@ -49,7 +50,7 @@ def tiny_files():
         mlp_dim=32,
         embedding_dim=16,
     )
-    return checkpoints.ModelFiles(
+    return model_folder.ModelFiles(
         params=jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)),
         encoder_config=config,
         text_format=text.TextFormat(
@@ -72,3 +73,44 @@ def tiny_gecko(tiny_files):
     from gecko_jax import embedding
 
     return embedding.Gecko(tiny_files)
+
+
+@pytest.fixture
+def small_files(tiny_files):
+    """A model small enough to be written often; of another size than `tiny_files`."""
+    import jax
+
+    from gecko_jax import model
+
+    config = model.EncoderConfig(
+        vocab_size=32,
+        model_dim=8,
+        num_layers=1,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=8,
+        embedding_dim=8,
+    )
+    params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(1))
+    return dataclasses.replace(
+        tiny_files, params=params, encoder_config=config, mrl_dims=(4, 8)
+    )
+
+
+@pytest.fixture
+def workdir(small_files, tmp_path):
+    """A workdir with checkpoints of steps 2 and 4, whose parameters differ."""
+    import jax
+    import numpy as np
+
+    from gecko_jax import checkpoints, model_folder
+
+    path = tmp_path / "run"
+    path.mkdir()
+    model_folder.write_model_json(path, small_files)
+    checkpointer = checkpoints.Checkpointer(path, keep=3, keep_every_steps=0)
+    for step in (2, 4):
+        params = jax.tree.map(lambda leaf, step=step: leaf + step, small_files.params)
+        checkpointer.save(step, params, {"count": np.int32(step)}, {"seed": step})
+    checkpointer.close()
+    return path

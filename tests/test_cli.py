@@ -4,8 +4,10 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 
 import ml_collections
 import pytest
@@ -20,12 +22,14 @@ VERBS = (
     ("data", "show"),
     ("data", "vocabulary"),
     ("data", "prepare"),
+    ("data", "teach"),
     ("evaluate",),
     ("embed",),
     ("index",),
     ("search",),
     ("import",),
     ("export",),
+    ("average",),
     ("fret", "plan"),
     ("fret", "calibrate"),
     ("fret", "run"),
@@ -69,7 +73,7 @@ def test_help_needs_no_jax():
         "from gecko_jax import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('jax', 'tensorflow', 'numpy.f2py') if m in sys.modules])"
+        "print([m for m in ('jax', 'tensorflow', 'numpy') if m in sys.modules])"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -170,6 +174,44 @@ def test_an_interrupted_run_says_that_it_goes_on(capsys, monkeypatch):
     assert "the same command goes on" in err
 
 
+def _run_process(body):
+    """Runs `gecko index` with another body, in a process of its own."""
+    code = (
+        "import atexit, gc, os, sys, time\n"
+        "from gecko_jax import cli\n"
+        "from gecko_jax.commands import embed\n"
+        f"def index(options):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+        "embed.index = index\n"
+        "sys.argv = ['gecko', 'index', 'vectors', '--output=there']\n"
+        "cli.run()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_ctrl_c_in_a_callback_still_interrupts():
+    # As in JAX's own, which runs at each garbage collection.
+    found = _run_process(
+        """
+        def lose(phase, info):
+            gc.callbacks.remove(lose)
+            raise KeyboardInterrupt
+        gc.callbacks.append(lose)
+        gc.collect()
+        time.sleep(5)
+        """
+    )
+    assert found.returncode == 130
+    assert "Traceback" not in found.stderr
+    assert found.stderr.strip() == (
+        "gecko index: interrupted; the same command goes on from what is saved"
+    )
+
+
+def test_an_interrupted_process_does_not_wait_for_threads_to_crash():
+    found = _run_process("atexit.register(os.abort); raise KeyboardInterrupt")
+    assert found.returncode == 130
+
+
 # --- Config flags -------------------------------------------------------------------
 
 
@@ -249,10 +291,10 @@ def test_overrides_are_set_apart(arguments, overrides, others):
 
 @pytest.fixture(scope="module")
 def model_folder(tiny_files, tmp_path_factory):
-    from gecko_jax import checkpoints
+    from gecko_jax import model_folder
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    checkpoints.save_model(folder, tiny_files)
+    model_folder.save_model(folder, tiny_files)
     return str(folder)
 
 
@@ -301,7 +343,8 @@ def test_search_shows_titles_and_texts(capsys, model_folder, index_folder):
 def test_search_reads_queries_from_standard_input(
     capsys, monkeypatch, model_folder, index_folder
 ):
-    monkeypatch.setattr("sys.stdin", io.StringIO("lizard\n\n   \na graph\n"))
+    lines = io.BytesIO(b"lizard\n\n   \n\xff\na graph\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, "utf-8"))
     status, out, err = _run(
         capsys, "search", f"--model={model_folder}", f"--index={index_folder}", "--json"
     )
@@ -310,6 +353,7 @@ def test_search_reads_queries_from_standard_input(
         "lizard",
         "a graph",
     ]
+    assert err.strip().endswith("which is no character; write it as UTF-8")
     assert "error" not in err
 
 
@@ -399,6 +443,56 @@ def test_an_export_is_pushed_when_it_is_whole(
     ((names, repo_id),) = pushed
     assert "gecko.json" in names
     assert repo_id == "a/b"
+
+
+def test_an_average_says_what_went_in(capsys, model_folder, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(model_folder, tmp_path / name)
+    models = [str(tmp_path / name) for name in ("a", "b")]
+    output = f"--output={tmp_path / 'soup'}"
+    status, out, _ = _run(capsys, "average", *models, output, "--weights=3,1")
+    assert status == 0
+    assert f"0.750  {models[0]}" in out
+    assert "cosine 1.0000 with the one before" in out
+    assert (tmp_path / "soup" / "model.safetensors").is_file()
+    status, _, err = _run(capsys, "average", *models, output, "--weights=much")
+    assert (status, "numbers with commas" in err) == (2, True)
+    status, _, err = _run(capsys, "average", *models, output, "--steps=2")
+    assert (status, "leave it out" in err) == (1, True)
+
+
+def test_a_teacher_is_made_by_a_model_or_from_vectors(capsys, model_folder, tmp_path):
+    pairs, texts, folder = (str(tmp_path / n) for n in ("p.jsonl", "t.jsonl", "taught"))
+    lines = [
+        {"task": "docs", "query": f"list {i}", "positive": f"a list of {i}"}
+        for i in range(4)
+    ]
+    pathlib.Path(pairs).write_text("\n".join(map(json.dumps, lines)))
+    teach = ("data", "teach", pairs)
+    status, out, _ = _run(
+        capsys, *teach, f"--model={model_folder}", f"--output={folder}", "--dim=4"
+    )
+    assert status == 0
+    assert "8 vectors of 4 dims" in out
+    assert "--config.data.teacher_dim=4" in out
+    status, out, _ = _run(capsys, *teach, f"--texts={texts}")
+    assert (status, "8 texts" in out) == (0, True)
+    listed = [json.loads(line) for line in pathlib.Path(texts).read_text().splitlines()]
+    vectors = [
+        json.dumps({"_id": line["_id"], "vector": [1.0, float(row), 0.5]})
+        for row, line in enumerate(listed)
+    ]
+    pathlib.Path(texts).write_text("\n".join(vectors))
+    status, out, err = _run(capsys, *teach, f"--vectors={texts}", f"--output={folder}")
+    assert (status, "8 vectors of 3 dims" in out, err) == (0, True, "")
+    for wrong, message in (
+        ((), "needs one of --model, --vectors, --texts"),
+        ((f"--texts={texts}", f"--vectors={texts}"), "needs one of"),
+        ((f"--vectors={texts}",), "need --output"),
+        ((f"--texts={texts}", f"--output={folder}"), "is an output itself"),
+    ):
+        status, _, err = _run(capsys, *teach, *wrong)
+        assert (status, message in err) == (2, True)
 
 
 def test_fewer_bits_go_from_embed_to_search(capsys, model_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Proofs for TPU topologies: names, counts, and the loop that waits for nobody."""
 
+import contextlib
 import pathlib
 
 import jax
@@ -101,6 +102,71 @@ def test_no_microbatch_waits_for_another_device():
 def test_a_split_over_heads_does_wait_in_the_loop():
     traced, _ = _step(8, data=2, fsdp=2, tensor=2)
     assert _in_microbatch_loop(traced) > 0
+
+
+def _report(rows, tensor, gib, memory_seconds, compute_seconds):
+    return compile_lib.Report(
+        topology="v5e:2x2",
+        num_slices=1,
+        num_devices=4,
+        mesh={"data": 1, "fsdp": 4 // tensor, "tensor": tensor},
+        settings={"rows": rows},
+        batch_size=64,
+        hbm_bytes=16.0 * 2**30,
+        argument_bytes=0,
+        temporary_bytes=0,
+        peak_bytes=round(gib * 2**30),
+        flops=2.0,
+        model_flops=1.0,
+        memory_bytes=0.0,
+        collectives={},
+        in_microbatch_loop=0,
+        compute_seconds=compute_seconds,
+        memory_seconds=memory_seconds,
+        link_seconds=0.0,
+        compile_seconds=0.0,
+    )
+
+
+@pytest.mark.parametrize("base_gib", [2, 20])
+def test_a_search_tries_what_can_be_faster_and_recommends_what_fits(
+    monkeypatch, base_gib
+):
+    tried = []
+
+    def compile_step(config, topology):
+        tensor, remat = config.mesh.tensor, config.model.remat
+        assert config.mesh.fsdp == 4 // tensor
+        rows = config.train.microbatch_size // config.mesh.fsdp
+        tried.append((tensor, remat, rows))
+        gib = {"full": 1, "dots": 2, "none": 9}[remat] * rows / tensor
+        gib += base_gib / tensor
+        if gib > 16:
+            raise MemoryError("too large")
+        compute = {"full": 5.0, "dots": 4.5, "none": 4.0}[remat]
+        return _report(rows, tensor, gib, 16.0 / rows, compute)
+
+    monkeypatch.setattr(compile_lib, "compile_step", compile_step)
+    monkeypatch.setattr(
+        compile_lib,
+        "topology_devices",
+        lambda topology: contextlib.nullcontext([None] * 4),
+    )
+    config = flags.load(f"{ROOT / 'configs/finetune.py'}:local", [])
+    reports = list(compile_lib.search(config, "v5e:2x2"))
+    best = compile_lib.recommend(reports)
+    assert best is not None
+    if base_gib == 2:
+        # With four rows compute bounds the step, and "none" fits with one alone.
+        series = [(1, "full", rows) for rows in (1, 2, 4)]
+        series += [(1, "dots", rows) for rows in (1, 2, 4)]
+        assert tried == [*series, (1, "none", 1), (1, "none", 2)]
+        assert (best.mesh["tensor"], best.roofline_seconds) == (1, 4.5)
+    else:
+        assert [one for one in tried if one[0] == 1] == [
+            (1, remat, 1) for remat in ("full", "dots", "none")
+        ]
+        assert best.mesh["tensor"] == 2
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import gecko_jax
-from gecko_jax import checkpoints, model, tensors
+from gecko_jax import model, model_folder, parameters, tensors
 from gecko_jax.convert import formats, hub, names
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -25,7 +25,7 @@ ATOL = 2e-5
 
 def load_params(source, vocabulary=VOCABULARY):
     opened = formats.open_model(source, vocabulary=vocabulary)
-    return checkpoints.flatten_params(checkpoints.read_params(opened).params)
+    return parameters.flatten(model_folder.read_params(opened).params)
 
 
 def reference_params():
@@ -79,9 +79,9 @@ def test_the_parameters_are_those_of_t5x_bit_for_bit(folder):
 
 def test_an_import_writes_what_it_read(folder, tmp_path):
     """Hugging Face -> gecko_jax -> the same bytes under the names there."""
-    checkpoints.save_model(tmp_path / "out", formats.open_model(folder))
+    model_folder.save_model(tmp_path / "out", formats.open_model(folder))
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
-    config = checkpoints.load_settings(tmp_path / "out").encoder_config
+    config = model_folder.load_settings(tmp_path / "out").encoder_config
     there = safetensors.numpy.load_file(HF / "model.safetensors")
     for ours, (name, is_transposed) in names.hugging_face_names(config).items():
         leaf = stored[ours].T if is_transposed else stored[ours]
@@ -126,7 +126,7 @@ def test_shards_are_read_by_their_index(folder):
     weights = safetensors.numpy.load_file(folder / "whole.safetensors")
     tensors.write(
         folder,
-        {name: tensors.from_array(leaf) for name, leaf in weights.items()},
+        {name: tensors.as_tensor(leaf) for name, leaf in weights.items()},
         shard_bytes=3_000,
     )
     (folder / "whole.safetensors").unlink()
@@ -169,7 +169,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path, kind):
     # Several files, as the hub has the large ones.
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    opened = checkpoints.read_params(
+    opened = model_folder.read_params(
         formats.open_model(tmp_path, vocabulary=VOCABULARY)
     )
     rng = np.random.default_rng(0)
@@ -342,7 +342,7 @@ def test_a_folder_of_something_else_says_what_was_looked_for(tmp_path):
 
 
 def test_a_model_of_ours_keeps_its_own_vocabulary(tiny_files, tmp_path):
-    checkpoints.save_model(tmp_path / "m", tiny_files)
+    model_folder.save_model(tmp_path / "m", tiny_files)
     opened = formats.open_model(tmp_path / "m", query_length=9)
     assert opened.revision == tiny_files.revision
     assert dataclasses.replace(opened, params={}, query_length=64) == (

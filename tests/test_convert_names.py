@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gecko_jax import checkpoints, model
+from gecko_jax import model, parameters
 from gecko_jax.convert import names
 
 CONFIG = model.EncoderConfig(
@@ -28,7 +28,7 @@ def test_every_parameter_has_one_name_there(activations, shared, projection):
         shared_relative_bias=shared,
         projection=projection,
     )
-    shapes = checkpoints.flatten_params(model.abstract_params(config)[0])
+    shapes = parameters.flatten(model.abstract_params(config)[0])
     assert (names.PROJECTION in shapes) == projection
     table = names.hugging_face_names(config)
     assert table.keys() == shapes.keys() - {names.PROJECTION}

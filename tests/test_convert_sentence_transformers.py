@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gecko_jax
-from gecko_jax import checkpoints, embedding, text
+from gecko_jax import embedding, model_folder, parameters, text
 from gecko_jax.convert import formats, names
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -60,8 +60,8 @@ def edit(path, **values):
 
 
 def test_encoder_and_projection_are_those_of_t5x(folder):
-    read = checkpoints.read_params(formats.open_model(folder))
-    flat = checkpoints.flatten_params(read.params)
+    read = model_folder.read_params(formats.open_model(folder))
+    flat = parameters.flatten(read.params)
     with np.load(DATA / "t5x_tiny" / "params.npz") as stored:
         assert flat.keys() == set(stored)
         for name, leaf in flat.items():
@@ -123,7 +123,7 @@ def test_the_dim_it_is_cut_to_counts_as_trained(folder):
 
 def test_an_export_of_ours_keeps_its_settings(folder, tiny_files):
     plain = formats.open_model(folder)
-    settings = checkpoints.ModelFiles(
+    settings = model_folder.ModelFiles(
         params={},
         encoder_config=plain.encoder_config,
         text_format=text.TextFormat(task_descriptions={"docs": "search result"}),
@@ -135,7 +135,7 @@ def test_an_export_of_ours_keeps_its_settings(folder, tiny_files):
         step=33,
         revision="ours-33",
     )
-    checkpoints.write_model_json(folder, settings)
+    model_folder.write_model_json(folder, settings)
     # Prompts that cannot say what the settings say.
     write(folder / "config_sentence_transformers.json", {"prompts": {"docs": "x"}})
     loaded = gecko_jax.load(folder)

@@ -18,7 +18,7 @@ import pytest
 import tensorstore
 
 import gecko_jax
-from gecko_jax import checkpoints, embedding, model, sharding
+from gecko_jax import embedding, model, model_folder, parameters, sharding
 from gecko_jax.convert import formats, from_t5x, kvstores, msgpack_arrays
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -36,8 +36,8 @@ def reference_params():
 
 def load_params(source, **settings):
     opened = formats.open_model(source, vocabulary=VOCABULARY, **settings)
-    read = checkpoints.read_params(opened)
-    return read, checkpoints.flatten_params(read.params)
+    read = model_folder.read_params(opened)
+    return read, parameters.flatten(read.params)
 
 
 def assert_same(flat, want):
@@ -76,7 +76,7 @@ def write_legacy(
 ):
     """Writes a legacy checkpoint as t5x does; `bits` is its second age's bfloat16."""
     folder.mkdir(parents=True)
-    tree = checkpoints.unflatten_params({name: None for name in flat})
+    tree = parameters.unflatten({name: None for name in flat})
     for name, array in flat.items():
         place = f"target.{name.replace('/', '.')}/"
         spec = {
@@ -276,7 +276,7 @@ def test_scanned_layers_are_taken_apart(tmp_path, inline):
             reads.append(path) or original(future, path)
         )
         try:
-            checkpoints.save_model(tmp_path / "out", opened)
+            model_folder.save_model(tmp_path / "out", opened)
         finally:
             kvstores._result = original
         assert len(reads) == len(set(reads)) == len(shapes) + len(rest)
@@ -356,9 +356,9 @@ def test_an_export_of_ours_keeps_its_settings(tmp_path):
         plain, params={}, mrl_dims=(4, 8), query_length=9, revision="ours-5", step=5
     )
     (tmp_path / "gecko").mkdir()
-    checkpoints.write_model_json(tmp_path / "gecko", settings)
-    opened = checkpoints.read_params(formats.open_model(tmp_path))
-    assert_same(checkpoints.flatten_params(opened.params), reference_params())
+    model_folder.write_model_json(tmp_path / "gecko", settings)
+    opened = model_folder.read_params(formats.open_model(tmp_path))
+    assert_same(parameters.flatten(opened.params), reference_params())
     assert (opened.mrl_dims, opened.query_length) == ((4, 8), 9)
     assert (opened.revision, opened.step) == ("ours-5", 5)
 
@@ -403,7 +403,7 @@ def test_the_same_weights_have_the_same_revision_in_every_form(tmp_path):
     revisions = {
         load_params(T5X / form)[0].revision for form in ("legacy_f32", "orbax_f32")
     }
-    written = checkpoints.save_model(
+    written = model_folder.save_model(
         tmp_path / "m", formats.open_model(LEGACY, vocabulary=VOCABULARY)
     )
     assert revisions == {written.revision}
@@ -429,7 +429,7 @@ def test_a_missing_chunk_is_an_error_and_not_zeros(copy, tmp_path):
     # Found out while writing: nothing of the folder stays.
     opened = formats.open_model(copy, vocabulary=VOCABULARY)
     with pytest.raises(ValueError, match=message):
-        checkpoints.save_model(tmp_path / "out", opened)
+        model_folder.save_model(tmp_path / "out", opened)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1000"]
 
 

@@ -87,6 +87,16 @@ def test_weights_beyond_the_limit_lie_beside_the_graph(
     )
 
 
+def test_an_earlier_export_is_replaced_unless_it_holds_more(tiny_files, tmp_path):
+    to_onnx.save(tmp_path, tiny_files, dim=4)
+    to_onnx.save(tmp_path, tiny_files, dim=8)
+    assert _run(tmp_path, TEXTS[:1], "").shape == (1, 8)
+    (tmp_path / "model.int8.onnx").write_text("mine")
+    with pytest.raises(ValueError, match=r"also holds model\.int8\.onnx, which"):
+        to_onnx.save(tmp_path, tiny_files)
+    assert (tmp_path / "model.int8.onnx").read_text() == "mine"
+
+
 def test_a_folder_of_something_else_is_not_overwritten(tiny_files, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not an earlier export"):

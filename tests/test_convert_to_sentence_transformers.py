@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, embedding, model, text
+from gecko_jax import embedding, model, model_folder, parameters, text
 from gecko_jax.convert import names, to_sentence_transformers
 
 QUERIES = ["what  do geckos\neat", "café </s> <pad>", "漢字 👨‍👩‍👧 ①½", "e\u0301 x"]
@@ -141,7 +141,7 @@ def test_parameters_lie_once_and_transposed(folder, scaled_files):
 
     found = safetensors.numpy.load_file(folder / "model.safetensors")
     dense = safetensors.numpy.load_file(folder / "2_Dense" / "model.safetensors")
-    params = checkpoints.flatten_params(scaled_files.params)
+    params = parameters.flatten(scaled_files.params)
     table = names.hugging_face_names(scaled_files.encoder_config)
     assert found.keys() == {there.name for there in table.values()}
     for name, there in table.items():
@@ -152,7 +152,7 @@ def test_parameters_lie_once_and_transposed(folder, scaled_files):
 
 
 def test_our_own_settings_are_inside(folder, scaled_files):
-    settings = checkpoints.load_settings(folder)
+    settings = model_folder.load_settings(folder)
     for field in dataclasses.fields(settings):
         if field.name != "params":
             assert getattr(settings, field.name) == getattr(scaled_files, field.name)
@@ -232,10 +232,28 @@ def test_a_folder_of_something_else_is_not_overwritten(tiny_files, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_an_earlier_export_is_replaced(folder, scaled_files):
-    (folder / "stale.txt").write_text("")
-    to_sentence_transformers.save(folder, scaled_files)
-    assert not (folder / "stale.txt").exists()
+def test_an_earlier_export_is_replaced_unless_it_holds_more(scaled_files, tmp_path):
+    to_sentence_transformers.save(tmp_path, scaled_files)
+    # Of an encoder without projection there are fewer files.
+    config = dataclasses.replace(
+        scaled_files.encoder_config, projection=False, embedding_dim=16
+    )
+    flat = parameters.flatten(scaled_files.params)
+    flat.pop(names.PROJECTION)
+    plain = dataclasses.replace(
+        scaled_files, encoder_config=config, params=parameters.unflatten(flat)
+    )
+    to_sentence_transformers.save(tmp_path, plain)
+    assert not (tmp_path / "2_Dense").exists()
+    for added in ("notes.txt", "1_Pooling/notes.txt", "eval/scores.csv"):
+        (tmp_path / added).parent.mkdir(exist_ok=True)
+        (tmp_path / added).write_text("mine")
+        with pytest.raises(ValueError, match=rf"also holds {added}, which would be"):
+            to_sentence_transformers.save(tmp_path, scaled_files)
+        assert (tmp_path / added).read_text() == "mine"
+        (tmp_path / added).unlink()
+    to_sentence_transformers.save(tmp_path, scaled_files)
+    assert (tmp_path / "2_Dense").exists()
 
 
 def test_a_model_of_others_is_not_overwritten(scaled_files, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 from flax import serialization
 
-from gecko_jax import checkpoints, model
+from gecko_jax import model, model_folder, parameters
 from gecko_jax.convert import to_t5x
 
 FIXTURE = pathlib.Path(__file__).parent / "data" / "t5x_tiny"
@@ -32,7 +32,7 @@ def files(tiny_files):
     return dataclasses.replace(
         tiny_files,
         encoder_config=config,
-        params=checkpoints.unflatten_params(flat),
+        params=parameters.unflatten(flat),
         mrl_dims=(4, 8),
         step=1_000,
     )
@@ -109,7 +109,7 @@ def test_every_parameter_comes_back_bit_for_bit(files, folder):
         found[name] = store.read().result()
 
     collect(specs, "")
-    expected = checkpoints.flatten_params(files.params)
+    expected = parameters.flatten(files.params)
     assert found.keys() == expected.keys()
     assert "projection_layer/kernel" in found
     for name, array in found.items():
@@ -118,24 +118,42 @@ def test_every_parameter_comes_back_bit_for_bit(files, folder):
 
 
 def test_what_t5x_has_no_place_for_lies_beside_it(files, folder):
-    settings = checkpoints.load_settings(folder / "gecko")
+    settings = model_folder.load_settings(folder / "gecko")
     assert settings.encoder_config == files.encoder_config
     assert settings.text_format == files.text_format
     assert settings.vocabulary_proto == files.vocabulary_proto
 
 
 def test_large_arrays_are_cut_evenly():
-    array = np.broadcast_to(np.float32(0), (32_128, 4_096))
-    chunks = to_t5x.choose_chunks(array)
+    chunks = to_t5x.choose_chunks((32_128, 4_096))
     assert 32 * 2**20 <= 4 * chunks[0] * chunks[1] <= 64 * 2**20
     assert 32_128 % chunks[0] == 4_096 % chunks[1] == 0
 
 
 def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):
     (tmp_path / "checkpoint_999").mkdir()
+    (tmp_path / "checkpoint_999" / "checkpoint").write_text("training")
     with pytest.raises(ValueError, match="not an earlier export"):
         to_t5x.save(tmp_path, files)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_999"]
+
+
+def test_an_earlier_export_is_replaced(files, tmp_path):
+    to_t5x.save(tmp_path / "m", dataclasses.replace(files, step=3))
+    to_t5x.save(tmp_path / "m", files)
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"checkpoint_1000", "gecko"}
+
+
+def test_a_checkpoint_that_t5x_added_is_kept(files, tmp_path):
+    """t5x goes on in the folder it began from."""
+    to_t5x.save(tmp_path, files)
+    added = tmp_path / "checkpoint_2000" / "checkpoint"
+    added.parent.mkdir()
+    added.write_text("trained further")
+    with pytest.raises(ValueError, match=r"also holds checkpoint_2000/checkpoint, w"):
+        to_t5x.save(tmp_path, files)
+    assert added.read_text() == "trained further"
 
 
 def test_a_project_with_a_folder_named_gecko_is_not_overwritten(tiny_files, tmp_path):

@@ -254,7 +254,7 @@ print(digest.hexdigest())
 """
     command = [sys.executable, "-c", program]
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
     digest = hashlib.sha256()
     for batch in open_batches().iterate(5, 9):
@@ -339,6 +339,15 @@ def test_cut_off_cache_is_never_taken_for_whole(
     info.write_text(json.dumps({"num_examples": 99}))
     with pytest.raises(ValueError, match="of 99 examples; delete the folder"):
         open_batches(files=(path,), cache_dir=tmp_path)
+    info.write_text("{}")
+    with pytest.raises(ValueError, match=r"no num_examples.*delete the folder"):
+        open_batches(files=(path,), cache_dir=tmp_path)
+    (note,) = tmp_path.glob("sources/*.json")
+    summary = note.read_text()
+    note.write_text("3")
+    with pytest.raises(ValueError, match="a number, not an object; delete it"):
+        open_batches(files=(path,), cache_dir=tmp_path)
+    note.write_text(summary)
     shutil.rmtree(info.parent)
     rebuilt = open_batches(files=(path,), cache_dir=tmp_path)
     assert_same(whole.batch(1), rebuilt.batch(1))

@@ -1,5 +1,6 @@
 """The recipe: golden examples, every source, every set, every mixture, bad inputs."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -418,6 +419,26 @@ def test_every_set_of_files_is_prepared(tmp_path, name):
     assert len(pairs) == summary.examples > 0
     again = prepare.prepare(task, tmp_path / "p", source=source)
     assert again == summary
+
+
+def test_a_set_gets_as_many_negatives_as_are_asked_for(tmp_path):
+    words = ("lizard", "gecko", "snake", "bird")
+    records = [
+        {"question": f"animal named {w}", "answer": f"a {w} is an animal that moves"}
+        for w in words
+    ]
+    task = dataclasses.replace(TABLE["gooaq"], mine=True)
+    source = write_source(tmp_path, task.source, records)
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare.prepare(task, one, source=source)
+    prepare.prepare(task, two, source=source, negatives=2)
+    for folder, wanted in ((one, 1), (two, 2)):
+        located = mixtures.locate(task, folder)
+        pairs = [p for path in located.files for p in jsonl.read_pairs(path)]
+        mined = [len(pair.negatives) for pair in pairs]
+        assert mined == [wanted] * 4
+    with pytest.raises(ValueError, match="by other settings"):
+        prepare.prepare(task, one, source=source, negatives=2)
 
 
 @pytest.mark.parametrize(

@@ -100,17 +100,12 @@ def test_a_large_task_is_sampled_evenly_and_alike(tmp_path):
 
 def test_padding_is_that_of_the_batches(tmp_path):
     record = {"task": "a", "query": "one gecko", "positive": "A lizard."}
-    found = collect(
-        tmp_path,
-        [record],
-        shape=features.Shape(query_length=64, passage_length=64),
-        batch_size=32,
-    )
+    shape = features.Shape(query_length=64, passage_length=64, packing=True)
+    found = collect(tmp_path, [record], shape=shape, batch_size=32)
     (query,), (passage,) = found.tasks[0].query_lengths, found.tasks[0].passage_lengths
     assert found.padding["query", False] == pytest.approx(1 - query / 64)
     assert found.padding["passage", False] == pytest.approx(1 - passage / 64)
-    rows = -(-32 // min(64 // query, features.MAX_SEGMENTS))
-    rows = next(size for size in features.row_sizes(32) if size >= rows)
+    rows = shape.round_rows(-(-32 // min(64 // int(query), shape.num_segments)))
     assert found.padding["query", True] == pytest.approx(1 - 32 * query / (64 * rows))
     assert found.padding["both", True] < found.padding["both", False]
 

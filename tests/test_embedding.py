@@ -1,13 +1,15 @@
 import dataclasses
 import functools
 import random
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, embedding, model, sharding, vocabulary
+from gecko_jax import embedding, model, model_folder, sharding, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,44 @@ def test_a_single_string_is_refused(tiny_gecko):
         tiny_gecko.encode_queries("text")
 
 
+def test_what_is_not_text_is_told_by_its_place(tiny_files, tmp_path):
+    """In a process of its own, where nothing checks types."""
+    model_folder.save_model(tmp_path / "model", tiny_files)
+    program = """
+import sys
+import numpy as np
+import gecko_jax
+from gecko_jax import index
+model = gecko_jax.load(sys.argv[1])
+for wrong in (
+    lambda: model.encode_queries(["a", float("nan")]),
+    lambda: model.encode_queries([b"a"]),
+    lambda: model.encode_queries(None),
+    lambda: model.encode_queries(text for text in "ab"),
+    lambda: model.encode_passages(["a", "b"], np.array(["t", 3], object)),
+    lambda: index.Index(np.ones((1, 2)), ["a"]).search(np.ones(2), 1),
+):
+    try:
+        print(wrong())
+    except ValueError as error:
+        print(error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.splitlines() == [
+        "texts[1] is nan: it must be a string",
+        "texts[0] is b'a': it must be a string",
+        "texts is one NoneType: pass a list, such as [text]",
+        "texts is one generator: pass a list, such as [text]",
+        "titles[1] is 3: it must be a string",
+        "queries of shape (2,): give one row for each query, [queries, dims]",
+    ]
+
+
 def test_a_vocabulary_that_does_not_fit_is_refused(tiny_files):
     config = dataclasses.replace(tiny_files.encoder_config, vocab_size=100)
     with pytest.raises(ValueError, match=r"vocabulary has [\d,]+ ids but .*=100"):
@@ -169,7 +209,7 @@ def test_parameters_on_a_mesh_share_the_work_and_give_the_same(
 def test_a_saved_model_loads_and_gives_the_same(
     tmp_path, tiny_files, tiny_gecko, texts
 ):
-    checkpoints.save_model(tmp_path / "export", tiny_files)
+    model_folder.save_model(tmp_path / "export", tiny_files)
     loaded = embedding.load(tmp_path / "export")
     np.testing.assert_array_equal(
         loaded.encode_passages(texts[:5]), tiny_gecko.encode_passages(texts[:5])
@@ -189,8 +229,8 @@ def test_each_query_may_have_its_own_task(tiny_gecko):
 
 
 def test_parameters_are_in_memory_once(tiny_files, tmp_path):
-    checkpoints.save_model(tmp_path / "model", tiny_files)
-    read = checkpoints.load_model(tmp_path / "model")
+    model_folder.save_model(tmp_path / "model", tiny_files)
+    read = model_folder.load_model(tmp_path / "model")
     for gecko in (embedding.Gecko(read), embedding.load(tmp_path / "model")):
         # No copy on the host beside those that encode.
         for leaf in jax.tree.leaves(gecko.files.params):

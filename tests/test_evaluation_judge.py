@@ -5,7 +5,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, embedding, evaluation, ranking
+from gecko_jax import embedding, evaluation, model_folder, ranking
 from gecko_jax.evaluation import classification, judge, sets, tables
 
 WORDS = ("list", "table", "index", "query", "module", "string", "number", "file")
@@ -157,7 +157,7 @@ def test_the_callback_of_training_gives_the_same_scores(
 ):
     callback = evaluation.build_callback(_config(folder), tmp_path)
     # Training writes these after the callback is made.
-    checkpoints.write_model_json(tmp_path, tiny_files)
+    model_folder.write_model_json(tmp_path, tiny_files)
     metrics = callback(tiny_files.params, 3)
     assert metrics["ndcg_at_10/8"] == pytest.approx(_ndcg(results, "model", 8))
     assert metrics["ndcg_at_10/16"] == pytest.approx(_ndcg(results, "model", 16))

@@ -218,6 +218,30 @@ def test_results_of_nobody_are_refused(tiny_gecko, folder, tmp_path):
         suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
 
 
+def test_half_a_result_is_never_in_its_place(tiny_gecko, folder, tmp_path, monkeypatch):
+    import mteb
+
+    write = mteb.TaskResult.to_disk
+
+    def stop_halfway(result, path):
+        write(result, path)
+        path.write_text(path.read_text()[:100])
+        raise KeyboardInterrupt
+
+    config = _config(tmp_path)
+    config.folders = (str(folder / "pairs.tsv"),)
+    monkeypatch.setattr(mteb.TaskResult, "to_disk", stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == [
+        "evaluation.json"
+    ]
+    assert not suites.run(tiny_gecko, config, tmp_path / "out", "tiny").failures
+    found = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found >= {"evaluation.json", "pairs.json", "model_meta.json"}
+
+
 def test_a_damaged_result_is_named(run, tiny_gecko):
     tmp_path, config, _ = run
     (path,) = (tmp_path / "out").glob("results/gecko-jax__tiny/*/pairs.json")
@@ -295,9 +319,9 @@ def test_folders_and_a_config_are_two_ways(arguments, message, capsys):
 def test_the_command_ends_with_the_tables_and_an_error(
     tiny_files, folder, tmp_path, capsys
 ):
-    from gecko_jax import checkpoints
+    from gecko_jax import model_folder
 
-    checkpoints.save_model(tmp_path / "model", tiny_files)
+    model_folder.save_model(tmp_path / "model", tiny_files)
     command = [
         "evaluate",
         f"--config={ROOT}/configs/evaluate.py:none",

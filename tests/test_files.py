@@ -2,6 +2,7 @@ import errno
 import gzip
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -183,3 +184,43 @@ def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
     with pytest.raises(RuntimeError):
         _write_half(files.write_folder(tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
+
+
+def test_of_two_writers_of_a_folder_the_later_one_wins(tmp_path, monkeypatch):
+    path, rename = tmp_path / "out", pathlib.Path.rename
+    others = iter(["first", "second"])
+
+    def rename_late(source, target):
+        """Another writer is done at the last moment."""
+        if target == path and (name := next(others, None)):
+            path.mkdir()
+            (path / name).touch()
+        return rename(source, target)
+
+    with files.write_folder(path) as folder:
+        (folder / "ours").touch()
+        monkeypatch.setattr(pathlib.Path, "rename", rename_late)
+    assert sorted(child.name for child in tmp_path.rglob("*")) == ["ours", "out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"size": 2, "kind": "c"}', 'kind is "c"'),
+        ('{"size": true, "kind": "a"}', "size is true"),
+        ('{"size": 0, "kind": "a"}', "size is 0"),
+        ("{}", "no size, no kind"),
+        ("null", "null, not an object"),
+        ("\udcff", "not JSON"),
+    ],
+)
+def test_a_file_of_ours_with_other_content_is_told(tmp_path, content, message):
+    path = tmp_path / "about.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    fields = {"size": int, "kind": ("a", "b")}
+    with pytest.raises(ValueError, match=rf"about\.json: .*{message}.*; make it again"):
+        files.read_object(path, fields, remedy="make it again")
+    path.write_text('{"size": 1}')
+    defaults = {"kind": "b"}
+    found = files.read_object(path, fields, remedy="", defaults=defaults)
+    assert found == {"size": 1, "kind": "b"}

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gecko_jax.fret import decoder, decoder_batches, local
+from gecko_jax.fret import decoder, decoder_batches, llm, local
 from tests import tiny_decoder
 
 SHOTS = "the cat is a small animal. the cat eats the hat. 42 cats. "
@@ -13,6 +14,7 @@ PASSAGES = ["a hat", "the other cat is old and slow", "cat", "7 cats in the hat"
 PROMPTS = [f"{SHOTS}{passage}\nthe" for passage in PASSAGES]
 QUERIES = [" cat", " hat the cat", "se", " x", " 42 cats and the"]
 SAMPLED = {"max_tokens": 20, "temperature": 0.8, "seed": 3}
+SAMPLING = llm.Sampling(0.8, 1.0, 20, ())
 
 
 @pytest.fixture(scope="module", name="path")
@@ -61,7 +63,7 @@ def test_a_prefix_is_shared_and_changes_nothing(model, scores, monkeypatch):
 def test_neither_batch_nor_order_nor_other_families_change_a_score(
     model, scores, monkeypatch
 ):
-    monkeypatch.setattr(model, "_tokens_per_call", 2 * 32)
+    monkeypatch.setattr(model, "tokens_per_call", 2 * 32)
     others = [f"another beginning, {passage}" for passage in PASSAGES]
     found = model.score_tokens(
         [*reversed(PROMPTS), *others], [*reversed(QUERIES), *QUERIES]
@@ -100,7 +102,7 @@ def test_the_likeliest_text_is_that_of_scoring_every_next_token(model):
     prompts = PROMPTS[:4]
     (found,) = {len(model.tokenizer.encode(t)) for t in ["cat"]}
     assert found == 1
-    texts = model.complete(prompts, max_tokens=18, temperature=0.0, seed=0)
+    texts = model.complete(prompts, [0] * 4, llm.Sampling(0.0, 1.0, 18, ()))
     params = tiny_decoder.params(tiny_decoder.LLAMA)
     whole = jax.jit(decoder.extend, static_argnums=1)
     for prompt, completion in zip(prompts, texts, strict=True):
@@ -126,8 +128,8 @@ def test_a_draw_depends_on_prompt_and_seed_alone(model):
     assert found[::-1] == model.generate(PROMPTS[::-1], **SAMPLED)
     assert found[:1] == model.generate(PROMPTS[:1], **SAMPLED)
     assert len(set(found)) == len(PROMPTS)
-    others = model.generate(PROMPTS, **SAMPLED | {"seed": [3, 3, 4, 3, 3]})
-    assert [a == b for a, b in zip(found, others, strict=True)] == [
+    others = model.complete(PROMPTS, [3, 3, 4, 3, 3], SAMPLING)
+    assert [a == b.text for a, b in zip(found, others, strict=True)] == [
         number != 2 for number in range(5)
     ]
 
@@ -136,8 +138,9 @@ def test_draws_follow_the_model_s_distribution(model):
     prompt = "the cat"
     labels = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
     (log_probs,) = model.label_log_probs([prompt], labels)
-    settings = {"max_tokens": 1, "temperature": 2.0}
-    drawn = model.generate([prompt] * 2_000, seed=range(2_000), **settings)
+    sampling = llm.Sampling(2.0, 1.0, 1, ())
+    found = model.complete([prompt] * 2_000, range(2_000), sampling)
+    drawn = [completion.text for completion in found]
     weights = {label: np.exp(value / 2) for label, value in log_probs.items()}
     counts = {label: drawn.count(label) for label in labels}
     total, weight = sum(counts.values()), sum(weights.values())
@@ -149,9 +152,10 @@ def test_draws_follow_the_model_s_distribution(model):
 
 
 def test_a_stop_string_ends_a_text_and_is_not_part_of_it(model):
-    (plain,) = model.complete(PROMPTS[:1], **SAMPLED)
+    (plain,) = model.complete(PROMPTS[:1], [3], SAMPLING)
     stop = plain.text[4:6]
-    (cut,) = model.complete(PROMPTS[:1], stop=["never there", stop], **SAMPLED)
+    sampling = dataclasses.replace(SAMPLING, stop=("never there", stop))
+    (cut,) = model.complete(PROMPTS[:1], [3], sampling)
     assert cut.text == plain.text[: plain.text.index(stop)]
     assert not cut.is_cut
 
@@ -205,7 +209,8 @@ def test_what_cannot_be_answered_is_named(model):
         ),
         (lambda: model.generate(["a"], top_p=0.0, **SAMPLED), "top_p=0.0"),
         (lambda: model.generate(["a"], stop="x", **SAMPLED), "a list of strings"),
-        (lambda: model.generate(["a"], **SAMPLED | {"seed": [1, 2]}), "2 seeds"),
+        (lambda: model.generate(["a"], stop=[""], **SAMPLED), "may be empty"),
+        (lambda: model.complete(["a"], [1, 2], SAMPLING), "2 seeds"),
         (lambda: model.generate(["a"], **SAMPLED | {"max_tokens": 256}), "257 tokens"),
     ):
         with pytest.raises(ValueError, match=message):

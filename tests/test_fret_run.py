@@ -1,5 +1,6 @@
 """A run ends with the same bytes however it is interrupted, and asks nothing twice."""
 
+import gc
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import fake_llm
 import pytest
@@ -360,6 +362,18 @@ def test_a_recording_stands_for_the_server(corpus, tmp_path, fresh):
     assert contents(tmp_path / "again") == fresh
 
 
+def test_a_run_leaves_no_connection_open(corpus, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fake_llm.FakeServer() as fake:
+            run_lib.run(load(corpus, fake.url), tmp_path / "run", until="generate")
+            config = load(corpus, fake.url, "llm.model=other")
+            with pytest.raises(ValueError, match="does not serve it"):
+                run_lib.run(config, tmp_path / "other", until="generate")
+        gc.collect()
+    assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
+
+
 def _break(share, reply):
     def fault(path, body, number):
         return reply if number % 10 < share and "echo" in body else None
@@ -583,7 +597,10 @@ def test_keys_must_fit_each_other(override, message, tmp_path):
         run_lib.run(load("x", "http://a", override), tmp_path / "run")
 
 
-@pytest.mark.parametrize("argument", ["", ":local", ":llama_cpp", ":hosted"])
+@pytest.mark.parametrize(
+    "argument",
+    ["", ":local", ":local,recorded", ":local,llama_cpp", ":llama_cpp", ":hosted"],
+)
 def test_every_config_is_whole(argument):
     from gecko_jax.fret import settings
 

@@ -1,5 +1,6 @@
 """The client of a served model: right numbers, or an error; never a number made up."""
 
+import contextlib
 import json
 import math
 import threading
@@ -11,6 +12,13 @@ from gecko_jax.fret import canary, llm, requests, server, wire
 
 SAMPLING = llm.Sampling(0.0, 1.0, 16, ("\n\n",))
 PROMPT = "Passage: geckos eat insects\nQuery:"
+OPEN = contextlib.ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    OPEN.close()
 
 
 def connect(fake, budget=None, **changes):
@@ -30,7 +38,9 @@ def connect(fake, budget=None, **changes):
         "tokens_per_minute": 0,
     }
     settings = server.ServerSettings(**(values | changes))
-    return server.connect(settings, budget or requests.Budget())
+    model = server.connect(settings, budget or requests.Budget())
+    OPEN.callback(model.close)
+    return model
 
 
 def expected(prompt, continuation):
@@ -121,9 +131,9 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
         assert log.get("b") is None
         log._file = whole
         log.put("c", {})
-    again = requests.RequestLog(path)
-    assert again.get("a") == {"text": "\ud800"}
-    assert (again.get("b"), again.get("c")) == (None, {})
+    with requests.RequestLog(path) as again:
+        assert again.get("a") == {"text": "\ud800"}
+        assert (again.get("b"), again.get("c")) == (None, {})
 
 
 def test_the_key_holds_whatever_changes_an_answer():
@@ -138,6 +148,12 @@ def test_the_key_holds_whatever_changes_an_answer():
         llm.request_key("generate", facts, body | {"temperature": 0.8}),
     ]
     assert len({key, *others}) == 6
+
+
+def test_half_a_surrogate_pair_has_a_key_of_its_own():
+    prompts = ["a", "a\ud800", "a\udc00"]
+    keys = {llm.request_key("generate", {}, {"prompt": prompt}) for prompt in prompts}
+    assert len(keys) == 3
 
 
 # --- Faults that pass ---------------------------------------------------------------

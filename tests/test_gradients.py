@@ -11,6 +11,7 @@ from gecko_jax import gradients, losses, model, sharding
 from gecko_jax.data import features
 
 B, G = 32, 1
+NUM_SEGMENTS = features.Shape(6, 14, G, packing=True).num_segments
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)]
 EQUATION_3 = {
     "temperature": 0.1,
@@ -19,7 +20,11 @@ EQUATION_3 = {
     "same_tower": True,
     "mask_duplicates": True,
 }
+# With what EmbeddingGemma adds.
 EVERYTHING = EQUATION_3 | {
+    "hardness": 5.0,
+    "spread_weight": 0.5,
+    "matching_weight": 0.7,
     "same_tower_passages": True,
     "bidirectional": True,
     "all_hard_negatives": True,
@@ -76,6 +81,10 @@ def _batch(packing, row_multiple):
     shape = features.Shape(6, 14, G, packing, row_multiple)
     batch = features.convert(examples, shape)
     batch["example_mask"][5] = False
+    vectors = rng.standard_normal((2 + G, B, 6)).astype(np.float16)
+    vectors[0, 3] = 0.0  # no vector of this query
+    batch["query_teacher"], batch["passage_teacher"] = vectors[0], vectors[1]
+    batch["negative_teacher"] = vectors[2:].swapaxes(0, 1)
     return batch
 
 
@@ -128,9 +137,17 @@ def _dense(encoder, batch, num_segments, settings):
             )
             for side in gradients.SIDES
         }
+        teacher = losses.TeacherVectors(
+            **{name: batch[name] for name in losses.TeacherVectors._fields}
+        )
         positives, negatives = jnp.split(texts["passage"], [B])
         loss, terms = losses.mrl_loss(
-            texts["query"], positives, negatives.reshape(B, G, -1), ids, **settings
+            texts["query"],
+            positives,
+            negatives.reshape(B, G, -1),
+            ids,
+            teacher=teacher,
+            **settings,
         )
         return loss.sum() / ids.example_mask.sum(), (loss, terms)
 
@@ -142,7 +159,7 @@ def _dense(encoder, batch, num_segments, settings):
 @functools.cache
 def _expected(dropout_rate, packing, everything):
     encoder = _encoder(dropout_rate=dropout_rate)
-    num_segments = features.MAX_SEGMENTS if packing else 1
+    num_segments = NUM_SEGMENTS if packing else 1
     settings = EVERYTHING if everything else EQUATION_3
     return _dense(encoder, _batch(packing, 8), num_segments, settings)
 
@@ -166,7 +183,8 @@ def _assert_same(found, expected):
     ("mesh", "microbatch", "packing", "dropout", "everything"),
     [
         ((2, 2, 2), 8, True, 0.1, False),
-        ((2, 4, 1), 0, True, 0.0, False),
+        ((2, 4, 1), 8, False, 0.0, False),
+        ((2, 2, 1), 16, False, 0.0, True),
     ]
     + [
         pytest.param(mesh, *case, marks=pytest.mark.slow)
@@ -189,10 +207,19 @@ def test_every_mesh_and_microbatch_gives_the_dense_gradient(
         _params(encoder),
         _batch(packing, 8),
         microbatch,
-        features.MAX_SEGMENTS if packing else 1,
+        NUM_SEGMENTS if packing else 1,
         EVERYTHING if everything else EQUATION_3,
     )
     _assert_same(compute(*arguments), _expected(dropout, packing, everything))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "microbatch_size", "ratio", "expected"),
+    [(32, 2, 8, 16), (32, 0, 8, 32), (32, 2, 1, 2), (24, 2, 8, 12), (8, 16, 4, 8)],
+)
+def test_short_rows_share_a_microbatch(num_rows, microbatch_size, ratio, expected):
+    found = gradients.microbatch_rows(num_rows, microbatch_size, ratio)
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -207,7 +234,7 @@ def test_five_steps_of_sgd_end_at_the_same_parameters(dropout):
             _params(encoder),
             _batch(True, 8),
             microbatch,
-            features.MAX_SEGMENTS,
+            NUM_SEGMENTS,
             EQUATION_3,
         )
         for step in range(5):

@@ -60,12 +60,28 @@ def test_a_slice_of_an_array_is_what_it_reads():
     assert hlo.Program(TEXT).memory_bytes() == 384 + 6 * (16 + 16 + 4 + 128)
 
 
+def test_what_is_fetched_ahead_counts_once_and_in_part():
+    # 16 bytes of the slice read into another memory, and 128 copied both ways in main.
+    ahead = """\
+  %some = ((f32[8,4]{1,0}), f32[1,4]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%rows.1), x
+  %part = f32[1,4]{1,0:S(1)} slice-done(%some)
+  %both = (f32[8,4]{1,0}, f32[8,4]{0,1}, u32[]{:S(2)}) copy-start(%rows.1)
+  %copied = f32[8,4]{1,0} copy-done(%both)
+"""
+    line = next(line for line in TEXT.splitlines() if "%start =" in line)
+    more = hlo.Program(TEXT.replace(line, line + "\n" + ahead)).memory_bytes()
+    assert more == hlo.Program(TEXT).memory_bytes() + 16 + 2 * 128
+
+
 def test_pieces_of_one_collective_count_once():
     pieces = TEXT.replace("dimensions={0},", 'dimensions={0}, x={chain_id="3"},')
     line = next(line for line in pieces.splitlines() if "%all =" in line)
     twice = pieces.replace(line, line + "\n" + line.replace("%all =", "%all.2 ="))
-    kinds = [one.kind for one in hlo.Program(twice).collectives()]
-    assert kinds == ["all-gather", "all-reduce"]
+    found = [(one.kind, one.times) for one in hlo.Program(twice).collectives()]
+    assert found == [("all-gather", 1), ("all-reduce", 6)]
+    # One that lies in a loop with all of its pieces runs as often as the loop.
+    inside = twice.replace("to_apply=%add,", 'to_apply=%add, x={chain_id="4"},')
+    assert [one.times for one in hlo.Program(inside).collectives()] == [1, 6]
 
 
 def test_it_reads_what_the_compiler_of_today_writes():

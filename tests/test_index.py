@@ -102,6 +102,8 @@ def test_queries_of_another_width_and_a_k_of_zero_are_refused():
         built.search(_random(2, 4), 3)
     with pytest.raises(ValueError, match="k=0"):
         built.search(_random(2), 0)
+    with pytest.raises(ValueError, match="vector is not finite"):
+        built.search(np.full((1, 6), np.nan, np.float32), 3)
 
 
 def _damage(folder, name, change):
@@ -119,6 +121,31 @@ def test_a_missing_or_cut_file_is_named(tmp_path, name, change):
     _damage(tmp_path / "index", name, change)
     with pytest.raises(ValueError, match=name):
         index.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "message"),
+    [
+        ("index.json", '"dim": 6', '"dim": "6"', r'index\.json.*dim is "6"'),
+        ("index.json", '"dim": 6', '"dim": 0', r"index\.json.*dim is 0"),
+        ("index.json", '"revision"', '"version"', r"index\.json.*no revision"),
+        ("index.json", '"float32"', '"float31"', r'index\.json.*is "float31"'),
+        ("passages.jsonl", '"p3"', "[3]", r"passages\.jsonl:4: .*_id is a list"),
+        ("passages.jsonl", '"text": "t3"', '"text": 3', r"jsonl:4: .*text is a number"),
+        ("passages.jsonl", '"p3"', '"p2"', "index: .*'p2' comes twice"),
+        ("vectors.npy", "{'descr'", "{('escr'", r"vectors\.npy: missing or damaged"),
+    ],
+)
+def test_an_edited_file_is_named(tmp_path, name, before, after, message):
+    texts = [f"t{i}" for i in range(5)]
+    index.Index(_random(5), _ids(5), texts=texts).save(tmp_path / "index")
+    path = tmp_path / "index" / name
+    content = path.read_bytes()
+    assert before.encode() in content
+    path.write_bytes(content.replace(before.encode(), after.encode()))
+    with pytest.raises(ValueError, match=message) as error:
+        index.load(tmp_path / "index")
+    assert "make the index again" in str(error.value)
 
 
 def test_what_is_not_an_index_is_neither_loaded_nor_overwritten(tmp_path):

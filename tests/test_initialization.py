@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, flags, initialization, text, train, vocabulary
+from gecko_jax import flags, initialization, model_folder, text, train, vocabulary
 from gecko_jax.convert import formats, names
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,9 +137,9 @@ def test_a_run_starts_from_an_encoder_of_hugging_face(hf, tmp_path):
         checkpoint__every_steps=2,
     )
     train.train(config, tmp_path / "run")
-    trained = checkpoints.load_model(tmp_path / "run")
+    trained = model_folder.load_model(tmp_path / "run")
     assert trained.text_format.query.startswith("task: ")
-    opened = checkpoints.read_params(formats.open_model(hf))
+    opened = model_folder.read_params(formats.open_model(hf))
     assert trained.provenance["started_from"] == opened.revision
     before = opened.params["encoder"]["encoder_norm"]["scale"]
     after = trained.params["encoder"]["encoder_norm"]["scale"]

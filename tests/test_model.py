@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from gecko_jax import checkpoints, losses, model
+from gecko_jax import losses, model, parameters
 
 T5X = pathlib.Path(__file__).parent / "data" / "t5x_tiny"
 ATOL = 2e-5  # T5X parity in float32; an erf GELU is already off by 7e-4
@@ -94,11 +94,11 @@ class TestT5X:
     @pytest.fixture(scope="class")
     @classmethod
     def params(cls):
-        return checkpoints.unflatten_params(dict(np.load(T5X / "params.npz")))
+        return parameters.unflatten(dict(np.load(T5X / "params.npz")))
 
     def test_names_shapes_and_logical_axes(self, info, config):
         shapes, axes = (
-            checkpoints.flatten_params(tree) for tree in model.abstract_params(config)
+            parameters.flatten(tree) for tree in model.abstract_params(config)
         )
         assert {n: list(s.shape) for n, s in shapes.items()} == info["params"]
         theirs = {
@@ -222,8 +222,8 @@ def test_hidden_states_are_hugging_faces(kind):
             if weights.ndim == 2 and "shared" not in name
             else weights.detach().numpy()
         )
-    params = checkpoints.unflatten_params(flat)
-    checkpoints.check_params(params, config, source=kind)
+    params = parameters.unflatten(flat)
+    parameters.check(params, config, source=kind)
     tokens, segments = _rows(_texts(5, 20), 20)
     with torch.no_grad():
         expected = theirs.eval()(
@@ -396,7 +396,7 @@ def test_t5_1_0_has_one_wi_and_umt5_a_bias_in_each_layer():
         **CONFIG.__dict__
         | {"mlp_activations": ("relu",), "shared_relative_bias": False}
     )
-    flat = checkpoints.flatten_params(model.abstract_params(config)[0])
+    flat = parameters.flatten(model.abstract_params(config)[0])
     assert flat["encoder/layers_0/mlp/wi/kernel"].shape == (16, 24)
     assert not any("wi_0" in name for name in flat)
     assert flat["encoder/layers_2/relpos_bias/rel_embedding"].shape == (3, 32)

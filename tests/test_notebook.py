@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, model
+from gecko_jax import checkpoints, model, model_folder, parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "notebook.md"
@@ -43,7 +43,7 @@ def test_the_page_is_twenty_lines():
 
 @pytest.mark.slow
 def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
-    checkpoints.save_model(tmp_path / "demo" / "finetune", tiny_files)
+    model_folder.save_model(tmp_path / "demo" / "finetune", tiny_files)
     with (tmp_path / "demo" / "triples.jsonl").open("w") as file:
         for i in range(32):
             record = {
@@ -65,7 +65,7 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
         exec(compile(block, str(PAGE), "exec"), names)
     printed = capsys.readouterr().out
 
-    for name in checkpoints.flatten_params(tiny_files.params):
+    for name in parameters.flatten(tiny_files.params):
         assert re.search(rf"^{re.escape(name)} +\(", printed, re.M)
     kernel = names["model"].files.params["encoder"]["layers_0"]["mlp"]["wo"]["kernel"]
     assert "fsdp" in kernel.sharding.spec

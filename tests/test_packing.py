@@ -24,6 +24,24 @@ def test_every_text_has_one_place_and_fits(longest):
     assert widths == sorted(widths, reverse=True)
 
 
+def test_rows_of_one_width_hold_no_more_texts_than_asked_for():
+    lengths = [30, 1, 1, 2, 17, 32]
+    rows = packing.pack(lengths, width=32, max_texts=2)
+    assert [row.positions for row in rows] == [[5], [0, 3], [4, 1], [2]]
+    assert {row.width for row in rows} == {32}
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_rounding_up_adds_little_and_gives_few_numbers(multiple):
+    rounded = [packing.round_up(n, multiple) for n in range(1, 2_049)]
+    for n, found in enumerate(rounded, start=1):
+        assert found % multiple == 0
+        assert n <= found <= max(n * 17 / 16, n + multiple - 1)
+    assert packing.round_up(993, 1) == 1_024
+    assert packing.round_up(992, 1) == 992
+    assert len({found for found in rounded if found > 1_024}) <= 16
+
+
 def test_hardly_any_padding_is_left():
     lengths = np.random.default_rng(1).integers(10, 120, 2_000).tolist()
     rows = packing.pack(lengths)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax.linen import partitioning
 
-from gecko_jax import checkpoints, losses, model, t5x_adapter
+from gecko_jax import losses, model, parameters, t5x_adapter
 from gecko_jax.data import registration, t5x_features
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
@@ -139,8 +139,8 @@ def test_variables_have_axes_that_t5x_accepts(adapted):
     # t5x hands over an old-style key.
     variables = adapted.get_initial_variables(jax.random.PRNGKey(0), {})
     assert isinstance(variables, flax.core.FrozenDict)
-    params = checkpoints.flatten_params(variables["params"])
-    axes = checkpoints.flatten_params(variables["params_axes"])
+    params = parameters.flatten(variables["params"])
+    axes = parameters.flatten(variables["params_axes"])
     assert {f"{name}_axes" for name in params} == axes.keys()
     for name, leaf in params.items():
         metadata = axes[f"{name}_axes"]

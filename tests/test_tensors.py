@@ -22,7 +22,7 @@ def test_what_is_written_the_library_reads(tmp_path, shape):
         "a": np.random.default_rng(0).standard_normal(shape).astype(np.float32),
         "é": np.ones(3, np.float32),
     }
-    tensors.write(tmp_path, {k: tensors.from_array(v) for k, v in arrays.items()})
+    tensors.write(tmp_path, {k: tensors.as_tensor(v) for k, v in arrays.items()})
     path = tmp_path / "model.safetensors"
     loaded = safetensors.numpy.load_file(path)
     opened = tensors.read(tmp_path)
@@ -68,7 +68,7 @@ def test_a_transposed_tensor_is_written_in_its_new_order(tmp_path):
 
 
 def test_another_stem_names_other_files(tmp_path):
-    tensors.write(tmp_path, {"a": tensors.from_array(np.ones(2))}, stem="dense")
+    tensors.write(tmp_path, {"a": tensors.as_tensor(np.ones(2))}, stem="dense")
     assert tensors.has_tensors(tmp_path, "dense")
     assert not tensors.has_tensors(tmp_path)
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):

@@ -10,7 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, flags, interruption, sharding, text, train
+from gecko_jax import (
+    checkpoints,
+    flags,
+    interruption,
+    model_folder,
+    sharding,
+    text,
+    train,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -64,7 +72,7 @@ def build(cache, **overrides):
 
 
 def state_of(workdir, step):
-    params = checkpoints.flatten_params(checkpoints.restore_params(workdir, step))
+    params = checkpoints.open_params(workdir, step)
     folder = workdir / "checkpoints" / str(step) / "opt_state"
     assert folder.is_dir()
     return params
@@ -118,15 +126,21 @@ def tell_at(step):
 
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
-    config = build(cache)
+    config = build(cache, evaluation__every_steps=1)
     train.train(config, tmp_path / "whole", kill_at(-1))
-    with pytest.raises(Killed):
-        train.train(config, tmp_path / "killed", kill_at(3))
-    assert checkpoints.latest_step(tmp_path / "killed") == 2
+    # Before the first checkpoint too.
+    for step, saved in ((1, None), (3, 2)):
+        with pytest.raises(Killed):
+            train.train(config, tmp_path / "killed", kill_at(step))
+        assert checkpoints.latest_step(tmp_path / "killed") == saved
     train.train(config, tmp_path / "killed", kill_at(-1))
-    with pytest.raises(interruption.Interrupted, match="after step 4 of 6: saved in"):
-        train.train(config, tmp_path / "told", tell_at(3))
-    assert checkpoints.latest_step(tmp_path / "told") == 4
+    # The evaluation of the step that SIGTERM ends comes later, of the last one as well.
+    for step in (2, 5):
+        stopped = f"after step {step + 1} of 6: saved in"
+        with pytest.raises(interruption.Interrupted, match=stopped):
+            train.train(config, tmp_path / "told", tell_at(step))
+        assert checkpoints.latest_step(tmp_path / "told") == step + 1
+        assert "evaluation/norm" not in metrics_of(tmp_path / "told")[-1]
     train.train(config, tmp_path / "told", kill_at(-1))
     whole = state_of(tmp_path / "whole", 6)
     for other in ("killed", "told"):
@@ -179,7 +193,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(
 def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     train.train(build(cache, train__num_steps=2), tmp_path / "first")
-    checkpoints.save_model(tmp_path / "out", checkpoints.load_model(tmp_path / "first"))
+    model_folder.save_model(
+        tmp_path / "out", model_folder.load_model(tmp_path / "first")
+    )
     seen = []
 
     def evaluate(params, step):

@@ -108,6 +108,27 @@ def test_a_damaged_shard_is_refused_and_made_again(tiny_gecko, source, folder):
     assert len(vectors.read_shards(folder)[0]) == 10
 
 
+@pytest.mark.parametrize("ids", [np.arange(4), np.array([["a"]] * 4), np.array("a")])
+def test_a_shard_with_other_ids_than_strings_is_damaged(
+    tiny_gecko, source, folder, ids
+):
+    _embed(tiny_gecko, source, folder)
+    path = folder / "shard-00001.npz"
+    np.savez(path, ids=ids, vectors=np.load(path)["vectors"])
+    with pytest.raises(ValueError, match=r"shard-00001.npz: missing or damaged"):
+        vectors.read_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "a list"), ("{}", "no revision, no dim"), ("[" * 9_999, "not JSON")],
+)
+def test_edited_settings_are_named(tmp_path, content, message):
+    (tmp_path / "embeddings.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"embeddings\.json: .*{message}.*again"):
+        vectors.read_settings(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,8 +2,10 @@
 
 import pathlib
 import pickle
+import threading
 
 import pytest
+import sentencepiece
 
 from gecko_jax import vocabulary
 from gecko_jax.data import pieces, tasks
@@ -106,6 +108,21 @@ def test_training_is_repeatable(small_file, tmp_path):
     again = pieces.train_vocabulary([small_file], tmp_path / "b.model", 1000)
     assert first.size == 1000
     assert first == again == vocabulary.load(tmp_path / "a.model")
+
+
+def test_training_leaves_the_main_thread_to_ctrl_c(small_file, tmp_path, monkeypatch):
+    """C++ would keep it, and with it every signal, until it returns."""
+    threads = []
+
+    def train(**arguments):
+        threads.append(threading.current_thread())
+        raise OSError("stop here")
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train)
+    with pytest.raises(ValueError, match="stop here"):
+        pieces.train_vocabulary([small_file], tmp_path / "a.model", 1000)
+    assert threads[0] is not threading.main_thread()
+    assert threads[0].daemon
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
+import ml_collections
 import pytest
 
 from gecko_jax import workdir
+from gecko_jax.data import pipeline
 
 HOLD = """
 import pathlib, sys
@@ -39,3 +42,12 @@ def test_two_runs_in_one_workdir_are_refused_until_the_first_is_gone(tmp_path):
     other.wait()
     with workdir.hold(tmp_path, True):
         assert str(os.getpid()) in (tmp_path / workdir.LOCK).read_text()
+
+
+@pytest.mark.parametrize(
+    "position", [{}, {"mixture_hash": 3}, {"mixture_hash": "a", "mixture": []}]
+)
+def test_an_edited_position_is_told_with_the_remedy(position):
+    batches = mock.create_autospec(pipeline.Batches, instance=True, mixture_hash="a")
+    with pytest.raises(ValueError, match=r"edited position.*remove that checkpoint"):
+        workdir.check_position(position, batches, ml_collections.ConfigDict())

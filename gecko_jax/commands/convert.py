@@ -85,7 +85,7 @@ def add_parser(verbs: Any) -> None:
 
 def import_(options: argparse.Namespace) -> None:
     """Turns a checkpoint of another library into a model folder."""
-    from gecko_jax import checkpoints, tensors
+    from gecko_jax import model_folder, parameters, tensors
     from gecko_jax.convert import formats
 
     opened = formats.open_model(
@@ -95,9 +95,9 @@ def import_(options: argparse.Namespace) -> None:
         query_length=options.query_length,
         passage_length=options.passage_length,
     )
-    written = checkpoints.save_model(options.output, opened)
+    written = model_folder.save_model(options.output, opened)
     config = written.encoder_config
-    leaves = checkpoints.flatten_params(written.params).values()
+    leaves = parameters.flatten(written.params).values()
     size = sum(tensors.num_values(leaf.shape) for leaf in leaves)
     print(
         f"{options.output}: {size / 1e6:,.1f}M parameters, {config.num_layers} layers, "
@@ -108,13 +108,13 @@ def import_(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Writes a trained model into a folder of its own, in the format asked for."""
-    from gecko_jax import checkpoints, evaluation
+    from gecko_jax import evaluation, model_folder
     from gecko_jax.convert import to_hub
 
     output = pathlib.Path(options.output)
     if options.push:
         to_hub.check(options.push)
-    model_files = checkpoints.load_model(options.model)
+    model_files = model_folder.open_model(options.model)
     _check_export(options, model_files.mrl_dims)
     if options.to == "sentence-transformers":
         from gecko_jax.convert import to_sentence_transformers
@@ -140,7 +140,7 @@ def export(options: argparse.Namespace) -> None:
         to_onnx.save(output, model_files, dim=options.dim)
         use = f"onnxruntime.InferenceSession({str(output / to_onnx.MODEL)!r})"
     else:
-        checkpoints.save_model(output, model_files)
+        model_folder.save_model(output, model_files)
         use = f"gecko_jax.load({options.output!r})"
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(

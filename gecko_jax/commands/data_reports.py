@@ -46,11 +46,13 @@ def _resolve(
 ) -> tuple[Sequence[Any], Any, list[str]]:
     """Returns the tasks that have files, their mixture, and names without files."""
     from gecko_jax import text
-    from gecko_jax.data import mixtures, pipeline
+    from gecko_jax.data import mixtures, selection
 
     if config and config.data.files and not options.mixture:
         cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
-        found = pipeline.tasks_of_files(config.data.files, text.TextFormat(), cache_dir)
+        found = selection.tasks_of_files(
+            config.data.files, text.TextFormat(), cache_dir
+        )
         return *found, []
     folder = options.prepared_dir
     if config and folder == mixtures.PREPARED:

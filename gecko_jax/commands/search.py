@@ -1,6 +1,7 @@
 """`gecko search`: answers queries from an index."""
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -81,6 +82,9 @@ def _answer_lines(answer: Callable[[list[str]], None]) -> None:
 
 
 def _read_lines() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A line that is no text is refused as a query, and does not end the reading.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         return

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import jax
 
-from gecko_jax import checkpoints, model, tensors, text
+from gecko_jax import model, model_folder, parameters, tensors, text
 from gecko_jax import vocabulary as vocabulary_lib
 from gecko_jax.convert import (
     from_hugging_face,
@@ -54,7 +54,7 @@ def open_model(
     query_length: int | None = None,
     passage_length: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
-) -> checkpoints.ModelFiles:
+) -> model_folder.ModelFiles:
     """Opens a model of any format; its parameters are read later, one at a time.
 
     Args:
@@ -71,7 +71,7 @@ def open_model(
     source = str(source)
     found, place = find_format(source)
     if found is Format.GECKO:
-        opened = checkpoints.open_model(place, mesh)
+        opened = model_folder.open_model(place, mesh)
         if vocabulary is not None:
             raise ValueError(
                 f"{source}: brings its own vocabulary; leave --vocabulary out"
@@ -90,7 +90,7 @@ def open_model(
         opened, **{key: value for key, value in lengths.items() if value}
     )
     if found is not Format.GECKO:
-        checkpoints.check_params(
+        parameters.check(
             opened.params,
             opened.encoder_config,
             source=source,
@@ -118,7 +118,7 @@ def find_format(source: str) -> tuple[Format, str]:
         path = _folder_of(path)
     if (path / from_sentence_transformers.MODULES).exists():
         return Format.SENTENCE_TRANSFORMERS, str(path)
-    if (path / checkpoints.MODEL_JSON).exists():
+    if (path / model_folder.MODEL_JSON).exists():
         return Format.GECKO, str(path)
     is_t5x = _is_t5x(kvstores.Folder(str(path)))
     if is_t5x:
@@ -194,14 +194,12 @@ def _tensorflow_fault(path: str) -> str:
 
 def _open_t5x(
     folder: kvstores.Folder, vocabulary: str | pathlib.Path | None, extra_ids: int
-) -> checkpoints.ModelFiles:
+) -> model_folder.ModelFiles:
     beside = pathlib.Path(folder.path).parent / _T5X_SETTINGS
-    if vocabulary is None and (beside / checkpoints.MODEL_JSON).exists():
+    if vocabulary is None and (beside / model_folder.MODEL_JSON).exists():
         params = from_t5x.open_params(folder)
-        settings = checkpoints.load_settings(beside)
-        return dataclasses.replace(
-            settings, params=checkpoints.unflatten_params(params)
-        )
+        settings = model_folder.load_settings(beside)
+        return dataclasses.replace(settings, params=parameters.unflatten(params))
     if vocabulary is None:
         raise ValueError(
             f"{folder.path}: a T5X checkpoint holds no vocabulary; name the "
@@ -225,8 +223,8 @@ def _open_hugging_face(
     extra_ids: int,
     *,
     is_chain: bool,
-) -> checkpoints.ModelFiles:
-    if is_chain and (folder / checkpoints.MODEL_JSON).exists():
+) -> model_folder.ModelFiles:
+    if is_chain and (folder / model_folder.MODEL_JSON).exists():
         return _open_own_export(folder)
     chain = None
     encoder = folder
@@ -275,9 +273,9 @@ def _read_vocabulary(path: str | pathlib.Path, extra_ids: int) -> bytes:
     return vocabulary_lib.Vocabulary(proto, extra_ids).model_proto
 
 
-def _open_own_export(folder: pathlib.Path) -> checkpoints.ModelFiles:
+def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:
     """Opens a sentence-transformers folder that `gecko export` wrote, exactly."""
-    settings = checkpoints.load_settings(folder)
+    settings = model_folder.load_settings(folder)
     chain = from_sentence_transformers.read_chain(folder)
     config = dataclasses.replace(
         settings.encoder_config,
@@ -286,7 +284,7 @@ def _open_own_export(folder: pathlib.Path) -> checkpoints.ModelFiles:
     )
     params = from_hugging_face.open_params(chain.encoder, config)
     params, _ = from_sentence_transformers.add_projection(chain, params, config)
-    return dataclasses.replace(settings, params=checkpoints.unflatten_params(params))
+    return dataclasses.replace(settings, params=parameters.unflatten(params))
 
 
 def _build(
@@ -299,12 +297,12 @@ def _build(
     length: int | None = None,
     text_format: text.TextFormat = PLAIN_FORMAT,
     truncate_dim: int | None = None,
-) -> checkpoints.ModelFiles:
+) -> model_folder.ModelFiles:
     length = length or _PRETRAINED_LENGTH
     width = config.embedding_dim
     dims = {width, min(truncate_dim or width, width)}
-    return checkpoints.ModelFiles(
-        params=checkpoints.unflatten_params(params),
+    return model_folder.ModelFiles(
+        params=parameters.unflatten(params),
         encoder_config=config,
         text_format=text_format,
         vocabulary_proto=proto,

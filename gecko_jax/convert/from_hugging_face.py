@@ -42,7 +42,7 @@ def open_params(
     """Opens the encoder of a folder, under our names.
 
     A parameter of the encoder that has no name here keeps its own, so that
-    `checkpoints.check_params` lists it.
+    `parameters.check` lists it.
     """
     refuse_pickle(folder)
     theirs = {

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gecko_jax import checkpoints
+from gecko_jax import model_folder
 
 
 def write(
-    model_files: checkpoints.ModelFiles,
+    model_files: model_folder.ModelFiles,
     contents: Mapping[str, Any],
     truncate_dim: int | None = None,
     scores: Mapping[str, Any] | None = None,
@@ -35,7 +35,7 @@ def write(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(model_files: checkpoints.ModelFiles) -> str:
+def _front_matter(model_files: model_folder.ModelFiles) -> str:
     lines = [
         "---",
         "library_name: sentence-transformers",
@@ -55,7 +55,7 @@ def _front_matter(model_files: checkpoints.ModelFiles) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _introduction(model_files: checkpoints.ModelFiles) -> str:
+def _introduction(model_files: model_folder.ModelFiles) -> str:
     config = model_files.encoder_config
     dims = ", ".join(map(str, sorted(model_files.mrl_dims)))
     return (
@@ -72,7 +72,7 @@ def _introduction(model_files: checkpoints.ModelFiles) -> str:
 
 
 def _usage(
-    model_files: checkpoints.ModelFiles,
+    model_files: model_folder.ModelFiles,
     prompts: Mapping[str, str],
     truncate_dim: int | None,
 ) -> str:
@@ -103,7 +103,7 @@ document. With gecko_jax:
 
 
 def _format(
-    model_files: checkpoints.ModelFiles, prompts: Mapping[str, str], max_length: int
+    model_files: model_folder.ModelFiles, prompts: Mapping[str, str], max_length: int
 ) -> str:
     text_format = model_files.text_format
     rows = [f"| `{name}` | `{_escape(text)}` |" for name, text in prompts.items()]
@@ -138,7 +138,7 @@ def _format(
     return "\n\n".join(part for part in parts if part)
 
 
-def _training(model_files: checkpoints.ModelFiles) -> str:
+def _training(model_files: model_folder.ModelFiles) -> str:
     provenance = model_files.provenance
     parts = []
     tasks: Mapping[str, Any] = provenance.get("tasks") or {}
@@ -205,7 +205,7 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
 
 
 def _versions() -> str:
-    found = ", ".join(f"{name} {v}" for name, v in checkpoints.versions().items())
+    found = ", ".join(f"{name} {v}" for name, v in model_folder.versions().items())
     return f"## Versions\n\nExported with {found}."
 
 

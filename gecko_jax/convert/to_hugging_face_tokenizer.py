@@ -45,6 +45,15 @@ _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
 _UNIGRAM = 1
 
 
+# What `write_tokenizer` writes.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+)
+
+
 def write_tokenizer(
     folder: pathlib.Path, vocab: vocabulary.Vocabulary, max_length: int
 ) -> None:

@@ -3,7 +3,7 @@
     input_ids [batch, length]  attention_mask [batch, length], int64
     sentence_embedding [batch, dim], float32, length 1
 
-    model.onnx                                  (and model.onnx_data past 1 GiB)
+    model.onnx                                  (and model.onnx_data past 256 MiB)
     tokenizer.json  ...                         see `to_hugging_face_tokenizer`
     gecko.json  vocabulary.model                text format, lengths
 
@@ -13,27 +13,38 @@ growing at `relpos_max_distance`, so a clipped distance finds its bias in any le
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Float
 
-from gecko_jax import checkpoints, files, layers, model, vocabulary
+from gecko_jax import (
+    files,
+    layers,
+    model,
+    model_folder,
+    parameters,
+    tensors,
+    vocabulary,
+)
 from gecko_jax.convert import to_hugging_face_tokenizer
 
-MODEL = "model.onnx"
+MODEL, DATA = "model.onnx", "model.onnx_data"
 
 # Old enough for every runtime in use; nothing here needs more.
 _OPSET, _IR_VERSION = 17, 8
 
-# A protobuf message ends at 2 GiB; larger models keep their weights beside it.
-_INLINE_BYTES = 2**30
+# A protobuf message ends at 2 GiB, and is in memory twice while it is written; larger
+# models keep their weights beside it, which are written as they are read.
+_INLINE_BYTES = 2**28
+
+# Where a weight may begin in the file beside, so that it can be mapped into memory.
+_ALIGNMENT = 4_096
 
 _GELU_CUBIC = 0.044715
 
 
 def save(
-    path: pathlib.Path, model_files: checkpoints.ModelFiles, *, dim: int | None = None
+    path: pathlib.Path, model_files: model_folder.ModelFiles, *, dim: int | None = None
 ) -> None:
     """Writes the folder, whole or not at all; an export that is there is replaced.
 
@@ -52,43 +63,48 @@ def save(
         raise ImportError(
             "exporting to ONNX needs onnx: pip install 'gecko-jax[onnx]'"
         ) from None
-    files.check_replaceable(path, MODEL)
-    files.check_replaceable(path, checkpoints.MODEL_JSON)
+    others = (DATA, model_folder.VOCABULARY, *to_hugging_face_tokenizer.FILES)
+    files.check_replaceable(path, [MODEL, model_folder.MODEL_JSON], others)
     config = model_files.encoder_config
     dim = dim or max(model_files.mrl_dims)
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
-    graph = build(model_files.params, config, dim)
     max_length = max(model_files.query_length, model_files.passage_length)
-    is_large = 4 * sum(
-        int(np.prod(leaf.shape))
-        for leaf in checkpoints.flatten_params(model_files.params).values()
+    size = sum(
+        4 * tensors.num_values(leaf.shape)
+        for leaf in parameters.flatten(model_files.params).values()
     )
     with files.write_folder(path) as folder:
-        onnx.save_model(
-            graph,
-            folder / MODEL,
-            save_as_external_data=is_large > _INLINE_BYTES,
-            location=f"{MODEL}_data",
-        )
+        if size > _INLINE_BYTES:
+            with (folder / DATA).open("wb") as data:
+                graph = build(model_files.params, config, dim, data)
+        else:
+            graph = build(model_files.params, config, dim)
+        onnx.save_model(graph, folder / MODEL)
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
-        checkpoints.write_model_json(folder, model_files)
+        model_folder.write_model_json(folder, model_files)
 
 
-def build(params: dict[str, Any], config: model.EncoderConfig, dim: int) -> Any:
+def build(
+    params: dict[str, Any],
+    config: model.EncoderConfig,
+    dim: int,
+    data: BinaryIO | None = None,
+) -> Any:
     """Returns the `onnx.ModelProto`.
 
     Args:
         params: Parameters by T5X name.
         config: Sizes and settings; its `dtype` is not followed, all is float32.
         dim: Entries of the vectors.
+        data: `model.onnx_data`, which gets the weights; None puts them in the graph.
     """
     from onnx import TensorProto, helper
 
     flat = {
-        name: np.asarray(leaf, np.float32)
-        for name, leaf in checkpoints.flatten_params(params).items()
+        name: tensors.as_tensor(leaf)
+        for name, leaf in parameters.flatten(params).items()
     }
-    graph = _Graph()
+    graph = _Graph(data)
     embedding = _embed(graph, flat, config, dim)
     graph.add("Identity", [embedding], output="sentence_embedding")
     tokens = ["batch", "length"]
@@ -117,9 +133,10 @@ def build(params: dict[str, Any], config: model.EncoderConfig, dim: int) -> Any:
 class _Graph:
     """Nodes and constants of a graph in the making; values are names."""
 
-    def __init__(self):
+    def __init__(self, data: BinaryIO | None):
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
+        self._data = data
         self._names: dict[Any, str] = {}
 
     def add(
@@ -134,11 +151,27 @@ class _Graph:
 
     def weight(self, name: str, array: np.ndarray) -> str:
         """Adds a parameter under its T5X name."""
-        from onnx import numpy_helper
+        from onnx import TensorProto
 
-        self.constants.append(
-            numpy_helper.from_array(np.ascontiguousarray(array), name)
+        array = np.ascontiguousarray(array, "<f4")
+        if self._data is None:
+            return self._constant(name, array)
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        place = {
+            "location": DATA,
+            "offset": self._data.tell(),
+            "length": array.nbytes,
+        }
+        self._data.write(array.reshape(-1).view(np.uint8).data)
+        proto = TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=TensorProto.FLOAT,
+            data_location=TensorProto.EXTERNAL,
         )
+        for key, value in place.items():
+            proto.external_data.add(key=key, value=str(value))
+        self.constants.append(proto)
         return name
 
     def number(self, value: Any, dtype: type = np.float32) -> str:
@@ -146,21 +179,28 @@ class _Graph:
         array = np.asarray(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._names:
-            self._names[key] = self.weight(f"constant_{len(self._names)}", array)
+            self._names[key] = self._constant(f"constant_{len(self._names)}", array)
         return self._names[key]
 
     def integers(self, *values: int) -> str:
         """Adds a shape or a list of axes."""
         return self.number(values, np.int64)
 
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(array, name))
+        return name
+
 
 def _embed(
     graph: _Graph,
-    flat: dict[str, Float[np.ndarray, "..."]],
+    flat: dict[str, tensors.Tensor],
     config: model.EncoderConfig,
     dim: int,
 ) -> str:
-    table = graph.weight("token_embedder/embedding", flat["token_embedder/embedding"])
+    name = "token_embedder/embedding"
+    table = graph.weight(name, flat[name].read())
     x = graph.add("Gather", [table, "input_ids"])
     mask = graph.add("Cast", ["attention_mask"], to=1)  # float32, [B, L]
     hidden_keys = graph.add(
@@ -193,7 +233,7 @@ def _embed(
     pooled = graph.add("Div", [total, graph.add("Max", [count, graph.number(1.0)])])
     if config.projection:
         # The cut is a cut of the matrix.
-        kernel = flat["projection_layer/kernel"][:, :dim]
+        kernel = flat["projection_layer/kernel"].read()[:, :dim]
         cut = graph.add("MatMul", [pooled, graph.weight("projection_layer", kernel)])
     else:
         cut = graph.add(
@@ -229,7 +269,7 @@ def _distances(graph: _Graph, max_distance: int) -> str:
 
 def _bias(
     graph: _Graph,
-    flat: dict[str, np.ndarray],
+    flat: dict[str, tensors.Tensor],
     name: str,
     distances: str,
     config: model.EncoderConfig,
@@ -239,24 +279,25 @@ def _bias(
     buckets = layers.relative_position_buckets(
         2 * reach + 1, 2 * reach + 1, config.relpos_num_buckets, reach
     )[reach]  # Seen from the middle: distances -reach to reach.
-    by_distance = flat[f"{name}/rel_embedding"][:, buckets]
+    by_distance = flat[f"{name}/rel_embedding"].read()[:, buckets]
     return graph.add("Gather", [graph.weight(name, by_distance), distances], axis=1)
 
 
-def _norm(graph: _Graph, flat: dict[str, np.ndarray], name: str, x: str) -> str:
+def _norm(graph: _Graph, flat: dict[str, tensors.Tensor], name: str, x: str) -> str:
     square = graph.add("ReduceMean", [graph.add("Mul", [x, x])], axes=[-1], keepdims=1)
     root = graph.add("Sqrt", [graph.add("Add", [square, graph.number(1e-6)])])
-    scale = graph.weight(name, flat[f"{name}/scale"])
+    scale = graph.weight(name, flat[f"{name}/scale"].read())
     return graph.add("Mul", [graph.add("Div", [x, root]), scale])
 
 
-def _dense(graph: _Graph, flat: dict[str, np.ndarray], name: str, x: str) -> str:
-    return graph.add("MatMul", [x, graph.weight(name, flat[f"{name}/kernel"])])
+def _dense(graph: _Graph, flat: dict[str, tensors.Tensor], name: str, x: str) -> str:
+    kernel = graph.weight(name, flat[f"{name}/kernel"].read())
+    return graph.add("MatMul", [x, kernel])
 
 
 def _attention(
     graph: _Graph,
-    flat: dict[str, np.ndarray],
+    flat: dict[str, tensors.Tensor],
     name: str,
     x: str,
     bias: str,
@@ -281,7 +322,7 @@ def _attention(
 
 def _mlp(
     graph: _Graph,
-    flat: dict[str, np.ndarray],
+    flat: dict[str, tensors.Tensor],
     name: str,
     x: str,
     config: model.EncoderConfig,

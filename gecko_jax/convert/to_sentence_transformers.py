@@ -17,12 +17,25 @@ import json
 import pathlib
 from typing import Any
 
-from gecko_jax import checkpoints, files, model, tensors, vocabulary
+from gecko_jax import files, model, model_folder, parameters, tensors, vocabulary
 from gecko_jax import text as text_lib
 from gecko_jax.convert import model_card, names, to_hugging_face_tokenizer
 
 QUERY, DOCUMENT = "query", "document"
 MODULES = "modules.json"
+
+# What may lie in an export, as patterns.
+_FILES = (
+    "README.md",
+    "config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    *to_hugging_face_tokenizer.FILES,
+    *model_folder.FILES,
+    f"2_Dense/*{tensors.SUFFIX}",
+)
 
 # Ours -> the name in Hugging Face's table of activations. Its "gelu" is the exact one.
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu"}
@@ -30,7 +43,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu"}
 
 def save(
     path: pathlib.Path,
-    model_files: checkpoints.ModelFiles,
+    model_files: model_folder.ModelFiles,
     *,
     truncate_dim: int | None = None,
     scores: dict[str, Any] | None = None,
@@ -48,9 +61,8 @@ def save(
         ValueError: The folder holds something else, or the model cannot be written
             so (says what is in the way).
     """
-    files.check_replaceable(path, MODULES)
     # Other people's models have a modules.json too.
-    files.check_replaceable(path, checkpoints.MODEL_JSON)
+    files.check_replaceable(path, [MODULES, model_folder.MODEL_JSON], _FILES)
     config = model_files.encoder_config
     vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
@@ -68,7 +80,7 @@ def save(
             for n, (name, folder) in enumerate(zip(modules, folders, strict=True))
         ],
         "config_sentence_transformers.json": {
-            "__version__": checkpoints.versions(),
+            "__version__": model_folder.versions(),
             "prompts": build_prompts(model_files.text_format),
             # The one side that needs no task.
             "default_prompt_name": DOCUMENT,
@@ -105,7 +117,7 @@ def save(
             )
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         _write_params(folder, model_files)
-        checkpoints.write_model_json(folder, model_files)
+        model_folder.write_model_json(folder, model_files)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -172,16 +184,16 @@ def build_config(config: model.EncoderConfig) -> dict[str, Any]:
     }
 
 
-def _write_params(folder: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
-    params = checkpoints.flatten_params(model_files.params)
+def _write_params(folder: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
+    params = parameters.flatten(model_files.params)
     projection = params.pop(names.PROJECTION, None)
     encoder = {}
     for name, there in names.hugging_face_names(model_files.encoder_config).items():
-        leaf = tensors.from_array(params[name])
+        leaf = tensors.as_tensor(params[name])
         encoder[there.name] = leaf.transpose() if there.transposed else leaf
     tensors.write(folder, encoder)
     if projection is not None:
-        kernel = tensors.from_array(projection).transpose()
+        kernel = tensors.as_tensor(projection).transpose()
         tensors.write(folder / "2_Dense", {names.DENSE_WEIGHT: kernel})
 
 

@@ -5,7 +5,8 @@
     gecko/gecko.json  gecko/vocabulary.model                   what t5x has no place for
 
 Version 3 of the format, without an optimizer. Every parameter is a zarr array, named
-in the map by a tensorstore spec with a path relative to it, as t5x writes them.
+in the map by a tensorstore spec with a path relative to it, as t5x writes them. One
+of them is in memory at a time.
 """
 
 import math
@@ -13,9 +14,8 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
-from gecko_jax import checkpoints, files
+from gecko_jax import files, model_folder, parameters, tensors
 
 FORMAT_VERSION = 3
 SETTINGS = "gecko"
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 64 * 2**20
 _COMPRESSOR = {"id": "gzip", "level": 1}
 
 
-def save(path: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
+def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
     """Writes the checkpoint, whole or not at all; an export that is there is replaced.
 
     Raises:
@@ -33,36 +33,51 @@ def save(path: pathlib.Path, model_files: checkpoints.ModelFiles) -> None:
     """
     from flax import serialization
 
-    files.check_replaceable(path, f"{SETTINGS}/{checkpoints.MODEL_JSON}")
+    _check_replaceable(path)
+    flat = {
+        name: tensors.as_tensor(leaf)
+        for name, leaf in parameters.flatten(model_files.params).items()
+    }
     with files.write_folder(path) as folder:
         checkpoint = folder / f"checkpoint_{model_files.step}"
         checkpoint.mkdir()
-        specs = {
-            name: _write_array(checkpoint, f"target.{name.replace('/', '.')}", leaf)
-            for name, leaf in checkpoints.flatten_params(model_files.params).items()
-        }
+        specs: dict[str, Any] = dict.fromkeys(flat)
+        for name, leaf in sorted(flat.items(), key=lambda item: item[1].source):
+            place = f"target.{name.replace('/', '.')}"
+            specs[name] = _write_array(checkpoint, place, leaf)
         contents = {
             "version": FORMAT_VERSION,
             "optimizer": {
                 "state": {"step": np.int32(model_files.step)},
-                "target": checkpoints.unflatten_params(specs),
+                "target": parameters.unflatten(specs),
             },
         }
         (checkpoint / "checkpoint").write_bytes(
             serialization.msgpack_serialize(contents)
         )
         (folder / SETTINGS).mkdir()
-        checkpoints.write_model_json(folder / SETTINGS, model_files)
+        model_folder.write_model_json(folder / SETTINGS, model_files)
 
 
-def _write_array(folder: pathlib.Path, name: str, leaf: Any) -> dict[str, Any]:
+def _check_replaceable(path: pathlib.Path) -> None:
+    """Refuses all but an export: t5x may have trained on in its `model_dir`."""
+    settings = f"{SETTINGS}/{model_folder.MODEL_JSON}"
+    own = [f"{SETTINGS}/{model_folder.VOCABULARY}"]
+    if (path / settings).exists():
+        step = model_folder.load_settings(path / SETTINGS).step
+        own += [f"checkpoint_{step}/{name}" for name in ("checkpoint", "target.*")]
+    files.check_replaceable(path, [settings], own)
+
+
+def _write_array(
+    folder: pathlib.Path, name: str, tensor: tensors.Tensor
+) -> dict[str, Any]:
     """Writes one zarr array; returns the spec that stands for it in the map."""
     import tensorstore
 
-    array = np.asarray(leaf, np.float32)
     metadata = {
-        "shape": list(array.shape),
-        "chunks": choose_chunks(array),
+        "shape": list(tensor.shape),
+        "chunks": choose_chunks(tensor.shape),
         "compressor": _COMPRESSOR,
     }
     store = tensorstore.open(
@@ -74,7 +89,7 @@ def _write_array(folder: pathlib.Path, name: str, leaf: Any) -> dict[str, Any]:
         },
         create=True,
     ).result()
-    store.write(array).result()
+    store.write(tensor.read()).result()
     return {
         "driver": "zarr",
         "dtype": "float32",
@@ -83,10 +98,10 @@ def _write_array(folder: pathlib.Path, name: str, leaf: Any) -> dict[str, Any]:
     }
 
 
-def choose_chunks(array: Float[np.ndarray, "..."]) -> list[int]:
-    """Returns a shape of at most 64 MiB that divides the array's evenly."""
-    chunks = list(array.shape)
-    while math.prod(chunks) * array.itemsize > _CHUNK_BYTES:
+def choose_chunks(shape: tuple[int, ...]) -> list[int]:
+    """Returns the shape of chunks of at most 64 MiB that divide a float32 array."""
+    chunks = list(shape)
+    while 4 * math.prod(chunks) > _CHUNK_BYTES:
         longest = chunks.index(max(chunks))
         size = chunks[longest]
         factor = next(f for f in range(2, size + 1) if size % f == 0)

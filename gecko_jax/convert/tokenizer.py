@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import checkpoints, vocabulary
+from gecko_jax import model_folder, vocabulary
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 _TOKENIZER = "tokenizer.json"
@@ -29,7 +29,7 @@ def read(folder: pathlib.Path) -> tuple[bytes, int]:
     Raises:
         ValueError: There is none, or it is not a SentencePiece Unigram model.
     """
-    for name in (checkpoints.VOCABULARY, *_SPIECE):
+    for name in (model_folder.VOCABULARY, *_SPIECE):
         if (folder / name).is_file():
             proto = (folder / name).read_bytes()
             has_sentinels = b"<extra_id_0>" in proto  # mT5's and umT5's own pieces

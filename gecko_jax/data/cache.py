@@ -7,9 +7,11 @@ there is whole; a changed source makes another cache.
 
     <cache_dir>/tasks/<task>-<hash>/records.array_record
     <cache_dir>/tasks/<task>-<hash>/info.json
+    <cache_dir>/tasks/<task>-<hash>/order.npy    example -> record, where they differ
     <cache_dir>/sources/<sha256>.json            what a source file holds
 
-Reading needs no TensorFlow.
+Examples that a cache job of seqio has tokenized (`seqio_cache`) are taken from there,
+and get the numbers they have in the source files. Reading needs no TensorFlow.
 """
 
 import dataclasses
@@ -19,22 +21,28 @@ import itertools
 import json
 import os
 import pathlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from gecko_jax import files, progress, text, vocabulary
-from gecko_jax.data import features, formatting, jsonl, load_seqio, registration
+from gecko_jax.data import (
+    features,
+    formatting,
+    jsonl,
+    load_seqio,
+    registration,
+    seqio_cache,
+)
 from gecko_jax.data import tasks as tasks_lib
 
 # Tokens kept of a text, so that the lengths of a run can change without a new cache.
 MAX_TOKENS = 2048
 
 # Examples fetched from TensorFlow at once.
-_BLOCK = 256
+BLOCK = 256
 
 # Raised whenever the records, or what is written in them, change.
 _VERSION = 1
@@ -51,7 +59,8 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
     digest = files.sha256(path)
     note = cache_dir / "sources" / f"{digest}.json"
     if note.exists():
-        return jsonl.FileSummary(digest, json.loads(note.read_text()))
+        remedy = "delete it, and the source is read through again"
+        return jsonl.FileSummary(digest, files.read_object(note, {}, remedy=remedy))
     summary = jsonl.summarize(path)
     with files.write_file(note) as temporary:
         temporary.write_text(json.dumps(summary.examples))
@@ -85,62 +94,88 @@ def build(
     cache_dir: pathlib.Path,
 ) -> "Reader":
     """Returns the cache of a task, built first if it is not there."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", task.name)[:64]
-    folder = cache_dir / "tasks" / f"{name}-{cache_key}"
+    name = seqio_cache.task_name(task, cache_key).replace(":", "-")
+    folder = cache_dir / "tasks" / name
     if not (folder / "info.json").exists():
-        _write(task, folder, text_format, vocabulary_path, extra_ids)
+        stored = seqio_cache.find(task, cache_key, cache_dir)
+        if stored is not None:
+            logging.info("Taking %s from %s", task.name, stored)
+            dataset = seqio_cache.read(stored)
+        else:
+            logging.info("Tokenizing %s into %s", task.name, folder)
+            load_seqio()
+            dataset = registration.register_task(
+                task, text_format, vocabulary_path, extra_ids
+            ).get_dataset(sequence_length=None, split="train", shuffle=False)
+        _write(task, folder, dataset, stored)
     return Reader(folder)
 
 
 def _write(
     task: tasks_lib.Task,
     folder: pathlib.Path,
-    text_format: text.TextFormat,
-    vocabulary_path: str,
-    extra_ids: int,
+    dataset: Any,
+    stored: pathlib.Path | None,
 ) -> None:
+    """Writes what a seqio task gives: of a cache job's folder, or tokenized now."""
+    import tensorflow as tf
     from array_record.python import (
         array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
     )
 
-    logging.info("Tokenizing %s into %s", task.name, folder)
-    load_seqio()
-    dataset = registration.register_task(
-        task, text_format, vocabulary_path, extra_ids
-    ).get_dataset(sequence_length=None, split="train", shuffle=False)
-    num_examples = 0
+    # One call of TensorFlow for a record, and not one for each of its preprocessors.
+    fused = tf.data.Options()
+    fused.experimental_optimization.map_fusion = True
+    wanted = task.num_examples
+    blocks = dataset.ragged_batch(BLOCK).with_options(fused)
+    places: list[np.ndarray] = []
     with files.write_folder(folder) as temporary:
         path = str(temporary / "records.array_record")
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
         for example in progress.track(
-            _examples(dataset), f"Tokenizing {task.name}", task.num_examples
+            examples(seqio_cache.guard(blocks, stored) if stored else blocks, places),
+            f"{'Reading' if stored else 'Tokenizing'} {task.name}",
+            wanted,
         ):
             writer.write(encode(example))
-            num_examples += 1
         try:
             writer.close()
         except RuntimeError as error:  # C++ has no OSError.
             is_full = os.strerror(errno.ENOSPC) in str(error)
             number = errno.ENOSPC if is_full else errno.EIO
             raise OSError(number, os.strerror(number), str(folder)) from error
+        place = np.concatenate(places)
+        order = np.lexsort(place.T[::-1])
+        distinct = len(np.unique(place, axis=0))
+        if stored and not len(place) == distinct == wanted:
+            raise ValueError(
+                f"{stored}: holds {distinct:,} of the {wanted:,} examples of "
+                f"{task.name}; delete it, and run `gecko data cache` again or let "
+                "training tokenize"
+            )
         written = array_record_module.ArrayRecordReader(path).num_records()
-        if not num_examples == written == (task.num_examples or written):
+        if not len(place) == written == (wanted or written):
             raise OSError(
-                f"{folder}: {written:,} of {task.num_examples or num_examples:,} "
+                f"{folder}: {written:,} of {wanted or len(place):,} "
                 f"examples of {task.name} could be written; check the space on the "
                 "disk, and that nobody changes the source files, and run again"
             )
+        if (order[1:] < order[:-1]).any():
+            np.save(temporary / "order.npy", order)
         (temporary / "info.json").write_text(
-            json.dumps({"task": task.name, "num_examples": num_examples})
+            json.dumps({"task": task.name, "num_examples": written})
         )
 
 
-def _examples(dataset: Any) -> Iterator[features.Example]:
-    """Yields what a seqio task gives, fetched in blocks.
+def examples(
+    blocks: Iterable[Any], places: list[np.ndarray]
+) -> Iterator[features.Example]:
+    """Yields what is in blocks of a seqio task, and adds the place of each to a list.
 
     Fetched one by one, each record costs TensorFlow 2 ms.
     """
-    for block in dataset.ragged_batch(_BLOCK):
+    for block in blocks:
+        places.append(block["place"].numpy())
         queries, positives = _rows(block["query"]), _rows(block["positive"])
         query_ids, passage_ids = _rows(block["query_id"]), _rows(block["passage_id"])
         negatives = _rows(block["negatives"])
@@ -186,7 +221,13 @@ class Reader:
             str(folder / "records.array_record"),
             options="readahead_buffer_size:0,max_parallelism:1",
         )
-        info = json.loads((folder / "info.json").read_text())
+        order = folder / "order.npy"
+        self._order = np.load(order, mmap_mode="r") if order.exists() else None
+        info = files.read_object(
+            folder / "info.json",
+            {"num_examples": int},
+            remedy="delete the folder, and it will be built again",
+        )
         if len(self) != info["num_examples"]:
             raise ValueError(
                 f"{folder}: holds {len(self):,} of {info['num_examples']:,} "
@@ -198,7 +239,14 @@ class Reader:
 
     def read(self, numbers: Sequence[int]) -> list[features.Example]:
         """Returns the examples with these numbers, in their order."""
-        return [decode(record) for record in self._reader.read(list(numbers))]
+        return [decode(record) for record in self.records(numbers)]
+
+    def records(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the records of `read`, before they are decoded."""
+        places = list(numbers)
+        if self._order is not None:
+            places = self._order[places].tolist()
+        return self._reader.read(places)
 
 
 def encode(example: features.Example) -> bytes:

@@ -25,15 +25,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from gecko_jax import vocabulary
+from gecko_jax import packing, vocabulary
 
-# Texts that may share a row. The model pools each segment of every row, so a large
-# number costs memory for rows that hold few texts.
-MAX_SEGMENTS = 16
-
-# Row counts are rounded up to this many parts of the unpacked count, so that a run
-# compiles a few shapes and not one for each step.
-_ROW_PARTS = 16
+# Texts that may share a row, whatever its length. The model pools each segment of every
+# row, so a large number costs memory for rows that hold few texts.
+_LEAST_SEGMENTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +56,8 @@ class Shape:
         packing: Several texts share a row; both sides then have rows of the longer
             of the two lengths.
         row_multiple: Row counts are multiples of it: the devices that share a batch.
+        microbatch_rows: Row counts above it are multiples of it; 0 for any.
+        teacher_dim: Width of a teacher's vectors (T); 0 without.
     """
 
     query_length: int
@@ -67,6 +65,36 @@ class Shape:
     num_negatives: int = 0
     packing: bool = False
     row_multiple: int = 1
+    microbatch_rows: int = 0
+    teacher_dim: int = 0
+
+    @property
+    def num_segments(self) -> int:
+        """Texts that a row may hold."""
+        if not self.packing:
+            return 1
+        longest = max(self.query_length, self.passage_length)
+        return max(_LEAST_SEGMENTS, longest // packing.MIN_TEXT)
+
+    def row_length(self, side: str) -> int:
+        """Returns the tokens of a row of "query" or "passage"."""
+        lengths = {"query": self.query_length, "passage": self.passage_length}
+        return max(lengths.values()) if self.packing else lengths[side]
+
+    def round_rows(self, rows: int) -> int:
+        """Returns the rows of a batch whose texts need so many.
+
+        With packing they are rounded once more, so that a run compiles a few shapes and
+        not one for each step.
+        """
+        if rows <= self.microbatch_rows:
+            return min(self._round(rows, self.row_multiple), self.microbatch_rows)
+        return self._round(rows, self.microbatch_rows or self.row_multiple)
+
+    def _round(self, rows: int, multiple: int) -> int:
+        if self.packing:
+            return packing.round_up(rows, multiple)
+        return -(-rows // multiple) * multiple
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -109,17 +137,9 @@ def convert(
             )
             negative_id[row, column] = example.negative_ids[choice]
             negative_mask[row, column] = True
-    lay_out = _pack if shape.packing else _lay_out
-    longest = max(shape.query_length, shape.passage_length)
-    query_rows, query_segments, query_index = lay_out(
-        queries,
-        longest if shape.packing else shape.query_length,
-        shape.row_multiple,
-    )
-    passage_rows, passage_segments, passage_index = lay_out(
-        [*positives, *negatives],
-        longest if shape.packing else shape.passage_length,
-        shape.row_multiple,
+    query_rows, query_segments, query_index = _lay_out(queries, "query", shape)
+    passage_rows, passage_segments, passage_index = _lay_out(
+        [*positives, *negatives], "passage", shape
     )
     return {
         "query_tokens": query_rows,
@@ -142,23 +162,25 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
 
     For compiling a step without data; `task_index` is among them.
     """
-    num = batch_size * (1 + shape.num_negatives)
-    longest = max(shape.query_length, shape.passage_length)
     sides = {}
     for side, texts, length in (
         ("query", batch_size, shape.query_length),
-        ("passage", num, shape.passage_length),
+        ("passage", batch_size * (1 + shape.num_negatives), shape.passage_length),
     ):
-        rows, row_length = texts, length
-        if shape.packing:
-            used = -(-texts // min(longest // length, MAX_SEGMENTS))
-            sizes = row_sizes(texts, shape.row_multiple)
-            rows, row_length = next(size for size in sizes if size >= used), longest
-        rows = shape.row_multiple * -(-rows // shape.row_multiple)
+        row_length = shape.row_length(side)
+        rows = -(-texts // min(row_length // length, shape.num_segments))
+        rows = shape.round_rows(rows)
         sides |= {
             f"{side}_tokens": ((rows, row_length), np.int32),
             f"{side}_segment_ids": ((rows, row_length), np.int32),
             f"{side}_index": ((texts, 2), np.int32),
+        }
+    if shape.teacher_dim:
+        width = shape.teacher_dim
+        sides |= {
+            "query_teacher": ((batch_size, width), np.float16),
+            "passage_teacher": ((batch_size, width), np.float16),
+            "negative_teacher": ((batch_size, shape.num_negatives, width), np.float16),
         }
     return sides | {
         "query_id": ((batch_size, 2), np.uint32),
@@ -171,72 +193,40 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
     }
 
 
-def row_sizes(num_texts: int, row_multiple: int = 1) -> tuple[int, ...]:
-    """Returns every row count that packing `num_texts` texts can give, ascending."""
-    step = row_multiple * max(1, -(-num_texts // (_ROW_PARTS * row_multiple)))
-    return tuple(range(step, num_texts + step, step))
-
-
-def pack(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
-    """Places texts into rows, the longest first, each into the first row it fits.
-
-    Args:
-        lengths: Tokens of each text, at most `row_length`.
-        row_length: Tokens of a row.
-
-    Returns:
-        The row and the segment (from 0) of each text.
-    """
-    room = np.full(len(lengths), row_length)
-    texts = np.zeros(len(lengths), np.int64)
-    places = [(0, 0)] * len(lengths)
-    for text in np.argsort(-np.asarray(lengths), kind="stable"):
-        row = int(np.argmax((room >= lengths[text]) & (texts < MAX_SEGMENTS)))
-        places[text] = (row, int(texts[row]))
-        room[row] -= lengths[text]
-        texts[row] += 1
-    return places
-
-
 _Rows = tuple[
     Int32[np.ndarray, "R L"], Int32[np.ndarray, "R L"], Int32[np.ndarray, "N 2"]
 ]
 
 
-def _lay_out(
-    texts: Sequence[np.ndarray | None], length: int, row_multiple: int
-) -> _Rows:
-    """One text a row. A missing text is a lone EOS, so that its embedding is finite."""
-    rows = row_multiple * -(-len(texts) // row_multiple)
-    tokens = np.zeros((rows, length), np.int32)
-    segment_ids = np.zeros((rows, length), np.int32)
-    for row, text in enumerate(texts):
-        kept = (vocabulary.EOS_ID,) if text is None else text
-        tokens[row, : len(kept)] = kept
-        segment_ids[row, : len(kept)] = 1
-    index = np.zeros((len(texts), 2), np.int32)
-    index[:, 0] = np.arange(len(texts))
-    return tokens, segment_ids, index
+def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Rows:
+    """Lays the texts of a side out in rows.
 
-
-def _pack(texts: Sequence[np.ndarray | None], length: int, row_multiple: int) -> _Rows:
-    """Several texts a row. A missing text points at the first text of row 0."""
-    present = [(number, text) for number, text in enumerate(texts) if text is not None]
-    places = pack([len(text) for _, text in present], length)
-    used = 1 + max((row for row, _ in places), default=0)
-    rows = next(size for size in row_sizes(len(texts), row_multiple) if size >= used)
+    A missing text points at the first one of row 0; without packing it is a lone EOS
+    in a row of its own, so that its embedding is finite.
+    """
+    length = shape.row_length(side)
+    if shape.packing:
+        present = [(n, len(text)) for n, text in enumerate(texts) if text is not None]
+        sizes = [size for _, size in present]
+        members = [
+            [present[position][0] for position in row.positions]
+            for row in packing.pack(sizes, length, shape.num_segments)
+        ]
+    else:
+        members = [[number] for number in range(len(texts))]
+    rows = shape.round_rows(len(members))
     tokens = np.zeros((rows, length), np.int32)
     segment_ids = np.zeros((rows, length), np.int32)
     index = np.zeros((len(texts), 2), np.int32)
-    filled = np.zeros(rows, np.int64)
-    # In the order of the segments: a row is filled from the left.
-    for place, (number, text) in sorted(
-        zip(places, present, strict=True), key=lambda item: item[0]
-    ):
-        row, segment = place
-        columns = slice(filled[row], filled[row] + len(text))
-        tokens[row, columns] = text
-        segment_ids[row, columns] = segment + 1
-        index[number] = place
-        filled[row] += len(text)
+    lone_eos = np.array([vocabulary.EOS_ID], np.int32)
+    for row, numbers in enumerate(members):
+        filled = 0
+        for segment, number in enumerate(numbers):
+            text = texts[number]
+            text = lone_eos if text is None else text
+            columns = slice(filled, filled + len(text))
+            tokens[row, columns] = text
+            segment_ids[row, columns] = segment + 1
+            index[number] = row, segment
+            filled += len(text)
     return tokens, segment_ids, index

@@ -3,7 +3,10 @@
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
 
 from gecko_jax import files as files_lib
 from gecko_jax import text, vocabulary
@@ -48,7 +51,8 @@ def train_vocabulary(
             broken.append(error)
 
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        _interruptibly(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=texts(),
             model_writer=model,
             vocab_size=size,
@@ -76,6 +80,20 @@ def train_vocabulary(
     with files_lib.write_file(output) as temporary:
         temporary.write_bytes(trained.model_proto)
     return trained
+
+
+def _interruptibly(function: Callable[..., Any], **arguments: Any) -> None:
+    """Calls C++ in a thread: in the main one, Ctrl-C would wait until it returns."""
+    done = futures.Future[None]()
+
+    def call() -> None:
+        try:
+            done.set_result(function(**arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    done.result()
 
 
 def _texts(files: Sequence[str | os.PathLike]) -> Iterator[str]:

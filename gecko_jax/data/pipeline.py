@@ -20,6 +20,8 @@ Features of a batch of B examples with G negatives, rows R and tokens L:
     negative_mask                         bool [B, G]       False: fewer negatives
     example_mask                          bool [B]
     negative_group, task_index            int32 [B]
+    query_teacher, passage_teacher        float16 [B, T]    see `teacher`
+    negative_teacher                      float16 [B, G, T]
 """
 
 import dataclasses
@@ -38,8 +40,8 @@ from jaxtyping import Float
 
 from gecko_jax import text
 from gecko_jax import vocabulary as vocabulary_lib
-from gecko_jax.data import cache, features, formatting, mixtures
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import cache, features, formatting, mixtures, selection
+from gecko_jax.data import teacher as teacher_lib
 
 # Batches that wait for the consumer of `iterate`.
 _PREFETCH = 4
@@ -47,6 +49,9 @@ _PREFETCH = 4
 # Examples that are read for the weights of tokens, and the least such weight.
 _IDF_EXAMPLES = 100_000
 _LEAST_WEIGHT = 0.05
+
+# Examples of a task in which a teacher's vectors are looked for.
+_TEACHER_EXAMPLES = 200
 
 # Seeds of Grain are 32 bits.
 _SEED_BYTES = 4
@@ -63,6 +68,8 @@ class Batches:
         tasks: The rows of the table, or those made for the files.
         task_names: What `task_index` points into.
         task_sizes: Number of examples of each task.
+        readers: The cache of each task.
+        shape: The sizes of a batch.
         rates: Share of each task, summing to 1.
         num_examples: Of all tasks.
         text_format: As given, completed with the descriptions of these tasks; this is
@@ -89,7 +96,10 @@ class Batches:
         seed: int,
         cache_dir: str | os.PathLike,
         row_multiple: int = 1,
+        microbatch_rows: int = 0,
         prepared_dir: str | os.PathLike = mixtures.PREPARED,
+        teacher: str | os.PathLike = "",
+        teacher_dim: int = 0,
     ):
         """Opens the caches of the mixture, building those that are not there.
 
@@ -109,7 +119,10 @@ class Batches:
             seed: Of the shuffles and of the sampling of negatives.
             cache_dir: Where caches lie; may be shared by many runs.
             row_multiple: Row counts are multiples of it.
+            microbatch_rows: Row counts above it are multiples of it; 0 for any.
             prepared_dir: Where `gecko data prepare` put the sets of the mixture.
+            teacher: Folder of a teacher's vectors, or "" for none.
+            teacher_dim: Their width.
 
         Raises:
             ValueError: An unknown mixture, a bad file or line, an impossible size.
@@ -123,44 +136,42 @@ class Batches:
                 "file that the vocabulary was loaded from"
             )
         self.vocabulary = vocabulary
-        self.num_segments = features.MAX_SEGMENTS if packing else 1
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
-        self._shape = features.Shape(
-            query_length, passage_length, num_negatives, packing, row_multiple
+        self.shape = features.Shape(
+            query_length,
+            passage_length,
+            num_negatives,
+            packing,
+            row_multiple,
+            microbatch_rows,
         )
-        folder = pathlib.Path(cache_dir)
-        if files:
-            self.tasks, drawn = tasks_of_files(files, text_format, folder)
-        else:
-            self.tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-        self.text_format = tasks_lib.complete_text_format(text_format, self.tasks)
-        self._readers = []
-        keys, digests = [], []
-        for task in self.tasks:
-            sources = [cache.summarize_source(path, folder) for path in task.files]
-            if not any(task.source_task in source.examples for source in sources):
-                raise ValueError(
-                    f"task {task.name}: no line of {', '.join(task.files)} has the "
-                    f"task {task.source_task!r}"
-                )
-            digests.append([source.sha256 for source in sources])
-            keys.append(cache.key(task, sources, self.text_format, vocabulary))
-            self._readers.append(
-                cache.build(
-                    task,
-                    keys[-1],
-                    self.text_format,
-                    os.fspath(vocabulary_path),
-                    vocabulary.extra_ids,
-                    folder,
-                )
+        self.num_segments = self.shape.num_segments
+        chosen = selection.select(
+            mixture=mixture,
+            files=files,
+            vocabulary=vocabulary,
+            text_format=text_format,
+            cache_dir=cache_dir,
+            prepared_dir=prepared_dir,
+        )
+        self.tasks, self.text_format = chosen.tasks, chosen.text_format
+        self.readers = [
+            cache.build(
+                task,
+                key,
+                self.text_format,
+                os.fspath(vocabulary_path),
+                vocabulary.extra_ids,
+                pathlib.Path(cache_dir),
             )
+            for task, key in zip(self.tasks, chosen.keys, strict=True)
+        ]
         self.task_names = tuple(task.name for task in self.tasks)
-        self.task_sizes = tuple(len(reader) for reader in self._readers)
+        self.task_sizes = tuple(len(reader) for reader in self.readers)
         self.num_examples = sum(self.task_sizes)
-        weights = drawn.rates(self.task_names, self.task_sizes)
+        weights = chosen.mixture.rates(self.task_names, self.task_sizes)
         self.rates = tuple(weight / sum(weights) for weight in weights)
         # Kept beside every checkpoint, so that a refusal can name what has changed.
         self.facts: dict[str, Any] = {
@@ -172,7 +183,7 @@ class Batches:
                 name: {
                     "rate": weight,
                     "examples": size,
-                    "sources": sources,
+                    "sources": list(sources),
                     "format": dataclasses.asdict(
                         formatting.templates(self.text_format, name)
                     ),
@@ -182,25 +193,30 @@ class Batches:
                     self.task_names,
                     weights,
                     self.task_sizes,
-                    digests,
-                    keys,
+                    chosen.sources,
+                    chosen.keys,
                     strict=True,
                 )
             },
         }
+        self._teacher = None
+        if teacher:
+            self._teacher = teacher_lib.Teacher(teacher, teacher_dim)
+            self.facts["teacher"] = self._teacher.facts["sha256"]
         digest = hashlib.sha256(json.dumps(self.facts).encode())
         self.mixture_hash = digest.hexdigest()[:16]
         self._order = self._build_order(weights)
         self._lock = threading.Lock()
         self._warn_of_small_tasks()
+        self._check_teacher(teacher)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns the model features of one step, counted from 0."""
         if step < 0:
             raise ValueError(f"step {step}: steps are counted from 0")
-        picks = self._picks(step)
+        picks = self.picks(step)
         examples: list[Any] = [None] * len(picks)
-        for task_index, reader in enumerate(self._readers):
+        for task_index, reader in enumerate(self.readers):
             rows = [row for row, (task, _) in enumerate(picks) if task == task_index]
             if rows:
                 with self._lock:
@@ -208,8 +224,15 @@ class Batches:
                 for row, example in zip(rows, read, strict=True):
                     examples[row] = example
         choices = self._choose_negatives(step, examples)
-        batch = features.convert(examples, self._shape, choices)
+        batch = features.convert(examples, self.shape, choices)
         batch["task_index"] = np.array([task for task, _ in picks], np.int32)
+        if self._teacher is not None:
+            batch |= self._teacher.features(
+                examples,
+                [self.tasks[task].source_task for task, _ in picks],
+                choices,
+                self.shape.num_negatives,
+            )
         return batch
 
     def iterate(
@@ -253,7 +276,7 @@ class Batches:
 
     def examples(self, task_index: int, count: int) -> list[features.Example]:
         """Returns the first examples of a task, in the order of its files."""
-        reader = self._readers[task_index]
+        reader = self.readers[task_index]
         with self._lock:
             return reader.read(range(min(count, len(reader))))
 
@@ -288,8 +311,8 @@ class Batches:
         """
         counts = np.zeros(vocab_size)
         num_texts = 0
-        for reader in self._readers:
-            numbers = np.arange(len(reader))[: _IDF_EXAMPLES // len(self._readers)]
+        for reader in self.readers:
+            numbers = np.arange(len(reader))[: _IDF_EXAMPLES // len(self.readers)]
             for example in reader.read(numbers.tolist()):
                 for tokens in (example.query, example.positive):
                     counts[np.unique(tokens)] += 1
@@ -297,7 +320,8 @@ class Batches:
         idf = np.log((num_texts - counts + 0.5) / (counts + 0.5))
         return np.clip(idf / np.log(num_texts), _LEAST_WEIGHT, 1.0).astype(np.float32)
 
-    def _picks(self, step: int) -> list[tuple[int, int]]:
+    def picks(self, step: int) -> list[tuple[int, int]]:
+        """Returns the task and the number of each example of a step."""
         if self._one_task_per_batch:
             return self._order[step]
         first = step * self._batch_size
@@ -307,7 +331,7 @@ class Batches:
         self, step: int, examples: Sequence[features.Example]
     ) -> list[list[int]]:
         """Samples G of each example's negatives, by seed and step alone."""
-        num = self._shape.num_negatives
+        num = self.shape.num_negatives
         most = max(len(example.negatives) for example in examples)
         if not num or not most:
             return [[] for _ in examples]
@@ -317,6 +341,34 @@ class Batches:
             np.argsort(draw[: len(example.negatives)])[:num].tolist()
             for draw, example in zip(draws, examples, strict=True)
         ]
+
+    def _check_teacher(self, folder: str | os.PathLike) -> None:
+        """Refuses vectors of other texts, and tells of tasks without any."""
+        if self._teacher is None:
+            return
+        shares = {}
+        for task_index, task in enumerate(self.tasks):
+            examples = self.examples(task_index, _TEACHER_EXAMPLES)
+            names = [task.source_task] * len(examples)
+            found = self._teacher.features(examples, names, [()] * len(examples), 0)
+            there = [
+                vectors.any(axis=1).mean() for vectors in found.values() if vectors.size
+            ]
+            shares[task.name] = float(np.mean(there))
+        if not any(shares.values()):
+            raise ValueError(
+                f"data.teacher={folder}: it has a vector of none of the texts of "
+                f"{', '.join(shares)}; make it from the same files with `gecko data "
+                "teach`"
+            )
+        for name, share in shares.items():
+            if share < 1:
+                logging.warning(
+                    "Of the texts of task %s the teacher has %.0f%%; the others are "
+                    "trained without it.",
+                    name,
+                    100 * share,
+                )
 
     def _warn_of_small_tasks(self) -> None:
         for name, size, rate in zip(
@@ -330,24 +382,6 @@ class Batches:
                     name,
                     size,
                 )
-
-
-def tasks_of_files(
-    files: Sequence[str | os.PathLike],
-    text_format: text.TextFormat,
-    cache_dir: pathlib.Path,
-) -> tuple[tuple[tasks_lib.Task, ...], mixtures.Mixture]:
-    """Returns the tasks of a user's own files, and their mixture by size.
-
-    Raises:
-        ValueError: A file is missing, empty or holds a bad line.
-    """
-    paths = [os.fspath(path) for path in files]
-    summaries = [cache.summarize_source(path, cache_dir) for path in paths]
-    tasks = tasks_lib.from_files(
-        paths, [summary.examples for summary in summaries], text_format
-    )
-    return tasks, mixtures.Mixture(tuple(task.name for task in tasks))
 
 
 def summarize(batches: Batches, examples: int = 2) -> dict[str, Any]:

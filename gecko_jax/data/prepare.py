@@ -37,6 +37,8 @@ _PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
 # Raised whenever what a part holds changes.
 _VERSION = 2
 
+_FIELDS = {"facts": dict, "examples": int, "dropped": dict}
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -46,7 +48,7 @@ class Summary:
         folder: Where the set lies.
         examples: Lines written.
         dropped: Reason -> number of records, or parts of one, left out.
-        without_negative: Lines for which none was there or could be mined.
+        without_negative: Lines that have fewer than asked for, with those mined.
     """
 
     folder: pathlib.Path
@@ -63,6 +65,7 @@ def prepare(
     accepted_licences: tuple[str, ...] = (),
     tfds_data_dir: str | None = None,
     part: int = PART,
+    negatives: int = 1,
 ) -> Summary:
     """Turns the source of a row of the table into canonical triples.
 
@@ -73,6 +76,7 @@ def prepare(
         accepted_licences: Names of restricted sets whose licence the user accepts.
         tfds_data_dir: Where TFDS keeps its sets.
         part: Lines of a part.
+        negatives: Hard negatives a line should have, where the row lets them be mined.
 
     Raises:
         ValueError: The licence is not accepted, the source is missing or has another
@@ -87,11 +91,18 @@ def prepare(
     target = pathlib.Path(prepared_dir).expanduser() / task.name
     note = target / "prepared.json"
     facts = _facts(task, location, part)
+    if negatives != 1:
+        facts["negatives"] = negatives
     if note.exists():
-        found = json.loads(note.read_text())
+        found = files.read_object(
+            note,
+            _FIELDS,
+            remedy="delete the folder and prepare again",
+            defaults={"without_negative": 0},
+        )
         if found["facts"] != facts:
             raise ValueError(
-                f"{target}: was prepared from {found['facts']['source']} by other "
+                f"{target}: was prepared from {found['facts'].get('source')} by other "
                 "settings; delete it, or prepare into another folder"
             )
         return Summary(
@@ -106,7 +117,7 @@ def prepare(
             f"{task.name}: {location} gives no example"
             f"{f' (left out: {reasons})' if reasons else ''}; check the split"
         )
-    examples, short = _mine(task, num_parts, work)
+    examples, short = _mine(task, num_parts, work, negatives)
     with files.write_file(work / "prepared.json") as temporary:
         temporary.write_text(
             json.dumps(
@@ -244,8 +255,10 @@ def _preprocess(
         raise ValueError(f"{location}, record {number:,}: {error}") from error
 
 
-def _mine(task: tasks_lib.Task, num_parts: int, work: pathlib.Path) -> tuple[int, int]:
-    """Mines a negative for lines without one; returns all lines and those left bare."""
+def _mine(
+    task: tasks_lib.Task, num_parts: int, work: pathlib.Path, wanted: int
+) -> tuple[int, int]:
+    """Mines the negatives that lines lack; returns all lines and those left short."""
     counts = []
     corpus = None
     for number in range(num_parts):
@@ -255,18 +268,20 @@ def _mine(task: tasks_lib.Task, num_parts: int, work: pathlib.Path) -> tuple[int
             records = [record for _, record, _ in read]
             pairs = [pair for _, _, pair in read]
             mined: Sequence[list[tuple[str, str]]] = [[] for _ in pairs]
-            if task.mine and not all(pair.negatives for pair in pairs):
+            if task.mine and any(len(pair.negatives) < wanted for pair in pairs):
                 corpus = corpus or mining.Corpus(_all_pairs(num_parts, work))
                 mined = list(
                     progress.track(
-                        corpus.mine(pairs, 1), f"Mining for part {number}", len(pairs)
+                        corpus.mine(pairs, wanted),
+                        f"Mining for part {number}",
+                        len(pairs),
                     )
                 )
             mining.write_lines(
                 work / _PART.format(number), map(mining.extend, records, pairs, mined)
             )
             bare = sum(
-                not (pair.negatives or found)
+                len(pair.negatives) + len(found) < wanted
                 for pair, found in zip(pairs, mined, strict=True)
             )
             with files.write_file(note) as temporary:

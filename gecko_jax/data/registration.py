@@ -1,6 +1,8 @@
 """Registration of tasks and mixtures with seqio, and reading JSONL for it.
 
 seqio.get_mixture_or_task("quickstart")     after `register("quickstart")`
+
+A task's files are its shards, so that a cache job shares them among its workers.
 """
 
 import dataclasses
@@ -21,6 +23,8 @@ from gecko_jax.data import tasks as tasks_lib
 
 # Examples read at once.
 _BLOCK = 256
+
+_IDS = ("query_id", "passage_id", "negative_ids")
 
 
 def register(
@@ -89,17 +93,14 @@ def register_task(
         )
     return seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(
-            functools.partial(_dataset, task=task),
-            splits=("train",),
-            num_input_examples=(
-                None if task.num_examples is None else {"train": task.num_examples}
-            ),
-        ),
+        source=_source_class()(task),
         preprocessors=[
             functools.partial(formatting.format_texts, forms=forms),
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.preprocessors.append_eos,
+            flatten,
+            seqio.CacheDatasetPlaceholder(),
+            restore,
         ],
         output_features={
             "query": seqio.Feature(pieces, add_eos=True),
@@ -110,13 +111,97 @@ def register_task(
     )
 
 
-def _dataset(
-    split: str, shuffle_files: bool, seed: int | None = None, *, task: tasks_lib.Task
-) -> Any:
-    """Reads a task's files into a `tf.data.Dataset`, in the order of the lines."""
+def flatten(dataset: Any) -> Any:
+    """Writes examples as a tf.Example can hold them; `restore` reads them again.
+
+    {"negatives": [[5, 6, 1], [7, 1]], ...}
+    -> {"negatives": [5, 6, 1, 7, 1], "negative_lengths": [3, 2], ...}
+
+    Ids become int64, the one kind of whole number that there is.
+    """
     import tensorflow as tf
 
-    del split, shuffle_files, seed
+    def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
+        negatives = record["negatives"]
+        return (
+            record
+            | {name: tf.cast(record[name], tf.int64) for name in _IDS}
+            | {
+                "negatives": negatives.flat_values,
+                "negative_lengths": negatives.row_lengths(),
+            }
+        )
+
+    return dataset.map(flatten_record, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def restore(dataset: Any) -> Any:
+    """Inverse of `flatten`."""
+    import tensorflow as tf
+
+    ragged: Any = tf.RaggedTensor  # Its types do not name its methods.
+
+    def restore_record(record: dict[str, Any]) -> dict[str, Any]:
+        restored = record | {
+            name: tf.cast(record[name], tf.int32)
+            for name in ("query", "positive", "negative_group")
+        }
+        lengths = restored.pop("negative_lengths")
+        negatives = tf.cast(record["negatives"], tf.int32)
+        return (
+            restored
+            | {name: tf.cast(record[name], tf.uint32) for name in _IDS}
+            | {"negatives": ragged.from_row_lengths(negatives, lengths)}
+        )
+
+    return dataset.map(restore_record, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+@functools.cache
+def _source_class() -> Any:
+    seqio = load_seqio()
+
+    class JsonlSource(seqio.DataSource):
+        """The examples of a task, in the order of its files and their lines."""
+
+        def __init__(self, task: tasks_lib.Task):
+            self._task = task
+            size = task.num_examples
+            super().__init__(
+                splits=("train",),
+                num_input_examples=None if size is None else {"train": size},
+            )
+
+        @property
+        def supports_arbitrary_sharding(self) -> bool:
+            return False
+
+        def list_shards(self, split: str) -> Sequence[str]:
+            return self._task.files
+
+        def get_dataset(
+            self,
+            split: str = "train",
+            shuffle: bool = False,
+            seed: int | None = None,
+            shard_info: Any = None,
+            **options: Any,
+        ) -> Any:
+            # The order is that of the lines, whatever is asked for: what training
+            # shuffles are the numbers of the examples.
+            del split, shuffle, seed, options
+            chosen = range(len(self._task.files))
+            if shard_info is not None:
+                chosen = chosen[shard_info.index :: shard_info.num_shards]
+            return _dataset(self._task, chosen)
+
+    return JsonlSource
+
+
+def _dataset(task: tasks_lib.Task, chosen: Sequence[int]) -> Any:
+    """Reads some of a task's files into a `tf.data.Dataset`."""
+    import tensorflow as tf
+
     strings = tf.TensorSpec((None,), tf.string)
     words = tf.TensorSpec((None, 2), tf.uint32)
     numbers = tf.TensorSpec((None,), tf.int32)
@@ -132,6 +217,7 @@ def _dataset(
         "negative_ids": tf.TensorSpec((None, None, 2), tf.uint32),
         "negative_group": numbers,
         "num_negatives": numbers,
+        "place": tf.TensorSpec((None, 2), tf.int64),
     }
 
     def drop_padding(record: dict[str, Any]) -> dict[str, Any]:
@@ -143,17 +229,28 @@ def _dataset(
 
     # One record at a time, a generator costs 2 ms of TensorFlow's for each.
     dataset = tf.data.Dataset.from_generator(
-        functools.partial(_column_blocks, task), output_signature=columns
+        functools.partial(_column_blocks, task, chosen), output_signature=columns
     )
     return dataset.unbatch().map(drop_padding)
 
 
-def _column_blocks(task: tasks_lib.Task) -> Iterator[dict[str, Any]]:
-    """Yields the task's cleaned examples in columns, `_BLOCK` at a time."""
-    pairs = itertools.chain.from_iterable(
-        jsonl.read_pairs(file, task.source_task) for file in task.files
+def _column_blocks(
+    task: tasks_lib.Task, chosen: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yields the cleaned examples of some of a task's files, `_BLOCK` at a time.
+
+    The place of an example is the number of its file, and its own among the task's
+    examples there.
+    """
+    pairs = (
+        ((file, number), pair)
+        for file in chosen
+        for number, pair in enumerate(
+            jsonl.read_pairs(task.files[file], task.source_task)
+        )
     )
-    while block := list(itertools.islice(pairs, _BLOCK)):
+    while placed := list(itertools.islice(pairs, _BLOCK)):
+        places, block = zip(*placed, strict=True)
         # At least one column: TensorFlow 2.21 crashes when it unbatches none.
         widest = max(1, *(len(pair.negatives) for pair in block))
 
@@ -176,6 +273,7 @@ def _column_blocks(task: tasks_lib.Task) -> Iterator[dict[str, Any]]:
             "negative_ids": negative_ids,
             "negative_group": [pair.negative_group for pair in block],
             "num_negatives": [len(pair.negatives) for pair in block],
+            "place": np.array(places, np.int64),
         }
 
 

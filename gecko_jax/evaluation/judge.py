@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Float
 
 from gecko_jax import (
-    checkpoints,
     embedding,
     index,
     instructions,
     model,
+    model_folder,
     quantization,
     ranking,
     vocabulary,
@@ -332,7 +332,7 @@ def _describe(
         "passage_length": model_files.passage_length,
         "text_format": model_files.text_format.to_dict(),
         "backend": jax.default_backend(),
-        "versions": checkpoints.versions(),
+        "versions": model_folder.versions(),
         "num_passages": {
             found.name: len(found.texts)
             for found in all_sets
@@ -360,7 +360,7 @@ def build_callback(
     ]
 
     def evaluate_now(params: Any, step: int) -> dict[str, float]:
-        model_files = checkpoints.load_settings(pathlib.Path(workdir))
+        model_files = model_folder.load_settings(pathlib.Path(workdir))
         gecko = embedding.Gecko(
             dataclasses.replace(model_files, params=params, step=step)
         )

@@ -26,8 +26,15 @@ import jax
 import ml_collections
 from absl import logging
 
-from gecko_jax import checkpoints, embedding, files, model, sharding
-from gecko_jax.evaluation import encoder, local_tasks, scoreboard, sets, store
+from gecko_jax import embedding, files, model, model_folder, sharding
+from gecko_jax.evaluation import (
+    encoder,
+    local_tasks,
+    scoreboard,
+    sets,
+    store,
+    whole_results,
+)
 
 # How a scoreboard calls what is in no suite.
 TASKS, LOCAL = "single tasks", "local sets"
@@ -91,12 +98,14 @@ def run(
         for dim in dims
     ]
     with _quiet():
-        runner = Runner(mteb, encoders, mteb.ResultCache(output), vectors)
+        runner = Runner(
+            mteb, encoders, whole_results.build_cache(mteb, output), vectors
+        )
         suites = {
             suite: [runner.run(task) for task in _track(suite, tasks)]
             for suite, tasks in chosen.items()
         }
-    versions = checkpoints.versions() | {"mteb": mteb.__version__}
+    versions = model_folder.versions() | {"mteb": mteb.__version__}
     return scoreboard.Board(
         about={**about, "backend": jax.default_backend(), "versions": versions},
         dims=dims,

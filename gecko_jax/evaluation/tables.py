@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import checkpoints, files, plots, quantization
+from gecko_jax import files, model_folder, plots, quantization
 
 # The task that stands for all queries, pairs or texts.
 ALL = "all"
@@ -75,7 +75,7 @@ class Results:
         """Inverse of `to_dict`."""
         return cls(tuple(Row(**row) for row in values["rows"]), dict(values["about"]))
 
-    def check_model(self, model_files: checkpoints.ModelFiles) -> "Results":
+    def check_model(self, model_files: model_folder.ModelFiles) -> "Results":
         """Returns itself; raises ValueError if the scores are of another model."""
         if self.about.get("revision") != model_files.revision:
             raise ValueError(

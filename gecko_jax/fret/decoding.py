@@ -32,18 +32,30 @@ def compute_prefix(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def score(
+def read(
     params: dict[str, Any],
     config: decoder.DecoderConfig,
     prefix: decoder.KeyValues | None,
     tokens: Int[Array, "B L"],
     positions: Int[Array, "B L"],
+) -> Float[Array, "B L M"]:
+    """Returns the hidden states of rows behind their prefix."""
+    return decoder.extend(params, config, tokens, positions, prefix)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score(
+    params: dict[str, Any],
+    config: decoder.DecoderConfig,
+    hidden: Float[Array, "B L M"],
     rows: Int[Array, " T"],
     columns: Int[Array, " T"],
     targets: Int[Array, "T Y"],
 ) -> Float[Array, "T Y"]:
-    """Returns log-probabilities of targets after the tokens at [rows, columns]."""
-    hidden, _ = decoder.extend(params, config, tokens, positions, prefix)
+    """Returns log-probabilities of targets after the tokens at [rows, columns].
+
+    Apart from `read`, so that T does not multiply the shapes that compile slowly.
+    """
     # Only these meet the output head, which is larger than all layers together.
     return decoder.token_log_probs(params, config, hidden[rows, columns], targets)
 

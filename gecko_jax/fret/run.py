@@ -25,6 +25,7 @@ from gecko_jax.evaluation import texts
 from gecko_jax.fret import (
     canary,
     export,
+    in_process,
     llm,
     passages,
     pipeline,
@@ -34,7 +35,8 @@ from gecko_jax.fret import (
     settings,
 )
 
-_QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart" / "train.jsonl"
+# What "quickstart" stands for: passages, and the answers of a model about some of them.
+_QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 _HELD_OUT = 3  # Purpose of the randomness; see `stages.row_rng`.
 
 
@@ -72,22 +74,21 @@ def run(
         budget: What may be sent; None sets no limit.
         worker: (i, n): see `Pipeline.run`.
         until: The last stage, or "export".
-        connect: Gives the model for (config, budget); None asks the server of the
-            config, or its recording.
+        connect: Gives the model for (config, budget); None is `open_model`.
 
     Raises:
         ValueError: A bad setting, file or answer; the workdir was begun otherwise.
         OSError: The server is gone, or the disk is full. What was answered is kept.
     """
     budget = budget or open_budget(config)
-    source = prepare(config, workdir, budget, connect or open_model)
     stopped = ""
-    passes = main_pipeline(source)
-    try:
-        if until != "passages":
-            passes.run("fuse" if until == "export" else until, worker)
-    except requests.BudgetError as error:
-        stopped = str(error)
+    with prepare(config, workdir, budget, connect or open_model) as source:
+        passes = main_pipeline(source)
+        try:
+            if until != "passages":
+                passes.run("fuse" if until == "export" else until, worker)
+        except requests.BudgetError as error:
+            stopped = str(error)
     steps = [source.stage, *(step.stage for step in passes.steps)]
     done = {stage.name: stage.done() for stage in steps}
     output = None
@@ -135,15 +136,30 @@ def open_budget(
 def open_model(
     config: ml_collections.ConfigDict, budget: requests.Budget
 ) -> llm.CachedModel:
-    """Returns the recorded model, or that of the server once the canary has sung."""
+    """Returns the recorded model, or that of this process, or that of the server.
+
+    The last is trusted once the canary has sung.
+    """
     if config.llm.recording:
-        return llm.recorded(config.llm.recording)
+        return llm.recorded(_recording(config))
+    if config.llm.weights:
+        return in_process.open_model(
+            config.llm.weights,
+            config.llm.dtype,
+            config.llm.tensor,
+            config.llm.compilation_cache,
+            budget,
+        )
     model = server.connect(settings.server_settings(config), budget)
-    canary.check(
-        model,
-        scores=config.llm.scoring != "none" and not config.llm.chat,
-        labels=bool(config.fuse.relevance_weight),
-    )
+    try:
+        canary.check(
+            model,
+            scores=config.llm.scoring != "none" and not config.llm.chat,
+            labels=bool(config.fuse.relevance_weight),
+        )
+    except BaseException:
+        model.close()
+        raise
     return model
 
 
@@ -181,7 +197,10 @@ def _passages(
     contamination: contamination_lib.Contamination,
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
-    paths = [_QUICKSTART if p == "quickstart" else p for p in config.passages.files]
+    paths = [
+        _QUICKSTART / "train.jsonl" if path == "quickstart" else path
+        for path in config.passages.files
+    ]
     for path in map(pathlib.Path, paths):
         if not path.is_file():
             raise ValueError(f"passages.files: {path}: no such file; check the path")
@@ -210,9 +229,17 @@ def _passages(
     return stage
 
 
+def _recording(config: ml_collections.ConfigDict) -> pathlib.Path:
+    found = config.llm.recording
+    return _QUICKSTART / "recording" if found == "quickstart" else pathlib.Path(found)
+
+
 def _model_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if config.llm.recording:
-        name, facts, _ = requests.read_recording(config.llm.recording)
+        name, facts, _ = requests.read_recording(_recording(config))
         return facts | {"name": name}
+    if config.llm.weights:
+        found = in_process.facts(config.llm.weights, config.llm.dtype)
+        return found | {"name": found["model"]}
     found = settings.server_settings(config)
     return server.facts(found) | {"name": server.name(found)}

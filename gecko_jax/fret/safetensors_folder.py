@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
-from gecko_jax.fret import decoder, decoder_weights
+from gecko_jax.fret import decoder, decoder_settings, decoder_weights
 
 _LLAMA: decoder_weights.Names = {
     "embedding": "model.embed_tokens.weight",
@@ -59,12 +59,9 @@ class SafetensorsFolder:
         self.path = pathlib.Path(path)
         settings = _read_json(self.path / "config.json")
         self.architecture: str = settings.get("model_type", "unknown")
-        if self.architecture not in NAMES:
-            raise ValueError(
-                f"{self.path}: model_type {self.architecture!r}; the in-process "
-                f"decoder runs {' and '.join(NAMES)}: choose such a model, or serve "
-                "this one and give the server's address"
-            )
+        decoder_settings.check_family(
+            str(self.path), "model_type", self.architecture, NAMES
+        )
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for file in self.weight_files:
@@ -132,7 +129,7 @@ def _read_config(settings: Mapping[str, Any]) -> decoder.DecoderConfig:
                 f"config.json: {key}={settings[key]}; the in-process decoder caps no "
                 "logits: serve this model and give the server's address"
             )
-    config: dict[str, Any] = {
+    common = {
         "vocab_size": settings["vocab_size"],
         "model_dim": model_dim,
         "num_layers": settings["num_hidden_layers"],
@@ -150,22 +147,19 @@ def _read_config(settings: Mapping[str, Any]) -> decoder.DecoderConfig:
         "rope_factors": _rope_factors(rope, settings, head_dim),
         "tied": settings["tie_word_embeddings"],
     }
+    gemma = None
     if is_gemma:
-        config |= {
-            "activation": "gelu",
-            "embedding_scale": model_dim**0.5,
-            "query_scale": settings["query_pre_attn_scalar"] ** -0.5,
-            "sandwich_norms": True,
-            "head_norms": True,
-            "local_window": settings["sliding_window"],
-            "global_every": _global_every(settings),
-            "local_rope_base": float(
+        gemma = decoder_settings.Gemma3(
+            query_scalar=settings["query_pre_attn_scalar"],
+            local_window=settings["sliding_window"],
+            global_every=_global_every(settings),
+            local_rope_base=float(
                 local_rope.get("rope_theta")
                 or settings.get("rope_local_base_freq")
                 or 1e4
             ),
-        }
-    return decoder.DecoderConfig(**config)
+        )
+    return decoder_settings.build(common, gemma)
 
 
 def _global_every(settings: Mapping[str, Any]) -> int:
@@ -195,13 +189,9 @@ def _rope_factors(
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    if kind == "linear":
-        return (float(rope["factor"]),) * (head_dim // 2)
     if kind != "llama3":
-        raise ValueError(
-            f"config.json: rotary positions scaled by {kind!r}; the in-process decoder "
-            "knows linear scaling and Llama 3's: choose another model"
-        )
+        factor = rope.get("factor")
+        return decoder_settings.linear_rope("config.json", kind, factor, head_dim)
     base = float(rope.get("rope_theta") or settings.get("rope_theta") or 1e4)
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

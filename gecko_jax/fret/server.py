@@ -12,7 +12,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gecko_jax.fret import llm, requests, wire
@@ -65,8 +65,14 @@ def connect(settings: ServerSettings, budget: requests.Budget) -> llm.CachedMode
         ImportError: httpx is not installed.
     """
     client = _Client(settings, budget)
-    client.check_model()
-    return llm.CachedModel(name(settings), facts(settings), client.ask)
+    try:
+        client.check_model()
+    except BaseException:
+        client.close()
+        raise
+    return llm.CachedModel(
+        name(settings), facts(settings), client.ask, close=client.close
+    )
 
 
 def name(settings: ServerSettings) -> str:
@@ -126,6 +132,10 @@ class _Client:
         self._pace = threading.Lock()
         self._next_send = 0.0
 
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
     def check_model(self) -> None:
         """Raises unless the server answers and lists the model, or lists none."""
         try:
@@ -147,9 +157,10 @@ class _Client:
         self,
         kind: str,
         bodies: list[dict[str, Any]],
+        new: Sequence[int],
         keep: Callable[[int, Any], None],
     ) -> None:
-        """Sends the requests side by side; see `llm.CachedModel`.
+        """Sends the new requests side by side; see `llm.Ask`.
 
         When one stops the run, or the user does, those on their way are waited for
         and kept: they are paid for.
@@ -174,9 +185,9 @@ class _Client:
                 self._stop.set()
                 raise
 
-        workers = min(self._settings.concurrency, len(bodies))
+        workers = min(self._settings.concurrency, len(new))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(work, number) for number in range(len(bodies))]
+            futures = [pool.submit(work, number) for number in new]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     future.result()

@@ -40,6 +40,10 @@ SCHEMA: dict[str, _Rule] = {
     "passages.limit": _COUNT,
     "passages.shard_rows": _POSITIVE,
     "llm.recording": _TEXT,
+    "llm.weights": _TEXT,
+    "llm.dtype": _one_of("float32", "bfloat16"),
+    "llm.tensor": _POSITIVE,
+    "llm.compilation_cache": _TEXT,
     "llm.url": _Rule(
         str,
         "must begin with http:// or https:// and have no /v1",
@@ -103,14 +107,23 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
     faults = []
-    if not flat["llm.model"] and not flat["llm.recording"]:
-        faults.append("llm.model='': name the model that llm.url serves")
+    is_served = not flat["llm.recording"] and not flat["llm.weights"]
+    if is_served and not flat["llm.model"]:
+        faults.append(
+            "llm.model='': name the model that llm.url serves, or set llm.weights to "
+            "one for this process"
+        )
+    if flat["llm.recording"] and flat["llm.weights"]:
+        faults.append(
+            f"llm.recording={flat['llm.recording']!r}, llm.weights="
+            f"{flat['llm.weights']!r}: only one can answer; leave the other empty"
+        )
     if not flat["fuse.likelihood_weight"] and not flat["fuse.relevance_weight"]:
         faults.append(
             "fuse.likelihood_weight=0, fuse.relevance_weight=0: one must be above 0"
         )
     cannot_score = flat["llm.chat"] or flat["llm.scoring"] == "none"
-    if cannot_score and flat["fuse.likelihood_weight"] and not flat["llm.recording"]:
+    if cannot_score and flat["fuse.likelihood_weight"] and is_served:
         faults.append(
             f"fuse.likelihood_weight={flat['fuse.likelihood_weight']}: with llm.chat="
             f"{flat['llm.chat']}, llm.scoring={flat['llm.scoring']!r} no query is "
@@ -139,7 +152,10 @@ class Prompts:
 def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:
     """Returns where and how the model is asked."""
     values = config.llm.to_dict()
-    for key in ("recording", "licence", "price_input", "price_output"):
+    for key in (
+        *("recording", "weights", "dtype", "tensor", "compilation_cache"),
+        *("licence", "price_input", "price_output"),
+    ):
         values.pop(key)
     return server.ServerSettings(**values)
 

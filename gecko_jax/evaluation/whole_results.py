@@ -1,0 +1,42 @@
+"""mteb's folder of results, in which a killed run leaves no half of a file.
+
+mteb writes results in place. Here they are written elsewhere, and then put in place one
+by one, each whole; the result itself last, so that where it is, the rest is too.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from gecko_jax import files
+
+# Facts about the runs, to which mteb adds those of each task.
+_RUNS = "run_settings.jsonl"
+
+
+def build_cache(mteb: Any, folder: str | os.PathLike) -> Any:
+    """Returns an `mteb.ResultCache` of the folder that writes whole files."""
+
+    class WholeResults(mteb.ResultCache):
+        def save_to_cache(
+            self, task_result: Any, model_name: Any, *arguments: Any, **settings: Any
+        ) -> None:
+            def path_in(cache: Any) -> pathlib.Path:
+                name = task_result.task_name
+                return cache.get_task_result_path(name, model_name, *arguments)
+
+            with tempfile.TemporaryDirectory() as scratch:
+                staged = mteb.ResultCache(scratch)
+                source, target = path_in(staged), path_in(self)
+                if (runs := target.with_name(_RUNS)).exists():
+                    source.parent.mkdir(parents=True)
+                    shutil.copy(runs, source.parent)
+                staged.save_to_cache(task_result, model_name, *arguments, **settings)
+                rest = [path for path in source.parent.iterdir() if path != source]
+                for path in (*rest, source):
+                    with files.write_file(target.with_name(path.name)) as temporary:
+                        shutil.copy(path, temporary)
+
+    return WholeResults(folder)

@@ -1,0 +1,89 @@
+"""Settings of a decoder that every format of files spells in its own way.
+
+`gguf` and `safetensors_folder` read the numbers; what a family of models does with them
+is said here, once.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from gecko_jax.fret import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma3:
+    """What only Gemma 3 has.
+
+    Attributes:
+        query_scalar: Queries are divided by its square root.
+        local_window: Keys that a local layer sees.
+        global_every: Of so many layers the last is global.
+        local_rope_base: Rotary base of the local layers.
+    """
+
+    query_scalar: float
+    local_window: int
+    global_every: int
+    local_rope_base: float
+
+
+def check_family(place: str, name: str, found: str, known: Collection[str]) -> None:
+    """Refuses a family that the decoder does not run.
+
+    Args:
+        place: The file, for the error.
+        name: How its format calls the family.
+        found: In the file.
+        known: Those that the decoder runs.
+    """
+    if found not in known:
+        raise ValueError(
+            f"{place}: {name} {found!r}; the in-process decoder runs "
+            f"{' and '.join(known)}: choose such a model, or serve this one and give "
+            "the server's address"
+        )
+
+
+def build(common: dict[str, Any], gemma: Gemma3 | None) -> decoder.DecoderConfig:
+    """Returns the decoder's settings.
+
+    Args:
+        common: Fields of `decoder.DecoderConfig` that both families have.
+        gemma: Of Gemma 3; None for the Llama family.
+    """
+    if gemma is None:
+        return decoder.DecoderConfig(**common)
+    return decoder.DecoderConfig(
+        **common,
+        activation="gelu",
+        embedding_scale=common["model_dim"] ** 0.5,
+        query_scale=gemma.query_scalar**-0.5,
+        sandwich_norms=True,
+        head_norms=True,
+        local_window=gemma.local_window,
+        global_every=gemma.global_every,
+        local_rope_base=gemma.local_rope_base,
+    )
+
+
+def linear_rope(
+    place: str, kind: str, factor: float | None, head_dim: int
+) -> tuple[float, ...]:
+    """Returns what divides each rotary frequency, where all are divided alike.
+
+    Args:
+        place: The file, for the error.
+        kind: Of scaling, as the file calls it.
+        factor: Of linear scaling.
+        head_dim: Width of a head.
+
+    Raises:
+        ValueError: Another kind.
+    """
+    if kind != "linear" or factor is None:
+        raise ValueError(
+            f"{place}: rotary positions scaled by {kind!r}; the in-process decoder "
+            "knows linear scaling and Llama 3's: choose another model"
+        )
+    return (float(factor),) * (head_dim // 2)

@@ -1,0 +1,69 @@
+"""Parameter trees: T5X's names, and what a model must have under them.
+
+A tree is nested dicts, `{"encoder": {"layers_0": ...}}`; flat, it is one dict with
+names such as `encoder/layers_0/attention/query/kernel`. The leaves may be anything that
+has a shape.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gecko_jax import model
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"encoder/layers_0/...": leaf}."""
+    flat = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    params: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return params
+
+
+def check(
+    params: Mapping[str, Any],
+    config: model.EncoderConfig,
+    *,
+    source: str,
+    remedy: str = "set config.model to the sizes of the checkpoint",
+) -> None:
+    """Compares names and shapes with what the config asks for.
+
+    Raises:
+        ValueError: Lists missing, unexpected and wrong-shape parameters together.
+    """
+    expected = {
+        name: leaf.shape
+        for name, leaf in flatten(model.abstract_params(config)[0]).items()
+    }
+    found = {name: leaf.shape for name, leaf in flatten(params).items()}
+    faults = [
+        f"missing {name} {expected[name]}" for name in expected if name not in found
+    ]
+    faults += [
+        f"unexpected {name} {found[name]}" for name in found if name not in expected
+    ]
+    faults += [
+        f"wrong shape {name}: {found[name]}, needs {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if faults:
+        raise ValueError(
+            f"{source}: the parameters do not fit the model; {remedy}:\n  "
+            + "\n  ".join(faults)
+        )

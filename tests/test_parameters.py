@@ -1,0 +1,21 @@
+"""Parameter trees: what does not fit a model is listed together."""
+
+import numpy as np
+import pytest
+
+from gecko_jax import parameters
+
+
+def test_parameters_of_another_size_are_listed_together(small_files):
+    params = parameters.flatten(small_files.params)
+    kernel = params.pop("encoder/layers_0/attention/query/kernel")
+    params["encoder/layers_1/attention/query/kernel"] = kernel
+    params["token_embedder/embedding"] = np.zeros((3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"set config\.model to the sizes") as error:
+        parameters.check(
+            parameters.unflatten(params), small_files.encoder_config, source="here"
+        )
+    lines = str(error.value).splitlines()
+    assert "  missing encoder/layers_0/attention/query/kernel (8, 8)" in lines
+    assert "  unexpected encoder/layers_1/attention/query/kernel (8, 8)" in lines
+    assert any("wrong shape" in line and "(3, 3)" in line for line in lines)
