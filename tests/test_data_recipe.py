@@ -306,7 +306,7 @@ def test_descriptions_given_beforehand_stay():
 def test_shares_and_temperature_are_honoured():
     drawn = mixtures.Mixture(("a", "b"), {"a": 1.0, "b": 3.0})
     assert drawn.rates(["b", "a"], [5, 5]) == [3.0, 1.0]
-    with pytest.raises(ValueError, match="temperature 0.0: must be above 0"):
+    with pytest.raises(ValueError, match=r"temperature 0\.0: must be above 0"):
         mixtures.Mixture(("a",), temperature=0.0).rates(["a"], [1])
 
 
