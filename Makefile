@@ -81,6 +81,11 @@ format: $(VENV)/.dev ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+.PHONY: test-beam
+test-beam: ## the tests on Apache Beam, in .venv-beam: it wants an older protobuf
+	$(MAKE) VENV=.venv-beam .venv-beam/.beam
+	.venv-beam/bin/python -m pytest -q -m beam
+
 # One stamp for each level of set-up, touched only when pip has finished.
 $(VENV)/.core: setup.py | $(VENV)/.python
 	$(call install,.)
@@ -99,6 +104,12 @@ $(VENV)/.torch: setup.py | $(VENV)/.python
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
 	$(call install,$(TORCH_EXTRAS))
 	@touch $(VENV)/.core $(VENV)/.test
+
+# sentencepiece 0.2.3 needs the newer protobuf, and does not say so.
+$(VENV)/.beam: setup.py | $(VENV)/.python
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test,beam]" \
+		"sentencepiece<0.2.3"
+	@touch $@
 
 define install
 @echo "Setting up $(VENV) with gecko-jax$(1:.%=%): about 3 GB, some minutes, once"

@@ -11,6 +11,11 @@ Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mi
 laptop CPU in two to three minutes; `hardware=NAME`, one of those below, for `xl`; and
 `fret`, for the triples that `gecko fret run` left in runs/fret (elsewhere:
 --config.data.files). `gecko data prepare` mines hard negatives for pairs.
+
+Three recipes name everything but the machine, for base, large and xl (docs/recipes.md):
+`paper` (eq. 3 to the letter, GTR's numbers), `zero_shot` (the same on FRet alone) and
+`modern` (what later models changed: EmbeddingGemma's losses, a teacher, 7 negatives).
+`multilingual` makes each of them one for mT5. They start from runs/prefinetune.
 The paper gives no hyperparameters: numbers without a source are ours.
 """
 
@@ -32,7 +37,17 @@ HARDWARE = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, size="mini", local=False, fret=False, hardware="")
+    arg = parse_arg(
+        arg,
+        size="mini",
+        local=False,
+        fret=False,
+        hardware="",
+        paper=False,
+        zero_shot=False,
+        modern=False,
+        multilingual=False,
+    )
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -49,6 +64,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.one_task_per_batch = False
     config.data.cache_dir = "~/.cache/gecko_jax"  # tokenized examples, by content
     config.data.prepared_dir = "~/.cache/gecko_jax/prepared"  # by `gecko data prepare`
+    config.data.teacher = ""  # vectors of `gecko data teach`, for embedding matching
+    config.data.teacher_dim = 0  # their dims
 
     config.model = ml_collections.ConfigDict(
         model.config_to_dict(model.EncoderConfig(**model.PRESETS[arg.size]))
@@ -74,6 +91,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss.bidirectional = False
     config.loss.all_hard_negatives = False
     config.loss.mask_duplicates = False
+    config.loss.hardness = 0.0  # of hard negatives; EmbeddingGemma has 5
+    config.loss.spread_weight = 0.0  # of the spread-out regularizer
+    config.loss.matching_weight = 0.0  # of embedding matching, to data.teacher
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adafactor"  # GTR
@@ -110,6 +130,45 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.every_steps = 1_000  # 0 for the end alone
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
+
+    recipes = [name for name in ("paper", "zero_shot", "modern") if arg[name]]
+    if len(recipes) > 1 or (arg.multilingual and not recipes):
+        raise ValueError(
+            f"{', '.join(recipes) or 'multilingual'}: name one of paper, zero_shot, "
+            "modern"
+        )
+    if recipes and arg.size not in ("base", "large", "xl"):
+        raise ValueError(f"{recipes[0]}: name a size with it: base, large or xl")
+    if recipes:
+        config.init.checkpoint = "runs/prefinetune"
+        config.data.mixture = "gecko_finetune"
+        config.data.vocabulary = "t5.model"  # docs/recipes.md says where it comes from
+        config.data.extra_ids = 100
+        config.model.remat = "full"
+        config.train.microbatch_size = 512  # rows; it decides memory alone
+        config.mesh.data = 1
+        config.mesh.fsdp = -1  # all chips
+        config.checkpoint.keep = 5
+    if arg.multilingual:
+        config.data.mixture = "gecko_multilingual"
+        config.data.vocabulary = "mt5.model"
+        config.data.extra_ids = 0  # they are among its pieces
+        config.model.vocab_size = 250_112  # mT5
+    if arg.zero_shot:
+        config.data.mixture = "gecko_fret"
+    if arg.modern:
+        config.data.num_negatives = 7  # Qwen3-Embedding and others have 1 to 7
+        config.data.one_task_per_batch = True  # EmbeddingGemma
+        config.data.teacher = "runs/teacher"  # of `gecko data teach`
+        config.data.teacher_dim = width
+        config.loss.mrl_dims = (128, 256, 512, 768)  # EmbeddingGemma
+        config.loss.mrl_weights = (1.0,) * 4
+        config.loss.same_tower = False  # EmbeddingGemma and Gemini Embedding
+        config.loss.mask_duplicates = True  # EmbeddingGemma
+        config.loss.hardness = 5.0  # EmbeddingGemma
+        config.loss.spread_weight = 1.0  # of EmbeddingGemma's term; the weight is ours
+        config.loss.matching_weight = 1.0  # likewise
+        config.checkpoint.keep_every_steps = 2_000  # for `gecko average`
 
     if arg.fret:
         config.data.files = ("runs/fret/export/fret.jsonl",)

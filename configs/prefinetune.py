@@ -7,8 +7,9 @@ r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2
 
 Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
 on the bundled corpus on a laptop CPU in about four minutes. The sizes want an
-accelerator and their own data. The paper gives no hyperparameters: numbers without a
-source are ours.
+accelerator and their own data. `paper`, `modern` and `multilingual` are the first stage
+of the recipes of finetune.py (docs/recipes.md), for base, large and xl. The paper gives
+no hyperparameters: numbers without a source are ours.
 """
 
 import ml_collections
@@ -19,7 +20,9 @@ from gecko_jax.config import parse_arg
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, size="mini", local=False)
+    arg = parse_arg(
+        arg, size="mini", local=False, paper=False, modern=False, multilingual=False
+    )
     config = ml_collections.ConfigDict()
     config.seed = 0
 
@@ -36,6 +39,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.one_task_per_batch = False
     config.data.cache_dir = "~/.cache/gecko_jax"  # tokenized examples, by content
     config.data.prepared_dir = "~/.cache/gecko_jax/prepared"  # by `gecko data prepare`
+    config.data.teacher = ""  # vectors of `gecko data teach`, for embedding matching
+    config.data.teacher_dim = 0  # their dims
 
     config.model = ml_collections.ConfigDict(
         model.config_to_dict(model.EncoderConfig(**model.PRESETS[arg.size]))
@@ -61,6 +66,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss.bidirectional = False
     config.loss.all_hard_negatives = False
     config.loss.mask_duplicates = False
+    config.loss.hardness = 0.0  # of hard negatives; EmbeddingGemma has 5
+    config.loss.spread_weight = 0.0  # of the spread-out regularizer
+    config.loss.matching_weight = 0.0  # of embedding matching, to data.teacher
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adafactor"  # GTR
@@ -97,6 +105,34 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.every_steps = 10_000  # 0 for the end alone
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
+
+    if (arg.paper and arg.modern) or (
+        arg.multilingual and not (arg.paper or arg.modern)
+    ):
+        raise ValueError("name one of paper, modern")
+    if arg.paper or arg.modern:
+        if arg.size not in ("base", "large", "xl"):
+            raise ValueError("paper, modern: name a size with it: base, large or xl")
+        t5x = "gs://t5-data/pretrained_models/t5x"
+        config.init.checkpoint = f"{t5x}/t5_1_1_{arg.size}/checkpoint_1000000"
+        config.data.mixture = "gecko_prefinetune"
+        config.data.vocabulary = "t5.model"  # docs/recipes.md says where it comes from
+        config.data.extra_ids = 100
+        config.model.remat = "full"
+        config.train.microbatch_size = 512  # rows; it decides memory alone
+        config.mesh.data = 1
+        config.mesh.fsdp = -1  # all chips
+        if arg.multilingual:
+            config.init.checkpoint = f"{t5x}/mt5_{arg.size}/checkpoint_1000000"
+            config.data.vocabulary = "mt5.model"
+            config.data.extra_ids = 0  # they are among its pieces
+            config.model.vocab_size = 250_112  # mT5
+    if arg.modern:
+        config.data.one_task_per_batch = True  # EmbeddingGemma
+        config.loss.mrl_dims = (128, 256, 512, 768)  # EmbeddingGemma
+        config.loss.mrl_weights = (1.0,) * 4
+        config.loss.mask_duplicates = True  # EmbeddingGemma
+        config.loss.spread_weight = 1.0  # of EmbeddingGemma's term; the weight is ours
 
     if arg.local:
         config.init.token_weights = "idf"

@@ -21,6 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 # Keys whose similarities are in memory at once, of all devices. It decides no result.
 BLOCK_SIZE = 1024
+# Fewer keys for many rows: a block's similarities stay in a TPU's fast memory. Not
+# fewer than fill its matrix unit.
+_MAX_SIMILARITIES = 2**21
+_MIN_BLOCK_SIZE = 128
 
 # Six passes in bfloat16 on a TPU: a temperature of 0.01 makes an error of 0.004 in a
 # cosine 0.4 nats. The loss is far below a percent of the encoder's work.
@@ -56,13 +60,15 @@ class Sums(NamedTuple):
 
     Attributes:
         log_sum_exp: Of similarity / temperature over the keys that count; minus
-            infinity where none does. The one part that has a gradient.
+            infinity where none does. This and `squares` have a gradient.
+        squares: Sum of the squared similarities of the other keys.
         best: The largest similarity among the other keys, minus infinity for none.
         total: Sum of the similarities of the other keys.
         number: How many other keys count.
     """
 
     log_sum_exp: Float[Array, " B"]
+    squares: Float[Array, " B"]
     best: Float[Array, " B"]
     total: Float[Array, " B"]
     number: Float[Array, " B"]
@@ -89,7 +95,8 @@ def sums(
         temperature: Divides the similarities in the log-sum-exp.
         with_self: Whether the key with the row's own number counts in it.
         axis_names: Mesh axes over which rows and keys are split; empty for none.
-        block_size: Keys at a time; changes no result beyond rounding.
+        block_size: Keys at a time, fewer if the rows are many; changes no result
+            beyond rounding.
     """
 
     def add(so_far: Sums, block: tuple[Array, Keys]) -> tuple[Sums, None]:
@@ -100,6 +107,7 @@ def sums(
         best = jnp.max(jnp.where(others, similarity, -jnp.inf), axis=1)
         return Sums(
             jnp.logaddexp(so_far.log_sum_exp, of_block),
+            so_far.squares + jnp.sum(jnp.where(others, similarity**2, 0.0), axis=1),
             jnp.maximum(so_far.best, best),
             so_far.total + jnp.sum(jnp.where(others, similarity, 0.0), axis=1),
             so_far.number + jnp.sum(others.astype(jnp.float32), axis=1),
@@ -108,8 +116,9 @@ def sums(
     # Made from an argument: inside a `shard_map` they must vary as it does.
     zero = jnp.zeros_like(left[:, 0])
     nothing = jnp.full_like(zero, -jnp.inf)
-    start = Sums(nothing, nothing, zero, zero)
-    return jax.lax.scan(add, start, _split(right, keys, axis_names, block_size))[0]
+    start = Sums(nothing, zero, nothing, zero, zero)
+    size = _keys_at_once(left.shape[0], block_size)
+    return jax.lax.scan(add, start, _split(right, keys, axis_names, size))[0]
 
 
 def _forward(left, right, rows, keys, temperature, with_self, axis_names, block_size):
@@ -122,24 +131,32 @@ def _forward(left, right, rows, keys, temperature, with_self, axis_names, block_
 def _backward(temperature, with_self, axis_names, block_size, saved, slopes: Sums):
     left, right, rows, keys, log_sum_exp = saved
     slope = (slopes.log_sum_exp / temperature)[:, None]
+    slope_of_squares = slopes.squares[:, None]
 
     def add(so_far: Array, block: tuple[Array, Keys]) -> tuple[Array, Array]:
-        _, keep = _masks(rows, block[1], with_self)
+        others, keep = _masks(rows, block[1], with_self)
         everyone = _gather(block[0], axis_names)
-        logits = _similarity(left, everyone) / temperature
+        similarity = _similarity(left, everyone)
+        logits = similarity / temperature
         # Where no key counts the log-sum-exp is minus infinity, and `keep` False.
         share = jnp.where(keep, jnp.exp(logits - log_sum_exp[:, None]), 0.0) * slope
+        share += jnp.where(others, 2.0 * similarity, 0.0) * slope_of_squares
         to_left = jnp.einsum("bc,cd->bd", share, everyone, precision=_PRECISION)
         to_right = jnp.einsum("bc,bd->cd", share, left, precision=_PRECISION)
         return so_far + to_left, _scatter(to_right, axis_names)
 
-    blocks = _split(right, keys, axis_names, block_size)
+    size = _keys_at_once(left.shape[0], block_size)
+    blocks = _split(right, keys, axis_names, size)
     to_left, to_right = jax.lax.scan(add, jnp.zeros_like(left), blocks)
     to_right = to_right.reshape(-1, right.shape[1])[: right.shape[0]]
     return to_left, to_right, None, None
 
 
 sums.defvjp(_forward, _backward)
+
+
+def _keys_at_once(num_rows: int, block_size: int) -> int:
+    return min(block_size, max(_MAX_SIMILARITIES // num_rows, _MIN_BLOCK_SIZE))
 
 
 def _similarity(

@@ -193,11 +193,15 @@ class Checkpointer:
 
 def latest_step(workdir: str | pathlib.Path) -> int | None:
     """Returns the newest whole checkpoint of a workdir, or None."""
+    return max(all_steps(workdir), default=None)
+
+
+def all_steps(workdir: str | pathlib.Path) -> list[int]:
+    """Returns the steps of the whole checkpoints of a workdir, rising."""
     folder = pathlib.Path(workdir) / CHECKPOINTS
     if not folder.is_dir():
-        return None
-    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()]
-    return max(steps, default=None)
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
 def restore_params(

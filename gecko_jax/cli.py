@@ -18,6 +18,7 @@ from absl import logging
 
 import gecko_jax
 from gecko_jax.commands import (
+    average,
     compile,
     convert,
     data,
@@ -47,6 +48,7 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
   gecko search      answers queries from an index
   gecko import      turns a checkpoint of another library into a model folder
   gecko export      writes a trained model into a folder of its own
+  gecko average     makes one model of the checkpoints of a run, or of several models
   gecko fret        makes training data with a language model
 
 `gecko VERB --help` explains a verb with examples.
@@ -187,6 +189,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parsing.add_debug(parser)
     verbs = parser.add_subparsers(metavar="VERB", required=True, help="see above")
-    for command in (train, compile, data, evaluate, embed, search, convert, fret):
+    for command in (
+        train,
+        compile,
+        data,
+        evaluate,
+        embed,
+        search,
+        convert,
+        average,
+        fret,
+    ):
         command.add_parser(verbs)
     return parser

@@ -113,6 +113,8 @@ SCHEMA: dict[str, Rule] = {
     "data.one_task_per_batch": _SWITCH,
     "data.cache_dir": Rule(str, "must name a folder", bool),
     "data.prepared_dir": Rule(str, "must name a folder", bool),
+    "data.teacher": _TEXT,
+    "data.teacher_dim": _COUNT,
     "model.vocab_size": _POSITIVE,
     "model.model_dim": _POSITIVE,
     "model.num_layers": _POSITIVE,
@@ -159,6 +161,9 @@ SCHEMA: dict[str, Rule] = {
     "loss.bidirectional": _SWITCH,
     "loss.all_hard_negatives": _SWITCH,
     "loss.mask_duplicates": _SWITCH,
+    "loss.hardness": _NOT_NEGATIVE,
+    "loss.spread_weight": _NOT_NEGATIVE,
+    "loss.matching_weight": _NOT_NEGATIVE,
     "optimizer.name": _one_of("adafactor", "adamw"),
     "optimizer.learning_rate": _ABOVE_ZERO,
     "optimizer.schedule": _one_of("constant", "linear", "cosine", "rsqrt"),
@@ -331,6 +336,29 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
     if flat["loss.all_hard_negatives"] and not flat["data.num_negatives"]:
         faults.append(
             "loss.all_hard_negatives=True: there are none with data.num_negatives=0"
+        )
+    return faults + _faults_of_teacher(flat)
+
+
+def _faults_of_teacher(flat: Mapping[str, Any]) -> list[str]:
+    teacher, dim = flat["data.teacher"], flat["data.teacher_dim"]
+    weight, width = flat["loss.matching_weight"], flat["model.embedding_dim"]
+    faults = []
+    if not bool(teacher) == bool(dim) == bool(weight):
+        faults.append(
+            f"loss.matching_weight={weight}, data.teacher={teacher!r}, "
+            f"data.teacher_dim={dim}: embedding matching needs all three, a run "
+            "without it none of them"
+        )
+    if dim > width:
+        faults.append(
+            f"data.teacher_dim={dim}: must not exceed model.embedding_dim={width}; "
+            f"make narrower vectors with `gecko data teach --dim={width}`"
+        )
+    if flat["loss.hardness"] and not flat["data.num_negatives"]:
+        faults.append(
+            f"loss.hardness={flat['loss.hardness']}: weighs hard negatives, and there "
+            "are none with data.num_negatives=0"
         )
     return faults
 

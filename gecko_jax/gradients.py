@@ -68,6 +68,10 @@ def build(
         params: Any, batch: Mapping[str, Array], key: Key[Array, ""]
     ) -> tuple[Array, dict[int, losses.LossTerms], Any]:
         ids = losses.BatchIds(**{name: batch[name] for name in losses.BatchIds._fields})
+        teacher = None
+        if "query_teacher" in batch:
+            names = losses.TeacherVectors._fields
+            teacher = losses.TeacherVectors(*(batch[name] for name in names))
         batch_size, num_negatives = ids.negative_mask.shape
         mask = jnp.sum(ids.example_mask.astype(jnp.float32))
         count = jnp.maximum(jax.lax.psum(mask, sharding.BATCH_AXES), 1.0)
@@ -95,6 +99,7 @@ def build(
                 positives,
                 negatives,
                 ids,
+                teacher=teacher,
                 axis_names=sharding.BATCH_AXES,
                 **loss_settings,
             )

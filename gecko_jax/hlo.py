@@ -94,13 +94,14 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Returns every collective, with how often it runs."""
-        found, chains = [], set()
-        for chain, collective in self._collectives(self._entry, 1, ()):
-            # One collective in pieces, so that others may compute beside it.
-            if chain is None or chain not in chains:
-                found.append(collective)
-                chains.add(chain)
-        return found
+        found: dict[str | int, Collective] = {}
+        for chain, one in self._collectives(self._entry, 1, ()):
+            # One collective in pieces, so that others may compute beside it, in loops
+            # too: it begins outside of them.
+            key = chain or len(found)
+            if key not in found or one.times < found[key].times:
+                found[key] = one
+        return list(found.values())
 
     def _collectives(
         self, computation: str, times: int, loops: tuple[str, ...]
@@ -119,10 +120,8 @@ class Program:
                         shape_bytes(instructions[name].shape) for name in one.operands
                     )
                 chain = re.search(r'chain_id="(\d+)"', one.rest)
-                if chain:
-                    yield chain[1], Collective(kind, num_bytes, 1, one.path, ())
-                else:
-                    yield None, Collective(kind, num_bytes, times, one.path, loops)
+                collective = Collective(kind, num_bytes, times, one.path, loops)
+                yield chain[1] if chain else None, collective
             elif one.opcode == "while":
                 body, inside = one.called("body"), (*loops, one.path)
                 assert body is not None

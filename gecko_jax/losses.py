@@ -5,7 +5,8 @@ positions in a host's share of the batch, so a loss is the same under any shardi
 *Self* is the row's index in the global batch; *duplicate* is an equal content id.
 
 Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 adds the
-row's own hard negative and `same_tower`. Their total over the MRL dims is `mrl_loss`.
+row's own hard negative and `same_tower`. Their total over the MRL dims is `mrl_loss`,
+which may also draw the embeddings to a teacher's (`embedding_matching`).
 
 Negatives are those of the whole batch on all devices. Inside a `shard_map` each device
 has its own rows, and sums over the embeddings of all devices block by block
@@ -48,17 +49,36 @@ class LossTerms(NamedTuple):
     """Per-query results of `contrastive_loss`; zeros where a row is padding.
 
     Attributes:
-        loss: Cross-entropy in nats.
+        loss: Cross-entropy in nats, with `spread_weight` times the spread.
         accuracy: 1 where the positive beats every other term of the denominator.
         positive_similarity: Cosine of the query and its positive.
         negative_similarity: Mean cosine of the query and the other positives that count
             as its negatives; 0 where there are none.
+        spread: See `contrastive_loss`; None where it has no weight.
+        matching: See `embedding_matching`, at the largest dim alone; None where it has
+            no weight.
     """
 
     loss: Float[Array, " B"]
     accuracy: Float[Array, " B"]
     positive_similarity: Float[Array, " B"]
     negative_similarity: Float[Array, " B"]
+    spread: Float[Array, " B"] | None = None
+    matching: Float[Array, " B"] | None = None
+
+
+class TeacherVectors(NamedTuple):
+    """What a teacher makes of the texts of a batch; zeros where it has nothing.
+
+    Attributes:
+        query_teacher: Of each query.
+        passage_teacher: Of each positive.
+        negative_teacher: Of each hard negative.
+    """
+
+    query_teacher: Float[Array, "B T"]
+    passage_teacher: Float[Array, "B T"]
+    negative_teacher: Float[Array, "B G T"]
 
 
 def contrastive_loss(
@@ -73,6 +93,8 @@ def contrastive_loss(
     bidirectional: bool = False,
     all_hard_negatives: bool = False,
     mask_duplicates: bool = False,
+    hardness: float = 0.0,
+    spread_weight: float = 0.0,
     axis_names: Sequence[str] = (),
     block_size: int = blockwise.BLOCK_SIZE,
 ) -> LossTerms:
@@ -95,6 +117,13 @@ def contrastive_loss(
         all_hard_negatives: Adds the hard negatives of every other row (GTR).
         mask_duplicates: Leaves out what only looks like a negative: an equal query, an
             equal positive, a query or negative equal to the row's own positive.
+        hardness: A hard negative of the row's own counts exp(hardness * its cosine)
+            times, a weight without a gradient (EmbeddingGemma has 5).
+        spread_weight: Of the spread-out regularizer, the mean squared cosine of the
+            row's query and the other queries, plus that of its positive and the other
+            positives: those that are its in-batch negatives. It is the second moment
+            of the global orthogonal regularization (GOR, Zhang et al. 2017), as
+            EmbeddingGemma has it.
         axis_names: Mesh axes over which the batch is split, inside a `shard_map`; the
             arguments are then one device's rows, and the negatives still everyone's.
         block_size: Keys at a time; decides memory, and nothing beyond rounding.
@@ -158,7 +187,10 @@ def contrastive_loss(
         similarity = jnp.einsum(
             "bd,bgd->bg", queries, negatives, precision=jax.lax.Precision.HIGHEST
         )
-        logits.append(jnp.where(keep, similarity / temperature, -jnp.inf))
+        weighted = similarity / temperature
+        if hardness:
+            weighted += hardness * jax.lax.stop_gradient(similarity)
+        logits.append(jnp.where(keep, weighted, -jnp.inf))
         best_other.append(jnp.max(jnp.where(keep, similarity, -jnp.inf), axis=1))
         if all_hard_negatives:
             theirs = ids.negative_mask & ids.example_mask[:, None]
@@ -177,14 +209,65 @@ def contrastive_loss(
         backward = compare(positives, queries, duplicates, with_self=True)
         loss += backward.log_sum_exp - own / temperature
 
+    spread = None
+    if spread_weight:
+        spread = jnp.zeros_like(own)
+        for side in (queries, positives):
+            pairs = compare(side, side, duplicates)
+            spread += pairs.squares / jnp.maximum(pairs.number, 1.0)
+        loss += spread_weight * spread
+
     best = functools.reduce(jnp.maximum, best_other)
     terms = LossTerms(
         loss=loss,
         accuracy=(own > best).astype(jnp.float32),
         positive_similarity=own,
         negative_similarity=to_positives.total / jnp.maximum(to_positives.number, 1.0),
+        spread=spread,
     )
-    return LossTerms(*(jnp.where(ids.example_mask, term, 0.0) for term in terms))
+    return jax.tree.map(lambda term: jnp.where(ids.example_mask, term, 0.0), terms)
+
+
+def embedding_matching(
+    queries: Float[Array, "B D"],
+    positives: Float[Array, "B D"],
+    negatives: Float[Array, "B G D"] | None,
+    ids: BatchIds,
+    teacher: TeacherVectors,
+) -> Float[Array, " B"]:
+    """Distance of each example's embeddings to those of a teacher (EmbeddingGemma).
+
+    The sum over the query, the positive and the hard negatives (their mean) of the
+    squared distance of unit vectors, 2 - 2 cos. EmbedDistill (Kim et al. 2023) takes
+    the distance itself, which has no derivative where student and teacher meet. Of the
+    student, the first T entries are compared: the teacher's width, normalized after
+    the cut.
+
+    Args:
+        queries: Projected query embeddings, not yet cut or normalized.
+        positives: Projected positives.
+        negatives: Projected hard negatives, or None.
+        ids: Masks padding, and negatives that are not there.
+        teacher: Its vectors, of any length. A text without one adds nothing.
+    """
+
+    def distance(
+        ours: Float[Array, "*N D"], theirs: Float[Array, "*N T"]
+    ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
+        theirs = theirs.astype(jnp.float32)
+        is_there = jnp.any(theirs != 0, axis=-1)
+        ours = model.normalize(ours[..., : theirs.shape[-1]])
+        cosine = jnp.sum(ours * model.normalize(theirs), axis=-1)
+        return jnp.where(is_there, 2.0 - 2.0 * cosine, 0.0), is_there
+
+    total = distance(queries, teacher.query_teacher)[0]
+    total += distance(positives, teacher.passage_teacher)[0]
+    if negatives is not None and negatives.shape[1]:
+        each, is_there = distance(negatives, teacher.negative_teacher)
+        keep = ids.negative_mask & is_there
+        number = jnp.sum(keep.astype(jnp.float32), axis=1)
+        total += jnp.sum(jnp.where(keep, each, 0.0), axis=1) / jnp.maximum(number, 1.0)
+    return jnp.where(ids.example_mask, total, 0.0)
 
 
 def mrl_loss(
@@ -195,6 +278,8 @@ def mrl_loss(
     *,
     mrl_dims: tuple[int, ...],
     mrl_weights: tuple[float, ...],
+    matching_weight: float = 0.0,
+    teacher: TeacherVectors | None = None,
     **switches,
 ) -> tuple[Float[Array, " B"], dict[int, LossTerms]]:
     """Sums `contrastive_loss` over prefixes of the embedding (MRL, section 3.1).
@@ -206,6 +291,9 @@ def mrl_loss(
         ids: See `BatchIds`.
         mrl_dims: Prefixes that are trained, each normalized after the cut.
         mrl_weights: Weight of each prefix; the paper's total is the plain sum.
+        matching_weight: Of `embedding_matching`, which is added once and not for every
+            prefix.
+        teacher: Must be given if that is above 0.
         **switches: The keyword arguments of `contrastive_loss`.
 
     Returns:
@@ -222,6 +310,16 @@ def mrl_loss(
             **switches,
         )
         total += weight * terms[dim].loss
+    if matching_weight:
+        if teacher is None:
+            raise ValueError(
+                f"matching_weight={matching_weight}: the batch has no vectors of a "
+                "teacher; name them with data.teacher, or set the weight to 0"
+            )
+        matching = embedding_matching(queries, positives, negatives, ids, teacher)
+        total += matching_weight * matching
+        widest = max(terms)
+        terms[widest] = terms[widest]._replace(matching=matching)
     return total, terms
 
 

@@ -110,7 +110,7 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         temporary.write_bytes(model_files.vocabulary_proto)
     values = {
         "format_version": FORMAT_VERSION,
-        **_settings(model_files),
+        **settings(model_files),
         "vocabulary_sha256": hashlib.sha256(model_files.vocabulary_proto).hexdigest(),
         "step": model_files.step,
         "revision": model_files.revision,
@@ -121,7 +121,7 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _settings(model_files: ModelFiles) -> dict[str, Any]:
+def settings(model_files: ModelFiles) -> dict[str, Any]:
     """Returns all but the parameters and the vocabulary that decides an embedding."""
     return {
         "model": model.config_to_dict(model_files.encoder_config),
@@ -177,6 +177,29 @@ def open_model(
         revision = f"{model_files.revision}-{step}"
     parameters.check(params, config, source=str(path))
     return dataclasses.replace(model_files, params=params, step=step, revision=revision)
+
+
+def open_step(path: str | pathlib.Path, step: int) -> ModelFiles:
+    """Opens one checkpoint of a training workdir; its parameters are `Tensor`s still.
+
+    Raises:
+        ValueError: It is not there or cannot be read; names those that are.
+    """
+    model_files = load_settings(path)
+    there = checkpoints.all_steps(path)
+    if step not in there:
+        raise ValueError(
+            f"{path}: no checkpoint of step {step}; there are those of "
+            f"{', '.join(map(str, there)) or 'none'}"
+        )
+    params = parameters.unflatten(checkpoints.open_params(path, step))
+    parameters.check(params, model_files.encoder_config, source=f"{path}, step {step}")
+    return dataclasses.replace(
+        model_files,
+        params=params,
+        step=step,
+        revision=f"{model_files.revision}-{step}",
+    )
 
 
 def read_params(
@@ -247,7 +270,7 @@ def _name_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
         return model_files
     vocabulary = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
     content = json.dumps(
-        [_settings(model_files), vocabulary, dict(sorted(digests.items()))],
+        [settings(model_files), vocabulary, dict(sorted(digests.items()))],
         sort_keys=True,
     )
     revision = hashlib.sha256(content.encode()).hexdigest()[:12]

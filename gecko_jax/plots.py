@@ -131,6 +131,10 @@ def plot_lengths(
         passage_length: Tokens that are kept of a passage.
         output: The PNG to write.
     """
+    longest = [
+        2 * max([kept, *(length for task in tasks for length in task[column])])
+        for column, kept in ((1, query_length), (2, passage_length))
+    ]
     pyplot, style = _start()
     with style:
         figure, axes = pyplot.subplots(
@@ -152,6 +156,7 @@ def plot_lengths(
             )
         for column, side in enumerate(("queries", "passages")):
             axes[0, column].set_title(side)
+            axes[0, column].set_xlim(2, longest[column])
             axes[-1, column].set_xlabel("tokens, cut at the line")
         return _save(figure, output)
 
@@ -176,7 +181,6 @@ def _draw_lengths(axes: Any, lengths: Sequence[int], kept: int) -> None:
         color=_LINE_TO_BEAT,
     )
     axes.set_xscale("log", base=2)
-    axes.set_xlim(left=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_yticks([])
 

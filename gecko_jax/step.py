@@ -93,6 +93,9 @@ def train_step(
         "negative_similarity": full.negative_similarity,
         **{f"loss_{dim}": terms[dim].loss for dim in terms},
     }
+    for name in ("spread", "matching"):
+        if getattr(full, name) is not None:
+            means[name] = getattr(full, name)
     by_task = functools.partial(
         jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
     )
@@ -197,6 +200,7 @@ def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape
         data.packing,
         row_multiple=sharding.num_batch_shards(mesh),
         microbatch_rows=config.train.microbatch_size,
+        teacher_dim=data.teacher_dim,
     )
 
 

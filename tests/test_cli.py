@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,12 +22,14 @@ VERBS = (
     ("data", "show"),
     ("data", "vocabulary"),
     ("data", "prepare"),
+    ("data", "teach"),
     ("evaluate",),
     ("embed",),
     ("index",),
     ("search",),
     ("import",),
     ("export",),
+    ("average",),
     ("fret", "plan"),
     ("fret", "calibrate"),
     ("fret", "run"),
@@ -440,6 +443,56 @@ def test_an_export_is_pushed_when_it_is_whole(
     ((names, repo_id),) = pushed
     assert "gecko.json" in names
     assert repo_id == "a/b"
+
+
+def test_an_average_says_what_went_in(capsys, model_folder, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(model_folder, tmp_path / name)
+    models = [str(tmp_path / name) for name in ("a", "b")]
+    output = f"--output={tmp_path / 'soup'}"
+    status, out, _ = _run(capsys, "average", *models, output, "--weights=3,1")
+    assert status == 0
+    assert f"0.750  {models[0]}" in out
+    assert "cosine 1.0000 with the one before" in out
+    assert (tmp_path / "soup" / "model.safetensors").is_file()
+    status, _, err = _run(capsys, "average", *models, output, "--weights=much")
+    assert (status, "numbers with commas" in err) == (2, True)
+    status, _, err = _run(capsys, "average", *models, output, "--steps=2")
+    assert (status, "leave it out" in err) == (1, True)
+
+
+def test_a_teacher_is_made_by_a_model_or_from_vectors(capsys, model_folder, tmp_path):
+    pairs, texts, folder = (str(tmp_path / n) for n in ("p.jsonl", "t.jsonl", "taught"))
+    lines = [
+        {"task": "docs", "query": f"list {i}", "positive": f"a list of {i}"}
+        for i in range(4)
+    ]
+    pathlib.Path(pairs).write_text("\n".join(map(json.dumps, lines)))
+    teach = ("data", "teach", pairs)
+    status, out, _ = _run(
+        capsys, *teach, f"--model={model_folder}", f"--output={folder}", "--dim=4"
+    )
+    assert status == 0
+    assert "8 vectors of 4 dims" in out
+    assert "--config.data.teacher_dim=4" in out
+    status, out, _ = _run(capsys, *teach, f"--texts={texts}")
+    assert (status, "8 texts" in out) == (0, True)
+    listed = [json.loads(line) for line in pathlib.Path(texts).read_text().splitlines()]
+    vectors = [
+        json.dumps({"_id": line["_id"], "vector": [1.0, float(row), 0.5]})
+        for row, line in enumerate(listed)
+    ]
+    pathlib.Path(texts).write_text("\n".join(vectors))
+    status, out, err = _run(capsys, *teach, f"--vectors={texts}", f"--output={folder}")
+    assert (status, "8 vectors of 3 dims" in out, err) == (0, True, "")
+    for wrong, message in (
+        ((), "needs one of --model, --vectors, --texts"),
+        ((f"--texts={texts}", f"--vectors={texts}"), "needs one of"),
+        ((f"--vectors={texts}",), "need --output"),
+        ((f"--texts={texts}", f"--output={folder}"), "is an output itself"),
+    ):
+        status, _, err = _run(capsys, *teach, *wrong)
+        assert (status, message in err) == (2, True)
 
 
 def test_fewer_bits_go_from_embed_to_search(capsys, model_folder, tmp_path):

@@ -13,6 +13,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 SIZES = tuple(model.PRESETS)
 ARGUMENTS = ("", "local", *SIZES, *(f"{size},local" for size in SIZES))
 FINETUNE = ("fret", "fret,local", "xl,fret")
+RECIPES = tuple(
+    f"{size},{recipe}{more}"
+    for recipe in ("paper", "modern", "zero_shot")
+    for size in ("base", "large", "xl")
+    for more in ("", ",multilingual")
+)
 
 
 def test_arguments_are_words_and_pairs():
@@ -28,7 +34,8 @@ def test_arguments_are_words_and_pairs():
     ("name", "argument"),
     [
         *(("prefinetune", argument) for argument in ARGUMENTS),
-        *(("finetune", argument) for argument in (*ARGUMENTS, *FINETUNE)),
+        *(("prefinetune", a) for a in RECIPES if "zero_shot" not in a),
+        *(("finetune", argument) for argument in (*ARGUMENTS, *FINETUNE, *RECIPES)),
     ],
 )
 def test_every_config_is_sound_and_traces(name, argument):
@@ -36,7 +43,8 @@ def test_every_config_is_sound_and_traces(name, argument):
     config_lib.check(config)
     config.model.num_layers = 2  # they are all alike, and tracing 24 takes long
     config.data.batch_size = 8
-    mesh = sharding.build_mesh()
+    config.train.microbatch_size = min(config.train.microbatch_size, 8)
+    mesh = sharding.build_mesh(**step_lib.mesh_sizes(config))
     step = step_lib.build(config, mesh, num_segments=16, num_tasks=3)
     batch = step_lib.abstract_batch(config, mesh)
     after, metrics = jax.eval_shape(step.run, step.shapes, batch, jax.random.key(0))
@@ -56,6 +64,53 @@ def test_every_hardware_has_a_batch_that_its_chips_can_split():
         assert config.train.microbatch_size % chips == 0
     with pytest.raises(ValueError, match="hardware=v9: known are v5e-8"):
         flags.load(f"{file}:hardware=v9")
+
+
+def test_a_recipe_says_what_it_is():
+    paper = flags.load(f"{ROOT / 'configs/finetune.py'}:xl,paper")
+    assert paper.loss.same_tower
+    assert not any(
+        paper.loss[name]
+        for name in (
+            "same_tower_passages",
+            "bidirectional",
+            "all_hard_negatives",
+            "mask_duplicates",
+            "hardness",
+            "spread_weight",
+            "matching_weight",
+        )
+    )
+    assert (paper.data.batch_size, paper.data.num_negatives) == (2048, 1)
+    assert (paper.loss.mrl_dims, paper.loss.mrl_weights) == ((256, 768), (1.0, 1.0))
+    alone = flags.load(f"{ROOT / 'configs/finetune.py'}:xl,zero_shot").to_dict()
+    assert alone["data"].pop("mixture") == "gecko_fret"
+    both = paper.to_dict()
+    assert both["data"].pop("mixture") == "gecko_finetune"
+    assert alone == both
+    for name in ("prefinetune", "finetune"):
+        of_mt5 = flags.load(f"{ROOT / 'configs' / name}.py:base,modern,multilingual")
+        assert of_mt5.model.vocab_size == 250_112
+        assert of_mt5.data.vocabulary == "mt5.model"
+    assert of_mt5.data.mixture == "gecko_multilingual"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("finetune", "xl,paper,modern", "name one of paper, zero_shot, modern"),
+        ("finetune", "xl,multilingual", "name one of paper, zero_shot, modern"),
+        ("finetune", "paper", "name a size with it"),
+        ("finetune", "xxl,modern", "name a size with it"),
+        ("prefinetune", "base,paper,modern", "name one of paper, modern"),
+        ("prefinetune", "base,multilingual", "name one of paper, modern"),
+        ("prefinetune", "paper", "name a size with it"),
+        ("prefinetune", "base,zero_shot", "unknown"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(name, argument, message):
+    with pytest.raises(ValueError, match=message):
+        flags.load(f"{ROOT / 'configs' / name}.py:{argument}")
 
 
 def test_all_faults_are_told_at_once():
@@ -89,6 +144,10 @@ def test_all_faults_are_told_at_once():
         ("loss.mrl_weights=(nan,1.0)", "must be numbers of 0 or more"),
         ("data.files=(1,2)", "must be paths"),
         ("optimizer.name=sgd", "must be one of adafactor, adamw"),
+        ("loss.matching_weight=1.0", "embedding matching needs all three"),
+        ("data.teacher=vectors", "embedding matching needs all three"),
+        ("data.teacher_dim=512", "must not exceed model.embedding_dim=256"),
+        ("loss.spread_weight=-1.0", "0 or more"),
     ],
 )
 def test_keys_must_fit_each_other(override, message):

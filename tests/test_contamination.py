@@ -5,6 +5,7 @@ import pytest
 from hypothesis import strategies
 
 from gecko_jax import contamination
+from gecko_jax.evaluation import sets, texts
 
 WORDS = [f"word{number}" for number in range(40)]
 LONG = " ".join(WORDS)
@@ -76,6 +77,29 @@ def test_forms_of_a_character_are_one():
     )
     assert contamination.content_hash("a") != contamination.content_hash("b")
     assert contamination.content_hash("?") != contamination.content_hash("!")
+
+
+def test_sets_are_read_and_told_apart(tmp_path):
+    for folder, word in (("dev", "one"), ("test", "two"), ("more/test", "three")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "sts.tsv").write_text(f"{word}\tand {word}\t1\na\tb\t2\n")
+    folders = [tmp_path / "dev", tmp_path / "test" / "sts.tsv", tmp_path / "more/test"]
+    found = texts.read([*folders, "quickstart"])
+    assert found.sets[:3] == ("sts", "test/sts", "more/test/sts")
+    (match,) = found.find("And THREE")
+    assert (match.set, match.side, match.id) == ("more/test/sts", "sentence", "1")
+    (passage,) = texts.read(["quickstart"]).find(sets.load("quickstart")[0].texts[5])
+    assert (passage.set, passage.side, passage.is_same) == (
+        "quickstart",
+        "passage",
+        True,
+    )
+    assert passage.id == sets.load("quickstart")[0].passage_ids[5]
+    rows = [("good", "yes", "train"), ("bad", "no", "train"), ("so so", "no", "test")]
+    path = tmp_path / "labels.tsv"
+    path.write_text("\n".join(map("\t".join, [("text", "label", "split"), *rows])))
+    labels = texts.read([path])
+    assert [m.id for t in ("Good!", "so so") for m in labels.find(t)] == ["1", "1"]
 
 
 @hypothesis.given(

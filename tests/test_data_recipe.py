@@ -1,5 +1,6 @@
 """The recipe: golden examples, every source, every set, every mixture, bad inputs."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from gecko_jax import cli, text
 from gecko_jax.data import (
     classification,
     jsonl,
@@ -152,6 +154,171 @@ def test_golden_examples(preprocessor, record, line):
     assert split(preprocessor([record])) == ([line], [])
 
 
+EMPTY = {"docid": "3#0", "title": "C", "text": " "}
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "record", "positives", "reasons"),
+    [
+        # Sentences come in the page's order, and marks of titles are read.
+        (
+            preprocessors.fact_verification,
+            {**FEVER, "evidence": [["A-COLON-B", 7, "two."], ["A-COLON-B", 2, "one."]]},
+            [("A:B", "one. two.")],
+            [],
+        ),
+        (
+            preprocessors.fact_verification,
+            {**FEVER, "evidence": [["A", 1, " "], [None, 2, "x"]]},
+            [],
+            ["no evidence"],
+        ),
+        (
+            preprocessors.fact_verification,
+            {**FEVER, "label": "NOT ENOUGH INFO"},
+            [],
+            ["no evidence"],
+        ),
+        (preprocessors.multiple_choice, {**MEDMCQA, "cop": -1}, [], ["no answer"]),
+        (preprocessors.multiple_choice, {**MEDMCQA, "opb": ""}, [], ["empty text"]),
+        (
+            preprocessors.multiple_choice,
+            {**MEDMCQA, "exp": None, "opa": "Pancreas", "opd": ""},
+            [(None, "Pancreas")],
+            [],
+        ),
+        (
+            preprocessors.multi_hop,
+            {**HOTPOT, "supporting_facts": {"title": ["Z"]}},
+            [],
+            ["no positive"],
+        ),
+        (
+            preprocessors.natural_questions,
+            {
+                **NATURAL,
+                "annotations": {"long_answer": {"start_token": [-1], "end_token": [3]}},
+            },
+            [],
+            ["no long answer"],
+        ),
+        (
+            preprocessors.natural_questions,
+            {
+                **NATURAL,
+                "annotations": {"long_answer": {"start_token": [3], "end_token": [4]}},
+            },
+            [],
+            ["empty text"],
+        ),
+        (
+            preprocessors.passage_lists,
+            {**MIRACL, "positive_passages": []},
+            [],
+            ["no positive"],
+        ),
+        (preprocessors.passage_lists, {**MIRACL, "query": " "}, [], ["empty text"]),
+        (
+            preprocessors.passage_lists,
+            {
+                **MIRACL,
+                "positive_passages": [EMPTY, MIRACL["positive_passages"][0]],
+                "negative_passages": [EMPTY, *MIRACL["negative_passages"]],
+            },
+            [("A", "a")],
+            ["empty text"],
+        ),
+    ],
+)
+def test_what_is_left_out_has_a_reason(preprocessor, record, positives, reasons):
+    lines, dropped = split(preprocessor([record]))
+    assert [(line.get("title"), line["positive"]) for line in lines] == positives
+    assert dropped == reasons
+    for line in lines:
+        wrong = {
+            preprocessors.multiple_choice: ["Spleen"],
+            preprocessors.passage_lists: ["b"],
+        }
+        assert line.get("negatives") == wrong.get(preprocessor)
+
+
+def test_nli_without_entailment_is_left_out():
+    _, dropped = split(preprocessors.nli([NLI[1], {**NLI[0], "hypothesis": ""}]))
+    assert dropped == ["empty text", "no entailment of this premise"]
+
+
+def test_classification_leaves_out_what_has_no_partner():
+    records = [
+        *LABELLED,
+        {"text": "dull", "label": 1},
+        {"text": "so so", "label": 2},
+        {"text": "unknown", "label": -1},
+        {"text": "unsaid", "label": None},
+        {"text": " ", "label": 1},
+    ]
+    lines, dropped = split(classification.triples(records))
+    assert len(lines) == 4
+    assert dropped == [
+        "duplicate text",
+        "no label",
+        "no label",
+        "empty text",
+        "only text of its label",
+    ]
+    with pytest.raises(ValueError, match=r"score 1\.5 is out of range"):
+        list(
+            classification.threshold(
+                [{"t": "a", "s": 1.5}], text="t", score="s", low=0.0, high=1.0
+            )
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_text_is_its_own_positive(seed):
+    lines, _ = split(classification.triples(LABELLED, seed=seed))
+    assert all(line["query"] != line["positive"] for line in lines)
+
+
+def test_toxicity_needs_a_clear_score():
+    scores = {"a": 0.0, "b": 0.0, "c": 0.9, "d": 0.5, "e": 0.2}
+    records = [{"text": name, "toxicity": score} for name, score in scores.items()]
+    lines, dropped = split(TABLE["civil_comments_toxicity"].preprocessor(records))
+    assert {line["query"] for line in lines} == {"a", "b", "c", "d"}
+    assert dropped == ["no label"]
+
+
+def test_descriptions_given_beforehand_stay():
+    found = tasks.complete_text_format(
+        text.TextFormat(task_descriptions={"snli": "given"}), tasks.TASKS
+    )
+    assert found.describe("snli") == "given"
+    assert found.describe("mnli") == "semantic similarity"
+    assert (
+        found.describe("docs") == found.describe("quickstart_docs") == "search result"
+    )
+    assert found.is_symmetric("snli")
+    assert not found.is_symmetric("fever")
+    (row,) = tasks.from_files(["a", "b"], [{}, {"snli": 3}], found)
+    assert (row.files, row.num_examples, row.symmetric) == (("b",), 3, True)
+    assert row.task_description == "given"
+
+
+def test_shares_and_temperature_are_honoured():
+    drawn = mixtures.Mixture(("a", "b"), {"a": 1.0, "b": 3.0})
+    assert drawn.rates(["b", "a"], [5, 5]) == [3.0, 1.0]
+    with pytest.raises(ValueError, match="temperature 0: must be above 0"):
+        mixtures.Mixture(("a",), temperature=0.0).rates(["a"], [1])
+
+
+def test_half_prepared_sets_have_no_files(tmp_path):
+    folder = tmp_path / "fever"
+    folder.mkdir()
+    (folder / "part-00000.jsonl.gz").write_bytes(b"")
+    assert not mixtures.locate(TABLE["fever"], tmp_path).files
+    (folder / "prepared.json").write_text("{}")
+    assert len(mixtures.locate(TABLE["fever"], tmp_path).files) == 1
+
+
 def test_several_positives_share_their_negatives():
     lines, _ = split(preprocessors.passage_lists([MIRACL]))
     assert [line["positive"] for line in lines] == ["a", "aa"]
@@ -254,6 +421,26 @@ def test_every_set_of_files_is_prepared(tmp_path, name):
     assert again == summary
 
 
+def test_a_set_gets_as_many_negatives_as_are_asked_for(tmp_path):
+    words = ("lizard", "gecko", "snake", "bird")
+    records = [
+        {"question": f"animal named {w}", "answer": f"a {w} is an animal that moves"}
+        for w in words
+    ]
+    task = dataclasses.replace(TABLE["gooaq"], mine=True)
+    source = write_source(tmp_path, task.source, records)
+    one, two = tmp_path / "one", tmp_path / "two"
+    prepare.prepare(task, one, source=source)
+    prepare.prepare(task, two, source=source, negatives=2)
+    for folder, wanted in ((one, 1), (two, 2)):
+        located = mixtures.locate(task, folder)
+        pairs = [p for path in located.files for p in jsonl.read_pairs(path)]
+        mined = [len(pair.negatives) for pair in pairs]
+        assert mined == [wanted] * 4
+    with pytest.raises(ValueError, match="by other settings"):
+        prepare.prepare(task, one, source=source, negatives=2)
+
+
 @pytest.mark.parametrize(
     "name", [n for n, t in TABLE.items() if t.source.startswith("tfds:")]
 )
@@ -339,6 +526,22 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, stop):
         strict=True,
     ):
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_source_that_changed_meanwhile_is_refused(tmp_path, monkeypatch):
+    task, target = TABLE["gooaq"], tmp_path / "p"
+    records = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(4)]
+    source = write_source(tmp_path, "parquet", records)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.mining, "extend", None)
+        with pytest.raises(TypeError):
+            prepare.prepare(task, target, source=source, part=3)
+    write_source(tmp_path, "parquet", [{"question": "q", "answer": "other"}] * 4)
+    with pytest.raises(ValueError, match="the source has changed since"):
+        prepare.prepare(task, target, source=source, part=3)
+    folder = beir_folder(tmp_path / "beir")
+    assert sources.stamps(folder)[f"{folder}/qrels/train.tsv"][0] == 38
+    assert sources.stamps("tfds:snli:train") == {}
 
 
 def test_restricted_licence_must_be_accepted(tmp_path):
@@ -555,3 +758,66 @@ def test_any_text_survives_or_is_left_out(query, positive):
         else:
             pair = jsonl.parse("here", written)
             assert (pair.query, pair.positive) == (line["query"], line["positive"])
+
+
+def cli_prepare(capsys, *arguments):
+    status = cli.main(["data", "prepare", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "message"),
+    [
+        ("gooaq", [{"question": "q"}], "record 1: a record has no field 'answer' (it"),
+        (
+            "medmcqa",
+            [MEDMCQA, {**MEDMCQA, "cop": 4}],
+            "record 2: label 4 is out of range",
+        ),
+        ("medmcqa", [{**MEDMCQA, "cop": "b"}], "record 1: "),
+        ("fever", [{**FEVER, "label": "MAYBE"}], "record 1: label 'MAYBE' is out of"),
+        ("fever", [{**FEVER, "evidence": [["A", 0]]}], "record 1: "),
+        ("fever", [{**FEVER, "evidence": 3}], "record 1: "),
+        ("fever", [{**FEVER, "claim": 3}], "record 1: field 'claim' is a int"),
+        ("fever", [{**FEVER, "id": 3}] * 2, "train.jsonl.gz:2: id 3 was given before"),
+        (
+            "hotpotqa",
+            [{**HOTPOT, "context": {"x": 1}}],
+            "record 1: a record has no field",
+        ),
+        ("miracl_en", [{**MIRACL, "positive_passages": ["a"]}], "record 1: "),
+        ("fever", [{**FEVER, "label": "NOT ENOUGH INFO"}], "(left out: 1 no evidence)"),
+        ("fever", [], "gives no example; check the split"),
+    ],
+)
+def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
+    source = write_source(tmp_path, TABLE[name].source, records)
+    target = tmp_path / "prepared"
+    status, printed = cli_prepare(
+        capsys, name, f"--source={source}", f"--prepared-dir={target}"
+    )
+    assert status == 1
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    # What was begun is hidden, and no set is there.
+    assert not mixtures.locate(TABLE[name], target).files
+    assert all(path.name.startswith(".") for path in target.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imdb_sentiment"], "its licence is restricted (IMDb's"),
+        (["fever"], "give its files, as jsonl, with --source=PATH"),
+        (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
+        (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
+        (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
+        (["quickstart_docs"], "lies ready as JSONL"),
+        (["nothing"], "nothing: is no set of the table"),
+    ],
+)
+def test_bad_requests_are_told(tmp_path, capsys, arguments, message):
+    status, printed = cli_prepare(capsys, *arguments, f"--prepared-dir={tmp_path}/p")
+    assert status == 1
+    assert message in printed.err
+    assert not list(tmp_path.glob("p/[!.]*"))

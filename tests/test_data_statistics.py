@@ -100,17 +100,12 @@ def test_a_large_task_is_sampled_evenly_and_alike(tmp_path):
 
 def test_padding_is_that_of_the_batches(tmp_path):
     record = {"task": "a", "query": "one gecko", "positive": "A lizard."}
-    found = collect(
-        tmp_path,
-        [record],
-        shape=features.Shape(query_length=64, passage_length=64),
-        batch_size=32,
-    )
+    shape = features.Shape(query_length=64, passage_length=64, packing=True)
+    found = collect(tmp_path, [record], shape=shape, batch_size=32)
     (query,), (passage,) = found.tasks[0].query_lengths, found.tasks[0].passage_lengths
     assert found.padding["query", False] == pytest.approx(1 - query / 64)
     assert found.padding["passage", False] == pytest.approx(1 - passage / 64)
-    rows = -(-32 // min(64 // query, features.MAX_SEGMENTS))
-    rows = next(size for size in features.row_sizes(32) if size >= rows)
+    rows = shape.round_rows(-(-32 // min(64 // int(query), shape.num_segments)))
     assert found.padding["query", True] == pytest.approx(1 - 32 * query / (64 * rows))
     assert found.padding["both", True] < found.padding["both", False]
 
@@ -142,20 +137,18 @@ def test_lines_with_texts_of_evaluation_sets_are_reported(tmp_path):
     long = {"task": "b", "query": f"so {run}", "positive": "x", "negative": "a LIZARD"}
     path = write(tmp_path / "pairs.jsonl", [*LINES, long])
     rows = tasks.from_files([path], [jsonl.summarize(path).examples], text.TextFormat())
-    first, second = decontamination.find(rows, known)
+    first, second = decontamination.find(rows, known, 3)
     assert (first.task, first.num_lines, list(first.shared)) == ("a", 4, ["geckos"])
     shared = first.shared["geckos"]
     assert (shared.lines, shared.same) == (3, 3)
-    assert shared.counts == {("query", "query"): 2, ("positive", "passage"): 3}
-    assert [(hit.place, hit.part) for hit in shared.examples] == [
+    assert shared.sides == {"query": 2, "passage": 3}
+    assert [(hit.place, hit.part) for hit in first.examples] == [
         (f"{path}:1", "query"),
         (f"{path}:3", "query"),
         (f"{path}:1", "positive"),
     ]
-    assert second.shared["geckos"].counts == {
-        ("query", "query"): 2,
-        ("negative", "passage"): 1,
-    }
+    assert second.shared["geckos"].sides == {"query": 2, "passage": 1}
+    assert len(decontamination.find(rows, known, 1)[0].examples) == 1
     assert (second.shared["geckos"].lines, second.shared["geckos"].same) == (2, 2)
     (match,) = known.find(long["query"])
     assert not match.is_same
@@ -206,9 +199,9 @@ def test_contamination_is_printed(tmp_path, capsys, options):
     sts.write_text("one gecko\tnothing\t3\nmore\tof it\t1\n")
     status, out, _ = gecko(capsys, *options, f"--decontaminate={sts},quickstart")
     assert status == 0
-    assert "a, sts: 2 of 4 lines (50.00%), 2 with the same text" in out
-    assert "  2: the query holds a sentence of the set" in out
-    assert f"{tmp_path}/pairs.jsonl:1: query, sentence 1, the same text" in out
+    assert re.search(r"\n  a +4 +sts +2 \(50\.00%\) +2 +2 sentence\n", out)
+    assert f"\na, {tmp_path}/pairs.jsonl:1: the query holds\n" in out
+    assert "  sentence 1 of sts, the same text:\n    one gecko\n" in out
     clean = tmp_path / "clean.tsv"
     clean.write_text("nothing\tof\t3\nit\tat all\t1\n")
     _, out, _ = gecko(capsys, *options, f"--decontaminate={clean}")

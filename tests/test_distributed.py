@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, distributed
+from gecko_jax import checkpoints, distributed, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = {
@@ -69,18 +69,24 @@ def _start(workdir, cache, num_devices, *options):
 
 
 def _start_pair(workdir, cache):
+    return _start_some(workdir, cache, 2)
+
+
+def _start_some(workdir, cache, processes):
+    """Starts one run of several processes, which have eight devices together."""
     port = _free_port()
     return [
         _start(
             workdir,
             cache,
-            4,
+            8 // processes,
             f"--coordinator=localhost:{port}",
-            "--processes=2",
+            f"--processes={processes}",
             f"--process={process}",
             "--peer-timeout=20",
+            "--config.train.log_every_steps=1",
         )
-        for process in range(2)
+        for process in range(processes)
     ]
 
 
@@ -124,6 +130,42 @@ def test_two_processes_train_die_and_go_on_as_one(tmp_path):
     ]
     for name, leaf in params[0].items():
         # Sums over devices in another order, sixty times over.
+        np.testing.assert_allclose(leaf, params[1][name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_where_two_were_killed(tmp_path):
+    """Any number of processes draws the same global batches: so says each step's loss.
+
+    `benchmarks/resume.py` does the same at step 137 of a larger mixture.
+    """
+    cache = tmp_path / "cache"
+    whole = _start(tmp_path / "whole", cache, 8, "--config.train.log_every_steps=1")
+    pair = _start_some(tmp_path / "killed", cache, 2)
+    _wait_for(tmp_path / "killed" / "checkpoints" / "15")
+    for process in pair:
+        os.kill(_child_of(process), signal.SIGKILL)
+    for process in (whole, *pair):
+        process.communicate(timeout=600)
+    assert whole.returncode == 0
+    step = checkpoints.latest_step(tmp_path / "killed")
+    assert 15 <= step < 60
+
+    told = [
+        process.communicate(timeout=600)[1]
+        for process in _start_some(tmp_path / "killed", cache, 4)
+    ]
+    assert f"going on from step {step}" in told[0], told[0]
+    runs = [tmp_path / name for name in ("whole", "killed")]
+    losses = [
+        [line["loss"] for line in metrics.read(run / metrics.METRICS)] for run in runs
+    ]
+    assert len(losses[0]) == 60
+    np.testing.assert_allclose(*losses, atol=1e-4)
+    params = [
+        checkpoints.flatten_params(checkpoints.restore_params(run, 60)) for run in runs
+    ]
+    for name, leaf in params[0].items():
         np.testing.assert_allclose(leaf, params[1][name], atol=1e-4, err_msg=name)
 
 

@@ -8,8 +8,8 @@ import random
 import pytest
 import tiny_decoder
 
-from gecko_jax import flags
-from gecko_jax.fret import decoder_files, in_process, llm, local, requests
+from gecko_jax import flags, sharding
+from gecko_jax.fret import decoder_files, in_process, llm, local, records, requests
 from gecko_jax.fret import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,7 +53,10 @@ WORDS = ("cat", "hat", "the", "wall", "glass", "river", "stone", "honey", "night
 
 @pytest.fixture(scope="module", autouse=True)
 def _words():
-    """Reads what is drawn as words: random parameters write none."""
+    """Reads what is drawn as words: random parameters write none.
+
+    One device is enough: `test_fret_local` compares eight with one.
+    """
 
     def complete(self, tokens, stop):
         text = " ".join(WORDS[token % 9] for token in tokens[:3].tolist())
@@ -61,6 +64,7 @@ def _words():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local.LocalModel, "_complete", complete)
+        patch.setattr(sharding, "build_mesh", lambda tensor: tiny_decoder.mesh())
         yield
 
 
@@ -103,10 +107,13 @@ def load(folder, *overrides):
 
 
 def contents(workdir):
+    """Every file that a run is judged by, with its bytes."""
     return {
         path.relative_to(workdir).as_posix(): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
-        if path.is_file() and not {requests.FOLDER, "locks"} & set(path.parts)
+        if path.is_file()
+        and not {requests.FOLDER, records.LOCKS} & set(path.parts)
+        and path.name != "config.json"
     }
 
 
@@ -227,6 +234,15 @@ def test_a_missing_model_is_told_before_anything_is_written(folder, tmp_path):
             run_lib.run(load(folder, f"llm.weights={weights}"), tmp_path / "run")
 
 
+def test_a_label_is_scored_as_the_word_after_the_prompt(folder):
+    model = open_model(folder)
+    (found,) = model.label_log_probs(["the cat:"], ["the", "a"])
+    expected = [
+        model.score(["the cat:"], [text])[0].log_prob for text in (" the", " a")
+    ]
+    assert found.log_probs == pytest.approx(expected, abs=2e-4)
+
+
 def test_a_model_and_a_recording_cannot_both_answer(folder, tmp_path):
     with pytest.raises(ValueError, match="only one can answer"):
         run_lib.run(load(folder, f"llm.recording={tmp_path}"), tmp_path / "run")
@@ -239,7 +255,7 @@ def test_what_cannot_be_asked_is_a_failure_and_the_rest_is_answered(folder):
     for found in (
         model.generate(texts, [1, 2, 3, 4], SAMPLING),
         model.score(texts, [" is"] * 4),
-        model.label_log_probs(texts, [" a", " b"]),
+        model.label_log_probs(texts, ["a", "b"]),
     ):
         assert [getattr(answer, "reason", None) for answer in found] == reasons
     assert model.score(["a", "b"], ["c", ""])[1].reason == "empty"

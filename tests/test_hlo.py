@@ -77,8 +77,11 @@ def test_pieces_of_one_collective_count_once():
     pieces = TEXT.replace("dimensions={0},", 'dimensions={0}, x={chain_id="3"},')
     line = next(line for line in pieces.splitlines() if "%all =" in line)
     twice = pieces.replace(line, line + "\n" + line.replace("%all =", "%all.2 ="))
-    kinds = [one.kind for one in hlo.Program(twice).collectives()]
-    assert kinds == ["all-gather", "all-reduce"]
+    found = [(one.kind, one.times) for one in hlo.Program(twice).collectives()]
+    assert found == [("all-gather", 1), ("all-reduce", 6)]
+    # One that lies in a loop with all of its pieces runs as often as the loop.
+    inside = twice.replace("to_apply=%add,", 'to_apply=%add, x={chain_id="4"},')
+    assert [one.times for one in hlo.Program(inside).collectives()] == [1, 6]
 
 
 def test_it_reads_what_the_compiler_of_today_writes():

@@ -106,7 +106,16 @@ def _cosine(x, y):
     return (x * y).sum(-1) / (norms[0] * norms[1])
 
 
-def _formula(queries, positives, negatives, ids, temperature, **switches):
+def _formula(
+    queries,
+    positives,
+    negatives,
+    ids,
+    temperature,
+    hardness=0.0,
+    spread_weight=0.0,
+    **switches,
+):
     """Eq. 2, eq. 3 and the switches; loss, accuracy and similarities of each row."""
 
     def equal(left, right):
@@ -118,10 +127,10 @@ def _formula(queries, positives, negatives, ids, temperature, **switches):
     rows = []
     for i in range(B):
         if not ids.example_mask[i]:
-            rows.append((zero,) * 4)
+            rows.append((zero,) * 5)
             continue
         own = _cosine(q[i], p[i])
-        in_batch, rest, backward = [], [], []
+        in_batch, rest, backward, hard, spread = [], [], [], [], []
         for j in range(B):
             if (
                 j == i
@@ -135,6 +144,8 @@ def _formula(queries, positives, negatives, ids, temperature, **switches):
             if not duplicate:
                 in_batch.append(_cosine(q[i], p[j]))
                 backward.append(_cosine(q[j], p[i]))
+                squares = _cosine(q[i], q[j]) ** 2 + _cosine(p[i], p[j]) ** 2
+                spread.append(squares)
                 crossed = equal(ids.query_id[j], ids.passage_id[i])
                 if switches["same_tower"] and not crossed:
                     rest.append(_cosine(q[i], q[j]))
@@ -150,19 +161,24 @@ def _formula(queries, positives, negatives, ids, temperature, **switches):
             if ids.negative_mask[i, g] and not equal(
                 ids.negative_id[i, g], ids.passage_id[i]
             ):
-                rest.append(_cosine(q[i], negatives[..., i, g, :]))
-        terms = [own, *in_batch, *rest]
-        loss = np.log(sum(np.exp(t / temperature) for t in terms)) - own / temperature
+                hard.append(_cosine(q[i], negatives[..., i, g, :]))
+        terms = [np.exp(t / temperature) for t in (own, *in_batch, *rest)]
+        # Of a complex step the real part alone: the weight has no gradient.
+        terms += [np.exp(t / temperature) * np.exp(hardness * t.real) for t in hard]
+        loss = np.log(sum(terms)) - own / temperature
         if switches["bidirectional"]:
             terms = [own, *backward]
             loss = loss + np.log(sum(np.exp(t / temperature) for t in terms))
             loss = loss - own / temperature
         best = np.ones(own.shape, bool)
-        for term in (*in_batch, *rest):
+        for term in (*in_batch, *rest, *hard):
             best &= own.real > term.real
         mean = sum(in_batch) / len(in_batch) if in_batch else zero
-        rows.append((loss, best.astype(queries.dtype), own, mean))
-    return losses.LossTerms(*(np.stack(part, -1) for part in zip(*rows, strict=True)))
+        spread = sum(spread) / len(spread) if spread else zero
+        loss = loss + spread_weight * spread
+        rows.append((loss, best.astype(queries.dtype), own, mean, spread))
+    terms = losses.LossTerms(*(np.stack(part, -1) for part in zip(*rows, strict=True)))
+    return terms if spread_weight else terms._replace(spread=None)
 
 
 def _gradients(queries, positives, negatives, ids, row_weights, **settings):
@@ -190,6 +206,16 @@ def _gradients(queries, positives, negatives, ids, row_weights, **settings):
 EVERYTHING = COMBINATIONS[-1]
 # Every two switches in all four settings.
 PAIRS = [c for c in COMBINATIONS if sum(c.values()) in (0, 1, 4, 5)]
+# What EmbeddingGemma adds, alone, with eq. 3 and with everything.
+MODERN = [
+    {**c, "hardness": hardness, "spread_weight": spread_weight}
+    for c, hardness, spread_weight in (
+        (COMBINATIONS[1], 5.0, 0.0),
+        (COMBINATIONS[1], 0.0, 1.0),
+        (COMBINATIONS[0], 2.0, 0.7),
+        (COMBINATIONS[-1], 5.0, 0.4),
+    )
+]
 EQUATION_3 = next(c for c in COMBINATIONS if [k for k in c if c[k]] == ["same_tower"])
 
 
@@ -199,6 +225,8 @@ EQUATION_3 = next(c for c in COMBINATIONS if [k for k in c if c[k]] == ["same_to
         (0, [c for c in COMBINATIONS if not c["all_hard_negatives"]], 1024),
         (1, [EQUATION_3, EVERYTHING], 1),
         (3, PAIRS, 2),  # the last block is not full
+        (0, [c for c in MODERN if not c["all_hard_negatives"]], 1024),
+        (3, MODERN, 2),
         pytest.param(3, COMBINATIONS, 2, marks=pytest.mark.slow),
     ],
 )
@@ -238,6 +266,9 @@ def test_every_switch_and_mask_follows_the_formula(
             settings = {"temperature": TEMPERATURE, **switches}
             expected = _formula(*exact, ids, **settings)
             for name, value in expected._asdict().items():
+                if value is None:
+                    assert getattr(terms, name) is None
+                    continue
                 np.testing.assert_allclose(
                     getattr(terms, name),
                     value,
@@ -339,10 +370,94 @@ def test_mrl_loss_is_the_weighted_sum_over_normalized_prefixes():
     np.testing.assert_allclose(total, 0.5 * expected[2] + 2 * expected[6], atol=1e-5)
 
 
+def _teacher(num_negatives, width):
+    """Vectors of any length; of some texts there are none."""
+    rng = np.random.default_rng(7)
+    shapes = (B, width), (B, width), (B, num_negatives, width)
+    vectors = [rng.standard_normal(shape) for shape in shapes]
+    for number, part in enumerate(vectors):
+        if part.size:
+            part[number] = 0.0
+    if num_negatives:
+        vectors[2][4, 0] = 0.0
+    return losses.TeacherVectors(*(jnp.float16(part) for part in vectors))
+
+
+def _matching(queries, positives, negatives, ids, teacher):
+    """The distances, written out for each example."""
+    width = teacher.query_teacher.shape[-1]
+    theirs = [np.asarray(part, np.float64) for part in teacher]
+    rows = []
+    for i in range(B):
+        total = np.zeros(queries.shape[:-2], queries.dtype)
+        if ids.example_mask[i]:
+            for part, one in ((queries, theirs[0]), (positives, theirs[1])):
+                if one[i].any():
+                    ours = part[..., i, :width]
+                    ours = ours / np.sqrt((ours * ours).sum(-1, keepdims=True))
+                    total = total + ((ours - one[i] / np.linalg.norm(one[i])) ** 2).sum(
+                        -1
+                    )
+            kept = [
+                2 - 2 * _cosine(negatives[..., i, g, :width], theirs[2][i, g])
+                for g in range(negatives.shape[-2])
+                if ids.negative_mask[i, g] and theirs[2][i, g].any()
+            ]
+            if kept:
+                total = total + sum(kept) / len(kept)
+        rows.append(total)
+    return np.stack(rows, -1)
+
+
+@pytest.mark.parametrize(("num_negatives", "width"), [(0, D), (1, 4), (3, D)])
+def test_embedding_matching_follows_the_formula(num_negatives, width):
+    teacher = _teacher(num_negatives, width)
+    single = [part.astype(np.float32) for part in _embeddings(num_negatives)]
+    exact = [part.astype(np.float64) for part in single]
+    weights = np.random.default_rng(1).uniform(0.5, 1.5, B)
+
+    def total(parts, ids):
+        rows = losses.embedding_matching(*parts, ids, teacher)
+        return jnp.sum(rows * jnp.float32(weights)), rows
+
+    compute = jax.jit(jax.grad(total, has_aux=True))
+    for case, ids in enumerate(_cases(num_negatives)):
+        gradients, found = compute(single, ids)
+        expected = _matching(*exact, ids, teacher)
+        np.testing.assert_allclose(found, expected, atol=3e-6, err_msg=f"case {case}")
+        for part in range(3):
+            for place in np.ndindex(exact[part].shape):
+                varied = [array.astype(complex) for array in exact]
+                varied[part][place] += 1e-30j
+                slope = (_matching(*varied, ids, teacher) @ weights).imag / 1e-30
+                np.testing.assert_allclose(gradients[part][place], slope, atol=3e-5)
+
+
+def test_embedding_matching_is_added_once_to_the_loss_of_all_dims():
+    parts = [jnp.float32(part) for part in _embeddings(2)]
+    ids, teacher = _distinct_ids(2), _teacher(2, 4)
+    settings = {
+        "mrl_dims": (2, 6),
+        "mrl_weights": (0.5, 2.0),
+        "temperature": TEMPERATURE,
+    }
+    plain, terms = losses.mrl_loss(*parts, ids, **settings)
+    assert terms[6].matching is None
+    total, terms = losses.mrl_loss(
+        *parts, ids, **settings, matching_weight=0.3, teacher=teacher
+    )
+    matching = losses.embedding_matching(*parts, ids, teacher)
+    np.testing.assert_allclose(total, plain + 0.3 * matching, rtol=1e-6)
+    np.testing.assert_array_equal(terms[6].matching, matching)
+    assert terms[2].matching is None
+    with pytest.raises(ValueError, match=r"no vectors of a teacher.*data\.teacher"):
+        losses.mrl_loss(*parts, ids, **settings, matching_weight=0.3)
+
+
 def test_memory_grows_with_the_batch_and_not_with_its_square():
     def total(parts, ids):
         return losses.contrastive_loss(
-            *parts, ids, temperature=0.05, block_size=64, **EVERYTHING
+            *parts, ids, temperature=0.05, block_size=64, **MODERN[-1]
         ).loss.sum()
 
     temporary = []

@@ -38,7 +38,7 @@ def report(options: argparse.Namespace) -> None:
     if options.stats:
         _print_stats(_collect(config, tasks, drawn), options.output)
     if options.decontaminate:
-        _print_contamination(tasks, known)
+        _print_contamination(tasks, known, options.count)
 
 
 def _resolve(
@@ -215,30 +215,38 @@ def _read_sets(names: Sequence[str]) -> Any:
     return texts.read(names)
 
 
-def _print_contamination(tasks: Sequence[Any], known: Any) -> None:
+def _print_contamination(tasks: Sequence[Any], known: Any, count: int) -> None:
     from gecko_jax import contamination
     from gecko_jax.data import decontamination
 
     print(
         f"\ntexts of {', '.join(known.sets)} in the tasks' lines: the same words, "
         f"or {contamination.COMMON_WORDS} in a row (a whole text from "
-        f"{contamination.LEAST_WORDS} on):"
+        f"{contamination.LEAST_WORDS} on)"
     )
-    for report in decontamination.find(tasks, known):
+    reports = decontamination.find(tasks, known, count)
+    rows = [
+        [
+            report.task,
+            f"{report.num_lines:,}",
+            name,
+            f"{found.lines:,} ({found.lines / report.num_lines:.2%})",
+            f"{found.same:,}",
+            ", ".join(f"{n:,} {side}" for side, n in found.sides.most_common()),
+        ]
+        for report in reports
+        for name, found in report.shared.items()
+    ]
+    if rows:
+        print("\nlines that hold a text of a set, and what that is there:")
+        header = ["task", "lines", "set", "with a hit", "same text", "a text that is"]
+        _print_table(header, rows)
+    for report in reports:
         if not report.shared:
             print(f"\n{report.task}: none in {report.num_lines:,} lines")
-        for name, found in report.shared.items():
-            share = found.lines / report.num_lines
-            print(
-                f"\n{report.task}, {name}: {found.lines:,} of {report.num_lines:,} "
-                f"lines ({share:.2%}), {found.same:,} with the same text"
-            )
-            for (part, side), count in found.counts.most_common():
-                print(f"  {count:,}: the {part} holds a {side} of the set")
-            for hit in found.examples:
-                how = "the same text" if hit.match.is_same else "words in a row"
-                shared = textwrap.shorten(hit.match.shared, 120, placeholder=" ...")
-                print(
-                    f"  {hit.place}: {hit.part}, {hit.match.side} {hit.match.id}, "
-                    f"{how}: {shared!r}"
-                )
+        for hit in report.examples:
+            how = "the same text" if hit.match.is_same else "words in a row"
+            body = textwrap.shorten(hit.match.shared, 200, placeholder=" ...")
+            print(f"\n{report.task}, {hit.place}: the {hit.part} holds")
+            print(f"  {hit.match.side} {hit.match.id} of {hit.match.set}, {how}:")
+            print(textwrap.indent(textwrap.fill(body, width=84), "    "))

@@ -4,7 +4,10 @@
     preprocessors   record -> formatted texts -> tokens
     tasks           the one table of tasks and mixtures
     features        examples -> the arrays of a step, packed or not
-    pipeline        task -> tokenized cache -> `Batches`, addressed by step
+    selection       a config's names -> tasks, sources, keys of caches
+    cache           task -> tokenized records, addressed by number
+    seqio_cache     the same work as a job of Apache Beam
+    pipeline        tokenized records -> `Batches`, addressed by step
     mining          BM25 hard negatives
     pieces          training a SentencePiece vocabulary
 

@@ -12,9 +12,6 @@ from gecko_jax import contamination, progress
 from gecko_jax.data import jsonl
 from gecko_jax.data import tasks as tasks_lib
 
-# Hits of a task and a set that are kept to be shown.
-EXAMPLES = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
@@ -38,23 +35,18 @@ class Shared:
     Attributes:
         lines: Lines with a hit.
         same: Those of them with a text that is the same as one of the set.
-        counts: (part of the line, side of the set) -> hits.
-        examples: The first hits, those on the set's queries before others.
+        sides: Side of the set -> those of them that hold a text of it.
     """
 
     lines: int = 0
     same: int = 0
-    counts: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
-    examples: list[Hit] = dataclasses.field(default_factory=list)
+    sides: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def add(self, hits: Sequence[Hit]) -> None:
         """Takes the hits of one line in."""
         self.lines += 1
         self.same += any(hit.match.is_same for hit in hits)
-        self.counts.update((hit.part, hit.match.side) for hit in hits)
-        self.examples += hits
-        self.examples.sort(key=lambda hit: hit.match.side != "query")
-        del self.examples[EXAMPLES:]
+        self.sides.update({hit.match.side for hit in hits})
 
 
 @dataclasses.dataclass
@@ -65,21 +57,26 @@ class Report:
         task: Its name.
         num_lines: Its lines.
         shared: Name of a set -> what it shares; only sets with a hit.
+        examples: The first hits, those on queries of a set before others.
     """
 
     task: str
     num_lines: int = 0
     shared: dict[str, Shared] = dataclasses.field(default_factory=dict)
+    examples: list[Hit] = dataclasses.field(default_factory=list)
 
 
 def find(
-    tasks: Sequence[tasks_lib.Task], known: contamination.Contamination
+    tasks: Sequence[tasks_lib.Task],
+    known: contamination.Contamination,
+    num_examples: int = 2,
 ) -> list[Report]:
     """Reads every file through; returns a report of each task.
 
     Args:
         tasks: With their files.
         known: The texts of the evaluation sets.
+        num_examples: Hits of a task that are kept to be shown.
 
     Raises:
         ValueError: A bad line.
@@ -104,4 +101,7 @@ def find(
                     hits.setdefault(match.set, []).append(Hit(place, part, match))
             for name, found in hits.items():
                 report.shared.setdefault(name, Shared()).add(found)
+                report.examples += found
+                report.examples.sort(key=lambda hit: hit.match.side != "query")
+                del report.examples[num_examples:]
     return list(reports.values())

@@ -57,6 +57,7 @@ class Shape:
             of the two lengths.
         row_multiple: Row counts are multiples of it: the devices that share a batch.
         microbatch_rows: Row counts above it are multiples of it; 0 for any.
+        teacher_dim: Width of a teacher's vectors (T); 0 without.
     """
 
     query_length: int
@@ -65,6 +66,7 @@ class Shape:
     packing: bool = False
     row_multiple: int = 1
     microbatch_rows: int = 0
+    teacher_dim: int = 0
 
     @property
     def num_segments(self) -> int:
@@ -173,6 +175,13 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
             f"{side}_segment_ids": ((rows, row_length), np.int32),
             f"{side}_index": ((texts, 2), np.int32),
         }
+    if shape.teacher_dim:
+        width = shape.teacher_dim
+        sides |= {
+            "query_teacher": ((batch_size, width), np.float16),
+            "passage_teacher": ((batch_size, width), np.float16),
+            "negative_teacher": ((batch_size, shape.num_negatives, width), np.float16),
+        }
     return sides | {
         "query_id": ((batch_size, 2), np.uint32),
         "passage_id": ((batch_size, 2), np.uint32),
@@ -197,10 +206,10 @@ def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Ro
     """
     length = shape.row_length(side)
     if shape.packing:
-        present = [number for number, text in enumerate(texts) if text is not None]
-        sizes = [len(texts[number]) for number in present]
+        present = [(n, len(text)) for n, text in enumerate(texts) if text is not None]
+        sizes = [size for _, size in present]
         members = [
-            [present[position] for position in row.positions]
+            [present[position][0] for position in row.positions]
             for row in packing.pack(sizes, length, shape.num_segments)
         ]
     else:

@@ -20,6 +20,8 @@ Features of a batch of B examples with G negatives, rows R and tokens L:
     negative_mask                         bool [B, G]       False: fewer negatives
     example_mask                          bool [B]
     negative_group, task_index            int32 [B]
+    query_teacher, passage_teacher        float16 [B, T]    see `teacher`
+    negative_teacher                      float16 [B, G, T]
 """
 
 import dataclasses
@@ -39,6 +41,7 @@ from jaxtyping import Float
 from gecko_jax import text
 from gecko_jax import vocabulary as vocabulary_lib
 from gecko_jax.data import cache, features, formatting, mixtures, selection
+from gecko_jax.data import teacher as teacher_lib
 
 # Batches that wait for the consumer of `iterate`.
 _PREFETCH = 4
@@ -46,6 +49,9 @@ _PREFETCH = 4
 # Examples that are read for the weights of tokens, and the least such weight.
 _IDF_EXAMPLES = 100_000
 _LEAST_WEIGHT = 0.05
+
+# Examples of a task in which a teacher's vectors are looked for.
+_TEACHER_EXAMPLES = 200
 
 # Seeds of Grain are 32 bits.
 _SEED_BYTES = 4
@@ -92,6 +98,8 @@ class Batches:
         row_multiple: int = 1,
         microbatch_rows: int = 0,
         prepared_dir: str | os.PathLike = mixtures.PREPARED,
+        teacher: str | os.PathLike = "",
+        teacher_dim: int = 0,
     ):
         """Opens the caches of the mixture, building those that are not there.
 
@@ -113,6 +121,8 @@ class Batches:
             row_multiple: Row counts are multiples of it.
             microbatch_rows: Row counts above it are multiples of it; 0 for any.
             prepared_dir: Where `gecko data prepare` put the sets of the mixture.
+            teacher: Folder of a teacher's vectors, or "" for none.
+            teacher_dim: Their width.
 
         Raises:
             ValueError: An unknown mixture, a bad file or line, an impossible size.
@@ -189,11 +199,16 @@ class Batches:
                 )
             },
         }
+        self._teacher = None
+        if teacher:
+            self._teacher = teacher_lib.Teacher(teacher, teacher_dim)
+            self.facts["teacher"] = self._teacher.facts["sha256"]
         digest = hashlib.sha256(json.dumps(self.facts).encode())
         self.mixture_hash = digest.hexdigest()[:16]
         self._order = self._build_order(weights)
         self._lock = threading.Lock()
         self._warn_of_small_tasks()
+        self._check_teacher(teacher)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns the model features of one step, counted from 0."""
@@ -211,6 +226,13 @@ class Batches:
         choices = self._choose_negatives(step, examples)
         batch = features.convert(examples, self.shape, choices)
         batch["task_index"] = np.array([task for task, _ in picks], np.int32)
+        if self._teacher is not None:
+            batch |= self._teacher.features(
+                examples,
+                [self.tasks[task].source_task for task, _ in picks],
+                choices,
+                self.shape.num_negatives,
+            )
         return batch
 
     def iterate(
@@ -319,6 +341,34 @@ class Batches:
             np.argsort(draw[: len(example.negatives)])[:num].tolist()
             for draw, example in zip(draws, examples, strict=True)
         ]
+
+    def _check_teacher(self, folder: str | os.PathLike) -> None:
+        """Refuses vectors of other texts, and tells of tasks without any."""
+        if self._teacher is None:
+            return
+        shares = {}
+        for task_index, task in enumerate(self.tasks):
+            examples = self.examples(task_index, _TEACHER_EXAMPLES)
+            names = [task.source_task] * len(examples)
+            found = self._teacher.features(examples, names, [()] * len(examples), 0)
+            there = [
+                vectors.any(axis=1).mean() for vectors in found.values() if vectors.size
+            ]
+            shares[task.name] = float(np.mean(there))
+        if not any(shares.values()):
+            raise ValueError(
+                f"data.teacher={folder}: it has a vector of none of the texts of "
+                f"{', '.join(shares)}; make it from the same files with `gecko data "
+                "teach`"
+            )
+        for name, share in shares.items():
+            if share < 1:
+                logging.warning(
+                    "Of the texts of task %s the teacher has %.0f%%; the others are "
+                    "trained without it.",
+                    name,
+                    100 * share,
+                )
 
     def _warn_of_small_tasks(self) -> None:
         for name, size, rate in zip(

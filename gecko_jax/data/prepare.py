@@ -48,7 +48,7 @@ class Summary:
         folder: Where the set lies.
         examples: Lines written.
         dropped: Reason -> number of records, or parts of one, left out.
-        without_negative: Lines for which none was there or could be mined.
+        without_negative: Lines that have fewer than asked for, with those mined.
     """
 
     folder: pathlib.Path
@@ -65,6 +65,7 @@ def prepare(
     accepted_licences: tuple[str, ...] = (),
     tfds_data_dir: str | None = None,
     part: int = PART,
+    negatives: int = 1,
 ) -> Summary:
     """Turns the source of a row of the table into canonical triples.
 
@@ -75,6 +76,7 @@ def prepare(
         accepted_licences: Names of restricted sets whose licence the user accepts.
         tfds_data_dir: Where TFDS keeps its sets.
         part: Lines of a part.
+        negatives: Hard negatives a line should have, where the row lets them be mined.
 
     Raises:
         ValueError: The licence is not accepted, the source is missing or has another
@@ -89,6 +91,8 @@ def prepare(
     target = pathlib.Path(prepared_dir).expanduser() / task.name
     note = target / "prepared.json"
     facts = _facts(task, location, part)
+    if negatives != 1:
+        facts["negatives"] = negatives
     if note.exists():
         found = files.read_object(
             note,
@@ -105,7 +109,7 @@ def prepare(
             target, found["examples"], found["dropped"], found["without_negative"]
         )
     work = target.with_name(f".{task.name}.work")
-    _claim(work, facts)
+    _claim(work, facts | {"files": sources.stamps(location)})
     num_parts, dropped = _write_pairs(task, location, work, tfds_data_dir, part)
     if not num_parts:
         reasons = ", ".join(f"{n:,} {why}" for why, n in dropped.items())
@@ -113,7 +117,7 @@ def prepare(
             f"{task.name}: {location} gives no example"
             f"{f' (left out: {reasons})' if reasons else ''}; check the split"
         )
-    examples, short = _mine(task, num_parts, work)
+    examples, short = _mine(task, num_parts, work, negatives)
     with files.write_file(work / "prepared.json") as temporary:
         temporary.write_text(
             json.dumps(
@@ -155,8 +159,8 @@ def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
     if note.exists():
         if json.loads(note.read_text()) != facts:
             raise ValueError(
-                f"{work}: was begun from another source or by other settings; delete "
-                "it and run again"
+                f"{work}: was begun from another source, or by other settings, or the "
+                "source has changed since; delete it and run again"
             )
         return
     with files.write_file(note) as temporary:
@@ -180,7 +184,8 @@ def _write_pairs(
         facts = json.loads(done.read_text())
         return facts["parts"], facts["dropped"]
     dropped: collections.Counter[str] = collections.Counter()
-    lines = _lines(task, sources.read(location, tfds_data_dir=tfds_data_dir), dropped)
+    records = sources.read(location, tfds_data_dir=tfds_data_dir)
+    lines = _lines(task, location, records, dropped)
     number = 0
     while block := list(itertools.islice(lines, part)):
         path = work / _PAIRS.format(number)
@@ -195,12 +200,13 @@ def _write_pairs(
 
 def _lines(
     task: tasks_lib.Task,
+    location: str,
     records: Iterator[dict[str, Any]],
     dropped: collections.Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """Yields checked lines without duplicates; counts what is left out."""
     assert task.preprocessor is not None or task.source == "canonical"
-    found = records if task.preprocessor is None else task.preprocessor(records)
+    found = _preprocess(task, location, records)
     seen: set[bytes] = set()
     for line in progress.track(found, f"Preparing {task.name}"):
         if isinstance(line, preprocessors.Drop):
@@ -225,8 +231,34 @@ def _lines(
             yield line
 
 
-def _mine(task: tasks_lib.Task, num_parts: int, work: pathlib.Path) -> tuple[int, int]:
-    """Mines a negative for lines without one; returns all lines and those left bare."""
+def _preprocess(
+    task: tasks_lib.Task, location: str, records: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any] | preprocessors.Drop]:
+    """Runs the task's preprocessor; its errors name the record they are about."""
+    if task.preprocessor is None:
+        yield from records
+        return
+    number = 0
+
+    def count() -> Iterator[dict[str, Any]]:
+        nonlocal number
+        for place, record in enumerate(records, start=1):
+            number = place
+            yield record
+            number = 0  # What is wrong with the next or after the last names itself.
+
+    try:
+        yield from task.preprocessor(count())
+    except (TypeError, KeyError, ValueError) as error:
+        if not number:
+            raise
+        raise ValueError(f"{location}, record {number:,}: {error}") from error
+
+
+def _mine(
+    task: tasks_lib.Task, num_parts: int, work: pathlib.Path, wanted: int
+) -> tuple[int, int]:
+    """Mines the negatives that lines lack; returns all lines and those left short."""
     counts = []
     corpus = None
     for number in range(num_parts):
@@ -236,18 +268,20 @@ def _mine(task: tasks_lib.Task, num_parts: int, work: pathlib.Path) -> tuple[int
             records = [record for _, record, _ in read]
             pairs = [pair for _, _, pair in read]
             mined: Sequence[list[tuple[str, str]]] = [[] for _ in pairs]
-            if task.mine and not all(pair.negatives for pair in pairs):
+            if task.mine and any(len(pair.negatives) < wanted for pair in pairs):
                 corpus = corpus or mining.Corpus(_all_pairs(num_parts, work))
                 mined = list(
                     progress.track(
-                        corpus.mine(pairs, 1), f"Mining for part {number}", len(pairs)
+                        corpus.mine(pairs, wanted),
+                        f"Mining for part {number}",
+                        len(pairs),
                     )
                 )
             mining.write_lines(
                 work / _PART.format(number), map(mining.extend, records, pairs, mined)
             )
             bare = sum(
-                not (pair.negatives or found)
+                len(pair.negatives) + len(found) < wanted
                 for pair, found in zip(pairs, mined, strict=True)
             )
             with files.write_file(note) as temporary:

@@ -123,8 +123,6 @@ def flatten(dataset: Any) -> Any:
 
     def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
         negatives = record["negatives"]
-        if not isinstance(negatives, tf.RaggedTensor):
-            negatives = tf.RaggedTensor.from_tensor(negatives)
         return (
             record
             | {name: tf.cast(record[name], tf.int64) for name in _IDS}
@@ -141,6 +139,8 @@ def restore(dataset: Any) -> Any:
     """Inverse of `flatten`."""
     import tensorflow as tf
 
+    ragged: Any = tf.RaggedTensor  # Its types do not name its methods.
+
     def restore_record(record: dict[str, Any]) -> dict[str, Any]:
         restored = record | {
             name: tf.cast(record[name], tf.int32)
@@ -151,7 +151,7 @@ def restore(dataset: Any) -> Any:
         return (
             restored
             | {name: tf.cast(record[name], tf.uint32) for name in _IDS}
-            | {"negatives": tf.RaggedTensor.from_row_lengths(negatives, lengths)}
+            | {"negatives": ragged.from_row_lengths(negatives, lengths)}
         )
 
     return dataset.map(restore_record, num_parallel_calls=tf.data.AUTOTUNE)

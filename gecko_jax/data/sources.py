@@ -54,6 +54,26 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
     return _chain(kind, _paths(rest))
 
 
+def stamps(source: str) -> dict[str, list[int]]:
+    """Returns bytes and time of each file of a source; TFDS has versions of its own.
+
+    Raises:
+        ValueError: There is no such source.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in KINDS:
+        kind, rest = _kind_of(source), source
+    if kind == "tfds":
+        return {}
+    if kind == "beir":
+        names = ("corpus.jsonl*", "queries.jsonl*", "qrels/train.tsv")
+        paths = [path for name in names for path in _paths(f"{rest}/{name}")]
+    else:
+        paths = _paths(rest)
+    found = {str(path): path.stat() for path in paths}
+    return {path: [int(stat.length), int(stat.mtime)] for path, stat in found.items()}
+
+
 def _kind_of(path: str) -> str:
     for ending, kind in _ENDINGS.items():
         if path.endswith(ending):
@@ -140,10 +160,10 @@ def _plain(value: Any) -> Any:
 
 
 def _read_jsonl(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    opener = gzip.open if path.name.endswith(".gz") else (lambda file, mode: file)
     number = 0
     try:
-        with path.open("rb") as raw, opener(raw, "rb") as lines:
+        with path.open("rb") as raw:
+            lines = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, _parse_json(f"{path}:{number}", line)

@@ -240,7 +240,10 @@ def _padding(
     for _ in range(_BATCHES):
         num_drawn = 1 if one_task_per_batch else batch_size
         chosen = np.resize(draw.choice(len(sampled), num_drawn, p=rates), batch_size)
-        examples = [sampled[n][draw.integers(len(sampled[n]))] for n in chosen]
+        examples = [
+            sampled[task][int(draw.integers(len(sampled[task])))]
+            for task in chosen.tolist()
+        ]
         for packing in (False, True):
             batch = features.convert(
                 examples, dataclasses.replace(shape, packing=packing)

@@ -1,6 +1,7 @@
 """The texts of evaluation sets, as training data is kept clear of them."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 
 from gecko_jax import contamination
@@ -19,7 +20,7 @@ def read(folders: Sequence[str | os.PathLike]) -> contamination.Contamination:
     known = contamination.Contamination()
     for folder in folders:
         for one in sets.load(folder):
-            name = one.name if one.name not in known.sets else f"{folder}: {one.name}"
+            name = _distinct(one.name, folder, known.sets)
             if isinstance(one, sets.RetrievalSet):
                 known.add(name, "query", zip(one.query_ids, one.queries, strict=True))
                 passages = zip(one.passage_ids, one.texts, strict=True)
@@ -31,6 +32,19 @@ def read(folders: Sequence[str | os.PathLike]) -> contamination.Contamination:
                 known.add(name, "text", _numbered(one.train.texts))
                 known.add(name, "text", _numbered(one.test.texts))
     return known
+
+
+def _distinct(name: str, folder: str | os.PathLike, taken: Sequence[str]) -> str:
+    """Puts folders before a name until no other set has it."""
+    path = pathlib.Path(folder).resolve()
+    has_name = path.is_file() or path.name == name
+    parts = path.parts[1:-1] if has_name else path.parts[1:]
+    shown = name
+    for part in reversed(parts):
+        if shown not in taken:
+            break
+        shown = f"{part}/{shown}"
+    return shown
 
 
 def _numbered(texts: Sequence[str]) -> list[tuple[str, str]]:

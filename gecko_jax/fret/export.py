@@ -6,7 +6,7 @@
 
 `gecko train --config.data.files=WORKDIR/export/fret.jsonl` takes the file. Every value
 of `task` is a task of its own there, so rare ones are "search result"; the words of the
-model stay beside them in `task_description`.
+model stay beside them in `task_description`, which training writes before the query.
 """
 
 import hashlib

@@ -169,7 +169,8 @@ class _Asker:
         ]
 
     def _labels(self, bodies: Sequence[dict[str, Any]]) -> list[llm.LabelScores]:
-        labels = bodies[0]["labels"]
+        # A prompt ends in a colon, so a label begins with a space, as a query does.
+        labels = [f" {label}" for label in bodies[0]["labels"]]
         found = self._model.label_log_probs([body["prompt"] for body in bodies], labels)
         return [
             llm.LabelScores(

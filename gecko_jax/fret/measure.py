@@ -26,7 +26,7 @@ class Kind:
         requests: That the run will send.
         prompt_tokens: Of one, the mean of the sample.
         completion_tokens: Of one, the mean of the sample.
-        seconds: Of one, when `llm.concurrency` are on their way.
+        seconds: Of one, when many are asked at once.
     """
 
     name: str
@@ -86,26 +86,38 @@ def _plan(
     chosen = _held_out(config, source)[:sample]
     num_candidates = min(config.retrieve.num_candidates, len(source.store))
     model = source.model
-    # What is measured is how the server answers now: nothing comes from a log.
-    model.log = requests.RequestLog(None)
     sent = budget.requests
-    began = time.monotonic()
-    generated = stages.generate(
-        chosen,
-        source.store,
-        model,
-        source.prompts.generate,
-        settings.query_rules(config),
-        settings.sampling(config, source.prompts.generate),
-        source.contamination,
-        shots=config.generate.shots,
-        seed=config.seed,
+
+    def timed(ask: Callable[[], list[stages.Record]]) -> list[stages.Record]:
+        """Asks, and keeps how long it took."""
+        nonlocal took
+        if config.llm.weights:  # The first call compiles, which a run does once.
+            model.log = requests.RequestLog(None)
+            ask()
+        # How the model answers now is measured: nothing comes from a log.
+        model.log = requests.RequestLog(None)
+        began = time.monotonic()
+        found = ask()
+        took = time.monotonic() - began
+        return _refuse_errors(found)
+
+    took = 0.0
+    generated = timed(
+        lambda: stages.generate(
+            chosen,
+            source.store,
+            model,
+            source.prompts.generate,
+            settings.query_rules(config),
+            settings.sampling(config, source.prompts.generate),
+            source.contamination,
+            shots=config.generate.shots,
+            seed=config.seed,
+        )
     )
-    times = {"generate": time.monotonic() - began}
-    _refuse_errors(generated)
     kept = stages.kept(generated)
     share = len(kept) / len(generated)
-    kinds = [_kind("generate", generated, times["generate"], seeds)]
+    kinds = [_kind("generate", generated, took, seeds)]
     rng = np.random.default_rng([config.seed, len(chosen)])
     rows = [
         {"id": r["id"], "candidates": rng.integers(len(source.store), size=1).tolist()}
@@ -114,22 +126,19 @@ def _plan(
     queries = stages.by_id(kept)
     later = int(seeds * share)
     if config.fuse.likelihood_weight and rows:
-        began = time.monotonic()
-        found = stages.likelihood(
-            rows, queries, source.store, model, source.prompts.likelihood, ""
+        prompt = source.prompts.likelihood
+        found = timed(
+            lambda: stages.likelihood(rows, queries, source.store, model, prompt, "")
         )
-        took = time.monotonic() - began
         count = num_candidates + bool(config.likelihood.generic_passage)
-        kinds.append(_kind("likelihood", _refuse_errors(found), took, later * count))
+        kinds.append(_kind("likelihood", found, took, later * count))
     if config.fuse.relevance_weight and rows:
-        began = time.monotonic()
-        found = stages.relevance(
-            rows, queries, source.store, model, source.prompts.relevance
+        found = timed(
+            lambda: stages.relevance(
+                rows, queries, source.store, model, source.prompts.relevance
+            )
         )
-        took = time.monotonic() - began
-        kinds.append(
-            _kind("relevance", _refuse_errors(found), took, later * num_candidates)
-        )
+        kinds.append(_kind("relevance", found, took, later * num_candidates))
     return Plan(
         passages=seeds,
         kept=share,

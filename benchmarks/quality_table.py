@@ -1,0 +1,150 @@
+"""The tables of docs/results.md, from the rows that `quality.py` has made."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gecko_jax import files
+
+_HEAD = """\
+# Results
+
+What a model trained here is worth, beside others, at what cost: nDCG@10 on test
+folders, at the largest dim, and the mean at smaller ones. This page is written from
+rows that `benchmarks/quality.py` makes one by one (its `--help` has the commands):
+
+```bash
+python benchmarks/quality.py --data=DATA --output=DIR --rows=ladder
+python benchmarks/quality.py --output=DIR --table=docs/results.md
+```
+
+Every number was measured; a row that is missing was not. With several seeds the mean
+stands first and then the least and the most. Seconds are those of training both stages,
+compilation and reading included; the vocabulary and the hard negatives were made
+before. Memory is the process's peak.
+"""
+
+
+def write(
+    folder: pathlib.Path,
+    path: pathlib.Path,
+    rows: Mapping[str, Any],
+    groups: Mapping[str, Sequence[str]],
+) -> None:
+    """Writes the page.
+
+    Args:
+        folder: Of the rows' files.
+        path: The page.
+        rows: Name -> what has `about`.
+        groups: Name of a table -> names of its rows.
+    """
+    made = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    if not made:
+        raise SystemExit(f"{folder}: no rows yet; run the command without --table")
+    parts = [_HEAD]
+    for data in dict.fromkeys(row["data"] for row in made):
+        for group, names in groups.items():
+            trained_by = dict.fromkeys(
+                (tuple(row["steps"]), row["batch_size"])
+                for row in made
+                if row["data"] == data and row["seed"] is not None
+            )
+            for steps, batch in trained_by or {((), 0): None}:
+                lines = [
+                    (name, found)
+                    for name in names
+                    if (found := _find(made, data, name, steps, batch))
+                ]
+                trained = sum(found[0]["seed"] is not None for _, found in lines)
+                if group == "ablations" and trained < 2:
+                    continue
+                title = f"\n## {group.capitalize()} on `{data}`"
+                if steps:
+                    title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
+                parts += [title + "\n", *_table(lines, rows)]
+    with files.write_file(path) as temporary:
+        temporary.write_text("\n".join(parts) + "\n")
+
+
+def _find(
+    made: Sequence[Mapping[str, Any]],
+    data: str,
+    name: str,
+    steps: tuple[int, ...],
+    batch: int,
+) -> list[Mapping[str, Any]]:
+    return [
+        row
+        for row in made
+        if (row["row"], row["data"]) == (name, data)
+        and (
+            row["seed"] is None
+            or (tuple(row["steps"]), row["batch_size"]) == (steps, batch)
+        )
+    ]
+
+
+def _table(
+    lines: Sequence[tuple[str, list[Mapping[str, Any]]]], rows: Mapping[str, Any]
+) -> list[str]:
+    split = "test"
+    tasks = list(lines[0][1][0]["scores"][split])
+    # A task that was not trained stands beside the mean, not in it.
+    trained = [t for t in tasks if "dev" not in lines[0][1][0]["scores"]]
+    trained = trained or [t for t in tasks if t in lines[0][1][0]["scores"]["dev"]]
+    halves = sorted(
+        {dim for _, found in lines for row in found for dim in _dims(row)}, key=int
+    )[:-1]
+    head = ["system", *tasks, "mean", *(f"mean at {dim}" for dim in halves)]
+    head += ["seconds", "pairs/s", "peak GiB", "seeds", "date", "commit"]
+    out = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
+    for name, found in lines:
+        cells = [rows[name].about]
+        cells += [_spread([_full(row, split, task) for row in found]) for task in tasks]
+        cells.append(_spread([_mean(row, split, trained) for row in found]))
+        cells += [
+            _spread([_mean(row, split, trained, dim) for row in found])
+            if all(dim in _dims(row) for row in found)
+            else ""
+            for dim in halves
+        ]
+        for key, form in (("train_seconds", ".0f"), ("pairs_per_second", ".1f")):
+            cells.append(_spread([row[key] for row in found if key in row], form))
+        cells.append(_spread([row["peak_gib"] for row in found], ".2f"))
+        seeds = [str(row["seed"]) for row in found if row["seed"] is not None]
+        cells.append(", ".join(seeds))
+        for key in ("date", "commit"):
+            cells.append(", ".join(dict.fromkeys(row[key] for row in found)))
+        out.append(" | ".join(["", *cells, ""]).strip())
+    machines = dict.fromkeys(row["machine"] for _, found in lines for row in found)
+    return [*out, "", f"Machine: {'; '.join(machines)}."]
+
+
+def _dims(row: Mapping[str, Any]) -> set[str]:
+    scores = next(iter(row["scores"]["test"].values()))
+    return set(scores) - {"all"}
+
+
+def _full(row: Mapping[str, Any], split: str, task: str) -> float:
+    scores = row["scores"][split][task]
+    return scores["all"] if "all" in scores else scores[max(scores, key=int)]
+
+
+def _mean(
+    row: Mapping[str, Any], split: str, tasks: Sequence[str], dim: str = ""
+) -> float:
+    scores = row["scores"][split]
+    values = [scores[t][dim] if dim else _full(row, split, t) for t in tasks]
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Returns the mean and, of several, the least and the most."""
+    if not values:
+        return ""
+    mean = format(sum(values) / len(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):{form}} to {max(values):{form}})"

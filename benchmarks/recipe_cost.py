@@ -1,0 +1,68 @@
+"""What the full-scale recipes cost: operations, and chip-hours by a cost model.
+
+    python benchmarks/recipe_cost.py
+    python benchmarks/recipe_cost.py --chip=v5p --utilisation=0.5 --length=0.6
+
+The operations are the model's own (`step.model_flops`), every text having `--length` of
+its longest, times the steps of the config. Chip-hours divide them by the chip's peak
+times `--utilisation`, which is assumed and not measured. Nothing is compiled or run:
+`gecko compile` says what one step needs of a slice. `zero_shot` costs what `paper`
+does, and mT5 what T5 1.1 does: looking tokens up in a larger table is no operation.
+"""
+
+import argparse
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = ("paper", "modern")
+
+
+def rows(chip: str, utilisation: float, length: float) -> list[list[str]]:
+    """Returns the table: a row for each size and recipe."""
+    from gecko_jax import chips, flags
+    from gecko_jax import config as config_lib
+    from gecko_jax import step as step_lib
+
+    speed = chips.CHIPS[chip].flops_per_second * utilisation
+    found = []
+    for size in ("base", "large", "xl"):
+        for recipe in RECIPES:
+            stages = []
+            for stage in ("prefinetune", "finetune"):
+                config = flags.load(f"{ROOT / 'configs' / stage}.py:{size},{recipe}")
+                config_lib.check(config)
+                flops = step_lib.model_flops(config, length)
+                stages.append(flops * config.train.num_steps)
+            hours = [flops / speed / 3600 for flops in stages]
+            found.append(
+                [
+                    size,
+                    recipe,
+                    *(f"{flops:.2e}" for flops in stages),
+                    *(f"{each:,.0f}" for each in hours),
+                ]
+            )
+    return found
+
+
+def main() -> None:
+    """Prints the table in Markdown."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--chip", default="v5e", help="of gecko_jax.chips (v5e)")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="of its peak, assumed (0.4)"
+    )
+    parser.add_argument(
+        "--length", type=float, default=1.0, help="of texts, as a share of most (1)"
+    )
+    options = parser.parse_args()
+    head = ["size", "recipe", "FLOPs, stage 1", "stage 2"]
+    head += [f"{options.chip} hours, stage 1", "stage 2"]
+    table = [head, ["---"] * len(head)]
+    table += rows(options.chip, options.utilisation, options.length)
+    for row in table:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()

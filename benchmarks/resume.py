@@ -1,0 +1,168 @@
+r"""Stops a run of some processes, goes on with another number, and compares the ends.
+
+    python benchmarks/resume.py                      the bundled pairs
+    python benchmarks/resume.py --files=pairs.jsonl --vocabulary=t5.model \
+        --extra-ids=100 --vocab-size=32128
+
+One process trains to the end. Two others train as one run until a checkpoint at step
+137, where they are killed; four go on from there. All have four devices together, and
+the same batches, so that what they end with may differ by the order of sums alone. It
+prints by how much parameters and losses differ, and exits with 1 if that is more.
+"""
+
+import argparse
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEVICES = 4
+STEPS = 200
+SETTINGS = {
+    "data.batch_size": 32,
+    "data.query_length": 32,
+    "data.passage_length": 64,
+    "model.num_layers": 1,
+    "model.model_dim": 32,
+    "model.num_heads": 2,
+    "model.head_dim": 16,
+    "model.mlp_dim": 32,
+    "model.embedding_dim": 16,
+    "model.dropout_rate": 0.1,
+    "loss.mrl_dims": "(8,16)",
+    "loss.mrl_weights": "(1.0,1.0)",
+    "init.token_weights": "none",
+    "init.align_steps": 0,
+    "mesh.fsdp": 2,
+    "optimizer.warmup_steps": 5,
+    "train.num_steps": STEPS,
+    "train.log_every_steps": 1,
+    "checkpoint.every_minutes": 0,
+    "checkpoint.keep": 1,
+    "evaluation.every_steps": 0,
+    "evaluation.folder": "",
+}
+# Sums over devices in another order, two hundred times over.
+TOLERANCE = 1e-4
+
+
+def start(
+    workdir: pathlib.Path, options: argparse.Namespace, processes: int
+) -> list[subprocess.Popen]:
+    """Starts a run, or goes on with it, in some processes on this machine."""
+    keys = SETTINGS | {
+        "data.cache_dir": options.cache_dir,
+        "data.vocabulary": options.vocabulary,
+        "data.extra_ids": options.extra_ids,
+        "model.vocab_size": options.vocab_size,
+        "checkpoint.every_steps": options.stop,
+        "train.compilation_cache": "",
+    }
+    if options.files:
+        keys["data.files"] = repr(tuple(options.files))
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        port = one.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
+        "PYTHONPATH": str(ROOT),
+    }
+    peers = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "gecko_jax",
+                "train",
+                f"--config={ROOT / 'configs/prefinetune.py'}:local",
+                f"--workdir={workdir}",
+                *([*peers, f"--process={number}"] if processes > 1 else []),
+                *(f"--config.{key}={value}" for key, value in keys.items()),
+            ],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # killed with the child that trains
+        )
+        for number in range(processes)
+    ]
+
+
+def finish(running: list[subprocess.Popen], expected: tuple[int, ...] = (0,)) -> None:
+    for process in running:
+        _, notes = process.communicate(timeout=7_200)
+        if process.returncode not in expected:
+            raise SystemExit(f"a run ended with {process.returncode}:\n{notes}")
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    from gecko_jax import metrics
+
+    return {
+        int(line["step"]): float(line["loss"])
+        for line in metrics.read(workdir / metrics.METRICS)
+        if "loss" in line
+    }
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", action="append", default=[], help="JSONL of pairs")
+    parser.add_argument("--vocabulary", default="quickstart")
+    parser.add_argument("--extra-ids", type=int, default=0)
+    parser.add_argument("--vocab-size", type=int, default=8_064)
+    parser.add_argument("--stop", type=int, default=137, help="step of the stop")
+    parser.add_argument("--cache-dir", default="/tmp/gecko_data_benchmark")
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    from gecko_jax import checkpoints
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole, stopped = (
+            pathlib.Path(folder) / "whole",
+            pathlib.Path(folder) / "stopped",
+        )
+        finish(start(whole, options, 1))
+        print(f"1 process: {STEPS} steps", flush=True)
+        pair = start(stopped, options, 2)
+        while not (stopped / "checkpoints" / str(options.stop)).exists():
+            if any(process.poll() is not None for process in pair):
+                break
+            time.sleep(0.01)
+        for process in pair:
+            os.killpg(process.pid, signal.SIGKILL)
+        finish(pair, (-signal.SIGKILL,))
+        at = checkpoints.latest_step(stopped)
+        print(f"2 processes: killed, step {at} is saved", flush=True)
+        finish(start(stopped, options, 4))
+        params = [
+            checkpoints.flatten_params(checkpoints.restore_params(run, STEPS))
+            for run in (whole, stopped)
+        ]
+        curves = [losses(run) for run in (whole, stopped)]
+    worst = max(
+        float(np.abs(leaf - params[1][name]).max()) for name, leaf in params[0].items()
+    )
+    largest = max(float(np.abs(leaf).max()) for leaf in params[0].values())
+    loss = max(abs(curves[0][step] - curves[1][step]) for step in curves[0])
+    print(
+        f"4 processes: on to step {STEPS}; parameters differ by at most {worst:.2g} "
+        f"(the largest is {largest:.2g}), the losses of {len(curves[1])} steps by "
+        f"{loss:.2g}"
+    )
+    raise SystemExit(worst > TOLERANCE or loss > TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()

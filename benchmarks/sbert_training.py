@@ -1,0 +1,127 @@
+"""Training in sentence-transformers as its users would, for the table of quality."""
+
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+import sbert
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+
+from gecko_jax import config as config_lib
+from gecko_jax import files, text
+from gecko_jax import step as step_lib
+
+
+def train(
+    stages: tuple[Any, Any], seed: int, folder: pathlib.Path
+) -> tuple[SentenceTransformer, float]:
+    """Trains on the pairs of the first config, then on the triples of the second.
+
+    Batch size, steps, lengths, MRL dims, temperature, optimizer and its schedule are
+    those of the configs. The loss is MatryoshkaLoss of
+    CachedMultipleNegativesRankingLoss; the encoder starts as transformers makes one.
+
+    Returns:
+        The model, and the seconds of both loops.
+    """
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    first = stages[0]
+    built = sbert.build(
+        config_lib.encoder_config(first),
+        pathlib.Path(first.data.vocabulary),
+        first.data.passage_length,
+        str(folder),
+    )
+    built.train()
+    seconds = 0.0
+    for config in stages:
+        lines = [record for _, record in files.read_records(config.data.files[0])]
+        loss = losses.MatryoshkaLoss(
+            built,
+            losses.CachedMultipleNegativesRankingLoss(
+                built,
+                scale=1 / config.loss.temperature,
+                mini_batch_size=config.data.batch_size,
+            ),
+            list(config.loss.mrl_dims),
+        )
+        schedule, _ = step_lib.build_optimizer(config)
+        settings = config.optimizer
+        optimizer = torch.optim.AdamW(
+            built.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+        order = _endless(random, len(lines))
+        rates = [float(schedule(step)) for step in range(config.train.num_steps)]
+        began = time.perf_counter()
+        for rate in rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = [lines[next(order)] for _ in range(config.data.batch_size)]
+            loss(_columns(built, batch, config), None).backward()
+            torch.nn.utils.clip_grad_norm_(built.parameters(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds += time.perf_counter() - began
+    built.eval()
+    return built, seconds
+
+
+def _endless(random: np.random.Generator, number: int) -> Any:
+    while True:
+        yield from random.permutation(number).tolist()
+
+
+def _columns(built: Any, batch: list[dict[str, Any]], config: Any) -> list[Any]:
+    """Returns tokens of queries, positives and, where all have one, hard negatives."""
+    text_format = text.TextFormat()
+    columns = [
+        [text_format.format_query(line["query"], line["task"]) for line in batch],
+        [
+            text_format.format_passage(
+                line.get("positive") or line["passage"], line.get("title")
+            )
+            for line in batch
+        ],
+    ]
+    if config.data.num_negatives:
+        # A line without one gets that of another: this loss knows no gaps.
+        spare = next((n for line in batch for n in line.get("negatives") or ()), "")
+        columns.append(
+            [
+                text_format.format_passage((line.get("negatives") or [spare])[0])
+                for line in batch
+            ]
+        )
+    built.max_seq_length = config.data.query_length
+    tokens = [built.preprocess(columns[0])]
+    built.max_seq_length = config.data.passage_length
+    return tokens + [built.preprocess(column) for column in columns[1:]]
+
+
+def encode(
+    built: SentenceTransformer, found: Any, tasks: list[str], config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the vectors of queries and passages, in the format of training."""
+    text_format = text.TextFormat()
+    built.max_seq_length = config.data.query_length
+    queries = built.encode(
+        [
+            text_format.format_query(query, task)
+            for query, task in zip(found.queries, tasks, strict=True)
+        ],
+        show_progress_bar=False,
+    )
+    built.max_seq_length = config.data.passage_length
+    both = zip(found.texts, found.titles, strict=True)
+    corpus = built.encode(
+        [text_format.format_passage(text_, title) for text_, title in both],
+        show_progress_bar=False,
+    )
+    return np.asarray(queries), np.asarray(corpus)
