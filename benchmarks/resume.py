@@ -147,7 +147,10 @@ def main() -> None:
         print(f"2 processes: killed, step {at} is saved", flush=True)
         finish(start(stopped, options, 4))
         params = [
-            checkpoints.flatten_params(checkpoints.restore_params(run, STEPS))
+            {
+                name: leaf.read()
+                for name, leaf in checkpoints.open_params(run, STEPS).items()
+            }
             for run in (whole, stopped)
         ]
         curves = [losses(run) for run in (whole, stopped)]

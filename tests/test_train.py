@@ -72,10 +72,10 @@ def build(cache, **overrides):
 
 
 def state_of(workdir, step):
-    params = checkpoints.open_params(workdir, step)
+    opened = checkpoints.open_params(workdir, step)
     folder = workdir / "checkpoints" / str(step) / "opt_state"
     assert folder.is_dir()
-    return params
+    return {name: leaf.read() for name, leaf in opened.items()}
 
 
 def metrics_of(workdir):
