@@ -240,13 +240,14 @@ def train_worker(options: argparse.Namespace, packing: bool) -> None:
 
 
 def gecko_worker(options: argparse.Namespace) -> None:
-    """Serves rounds of our batches."""
-    stream = open_batches(options).iterate(0)
+    """Serves rounds of our batches, none of them made while the other has its turn."""
+    batches = open_batches(options)
+    steps = itertools.count()
 
     def work() -> tuple[float, int]:
         began = time.perf_counter()
-        for _ in itertools.islice(stream, 2):
-            pass
+        for step in itertools.islice(steps, 2):
+            batches.batch(step)
         return time.perf_counter() - began, 2 * options.batch_size
 
     side_by_side.serve(work)
