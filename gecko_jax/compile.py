@@ -194,7 +194,8 @@ def compile_step(
         num_slices: Slices of the pod.
 
     Raises:
-        ValueError: The topology is unknown, or the config or its mesh has faults.
+        ValueError: The topology is unknown, the config or its mesh has faults, or
+            jaxlib cannot read what was compiled.
         MemoryError: The compiler says that the step does not fit.
         ImportError: libtpu is missing; names the extra.
     """
@@ -220,7 +221,22 @@ def compile_step(
                 raise
             raise MemoryError(_why_too_large(str(error), topology)) from error
     memory: Any = compiled.memory_analysis()
-    program = hlo.Program(compiled.as_text() or "")
+    peak_bytes = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    try:
+        program = hlo.Program(compiled.as_text() or "")
+    except jax.errors.JaxRuntimeError as error:
+        # jaxlib parses the text, and may not know all that a newer libtpu writes.
+        raise ValueError(
+            f"{topology}: the step compiles, and needs {peak_bytes / 2**30:.2f} GiB at "
+            "the peak, but this jaxlib cannot read what libtpu compiled, so that its "
+            f"collectives and traffic are not known; try other versions ({error})"
+        ) from error
     found = program.collectives()
     by_kind: dict[str, dict[str, int]] = collections.defaultdict(
         lambda: {"count": 0, "bytes": 0}
@@ -247,11 +263,7 @@ def compile_step(
         hbm_bytes=chip.hbm_bytes / cores,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        peak_bytes=peak_bytes,
         flops=flops,
         model_flops=step_lib.model_flops(config) / mesh.size,
         memory_bytes=memory_bytes,
