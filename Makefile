@@ -33,12 +33,15 @@ help: ## this list
 	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
 
 .PHONY: demo
-demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, search
+demo: $(VENV)/.core ## make data (FRet), train a small Gecko on it, judge it, search
+	$(GECKO) fret run --config=configs/fret.py:local,recorded --workdir=demo/fret
+	$(GECKO) fret report --config=configs/fret.py:local,recorded --workdir=demo/fret
 	$(GECKO) train --config=configs/prefinetune.py:local --workdir=demo/prefinetune
 	test -e demo/triples.jsonl || $(GECKO) data prepare $(CORPUS)/train.jsonl \
 		--output=demo/triples.jsonl --negatives=1
 	$(GECKO) train --config=configs/finetune.py:local --workdir=demo/finetune \
-		--config.data.files=demo/triples.jsonl --config.init.checkpoint=demo/prefinetune
+		--config.data.files="('demo/triples.jsonl', 'demo/fret/export/fret.jsonl')" \
+		--config.init.checkpoint=demo/prefinetune
 	$(GECKO) evaluate quickstart --model=demo/finetune --untrained \
 		--output=demo/evaluation
 	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune --output=demo/embeddings
@@ -49,6 +52,7 @@ demo: $(VENV)/.core ## train a small Gecko on the bundled corpus, judge it, sear
 		"large wading bird"
 	@echo
 	@echo "All of it lies in demo/:"
+	@echo "  demo/fret         what a language model made of raw passages: report.html"
 	@echo "  demo/finetune     the model: gecko_jax.load(\"demo/finetune\");"
 	@echo "                    training.png shows the loss of both stages"
 	@echo "  demo/evaluation   quality at every dimension beside BM25: table.txt, quality.png"
