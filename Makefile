@@ -116,7 +116,7 @@ $(VENV)/.beam: setup.py | $(VENV)/.python
 	@touch $@
 
 define install
-@echo "Setting up $(VENV) with gecko-jax$(1:.%=%): about 3 GB, some minutes, once"
+@echo "Setting up $(VENV) with gecko-jax$(1:.%=%): about 3.5 GB, some minutes, once"
 $(BIN)/python -m pip install --disable-pip-version-check -e "$(1)"
 @touch $@
 endef
