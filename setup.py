@@ -35,6 +35,8 @@ _CORE = [
     "seqio>=0.0.20",
     "tensorflow>=2.21.0",
     "tensorflow-datasets>=4.9.10",
+    # TFDS imports it and, for these versions of Python, does not say so.
+    "importlib_resources>=7.1",
     "grain>=0.2.18",
     "array-record>=0.8.3",
     "sentencepiece>=0.2.1",

@@ -41,7 +41,7 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
 
   gecko train       trains a model from a config file
   gecko compile     proves a config for a TPU topology, on a CPU
-  gecko data        shows the data, makes hard negatives or a vocabulary
+  gecko data        shows data and prepares it: hard negatives, vocabularies
   gecko evaluate    judges a model on retrieval and similarity, beside BM25
   gecko embed       turns a file of texts into vectors
   gecko index       builds an index from vectors

@@ -62,6 +62,9 @@ class Progress:
         self._text = ""
         self._began = self._logged = time.monotonic()
         self._logged_step: int | None = None
+        # The first update, step and time: what comes before (compiling) happens once,
+        # and says nothing of the time left.
+        self._first: tuple[int, float] | None = None
         self._open = enabled
         self._task: Any = None
         if enabled and sys.stderr.isatty():
@@ -70,6 +73,7 @@ class Progress:
     def update(self, step: int, text: str = "") -> None:
         """Moves to `step` finished steps; `text` is shown beside them."""
         self._step = step
+        self._first = self._first or (step, time.monotonic())
         self._text = text or self._text
         if not self._open:
             return
@@ -80,7 +84,10 @@ class Progress:
 
     def skip(self, step: int) -> None:
         """Moves to `step` past work that was done earlier; the rate leaves it out."""
-        self._start += step - self._step
+        skipped = step - self._step
+        self._start += skipped
+        if self._first:
+            self._first = (self._first[0] + skipped, self._first[1])
         self.update(step)
 
     def close(self) -> None:
@@ -108,13 +115,16 @@ class Progress:
         parts = [f"{self._description}: {self._step:,}"]
         if self._total:
             parts[0] += f"/{self._total:,} ({self._step / self._total:.0%})"
-        done = self._step - self._start
-        if done > 0 and seconds > 0:
-            rate = done / seconds
+        left = (self._total or 0) - self._step
+        done, elapsed = self._step - self._start, seconds
+        if left > 0 and self._first:
+            done = self._step - self._first[0]
+            elapsed = seconds - (self._first[1] - self._began)
+        if done > 0 and elapsed > 0:
+            rate = done / elapsed
             parts.append(f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
-            if self._total and self._step < self._total:
-                left = (self._total - self._step) / rate
-                parts.append(f"{_clock(left)} left")
+            if left > 0:
+                parts.append(f"{_clock(left / rate)} left")
             else:
                 parts.append(f"took {_clock(seconds)}")
         if self._text:

@@ -45,13 +45,37 @@ def test_update_shows_the_latest_text(clock, lines):
         bar.update(500, text="loss 1.23")
         bar.update(501)
     assert lines == [
-        "Training: 500/1,000 (50%), 50.0/s, 0:10 left, loss 1.23",
-        "Training: 501/1,000 (50%), 50.1/s, 0:10 left, loss 1.23",
+        "Training: 500/1,000 (50%), 99.8/s, 0:05 left, loss 1.23",
+        "Training: 501/1,000 (50%), 100.0/s, 0:05 left, loss 1.23",
     ]
 
 
 def test_skipped_steps_do_not_count_in_the_rate(clock, lines):
     with progress.Progress("Embedding", total=100) as bar:
+        bar.skip(80)
+        clock[0] += 10.0
+        bar.update(90)
+    assert lines[0] == "Embedding: 90/100 (90%), 1.0/s, 0:10 left"
+
+
+def test_what_comes_before_the_first_update_is_not_in_the_time_left(clock, lines):
+    with progress.Progress("Training", total=11) as bar:
+        clock[0] += 40.0  # Compiling.
+        bar.update(1)
+        clock[0] += 10.0
+        bar.update(6)
+        clock[0] += 10.0
+        bar.update(11)
+    assert lines == [
+        "Training: 1/11 (9%)",
+        "Training: 6/11 (55%), 2.0 s each, 0:10 left",
+        "Training: 11/11 (100%), 5.5 s each, took 1:00",
+    ]
+
+
+def test_steps_skipped_later_do_not_count_in_the_rate_either(clock, lines):
+    with progress.Progress("Embedding", total=100) as bar:
+        bar.update(10)
         bar.skip(80)
         clock[0] += 10.0
         bar.update(90)

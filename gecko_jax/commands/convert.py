@@ -58,7 +58,7 @@ def add_parser(verbs: Any) -> None:
 
     parser = parsing.add_verb(verbs, "gecko export", _EXPORT, export)
     parser.add_argument(
-        "model", type=parsing.path, metavar="DIR", help="workdir of a run"
+        "model", type=parsing.path, metavar="DIR", help="workdir of a run, or an export"
     )
     parsing.add_output(parser, "DIR", "the folder to write")
     parser.add_argument(

@@ -10,6 +10,15 @@ from typing import Any
 from gecko_jax import flags
 from gecko_jax.commands import data_reports, parsing
 
+_DESCRIPTION = """\
+Looks at data and prepares it.
+
+  gecko data show        shows a mixture or a config's examples, or counts them
+  gecko data prepare     adds hard negatives to pairs, or fetches a set of the table
+  gecko data vocabulary  trains a SentencePiece vocabulary
+  gecko data cache       tokenizes on many machines
+  gecko data teach       makes the vectors of a teacher"""
+
 _SHOW = """\
 Shows the examples of a config as the model sees them: the formatted texts, their
 tokens, and how much of a batch is padding. With a mixture's name it shows the table:
@@ -86,7 +95,7 @@ examples:
 
 def add_parser(verbs: Any) -> None:
     """Adds the parsers of `gecko data`."""
-    data = parsing.add_verb(verbs, "gecko data", "Looks at data and prepares it.")
+    data = parsing.add_verb(verbs, "gecko data", _DESCRIPTION)
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
 
     parser = parsing.add_verb(data_verbs, "gecko data show", _SHOW, show)
@@ -205,6 +214,8 @@ def show(options: argparse.Namespace) -> None:
     if options.stats or options.decontaminate:
         data_reports.report(options)
         return
+    if not options.mixture and not options.config:
+        options.parser.error("needs MIXTURE, such as gecko_finetune, or --config")
     if options.mixture:
         _print_mixture(options.mixture, options.prepared_dir)
     if not options.config:
@@ -388,8 +399,9 @@ def prepare(options: argparse.Namespace) -> None:
         return
     if not options.output:
         raise ValueError(
-            f"{name}: is no set of the table; to mine hard negatives for files, say "
-            "where the triples go with --output=FILE"
+            f"{name}: is no set of the table, which `gecko data show gecko_finetune` "
+            "lists; to mine hard negatives for files, say where the triples go with "
+            "--output=FILE"
         )
 
     summary = mining.mine_negatives(
@@ -401,7 +413,7 @@ def prepare(options: argparse.Namespace) -> None:
     )
     if summary.short:
         print(
-            f"{summary.short:,} examples have fewer than {options.negatives}: no other "
+            f"fewer than {options.negatives} for {summary.short:,} of them: no other "
             "passage shares a word with their query"
         )
 
