@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import os
 import shutil
+import signal
 import tempfile
 
 # TensorFlow's C++ notes would drown pytest's own output.
@@ -26,6 +27,10 @@ jax.config.update("jax_compilation_cache_dir", _COMPILED)
 
 # Importing the package sets XLA's flag for right numbers on CPU.
 from gecko_jax import numerics  # noqa: E402
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and the processes
+# of tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

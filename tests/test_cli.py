@@ -177,9 +177,7 @@ def test_an_interrupted_run_says_that_it_goes_on(capsys, monkeypatch):
 def _run_process(body):
     """Runs `gecko index` with another body, in a process of its own."""
     code = (
-        "import atexit, gc, os, signal, sys, time\n"
-        # A shell starts what it puts in the background with Ctrl-C ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import atexit, gc, os, sys, time\n"
         "from gecko_jax import cli\n"
         "from gecko_jax.commands import embed\n"
         f"def index(options):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
