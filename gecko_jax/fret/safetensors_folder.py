@@ -150,7 +150,7 @@ def _read_config(settings: Mapping[str, Any]) -> decoder.DecoderConfig:
     gemma = None
     if is_gemma:
         gemma = decoder_settings.Gemma3(
-            query_scalar=settings["query_pre_attn_scalar"],
+            query_scalar=float(settings["query_pre_attn_scalar"]),
             local_window=settings["sliding_window"],
             global_every=_global_every(settings),
             local_rope_base=float(
