@@ -59,7 +59,7 @@ demo: $(VENV)/.core ## make data (FRet), train a small Gecko on it, judge it, se
 	@echo "  demo/index        the index: $(GECKO) search --model=demo/finetune --index=demo/index"
 
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, about five minutes on 2 cores
+test: $(VENV)/.test ## the fast tests, about ten minutes on 2 cores
 	$(BIN)/python -m pytest -q
 
 .PHONY: test-slow
