@@ -314,7 +314,7 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
     if flat["optimizer.warmup_steps"] > flat["train.num_steps"]:
         faults.append(
             f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must not exceed "
-            f"train.num_steps={flat['train.num_steps']}"
+            f"train.num_steps={flat['train.num_steps']}; set it too (0 for none)"
         )
     faults += _faults_of_mesh(flat)
     microbatch_size, batch_size = flat["train.microbatch_size"], flat["data.batch_size"]

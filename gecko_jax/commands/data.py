@@ -25,7 +25,7 @@ tokens, and how much of a batch is padding. With a mixture's name it shows the t
 rates, sizes, licences, and what has been prepared.
 
 --stats counts instead: tokens, what the config's lengths cut, padding, duplicates, and
-what tasks share; with MIXTURE, of that one in place of the config's. --decontaminate
+what tasks share: in the data of the config, or in a MIXTURE named too. --decontaminate
 counts lines that hold texts of evaluation sets: the same text, or 13 words in a row.
 
 examples:
