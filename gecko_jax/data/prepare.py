@@ -143,9 +143,13 @@ def _location(task: tasks_lib.Task, source: str) -> str:
         return source or task.source
     if not task.source:
         raise ValueError(f"{task.name}: lies ready as JSONL; nothing is to be prepared")
+    made = (
+        "`gecko fret run` makes them"
+        if task.source == "canonical"
+        else ("docs/data.md says where they come from")
+    )
     raise ValueError(
-        f"{task.name}: give its files, as {task.source}, with --source=PATH; "
-        "docs/data.md says where they come from"
+        f"{task.name}: give its files, as {task.source}, with --source=PATH; {made}"
     )
 
 
