@@ -56,7 +56,7 @@ class Report:
     Attributes:
         topology: Of a slice, such as "v5e:4x4".
         num_slices: Slices of the pod.
-        num_devices: JAX devices; of v4 each is a core, with half of a chip's memory.
+        num_devices: JAX devices, one a chip.
         mesh: Size of each mesh axis.
         settings: The keys of the config that `search` varies.
         batch_size: Global examples.
@@ -178,8 +178,12 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
             fcntl.flock(file, fcntl.LOCK_EX)
         from jax.experimental import topologies
 
+        # The two cores of a v4 are one device, as they are on the machine.
+        options = {}
+        if topology.startswith("v4:"):
+            options["chip_config_name"] = "megacore"
         yield topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, num_slices=num_slices
+            platform="tpu", topology_name=topology, num_slices=num_slices, **options
         ).devices
 
 
@@ -245,8 +249,6 @@ def compile_step(
         by_kind[one.kind]["count"] += one.times
         by_kind[one.kind]["bytes"] += one.num_bytes * one.times
     chip = chips.CHIPS[kind]
-    # A core of a v4 is a device of its own, and half a chip.
-    cores = 2 if kind == "v4" else 1
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()
     linked_bytes = sum(kind["bytes"] for kind in by_kind.values())
@@ -260,7 +262,7 @@ def compile_step(
             "model.remat": config.model.remat,
         },
         batch_size=config.data.batch_size,
-        hbm_bytes=chip.hbm_bytes / cores,
+        hbm_bytes=chip.hbm_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak_bytes,
@@ -271,9 +273,9 @@ def compile_step(
         in_microbatch_loop=sum(
             one.times for one in found if any(map(_is_microbatch_loop, one.loops))
         ),
-        compute_seconds=flops / chip.flops_per_second * cores,
-        memory_seconds=memory_bytes / chip.hbm_bytes_per_second * cores,
-        link_seconds=linked_bytes / chip.link_bytes_per_second * cores,
+        compute_seconds=flops / chip.flops_per_second,
+        memory_seconds=memory_bytes / chip.hbm_bytes_per_second,
+        link_seconds=linked_bytes / chip.link_bytes_per_second,
         compile_seconds=time.monotonic() - began,
     )
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,20 @@ def test_a_search_tries_what_can_be_faster_and_recommends_what_fits(
             (1, remat, 1) for remat in ("full", "dots", "none")
         ]
         assert best.mesh["tensor"] == 2
+
+
+@pytest.mark.parametrize(("topology", "joined"), [("v4-32", True), ("v5p-8", False)])
+def test_the_cores_of_a_v4_are_one_device(monkeypatch, topology, joined):
+    from jax.experimental import topologies
+
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    monkeypatch.setattr(
+        topologies,
+        "get_topology_desc",
+        lambda **options: types.SimpleNamespace(devices=[options]),
+    )
+    with compile_lib.topology_devices(topology) as (options,):
+        assert (options.get("chip_config_name") == "megacore") == joined
 
 
 @pytest.mark.slow
