@@ -302,7 +302,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2_048)
     parser.add_argument("--tokenized", type=int, default=4_000, help="examples of it")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cache-dir", default="/tmp/gecko_data_benchmark")
+    cache = pathlib.Path("~/.cache/gecko_jax").expanduser()
+    parser.add_argument("--cache-dir", default=str(cache))
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker in ("packed", "unpacked"):

@@ -121,7 +121,8 @@ def main() -> None:
     parser.add_argument("--extra-ids", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=8_064)
     parser.add_argument("--stop", type=int, default=137, help="step of the stop")
-    parser.add_argument("--cache-dir", default="/tmp/gecko_data_benchmark")
+    cache = pathlib.Path("~/.cache/gecko_jax").expanduser()
+    parser.add_argument("--cache-dir", default=str(cache))
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import numpy as np

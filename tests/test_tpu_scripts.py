@@ -3,7 +3,6 @@
 import os
 import pathlib
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -17,8 +16,6 @@ SSH = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
 @pytest.fixture
 def call(tmp_path):
     """Runs the script beside a `gcloud` and a `git` that write down what they get."""
-    if shutil.which("bash") is None:
-        pytest.skip("needs bash")
     log = tmp_path / "log"
     for name in ("gcloud", "git"):
         fake = tmp_path / name
