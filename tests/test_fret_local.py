@@ -238,6 +238,51 @@ def test_the_name_tells_contents_apart(path, model, tmp_path):
 
 
 def test_lengths_are_rounded_up_to_few_values():
-    rounded = [decoder_batches.round_up(n) for n in range(1, 1_000)]
-    assert len(set(rounded)) == 13
-    assert all(n <= r <= max(16, 1.5 * n) for n, r in enumerate(rounded, start=1))
+    rounded = [decoder_batches.round_up(n) for n in range(1, 1_025)]
+    assert len(set(rounded)) == 25
+    assert rounded[512:] == sorted(rounded[512:])
+    assert all(n <= r <= max(16, 1.25 * n) for n, r in enumerate(rounded, start=1))
+
+
+def cut(lengths, call_cost, tokens_per_call=2_048, row_multiple=1):
+    requests = [decoder_batches.Request([0] * n, [], []) for n in lengths]
+    families = {(): range(len(requests))}
+    batches = decoder_batches.split(
+        requests, families, tokens_per_call, row_multiple, call_cost
+    )
+    return list(batches)
+
+
+def test_every_request_is_in_one_batch_that_it_fits():
+    lengths = np.random.default_rng(0).integers(1, 700, 100).tolist()
+    batches = cut(lengths, 64, row_multiple=2)
+    assert sorted(n for batch in batches for n in batch.requests) == list(range(100))
+    for batch in batches:
+        assert len(batch.requests) <= batch.num_rows
+        assert batch.num_rows in (2, 4, 8, 16, 32, 64, 128)
+        assert batch.num_rows * batch.length <= 2_048 or batch.num_rows == 2
+        assert max(lengths[n] for n in batch.requests) <= batch.length
+
+
+def test_the_cut_is_the_cheapest_of_all():
+    lengths = [150, 90, 80, 60, 33, 32, 16]
+    padded = [decoder_batches.round_up(n) for n in lengths]
+
+    def cheapest(start):
+        if start >= len(lengths):
+            return 0
+        return min(
+            rows * padded[start] + 40 + cheapest(start + rows)
+            for rows in (1, 2, 4, 8)
+            if rows == 1 or rows * padded[start] <= 256
+        )
+
+    batches = cut(lengths, 40, tokens_per_call=256)
+    cost = sum(batch.num_rows * batch.length + 40 for batch in batches)
+    assert cost == cheapest(0) < 2 * 160 + 4 * 80 + 32 + 3 * 40
+
+
+def test_where_calls_cost_much_they_are_few():
+    lengths = [100] * 3 + [20] * 5
+    assert len(cut(lengths, 0)) > 1
+    assert len(cut(lengths, 2_048)) == 1

@@ -20,8 +20,10 @@ from gecko_jax.fret import decoder
 FAMILY_TOKENS = 16
 FAMILY_SIZE = 4
 
-# The least length; above it a third is padding at worst.
+# The least length; above it a fifth is padding at worst.
 SHORTEST = 16
+
+PREFIX_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +68,16 @@ def families(prompts: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
 
 
 def round_up(length: int) -> int:
-    """Returns the next of 16, 24, 32, 48, 64, 96, ..."""
+    """Returns the next of 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ..."""
     if length <= SHORTEST:
         return SHORTEST
-    power = 1 << (length - 1).bit_length()
-    return 3 * power // 4 if length <= 3 * power // 4 else power
+    step = 1 << ((length - 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+def round_up_prefix(length: int) -> int:
+    """Returns the next multiple of 64: prefixes are few, and read by all."""
+    return -(-length // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
 
 
 def split(
@@ -78,14 +85,19 @@ def split(
     families: Mapping[tuple[int, ...], Sequence[int]],
     tokens_per_call: int,
     row_multiple: int,
+    call_cost: int,
 ) -> Iterator[Batch]:
     """Yields batches of like length within a family, the longest first.
+
+    Of all ways to cut the sorted requests it is the one that costs least, padding
+    counted like text.
 
     Args:
         requests: All of a call.
         families: Of the prompts.
         tokens_per_call: Rows times length, at most, unless a row is longer.
         row_multiple: Divides the number of rows: devices they are split over.
+        call_cost: What a batch costs beside its rows times length, in tokens.
     """
     for prefix, members in families.items():
         lengths = {
@@ -95,14 +107,44 @@ def split(
             for number in members
         }
         order = sorted(members, key=lambda number: (-lengths[number], number))
-        while order:
-            length = round_up(lengths[order[0]])
-            most = max(tokens_per_call // length // row_multiple, 1)
-            most = row_multiple << (most.bit_length() - 1)
-            taken, order = order[:most], order[most:]
-            parts = -(-len(taken) // row_multiple)
-            num_rows = row_multiple << (parts - 1).bit_length()
-            yield Batch(taken, prefix, length, num_rows)
+        rounded = [round_up(lengths[number]) for number in order]
+        start = 0
+        for num_rows in _cut(rounded, tokens_per_call, row_multiple, call_cost):
+            taken = order[start : start + num_rows]
+            yield Batch(taken, prefix, rounded[start], num_rows)
+            start += len(taken)
+
+
+def _cut(
+    lengths: Sequence[int], tokens_per_call: int, row_multiple: int, call_cost: int
+) -> Iterator[int]:
+    """Yields the rows of one batch after the other, at the least cost of all.
+
+    Args:
+        lengths: Of the rows, the longest first; a batch has that of its first.
+        tokens_per_call: As in `split`.
+        row_multiple: As in `split`.
+        call_cost: As in `split`.
+    """
+    count = len(lengths)
+    # From each row on: the least cost, and the rows of the batch that begins there.
+    best = [(0, 0)] * (count + 1)
+    for start in range(count - 1, -1, -1):
+        choices = []
+        num_rows = row_multiple
+        while True:
+            cost = num_rows * lengths[start] + call_cost
+            choices.append((cost + best[min(start + num_rows, count)][0], num_rows))
+            num_rows *= 2
+            is_full = num_rows * lengths[start] > tokens_per_call
+            if is_full or start + num_rows // 2 >= count:
+                break
+        best[start] = min(choices)
+    start = 0
+    while start < count:
+        num_rows = best[start][1]
+        yield num_rows
+        start += num_rows
 
 
 def rows(

@@ -35,6 +35,9 @@ from gecko_jax.fret import (
 TOKENS_PER_CALL = {"cpu": 2_048}
 ACCELERATOR_TOKENS_PER_CALL = 16_384
 
+# A call costs this part of the tokens it may read, beside those that it reads.
+_CALL_COST = 32
+
 
 class Completion(NamedTuple):
     """What a model wrote.
@@ -220,7 +223,8 @@ class LocalModel:
             for seed, request in zip(seeds, requests, strict=True)
         ]
         found: list[Completion] = [Completion("", False, 0)] * len(prompts)
-        for batch in self._batches(requests):
+        # Every call reads all weights once a token, whatever its rows: few calls.
+        for batch in self._batches(requests, call_cost=self.tokens_per_call):
             drawn = self._draw(batch, requests, keys, sampling)
             for number, completion in zip(batch.requests, drawn, strict=True):
                 found[number] = completion
@@ -302,7 +306,8 @@ class LocalModel:
                 answers[number] = values[start : start + count]
                 start += count
 
-        for batch in self._batches(requests):
+        call_cost = self.tokens_per_call // _CALL_COST
+        for batch in self._batches(requests, call_cost):
             waiting.append((batch, self._score_batch(batch, requests)))
             if len(waiting) > 1:  # The device works on one while the next is made.
                 fetch()
@@ -335,7 +340,7 @@ class LocalModel:
         )
 
     def _batches(
-        self, requests: Sequence[decoder_batches.Request]
+        self, requests: Sequence[decoder_batches.Request], call_cost: int
     ) -> Iterator[decoder_batches.Batch]:
         """Yields batches of like length within a family, the longest first."""
         families = decoder_batches.families([request.prompt for request in requests])
@@ -347,11 +352,11 @@ class LocalModel:
                 ready = known.get(prefix)
                 self._prefixes[prefix] = ready or self._compute_prefix(prefix)
         yield from decoder_batches.split(
-            requests, families, self.tokens_per_call, self._row_multiple
+            requests, families, self.tokens_per_call, self._row_multiple, call_cost
         )
 
     def _compute_prefix(self, prefix: tuple[int, ...]) -> decoder.KeyValues:
-        length = decoder_batches.round_up(len(prefix))
+        length = decoder_batches.round_up_prefix(len(prefix))
         tokens = np.zeros(length, np.int32)
         tokens[: len(prefix)] = prefix
         positions = np.full(length, decoder.PAD_POSITION, np.int32)
