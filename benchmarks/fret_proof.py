@@ -1,0 +1,368 @@
+r"""Whether FRet's triples train a better model: tables 3 and 6 of the paper, at home.
+
+    python benchmarks/fret_proof.py --output=DIR --config=configs/fret.py:local \
+        --config.passages.limit=2000
+    python benchmarks/fret_proof.py --output=DIR --table=docs/fret.md
+
+The first command runs `gecko fret run` in DIR/fret, and lets the language model judge
+held-out seeds and judged queries (table 6). Then, for every training seed, it trains
+the initial retriever on the generated queries and their seeds, and from it five models:
+seed or relabelled positive; no, a random or the hardest candidate as negative (table
+3). All five train on the same queries. Every step ends in a file of DIR/rows; one that
+is there is not made again, and one that was stopped goes on. `--data` names the judged
+queries: a folder as `quality.py` takes it, or the bundled one.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import pathlib
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import fret_proof_table
+import ml_collections
+import numpy as np
+import quality
+import side_by_side
+
+from gecko_jax import files, flags, progress, ranking
+from gecko_jax.fret import fusion, requests, retrieval, settings, stages
+from gecko_jax.fret import run as run_lib
+
+ROOT = quality.ROOT
+# Table 3: fuse.positive, fuse.negative.
+ROWS = {
+    "seed, none": ("seed", "none"),
+    "seed, hardest": ("seed", "lowest"),
+    "relabelled, none": ("relabelled", "none"),
+    "relabelled, random": ("relabelled", "sampled"),
+    "relabelled, hardest": ("relabelled", "lowest"),
+}
+START = "initial retriever"
+_QUERIES_AT_ONCE = 16
+
+
+def main() -> None:
+    """Makes what is missing, or the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--config", default="configs/fret.py:local", metavar="FILE:ARG")
+    parser.add_argument("--data", default="quickstart", help="a folder (quickstart)")
+    parser.add_argument(
+        "--judged", type=int, default=100, help="queries judged (100); 0: no table 6"
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="of training (0,1,2)")
+    parser.add_argument("--start-steps", type=int, default=200, help="of stage 1 (200)")
+    parser.add_argument("--steps", type=int, default=60, help="of each row (60)")
+    parser.add_argument("--batch-size", type=int, default=64, help="examples (64)")
+    parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    overrides, arguments = flags.split(sys.argv[1:])
+    options = parser.parse_args(arguments)
+    if options.table:
+        fret_proof_table.write(options.output / "rows", options.table, [START, *ROWS])
+        return
+    config = flags.load(options.config, overrides)
+    if options.worker:
+        work(options.worker, config, options)
+        return
+    # So that the worker ends with us: `subprocess.run` kills it when this is raised.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    jobs = {"fret": run_path(options)}
+    if options.judged:
+        jobs["judges"] = judges_path(options)
+    for seed in map(int, options.seeds.split(",")):
+        for name in (START, *ROWS):
+            jobs[f"{name}:{seed}"] = row_path(name, seed, options)
+    for job, path in jobs.items():
+        if path.exists():
+            print(f"{path}: there")
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], f"--worker={job}"]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"{job}: ended; the same command goes on")
+        print(f"{path}: made", flush=True)
+
+
+def run_path(options: argparse.Namespace) -> pathlib.Path:
+    """Names the file that says what the run made."""
+    return options.output / "rows" / "run.json"
+
+
+def judges_path(options: argparse.Namespace) -> pathlib.Path:
+    """Names the file of table 6."""
+    return options.output / "rows" / f"judges-{options.judged}.json"
+
+
+def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
+    """Names the file of a line of table 3."""
+    label = name.replace(", ", "-").replace(" ", "-")
+    steps = f"{options.start_steps}+{options.steps}x{options.batch_size}"
+    return options.output / "rows" / f"model-{label}-{steps}-seed{seed}.json"
+
+
+def work(
+    job: str, config: ml_collections.ConfigDict, options: argparse.Namespace
+) -> None:
+    """Does one job, in a process of its own, and writes its file."""
+    if job == "fret":
+        path, facts = run_path(options), make_triples(config, options)
+    elif job == "judges":
+        path, facts = judges_path(options), judge(config, options)
+    else:
+        name, _, seed = job.rpartition(":")
+        path = row_path(name, int(seed), options)
+        facts = {"row": name, "seed": int(seed)} | train(name, int(seed), options)
+    facts |= {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": quality.commit(),
+        "machine": f"{platform.processor() or platform.machine()}, "
+        f"{quality.cores()} cores",
+        "peak_gib": side_by_side.host_peak(),
+    }
+    with files.write_file(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def make_triples(
+    config: ml_collections.ConfigDict, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Runs FRet, and chooses the triples of every row from what it judged."""
+    from gecko_jax.fret import bootstrap
+
+    workdir = options.output / "fret"
+    with quality.timed(workdir):
+        summary = run_lib.run(config, workdir)
+    pairs, num_pairs = bootstrap.write_pairs(config, workdir)
+    shutil.copy(pairs, triples_path(START, options))
+    found: dict[str, dict[int, str]] = {}
+    for name, (positive, negative) in ROWS.items():
+        # All but the choice is there already: the model is not asked again.
+        again = options.output / "chosen" / name.replace(", ", "-")
+        shutil.rmtree(again, ignore_errors=True)
+        unlike = ("fuse", "export", requests.FOLDER, "calibration", "bootstrap")
+        shutil.copytree(workdir, again, ignore=shutil.ignore_patterns(*unlike))
+        chosen = ml_collections.ConfigDict(config)
+        chosen.fuse.positive, chosen.fuse.negative = positive, negative
+        output = run_lib.run(chosen, again).output
+        assert output is not None
+        lines = output.read_text().splitlines(keepends=True)
+        found[name] = {json.loads(line)["seed"]: line for line in lines}
+    # A row may drop a query whose positive tells it too little: then all drop it.
+    common = set.intersection(*(set(lines) for lines in found.values()))
+    for name, lines in found.items():
+        with files.write_file(triples_path(name, options)) as temporary:
+            temporary.write_text("".join(lines[n] for n in sorted(common)))
+    positives = [
+        [json.loads(found[name][n])["positive"] for n in sorted(common)]
+        for name in ("seed, none", "relabelled, none")
+    ]
+    moved = sum(a != b for a, b in zip(*positives, strict=True))
+    return {
+        "generator": config.llm.weights or config.llm.model or config.llm.recording,
+        "passages": summary.stages["passages"]["kept"],
+        "queries": num_pairs,
+        "triples": len(common),
+        "moved": moved / len(common),
+        "candidates": config.retrieve.num_candidates,
+        "retriever": config.retrieve.model or "BM25",
+        "weights": [config.fuse.likelihood_weight, config.fuse.relevance_weight],
+        "seconds": quality.spent(workdir),
+    }
+
+
+def triples_path(name: str, options: argparse.Namespace) -> pathlib.Path:
+    """Returns what a row trains on."""
+    folder = options.output / "triples"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+
+
+def judge(
+    config: ml_collections.ConfigDict, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Ranks candidates by each judge and by both: table 6.
+
+    Of held-out seeds the query is the model's own, and the seed should be first; of
+    judged queries people wrote query and answer.
+    """
+    from gecko_jax.fret import measure
+
+    found = measure.calibrate(config, options.output / "fret")
+    reranked = {}
+    budget = run_lib.open_budget(config)
+    with run_lib.prepare(
+        config, options.output / "fret", budget, run_lib.open_model
+    ) as source:
+        for task, one in retrieval_sets(options):
+            few = one.limit(options.judged, 0)
+            log = options.output / "judged" / task
+            reranked[task] = rerank(source, few, task, log)
+    return {"seeds": dataclasses.asdict(found), "queries": reranked}
+
+
+def retrieval_sets(options: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Returns the judged queries that are for the test, by task."""
+    from gecko_jax.evaluation import sets
+
+    folders = quality.find_data(options.data).evals["test"]
+    return [
+        (task, one)
+        for task, folder in folders.items()
+        for one in sets.load(folder)
+        if isinstance(one, sets.RetrievalSet)
+    ]
+
+
+def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any]:
+    """Returns nDCG@10 of the candidates in the order of each judge.
+
+    Args:
+        source: Of the run: model, prompts and settings.
+        one: The retrieval set.
+        task: Of its queries that name none.
+        log: Folder for what the model answers.
+    """
+    config, prompts = source.config, source.prompts
+    passages = list(zip(one.titles, one.texts, strict=True))
+    store = stages.Passages(
+        [{"title": title, "text": text} for title, text in passages]
+    )
+    if config.retrieve.model:
+        vectors = source.gecko.encode_passages(one.texts, one.titles)
+        retriever: Any = retrieval.GeckoRetriever(source.gecko, vectors)
+    else:
+        retriever = retrieval.Bm25Retriever(passages)
+    tasks = quality.tasks_of(one, task)
+    rows = [
+        {"id": number, "candidates": found}
+        for number, (found, _) in enumerate(
+            retriever.search(one.queries, tasks, config.retrieve.num_candidates)
+        )
+    ]
+    rows = [row for row in rows if row["candidates"]]
+    queries = {row["id"]: {"query": one.queries[row["id"]]} for row in rows}
+    grades = list(prompts.relevance.labels.values())
+    judged: dict[str, dict[int, Any]] = {"QL": {}, "RC": {}}
+    for start in progress.track(
+        range(0, len(rows), _QUERIES_AT_ONCE), f"Judging {task}"
+    ):
+        block = rows[start : start + _QUERIES_AT_ONCE]
+        with requests.RequestLog(log / f"likelihood-{start:05}.jsonl") as answers:
+            source.model.log = answers
+            judged["QL"] |= stages.by_id(
+                stages.likelihood(
+                    block, queries, store, source.model, prompts.likelihood, ""
+                )
+            )
+        with requests.RequestLog(log / f"relevance-{start:05}.jsonl") as answers:
+            source.model.log = answers
+            judged["RC"] |= stages.by_id(
+                stages.relevance(block, queries, store, source.model, prompts.relevance)
+            )
+    both = dataclasses.replace(
+        settings.fusion_settings(config), likelihood_weight=1.0, relevance_weight=1.0
+    )
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if not all(row["id"] in found for found in judged.values()):
+            continue
+        ranks = {
+            "QL": fusion.ranks(judged["QL"][row["id"]]["log_probs"]),
+            "RC": fusion.ranks(
+                [
+                    fusion.relevance_score(values, grades, config.fuse.relevance)
+                    for values in judged["RC"][row["id"]]["label_log_probs"]
+                ]
+            ),
+        }
+        fused = fusion.fuse(ranks["QL"], ranks["RC"], both)
+        ranks |= {"retrieval": np.arange(len(fused)), "RRF": fusion.ranks(list(fused))}
+        query = one.query_ids[row["id"]]
+        for name, order in ranks.items():
+            best = [one.passage_ids[row["candidates"][p]] for p in np.argsort(order)]
+            scores.setdefault(name, []).append(
+                ranking.ndcg_at_k([p for p in best if p != query], one.relevance[query])
+            )
+    num_judged = len(next(iter(scores.values()), []))
+    return {
+        "queries": len(one.queries),
+        "judged": num_judged,
+        "candidates": config.retrieve.num_candidates,
+        "ndcg": {name: float(np.mean(values)) for name, values in scores.items()},
+        "standard_error": {
+            name: float(np.std(values) / np.sqrt(len(values)))
+            for name, values in scores.items()
+        },
+    }
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains one model, and scores it on the judged queries."""
+    from gecko_jax import embedding
+    from gecko_jax import train as train_lib
+
+    workdir = model_path(name, seed, options)
+    config = training_config(name, seed, options)
+    with quality.timed(workdir):
+        train_lib.train(config, workdir)
+    model = embedding.load(str(workdir))
+
+    def rank(found: Any, task: str) -> dict[str, Any]:
+        queries = model.encode_queries(
+            found.queries, task=quality.tasks_of(found, task)
+        )
+        corpus = model.encode_passages(found.texts, found.titles)
+        return quality.by_dim(found, queries, corpus, model.files.mrl_dims)
+
+    data = quality.find_data(options.data)
+    data = dataclasses.replace(data, evals={"test": data.evals["test"]})
+    return {
+        "steps": [options.start_steps, options.steps],
+        "batch_size": options.batch_size,
+        "data": data.name,
+        "train_seconds": quality.spent(workdir),
+        "scores": quality.score(data, rank),
+    }
+
+
+def model_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
+    """Returns the workdir of a model."""
+    return options.output / "models" / row_path(name, seed, options).stem
+
+
+def training_config(
+    name: str, seed: int, options: argparse.Namespace
+) -> ml_collections.ConfigDict:
+    """Returns how a row is trained: the initial retriever, or what starts from it."""
+    is_start = name == START
+    stage = "prefinetune.py:local" if is_start else "finetune.py:fret,local"
+    config = flags.load(f"{ROOT / 'configs' / stage}")
+    config.seed = seed
+    config.data.files = (str(triples_path(name, options)),)
+    config.data.batch_size = options.batch_size
+    config.data.cache_dir = str(options.output / "cache")
+    steps = options.start_steps if is_start else options.steps
+    config.train.num_steps = steps
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
+    config.train.compilation_cache = str(options.output / "compiled")
+    config.checkpoint.every_steps = steps
+    config.checkpoint.every_minutes = 5
+    config.evaluation.every_steps = 0
+    config.evaluation.folder = ""
+    if not is_start:
+        config.data.num_negatives = int(ROWS[name][1] != "none")
+        config.init.checkpoint = str(model_path(START, seed, options))
+    return config
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The triples of `gecko fret run` as a TFDS data set.
+
+    builder = fret_builder.build("runs/fret/export", "~/tensorflow_datasets")
+    builder.as_dataset(split="train")          tfds.load("gecko_fret") reads it as well
+
+The features are the fields of the exported lines, "" or [] where a line has none; the
+description is the export's card, with generator, prompts, counts and licences.
+"""
+
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gecko_jax import files
+from gecko_jax.data import jsonl
+
+# As `gecko fret run` names them.
+TRIPLES, CARD = "fret.jsonl", "README.md"
+
+_LISTS = ("negatives", "negative_titles")
+_TEXTS = (
+    *("task", "query", "positive", "title", "task_description", "generator", "prompt"),
+    *("source", "source_id", "licence"),
+)
+_CITATION = """@article{lee2024gecko,
+  title={Gecko: Versatile Text Embeddings Distilled from Large Language Models},
+  author={Lee, Jinhyuk and others},
+  journal={arXiv:2403.20327},
+  year={2024}
+}"""
+
+
+def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
+    """Writes the data set, unless it is there; returns its TFDS builder.
+
+    Args:
+        export: Folder that `gecko fret run` wrote, WORKDIR/export.
+        data_dir: Where TFDS keeps its sets.
+
+    Raises:
+        ValueError: The folder is not a finished export, a line of it is bad, or
+            `data_dir` holds the triples of another one.
+    """
+    export = pathlib.Path(export)
+    for name in (TRIPLES, CARD):
+        if not (export / name).is_file():
+            raise ValueError(
+                f"{export}: it has no {name}; give the folder `export` of a finished "
+                "`gecko fret run`"
+            )
+    digest = files.sha256(export / TRIPLES)
+    data_dir = str(pathlib.Path(data_dir).expanduser())
+    builder = _builder_class()(export=str(export), data_dir=data_dir)
+    builder.download_and_prepare()
+    there = builder.info.metadata["sha256"]
+    if there != digest:
+        raise ValueError(
+            f"{builder.data_dir}: holds other triples ({there[:12]}, these are "
+            f"{digest[:12]}); remove it, or choose another data_dir"
+        )
+    return builder
+
+
+@functools.cache
+def _builder_class() -> Any:
+    """Returns the class, which TFDS registers when it is made."""
+    import tensorflow_datasets as tfds
+
+    class GeckoFret(tfds.core.GeneratorBasedBuilder):
+        """Triples distilled from a language model (section 3.2)."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, *, export: str = "", **options: Any):
+            self._export = pathlib.Path(export)
+            super().__init__(**options)
+
+        def _info(self) -> Any:
+            texts = {name: tfds.features.Text() for name in _TEXTS}
+            lists = {
+                name: tfds.features.Sequence(tfds.features.Text()) for name in _LISTS
+            }
+            return self.dataset_info_from_configs(
+                description=(self._export / CARD).read_text(encoding="utf-8"),
+                features=tfds.features.FeaturesDict(
+                    {**texts, **lists, "seed": tfds.features.Scalar(np.int64)}
+                ),
+                supervised_keys=("query", "positive"),
+                citation=_CITATION,
+                metadata=tfds.core.MetadataDict(
+                    sha256=files.sha256(self._export / TRIPLES)
+                ),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            del dl_manager
+            return {"train": self._generate_examples(self._export / TRIPLES)}
+
+        def _generate_examples(
+            self, path: pathlib.Path
+        ) -> Iterator[tuple[int, dict[str, Any]]]:
+            for number, (_, record, _) in enumerate(jsonl.read_lines(path)):
+                yield number, example(record)
+
+    return GeckoFret
+
+
+def example(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a line of an export as TFDS keeps it."""
+    texts = {name: str(record.get(name, "")) for name in _TEXTS}
+    lists = {name: list(record.get(name, ())) for name in _LISTS}
+    return {**texts, **lists, "seed": int(record.get("seed", -1))}

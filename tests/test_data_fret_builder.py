@@ -1,0 +1,87 @@
+"""The TFDS data set of FRet's triples."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from gecko_jax.data import fret_builder, sources
+
+TRIPLES = [
+    {
+        "task": "search result",
+        "query": f"query {number}",
+        "positive": f"passage {number}",
+        "title": "A title",
+        "negatives": [f"another passage {number}"],
+        "negative_titles": [""],
+        "task_description": "find it",
+        "generator": "a model",
+        "prompt": "generate@1",
+        "seed": number,
+        "licence": "CC0-1.0",
+    }
+    for number in range(5)
+]
+TRIPLES[4].pop("negatives")
+TRIPLES[4].pop("negative_titles")
+
+
+@pytest.fixture
+def export(tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write(folder, TRIPLES)
+    (folder / "README.md").write_text("# FRet triples\n\nOf a test.\n")
+    return folder
+
+
+def write(folder, triples):
+    lines = "".join(json.dumps(triple) + "\n" for triple in triples)
+    (folder / "fret.jsonl").write_text(lines)
+
+
+def test_the_data_set_holds_every_field_in_order(export, tmp_path):
+    builder = fret_builder.build(export, tmp_path / "tfds")
+    assert builder.info.splits["train"].num_examples == 5
+    assert "Of a test." in builder.info.description
+    # As anybody reads it who has the folder alone.
+    found = list(sources.read("tfds:gecko_fret:train", tfds_data_dir=tmp_path / "tfds"))
+    found.sort(key=lambda record: record["seed"])
+    for record, triple in zip(found, TRIPLES, strict=True):
+        for name, value in ({"negatives": []} | triple).items():
+            assert plain(record[name]) == value, name
+        assert plain(record["source"]) == ""
+
+
+def plain(value):
+    if isinstance(value, bytes):
+        return value.decode()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def test_another_export_is_not_taken_for_the_one_that_is_there(export, tmp_path):
+    fret_builder.build(export, tmp_path / "tfds")
+    fret_builder.build(export, tmp_path / "tfds")
+    write(export, TRIPLES[:3])
+    with pytest.raises(ValueError, match="holds other triples.*choose another"):
+        fret_builder.build(export, tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("name", ["fret.jsonl", "README.md"])
+def test_a_folder_that_is_no_export_is_refused(export, tmp_path, name):
+    (export / name).unlink()
+    with pytest.raises(ValueError, match=f"it has no {re.escape(name)}"):
+        fret_builder.build(export, tmp_path / "tfds")
+    assert not pathlib.Path(tmp_path / "tfds").exists()
+
+
+def test_a_bad_line_leaves_no_data_set(export, tmp_path):
+    write(export, [*TRIPLES, {"task": "docs", "query": "no positive"}])
+    with pytest.raises(ValueError, match=r"fret\.jsonl:6"):
+        fret_builder.build(export, tmp_path / "tfds")
+    write(export, TRIPLES)
+    assert fret_builder.build(export, tmp_path / "tfds").info.splits["train"]
