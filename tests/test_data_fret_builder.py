@@ -67,7 +67,7 @@ def test_another_export_is_not_taken_for_the_one_that_is_there(export, tmp_path)
     fret_builder.build(export, tmp_path / "tfds")
     fret_builder.build(export, tmp_path / "tfds")
     write(export, TRIPLES[:3])
-    with pytest.raises(ValueError, match="holds other triples.*choose another"):
+    with pytest.raises(ValueError, match=r"holds other triples.*choose another"):
         fret_builder.build(export, tmp_path / "tfds")
 
 

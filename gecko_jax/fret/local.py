@@ -9,11 +9,10 @@ like length, whose shapes are few so that little is compiled.
 """
 
 import collections
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from gecko_jax.fret import (
     decoder_tokenizer,
     decoder_weights,
     decoding,
+    drawing,
     llm,
 )
 
@@ -37,20 +37,6 @@ ACCELERATOR_TOKENS_PER_CALL = 16_384
 
 # A call costs this part of the tokens it may read, beside those that it reads.
 _CALL_COST = 32
-
-
-class Completion(NamedTuple):
-    """What a model wrote.
-
-    Attributes:
-        text: Without the stop string that ended it.
-        is_cut: The limit of tokens ended it.
-        num_tokens: Drawn, the one that ended it included.
-    """
-
-    text: str
-    is_cut: bool
-    num_tokens: int
 
 
 class LocalModel:
@@ -195,7 +181,7 @@ class LocalModel:
 
     def complete(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: llm.Sampling
-    ) -> list[Completion]:
+    ) -> list[drawing.Completion]:
         """Draws a continuation of each prompt.
 
         What is drawn depends on the prompt and its seed, not on the other prompts: the
@@ -211,7 +197,7 @@ class LocalModel:
             ValueError: A setting out of its range, or a prompt that `score` would
                 refuse.
         """
-        _check_sampling(sampling)
+        drawing.check(sampling)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds):,} seeds for {len(prompts):,} prompts")
         requests = [
@@ -219,10 +205,10 @@ class LocalModel:
             for prompt in self._encode_prompts(prompts, sampling.max_tokens)
         ]
         keys = [
-            _sampling_key(seed, request.prompt)
+            drawing.key(seed, request.prompt)
             for seed, request in zip(seeds, requests, strict=True)
         ]
-        found: list[Completion] = [Completion("", False, 0)] * len(prompts)
+        found = [drawing.Completion("", False, 0)] * len(prompts)
         # Every call reads all weights once a token, whatever its rows: few calls.
         for batch in self._batches(requests, call_cost=self.tokens_per_call):
             drawn = self._draw(batch, requests, keys, sampling)
@@ -236,57 +222,22 @@ class LocalModel:
         requests: Sequence[decoder_batches.Request],
         keys: Sequence[np.ndarray],
         sampling: llm.Sampling,
-    ) -> list[Completion]:
-        max_tokens, temperature = sampling.max_tokens, sampling.temperature
-        prefix, tokens, positions = self._read_rows(batch, requests)
-        rounds = -(-max_tokens // decoding.STEPS)
-        hidden, cache = decoding.start(
-            self._params,
-            self.config,
-            prefix,
-            tokens,
-            positions,
-            num_slots=rounds * decoding.STEPS,
-        )
+    ) -> list[drawing.Completion]:
         lengths = np.ones(batch.num_rows, np.int32)
         row_keys = np.zeros((batch.num_rows, 2), np.uint32)
         for row, number in enumerate(batch.requests):
             lengths[row] = len(requests[number].prompt)
             row_keys[row] = keys[number]
-        row_keys = self._place(row_keys, self._rows)
-        drawn = np.empty((len(batch.requests), 0), np.int32)
-        completions: list[Completion] = []
-        for turn in range(rounds):
-            start = turn * decoding.STEPS
-            fresh, cache, hidden = decoding.decode(
-                self._params,
-                self.config,
-                prefix,
-                cache,
-                hidden,
-                self._place(lengths + start, self._rows),
-                jnp.int32(batch.length + start),
-                row_keys,
-                jnp.float32(temperature),
-                jnp.float32(sampling.top_p),
-                is_greedy=temperature == 0,
-                is_nucleus=temperature > 0 and sampling.top_p < 1,
-            )
-            fresh = np.asarray(fresh)[: len(batch.requests)]
-            drawn = np.concatenate([drawn, fresh], axis=1)[:, :max_tokens]
-            completions = [self._complete(row, sampling.stop) for row in drawn]
-            if not any(completion.is_cut for completion in completions):
-                break
-        return completions
-
-    def _complete(self, tokens: np.ndarray, stop: Sequence[str]) -> Completion:
-        text = self.tokenizer.decode(tokens.tolist())
-        ends = [at for at in (text.find(mark) for mark in stop) if at >= 0]
-        control = np.isin(tokens, list(self.tokenizer.end_ids))
-        num_tokens = int(control.argmax()) + 1 if control.any() else len(tokens)
-        if ends:
-            return Completion(text[: min(ends)], False, num_tokens)
-        return Completion(text, not control.any(), num_tokens)
+        return drawing.draw(
+            self._params,
+            self.config,
+            self.tokenizer,
+            *self._read_rows(batch, requests),
+            self._place(lengths, self._rows),
+            self._place(row_keys, self._rows),
+            sampling,
+            len(batch.requests),
+        )
 
     def _answer(
         self, requests: Sequence[decoder_batches.Request]
@@ -441,20 +392,3 @@ def load(
         mesh=mesh,
         tokens_per_call=tokens_per_call,
     )
-
-
-def _sampling_key(seed: int, prompt: Sequence[int]) -> np.ndarray:
-    """Returns a key that a prompt and its seed decide, whatever is beside it."""
-    digest = hashlib.sha256(f"{seed} {list(prompt)}".encode()).digest()
-    return np.frombuffer(digest[:8], np.uint32)
-
-
-def _check_sampling(sampling: llm.Sampling) -> None:
-    if sampling.max_tokens < 1:
-        raise ValueError(f"max_tokens={sampling.max_tokens}: it must be at least 1")
-    if not 0 <= sampling.temperature < math.inf:
-        raise ValueError(f"temperature={sampling.temperature}: it must be 0 or more")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p={sampling.top_p}: it must be in (0, 1]")
-    if not all(sampling.stop):
-        raise ValueError(f"stop={sampling.stop!r}: no string may be empty")

@@ -1,0 +1,53 @@
+"""What leaves a run: the triples, and the pairs of the initial retriever."""
+
+import json
+
+import fake_llm
+import fret_runs
+import pytest
+
+from gecko_jax import config as config_lib
+from gecko_jax import flags
+from gecko_jax.data import jsonl
+from gecko_jax.fret import bootstrap, export
+from gecko_jax.fret import run as run_lib
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return fret_runs.write_corpus(tmp_path)
+
+
+def test_bootstrap_trains_on_the_queries_and_their_seeds(corpus, tmp_path):
+    with fake_llm.FakeServer() as fake:
+        config = fret_runs.load(corpus, fake.url)
+        with pytest.raises(ValueError, match="--until=generate"):
+            bootstrap.write_pairs(config, tmp_path / "run")
+        run_lib.run(config, tmp_path / "run", until="generate")
+        path, count = bootstrap.write_pairs(config, tmp_path / "run")
+    pairs = list(jsonl.read_pairs(path))
+    assert len(pairs) == count == 15
+    assert all(not pair.negatives for pair in pairs)
+    training = flags.load(
+        f"{fret_runs.ROOT / 'configs/prefinetune.py'}:local",
+        ["--config.data.batch_size=8"],
+    )
+    assert bootstrap.training_config(training, path, count).data.files == (str(path),)
+    with pytest.raises(ValueError, match="there are 3 pairs"):
+        bootstrap.training_config(training, path, 3)
+    small = bootstrap.training_config(training, path, 3, batch_size=2, num_steps=20)
+    config_lib.check(small)
+    assert (small.data.batch_size, small.train.num_steps) == (2, 20)
+    finetune = flags.load(f"{fret_runs.ROOT / 'configs/finetune.py'}:local")
+    with pytest.raises(ValueError, match="in-batch negatives only"):
+        bootstrap.training_config(finetune, path, count)
+
+
+def test_rare_tasks_are_search_results(corpus, tmp_path):
+    with fake_llm.FakeServer() as fake:
+        config = fret_runs.load(corpus, fake.url, "export.max_tasks=1")
+        summary = run_lib.run(config, tmp_path / "run")
+    triples = [json.loads(line) for line in summary.output.open()]
+    described = {t["task_description"] for t in triples}
+    assert len(described) == 3
+    assert len({t["task"] for t in triples} - {export.OTHER_TASK}) <= 1
