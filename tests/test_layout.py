@@ -74,7 +74,7 @@ ROOMS_OF = {
     "sentence_transformers": set(),
     "argparse": {"cli", "commands"},
     "httpx": {"fret"},
-    "apache_beam": {"data"},
+    "apache_beam": {"data", "fret"},
 }
 
 # Slow to import, or not always there: only inside the function that needs them.

@@ -121,6 +121,12 @@ def add_parser(verbs: Any) -> None:
     parsers["run"].add_argument(
         "--worker", type=_worker, default=(0, 1), metavar="I/N", help="see above"
     )
+    parsers["run"].add_argument(
+        "--beam",
+        type=parsing.words,
+        metavar="OPTION,...",
+        help="makes the passages with Apache Beam, say --beam=--runner=DirectRunner",
+    )
     parsers["bootstrap"].add_argument(
         "--train-config",
         required=True,
@@ -178,6 +184,7 @@ def run(options: argparse.Namespace) -> None:
             budget=budget,
             worker=options.worker,
             until=options.until,
+            beam_options=options.beam,
         )
     _print_stages(summary.stages)
     print(

@@ -10,6 +10,7 @@
     pipeline        tokenized records -> `Batches`, addressed by step
     mining          BM25 hard negatives
     pieces          training a SentencePiece vocabulary
+    fret_builder    an export of FRet -> a TFDS data set
 
 TensorFlow lives here only, and only in the functions that define or run a seqio task:
 once the caches are built, training reads them without it.

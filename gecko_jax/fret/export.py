@@ -29,7 +29,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
     A file that is there already and was made from the same records stays.
     """
     source = passes.source
-    facts = {"code": 1, "fuse": passes.fuse.hash} | {
+    facts = {"code": 2, "fuse": passes.fuse.hash} | {
         "max_tasks": source.config.export.max_tasks
     }
     stage = records.Stage(source.workdir, "export", facts)
@@ -153,4 +153,23 @@ def _card(
             lines.append(
                 f"| {stage.name} | {done['records']:,} | {done['kept']:,} | {why} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _FIELDS
+
+
+_FIELDS = """
+## Fields of `fret.jsonl`, one triple a line
+
+| field | |
+|---|---|
+| `task` | name of the task; rare ones are "search result" |
+| `query` | what the model wrote |
+| `positive`, `title` | the passage chosen for it |
+| `negatives`, `negative_titles` | the hard negative, a list of one; none if not wanted |
+| `task_description` | the task in the model's words |
+| `generator`, `prompt` | the model, and the prompt with its version |
+| `seed` | number of the passage that the model read |
+| `source`, `source_id`, `licence` | of that passage, where they were given |
+
+`gecko train --config.data.files=fret.jsonl` trains on it;
+`gecko_jax.data.fret_builder.build(FOLDER, DATA_DIR)` makes it a TFDS data set.
+"""

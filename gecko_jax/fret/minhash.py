@@ -52,6 +52,24 @@ def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
     return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
 
+def text_signature(text: str) -> UInt32[np.ndarray, " H"]:
+    """Returns the signature of a text's runs of words."""
+    return signature(shingles(words(text), SHINGLE_WORDS))
+
+
+def resemblance(
+    first: UInt32[np.ndarray, " H"], second: UInt32[np.ndarray, " H"]
+) -> float:
+    """Returns the share of equal entries."""
+    return float(np.mean(first == second))
+
+
+def bands(entries: UInt32[np.ndarray, " H"]) -> list[bytes]:
+    """Returns the keys of a signature: texts that share none are not compared."""
+    rows = entries.reshape(_BANDS, _ROWS)
+    return [bytes([band]) + rows[band].tobytes() for band in range(_BANDS)]
+
+
 class NearDuplicates:
     """The signatures seen so far."""
 
@@ -68,25 +86,21 @@ class NearDuplicates:
     def find(self, text: str) -> int | None:
         """Returns the number of an added text that resembles this one, or None."""
         seen: set[int] = set()
-        entries = signature(shingles(words(text), SHINGLE_WORDS))
-        for key in self._keys(entries):
+        entries = text_signature(text)
+        for key in bands(entries):
             for number in self._bands.get(key, ()):
                 if number not in seen:
                     seen.add(number)
-                    same = np.mean(self._signatures[number] == entries)
+                    same = resemblance(self._signatures[number], entries)
                     if same >= self._threshold:
                         return number
         return None
 
     def add(self, text: str) -> int:
         """Adds a text and returns its number."""
-        entries = signature(shingles(words(text), SHINGLE_WORDS))
+        entries = text_signature(text)
         number = len(self._signatures)
         self._signatures.append(entries)
-        for key in self._keys(entries):
+        for key in bands(entries):
             self._bands.setdefault(key, []).append(number)
         return number
-
-    def _keys(self, entries: UInt32[np.ndarray, " H"]) -> list[bytes]:
-        rows = entries.reshape(_BANDS, _ROWS)
-        return [bytes([band]) + rows[band].tobytes() for band in range(_BANDS)]

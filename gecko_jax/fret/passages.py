@@ -14,7 +14,7 @@ import os
 import pathlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gecko_jax import contamination, files, progress, text
@@ -59,13 +59,11 @@ def read(
     kept: list[dict[str, Any]] = []
     seen: set[tuple[int, int]] = set()
     near = minhash.NearDuplicates(rules.near_duplicate or 1.0)
-    lines = itertools.chain.from_iterable(map(_read_file, paths))
+    lines = itertools.chain.from_iterable(map(read_file, paths))
     for record in progress.track(lines, "Reading passages"):
         if rules.limit and len(kept) == rules.limit:
             break
-        reason = _clean(record, rules)
-        if reason is None and known.holds(f"{record['title']} {record['text']}"):
-            reason = "evaluation_set"
+        reason = clean(record, rules, known)
         if reason is None:
             # A text under another title would be a doubtful negative.
             content = text.content_id(record["text"])
@@ -81,16 +79,24 @@ def read(
             near.add(record["text"])
         kept.append({"id": len(kept), **record})
     if not kept:
-        told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        named = ", ".join(str(path) for path in paths) or "passages.files=()"
-        raise ValueError(
-            f"{named}: no passage is left ({told or 'there was none'}); give files "
-            "with passages, or relax the rules under passages"
-        )
+        raise none_left(paths, dropped)
     return kept, dict(sorted(dropped.items()))
 
 
-def _read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def none_left(
+    paths: Sequence[str | os.PathLike], dropped: Mapping[str, int]
+) -> ValueError:
+    """Returns the error of files that gave nothing."""
+    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    named = ", ".join(str(path) for path in paths) or "passages.files=()"
+    return ValueError(
+        f"{named}: no passage is left ({told or 'there was none'}); give files "
+        "with passages, or relax the rules under passages"
+    )
+
+
+def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields the passages of a file as they are, with what is known of them."""
     path = pathlib.Path(path)
     plain = path.name.removesuffix(".gz").endswith(".txt")
     records = files.read_records(path, any_characters=True)
@@ -107,8 +113,13 @@ def _read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         yield {**fields, "title": record.get("title") or "", "text": body}
 
 
-def _clean(record: dict[str, Any], rules: Rules) -> str | None:
-    """Cleans title and text in place; returns why the passage is not kept."""
+def clean(
+    record: dict[str, Any], rules: Rules, known: contamination.Contamination
+) -> str | None:
+    """Cleans title and text in place; returns why the passage is not kept.
+
+    Whether another is the same is for others to say.
+    """
     title, body = record["title"], record["text"]
     if not isinstance(title, str) or not isinstance(body, str):
         return "no_text"
@@ -122,6 +133,8 @@ def _clean(record: dict[str, Any], rules: Rules) -> str | None:
     record["title"] = text.clean(title) if title.strip() else ""
     if len(minhash.words(record["text"])) < rules.min_words:
         return "too_short"
+    if known.holds(f"{record['title']} {record['text']}"):
+        return "evaluation_set"
     return None
 
 

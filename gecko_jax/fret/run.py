@@ -12,7 +12,7 @@ answered is not asked again.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,6 +23,7 @@ from gecko_jax import contamination as contamination_lib
 from gecko_jax import files
 from gecko_jax.evaluation import texts
 from gecko_jax.fret import (
+    beam_passages,
     canary,
     export,
     in_process,
@@ -65,6 +66,7 @@ def run(
     worker: tuple[int, int] = (0, 1),
     until: str = "export",
     connect: Callable[..., llm.CachedModel] | None = None,
+    beam_options: Sequence[str] | None = None,
 ) -> Summary:
     """Runs the stages that are missing, and exports.
 
@@ -75,6 +77,7 @@ def run(
         worker: (i, n): see `Pipeline.run`.
         until: The last stage, or "export".
         connect: Gives the model for (config, budget); None is `open_model`.
+        beam_options: Of Apache Beam, which then makes the passages; None does without.
 
     Raises:
         ValueError: A bad setting, file or answer; the workdir was begun otherwise.
@@ -82,7 +85,8 @@ def run(
     """
     budget = budget or open_budget(config)
     stopped = ""
-    with prepare(config, workdir, budget, connect or open_model) as source:
+    connect = connect or open_model
+    with prepare(config, workdir, budget, connect, beam_options) as source:
         passes = main_pipeline(source)
         try:
             if until != "passages":
@@ -103,12 +107,13 @@ def prepare(
     workdir: pathlib.Path,
     budget: requests.Budget,
     connect: Callable[..., llm.CachedModel],
+    beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
     """Checks the config, makes the passages, and returns what the pipelines share."""
     settings.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     contamination = texts.read(config.passages.decontaminate)
-    stage = _passages(config, workdir, contamination)
+    stage = _passages(config, workdir, contamination, beam_options)
     facts = _model_facts(config)
     name = facts.pop("name")
 
@@ -195,6 +200,7 @@ def _passages(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     contamination: contamination_lib.Contamination,
+    beam_options: Sequence[str] | None,
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
     paths = [
@@ -216,7 +222,16 @@ def _passages(
     stage.begin()
     while stage.done() is None:
         with records.try_lock(workdir / records.LOCKS / "passages.lock") as got:
-            if got and stage.done() is None:
+            if got and stage.done() is None and beam_options is not None:
+                beam_passages.write(
+                    paths,
+                    rules,
+                    config.passages.decontaminate,
+                    stage,
+                    config.passages.shard_rows,
+                    beam_options,
+                )
+            elif got and stage.done() is None:
                 kept, dropped = passages.read(paths, rules, contamination)
                 rows = config.passages.shard_rows
                 starts = range(0, len(kept), rows)

@@ -1,0 +1,238 @@
+"""Passages by Apache Beam: what `passages.read` does in order, on many workers.
+
+The same passages are kept, with the same numbers, in the same bytes. Equal texts meet
+by their hash and nearly equal ones by a band of their signature; of two that are alike
+the later is dropped, unless the earlier was dropped itself, which one worker decides
+over the few pairs that were found. A file is read by one worker, and its passages are
+numbered by one: give many files.
+
+A passage is known by its *place*, (file, line): that is the order of `passages.read`.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gecko_jax import text
+from gecko_jax.evaluation import texts
+from gecko_jax.fret import minhash, passages, records
+
+_COUNTS = ".counts.json"
+_KEPT = "kept"
+
+_Place = tuple[int, int]
+_Signed = tuple[_Place, bytes]
+
+
+def write(
+    paths: Sequence[str | pathlib.Path],
+    rules: passages.Rules,
+    decontaminate: Sequence[str],
+    stage: records.Stage,
+    shard_rows: int,
+    options: Sequence[str],
+) -> None:
+    """Makes the shards of the passages and closes their stage.
+
+    Args:
+        paths: As of `passages.read`; every worker must find them.
+        rules: What a passage must be.
+        decontaminate: Evaluation sets that it must not be in.
+        stage: Where the shards go; every worker must find its folder.
+        shard_rows: Passages of a shard.
+        options: Of Apache Beam, such as ("--runner=DirectRunner",).
+
+    Raises:
+        ImportError: The extra is missing.
+        ValueError: A limit, which needs an order; no passage is left.
+    """
+    try:
+        import apache_beam as beam
+    except ModuleNotFoundError:
+        raise ImportError(
+            "passages by Beam need it, in an environment of its own: "
+            'pip install "gecko-jax[beam]"'
+        ) from None
+    if rules.limit:
+        raise ValueError(
+            f"passages.limit={rules.limit}: Beam reads all files at once; set it to 0, "
+            "or do without Beam"
+        )
+    with beam.Pipeline(
+        options=beam.options.pipeline_options.PipelineOptions(list(options))
+    ) as pipeline:
+        _build(
+            pipeline,
+            beam,
+            list(map(str, paths)),
+            rules,
+            tuple(decontaminate),
+            stage,
+            shard_rows,
+        )
+    path = stage.folder / _COUNTS
+    dropped = dict(sorted(json.loads(path.read_text()).items()))
+    path.unlink()
+    kept = dropped.pop(_KEPT, 0)
+    if not kept:
+        raise passages.none_left(paths, dropped)
+    total = kept + sum(dropped.values())
+    stage.finish(-(-kept // shard_rows), records=total, dropped=dropped)
+
+
+def _build(
+    pipeline: Any,
+    beam: Any,
+    paths: list[str],
+    rules: passages.Rules,
+    decontaminate: tuple[str, ...],
+    stage: records.Stage,
+    shard_rows: int,
+) -> None:
+    judged = (
+        pipeline
+        | beam.Create(list(enumerate(paths)))
+        | beam.Reshuffle()
+        | "Read" >> beam.FlatMap(_read, rules, decontaminate)
+    )
+    first = (
+        judged
+        | "Good" >> beam.Filter(lambda found: found[1][1] is None)
+        | "ByText" >> beam.Map(_by_text, bool(rules.near_duplicate))
+        | "First" >> beam.CombinePerKey(min)
+        | beam.Values()
+    )
+    found = {
+        "judged": judged,
+        "first": first | "FirstPlaces" >> beam.Map(lambda signed: (signed[0], True)),
+    }
+    if rules.near_duplicate:
+        found["near"] = (
+            first
+            | beam.FlatMap(_by_band)
+            | "Bands" >> beam.GroupByKey()
+            | beam.FlatMap(_alike, rules.near_duplicate)
+            | beam.combiners.ToList()
+            | beam.FlatMap(later_of_the_kept)
+            | beam.Map(lambda place: (place, True))
+        )
+    settled = found | beam.CoGroupByKey() | beam.Map(_settle)
+    _ = (
+        settled
+        | "Fates" >> beam.Map(lambda found: found[2])
+        | "Count" >> beam.combiners.Count.PerElement()
+        | "AllCounts" >> beam.combiners.ToList()
+        | beam.Map(_write_counts, stage)
+    )
+    kept = settled | "Kept" >> beam.Filter(lambda found: found[2] == _KEPT)
+    sizes = (
+        kept
+        | "Files" >> beam.Map(lambda found: found[0][0])
+        | "CountFiles" >> beam.combiners.Count.PerElement()
+    )
+    _ = (
+        kept
+        | "ByFile" >> beam.Map(lambda found: (found[0][0], (found[0][1], found[1])))
+        | "FileGroups" >> beam.GroupByKey()
+        | beam.FlatMap(_number, beam.pvalue.AsDict(sizes), shard_rows)
+        | "ShardGroups" >> beam.GroupByKey()
+        | "Write" >> beam.Map(_write_shard, stage)
+    )
+
+
+@functools.cache
+def _known(decontaminate: tuple[str, ...]) -> Any:
+    """Reads the evaluation sets once a worker."""
+    return texts.read(decontaminate)
+
+
+def _read(
+    numbered: tuple[int, str], rules: passages.Rules, decontaminate: tuple[str, ...]
+) -> Iterator[tuple[_Place, tuple[dict[str, Any], str | None]]]:
+    file, path = numbered
+    for line, record in enumerate(passages.read_file(path)):
+        reason = passages.clean(record, rules, _known(decontaminate))
+        yield (file, line), (record if reason is None else {}, reason)
+
+
+def _by_text(
+    found: tuple[_Place, tuple[dict[str, Any], None]], is_signed: bool
+) -> tuple[tuple[int, int], _Signed]:
+    place, (record, _) = found
+    body = record["text"]
+    signature = minhash.text_signature(body).tobytes() if is_signed else b""
+    return text.content_id(body), (place, signature)
+
+
+def _by_band(signed: _Signed) -> list[tuple[bytes, _Signed]]:
+    return [(band, signed) for band in minhash.bands(_entries(signed))]
+
+
+def _alike(
+    band: tuple[bytes, Iterable[_Signed]], threshold: float
+) -> Iterator[tuple[_Place, _Place]]:
+    """Yields (earlier, later) of the texts of a band that are nearly the same."""
+    signed = sorted(band[1])
+    for number, later in enumerate(signed):
+        for earlier in signed[:number]:
+            same = minhash.resemblance(_entries(earlier), _entries(later))
+            if same >= threshold:
+                yield earlier[0], later[0]
+
+
+def later_of_the_kept(pairs: Iterable[tuple[_Place, _Place]]) -> list[_Place]:
+    """Returns the places that a kept earlier one resembles, in order.
+
+    Args:
+        pairs: (earlier, later) of each two that are alike, in any order.
+    """
+    dropped: set[_Place] = set()
+    for earlier, later in sorted(set(pairs), key=lambda pair: (pair[1], pair[0])):
+        if earlier not in dropped:
+            dropped.add(later)
+    return sorted(dropped)
+
+
+def _settle(
+    found: tuple[_Place, Mapping[str, Sequence[Any]]],
+) -> tuple[_Place, dict[str, Any], str]:
+    """Returns place, record and what becomes of it."""
+    place, parts = found
+    ((record, reason),) = parts["judged"]
+    if reason is None and not parts["first"]:
+        reason = "duplicate"
+    elif reason is None and parts.get("near"):
+        reason = "near_duplicate"
+    return place, record, reason or _KEPT
+
+
+def _number(
+    group: tuple[int, Iterable[tuple[int, dict[str, Any]]]],
+    sizes: Mapping[int, int],
+    shard_rows: int,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (shard, record) of a file's passages, numbered over all files."""
+    file, lines = group
+    before = sum(count for other, count in sizes.items() if other < file)
+    ordered = sorted(lines, key=lambda entry: entry[0])
+    for number, (_, record) in enumerate(ordered, start=before):
+        yield number // shard_rows, {"id": number, **record}
+
+
+def _write_shard(
+    group: tuple[int, Iterable[dict[str, Any]]], stage: records.Stage
+) -> None:
+    shard, found = group
+    stage.write(shard, sorted(found, key=lambda record: record["id"]))
+
+
+def _write_counts(counts: list[tuple[str, int]], stage: records.Stage) -> None:
+    (stage.folder / _COUNTS).write_text(json.dumps(dict(counts)))
+
+
+def _entries(signed: _Signed) -> Any:
+    return np.frombuffer(signed[1], np.uint32)
