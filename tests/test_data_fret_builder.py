@@ -47,7 +47,8 @@ def test_the_data_set_holds_every_field_in_order(export, tmp_path):
     assert builder.info.splits["train"].num_examples == 5
     assert "Of a test." in builder.info.description
     # As anybody reads it who has the folder alone.
-    found = list(sources.read("tfds:gecko_fret:train", tfds_data_dir=tmp_path / "tfds"))
+    data_dir = str(tmp_path / "tfds")
+    found = list(sources.read("tfds:gecko_fret:train", tfds_data_dir=data_dir))
     found.sort(key=lambda record: record["seed"])
     for record, triple in zip(found, TRIPLES, strict=True):
         for name, value in ({"negatives": []} | triple).items():

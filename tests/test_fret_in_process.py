@@ -9,7 +9,15 @@ import pytest
 import tiny_decoder
 
 from gecko_jax import flags, sharding
-from gecko_jax.fret import decoder_files, in_process, llm, local, records, requests
+from gecko_jax.fret import (
+    decoder_files,
+    drawing,
+    in_process,
+    llm,
+    local,
+    records,
+    requests,
+)
 from gecko_jax.fret import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,12 +66,12 @@ def _words():
     One device is enough: `test_fret_local` compares eight with one.
     """
 
-    def complete(self, tokens, stop):
+    def complete(tokens, tokenizer, stop):
         text = " ".join(WORDS[token % 9] for token in tokens[:3].tolist())
-        return local.Completion(f" {text}", False, 3)
+        return drawing.Completion(f" {text}", False, 3)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local.LocalModel, "_complete", complete)
+        patch.setattr(drawing, "_complete", complete)
         patch.setattr(sharding, "build_mesh", lambda tensor: tiny_decoder.mesh())
         yield
 

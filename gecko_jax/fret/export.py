@@ -164,7 +164,7 @@ _FIELDS = """
 | `task` | name of the task; rare ones are "search result" |
 | `query` | what the model wrote |
 | `positive`, `title` | the passage chosen for it |
-| `negatives`, `negative_titles` | the hard negative, a list of one; none if not wanted |
+| `negatives`, `negative_titles` | the hard negative, a list of one, if there is any |
 | `task_description` | the task in the model's words |
 | `generator`, `prompt` | the model, and the prompt with its version |
 | `seed` | number of the passage that the model read |

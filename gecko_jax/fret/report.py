@@ -155,7 +155,8 @@ def render(passes: pipeline.Pipeline, facts: Facts) -> str:
         "<h2>Where the ranks lie</h2>",
         "<p>The seed is the passage that the query was written for. A good retriever "
         "and good judges put it near the top; where they do not, either another "
-        "passage answers the query better, or the judge errs.</p>",
+        "passage answers the query better, or the judge errs. A seed that retrieval "
+        "did not find stands one place behind the last.</p>",
         _figures(
             charts.bars(
                 {str(rank): counter[rank] for rank in range(1, last + 1)},
