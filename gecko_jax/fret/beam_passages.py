@@ -62,9 +62,11 @@ def write(
             f"passages.limit={rules.limit}: Beam reads all files at once; set it to 0, "
             "or do without Beam"
         )
-    with beam.Pipeline(
-        options=beam.options.pipeline_options.PipelineOptions(list(options))
-    ) as pipeline:
+    # Beam takes annotations for the types of its collections, and disputes them.
+    parsed = beam.options.pipeline_options.PipelineOptions(
+        [*options, "--no_pipeline_type_check"]
+    )
+    with beam.Pipeline(options=parsed) as pipeline:
         _build(
             pipeline,
             beam,
@@ -160,7 +162,7 @@ def _read(
 
 
 def _by_text(
-    found: tuple[_Place, tuple[dict[str, Any], None]], is_signed: bool
+    found: tuple[_Place, tuple[dict[str, Any], str | None]], is_signed: bool
 ) -> tuple[tuple[int, int], _Signed]:
     place, (record, _) = found
     body = record["text"]
@@ -198,7 +200,7 @@ def later_of_the_kept(pairs: Iterable[tuple[_Place, _Place]]) -> list[_Place]:
 
 
 def _settle(
-    found: tuple[_Place, Mapping[str, Sequence[Any]]],
+    found: tuple[_Place, Mapping[str, Iterable[Any]]],
 ) -> tuple[_Place, dict[str, Any], str]:
     """Returns place, record and what becomes of it."""
     place, parts = found
