@@ -92,10 +92,22 @@ def test_labels_are_scored_as_continuations(model):
 
 
 def test_labels_of_several_tokens_are_scored_whole(model):
-    found = model.label_log_probs(PROMPTS[:2], ["yes", "not at all"])
-    assert [list(labels) for labels in found] == [["yes", "not at all"]] * 2
-    expected = model.score(PROMPTS[:2], ["not at all"] * 2)
-    np.testing.assert_allclose([f["not at all"] for f in found], expected, atol=2e-5)
+    labels = ["a", "yes", "not at all", "b"]
+    found = model.label_log_probs(PROMPTS[:2], labels)
+    assert [list(scores) for scores in found] == [labels] * 2
+    for label in labels:
+        expected = model.score(PROMPTS[:2], [label] * 2)
+        np.testing.assert_allclose([f[label] for f in found], expected, atol=2e-5)
+
+
+def test_a_label_of_one_token_needs_no_pass_of_its_own(model, monkeypatch):
+    asked = []
+    answer = model._answer
+    monkeypatch.setattr(
+        model, "_answer", lambda requests: (asked.extend(requests), answer(requests))[1]
+    )
+    model.label_log_probs(PROMPTS[:2], ["a", "yes", "not at all", "b"])
+    assert len(asked) == 2 * 2
 
 
 def test_the_likeliest_text_is_that_of_scoring_every_next_token(model):

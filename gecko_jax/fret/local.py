@@ -133,8 +133,8 @@ class LocalModel:
     ) -> list[dict[str, float]]:
         """Returns log LLM(label | prompt) of every label, in nats.
 
-        Labels of one token each, which are the cheapest, share one pass; longer ones
-        are scored whole.
+        The first tokens of all labels are read off one pass over the prompt; a label
+        of several tokens has a pass for the others, the first of which is that one.
 
         Raises:
             ValueError: Labels that are equal or empty, or a prompt that `score` would
@@ -145,22 +145,28 @@ class LocalModel:
                 f"labels={list(labels)}: there must be some, all different"
             )
         tokens = [self._encode("label", n, label) for n, label in enumerate(labels)]
-        if any(len(label) > 1 for label in tokens):
-            asked = [(prompt, label) for prompt in prompts for label in labels]
-            scores = self.score([p for p, _ in asked], [label for _, label in asked])
-            return [
-                dict(zip(labels, scores[start : start + len(labels)], strict=True))
-                for start in range(0, len(scores), len(labels))
+        # A label of one token needs no pass of its own.
+        passes = [n for n, label in enumerate(tokens) if len(label) > 1] or [0]
+        firsts = [label[0] for label in tokens]
+        targets = {
+            n: [firsts, *([token] * len(labels) for token in tokens[n][1:])]
+            for n in passes
+        }
+        encoded = self._encode_prompts(prompts, max(map(len, tokens)))
+        found = self._answer(
+            [
+                decoder_batches.Request(prompt, tokens[n][:-1], targets[n])
+                for prompt in encoded
+                for n in passes
             ]
-        targets = [[label[0] for label in tokens]]
-        requests = [
-            decoder_batches.Request(prompt, [], targets)
-            for prompt in self._encode_prompts(prompts, 1)
-        ]
-        return [
-            dict(zip(labels, found[0].tolist(), strict=True))
-            for found in self._answer(requests)
-        ]
+        )
+        answers = []
+        for start in range(0, len(found), len(passes)):
+            values = found[start][0].tolist()
+            for n, one in zip(passes, found[start : start + len(passes)], strict=True):
+                values[n] = math.fsum(one[:, n])
+            answers.append(dict(zip(labels, values, strict=True)))
+        return answers
 
     def generate(
         self,
