@@ -643,7 +643,7 @@ def beir_folder(folder, corpus=(), queries=(), judged=()):
             "{}/qrels/train.tsv:2",
         ),
         ({"judged": ["q\td3\thigh"]}, "train.tsv:4: score 'high' is not a number"),
-        ({"judged": ["q d3 1"]}, "train.tsv:4: 1 columns"),
+        ({"judged": ["q d3 1"]}, "train.tsv:4: 1 column;"),
         ({"judged": ["q\td9\t1"]}, "train.tsv:4: passage 'd9' is not in the corpus"),
         ({"corpus": [{"text": "a"}]}, "corpus.jsonl:3: no field '_id' (it has text)"),
         (

@@ -41,6 +41,11 @@ def add_parser(verbs: Any) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Answers the queries given, or those on standard input."""
+    if not options.queries and sys.stdin is None:
+        raise ValueError(
+            "no QUERY, and standard input is closed; give queries in quotes, or a file "
+            "of them with < queries.txt"
+        )
     from gecko_jax import embedding
     from gecko_jax import index as index_lib
 
@@ -61,7 +66,8 @@ def search(options: argparse.Namespace) -> None:
                 print(json.dumps({"query": query, "hits": hits}, ensure_ascii=False))
             else:
                 _print_hits(query, hits)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # Closed.
+            sys.stdout.flush()
 
     if options.queries:
         answer(options.queries)
@@ -74,11 +80,14 @@ def search(options: argparse.Namespace) -> None:
 
 def _answer_lines(answer: Callable[[list[str]], None]) -> None:
     """Answers each line of standard input; a bad one is told and passed over."""
-    for line in _read_lines():
-        try:
-            answer([line])
-        except ValueError as error:
-            print(f"gecko search: {error}", file=sys.stderr)
+    try:
+        for line in _read_lines():
+            try:
+                answer([line])
+            except ValueError as error:
+                print(f"gecko search: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted") from None  # Nothing is to go on from.
 
 
 def _read_lines() -> Iterator[str]:

@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from gecko_jax import wording
 from gecko_jax.data import preprocessors
 
 UNIQUE_IDS = ("mask", "text")
@@ -70,8 +71,8 @@ def triples(
             labelled.append((content, value))
     if labelled and len(by_label) < 2:
         raise ValueError(
-            f"all {len(labelled):,} texts have the label {labelled[0][1]!r}; a "
-            "classification set needs at least two labels"
+            f"{wording.counted(len(labelled), 'text')} and one label, "
+            f"{labelled[0][1]!r}; a classification set needs at least two labels"
         )
     for number, (content, value) in enumerate(labelled):
         draw = random.Random(f"{seed}/{number}")

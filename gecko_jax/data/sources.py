@@ -11,13 +11,12 @@ A record of a file may have an id, `_id` or `id`; no two records may have the sa
 
 import gzip
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, wording
 from gecko_jax.data import load_seqio
 
 _ENDINGS = {
@@ -175,8 +174,8 @@ def _read_jsonl(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse_json(place: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = files.parse_json(line)
+    except ValueError as error:
         raise ValueError(
             f"{place}: not JSON ({error}); each line must be one object"
         ) from None
@@ -309,7 +308,8 @@ def _read_judgements(path: Any) -> dict[str, dict[str, tuple[str, float]]]:
             continue
         if len(parts) != 3:
             raise ValueError(
-                f"{place}: {len(parts)} columns; it must have query, passage and score"
+                f"{place}: {wording.counted(len(parts), 'column')}; it must have "
+                "query, passage and score"
             )
         query, passage, score = parts
         judged = wanted.setdefault(query, {})

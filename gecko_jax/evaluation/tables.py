@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files, model_folder, plots, quantization
+from gecko_jax import files, model_folder, plots, quantization, wording
 
 # The task that stands for all queries, pairs or texts.
 ALL = "all"
@@ -119,7 +119,7 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
     num_passages = results.about.get("num_passages", {}).get(name)
     title = f"{name}: {overall[0].count:,} {unit}"
-    title += f", {num_passages:,} passages" if num_passages else ""
+    title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
     built = table.Table(
         title=title,
         title_justify="left",
@@ -211,7 +211,7 @@ def read(path: str | os.PathLike) -> Results:
         ValueError: The file is missing or is no such results.
     """
     try:
-        return Results.from_dict(json.loads(pathlib.Path(path).read_text()))
+        return Results.from_dict(files.parse_json(pathlib.Path(path).read_text()))
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
