@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from gecko_jax import cli, contamination, plots, text, vocabulary
+from gecko_jax import cli, contamination, text, vocabulary
 from gecko_jax.data import (
     decontamination,
     features,
@@ -17,6 +17,7 @@ from gecko_jax.data import (
     statistics,
     tasks,
 )
+from gecko_jax.plots import lengths
 
 CONFIG = f"{pathlib.Path(__file__).parents[1]}/configs/finetune.py:local"
 PIECES = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
@@ -156,9 +157,9 @@ def test_lines_with_texts_of_evaluation_sets_are_reported(tmp_path):
 
 
 def test_lengths_are_drawn(tmp_path):
-    one = plots.plot_lengths([("a", [3, 9, 70], [5])], 64, 512, tmp_path / "1.png")
+    one = lengths.plot_lengths([("a", [3, 9, 70], [5])], 64, 512, tmp_path / "1.png")
     many = [("a name that is too long to be shown", [3], [])] * 4
-    four = plots.plot_lengths(many, 64, 512, tmp_path / "4.png")
+    four = lengths.plot_lengths(many, 64, 512, tmp_path / "4.png")
     assert one.read_bytes()[:4] == four.read_bytes()[:4] == b"\x89PNG"
 
 

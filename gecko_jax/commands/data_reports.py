@@ -90,7 +90,8 @@ def _collect(config: Any, tasks: Sequence[Any], drawn: Any) -> Any:
 def _print_stats(found: Any, output: str | None) -> None:
     import numpy as np
 
-    from gecko_jax import files, plots
+    from gecko_jax import files
+    from gecko_jax.plots import lengths as lengths_plot
 
     shape = found.shape
     total = sum(task.num_examples for task in found.tasks)
@@ -177,7 +178,7 @@ def _print_stats(found: Any, output: str | None) -> None:
             )
     if output:
         with files.write_file(output) as temporary:
-            plots.plot_lengths(
+            lengths_plot.plot_lengths(
                 [
                     (t.name, t.query_lengths.tolist(), t.passage_lengths.tolist())
                     for t in found.tasks

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files, model_folder, plots, quantization, wording
+from gecko_jax import files, model_folder, quantization, wording
+from gecko_jax.plots import quality
 
 # The task that stands for all queries, pairs or texts.
 ALL = "all"
@@ -200,7 +201,7 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
         # The picture compares systems; codes of one are in the table.
         exact = [r for r in results.rows if r.precision == quantization.FLOAT32]
         shown = dataclasses.replace(results, rows=tuple(exact) or results.rows)
-        plots.plot_quality(shown.to_dict(), temporary)
+        quality.plot_quality(shown.to_dict(), temporary)
     return paths
 
 
