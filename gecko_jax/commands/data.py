@@ -240,7 +240,7 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
 
 def _print_text(name: str, text: str, tokens: int | None = None) -> None:
     note = f" ({wording.counted(tokens, 'token')})" if tokens is not None else ""
-    body = textwrap.shorten(text, 400, placeholder=" ...")
+    body = wording.printable(textwrap.shorten(text, 400, placeholder=" ..."))
     print(
         textwrap.fill(
             f"{name}{note}: {body}",

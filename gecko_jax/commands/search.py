@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gecko_jax import wording
 from gecko_jax.commands import parsing
 
 _SEARCH = """\
@@ -109,8 +110,8 @@ def _read_lines() -> Iterator[str]:
 
 def _print_hits(query: str, hits: list[dict[str, Any]]) -> None:
     width = max(shutil.get_terminal_size((100, 24)).columns, 60)
-    print(f"\n{query}")
+    print(f"\n{wording.printable(query)}")
     for rank, hit in enumerate(hits, 1):
         head = f"{rank:>3}  {hit['score']:.3f}  {hit['id']}  "
         text = textwrap.shorten(hit["text"] or "", max(width - len(head), 20))
-        print(f"{head}{text}".rstrip())
+        print(wording.printable(f"{head}{text}").rstrip())

@@ -53,8 +53,8 @@ def triples(
     for record in records:
         value = preprocessors.field(record, label)
         content = preprocessors.text(record, text)
-        if num_labels is not None:
-            value = int(value)
+        if num_labels is not None and value is not None:
+            value = preprocessors.label(record, label)
             if value not in range(-1, num_labels):
                 raise ValueError(
                     f"label {value} is out of range: there are {num_labels} labels"
@@ -138,8 +138,10 @@ def threshold(
     {"text": "go away", "toxicity": 0.9} -> {"text": "go away", "label": "high"}
     """
     for record in records:
-        value = float(preprocessors.field(record, score))
-        if not 0 <= value <= 1:
+        value = preprocessors.number(record, score)
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{score} {value} is out of range: it must be in [0, 1]")
-        name = "high" if value >= high else "low" if value <= low else None
+        name = None
+        if value is not None:
+            name = "high" if value >= high else "low" if value <= low else None
         yield {"text": preprocessors.field(record, text), "label": name}
