@@ -16,6 +16,7 @@ from gecko_jax.data import (
     cache,
     mixtures,
     pipeline,
+    summary,
     tasks,
 )
 
@@ -449,18 +450,18 @@ def test_a_line_may_have_a_task_description_of_its_own(open_batches, tmp_path):
         "task: search result | query: q two",
         "task: search result | query: q three",
     }
-    examples = pipeline.summarize(batches)["tasks"][0]["examples"]
+    examples = summary.summarize(batches)["tasks"][0]["examples"]
     assert examples[0]["query"] == "task: facts | query: q one"
 
 
 def test_summary_shows_a_mixture(open_batches):
-    summary = pipeline.summarize(open_batches(), examples=2)
-    assert summary["num_examples"] == 42
-    first = summary["tasks"][0]
+    shown = summary.summarize(open_batches(), examples=2)
+    assert shown["num_examples"] == 42
+    first = shown["tasks"][0]
     assert first["task_description"] == "search result"
     assert first["num_examples"] == 24
     assert (
         first["examples"][0]["query"] == "task: search result | query: docs question 0"
     )
     assert len(first["examples"]) == 2
-    assert 0 < summary["passage_padding"] < 1
+    assert 0 < shown["passage_padding"] < 1

@@ -162,17 +162,17 @@ def show(options: argparse.Namespace) -> None:
     from gecko_jax import config as config_lib
     from gecko_jax import text
     from gecko_jax import train as training
-    from gecko_jax.data import pipeline
+    from gecko_jax.data import summary
 
     config_lib.check(config)
     batches = training.build_batches(config, text_format=text.TextFormat())
-    summary = pipeline.summarize(batches, options.count)
+    found = summary.summarize(batches, options.count)
     batch = batches.batch(0)
     print(
-        f"{wording.counted(summary['num_examples'], 'example')}, "
-        f"{config.data.batch_size:,} a step; mixture {summary['mixture_hash']}"
+        f"{wording.counted(found['num_examples'], 'example')}, "
+        f"{config.data.batch_size:,} a step; mixture {found['mixture_hash']}"
     )
-    for task in summary["tasks"]:
+    for task in found["tasks"]:
         print(
             f"\n{task['name']}: {wording.counted(task['num_examples'], 'example')}, "
             f"{task['rate']:.1%} of the mixture; licence {task['licence']}"
