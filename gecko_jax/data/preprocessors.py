@@ -61,7 +61,7 @@ def text(record: Record, name: str) -> str:
     return _CONTROL.sub("", value).strip()
 
 
-def number(record: Record, name: str) -> float | None:
+def number(record: Record, name: str) -> int | float | None:
     """Returns a field that holds a number, None for null."""
     value = field(record, name)
     if value is not None and (
