@@ -198,6 +198,7 @@ def run_pair(
     options: argparse.Namespace, part: str, names: tuple[str, str], unit: str
 ) -> None:
     """Lets both workers take turns."""
+    open_batches(options)  # Once, and not by both of them.
     arguments = [
         part,
         f"--vocabulary={options.vocabulary}",

@@ -1,5 +1,6 @@
 """Mining: hard negatives that are near, and never an answer."""
 
+import gzip
 import json
 
 import pytest
@@ -66,3 +67,34 @@ def test_mining_leaves_nothing_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     with pytest.raises(ValueError, match="num_negatives=0"):
         mining.mine_negatives([], tmp_path / "x", 0)
+
+
+def test_a_packed_file_holds_the_same_lines_and_characters(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [pair("gecko é", "a gecko é"), pair("gecko", "one gecko é")]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    plain, *packed = (tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.gz"))
+    for path in (plain, *packed):
+        mining.mine_negatives([source], path)
+    assert "é" in plain.read_text()
+    assert "negative_titles" not in json.loads(plain.read_text().splitlines()[0])
+    first, second = (path.read_bytes() for path in packed)
+    assert gzip.decompress(first) == plain.read_bytes()
+    assert first == second  # No name and no time in it.
+
+
+def test_mined_negatives_have_no_ids_beside_those_given(tmp_path):
+    given = pair("red apple", "a red apple", negatives=["pear"], negative_ids=["p"])
+    others = [pair("blue apple", "blue apple")]
+    _, (first, _) = mine(tmp_path, [given, *others], num_negatives=2)
+    assert first["negatives"] == ["pear", "blue apple"]
+    assert first["negative_ids"] == ["p", None]
+
+
+def test_files_without_a_line_are_refused(tmp_path):
+    empty = tmp_path / "in.jsonl"
+    empty.write_text("\n")
+    for files, message in (([empty], r"in\.jsonl: no examples"), ([], "no files: no")):
+        with pytest.raises(ValueError, match=message):
+            mining.mine_negatives(files, tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

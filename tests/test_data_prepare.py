@@ -323,7 +323,8 @@ def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
     ("arguments", "message"),
     [
         (["imdb_sentiment"], "its licence is restricted (IMDb's"),
-        (["fever"], "give its files, as jsonl, with --source=PATH"),
+        (["fever"], "as jsonl, with --source=PATH; docs/data.md says where"),
+        (["fret"], "with --source=PATH; `gecko fret run` makes them"),
         (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
         (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
         (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),

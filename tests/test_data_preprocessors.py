@@ -270,3 +270,16 @@ def test_any_text_survives_or_is_left_out(query, positive):
         else:
             pair = jsonl.parse("here", written)
             assert (pair.query, pair.positive) == (line["query"], line["positive"])
+
+
+def test_text_that_is_no_html_stays():
+    records = [{"q": "a <b> c &amp; d", "p": "x < y"}]
+    lines, _ = samples.split(preprocessors.pairs(records, query="q", positive="p"))
+    assert lines == [{"query": "a <b> c &amp; d", "positive": "x < y"}]
+
+
+def test_nli_needs_both_sides_and_a_label():
+    first = samples.NLI[0]
+    records = [{**first, "premise": " "}, {**first, "label": None}]
+    _, dropped = samples.split(preprocessors.nli(records))
+    assert dropped == ["empty text", "annotators disagree"]

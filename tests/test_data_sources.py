@@ -59,6 +59,12 @@ def test_an_id_may_come_once_in_a_source(tmp_path, name):
     with pytest.raises(ValueError, match=re.escape(message)):
         list(sources.read(f"{tmp_path}/*.jsonl"))
     assert len(list(sources.read(str(tmp_path / "a.jsonl")))) == 3
+    with pytest.raises(ValueError, match=r"\*\.parquet: no such file"):
+        sources.stamps(f"{tmp_path}/*.parquet")
+    blank = tmp_path / "c.jsonl"
+    blank.write_text('{"id": 1}\n\n  \n{"id": 2}\n')
+    assert list(sources.read(f"jsonl:{blank}")) == [{"id": 1}, {"id": 2}]
+    assert list(sources.stamps(f"jsonl:{blank}")) == [str(blank)]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tfrecord", "arrayrecord", "jsonl.gz"])
