@@ -189,7 +189,7 @@ def test_stats_are_printed_and_drawn(tmp_path, capsys, options):
     assert re.search(r"\n  a +2 \(50\.0%\) +2 \(50\.0%\) +1 \(25\.0%\)\n", out)
     assert re.search(r"\n  a, b +1 +0 +0\n", out)
     assert re.search(r"\n  packed +\d", out)
-    assert "a: 1 lines have a task description of their own, 1 in all: 'facts' 1" in out
+    assert "a: task descriptions of their own on 1 line, 1 in all: 'facts' 1" in out
     assert picture.exists()
     # Nothing is tokenized into the cache for a look.
     assert not (tmp_path / "cache" / "tasks").exists()
@@ -232,7 +232,7 @@ def test_mixture_is_printed_prepared_or_not(capsys, prepared):
     assert "  jsonl; t = 'question answering'\n" in out
     assert "  may hold texts of CQADupstack, " in out
     _, out, _ = gecko(capsys, "snli", f"--prepared-dir={prepared}")
-    assert out.startswith("snli: 1 tasks, ")
+    assert out.startswith("snli: 1 task, ")
     assert "t = 'semantic similarity', symmetric" in out
     _, out, _ = gecko(capsys, "imdb_sentiment", f"--prepared-dir={prepared}")
     assert "\n  restricted: IMDb's reviews come without a licence" in out
@@ -251,7 +251,7 @@ def test_reports_take_what_is_prepared(capsys, prepared):
     )
     assert status == 0
     assert out.startswith("Not prepared, and left out: gooaq, stackexchange_title_body")
-    assert "1 tasks, 3 lines" in out
+    assert "1 task, 3 lines" in out
     assert "stackexchange_qa: none in 3 lines" in out
     status, again, _ = gecko(
         capsys,

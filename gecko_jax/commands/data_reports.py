@@ -171,9 +171,10 @@ def _print_stats(found: Any, output: str | None) -> None:
     for task in found.tasks:
         if task.descriptions:
             shown = list(task.descriptions.items())[:_DESCRIPTIONS]
+            lines = wording.counted(sum(task.descriptions.values()), "line")
             print(
-                f"\n{task.name}: {sum(task.descriptions.values()):,} lines have a task "
-                f"description of their own, {len(task.descriptions):,} in all: "
+                f"\n{task.name}: task descriptions of their own on {lines}, "
+                f"{len(task.descriptions):,} in all: "
                 + ", ".join(f"{name!r} {count:,}" for name, count in shown)
             )
     if output:
