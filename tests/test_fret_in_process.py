@@ -1,6 +1,7 @@
 """The decoder of this process goes through the pipeline as a server's model does."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import random
@@ -232,7 +233,10 @@ def test_another_model_or_precision_is_refused_by_name(folder, fresh):
     assert contents(folder / "fresh") == fresh
 
 
-def test_a_missing_model_is_told_before_anything_is_written(folder, tmp_path):
+def test_a_missing_model_is_told_before_anything_is_written(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for weights, error, message in (
         (folder / "absent.gguf", ValueError, "absent.gguf: no such model"),
         (folder, ValueError, "config.json: no such file"),
