@@ -204,6 +204,8 @@ def _parse(prompt, answer, task=None, is_cut=False, shots=(0,), rules=RULES):
         (f" task\nQuery: {'geckos ' * 11}", "too_long"),
         (" task\nQuery: How can geckos climb glass?", "copied_example"),
         (" task\nQuery: stick to smooth walls and", "copied_passage"),
+        # As many words in a row as the rules allow.
+        (" task\nQuery: stick to smooth walls", ("task", "stick to smooth walls")),
         (" task\nQuery: Passage: a b c", "marker"),
         (" Query: b\nQuery: geckos can climb", "marker"),
         (" task\nQuery: geckos <|im_end|> can climb", "special_token"),
