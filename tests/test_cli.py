@@ -386,6 +386,18 @@ def test_an_export_loads_and_is_the_same_model(capsys, model_folder, tmp_path):
     assert (gecko_jax.load(output).encode_queries(["lizard"]) == expected).all()
 
 
+def test_an_export_in_half_precision_loads(capsys, model_folder, tmp_path):
+    output = tmp_path / "half"
+    arguments = ("export", model_folder, f"--output={output}", "--dtype=float16")
+    assert _run(capsys, *arguments)[0] == 0
+    assert (output / "model.safetensors").stat().st_size < 0.6 * (
+        pathlib.Path(model_folder) / "model.safetensors"
+    ).stat().st_size
+    status, _, err = _run(capsys, *arguments, "--to=t5x")
+    assert status == 1
+    assert "--dtype=float16: the format t5x is written in float32" in err
+
+
 def test_an_export_is_written_in_every_format(capsys, model_folder, tmp_path):
     for to, file in (
         ("sentence-transformers", "modules.json"),
