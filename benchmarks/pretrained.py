@@ -28,14 +28,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import quality
+import quality_data
 
 from gecko_jax import config as config_lib
 from gecko_jax import contamination, files, model_folder, parameters, progress, tensors
 from gecko_jax.data import mining
-from gecko_jax.evaluation import sets
 
-ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = ROOT / "gecko_jax" / "quickstart"
 SOURCES = pathlib.Path(__file__).with_name("pretrained_sources.json")
 CARD = pathlib.Path(__file__).with_name("pretrained_card.md")
 # Code of others inside a package, under licences that the package's does not name.
@@ -119,7 +117,10 @@ def main() -> None:
 
 def write_text(options: argparse.Namespace) -> None:
     """Writes train.jsonl.gz and text.json."""
-    known = held_out(options.data)
+    folders = {"quickstart": quality_data.QUICKSTART}
+    if options.data:
+        folders |= quality_data.judged_folders(options.data)
+    known = quality_data.held_out(folders)
     table = Sources.load()
     kept: dict[tuple[str, str, str], int] = collections.Counter()
     left_out: dict[tuple[str, str, str], int] = collections.Counter()
@@ -164,7 +165,7 @@ def write_text(options: argparse.Namespace) -> None:
 
 def read(data: pathlib.Path | None) -> Iterator[dict[str, Any]]:
     """Yields the rows of the bundled corpus, then those of a data folder."""
-    paths = [QUICKSTART / "train.jsonl"]
+    paths = [quality_data.QUICKSTART / "train.jsonl"]
     if data:
         paths.append(data / "train.jsonl.gz")
     for path in paths:
@@ -176,37 +177,6 @@ def read(data: pathlib.Path | None) -> Iterator[dict[str, Any]]:
             if missing := {"task", "query", "positive", "src"} - row.keys():
                 raise SystemExit(f"{place}: no field {min(missing)!r}")
             yield row
-
-
-def held_out(data: pathlib.Path | None) -> contamination.Contamination:
-    """Returns the queries and judged passages that no row may hold.
-
-    Passages that no query is judged by are distractors, training text among them.
-    """
-    known = contamination.Contamination()
-    folders = [("quickstart", QUICKSTART)]
-    if data:
-        folders += [
-            (f"{path.parent.name}/{path.name}", path)
-            for path in sorted(data.glob("eval/*/*"))
-        ]
-    for name, folder in folders:
-        for found in sets.load(folder):
-            if isinstance(found, sets.ClassificationSet):
-                texts = enumerate(found.test.texts)
-                known.add(name, "text", ((str(n), text) for n, text in texts))
-            if not isinstance(found, sets.RetrievalSet):
-                continue
-            known.add(name, "query", zip(found.query_ids, found.queries, strict=True))
-            judged = {
-                passage
-                for passages in found.relevance.values()
-                for passage, grade in passages.items()
-                if grade > 0
-            }
-            passages = zip(found.passage_ids, found.texts, strict=True)
-            known.add(name, "passage", (p for p in passages if p[0] in judged))
-    return known
 
 
 def counts(found: dict[tuple[str, str, str], int], what: str) -> list[dict[str, Any]]:

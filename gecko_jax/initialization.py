@@ -64,11 +64,18 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
     return start
 
 
-def text_format(start: model_folder.ModelFiles | None) -> text.TextFormat:
+def text_format(start: model_folder.ModelFiles | None, style: str) -> text.TextFormat:
     """Returns how a run writes its texts: as its start did, or else as the paper does.
 
     A plain encoder, which writes texts as they are, has no format to keep.
+
+    Args:
+        start: What the run begins with, if anything.
+        style: `data.text_format`: "gecko" as above; "plain" writes texts as they are
+            whatever the start did, to tell what the format is worth.
     """
+    if style == "plain":
+        return formats.PLAIN_FORMAT
     if start is None or start.text_format == formats.PLAIN_FORMAT:
         return text.TextFormat()
     return start.text_format

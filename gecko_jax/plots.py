@@ -9,12 +9,12 @@ from typing import Any
 
 from gecko_jax import metrics
 
-_INK, _MUTED, _GRID = "#22313f", "#7b8794", "#e4e8ec"
-_LINE_TO_BEAT, _BAG = "#d1603d", "#a9b2bc"
+_INK, MUTED, _GRID = "#22313f", "#7b8794", "#e4e8ec"
+LINE_TO_BEAT, _BAG = "#d1603d", "#a9b2bc"
 # Other models, in the order in which they are named.
 _OTHERS = ("#8c5fa8", "#c2933b", "#4f7fb8")
 # Dims, from the smallest to the largest: one hue, growing darker.
-_DIMS = ("#7cc6b3", "#3fa796", "#1f7a73", "#135457", "#0b3540")
+DIMS = ("#7cc6b3", "#3fa796", "#1f7a73", "#135457", "#0b3540")
 
 # Metric -> its name on an axis, the one to draw first.
 _LABELS = {"ndcg_at_10": "nDCG@10", "spearman": "Spearman", "accuracy": "accuracy"}
@@ -25,7 +25,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 12,
-    "axes.edgecolor": _MUTED,
+    "axes.edgecolor": MUTED,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -65,7 +65,7 @@ def plot_training(
         name.rpartition("/")[0] for series in scores for name in series
     )
     num_rows = 2 if score else 1
-    pyplot, style = _start()
+    pyplot, style = start()
     with style:
         figure, axes = pyplot.subplots(
             num_rows,
@@ -83,7 +83,7 @@ def plot_training(
         axes[0, 0].set_ylabel("loss (nats)")
         if score:
             axes[1, 0].set_ylabel(_LABELS[score])
-        return _save(figure, output)
+        return save(figure, output)
 
 
 def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathlib.Path:
@@ -109,7 +109,7 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
         )
     )
     groups = _groups(rows, sets, ("model", *others, "BM25"))
-    pyplot, style = _start()
+    pyplot, style = start()
     with style:
         each = 0.95 + 0.35 * len(others)
         width = 5.6 + (1.6 + each * len(groups) if groups else 0)
@@ -126,12 +126,12 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
         _draw_dims(axes[0, 0], overall, metric, title, others)
         if groups:
             shown = {
-                "model": (f"Gecko, {dim} dims", _DIMS[2]),
+                "model": (f"Gecko, {dim} dims", DIMS[2]),
                 **{name: (name, color) for name, color in others.items()},
-                "BM25": ("BM25", _LINE_TO_BEAT),
+                "BM25": ("BM25", LINE_TO_BEAT),
             }
             _draw_bars(axes[0, 1], groups, metric, shown, len(sets) > 1)
-        return _save(figure, output)
+        return save(figure, output)
 
 
 def plot_lengths(
@@ -152,7 +152,7 @@ def plot_lengths(
         2 * max([kept, *(length for task in tasks for length in task[column])])
         for column, kept in ((1, query_length), (2, passage_length))
     ]
-    pyplot, style = _start()
+    pyplot, style = start()
     with style:
         figure, axes = pyplot.subplots(
             len(tasks),
@@ -175,7 +175,7 @@ def plot_lengths(
             axes[0, column].set_title(side)
             axes[0, column].set_xlim(2, longest[column])
             axes[-1, column].set_xlabel("tokens, cut at the line")
-        return _save(figure, output)
+        return save(figure, output)
 
 
 def _draw_lengths(axes: Any, lengths: Sequence[int], kept: int) -> None:
@@ -185,9 +185,9 @@ def _draw_lengths(axes: Any, lengths: Sequence[int], kept: int) -> None:
         lengths,
         bins=edges,
         weights=[1 / max(len(lengths), 1)] * len(lengths),
-        color=_DIMS[1],
+        color=DIMS[1],
     )
-    axes.axvline(kept, color=_LINE_TO_BEAT, linewidth=1.5)
+    axes.axvline(kept, color=LINE_TO_BEAT, linewidth=1.5)
     over = sum(length > kept for length in lengths) / max(len(lengths), 1)
     axes.annotate(
         f"{over:.1%} cut" if over else "",
@@ -195,7 +195,7 @@ def _draw_lengths(axes: Any, lengths: Sequence[int], kept: int) -> None:
         xycoords="axes fraction",
         ha="right",
         fontsize=9,
-        color=_LINE_TO_BEAT,
+        color=LINE_TO_BEAT,
     )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -218,7 +218,7 @@ def _draw_losses(
             axes, steps, [line[f"loss_{dim}"] for line in logged], color, f"{dim} dims"
         )
     if not dims:
-        _draw_smooth(axes, steps, [line["loss"] for line in logged], _DIMS[2], "loss")
+        _draw_smooth(axes, steps, [line["loss"] for line in logged], DIMS[2], "loss")
     axes.set_title(name)
     axes.set_xlim(left=0)
     axes.legend(ncols=3, fontsize=9, loc="upper right")
@@ -284,7 +284,7 @@ def _draw_dims(
     values = [means["model", dim] for dim in dims]
     x = [math.log2(dim) for dim in dims]
     axes.plot(
-        x, values, color=_DIMS[2], linewidth=2.5, marker="o", markersize=7, zorder=3
+        x, values, color=DIMS[2], linewidth=2.5, marker="o", markersize=7, zorder=3
     )
     for place, value in zip(x, values, strict=True):
         axes.annotate(
@@ -294,7 +294,7 @@ def _draw_dims(
             xytext=(0, 9),
             ha="center",
             fontweight="bold",
-            color=_DIMS[2],
+            color=DIMS[2],
         )
     margin = 0.35 * max(x[-1] - x[0], 1.0)
     left, right = x[0] - 0.5 * margin, x[-1] + 0.5 * margin
@@ -308,7 +308,7 @@ def _draw_dims(
     top = max(others.values())
     labels = _apart(others, 0.062 * 1.2 * top)
     for system, value in others.items():
-        color = {"Gecko": _DIMS[2], "BM25": _LINE_TO_BEAT, **models}.get(system, _BAG)
+        color = {"Gecko": DIMS[2], "BM25": LINE_TO_BEAT, **models}.get(system, _BAG)
         if system in models:
             places = sorted(dim for s, dim in means if s == system and dim)
             axes.plot(
@@ -330,7 +330,7 @@ def _draw_dims(
             xytext=(6, 0),
             va="center",
             fontsize=10,
-            color=_MUTED if color == _BAG else color,
+            color=MUTED if color == _BAG else color,
             annotation_clip=False,
         )
     axes.set_xlim(left, right)
@@ -423,13 +423,11 @@ def _apart(values: Mapping[str, float], gap: float) -> dict[str, float]:
 
 def _shades(count: int) -> list[str]:
     if count == 1:
-        return [_DIMS[2]]
-    return [
-        _DIMS[round(i * (len(_DIMS) - 1) / max(count - 1, 1))] for i in range(count)
-    ]
+        return [DIMS[2]]
+    return [DIMS[round(i * (len(DIMS) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def _start() -> tuple[Any, Any]:
+def start() -> tuple[Any, Any]:
     """Returns pyplot without a screen, and the style as a context."""
     import matplotlib
 
@@ -439,7 +437,8 @@ def _start() -> tuple[Any, Any]:
     return pyplot, matplotlib.rc_context(_STYLE)
 
 
-def _save(figure: Any, output: str | os.PathLike) -> pathlib.Path:
+def save(figure: Any, output: str | os.PathLike) -> pathlib.Path:
+    """Writes a figure as PNG and closes it; returns the path."""
     from matplotlib import pyplot
 
     output = pathlib.Path(output)

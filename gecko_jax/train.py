@@ -100,7 +100,7 @@ def _train(
     initialization.check_vocabulary(load_vocabulary(config), config, start)
     batches = build_batches(
         config,
-        text_format=initialization.text_format(start),
+        text_format=initialization.text_format(start, config.data.text_format),
         row_multiple=sharding.num_batch_shards(mesh),
     )
     encoder_config = config_lib.encoder_config(config)

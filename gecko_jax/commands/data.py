@@ -222,12 +222,14 @@ def show(options: argparse.Namespace) -> None:
         return
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
-    from gecko_jax import text
+    from gecko_jax import initialization
     from gecko_jax import train as training
     from gecko_jax.data import pipeline
 
     config_lib.check(config)
-    batches = training.build_batches(config, text_format=text.TextFormat())
+    batches = training.build_batches(
+        config, text_format=initialization.text_format(None, config.data.text_format)
+    )
     summary = pipeline.summarize(batches, options.count)
     batch = batches.batch(0)
     print(
@@ -457,7 +459,7 @@ def cache(options: argparse.Namespace) -> None:
         mixture=config.data.mixture,
         files=config.data.files,
         vocabulary=pieces,
-        text_format=initialization.text_format(start),
+        text_format=initialization.text_format(start, config.data.text_format),
         cache_dir=output,
         prepared_dir=config.data.prepared_dir,
     )
