@@ -14,7 +14,7 @@ as OUTPUT/table.md.
 
 The ablations are made with three seeds on a fixed subset of the pairs, and judged on
 dev where there is one; a row takes about eight minutes on 2 cores. Some of them alone:
-`--rows=base,no-mask`; `--subset=0 --split=test` and more steps make them at full length.
+`--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
 sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
 gecko-jax[eval].
 """
@@ -211,6 +211,7 @@ def configs(
         config.data.batch_size = options.batch_size
         config.data.cache_dir = str(options.output / "cache")
         config.train.num_steps = steps
+        config.train.compilation_cache = str(options.output / "compiled")
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
         config.checkpoint.every_minutes = 2
         config.checkpoint.every_steps = max(steps, 1)
@@ -264,14 +265,16 @@ def gecko(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Trains both stages, and scores the dims of the recipe, trained here or not."""
-    from gecko_jax import embedding, train
+    from gecko_jax import checkpoints, embedding, train
     from gecko_jax.evaluation import classification, judge, sets
 
     *both, first, second = configs(row, data, seed, options)
     seconds = 0.0
     for config, workdir in zip(both, (first, second), strict=True):
-        with timed(workdir):
-            train.train(config, workdir)
+        # Rows that differ in the second stage alone share the first.
+        if checkpoints.latest_step(workdir) != config.train.num_steps:
+            with timed(workdir):
+                train.train(config, workdir)
         seconds += spent(workdir)
     model = embedding.load(str(second))
     dims = configs(Row("gecko", ""), data, seed, options)[0].loss.mrl_dims

@@ -39,13 +39,7 @@ def plot(
                 if not place:
                     column.axvline(mean, color=plots.LINE_TO_BEAT, ls="--", lw=1.3)
                 color = plots.LINE_TO_BEAT if not place else plots.DIMS[2]
-                column.plot(
-                    [min(values), max(values)],
-                    [place] * 2,
-                    color=color,
-                    lw=2,
-                    alpha=0.5,
-                )
+                column.hlines(place, min(values), max(values), color, lw=2, alpha=0.5)
                 column.plot(
                     values, [place] * len(values), "o", color=color, ms=3.5, alpha=0.6
                 )
