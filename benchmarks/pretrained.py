@@ -76,12 +76,12 @@ class Sources:
 
 
 def source(row: dict[str, Any]) -> str:
-    """Returns the name of a row's source: "wn30" of wn30-noun, "a/" of a/b.py.
+    """Returns the name of a row's source: "a/" of a/b.py, "term:jargon" of jargon.
 
-    "a/" is a source of files; "a" would be another one, such as a package described.
+    A source without files is one of its task: there may be a package called jargon.
     """
     name, slash, _ = row["src"].partition("/")
-    return re.sub(r"^wn30-.*", "wn30", name) + slash
+    return name + slash if slash else f"{row['task']}:{name}"
 
 
 def main() -> None:
@@ -187,7 +187,12 @@ def counts(found: dict[tuple[str, str, str], int], what: str) -> list[dict[str, 
     for (task, name, value), count in ordered:
         shown[task, name if count > 1 else "others", value] += count
     return [
-        {"task": task, "source": name.rstrip("/"), what: value, "pairs": count}
+        {
+            "task": task,
+            "source": re.sub(r"^\w+:|/$", "", name),
+            what: value,
+            "pairs": count,
+        }
         for (task, name, value), count in shown.items()
     ]
 
