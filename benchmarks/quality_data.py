@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = ROOT / "gecko_jax" / "quickstart"
 VOCABULARY_SIZE = 8_000  # what `mini` has room for
 CLASSES = ("mask", "text")
+CLASS_DRAWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,10 @@ def choose(data: Data) -> list[dict[str, Any]]:
 
 
 def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
-    """Yields triples of the texts with labels that no retrieval set judges by."""
+    """Yields triples of the texts with labels that no retrieval set judges by.
+
+    Several of each text, with other partners, so that they are not lost among the rest.
+    """
     from gecko_jax.data import classification, preprocessors
 
     assert data.classes is not None
@@ -155,8 +159,14 @@ def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
         for _, record in files.read_records(data.classes / "train.jsonl")
         if not known.holds(record["text"])
     ]
-    for line in classification.triples(records, unique_ids=kind):
-        if not isinstance(line, preprocessors.Drop):
+    group = 0
+    for seed in range(CLASS_DRAWS):
+        for line in classification.triples(records, unique_ids=kind, seed=seed):
+            if isinstance(line, preprocessors.Drop):
+                continue
+            if "negative_group" in line:
+                group += 1
+                line["negative_group"] = group
             yield {"task": "classification", **line}
 
 
