@@ -3,6 +3,7 @@
     python benchmarks/quality.py --data=quickstart --output=results/quality
     python benchmarks/quality.py --data=DIR --output=DIR --rows=ladder --steps=2000
     python benchmarks/quality.py --data=DIR --output=DIR --rows=ablations
+    python benchmarks/quality.py --data=DIR --output=DIR --rows=search
     python benchmarks/quality.py --output=results/quality --table=docs/results.md
 
 `quality_data` says what a data folder is; `quickstart` is the bundled corpus. Every row
@@ -16,7 +17,8 @@ The ablations are made with three seeds on a fixed subset of the pairs, and judg
 dev where there is one; a row takes about eight minutes on 2 cores. Some of them alone:
 `--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
 sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
-gecko-jax[eval].
+gecko-jax[eval]. The search is made like the ablations, with one seed: single changes of
+the recipe to choose from, on dev.
 """
 
 import argparse
@@ -59,6 +61,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "split": "dev",
     },
 }
+DEFAULTS["search"] = DEFAULTS["ablations"] | {"seeds": "0"}
 
 
 def main() -> None:
@@ -71,7 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--rows",
         default="ladder",
-        help=f"ladder, ablations, or some of one: {', '.join(ROWS)}",
+        help=f"{', '.join(GROUPS)}, or some of one of these: {', '.join(ROWS)}",
     )
     for name, about in (
         ("seeds", "such as 0,1,2"),
@@ -85,7 +88,7 @@ def main() -> None:
             f"--{name}",
             type=type(DEFAULTS["ladder"][key]),
             help=f"{about} (ladder: {DEFAULTS['ladder'][key] or 'empty'}; ablations: "
-            f"{DEFAULTS['ablations'][key]})",
+            f"{DEFAULTS['ablations'][key]}; search: {DEFAULTS['search'][key]})",
         )
     parser.add_argument("--batch-size", type=int, default=64, help="examples (64)")
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
@@ -113,8 +116,12 @@ def main() -> None:
     if without:
         print(f"{options.data}: has no texts with labels, so no {', '.join(without)}")
         names = tuple(name for name in names if name not in without)
-    if {ROWS[name].kind for name in names} & {"gecko", "sbert"}:
-        quality_data.prepare(data, options.output)
+    for size in dict.fromkeys(
+        ROWS[name].vocabulary_size
+        for name in names
+        if ROWS[name].kind in ("gecko", "sbert")
+    ):
+        quality_data.prepare(data, options.output, size)
     for seed in options.seeds.split(","):
         for name in names:
             path = row_path(name, int(seed), options)
@@ -197,7 +204,7 @@ def configs(
     from gecko_jax import flags
 
     work = options.output / "work"
-    ready = quality_data.prepared(data, options.output)
+    ready = quality_data.prepared(data, options.output, row.vocabulary_size)
     triples = [ready.triples, *([ready.classes[row.classes]] if row.classes else [])]
     made = []
     for stage, steps, keys, sources in (
@@ -284,7 +291,7 @@ def gecko(
         corpus = model.encode_passages(found.texts, found.titles)
         return by_dim(found, queries, corpus, dims)
 
-    facts = {**speed(options, seconds), "scores": score(data, rank)}
+    facts = {**speed(both, seconds), "scores": score(data, rank)}
     if data.classes:
         (labelled,) = sets.load(data.classes)
         assert isinstance(labelled, sets.ClassificationSet)
@@ -316,12 +323,12 @@ def sbert(
         )
         return by_dim(found, queries, corpus, base.loss.mrl_dims)
 
-    return {**speed(options, seconds), "scores": score(data, rank)}
+    return {**speed((base, tuned), seconds), "scores": score(data, rank)}
 
 
-def speed(options: argparse.Namespace, seconds: float) -> dict[str, float]:
+def speed(stages: Sequence[Any], seconds: float) -> dict[str, float]:
     """Returns what training took: compilation and reading included."""
-    pairs = (options.steps + options.second_steps) * options.batch_size
+    pairs = sum(config.train.num_steps * config.data.batch_size for config in stages)
     return {"train_seconds": seconds, "pairs_per_second": pairs / seconds}
 
 

@@ -19,7 +19,6 @@ from gecko_jax.evaluation import sets
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = ROOT / "gecko_jax" / "quickstart"
-VOCABULARY_SIZE = 8_000  # what `mini` has room for
 CLASSES = ("mask", "text")
 CLASS_DRAWS = 5
 
@@ -91,7 +90,7 @@ class Prepared:
     classes: Mapping[str, pathlib.Path]
 
 
-def prepared(data: Data, output: pathlib.Path) -> Prepared:
+def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared:
     """Names the files that `prepare` makes."""
     folder = output / "prepared"
     # Of the pairs alone: the split does not matter.
@@ -100,14 +99,14 @@ def prepared(data: Data, output: pathlib.Path) -> Prepared:
     return Prepared(
         QUICKSTART / "vocabulary.model"
         if data.train.parent == QUICKSTART
-        else folder / f"{data.train.parent.name}.model",
+        else folder / f"{data.train.parent.name}-{vocabulary_size}.model",
         folder / f"{stem}.jsonl.gz" if data.subset else data.train,
         folder / f"{stem}-triples.jsonl.gz",
         {kind: folder / f"{stem}-classes-{kind}.jsonl.gz" for kind in kinds},
     )
 
 
-def prepare(data: Data, output: pathlib.Path) -> None:
+def prepare(data: Data, output: pathlib.Path, vocabulary_size: int) -> None:
     """Makes what is missing once for all rows; none of it counts as training."""
     import bm25s
 
@@ -117,7 +116,7 @@ def prepare(data: Data, output: pathlib.Path) -> None:
     made = prepared(data, output)
     if not made.vocabulary.exists():
         pieces.train_vocabulary(
-            [str(data.train)], str(made.vocabulary), VOCABULARY_SIZE
+            [str(data.train)], str(made.vocabulary), vocabulary_size
         )
     if not made.pairs.exists():
         mining.write_lines(made.pairs, choose(data))

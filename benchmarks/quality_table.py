@@ -66,14 +66,14 @@ def write(
                     if (found := _find(made, data, name, steps, batch))
                 ]
                 trained = sum(found[0]["seed"] is not None for _, found in lines)
-                if not lines or (group == "ablations" and trained < 2):
+                if not lines or (group != "ladder" and trained < 2):
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
                 if steps:
                     title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
                 parts += [title + "\n", *_table(lines, rows)]
-                if group == "ablations":
-                    stem = f"{path.stem}-{data}-{steps[0]}-{steps[1]}x{batch}"
+                if group != "ladder":
+                    stem = f"{path.stem}-{group}-{data}-{steps[0]}-{steps[1]}x{batch}"
                     picture = path.with_name(f"{stem}.png")
                     quality_plot.plot(_panels(lines, rows), picture)
                     parts.append(f"\n![Mean and spread of each row]({picture.name})")

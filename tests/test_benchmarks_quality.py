@@ -61,7 +61,10 @@ def test_every_row_is_a_config_that_holds_and_none_is_another(
 
     data = quality_data.find(str(data_folder))
     made = set()
-    for name, row in quality_rows.ABLATIONS.items():
+    rows = quality_rows.ABLATIONS | quality_rows.SEARCH
+    # Both tables begin with the recipe itself.
+    assert rows.pop("search-base").both == rows["base"].both == {}
+    for name, row in rows.items():
         *stages, _, second = quality.configs(row, data, 0, _options(tmp_path))
         for config in stages:
             config_lib.check(config)
