@@ -111,7 +111,7 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
     groups = _groups(rows, sets, ("model", *others, "BM25"))
     pyplot, style = start()
     with style:
-        each = 0.95 + 0.35 * len(others)
+        each = 0.95 + 0.6 * len(others)
         width = 5.6 + (1.6 + each * len(groups) if groups else 0)
         figure, axes = pyplot.subplots(
             1,
@@ -378,7 +378,7 @@ def _draw_bars(
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(_LABELS[metric])
     axes.set_title("by set" if by_set else "by task")
-    axes.legend(ncols=2, fontsize=9, loc="upper right")
+    axes.legend(ncols=len(shown), fontsize=9, loc="upper right")
 
 
 def _groups(
