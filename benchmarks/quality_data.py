@@ -113,7 +113,7 @@ def prepare(data: Data, output: pathlib.Path, vocabulary_size: int) -> None:
     from gecko_jax.data import mining, pieces
 
     logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)
-    made = prepared(data, output)
+    made = prepared(data, output, vocabulary_size)
     if not made.vocabulary.exists():
         pieces.train_vocabulary(
             [str(data.train)], str(made.vocabulary), vocabulary_size
