@@ -67,8 +67,11 @@ def test_what_comes_along_is_small_and_whole():
         card = (folder / "README.md").read_text()
         model = embedding.load(name)
         assert model.revision in card
-        queries = model.encode_queries(["how do I sort a list in Python", "a lizard"])
+        # As the README has it.
+        queries = model.encode_queries(
+            ["how do I sort a list in Python", "a small lizard"], task="search result"
+        )
         passages = model.encode_passages(
-            ["Lists have a sort() method.", "Any of various small tropical reptiles."]
+            ["Lists have a sort() method.", "Any of various small tropical lizards."]
         )
         assert (queries @ passages.T).argmax(axis=1).tolist() == [0, 1]
