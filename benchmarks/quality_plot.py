@@ -7,17 +7,20 @@ from gecko_jax import plots
 
 
 def plot(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], output: pathlib.Path
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    output: pathlib.Path,
+    has_base: bool,
 ) -> None:
     """Draws a panel for each measure, and in it a line for each row.
 
     A line goes from the least to the most of the seeds, which are small dots, and has
-    its mean as a large one. The mean of the first row, which all others change, is
-    dashed through.
+    its mean as a large one.
 
     Args:
         panels: Measure -> row -> the values of its seeds; rows in one order.
         output: The PNG to write.
+        has_base: The first row is the one that all others change: a dashed line goes
+            through its mean.
     """
     rows = list(next(iter(panels.values())))
     pyplot, style = plots.start()
@@ -36,9 +39,10 @@ def plot(
                 if not values:
                     continue
                 mean = sum(values) / len(values)
-                if not place:
-                    column.axvline(mean, color=plots.LINE_TO_BEAT, ls="--", lw=1.3)
-                color = plots.LINE_TO_BEAT if not place else plots.DIMS[2]
+                is_base = has_base and place == 0
+                color = plots.LINE_TO_BEAT if is_base else plots.DIMS[2]
+                if is_base:
+                    column.axvline(mean, color=color, ls="--", lw=1.3)
                 column.hlines(place, min(values), max(values), color, lw=2, alpha=0.5)
                 column.plot(
                     values, [place] * len(values), "o", color=color, ms=3.5, alpha=0.6
@@ -47,6 +51,7 @@ def plot(
             column.set_title(measure, fontsize=10)
             column.grid(visible=False, axis="y")
             column.margins(x=0.08)
+            column.locator_params(axis="x", nbins=5)
         axes[0, 0].set_yticks(range(len(rows)), rows)
         axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
         plots.save(figure, output)

@@ -75,7 +75,9 @@ def write(
                 if group != "ladder":
                     stem = f"{path.stem}-{group}-{data}-{steps[0]}-{steps[1]}x{batch}"
                     picture = path.with_name(f"{stem}.png")
-                    quality_plot.plot(_panels(lines, rows), picture)
+                    quality_plot.plot(
+                        _panels(lines, rows), picture, has_base=lines[0][0] == names[0]
+                    )
                     parts.append(f"\n![Mean and spread of each row]({picture.name})")
     with files.write_file(path) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
