@@ -33,7 +33,7 @@ help: ## this list
 	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
 
 # `make demo START=mini` fine-tunes the model that comes along, not one from scratch.
-START ?=
+START :=
 TAG := $(if $(START),-$(START))
 SEARCHES := "which privileges does a role need" "how are modules found on import" \
 	"large wading bird"
@@ -74,12 +74,13 @@ demo: $(VENV)/.core ## make data (FRet), train a small Gecko on it, judge it, se
 # The model that comes along. DATA=DIR adds the text of a data folder whose licence lets
 # the model be passed on; FIRST and SECOND are more options of the two stages.
 MADE := runs/pretrained
-DATA ?=
-VOCABULARY_SIZE ?= 8000
-FIRST_CONFIG ?= configs/prefinetune.py:local
-SECOND_CONFIG ?= configs/finetune.py:local
-FIRST ?=
-SECOND ?=
+DATA :=
+VOCABULARY_SIZE := 8000
+NEGATIVES := 1
+FIRST_CONFIG := configs/prefinetune.py:local
+SECOND_CONFIG := configs/finetune.py:local
+FIRST :=
+SECOND :=
 
 .PHONY: pretrained
 pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR adds text
@@ -89,7 +90,8 @@ pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR ad
 		$(MADE)/text/train.jsonl.gz --output=$(MADE)/vocabulary.model \
 		--size=$(VOCABULARY_SIZE)
 	test -e $(MADE)/triples.jsonl.gz || $(GECKO) data prepare \
-		$(MADE)/text/train.jsonl.gz --output=$(MADE)/triples.jsonl.gz --negatives=1
+		$(MADE)/text/train.jsonl.gz --output=$(MADE)/triples.jsonl.gz \
+		--negatives=$(NEGATIVES)
 	$(GECKO) train --config=$(FIRST_CONFIG) --workdir=$(MADE)/prefinetune \
 		--config.data.files=$(MADE)/text/train.jsonl.gz \
 		--config.data.vocabulary=$(MADE)/vocabulary.model $(FIRST)
