@@ -105,7 +105,10 @@ pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR ad
 		--model=$(MADE)/model --output=$(MADE)/evaluation
 	$(BIN)/python benchmarks/pretrained.py card $(MADE)/model --text=$(MADE)/text \
 		--stages $(MADE)/prefinetune $(MADE)/finetune \
-		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini
+		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini \
+		--settings "VOCABULARY_SIZE=$(VOCABULARY_SIZE)" "NEGATIVES=$(NEGATIVES)" \
+		"FIRST_CONFIG=$(FIRST_CONFIG)" "SECOND_CONFIG=$(SECOND_CONFIG)" \
+		"FIRST=$(FIRST)" "SECOND=$(SECOND)"
 
 .PHONY: test
 test: $(VENV)/.test ## the fast tests, about ten minutes on 2 cores

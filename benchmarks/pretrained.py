@@ -23,6 +23,7 @@ import datetime
 import json
 import pathlib
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -107,6 +108,9 @@ def main() -> None:
     )
     verb.add_argument("--results", required=True, type=pathlib.Path, metavar="FILE")
     verb.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
+    verb.add_argument(
+        "--settings", nargs="*", default=[], metavar="NAME=VALUE", help="of make"
+    )
     verb.set_defaults(run=write_card)
     options = parser.parse_args()
     options.run(options)
@@ -242,7 +246,7 @@ def write_card(options: argparse.Namespace) -> None:
         tasks=", ".join(f"`{task}`" for task in sorted(opened.provenance["tasks"])),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         scores=scores_table(results, sorted(opened.mrl_dims)),
-        command="make pretrained" + (" DATA=DIR" if len(text["clear_of"]) > 1 else ""),
+        command=make_command(options.settings, has_data=len(text["clear_of"]) > 1),
         commit=quality.commit(),
         stages=stages_table(options.stages),
         kept=table(
@@ -259,6 +263,16 @@ def write_card(options: argparse.Namespace) -> None:
         (folder / "README.md").write_text(card)
     size = sum(path.stat().st_size for path in options.output.iterdir())
     print(f"{options.output}: {size / 1e6:.1f} MB")
+
+
+def make_command(settings: Sequence[str], has_data: bool) -> str:
+    """Returns the command that makes the model, a setting a line."""
+    words = ["make pretrained", *(["DATA=DIR"] if has_data else [])]
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if value.strip():
+            words.append(f"{name}={shlex.quote(' '.join(value.split()))}")
+    return " \\\n    ".join(words)
 
 
 def refuse_paths(provenance: Mapping[str, Any]) -> None:
