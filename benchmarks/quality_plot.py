@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from gecko_jax import plots
+from gecko_jax.plots import style
 
 
 def plot(
@@ -23,8 +23,8 @@ def plot(
             through its mean.
     """
     rows = list(next(iter(panels.values())))
-    pyplot, style = plots.start()
-    with style:
+    pyplot, drawn = style.start()
+    with drawn:
         figure, axes = pyplot.subplots(
             1,
             len(panels),
@@ -40,7 +40,7 @@ def plot(
                     continue
                 mean = sum(values) / len(values)
                 is_base = has_base and place == 0
-                color = plots.LINE_TO_BEAT if is_base else plots.DIMS[2]
+                color = style.LINE_TO_BEAT if is_base else style.DIMS[2]
                 if is_base:
                     column.axvline(mean, color=color, ls="--", lw=1.3)
                 column.hlines(place, min(values), max(values), color, lw=2, alpha=0.5)
@@ -54,4 +54,4 @@ def plot(
             column.locator_params(axis="x", nbins=5)
         axes[0, 0].set_yticks(range(len(rows)), rows)
         axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
-        plots.save(figure, output)
+        style.save(figure, output)

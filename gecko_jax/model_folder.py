@@ -340,7 +340,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
 def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the values, checked, `model` and `text_format` as their dataclasses."""
     try:
-        values = json.loads((path / MODEL_JSON).read_text("utf-8"))
+        values = files.parse_json((path / MODEL_JSON).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no {MODEL_JSON} here, so this is neither a training workdir nor "

@@ -21,6 +21,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 
+from gecko_jax import files
+
 # Of a file; a larger tensor gets a file of its own.
 SHARD_BYTES = 2 * 2**30
 
@@ -102,12 +104,12 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
         return _open_file(folder / f"{stem}{SUFFIX}")
     index = folder / f"{stem}{INDEX}"
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        places = files.parse_json(index.read_text())["weight_map"]
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: neither {stem}{SUFFIX} nor {index.name} here; copy the weights"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{index}: not an index of safetensors files; the file is damaged, copy it "
             "again"

@@ -37,6 +37,7 @@ FLOORS = {
     "tensors": 0,
     "text": 0,
     "vocabulary": 0,
+    "wording": 0,
     "averaging": 2,
     "checkpoints": 1,
     "convert": 1,

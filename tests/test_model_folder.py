@@ -174,9 +174,10 @@ def test_a_truncated_checkpoint_is_named_with_the_remedy(workdir):
 
 def test_damaged_settings_are_named(folder):
     path = folder / model_folder.MODEL_JSON
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(ValueError, match=r"gecko\.json: not JSON .*damaged"):
-        model_folder.load_model(folder)
+    for content in (path.read_text()[:40], "[" * 100_000, '{"a":' * 400 + "}" * 400):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"gecko\.json: not JSON .*damaged"):
+            model_folder.load_model(folder)
 
 
 def test_a_newer_format_is_refused(folder):
