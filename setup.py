@@ -127,6 +127,7 @@ setuptools.setup(
             "py.typed",
             "quickstart/*",
             "quickstart/*/*",
+            "pretrained/*/*",
             "fret/prompt_files/*",
         ]
     },

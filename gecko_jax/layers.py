@@ -173,7 +173,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
         """Norms the last axis; in any dtype, out in `dtype`."""
-        scale = self.param(
+        # Unboxed by Flax, which its types do not say.
+        scale: Any = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
             (x.shape[-1],),

@@ -22,6 +22,20 @@ def test_an_export_loads_and_is_the_same_model(gecko, tiny_folder, tmp_path):
     assert (gecko_jax.load(output).encode_queries(["lizard"]) == expected).all()
 
 
+def test_an_export_in_half_precision_is_smaller(gecko, tiny_folder, tmp_path):
+    output = tmp_path / "half"
+    arguments = ("export", tiny_folder, f"--output={output}", "--dtype=float16")
+    assert gecko(*arguments)[0] == 0
+    sizes = [
+        (pathlib.Path(folder) / "model.safetensors").stat().st_size
+        for folder in (output, tiny_folder)
+    ]
+    assert sizes[0] < 0.6 * sizes[1]
+    status, _, err = gecko(*arguments, "--to=t5x")
+    assert status == 1
+    assert "--dtype=float16: the format t5x is written in float32" in err
+
+
 def test_an_export_is_written_in_every_format(gecko, tiny_folder, tmp_path):
     for to, file in (
         ("sentence-transformers", "modules.json"),

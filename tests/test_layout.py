@@ -30,6 +30,7 @@ FLOORS = {
     "packing": 0,
     "parameters": 0,
     "plots": 0,
+    "pretrained": 0,
     "progress": 0,
     "quantization": 0,
     "ranking": 0,

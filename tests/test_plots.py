@@ -80,6 +80,26 @@ def test_quality_is_drawn_for_every_kind_of_result(tmp_path, rows):
     assert min(_size(path)) > 400
 
 
+def test_other_models_get_a_line_and_bars_of_their_own(tmp_path):
+    rows = [
+        _row(system, dim, value, task)
+        for system, dim, value in (
+            ("model", 64, 0.3),
+            ("model", 256, 0.4),
+            ("mini", 64, 0.5),
+            ("mini", 256, 0.6),
+            ("BM25", None, 0.5),
+        )
+        for task in ("all", "docs", "code")
+    ]
+    alone = quality.plot_quality({"rows": rows}, tmp_path / "alone.png")
+    about = {"beside": {"mini": "1a2b"}}
+    beside = quality.plot_quality({"rows": rows, "about": about}, tmp_path / "both.png")
+    assert _size(beside)[0] > _size(alone)[0]
+    groups = quality._groups(rows, ["set"], ("model", "mini", "BM25"))
+    assert groups["docs"] == {"model": 0.4, "mini": 0.6, "BM25": 0.5}
+
+
 def test_quality_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no scores of a model"):
         quality.plot_quality({"rows": [_row("BM25", None, 0.5)]}, tmp_path / "out.png")

@@ -160,12 +160,14 @@ def show(options: argparse.Namespace) -> None:
         return
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
-    from gecko_jax import text
+    from gecko_jax import initialization
     from gecko_jax import train as training
     from gecko_jax.data import summary
 
     config_lib.check(config)
-    batches = training.build_batches(config, text_format=text.TextFormat())
+    batches = training.build_batches(
+        config, text_format=initialization.text_format(None, config.data.text_format)
+    )
     found = summary.summarize(batches, options.count)
     batch = batches.batch(0)
     print(

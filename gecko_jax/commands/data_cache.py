@@ -54,7 +54,7 @@ def cache(options: argparse.Namespace) -> None:
         mixture=config.data.mixture,
         files=config.data.files,
         vocabulary=pieces,
-        text_format=initialization.text_format(start),
+        text_format=initialization.text_format(start, config.data.text_format),
         cache_dir=output,
         prepared_dir=config.data.prepared_dir,
     )

@@ -20,6 +20,7 @@ ALL = "all"
 MODEL, BM25 = "model", "BM25"
 UNTRAINED = "untrained model"
 BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
+SYSTEMS = (MODEL, BM25, UNTRAINED, BAG, IDF_BAG)
 
 # Metric -> its name in a table, and what is counted of its sets.
 METRICS: dict[str, tuple[str, str]] = {
@@ -37,7 +38,7 @@ class Row:
 
     Attributes:
         set: Name of the evaluation set.
-        system: `MODEL`, `BM25`, ...
+        system: One of `SYSTEMS`, or the name of another model.
         dim: Entries of the vectors; None for BM25.
         task: The queries' task, `ALL` for all of them.
         count: Queries, pairs of sentences, or texts to classify.

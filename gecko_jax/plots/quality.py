@@ -1,5 +1,6 @@
 """How good a model is at every dim, beside the lines to beat."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -23,10 +24,14 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
     if metric is None or dim is None:
         raise ValueError("no scores of a model to plot")
     sets = list(dict.fromkeys(row["set"] for row in rows))
-    groups = _groups(rows, sets)
+    # Other models, which have a line of their own and a colour.
+    named = results.get("about", {}).get("beside", ())
+    others = dict(zip(named, itertools.cycle(style.OTHERS), strict=False))
+    groups = _groups(rows, sets, ("model", *others, "BM25"))
     pyplot, drawn = style.start()
     with drawn:
-        width = 5.6 + (1.6 + 0.95 * len(groups) if groups else 0)
+        each = 0.95 + 0.6 * len(others)
+        width = 5.6 + (1.6 + each * len(groups) if groups else 0)
         figure, axes = pyplot.subplots(
             1,
             2 if groups else 1,
@@ -37,14 +42,23 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
         )
         title = sets[0] if len(sets) == 1 else f"mean of {len(sets)} sets"
         overall = [row for row in rows if row["task"] == "all"]
-        _draw_dims(axes[0, 0], overall, metric, title)
+        _draw_dims(axes[0, 0], overall, metric, title, others)
         if groups:
-            _draw_bars(axes[0, 1], groups, metric, dim, len(sets) > 1)
+            shown = {
+                "model": (f"Gecko, {dim} dims", style.DIMS[2]),
+                **{name: (name, color) for name, color in others.items()},
+                "BM25": ("BM25", style.LINE_TO_BEAT),
+            }
+            _draw_bars(axes[0, 1], groups, metric, shown, len(sets) > 1)
         return style.save(figure, output)
 
 
 def _draw_dims(
-    axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, title: str
+    axes: Any,
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    title: str,
+    models: Mapping[str, str],
 ) -> None:
     points: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
@@ -59,7 +73,7 @@ def _draw_dims(
     axes.plot(x, values, color=own, linewidth=2.5, marker="o", markersize=7, zorder=3)
     margin = 0.35 * max(x[-1] - x[0], 1.0)
     left, right = x[0] - 0.5 * margin, x[-1] + 0.5 * margin
-    # The other systems have one dim at most, and are lines to be compared with.
+    # The systems that no one trained are flat lines to be compared with.
     others = {
         system: max(v for (s, _), v in means.items() if s == system)
         for system, _ in means
@@ -69,7 +83,7 @@ def _draw_dims(
     top = max(others.values())
     # A line of text, in the units of the axis.
     height = 0.062 * 1.2 * top
-    lines = [value for system, value in others.items() if system != "Gecko"]
+    lines = [v for system, v in others.items() if system not in ("Gecko", *models)]
     for place, value in zip(x, values, strict=True):
         side = _clear_side(value, lines, 1.5 * height)
         axes.annotate(
@@ -86,8 +100,19 @@ def _draw_dims(
         )
     labels = _apart(others, height)
     for system, value in others.items():
-        color = {"Gecko": own, "BM25": style.LINE_TO_BEAT}.get(system, style.BAG)
-        if system != "Gecko":
+        known = {"Gecko": own, "BM25": style.LINE_TO_BEAT, **models}
+        color = known.get(system, style.BAG)
+        if system in models:
+            places = sorted(dim for s, dim in means if s == system and dim)
+            axes.plot(
+                [math.log2(dim) for dim in places],
+                [means[system, dim] for dim in places],
+                color=color,
+                linewidth=2,
+                marker="o",
+                markersize=5,
+            )
+        elif system != "Gecko":
             dashes = "--" if system == "BM25" else ":"
             axes.plot([left, right], [value] * 2, color=color, ls=dashes, linewidth=1.8)
         shown = system if system == "Gecko" else f"{system}  {value:.3f}"
@@ -114,14 +139,13 @@ def _draw_bars(
     axes: Any,
     groups: Mapping[str, Mapping[str, float]],
     metric: str,
-    dim: int,
+    shown: Mapping[str, tuple[str, str]],
     by_set: bool,
 ) -> None:
-    width = 0.38
-    for offset, system, color, label in (
-        (-width / 2, "model", style.DIMS[2], f"Gecko, {dim} dims"),
-        (width / 2, "BM25", style.LINE_TO_BEAT, "BM25"),
-    ):
+    """Draws a group of bars for each task or set; `shown` has label and colour."""
+    width = 0.76 / len(shown)
+    for number, (system, (label, color)) in enumerate(shown.items()):
+        offset = (number - (len(shown) - 1) / 2) * width
         places = [p for p, group in enumerate(groups.values()) if system in group]
         values = [group[system] for group in groups.values() if system in group]
         if not values:
@@ -147,20 +171,17 @@ def _draw_bars(
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(style.LABELS[metric])
     axes.set_title("by set" if by_set else "by task")
-    axes.legend(ncols=2, fontsize=9, loc="upper right")
+    axes.legend(ncols=len(shown), fontsize=9, loc="upper right")
 
 
 def _groups(
-    rows: Sequence[Mapping[str, Any]], sets: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], sets: Sequence[str], systems: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Returns {task or set: {system: score}} at the largest dim of each system."""
     key = "set" if len(sets) > 1 else "task"
     groups: dict[str, dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: row["dim"] or 0):
-        if (row["task"] == "all") == (key == "set") and row["system"] in (
-            "model",
-            "BM25",
-        ):
+        if (row["task"] == "all") == (key == "set") and row["system"] in systems:
             metric = style.first_metric(row["metrics"]) or ""
             groups.setdefault(row[key], {})[row["system"]] = row["metrics"][metric]
     return dict(sorted(groups.items()))

@@ -7,6 +7,8 @@ from typing import Any
 
 INK, MUTED, GRID = "#22313f", "#7b8794", "#e4e8ec"
 LINE_TO_BEAT, BAG = "#d1603d", "#a9b2bc"
+# Other models, in the order in which they are named.
+OTHERS = ("#8c5fa8", "#c2933b", "#4f7fb8")
 # Dims, from the smallest to the largest: one hue, growing darker.
 DIMS = ("#7cc6b3", "#3fa796", "#1f7a73", "#135457", "#0b3540")
 
