@@ -32,31 +32,83 @@ help: ## this list
 		awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
 
+# `make demo START=mini` fine-tunes the model that comes along, not one from scratch.
+START :=
+TAG := $(if $(START),-$(START))
+SEARCHES := "which privileges does a role need" "how are modules found on import" \
+	"large wading bird"
+
 .PHONY: demo
 demo: $(VENV)/.core ## make data (FRet), train a small Gecko on it, judge it, search
 	$(GECKO) fret run --config=configs/fret.py:local,recorded --workdir=demo/fret
 	$(GECKO) fret report --config=configs/fret.py:local,recorded --workdir=demo/fret
-	$(GECKO) train --config=configs/prefinetune.py:local --workdir=demo/prefinetune
+	$(if $(START),,$(GECKO) train --config=configs/prefinetune.py:local \
+		--workdir=demo/prefinetune)
 	test -e demo/triples.jsonl || $(GECKO) data prepare $(CORPUS)/train.jsonl \
 		--output=demo/triples.jsonl --negatives=1
-	$(GECKO) train --config=configs/finetune.py:local --workdir=demo/finetune \
+	$(GECKO) train --config=configs/finetune.py:local --workdir=demo/finetune$(TAG) \
 		--config.data.files="('demo/triples.jsonl', 'demo/fret/export/fret.jsonl')" \
-		--config.init.checkpoint=demo/prefinetune
-	$(GECKO) evaluate quickstart --model=demo/finetune --untrained \
-		--output=demo/evaluation
-	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune --output=demo/embeddings
-	$(GECKO) index demo/embeddings --output=demo/index
-	$(GECKO) search --model=demo/finetune --index=demo/index \
-		"which privileges does a role need" \
-		"how are modules found on import" \
-		"large wading bird"
+		--config.init.checkpoint=$(or $(START),demo/prefinetune) \
+		$(if $(START),--config.data.vocabulary=$(START))
+	$(GECKO) evaluate quickstart --model=demo/finetune$(TAG) --beside=mini --untrained \
+		--output=demo/evaluation$(TAG)
+	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune$(TAG) \
+		--output=demo/embeddings$(TAG)
+	$(GECKO) index demo/embeddings$(TAG) --output=demo/index$(TAG)
+	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=mini --output=demo/mini/embeddings
+	$(GECKO) index demo/mini/embeddings --output=demo/mini/index
+	$(GECKO) search --model=demo/finetune$(TAG) --index=demo/index$(TAG) $(SEARCHES)
+	@echo
+	@echo "The same, answered by mini, the model that comes along:"
+	$(GECKO) search --model=mini --index=demo/mini/index $(SEARCHES)
 	@echo
 	@echo "All of it lies in demo/:"
-	@echo "  demo/fret         what a language model made of raw passages: report.html"
-	@echo "  demo/finetune     the model: gecko_jax.load(\"demo/finetune\");"
-	@echo "                    training.png shows the loss of both stages"
-	@echo "  demo/evaluation   quality at every dimension beside BM25: table.txt, quality.png"
-	@echo "  demo/index        the index: $(GECKO) search --model=demo/finetune --index=demo/index"
+	@echo "  fret          what a language model made of raw passages: report.html"
+	@echo "  finetune$(TAG)      the model: gecko_jax.load(\"demo/finetune$(TAG)\");"
+	@echo "                training.png shows the loss"
+	@echo "  evaluation$(TAG)    quality at every dimension beside mini, which comes along,"
+	@echo "                and BM25: table.txt, quality.png"
+	@echo "  index$(TAG)         the index: $(GECKO) search --model=demo/finetune$(TAG)" \
+		"--index=demo/index$(TAG)"
+
+# The model that comes along. DATA=DIR adds the text of a data folder whose licence lets
+# the model be passed on; FIRST and SECOND are more options of the two stages.
+MADE := runs/pretrained
+DATA :=
+VOCABULARY_SIZE := 8000
+NEGATIVES := 1
+FIRST_CONFIG := configs/prefinetune.py:local
+SECOND_CONFIG := configs/finetune.py:local
+FIRST :=
+SECOND :=
+
+.PHONY: pretrained
+pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR adds text
+	test -e $(MADE)/text/text.json || $(BIN)/python benchmarks/pretrained.py text \
+		$(if $(DATA),--data=$(DATA)) --output=$(MADE)/text
+	test -e $(MADE)/vocabulary.model || $(GECKO) data vocabulary \
+		$(MADE)/text/train.jsonl.gz --output=$(MADE)/vocabulary.model \
+		--size=$(VOCABULARY_SIZE)
+	test -e $(MADE)/triples.jsonl.gz || $(GECKO) data prepare \
+		$(MADE)/text/train.jsonl.gz --output=$(MADE)/triples.jsonl.gz \
+		--negatives=$(NEGATIVES)
+	$(GECKO) train --config=$(FIRST_CONFIG) --workdir=$(MADE)/prefinetune \
+		--config.data.files=$(MADE)/text/train.jsonl.gz \
+		--config.data.vocabulary=$(MADE)/vocabulary.model $(FIRST)
+	$(GECKO) train --config=$(SECOND_CONFIG) --workdir=$(MADE)/finetune \
+		--config.data.files=$(MADE)/triples.jsonl.gz \
+		--config.data.vocabulary=$(MADE)/vocabulary.model \
+		--config.init.checkpoint=$(MADE)/prefinetune $(SECOND)
+	$(GECKO) export $(MADE)/finetune --output=$(MADE)/model --dtype=float16
+	$(GECKO) evaluate quickstart \
+		$(if $(DATA),$(dir $(wildcard $(DATA)/eval/test/*/corpus.jsonl))) \
+		--model=$(MADE)/model --output=$(MADE)/evaluation
+	$(BIN)/python benchmarks/pretrained.py card $(MADE)/model --text=$(MADE)/text \
+		--stages $(MADE)/prefinetune $(MADE)/finetune \
+		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini \
+		--settings "VOCABULARY_SIZE=$(VOCABULARY_SIZE)" "NEGATIVES=$(NEGATIVES)" \
+		"FIRST_CONFIG=$(FIRST_CONFIG)" "SECOND_CONFIG=$(SECOND_CONFIG)" \
+		"FIRST=$(FIRST)" "SECOND=$(SECOND)"
 
 .PHONY: test
 test: $(VENV)/.test ## the fast tests, about ten minutes on 2 cores

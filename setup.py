@@ -127,6 +127,7 @@ setuptools.setup(
             "py.typed",
             "quickstart/*",
             "quickstart/*/*",
+            "pretrained/*/*",
             "fret/prompt_files/*",
         ]
     },
@@ -147,7 +148,7 @@ setuptools.setup(
         "fret-local": _FRET_LOCAL,
         "llm-local": _LLM_LOCAL,
     },
-    entry_points={"console_scripts": ["gecko = gecko_jax.cli:run"]},
+    entry_points={"console_scripts": ["gecko = gecko_jax.__main__:run"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

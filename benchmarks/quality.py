@@ -2,126 +2,66 @@
 
     python benchmarks/quality.py --data=quickstart --output=results/quality
     python benchmarks/quality.py --data=DIR --output=DIR --rows=ladder --steps=2000
-    python benchmarks/quality.py --data=DIR --output=DIR --rows=ablations --seeds=0,1,2
+    python benchmarks/quality.py --data=DIR --output=DIR --rows=ablations
+    python benchmarks/quality.py --data=DIR --output=DIR --rows=search
     python benchmarks/quality.py --output=results/quality --table=docs/results.md
 
-A data folder has `train.jsonl.gz` and `eval/SPLIT/TASK/` in the BEIR layout, SPLIT
-being dev or test; `quickstart` is the bundled corpus. Every row is a file of JSON with
-its seed, date, commit, wall time, pairs/s, peak memory and scores, made by a process of
-its own. One that is there is not made again, and our training, if it was stopped, goes
-on. The table is made of what is there. sentence-transformers needs gecko-jax[torch],
-TF-IDF gecko-jax[eval].
+`quality_data` says what a data folder is; `quickstart` is the bundled corpus. Every row
+is a file of JSON with its seed, date, commit, wall time, pairs/s, peak memory and
+scores, made by a process of its own. One that is there is not made again; our training,
+if it was stopped or killed, goes on, two minutes back at most. The table is made of
+what is there, with a plot of each table of ablations beside it, and anew after each row
+as OUTPUT/table.md.
+
+The ablations are made with three seeds on a fixed subset of the pairs, and judged on
+dev where there is one; a row takes about eight minutes on 2 cores. Some of them alone:
+`--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
+sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
+gecko-jax[eval]. The search is made like the ablations, with one seed: single changes of
+the recipe to choose from, on dev.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import hashlib
 import json
-import logging
 import pathlib
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import quality_data
 import quality_table
 import side_by_side
+from quality_rows import GROUPS, ROWS, Row
 
 from gecko_jax import files, ranking
 
-ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = ROOT / "gecko_jax" / "quickstart"
-VOCABULARY_SIZE = 8_000  # what `mini` has room for
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of the table.
-
-    Attributes:
-        kind: What makes it: bm25, tfidf, gecko, sbert.
-        about: For people.
-        both: Keys of the config that differ in both stages.
-        second: Keys that differ in the second stage.
-    """
-
-    kind: str
-    about: str
-    both: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    second: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-LADDER = {
-    "bm25": Row("bm25", "BM25, English stemmer"),
-    "tfidf": Row("tfidf", "TF-IDF, cosine"),
-    "sbert": Row(
-        "sbert", "the same encoder, batches and steps in sentence-transformers"
-    ),
-    "gecko": Row(
-        "gecko", "gecko_jax: `prefinetune.py:local`, then `finetune.py:local`"
-    ),
+ROOT = quality_data.ROOT
+# What the rows of a table are made with unless told otherwise.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ladder": {
+        "seeds": "0",
+        "steps": 200,
+        "second_steps": 60,
+        "subset": 0,
+        "split": "",
+    },
+    "ablations": {
+        "seeds": "0,1,2",
+        "steps": 375,
+        "second_steps": 75,
+        "subset": 24_000,
+        "split": "dev",
+    },
 }
-# What the paper never isolated; each differs from `gecko` by what it says.
-ABLATIONS = {
-    "gecko": LADDER["gecko"],
-    "no-same-tower": Row(
-        "gecko", "no same-tower negatives", {}, {"loss.same_tower": False}
-    ),
-    "no-mask": Row("gecko", "duplicates not masked", {"loss.mask_duplicates": False}),
-    "one-task": Row("gecko", "one task in a batch", {"data.one_task_per_batch": True}),
-    "no-mrl": Row(
-        "gecko",
-        "the largest dim alone",
-        {"loss.mrl_dims": (256,), "loss.mrl_weights": (1.0,)},
-    ),
-    "negatives-0": Row("gecko", "no hard negative", {}, {"data.num_negatives": 0}),
-    "negatives-3": Row("gecko", "3 hard negatives", {}, {"data.num_negatives": 3}),
-    "hardness": Row("gecko", "hard negatives weighed", {}, {"loss.hardness": 5.0}),
-    "spread": Row("gecko", "spread-out regularizer", {"loss.spread_weight": 1.0}),
-    "plain-start": Row(
-        "gecko",
-        "random token embeddings and projection",
-        {"init.token_weights": "none", "init.align_steps": 0},
-    ),
-}
-GROUPS = {"ladder": tuple(LADDER), "ablations": tuple(ABLATIONS)}
-ROWS = LADDER | ABLATIONS
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where the texts are: pairs, and folders in the BEIR layout by split and task."""
-
-    name: str
-    train: pathlib.Path
-    evals: Mapping[str, Mapping[str, pathlib.Path]]
-
-
-def find_data(name: str) -> Data:
-    """Looks a data folder over."""
-    if name == "quickstart":
-        return Data(name, QUICKSTART / "train.jsonl", {"test": {name: QUICKSTART}})
-    root = pathlib.Path(name)
-    train = [root / "train.jsonl.gz", root / "train.jsonl"]
-    train = [path for path in train if path.is_file()]
-    evals = {
-        split: {
-            folder.name: folder
-            for folder in sorted((root / "eval" / split).glob("*"))
-            if (folder / "corpus.jsonl").is_file()
-        }
-        for split in ("dev", "test")
-    }
-    evals = {split: found for split, found in evals.items() if found}
-    if not train or not evals:
-        raise SystemExit(f"{root}: needs train.jsonl(.gz) and eval/test/TASK/ folders")
-    return Data(root.name, train[0], evals)
+DEFAULTS["search"] = DEFAULTS["ablations"] | {"seeds": "0"}
 
 
 def main() -> None:
@@ -132,11 +72,24 @@ def main() -> None:
     parser.add_argument("--data", default="quickstart", help="a folder (quickstart)")
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument(
-        "--rows", default="ladder", help=f"ladder, ablations, or of {', '.join(ROWS)}"
+        "--rows",
+        default="ladder",
+        help=f"{', '.join(GROUPS)}, or some of one of these: {', '.join(ROWS)}",
     )
-    parser.add_argument("--seeds", default="0", help="such as 0,1,2 (0)")
-    parser.add_argument("--steps", type=int, default=200, help="of stage 1 (200)")
-    parser.add_argument("--second-steps", type=int, default=60, help="of stage 2 (60)")
+    for name, about in (
+        ("seeds", "such as 0,1,2"),
+        ("steps", "of stage 1"),
+        ("second-steps", "of stage 2"),
+        ("subset", "pairs to train on, 0 for all"),
+        ("split", "to judge on, dev or test; empty for both"),
+    ):
+        key = name.replace("-", "_")
+        parser.add_argument(
+            f"--{name}",
+            type=type(DEFAULTS["ladder"][key]),
+            help=f"{about} (ladder: {DEFAULTS['ladder'][key] or 'empty'}; ablations: "
+            f"{DEFAULTS['ablations'][key]}; search: {DEFAULTS['search'][key]})",
+        )
     parser.add_argument("--batch-size", type=int, default=64, help="examples (64)")
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -144,16 +97,31 @@ def main() -> None:
     if options.table:
         quality_table.write(options.output / "rows", options.table, ROWS, GROUPS)
         return
+    names = GROUPS.get(options.rows) or tuple(options.rows.split(","))
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"--rows: {unknown[0]} is none of {', '.join(ROWS)}")
+    groups = [group for group, rows in GROUPS.items() if set(names) <= set(rows)]
+    if not groups:
+        parser.error(f"--rows={options.rows}: name rows of one table at a time")
+    for key, value in DEFAULTS[groups[0]].items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
     if options.worker:
         make_row(options.worker, int(options.seeds), options)
         return
     # So that the worker ends with us: `subprocess.run` kills it when this is raised.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    names = GROUPS.get(options.rows) or tuple(options.rows.split(","))
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"--rows: {unknown[0]} is none of {', '.join(ROWS)}")
-    if {ROWS[name].kind for name in names} & {"gecko", "sbert"}:
-        prepare(find_data(options.data), options.output)
+    data = find_data(options)
+    without = [name for name in names if ROWS[name].classes and not data.classes]
+    if without:
+        print(f"{options.data}: has no texts with labels, so no {', '.join(without)}")
+        names = tuple(name for name in names if name not in without)
+    for size in dict.fromkeys(
+        ROWS[name].vocabulary_size
+        for name in names
+        if ROWS[name].kind in ("gecko", "sbert")
+    ):
+        quality_data.prepare(data, options.output, size)
     for seed in options.seeds.split(","):
         for name in names:
             path = row_path(name, int(seed), options)
@@ -165,12 +133,20 @@ def main() -> None:
                 raise SystemExit(
                     f"{name}, seed {seed}: ended; the same command goes on"
                 )
+            quality_table.write(
+                options.output / "rows", options.output / "table.md", ROWS, GROUPS
+            )
+
+
+def find_data(options: argparse.Namespace) -> quality_data.Data:
+    """Returns the data that the options name."""
+    return quality_data.find(options.data, options.subset, options.split)
 
 
 def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
     """Names the file of a row by all that decides it but the code."""
     row = ROWS[name]
-    label = f"{name}-{find_data(options.data).name}"
+    label = f"{name}-{find_data(options).name}"
     if row.kind in ("gecko", "sbert"):
         steps = f"{options.steps}+{options.second_steps}x{options.batch_size}"
         label += f"-{steps}-seed{seed}"
@@ -179,7 +155,7 @@ def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
 
 def make_row(name: str, seed: int, options: argparse.Namespace) -> None:
     """Makes one row and writes its file."""
-    row, data = ROWS[name], find_data(options.data)
+    row, data = ROWS[name], find_data(options)
     makers = {"bm25": bm25, "tfidf": tfidf, "gecko": gecko, "sbert": sbert}
     facts = makers[row.kind](row, data, seed, options)
     facts = {
@@ -217,34 +193,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def vocabulary_path(data: Data, output: pathlib.Path) -> pathlib.Path:
-    """Returns the vocabulary of a data folder: one of its own, but for the bundled."""
-    if data.name == "quickstart":
-        return QUICKSTART / "vocabulary.model"
-    return output / "prepared" / f"{data.name}.model"
-
-
-def prepare(data: Data, output: pathlib.Path) -> None:
-    """Makes the vocabulary and the triples once; neither counts as training."""
-    import bm25s
-
-    from gecko_jax.data import mining, pieces
-
-    logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)
-    vocabulary, triples = vocabulary_path(data, output), triples_path(data, output)
-    if not vocabulary.exists():
-        pieces.train_vocabulary([str(data.train)], str(vocabulary), VOCABULARY_SIZE)
-    if not triples.exists():
-        mining.mine_negatives([data.train], triples, 3)
-
-
-def triples_path(data: Data, output: pathlib.Path) -> pathlib.Path:
-    """Returns the file of triples."""
-    return output / "prepared" / f"{data.name}-triples.jsonl.gz"
-
-
 def configs(
-    row: Row, data: Data, seed: int, options: argparse.Namespace
+    row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> tuple[Any, Any, pathlib.Path, pathlib.Path]:
     """Returns the configs of both stages, and their workdirs.
 
@@ -254,31 +204,30 @@ def configs(
     from gecko_jax import flags
 
     work = options.output / "work"
+    ready = quality_data.prepared(data, options.output, row.vocabulary_size)
+    triples = [ready.triples, *([ready.classes[row.classes]] if row.classes else [])]
     made = []
-    for stage, steps, keys, source in (
-        ("prefinetune", options.steps, row.both, data.train),
-        (
-            "finetune",
-            options.second_steps,
-            {**row.both, **row.second},
-            triples_path(data, options.output),
-        ),
+    for stage, steps, keys, sources in (
+        ("prefinetune", options.steps, row.both, [ready.pairs]),
+        ("finetune", options.second_steps, {**row.both, **row.second}, triples),
     ):
         config = flags.load(f"{ROOT / 'configs' / stage}.py:local")
         config.seed = seed
-        config.data.files = (str(source),)
-        config.data.vocabulary = str(vocabulary_path(data, options.output))
+        config.data.files = tuple(map(str, sources))
+        config.data.vocabulary = str(ready.vocabulary)
         config.data.batch_size = options.batch_size
         config.data.cache_dir = str(options.output / "cache")
         config.train.num_steps = steps
+        config.train.compilation_cache = str(options.output / "compiled")
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
-        config.checkpoint.every_minutes = 5
+        config.checkpoint.every_minutes = 2
         config.checkpoint.every_steps = max(steps, 1)
         config.checkpoint.keep = 2
         config.evaluation.every_steps = 0
         config.evaluation.folder = ""
         for key, value in keys.items():
             if stage == "prefinetune" or not key.startswith("init."):
+                value = value(config) if callable(value) else value
                 config.update_from_flattened_dict({key: value})
         if made:
             config.init.checkpoint = str(made[-1][1])
@@ -288,7 +237,7 @@ def configs(
 
 
 def bm25(
-    row: Row, data: Data, seed: int, options: argparse.Namespace
+    row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Scores BM25."""
     del row, seed, options
@@ -304,7 +253,7 @@ def bm25(
 
 
 def tfidf(
-    row: Row, data: Data, seed: int, options: argparse.Namespace
+    row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Scores the cosine of TF-IDF vectors, weighed on each corpus."""
     del row, seed, options
@@ -320,35 +269,50 @@ def tfidf(
 
 
 def gecko(
-    row: Row, data: Data, seed: int, options: argparse.Namespace
+    row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains both stages, and scores every dim that was trained."""
-    from gecko_jax import embedding, train
+    """Trains both stages, and scores the dims of the recipe, trained here or not."""
+    from gecko_jax import checkpoints, embedding, train
+    from gecko_jax.evaluation import classification, judge, sets
 
     *both, first, second = configs(row, data, seed, options)
     seconds = 0.0
     for config, workdir in zip(both, (first, second), strict=True):
-        with timed(workdir):
-            train.train(config, workdir)
+        # Rows that differ in the second stage alone share the first.
+        if checkpoints.latest_step(workdir) != config.train.num_steps:
+            with timed(workdir):
+                train.train(config, workdir)
         seconds += spent(workdir)
     model = embedding.load(str(second))
+    dims = configs(Row("gecko", ""), data, seed, options)[0].loss.mrl_dims
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(found.queries, task=tasks_of(found, task))
         corpus = model.encode_passages(found.texts, found.titles)
-        return by_dim(found, queries, corpus, model.files.mrl_dims)
+        return by_dim(found, queries, corpus, dims)
 
-    return {**speed(options, seconds), "scores": score(data, rank)}
+    facts = {**speed(both, seconds), "scores": score(data, rank)}
+    if data.classes:
+        (labelled,) = sets.load(data.classes)
+        assert isinstance(labelled, sets.ClassificationSet)
+        learned, judged = (
+            judge.encode_symmetric(model, part.texts, "Classification")
+            for part in (labelled.train, labelled.test)
+        )
+        facts["accuracy"] = classification.accuracy(
+            learned, labelled.train.labels, judged, labelled.test.labels
+        )
+    return facts
 
 
 def sbert(
-    row: Row, data: Data, seed: int, options: argparse.Namespace
+    row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Trains the same encoder for the same number of examples, and scores it."""
     del row
     import sbert_training
 
-    base, tuned, *_ = configs(ROWS["gecko"], data, seed, options)
+    base, tuned, *_ = configs(Row("gecko", ""), data, seed, options)
     work = options.output / "work" / f"sbert-{data.name}-{options.steps}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     built, seconds = sbert_training.train((base, tuned), seed, work)
@@ -359,33 +323,48 @@ def sbert(
         )
         return by_dim(found, queries, corpus, base.loss.mrl_dims)
 
-    return {**speed(options, seconds), "scores": score(data, rank)}
+    return {**speed((base, tuned), seconds), "scores": score(data, rank)}
 
 
-def speed(options: argparse.Namespace, seconds: float) -> dict[str, float]:
+def speed(stages: Sequence[Any], seconds: float) -> dict[str, float]:
     """Returns what training took: compilation and reading included."""
-    pairs = (options.steps + options.second_steps) * options.batch_size
+    pairs = sum(config.train.num_steps * config.data.batch_size for config in stages)
     return {"train_seconds": seconds, "pairs_per_second": pairs / seconds}
 
 
 @contextlib.contextmanager
 def timed(workdir: pathlib.Path) -> Iterator[None]:
-    """Adds the time of a run, or of what an interrupted one had, to its workdir."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with (workdir / "seconds.txt").open("a") as file:
-            file.write(f"{time.perf_counter() - began}\n")
+    """Notes in the workdir when a run begins and ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "times.txt").open("a") as file:
+        file.write(f"began {time.time()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.write(f"ended {time.time()}\n")
 
 
 def spent(workdir: pathlib.Path) -> float:
-    """Returns all time of a workdir; opening a finished run adds next to nothing."""
-    return sum(map(float, (workdir / "seconds.txt").read_text().split()))
+    """Returns the seconds of all runs of a workdir.
+
+    One that was killed counts to the last checkpoint it left: what came after is done
+    again by the next.
+    """
+    lines = [line.split() for line in (workdir / "times.txt").read_text().splitlines()]
+    saved = [path.stat().st_mtime for path in (workdir / "checkpoints").glob("*")]
+    total = 0.0
+    for (what, time_), after in zip(lines, [*lines[1:], ["", "inf"]], strict=True):
+        if what != "began":
+            continue
+        began, end = float(time_), float(after[1])
+        if after[0] != "ended":
+            end = max([began, *(t for t in saved if began < t < end)])
+        total += end - began
+    return total
 
 
-def score(data: Data, rank: Any) -> dict[str, dict[str, dict[str, float]]]:
+def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, float]]]:
     """Returns nDCG@10 by split, task and dims.
 
     Args:

@@ -5,17 +5,22 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import quality_plot
+
 from gecko_jax import files
 
 _HEAD = """\
 # Results
 
 What a model trained here is worth, beside others, at what cost: nDCG@10 on test
-folders, at the largest dim, and the mean at smaller ones. This page is written from
-rows that `benchmarks/quality.py` makes one by one (its `--help` has the commands):
+folders, at the largest dim, and the mean at smaller ones. Ablations change one thing
+each, on part of the pairs, and are judged on dev folders where there are some. This
+page is written from rows that `benchmarks/quality.py` makes one by one (its `--help`
+has the commands):
 
 ```bash
 python benchmarks/quality.py --data=DATA --output=DIR --rows=ladder
+python benchmarks/quality.py --data=DATA --output=DIR --rows=ablations
 python benchmarks/quality.py --output=DIR --table=docs/results.md
 ```
 
@@ -24,7 +29,8 @@ run, whose texts do not come along. A task that was not trained stands beside th
 mean, not in it. Every number was measured; a row that is missing was not. With
 several seeds the mean stands first and then the least and the most. Seconds are those
 of training both stages, compilation and reading included; the vocabulary and the hard
-negatives were made before. Memory is the process's peak.
+negatives were made before. Memory is the process's peak. "classes" is the accuracy of
+mteb's classification on the data's texts with labels, at the largest dim.
 """
 
 
@@ -60,12 +66,19 @@ def write(
                     if (found := _find(made, data, name, steps, batch))
                 ]
                 trained = sum(found[0]["seed"] is not None for _, found in lines)
-                if group == "ablations" and trained < 2:
+                if not lines or (group != "ladder" and trained < 2):
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
                 if steps:
                     title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
                 parts += [title + "\n", *_table(lines, rows)]
+                if group != "ladder":
+                    stem = f"{path.stem}-{group}-{data}-{steps[0]}-{steps[1]}x{batch}"
+                    picture = path.with_name(f"{stem}.png")
+                    quality_plot.plot(
+                        _panels(lines, rows), picture, has_base=lines[0][0] == names[0]
+                    )
+                    parts.append(f"\n![Mean and spread of each row]({picture.name})")
     with files.write_file(path) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
 
@@ -91,15 +104,13 @@ def _find(
 def _table(
     lines: Sequence[tuple[str, list[Mapping[str, Any]]]], rows: Mapping[str, Any]
 ) -> list[str]:
-    split = "test"
-    tasks = list(lines[0][1][0]["scores"][split])
-    # A task that was not trained stands beside the mean, not in it.
-    trained = [t for t in tasks if "dev" not in lines[0][1][0]["scores"]]
-    trained = trained or [t for t in tasks if t in lines[0][1][0]["scores"]["dev"]]
+    split, tasks, trained = _judged(lines)
     halves = sorted(
         {dim for _, found in lines for row in found for dim in _dims(row)}, key=int
     )[:-1]
+    has_classes = any("accuracy" in row for _, found in lines for row in found)
     head = ["system", *tasks, "mean", *(f"mean at {dim}" for dim in halves)]
+    head += ["classes"] if has_classes else []
     head += ["seconds", "pairs/s", "peak GiB", "seeds", "date", "commit"]
     out = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
     for name, found in lines:
@@ -112,6 +123,10 @@ def _table(
             else ""
             for dim in halves
         ]
+        if has_classes:
+            cells.append(
+                _spread([row["accuracy"] for row in found if "accuracy" in row])
+            )
         for key, form in (("train_seconds", ".0f"), ("pairs_per_second", ".1f")):
             cells.append(_spread([row[key] for row in found if key in row], form))
         cells.append(_spread([row["peak_gib"] for row in found], ".2f"))
@@ -124,8 +139,44 @@ def _table(
     return [*out, "", f"Machine: {'; '.join(machines)}."]
 
 
+def _judged(
+    lines: Sequence[tuple[str, list[Mapping[str, Any]]]],
+) -> tuple[str, list[str], list[str]]:
+    """Returns the split that is shown, its tasks, and those that were trained.
+
+    A task that was not trained stands beside the mean, not in it.
+    """
+    scores = lines[0][1][0]["scores"]
+    split = "test" if "test" in scores else "dev"
+    tasks = list(scores[split])
+    trained = [task for task in tasks if task in scores.get("dev", tasks)]
+    return split, tasks, trained
+
+
+def _panels(
+    lines: Sequence[tuple[str, list[Mapping[str, Any]]]], rows: Mapping[str, Any]
+) -> dict[str, dict[str, list[float]]]:
+    """Returns what is drawn: panel -> row -> the values of its seeds."""
+    split, _, trained = _judged(lines)
+    dims = sorted(_dims(lines[0][1][0]), key=int)
+    panels = {
+        f"mean nDCG@10 on {split}, {dim} dims": {
+            rows[name].about: [_mean(row, split, trained, dim) for row in found]
+            for name, found in lines
+        }
+        for dim in (dims[-1], dims[0])
+    }
+    classes = {
+        rows[name].about: [row["accuracy"] for row in found if "accuracy" in row]
+        for name, found in lines
+    }
+    if any(classes.values()):
+        panels["accuracy of classes"] = classes
+    return panels
+
+
 def _dims(row: Mapping[str, Any]) -> set[str]:
-    scores = next(iter(row["scores"]["test"].values()))
+    scores = next(iter(next(iter(row["scores"].values())).values()))
     return set(scores) - {"all"}
 
 

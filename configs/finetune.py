@@ -58,6 +58,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.extra_ids = 0  # sentinels after its pieces; T5 has 100
     config.data.query_length = 64  # tokens (GTR)
     config.data.passage_length = 512  # tokens (GTR)
+    config.data.text_format = "gecko"  # or "plain": texts without task and title
     config.data.batch_size = 2048  # examples, over all hosts (GTR)
     config.data.num_negatives = 1  # eq. 3
     config.data.packing = True  # several texts share a row; results do not change

@@ -2,7 +2,7 @@
 
     import gecko_jax
 
-    model = gecko_jax.load("demo/finetune")
+    model = gecko_jax.load("mini")
     queries = model.encode_queries(["what is a lazy import"], task="search result")
     passages = model.encode_passages(["A module that is loaded at first use."])
     scores = queries @ passages.T

@@ -61,7 +61,7 @@ def run() -> NoReturn:
     status = main()
     if status == _INTERRUPTED:
         # XLA's threads are at work still, and crash when Python is taken down.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # Closed: it is None.
             sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
@@ -98,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except parsing.UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            f"\n{command}: interrupted; the same command goes on from what is saved",
-            file=sys.stderr,
+    except KeyboardInterrupt as interrupt:
+        message = (
+            str(interrupt) or "interrupted; the same command goes on from what is saved"
         )
+        print(f"\n{command}: {message}", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output, such as `head`, has gone: no fault of anyone's.

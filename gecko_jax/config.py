@@ -107,6 +107,7 @@ SCHEMA: dict[str, Rule] = {
     "data.extra_ids": _COUNT,
     "data.query_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
     "data.passage_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
+    "data.text_format": _one_of("gecko", "plain"),
     "data.batch_size": Rule(int, "must be at least 2", lambda v: v >= 2),
     "data.num_negatives": _COUNT,
     "data.packing": _SWITCH,

@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 
 from gecko_jax import text as text_format
 
+# Of JSON: the deepest of ours, a config, has three levels.
+_MOST_NESTED = 50
+
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """Yields (place, line) of a UTF-8 text file, `.gz` or plain, without blank lines.
@@ -64,13 +67,13 @@ def read_records(
     """
     for place, line in read_lines(path):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{place}: not JSON ({error.msg} at column {error.colno}); each line "
                 "must be one JSON object"
             ) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{place}: JSON that cannot be read ({error}); mend or drop the line"
             ) from error
@@ -81,6 +84,31 @@ def read_records(
         if "\\u" in line and not any_characters:
             _check_characters(place, record)
         yield place, record
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Returns what JSON text holds.
+
+    Raises:
+        ValueError: It is not JSON, or is nested deeper than anything that is meant:
+            what goes through it would run out of Python's stack.
+    """
+    too_deep = f"brackets are nested more than {_MOST_NESTED} deep"
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [found]
+    for _ in range(_MOST_NESTED):
+        inside = [part for part in level if isinstance(part, dict | list)]
+        if not inside:
+            return found
+        level = [
+            part
+            for outer in inside
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    raise ValueError(too_deep)
 
 
 def read_object(
@@ -105,8 +133,8 @@ def read_object(
     """
     path = pathlib.Path(path)
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(path.read_text("utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {kind(found)}, not an object; {remedy}")

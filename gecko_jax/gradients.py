@@ -274,14 +274,17 @@ def _collect(
 def _gather(leaf: Array, spec: PartitionSpec) -> Array:
     """Returns a parameter whole, and varying: its gradients are then each device's."""
     for axis, names in _split_axes(spec):
-        leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
+        # Of one device it would be a copy, on CPU into another layout.
+        if jax.lax.axis_size(names) > 1:
+            leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
     return jax.lax.pcast(leaf, _unsplit_names(spec), to="varying")
 
 
 def _reduce(leaf: Array, spec: PartitionSpec) -> Array:
     """Sums a gradient over devices, each keeping what it has of the parameter."""
     for axis, names in _split_axes(spec):
-        leaf = jax.lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
+        if jax.lax.axis_size(names) > 1:
+            leaf = jax.lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
     return jax.lax.psum(leaf, _unsplit_names(spec))
 
 

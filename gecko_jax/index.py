@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from gecko_jax import embedding, files, quantization
+from gecko_jax import embedding, files, quantization, wording
 from gecko_jax import vectors as vectors_lib
 
 # 1 had float32 only.
@@ -285,7 +285,8 @@ def load(folder: str | os.PathLike) -> Index:
         ranges = np.array(_open_array(path / _RANGES, (2, dim), np.float32))
     records = list(files.read_records(path / _PASSAGES))
     if len(records) != shape[0]:
-        raise _damaged(path / _PASSAGES, f"{len(records):,} lines, not {shape[0]:,}")
+        lines = wording.counted(len(records), "line")
+        raise _damaged(path / _PASSAGES, f"{lines}, not {shape[0]:,}")
     ids, titles, texts = (_column(records, name) for name in ("_id", "title", "text"))
     if ids is None:
         raise _damaged(path / _PASSAGES, "a line without _id")

@@ -23,6 +23,7 @@ from gecko_jax import (
     model,
     model_folder,
     parameters,
+    pretrained,
     progress,
     sharding,
     text,
@@ -63,11 +64,18 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
     return start
 
 
-def text_format(start: model_folder.ModelFiles | None) -> text.TextFormat:
+def text_format(start: model_folder.ModelFiles | None, style: str) -> text.TextFormat:
     """Returns how a run writes its texts: as its start did, or else as the paper does.
 
     A plain encoder, which writes texts as they are, has no format to keep.
+
+    Args:
+        start: What the run begins with, if anything.
+        style: `data.text_format`: "gecko" as above; "plain" writes texts as they are
+            whatever the start did, to tell what the format is worth.
     """
+    if style == "plain":
+        return formats.PLAIN_FORMAT
     if start is None or start.text_format == formats.PLAIN_FORMAT:
         return text.TextFormat()
     return start.text_format
@@ -109,16 +117,17 @@ def check_vocabulary(
         return
     theirs = vocabulary.Vocabulary(start.vocabulary_proto, start.extra_ids)
     if theirs.fingerprint != vocab.fingerprint:
-        folder = config.init.checkpoint
-        first = ""
-        if not (pathlib.Path(folder) / model_folder.VOCABULARY).exists():
-            folder = "DIR"
-            first = f"`gecko import {config.init.checkpoint} --output DIR` and "
+        source = config.init.checkpoint
+        file, first = f"{source}/{model_folder.VOCABULARY}", ""
+        if pretrained.find(source) != source:
+            file = source
+        elif not pathlib.Path(file).exists():
+            file = f"DIR/{model_folder.VOCABULARY}"
+            first = f"`gecko import {source} --output DIR` and "
         raise ValueError(
             f"data.vocabulary={config.data.vocabulary}: not the vocabulary that "
-            f"{config.init.checkpoint} was trained with, so its token embeddings would "
-            f"mean nothing; {first}set data.vocabulary={folder}/"
-            f"{model_folder.VOCABULARY} and data.extra_ids={start.extra_ids}"
+            f"{source} was trained with, so its token embeddings would mean nothing; "
+            f"{first}set data.vocabulary={file} and data.extra_ids={start.extra_ids}"
         )
 
 

@@ -179,10 +179,11 @@ class LayerNorm(nn.Module):
             (x.shape[-1],),
             jnp.float32,
         )
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        normed = x * jax.lax.rsqrt(mean_square + self.epsilon)
-        return jnp.einsum("...m,m->...m", normed, scale).astype(self.dtype)
+        # Two dimensions, as in `Dense`: for the gradient of the scale.
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
+        normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * scale[None]).astype(self.dtype).reshape(x.shape)
 
 
 class RelativePositionBias(nn.Module):

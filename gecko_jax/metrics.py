@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from gecko_jax import files
+
 METRICS = "metrics.jsonl"
 
 
@@ -181,7 +183,7 @@ def read(path: str | pathlib.Path) -> list[dict[str, int | float]]:
     if path.exists():
         for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
-                values = json.loads(line)
+                values = files.parse_json(line)
             except ValueError:
                 break
             if not isinstance(values, dict) or not isinstance(values.get("step"), int):

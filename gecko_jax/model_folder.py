@@ -21,7 +21,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from gecko_jax import checkpoints, files, model, parameters, sharding, tensors, text
+from gecko_jax import (
+    checkpoints,
+    files,
+    model,
+    parameters,
+    pretrained,
+    sharding,
+    tensors,
+    text,
+)
 from gecko_jax import config as config_lib
 
 # 2: parameters may lie in shards, and an encoder may do without a projection.
@@ -84,8 +93,16 @@ def save_model(
     path: str | pathlib.Path,
     model_files: ModelFiles,
     shard_bytes: int = tensors.SHARD_BYTES,
+    dtype: str = "float32",
 ) -> ModelFiles:
     """Writes a model folder, whole or not at all; parameters go one at a time.
+
+    Args:
+        path: The folder.
+        model_files: The model.
+        shard_bytes: Largest file of parameters.
+        dtype: One of `tensors.DTYPES`. Less than float32 rounds the parameters, which
+            makes another model of them, with a revision of its own.
 
     Returns:
         What was written; a model without a revision has got one.
@@ -94,11 +111,19 @@ def save_model(
         ValueError: The folder is there, and is not a model folder or holds more.
     """
     path = pathlib.Path(path)
+    if dtype != "float32":
+        rounded = {
+            name: tensors.as_tensor(leaf).round(dtype)
+            for name, leaf in parameters.flatten(model_files.params).items()
+        }
+        model_files = dataclasses.replace(
+            model_files, params=parameters.unflatten(rounded), revision=""
+        )
     # Exports to other formats also hold gecko.json and safetensors, and more.
     files.check_replaceable(path, [MODEL_JSON, f"model{tensors.SUFFIX}*"], FILES)
     params, digests = _digested(model_files)
     with files.write_folder(path) as folder:
-        tensors.write(folder, params, shard_bytes=shard_bytes)
+        tensors.write(folder, params, shard_bytes=shard_bytes, dtype=dtype)
         model_files = _name_revision(model_files, digests)
         write_model_json(folder, model_files)
     return model_files
@@ -139,7 +164,7 @@ def load_model(
     """Reads a model folder, or the newest checkpoint of a training workdir.
 
     Args:
-        path: The folder.
+        path: The folder, or the name of a model that comes along (`pretrained`).
         mesh: Where the parameters go, shared as in training; None leaves them in
             numpy arrays.
 
@@ -157,7 +182,7 @@ def open_model(
 
     Those of a workdir are not when there is a mesh: each process reads its own part.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(pretrained.find(path))
     model_files = load_settings(path)
     config = model_files.encoder_config
     if tensors.has_tensors(path):
@@ -315,7 +340,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
 def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the values, checked, `model` and `text_format` as their dataclasses."""
     try:
-        values = json.loads((path / MODEL_JSON).read_text("utf-8"))
+        values = files.parse_json((path / MODEL_JSON).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no {MODEL_JSON} here, so this is neither a training workdir nor "

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from gecko_jax import wording
+
 
 def ndcg_at_k(
     ranking: Sequence[str], relevance: Mapping[str, int | float], k: int = 10
@@ -59,7 +61,8 @@ def spearman(
     """
     if len(predicted) < 2:
         raise ValueError(
-            f"{len(predicted)} pairs: Spearman's correlation needs at least 2"
+            f"{wording.counted(len(predicted), 'pair')}: Spearman's correlation needs "
+            "at least 2"
         )
     ranks = np.stack([_mean_ranks(predicted), _mean_ranks(gold)])
     ranks -= ranks.mean(axis=1, keepdims=True)

@@ -21,6 +21,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 
+from gecko_jax import files
+
 # Of a file; a larger tensor gets a file of its own.
 SHARD_BYTES = 2 * 2**30
 
@@ -29,6 +31,10 @@ INDEX = ".safetensors.index.json"
 
 # What becomes float32 without a change of value; also what T5's formats hold.
 _FLOATS = ("F32", "BF16", "F16")
+
+# What can be written: name -> safetensors' name, and numpy's with its byte order.
+_WRITTEN = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2")}
+DTYPES = tuple(_WRITTEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +54,28 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the numbers in memory and on disk."""
+        """Bytes of the numbers in memory."""
         return 4 * num_values(self.shape)
+
+    def round(self, dtype: str) -> "Tensor":
+        """Returns the tensor with numbers that `dtype`, one of `DTYPES`, can hold.
+
+        Raises:
+            ValueError: A number is too large for it; raised when the tensor is read.
+        """
+
+        def read() -> np.ndarray:
+            array = self.read()
+            with np.errstate(over="ignore"):
+                rounded = array.astype(dtype).astype(np.float32)
+            if not np.array_equal(np.isfinite(rounded), np.isfinite(array)):
+                raise ValueError(
+                    f"the largest weight, {np.abs(array).max():g}, is beyond what "
+                    f"{dtype} holds; write float32"
+                )
+            return rounded
+
+        return dataclasses.replace(self, read=read)
 
     def transpose(self) -> "Tensor":
         """Returns the matrix with its two axes swapped."""
@@ -78,12 +104,12 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
         return _open_file(folder / f"{stem}{SUFFIX}")
     index = folder / f"{stem}{INDEX}"
     try:
-        places = json.loads(index.read_text())["weight_map"]
+        places = files.parse_json(index.read_text())["weight_map"]
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: neither {stem}{SUFFIX} nor {index.name} here; copy the weights"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{index}: not an index of safetensors files; the file is damaged, copy it "
             "again"
@@ -117,32 +143,35 @@ def write(
     *,
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
+    dtype: str = "float32",
 ) -> None:
-    """Writes all tensors as float32, with one of them in memory at a time.
+    """Writes all tensors, with one of them in memory at a time.
 
     Args:
         folder: An empty folder.
         tensors: By the name they get. Written by `source`, not in this order.
         stem: The files' name before the dot.
         shard_bytes: Largest file, but for a tensor that is larger.
+        dtype: One of `DTYPES`; `Tensor.round` says what it does to the numbers.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].source):
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        nbytes = _written_bytes(tensor, dtype)
+        if shards[-1] and size + nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
+        size += nbytes
     if len(shards) == 1:
-        _write_file(folder / f"{stem}{SUFFIX}", shards[0])
+        _write_file(folder / f"{stem}{SUFFIX}", shards[0], dtype)
         return
     places = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}"
-        _write_file(folder / file, shard)
+        _write_file(folder / file, shard, dtype)
         places |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(_written_bytes(tensor, dtype) for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / f"{stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -177,15 +206,20 @@ def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
     return {name: open_tensor(name) for name in shapes}
 
 
-def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+def _written_bytes(tensor: Tensor, dtype: str) -> int:
+    return num_values(tensor.shape) * np.dtype(dtype).itemsize
+
+
+def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Writes the format by hand: the library wants a whole file in memory."""
+    kind, form = _WRITTEN[dtype]
     # Older releases of transformers refuse a file that does not say so.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        begin, end = end, end + _written_bytes(tensor, dtype)
         header[name] = {
-            "dtype": "F32",
+            "dtype": kind,
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -194,10 +228,10 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
-            _append(file, tensor)
+            _append(file, tensor, form)
 
 
-def _append(file: BinaryIO, tensor: Tensor) -> None:
+def _append(file: BinaryIO, tensor: Tensor, form: str) -> None:
     # A function of its own: its array is gone before the next is read.
-    array = np.ascontiguousarray(tensor.read(), "<f4")
+    array = np.ascontiguousarray(tensor.read(), form)
     file.write(array.reshape(-1).view(np.uint8).data)

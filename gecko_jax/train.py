@@ -100,7 +100,7 @@ def _train(
     initialization.check_vocabulary(load_vocabulary(config), config, start)
     batches = build_batches(
         config,
-        text_format=initialization.text_format(start),
+        text_format=initialization.text_format(start, config.data.text_format),
         row_multiple=sharding.num_batch_shards(mesh),
     )
     encoder_config = config_lib.encoder_config(config)
@@ -325,7 +325,8 @@ def build_batches(
     """Returns the batches that a config names, building their caches if need be."""
     settings = config.data.to_dict()
     cache_dir = pathlib.Path(settings.pop("cache_dir")).expanduser()
-    del settings["vocabulary"], settings["extra_ids"]
+    for key in ("vocabulary", "extra_ids", "text_format"):
+        del settings[key]
     return pipeline.Batches(
         vocabulary=load_vocabulary(config),
         vocabulary_path=tasks.vocabulary_path(config.data.vocabulary),

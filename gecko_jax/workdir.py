@@ -84,7 +84,7 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
     if not path.exists():
         return
     try:
-        before = config_lib.flatten(json.loads(path.read_text("utf-8")))
+        before = config_lib.flatten(files.parse_json(path.read_text("utf-8")))
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: not the JSON of a config ({error}); the file is damaged, restore "

@@ -80,6 +80,29 @@ def tiny_gecko(tiny_files):
     return embedding.Gecko(tiny_files)
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_files, tmp_path_factory):
+    """The folder of `tiny_files`, to be read and not changed."""
+    from gecko_jax import model_folder
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    model_folder.save_model(folder, tiny_files)
+    return str(folder)
+
+
+@pytest.fixture
+def gecko(capsys):
+    """Runs a command line in this process: its status, output and errors."""
+    from gecko_jax import cli
+
+    def run(*arguments):
+        status = cli.main(list(map(str, arguments)))
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
 @pytest.fixture
 def small_files(tiny_files):
     """A model small enough to be written often; of another size than `tiny_files`."""

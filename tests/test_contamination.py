@@ -120,3 +120,10 @@ def test_it_is_what_the_rule_says(text, other):
         )
     )
     assert known(" ".join(text)).holds(" ".join(other)) == expected
+
+
+def test_a_text_without_words_is_no_text_of_a_set():
+    found = known("", " -- ", "one two three four five six")
+    assert [match.id for match in found.find("one two three four five six")] == ["q2"]
+    assert not found.holds("--")
+    assert not known("", "--").holds("--")

@@ -158,9 +158,18 @@ def repeat(folder):
     shutil.copy(first, second)
 
 
+def write(content):
+    def fault(folder):
+        next(folder.glob("seqio/docs/*/info.train.json")).write_text(content)
+
+    return fault
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (write('{"num_sha'), "not JSON .*delete the folder"),
+        (write("{}"), "no num_shards.*delete the folder"),
         (lose("COMPLETED"), r"half-written, it has no COMPLETED; delete it"),
         (lose("stats.train.json"), r"it has no stats\.train\.json"),
         (lose("train.tfrecord-00001-of-00002"), "1 of its 2 files are there"),
@@ -171,7 +180,7 @@ def repeat(folder):
 )
 def test_half_written_or_damaged_cache_is_refused(stored, fault, message):
     fault(stored)
-    with pytest.raises(ValueError, match=rf"seqio/docs/\w+: .*{message}"):
+    with pytest.raises(ValueError, match=rf"seqio/docs/\w+\S*: .*{message}"):
         open_batches(stored)
     assert not list(stored.glob("tasks/*"))
 

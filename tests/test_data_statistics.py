@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from gecko_jax import cli, contamination, plots, text, vocabulary
+from gecko_jax import cli, contamination, text, vocabulary
 from gecko_jax.data import (
     decontamination,
     features,
@@ -17,6 +17,7 @@ from gecko_jax.data import (
     statistics,
     tasks,
 )
+from gecko_jax.plots import lengths
 
 CONFIG = f"{pathlib.Path(__file__).parents[1]}/configs/finetune.py:local"
 PIECES = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
@@ -156,9 +157,9 @@ def test_lines_with_texts_of_evaluation_sets_are_reported(tmp_path):
 
 
 def test_lengths_are_drawn(tmp_path):
-    one = plots.plot_lengths([("a", [3, 9, 70], [5])], 64, 512, tmp_path / "1.png")
+    one = lengths.plot_lengths([("a", [3, 9, 70], [5])], 64, 512, tmp_path / "1.png")
     many = [("a name that is too long to be shown", [3], [])] * 4
-    four = plots.plot_lengths(many, 64, 512, tmp_path / "4.png")
+    four = lengths.plot_lengths(many, 64, 512, tmp_path / "4.png")
     assert one.read_bytes()[:4] == four.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -188,7 +189,7 @@ def test_stats_are_printed_and_drawn(tmp_path, capsys, options):
     assert re.search(r"\n  a +2 \(50\.0%\) +2 \(50\.0%\) +1 \(25\.0%\)\n", out)
     assert re.search(r"\n  a, b +1 +0 +0\n", out)
     assert re.search(r"\n  packed +\d", out)
-    assert "a: 1 lines have a task description of their own, 1 in all: 'facts' 1" in out
+    assert "a: task descriptions of their own on 1 line, 1 in all: 'facts' 1" in out
     assert picture.exists()
     # Nothing is tokenized into the cache for a look.
     assert not (tmp_path / "cache" / "tasks").exists()
@@ -231,7 +232,7 @@ def test_mixture_is_printed_prepared_or_not(capsys, prepared):
     assert "  jsonl; t = 'question answering'\n" in out
     assert "  may hold texts of CQADupstack, " in out
     _, out, _ = gecko(capsys, "snli", f"--prepared-dir={prepared}")
-    assert out.startswith("snli: 1 tasks, ")
+    assert out.startswith("snli: 1 task, ")
     assert "t = 'semantic similarity', symmetric" in out
     _, out, _ = gecko(capsys, "imdb_sentiment", f"--prepared-dir={prepared}")
     assert "\n  restricted: IMDb's reviews come without a licence" in out
@@ -250,7 +251,7 @@ def test_reports_take_what_is_prepared(capsys, prepared):
     )
     assert status == 0
     assert out.startswith("Not prepared, and left out: gooaq, stackexchange_title_body")
-    assert "1 tasks, 3 lines" in out
+    assert "1 task, 3 lines" in out
     assert "stackexchange_qa: none in 3 lines" in out
     status, again, _ = gecko(
         capsys,

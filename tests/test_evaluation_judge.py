@@ -50,6 +50,24 @@ def _ndcg(results, system, dim, task="all"):
     return row.metrics["ndcg_at_10"]
 
 
+def test_another_model_stands_beside_the_model(tiny_gecko, folder):
+    other = embedding.Gecko(
+        dataclasses.replace(tiny_gecko.files, mrl_dims=(2, 4), revision="other-1")
+    )
+    found = evaluation.evaluate(
+        tiny_gecko, [folder], baselines=False, beside={"mini": other}
+    )
+    assert [row.dim for row in found.find("mini")] == [2, 4]
+    # The same parameters at the same dim.
+    assert _ndcg(found, "mini", 4) == _ndcg(found, tables.MODEL, 4)
+    assert found.about["beside"] == {"mini": "other-1"}
+    assert "mini" in evaluation.format_table(found)
+    with pytest.raises(ValueError, match=r"'BM25': the tables have another system"):
+        evaluation.evaluate(tiny_gecko, [folder], beside={"BM25": other})
+    with pytest.raises(ValueError, match="16"):
+        evaluation.evaluate(tiny_gecko, [folder], dims=(16,), beside={"mini": other})
+
+
 def test_scores_are_those_of_ranking_every_passage(results, tiny_gecko, folder):
     (found,) = sets.load(folder)
     known = {"docs": [], "sts": []}

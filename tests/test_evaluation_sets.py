@@ -156,7 +156,7 @@ def test_nothing_to_evaluate(tmp_path):
         ("a\tb\n", r"sts.tsv:1: it must hold sentence1"),
         ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: it must hold sentence1"),
         ("a\tb\tnan\n", r"sts.tsv:1: score 'nan'"),
-        ("a\tb\t1\n", r"1 pairs; Spearman needs at least 2"),
+        ("a\tb\t1\n", r"1 pair; Spearman needs at least 2"),
     ],
 )
 def test_a_fault_in_a_similarity_file_is_named(tmp_path, content, message):

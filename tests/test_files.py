@@ -53,7 +53,7 @@ def test_a_txt_file_is_one_text_a_line_under_its_number(tmp_path):
         ('{"_id": "b", "text": " \\n"}', r"corpus.jsonl:2: text '' is empty"),
         ('{"_id": "b", "text": ["x"]}', r"corpus.jsonl:2: field 'text' is a list"),
         ('{"_id": "a", "text": "x"}', r"corpus.jsonl:2: id 'a' .* at .*corpus.jsonl:1"),
-        ("[" * 100_000, r"corpus.jsonl:2: JSON that cannot be read"),
+        ("[" * 100_000, r"corpus.jsonl:2: JSON that cannot be read .*nested"),
         (f'{{"_id": {"9" * 5000}}}', r"corpus.jsonl:2: JSON that cannot be read"),
         (
             '{"_id": "b", "text": "\\ud800"}',
@@ -203,6 +203,18 @@ def test_of_two_writers_of_a_folder_the_later_one_wins(tmp_path, monkeypatch):
     assert sorted(child.name for child in tmp_path.rglob("*")) == ["ours", "out"]
 
 
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_may_be_nested_as_deep_as_it_is_used(opening):
+    closing = "]" if opening == "[" else "}"
+    for depth, is_read in ((1, True), (49, True), (50, False), (900, False)):
+        content = opening * depth + "1" + closing * depth
+        if is_read:
+            assert files.parse_json(content) == json.loads(content)
+        else:
+            with pytest.raises(ValueError, match="brackets are nested more than"):
+                files.parse_json(content)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -212,6 +224,8 @@ def test_of_two_writers_of_a_folder_the_later_one_wins(tmp_path, monkeypatch):
         ("{}", "no size, no kind"),
         ("null", "null, not an object"),
         ("\udcff", "not JSON"),
+        ("[" * 100_000, "not JSON .*nested more than 50 deep"),
+        (f'{{"size": {"[" * 51}{"]" * 51}}}', "not JSON .*nested more than 50 deep"),
     ],
 )
 def test_a_file_of_ours_with_other_content_is_told(tmp_path, content, message):

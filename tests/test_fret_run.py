@@ -524,7 +524,7 @@ def test_bootstrap_trains_on_the_queries_and_their_seeds(corpus, tmp_path):
         f"{ROOT / 'configs/prefinetune.py'}:local", ["--config.data.batch_size=8"]
     )
     assert bootstrap.training_config(training, path, count).data.files == (str(path),)
-    with pytest.raises(ValueError, match="there are 3 pairs"):
+    with pytest.raises(ValueError, match="more than the 3 pairs there"):
         bootstrap.training_config(training, path, 3)
     small = bootstrap.training_config(training, path, 3, batch_size=2, num_steps=20)
     config_lib.check(small)

@@ -47,7 +47,7 @@ def hf(tmp_path):
 
 def test_nothing_named_is_no_start():
     assert initialization.load_start(build("")) is None
-    assert initialization.text_format(None) == text.TextFormat()
+    assert initialization.text_format(None, "gecko") == text.TextFormat()
 
 
 @pytest.mark.parametrize("form", ["legacy_f32", "orbax_f32"])
@@ -60,7 +60,7 @@ def test_a_t5x_checkpoint_is_a_start_with_the_vocabulary_of_the_data(form):
             start.params["projection_layer"]["kernel"], stored[names.PROJECTION]
         )
     # A plain encoder has no format of its own: the paper's is trained.
-    assert initialization.text_format(start) == text.TextFormat()
+    assert initialization.text_format(start, "gecko") == text.TextFormat()
 
 
 def test_an_encoder_without_projection_gets_a_fresh_one(hf, caplog):
@@ -82,11 +82,19 @@ def test_an_encoder_without_projection_gets_a_fresh_one(hf, caplog):
 
 
 def test_the_format_of_a_trained_start_stays(tiny_files):
-    assert initialization.text_format(tiny_files) == tiny_files.text_format
+    assert initialization.text_format(tiny_files, "gecko") == tiny_files.text_format
     prompted = dataclasses.replace(
         tiny_files, text_format=text.TextFormat(query="query: {text}", passage="{text}")
     )
-    assert initialization.text_format(prompted).query == "query: {text}"
+    assert initialization.text_format(prompted, "gecko").query == "query: {text}"
+
+
+def test_a_plain_run_writes_texts_as_they_are(tiny_files):
+    for start in (None, tiny_files):
+        plain = initialization.text_format(start, "plain")
+        assert plain.format_query("a list", "docs") == "a list"
+        assert plain.format_passage("sorted()") == "sorted()"
+        assert plain.format_passage("sorted()", "Lists") == "Lists sorted()"
 
 
 def test_another_vocabulary_is_refused_with_the_way_to_get_it(hf):

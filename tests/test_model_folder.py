@@ -110,6 +110,25 @@ def test_a_model_without_a_revision_is_named_by_its_content(small_files, tmp_pat
     assert len({name, *others}) == 5
 
 
+def test_rounded_parameters_are_another_model(small_files, tmp_path):
+    written = model_folder.save_model(tmp_path / "half", small_files, dtype="float16")
+    loaded = model_folder.load_model(tmp_path / "half")
+    assert_equal(
+        loaded.params,
+        jax.tree.map(
+            lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32),
+            small_files.params,
+        ),
+    )
+    assert loaded.revision == written.revision != small_files.revision
+    # Named by its content: the same parameters in float32 are the same model.
+    again = dataclasses.replace(loaded, revision="")
+    whole = model_folder.save_model(tmp_path / "whole", again)
+    assert whole.revision == loaded.revision
+    sizes = [(tmp_path / name / WEIGHTS).stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
 def test_a_missing_shard_is_named(small_files, tmp_path):
     path = tmp_path / "shards"
     model_folder.save_model(path, small_files, shard_bytes=1_000)
@@ -155,9 +174,10 @@ def test_a_truncated_checkpoint_is_named_with_the_remedy(workdir):
 
 def test_damaged_settings_are_named(folder):
     path = folder / model_folder.MODEL_JSON
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(ValueError, match=r"gecko\.json: not JSON .*damaged"):
-        model_folder.load_model(folder)
+    for content in (path.read_text()[:40], "[" * 100_000, '{"a":' * 400 + "}" * 400):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"gecko\.json: not JSON .*damaged"):
+            model_folder.load_model(folder)
 
 
 def test_a_newer_format_is_refused(folder):
@@ -184,7 +204,7 @@ def test_a_missing_file_is_named(folder, missing, message):
 def test_a_full_disk_leaves_the_folder_as_it_was(small_files, folder, monkeypatch):
     before = (folder / WEIGHTS).read_bytes()
 
-    def full(path, _):
+    def full(path, *_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

@@ -34,6 +34,28 @@ def test_what_is_written_the_library_reads(tmp_path, shape):
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 
+def test_half_precision_is_half_as_large_and_read_as_float32(tmp_path):
+    array = np.random.default_rng(0).standard_normal((40, 50)).astype(np.float32)
+    rounded = tensors.as_tensor(array).round("float16")
+    for dtype in tensors.DTYPES:
+        (tmp_path / dtype).mkdir()
+        tensors.write(tmp_path / dtype, {"a": rounded}, dtype=dtype)
+        opened = tensors.read(tmp_path / dtype)["a"].read()
+        assert opened.dtype == np.float32
+        np.testing.assert_array_equal(opened, array.astype(np.float16))
+    sizes = [
+        (tmp_path / dtype / "model.safetensors").stat().st_size - array.size * width
+        for dtype, width in (("float32", 4), ("float16", 2))
+    ]
+    assert max(map(abs, sizes)) < 200  # the header
+
+
+def test_a_weight_beyond_half_precision_is_refused():
+    array = np.array([1.0, -70_000.0], np.float32)
+    with pytest.raises(ValueError, match=r"70000, is beyond what float16 holds"):
+        tensors.as_tensor(array).round("float16").read()
+
+
 def test_tensors_of_one_source_are_read_one_after_another(tmp_path):
     log = []
     leaf = np.zeros((2, 2), np.float32)

@@ -74,6 +74,12 @@ def add_parser(verbs: Any) -> None:
         "trained",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the weights on disk, for gecko: float16 is half as large (float32)",
+    )
+    parser.add_argument(
         "--results",
         metavar="FILE",
         help="results.json of `gecko evaluate`, for the model card",
@@ -140,7 +146,7 @@ def export(options: argparse.Namespace) -> None:
         to_onnx.save(output, model_files, dim=options.dim)
         use = f"onnxruntime.InferenceSession({str(output / to_onnx.MODEL)!r})"
     else:
-        model_folder.save_model(output, model_files)
+        model_folder.save_model(output, model_files, dtype=options.dtype)
         use = f"gecko_jax.load({options.output!r})"
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     print(
@@ -161,6 +167,11 @@ def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> Non
         raise ValueError(
             f"--dim={options.dim} is not one the model was trained for: choose one of "
             f"{', '.join(map(str, sorted(mrl_dims)))}"
+        )
+    if options.dtype != "float32" and options.to != "gecko":
+        raise ValueError(
+            f"--dtype={options.dtype}: the format {options.to} is written in float32; "
+            "leave --dtype out"
         )
     if options.results and options.to != "sentence-transformers":
         raise ValueError(

@@ -1,14 +1,12 @@
 """`gecko data`: shows the data, prepares it, trains a vocabulary."""
 
 import argparse
-import json
 import pathlib
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import flags
-from gecko_jax.commands import data_reports, parsing
+from gecko_jax import flags, wording
+from gecko_jax.commands import data_cache, data_reports, data_teach, parsing
 
 _DESCRIPTION = """\
 Looks at data and prepares it.
@@ -59,40 +57,6 @@ Each line of the input is an object with `task`, `query` and `positive` (or `pas
 and maybe `title` and ids."""
 
 
-_TEACH = """\
-Makes the vectors of a teacher that embedding matching trains towards: one for each
-query, positive and hard negative of JSONL files.
-
-example with a teacher that gecko can load (a Gecko, or what `gecko import` reads):
-  gecko data teach triples.jsonl --model=runs/xl --output=teacher --dim=768
-
-examples with any other: write the texts, embed them, and hand over the vectors, as
-an .npy with a row for each line or as JSON lines with `_id` and `vector`:
-  gecko data teach triples.jsonl --texts=texts.jsonl
-  gecko data teach triples.jsonl --vectors=vectors.npy --output=teacher --dim=256
-
-Each line of the texts has `side` (query or passage), `task`, `text` and `title`: what
-the teacher must be told. --dim projects to the dims that keep the vectors' inner
-products best; a student cannot follow more dims than it has. Then train with
-  --config.data.teacher=teacher --config.data.teacher_dim=256 \\
-  --config.loss.matching_weight=1.0"""
-
-
-_CACHE = """\
-Tokenizes the data of a config with seqio's Apache Beam job, whose workers share the
-files: for sets that are too large for one machine. Training takes the caches over when
-its data.cache_dir is the folder, and draws the same batches as without them; it needs
-no Beam. Without this verb training tokenizes by itself.
-
-Apache Beam wants an environment of its own: pip install "gecko-jax[beam]"
-
-examples:
-  gecko data cache --config=configs/finetune.py:base --output=/mnt/bucket/cache \\
-      --config.data.mixture=gecko_academic
-  gecko data cache --config=configs/finetune.py:local --output=cache \\
-      --pipeline-options=--direct_num_workers=4,--direct_running_mode=multi_processing"""
-
-
 def add_parser(verbs: Any) -> None:
     """Adds the parsers of `gecko data`."""
     data = parsing.add_verb(verbs, "gecko data", _DESCRIPTION)
@@ -131,24 +95,6 @@ def add_parser(verbs: Any) -> None:
     parsing.add_output(parser, "FILE", "the .model file to write")
     parser.add_argument(
         "--size", type=parsing.positive, default=32_000, help="number of pieces (32000)"
-    )
-
-    parser = parsing.add_verb(data_verbs, "gecko data teach", _TEACH, teach)
-    parser.add_argument(
-        "files", nargs="+", type=parsing.path, metavar="FILE", help="JSONL to train on"
-    )
-    parser.add_argument(
-        "--output", type=parsing.path, metavar="DIR", help="the folder to write"
-    )
-    parser.add_argument("--model", type=parsing.path, metavar="DIR", help="the teacher")
-    parser.add_argument(
-        "--vectors", type=parsing.path, metavar="FILE", help=".npy or .jsonl"
-    )
-    parser.add_argument(
-        "--texts", type=parsing.path, metavar="FILE", help="write the texts there"
-    )
-    parser.add_argument(
-        "--dim", type=parsing.count, default=0, help="project to so many dims (all)"
     )
 
     parser = parsing.add_verb(data_verbs, "gecko data prepare", _PREPARE, prepare)
@@ -195,16 +141,8 @@ def add_parser(verbs: Any) -> None:
         help="best-ranked passages to pass over: the likeliest unmarked answers (0)",
     )
 
-    parser = parsing.add_verb(data_verbs, "gecko data cache", _CACHE, cache)
-    parsing.add_config(parser)
-    parsing.add_output(parser, "DIR", "the data.cache_dir of the runs to come")
-    parser.add_argument(
-        "--pipeline-options",
-        type=parsing.words,
-        default=(),
-        metavar="OPTION,...",
-        help="of Apache Beam, such as --runner=DataflowRunner",
-    )
+    data_cache.add_parser(data_verbs)
+    data_teach.add_parser(data_verbs)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -222,21 +160,23 @@ def show(options: argparse.Namespace) -> None:
         return
     config = flags.load(options.config, options.overrides)
     from gecko_jax import config as config_lib
-    from gecko_jax import text
+    from gecko_jax import initialization
     from gecko_jax import train as training
-    from gecko_jax.data import pipeline
+    from gecko_jax.data import summary
 
     config_lib.check(config)
-    batches = training.build_batches(config, text_format=text.TextFormat())
-    summary = pipeline.summarize(batches, options.count)
+    batches = training.build_batches(
+        config, text_format=initialization.text_format(None, config.data.text_format)
+    )
+    found = summary.summarize(batches, options.count)
     batch = batches.batch(0)
     print(
-        f"{summary['num_examples']:,} examples, {config.data.batch_size:,} a step; "
-        f"mixture {summary['mixture_hash']}"
+        f"{wording.counted(found['num_examples'], 'example')}, "
+        f"{config.data.batch_size:,} a step; mixture {found['mixture_hash']}"
     )
-    for task in summary["tasks"]:
+    for task in found["tasks"]:
         print(
-            f"\n{task['name']}: {task['num_examples']:,} examples, "
+            f"\n{task['name']}: {wording.counted(task['num_examples'], 'example')}, "
             f"{task['rate']:.1%} of the mixture; licence {task['licence']}"
         )
         if task["touches"]:
@@ -254,8 +194,9 @@ def show(options: argparse.Namespace) -> None:
         used = batch[f"{side}_segment_ids"] > 0
         rows, length = used.shape
         print(
-            f"  {side}: {rows} rows of {length} tokens, {1 - used.mean():.0%} padding, "
-            f"{len(batch[f'{side}_index']):,} texts"
+            f"  {side}: {wording.counted(rows, 'row')} of {length} tokens, "
+            f"{1 - used.mean():.0%} padding, "
+            f"{wording.counted(len(batch[f'{side}_index']), 'text')}"
         )
 
 
@@ -282,12 +223,13 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
         )
     )
     print(
-        f"{name}: {len(tasks)} tasks, temperature {drawn.temperature:g}, cap "
-        f"{drawn.cap or 'none'}; rates are ours, among the tasks of known size"
+        f"{name}: {wording.counted(len(tasks), 'task')}, temperature "
+        f"{drawn.temperature:g}, cap {drawn.cap or 'none'}; rates are ours, "
+        "among the tasks of known size"
     )
     for task, size in zip(located, sizes, strict=True):
         state = "" if task.files else "; not prepared"
-        count = f"{size:,} examples" if size else "unknown size"
+        count = wording.counted(size, "example") if size else "unknown size"
         rate = f"{share[task.name]:.1%}" if task.name in share else "-"
         print(f"\n{task.name}: {count}, {rate}; licence {task.licence}{state}")
         form = ", symmetric" if task.symmetric else ""
@@ -299,8 +241,8 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
 
 
 def _print_text(name: str, text: str, tokens: int | None = None) -> None:
-    note = f" ({tokens} tokens)" if tokens is not None else ""
-    body = textwrap.shorten(text, 400, placeholder=" ...")
+    note = f" ({wording.counted(tokens, 'token')})" if tokens is not None else ""
+    body = wording.printable(textwrap.shorten(text, 400, placeholder=" ..."))
     print(
         textwrap.fill(
             f"{name}{note}: {body}",
@@ -320,72 +262,6 @@ def vocabulary(options: argparse.Namespace) -> None:
         f"{options.output}: {trained.size:,} pieces, fingerprint "
         f"{trained.fingerprint}. Use it with --config.data.vocabulary={options.output}"
     )
-
-
-def teach(options: argparse.Namespace) -> None:
-    """Writes the texts for a teacher, or the folder of its vectors."""
-    given = [name for name in ("texts", "model", "vectors") if getattr(options, name)]
-    if len(given) != 1:
-        options.parser.error("needs one of --model, --vectors, --texts")
-    if bool(options.output) == bool(options.texts):
-        options.parser.error(
-            "--model and --vectors need --output; --texts is an output itself"
-        )
-    from gecko_jax import files
-    from gecko_jax.data import teacher
-
-    texts = list(teacher.list_texts(options.files))
-    if options.texts:
-        with files.write_file(options.texts) as temporary, temporary.open("w") as file:
-            for text in texts:
-                file.write(json.dumps(text.to_dict(), ensure_ascii=False) + "\n")
-        print(
-            f"{options.texts}: {len(texts):,} texts. Embed each line, and give the "
-            "vectors to the same command with --vectors"
-        )
-        return
-    if options.model:
-        blocks = _embed_with(options.model, texts)
-    else:
-        blocks = teacher.read_vectors(options.vectors, texts)
-    settings = teacher.write(
-        options.output,
-        [text.key for text in texts],
-        blocks,
-        made_by=options.model or options.vectors,
-        dim=options.dim,
-    )
-    print(
-        f"{options.output}: {settings['num_texts']:,} vectors of {settings['dim']} "
-        f"dims. Train towards them with --config.data.teacher={options.output} "
-        f"--config.data.teacher_dim={settings['dim']} "
-        "--config.loss.matching_weight=1.0"
-    )
-
-
-def _embed_with(source: str, texts: list[Any]) -> Iterator[Any]:
-    """Yields the vectors of texts by a model of ours, side and task as each has it."""
-    from gecko_jax import embedding, progress
-
-    model = embedding.load(source)
-    blocks = [texts[first : first + 1024] for first in range(0, len(texts), 1024)]
-    for block in progress.track(blocks, "Embedding by the teacher", len(blocks)):
-        vectors: list[Any] = [None] * len(block)
-        for side in ("query", "passage"):
-            rows = [row for row, text in enumerate(block) if text.side == side]
-            if not rows:
-                continue
-            found = model.encode(
-                [block[row].text for row in rows],
-                side=side,
-                task=[block[row].task for row in rows],
-                titles=None
-                if side == "query"
-                else [block[row].title or None for row in rows],
-            )
-            for row, vector in zip(rows, found, strict=True):
-                vectors[row] = vector
-        yield vectors
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -408,8 +284,9 @@ def prepare(options: argparse.Namespace) -> None:
         options.files, options.output, options.negatives, skip_top=options.skip_top
     )
     print(
-        f"{options.output}: {summary.examples:,} examples, {summary.mined:,} negatives "
-        f"mined. Train on them with --config.data.files={options.output}"
+        f"{options.output}: {wording.counted(summary.examples, 'example')}, "
+        f"{wording.counted(summary.mined, 'negative')} mined. Train on them with "
+        f"--config.data.files={options.output}"
     )
     if summary.short:
         print(
@@ -429,7 +306,10 @@ def _prepare_set(task: Any, options: argparse.Namespace) -> None:
         tfds_data_dir=options.tfds_data_dir,
         negatives=options.negatives,
     )
-    print(f"{summary.folder}: {summary.examples:,} examples; licence {task.licence}")
+    print(
+        f"{summary.folder}: {wording.counted(summary.examples, 'example')}; licence "
+        f"{task.licence}"
+    )
     for reason, count in sorted(summary.dropped.items(), key=lambda item: -item[1]):
         print(f"  left out {count:,}: {reason}")
     if task.mine and summary.without_negative:
@@ -437,42 +317,3 @@ def _prepare_set(task: Any, options: argparse.Namespace) -> None:
             f"  {summary.without_negative:,} have fewer hard negatives than "
             f"{options.negatives}"
         )
-
-
-def cache(options: argparse.Namespace) -> None:
-    """Fills the caches of a config with Apache Beam, and says what they hold."""
-    config = flags.load(options.config, options.overrides)
-    from gecko_jax import config as config_lib
-    from gecko_jax import initialization
-    from gecko_jax import train as training
-    from gecko_jax.data import selection, seqio_cache, tasks
-
-    config_lib.check(config)
-    seqio_cache.load_beam()
-    pieces = training.load_vocabulary(config)
-    # How texts are written comes from the checkpoint that training will start from.
-    start = initialization.load_start(config)
-    output = pathlib.Path(options.output)
-    chosen = selection.select(
-        mixture=config.data.mixture,
-        files=config.data.files,
-        vocabulary=pieces,
-        text_format=initialization.text_format(start),
-        cache_dir=output,
-        prepared_dir=config.data.prepared_dir,
-    )
-    job = seqio_cache.Job(
-        chosen.text_format,
-        tasks.vocabulary_path(config.data.vocabulary),
-        pieces.extra_ids,
-        options.pipeline_options,
-    )
-    for task, key in zip(chosen.tasks, chosen.keys, strict=True):
-        folder, stats = seqio_cache.write(task, key, job, output)
-        tokens = sum(
-            n
-            for name, n in stats.items()
-            if name.endswith("_tokens") and not name.endswith("_max_tokens")
-        )
-        print(f"{folder}: {stats['examples']:,} examples, {tokens:,} tokens")
-    print(f"Train on them with --config.data.cache_dir={options.output}")

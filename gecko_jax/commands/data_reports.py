@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from gecko_jax import flags
+from gecko_jax import flags, wording
 
 # Upper ends of the bins of a histogram, in tokens; one more holds all longer texts.
 _BINS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -90,13 +90,17 @@ def _collect(config: Any, tasks: Sequence[Any], drawn: Any) -> Any:
 def _print_stats(found: Any, output: str | None) -> None:
     import numpy as np
 
-    from gecko_jax import files, plots
+    from gecko_jax import files
+    from gecko_jax.plots import lengths as lengths_plot
 
     shape = found.shape
     total = sum(task.num_examples for task in found.tasks)
     sampled = sum(task.num_sampled for task in found.tasks)
     whole = "all" if sampled == total else f"a random sample of {sampled:,}"
-    print(f"{len(found.tasks)} tasks, {total:,} lines; tokens are those of {whole}")
+    print(
+        f"{wording.counted(len(found.tasks), 'task')}, "
+        f"{wording.counted(total, 'line')}; tokens are those of {whole}"
+    )
     for side, length in (
         ("query", shape.query_length),
         ("passage", shape.passage_length),
@@ -167,14 +171,15 @@ def _print_stats(found: Any, output: str | None) -> None:
     for task in found.tasks:
         if task.descriptions:
             shown = list(task.descriptions.items())[:_DESCRIPTIONS]
+            lines = wording.counted(sum(task.descriptions.values()), "line")
             print(
-                f"\n{task.name}: {sum(task.descriptions.values()):,} lines have a task "
-                f"description of their own, {len(task.descriptions):,} in all: "
+                f"\n{task.name}: task descriptions of their own on {lines}, "
+                f"{len(task.descriptions):,} in all: "
                 + ", ".join(f"{name!r} {count:,}" for name, count in shown)
             )
     if output:
         with files.write_file(output) as temporary:
-            plots.plot_lengths(
+            lengths_plot.plot_lengths(
                 [
                     (t.name, t.query_lengths.tolist(), t.passage_lengths.tolist())
                     for t in found.tasks
@@ -243,7 +248,9 @@ def _print_contamination(tasks: Sequence[Any], known: Any, count: int) -> None:
         _print_table(header, rows)
     for report in reports:
         if not report.shared:
-            print(f"\n{report.task}: none in {report.num_lines:,} lines")
+            print(
+                f"\n{report.task}: none in {wording.counted(report.num_lines, 'line')}"
+            )
         for hit in report.examples:
             how = "the same text" if hit.match.is_same else "words in a row"
             body = textwrap.shorten(hit.match.shared, 200, placeholder=" ...")

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from gecko_jax import wording
 from gecko_jax.commands import parsing
 
 _EMBED = """\
@@ -71,8 +72,9 @@ def embed(options: argparse.Namespace) -> None:
     settings = vectors.read_settings(folder)
     size = quantization.bytes_per_vector(options.precision, settings["dim"])
     print(
-        f"{folder}: {settings['num_texts']:,} vectors of {settings['dim']} dims, "
-        f"{options.precision}, {size:,} bytes each"
+        f"{folder}: {wording.counted(settings['num_texts'], 'vector')} of "
+        f"{wording.counted(settings['dim'], 'dim')}, "
+        f"{options.precision}, {wording.counted(size, 'byte')} each"
     )
 
 
@@ -83,6 +85,7 @@ def index(options: argparse.Namespace) -> None:
     built = index_lib.from_embeddings(options.vectors)
     built.save(options.output)
     print(
-        f"{options.output}: an index of {len(built):,} texts, {built.codes.precision}, "
-        f"{built.codes.bytes_per_vector:,} bytes each"
+        f"{options.output}: an index of {wording.counted(len(built), 'text')}, "
+        f"{built.codes.precision}, "
+        f"{wording.counted(built.codes.bytes_per_vector, 'byte')} each"
     )

@@ -25,6 +25,7 @@ examples:
   gecko evaluate scifact nfcorpus --model=runs/finetune --dims=256,768 --output=results
   gecko evaluate scifact --model=runs/finetune --task="fact checking"
   gecko evaluate scifact --model=runs/finetune --precision=float32,int8,binary
+  gecko evaluate scifact --model=runs/finetune --beside=mini,runs/prefinetune
   gecko evaluate --config=configs/evaluate.py:v1,v2 --model=runs/finetune \\
       --output=results
 
@@ -52,6 +53,13 @@ def add_parser(verbs: Any) -> None:
         type=parsing.words,
         default=("float32",),
         help="of passages: float32, int8, binary or several (float32)",
+    )
+    parser.add_argument(
+        "--beside",
+        type=parsing.words,
+        default=(),
+        metavar="DIR",
+        help="other models, for the same tables; several with commas between them",
     )
     parser.add_argument(
         "--untrained", action="store_true", help="add the same model before training"
@@ -84,6 +92,7 @@ def evaluate(options: argparse.Namespace) -> None:
         precisions=options.precision,
         baselines=not options.no_baselines,
         untrained=options.untrained,
+        beside={name: embedding.load(name) for name in options.beside},
     )
     width = shutil.get_terminal_size((120, 24)).columns
     print(evaluation.format_table(results, max(width, 80)))
@@ -98,6 +107,7 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
         "folders": options.folders,
         "--dims": options.dims,
         "--task": options.task,
+        "--beside": options.beside,
         "--untrained": options.untrained,
         "--no-baselines": options.no_baselines,
     }

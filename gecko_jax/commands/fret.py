@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import flags
+from gecko_jax import flags, wording
 from gecko_jax.commands import parsing
 
 _DESCRIPTION = """\
@@ -148,8 +148,8 @@ def plan(options: argparse.Namespace) -> None:
 
     found = measure.plan(config, pathlib.Path(options.workdir), options.sample)
     print(
-        f"{found.passages:,} passages; {found.kept:.0%} of the sample gave a query "
-        f"({found.sample} requests sent to find out)\n"
+        f"{wording.counted(found.passages, 'passage')}; {found.kept:.0%} of the sample "
+        f"gave a query ({wording.counted(found.sample, 'request')} sent to find out)\n"
     )
     print(f"{'':12}{'requests':>14}{'tokens in':>16}{'tokens out':>14}{'hours':>10}")
     for kind in found.kinds:
@@ -160,7 +160,10 @@ def plan(options: argparse.Namespace) -> None:
             f"{kind.requests * kind.seconds / 3600:>10,.2f}"
         )
     total = sum(kind.requests for kind in found.kinds)
-    print(f"\n{total:,} requests, {found.hours:,.2f} hours, cost {found.cost:,.2f}")
+    print(
+        f"\n{wording.counted(total, 'request')}, {found.hours:,.2f} hours, cost "
+        f"{found.cost:,.2f}"
+    )
     if not config.llm.price_input and not config.llm.price_output:
         print("Without prices: set llm.price_input, llm.price_output for a cost")
 
@@ -181,8 +184,9 @@ def run(options: argparse.Namespace) -> None:
         )
     _print_stages(summary.stages)
     print(
-        f"\nThis call: {budget.requests:,} requests, {budget.prompt_tokens:,} tokens "
-        f"read, {budget.completion_tokens:,} written, cost {budget.cost:,.4f}"
+        f"\nThis call: {wording.counted(budget.requests, 'request')}, "
+        f"{wording.counted(budget.prompt_tokens, 'token')} read, "
+        f"{budget.completion_tokens:,} written, cost {budget.cost:,.4f}"
     )
     if summary.stopped:
         print(f"Stopped: {summary.stopped}. The same command goes on")
@@ -231,7 +235,7 @@ def bootstrap(options: argparse.Namespace) -> None:
     config_lib.check(training)
     train.train(training, options.output)
     print(
-        f"{options.output}: trained on {count:,} pairs; retrieve with "
+        f"{options.output}: trained on {wording.counted(count, 'pair')}; retrieve with "
         f"--config.retrieve.model={options.output}"
     )
 

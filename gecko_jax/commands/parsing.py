@@ -111,7 +111,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=path,
         metavar="DIR",
-        help="workdir of a run, or an export",
+        help="workdir of a run, an export, or mini, which comes along",
     )
 
 

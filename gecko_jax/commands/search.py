@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gecko_jax import wording
 from gecko_jax.commands import parsing
 
 _SEARCH = """\
@@ -41,6 +42,11 @@ def add_parser(verbs: Any) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Answers the queries given, or those on standard input."""
+    if not options.queries and sys.stdin is None:
+        raise ValueError(
+            "no QUERY, and standard input is closed; give queries in quotes, or a file "
+            "of them with < queries.txt"
+        )
     from gecko_jax import embedding
     from gecko_jax import index as index_lib
 
@@ -61,7 +67,8 @@ def search(options: argparse.Namespace) -> None:
                 print(json.dumps({"query": query, "hits": hits}, ensure_ascii=False))
             else:
                 _print_hits(query, hits)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # Closed.
+            sys.stdout.flush()
 
     if options.queries:
         answer(options.queries)
@@ -74,11 +81,14 @@ def search(options: argparse.Namespace) -> None:
 
 def _answer_lines(answer: Callable[[list[str]], None]) -> None:
     """Answers each line of standard input; a bad one is told and passed over."""
-    for line in _read_lines():
-        try:
-            answer([line])
-        except ValueError as error:
-            print(f"gecko search: {error}", file=sys.stderr)
+    try:
+        for line in _read_lines():
+            try:
+                answer([line])
+            except ValueError as error:
+                print(f"gecko search: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted") from None  # Nothing is to go on from.
 
 
 def _read_lines() -> Iterator[str]:
@@ -100,8 +110,8 @@ def _read_lines() -> Iterator[str]:
 
 def _print_hits(query: str, hits: list[dict[str, Any]]) -> None:
     width = max(shutil.get_terminal_size((100, 24)).columns, 60)
-    print(f"\n{query}")
+    print(f"\n{wording.printable(query)}")
     for rank, hit in enumerate(hits, 1):
         head = f"{rank:>3}  {hit['score']:.3f}  {hit['id']}  "
         text = textwrap.shorten(hit["text"] or "", max(width - len(head), 20))
-        print(f"{head}{text}".rstrip())
+        print(wording.printable(f"{head}{text}").rstrip())

@@ -93,7 +93,8 @@ def _train(options: argparse.Namespace) -> None:
 
     # A wrong key should be told before anything else can fail.
     config_lib.check(config)
-    from gecko_jax import evaluation, plots
+    from gecko_jax import evaluation
+    from gecko_jax.plots import training as training_plot
 
     evaluate = evaluation.build_callback(config, options.workdir)
     try:
@@ -109,7 +110,9 @@ def _train(options: argparse.Namespace) -> None:
     runs = [pathlib.Path(folder) / "metrics.jsonl" for folder in folders]
     runs = [run for run in dict.fromkeys(runs) if run.is_file()]
     if runs and _is_first_process():
-        plots.plot_training(runs, pathlib.Path(options.workdir) / "training.png")
+        training_plot.plot_training(
+            runs, pathlib.Path(options.workdir) / "training.png"
+        )
     print(f"{options.workdir}: load it with gecko_jax.load({options.workdir!r})")
 
 

@@ -4,9 +4,10 @@
     open_model("google/flan-t5-base")
     open_model("runs/finetune")
 
-A source is a training workdir or model folder of ours, a T5X checkpoint (its folder, or
-the `model_dir` that holds several), a Hugging Face or sentence-transformers folder, or
-the name of one of these on the hub. `docs/checkpoints.md` shows one command for each.
+A source is a training workdir or model folder of ours, the name of a model that comes
+along (`pretrained`), a T5X checkpoint (its folder, or the `model_dir` that holds
+several), a Hugging Face or sentence-transformers folder, or the name of one of these on
+the hub. `docs/checkpoints.md` shows one command for each.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 
 import jax
 
-from gecko_jax import model, model_folder, parameters, tensors, text
+from gecko_jax import model, model_folder, parameters, pretrained, tensors, text
 from gecko_jax import vocabulary as vocabulary_lib
 from gecko_jax.convert import (
     from_hugging_face,
@@ -111,7 +112,7 @@ def find_format(source: str) -> tuple[Format, str]:
     """
     if kvstores.is_remote(source):
         return Format.T5X, _find_remote(source)
-    path = pathlib.Path(source)
+    path = pathlib.Path(pretrained.find(source))
     if source.startswith("hf://") or not path.exists():
         path = hub.download(source)
     if path.is_file():
@@ -129,10 +130,16 @@ def find_format(source: str) -> tuple[Format, str]:
     if newest is not None:
         return find_format(str(path / newest))
     _refuse(path)
+    remedy = "check the path"
+    if source in pretrained.names():
+        remedy = (
+            f"this folder hides the model that comes along as {source!r}: rename it, "
+            "or run elsewhere"
+        )
     raise ValueError(
         f"{source}: not a model. Looked for gecko.json (gecko_jax), checkpoint or "
         "state/_METADATA (T5X), config.json (Hugging Face), modules.json "
-        "(sentence-transformers); check the path"
+        f"(sentence-transformers); {remedy}"
     )
 
 

@@ -4,13 +4,12 @@ The encoder of an encoder-decoder is taken and its decoder left where it is. Not
 ever unpickled, and neither transformers nor PyTorch is needed.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from gecko_jax import model, tensors
+from gecko_jax import files, model, tensors
 from gecko_jax.convert import names
 
 _FAMILY = ("t5", "mt5", "umt5")
@@ -155,7 +154,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         ValueError: The file is missing or damaged.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; copy it from where the rest is") from None
     except ValueError:

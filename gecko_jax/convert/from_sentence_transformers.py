@@ -10,7 +10,6 @@ Gecko computes exactly this chain; whatever else a folder asks for is refused by
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import model, tensors, text
+from gecko_jax import files, model, tensors, text
 from gecko_jax.convert import from_hugging_face, names
 
 MODULES = "modules.json"
@@ -108,7 +107,7 @@ def add_projection(
 def _read_modules(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     path = folder / MODULES
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = files.parse_json(path.read_text(encoding="utf-8"))
         found = [
             (str(module["type"]).rpartition(".")[2], str(module["path"]))
             for module in sorted(modules, key=lambda module: module["idx"])

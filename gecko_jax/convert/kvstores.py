@@ -6,7 +6,6 @@ Arrays are opened with nothing but their place: what an array is stands in the f
 beside its chunks, and a driver named elsewhere may not exist here.
 """
 
-import json
 import pathlib
 import urllib.parse
 from typing import Any
@@ -15,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from gecko_jax import tensors
+from gecko_jax import files, tensors
 
 _REMOTE = ("gs://", "http://", "https://")
 
@@ -157,7 +156,7 @@ def read_json(folder: Folder, name: str) -> Any:
     """Returns the content of a JSON file, or None where there is none."""
     content = folder.read(name)
     try:
-        return None if content is None else json.loads(content)
+        return None if content is None else files.parse_json(content)
     except ValueError:
         raise ValueError(
             f"{folder.path}/{name}: not JSON; the file is damaged, copy it again"

@@ -6,7 +6,6 @@ at run time, whatever a folder carries.
 """
 
 import base64
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import model_folder, vocabulary
+from gecko_jax import files, model_folder, vocabulary
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 _TOKENIZER = "tokenizer.json"
@@ -186,7 +185,7 @@ def _flatten(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(
             f"{path}: not JSON; the file is damaged, copy it again"

@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from gecko_jax import wording
 from gecko_jax.data import preprocessors
 
 UNIQUE_IDS = ("mask", "text")
@@ -52,8 +53,8 @@ def triples(
     for record in records:
         value = preprocessors.field(record, label)
         content = preprocessors.text(record, text)
-        if num_labels is not None:
-            value = int(value)
+        if num_labels is not None and value is not None:
+            value = preprocessors.label(record, label)
             if value not in range(-1, num_labels):
                 raise ValueError(
                     f"label {value} is out of range: there are {num_labels} labels"
@@ -70,8 +71,8 @@ def triples(
             labelled.append((content, value))
     if labelled and len(by_label) < 2:
         raise ValueError(
-            f"all {len(labelled):,} texts have the label {labelled[0][1]!r}; a "
-            "classification set needs at least two labels"
+            f"{wording.counted(len(labelled), 'text')} and one label, "
+            f"{labelled[0][1]!r}; a classification set needs at least two labels"
         )
     for number, (content, value) in enumerate(labelled):
         draw = random.Random(f"{seed}/{number}")
@@ -137,8 +138,10 @@ def threshold(
     {"text": "go away", "toxicity": 0.9} -> {"text": "go away", "label": "high"}
     """
     for record in records:
-        value = float(preprocessors.field(record, score))
-        if not 0 <= value <= 1:
+        value = preprocessors.number(record, score)
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{score} {value} is out of range: it must be in [0, 1]")
-        name = "high" if value >= high else "low" if value <= low else None
+        name = None
+        if value is not None:
+            name = "high" if value >= high else "low" if value <= low else None
         yield {"text": preprocessors.field(record, text), "label": name}

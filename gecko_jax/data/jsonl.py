@@ -30,7 +30,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import files, text
+from gecko_jax import files, text, wording
 
 _ONE_POSITIVE = ("positive", "passage")
 _INT32 = range(-(2**31), 2**31)
@@ -208,10 +208,14 @@ def _list(place: str, record: dict[str, Any], name: str, length: int) -> list[An
     if value is None:
         return []
     if not isinstance(value, list) or len(value) != length:
-        shown = f"{len(value)} items" if isinstance(value, list) else repr(value)
+        shown = (
+            wording.counted(len(value), "item")
+            if isinstance(value, list)
+            else repr(value)
+        )
         raise ValueError(
             f"{place}: field {name!r} is {shown}; it must be a list with one item for "
-            f"each of the {length} negatives"
+            f"each negative, {length} in all"
         )
     return value
 

@@ -6,6 +6,7 @@ any mixture.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -36,20 +37,20 @@ class Mixture:
         """Returns the rate of each task, not normalized.
 
         Raises:
-            ValueError: A rate is 0 or below, or the temperature is.
+            ValueError: A rate is missing or no number above 0, or the temperature is.
         """
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature}: must be above 0")
         if self.shares is not None:
-            rates = [float(self.shares[name]) for name in names]
+            rates = [float(self.shares.get(name, 0)) for name in names]
         else:
             cap = self.cap or max(sizes, default=0)
             rates = [min(size, cap) ** (1 / self.temperature) for size in sizes]
         for name, rate in zip(names, rates, strict=True):
-            if rate <= 0:
+            if not 0 < rate < math.inf:
                 raise ValueError(
-                    f"task {name} has the rate {rate:g}: it would never be drawn; take "
-                    "it out of the mixture or give it a rate above 0"
+                    f"task {name} has the rate {rate:g}: it must be a number above 0; "
+                    "give it one, or take the task out of the mixture"
                 )
         return rates
 

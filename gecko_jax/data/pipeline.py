@@ -29,7 +29,6 @@ import hashlib
 import json
 import os
 import pathlib
-import queue
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,11 +39,8 @@ from jaxtyping import Float
 
 from gecko_jax import text
 from gecko_jax import vocabulary as vocabulary_lib
-from gecko_jax.data import cache, features, formatting, mixtures, selection
+from gecko_jax.data import cache, features, formatting, mixtures, prefetch, selection
 from gecko_jax.data import teacher as teacher_lib
-
-# Batches that wait for the consumer of `iterate`.
-_PREFETCH = 4
 
 # Examples that are read for the weights of tokens, and the least such weight.
 _IDF_EXAMPLES = 100_000
@@ -240,39 +236,9 @@ class Batches:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields `batch(start_step)`, ..., before `stop_step`, prepared ahead.
 
-        An exception of the preparing thread is raised here, in its place. Closing the
-        generator ends the thread.
+        See `prefetch.ahead`.
         """
-        ready: queue.Queue[Any] = queue.Queue(_PREFETCH)
-        closed = threading.Event()
-
-        def put(item: Any) -> None:
-            while not closed.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def prepare() -> None:
-            step = start_step
-            try:
-                while not closed.is_set() and (stop_step is None or step < stop_step):
-                    put(self.batch(step))
-                    step += 1
-                put(None)
-            except BaseException as error:  # Raised by the consumer.
-                put(error)
-
-        thread = threading.Thread(target=prepare, name="batches", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            closed.set()
-            thread.join()
+        return prefetch.ahead(self.batch, start_step, stop_step)
 
     def examples(self, task_index: int, count: int) -> list[features.Example]:
         """Returns the first examples of a task, in the order of its files."""
@@ -382,53 +348,6 @@ class Batches:
                     name,
                     size,
                 )
-
-
-def summarize(batches: Batches, examples: int = 2) -> dict[str, Any]:
-    """Describes a mixture, for people: what `gecko data show` prints.
-
-    Args:
-        batches: The opened mixture.
-        examples: How many examples of each task to show.
-
-    Returns:
-        Plain values: `num_examples`, `mixture_hash`, `query_padding` and
-        `passage_padding` (shares of step 0's tokens), and `tasks`, a list with the
-        name, task_description, rate, num_examples, licence, touches and examples of
-        each. An example has the texts as the encoder reads them (`query`, `positive`,
-        `negatives`, decoded from the tokens) and `query_tokens`, `positive_tokens`.
-    """
-    decode = batches.vocabulary.decode
-    shown = []
-    for task_index, task in enumerate(batches.tasks):
-        shown.append(
-            {
-                "name": task.name,
-                "task_description": batches.text_format.describe(task.name),
-                "rate": batches.rates[task_index],
-                "num_examples": batches.task_sizes[task_index],
-                "licence": task.licence,
-                "touches": task.touches,
-                "examples": [
-                    {
-                        "query": decode(example.query.tolist()),
-                        "positive": decode(example.positive.tolist()),
-                        "negatives": [decode(n.tolist()) for n in example.negatives],
-                        "query_tokens": example.query.tolist(),
-                        "positive_tokens": example.positive.tolist(),
-                    }
-                    for example in batches.examples(task_index, examples)
-                ],
-            }
-        )
-    first = batches.batch(0)
-    return {
-        "num_examples": batches.num_examples,
-        "mixture_hash": batches.mixture_hash,
-        "query_padding": float((first["query_segment_ids"] == 0).mean()),
-        "passage_padding": float((first["passage_segment_ids"] == 0).mean()),
-        "tasks": shown,
-    }
 
 
 def _check_sizes(

@@ -160,7 +160,8 @@ def _facts(task: tasks_lib.Task, location: str, part: int) -> dict[str, Any]:
 def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
     """Begins a working folder, or goes on with one of the same facts."""
     note = work / "facts.json"
-    if note.exists():
+    # Where nothing was read yet, as of a source that has been mended, all is open.
+    if any(work.glob("pairs-*")):
         if json.loads(note.read_text()) != facts:
             raise ValueError(
                 f"{work}: was begun from another source, or by other settings, or the "

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from gecko_jax import files
+
 Record = Mapping[str, Any]
 
 _TAG = re.compile(r"<(?:[a-zA-Z/!][^<>]*)>")
@@ -53,10 +55,33 @@ def text(record: Record, name: str) -> str:
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
         raise ValueError(
-            f"field {name!r} is a {type(value).__name__}, and must be text; check that "
-            "it is the right set and version"
+            f"field {name!r} is {files.kind(value)}, and must be text; check that it "
+            "is the right set and version"
         )
     return _CONTROL.sub("", value).strip()
+
+
+def number(record: Record, name: str) -> int | float | None:
+    """Returns a field that holds a number, None for null."""
+    value = field(record, name)
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float)
+    ):
+        raise ValueError(
+            f"field {name!r} is {files.kind(value)}, and must be a number; check that "
+            "it is the right set and version"
+        )
+    return value
+
+
+def label(record: Record, name: str) -> int | None:
+    """Returns a field that holds a whole number, None for null."""
+    value = number(record, name)
+    if value is None:
+        return None
+    if not float(value).is_integer():
+        raise ValueError(f"field {name!r} is {value}, and must be a whole number")
+    return int(value)
 
 
 def strip_html(markup: str) -> str:
@@ -140,19 +165,21 @@ def nli(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
     """
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for record in records:
-        label = int(field(record, "label"))
+        relation = label(record, "label")
         premise, hypothesis = text(record, "premise"), text(record, "hypothesis")
-        if label == -1:
+        if relation is None or relation == -1:
             yield Drop("annotators disagree")
-        elif label not in (_ENTAILMENT, _NEUTRAL, _CONTRADICTION):
-            raise ValueError(f"label {label} is out of range: NLI has 0, 1, 2 and -1")
+        elif relation not in (_ENTAILMENT, _NEUTRAL, _CONTRADICTION):
+            raise ValueError(
+                f"label {relation} is out of range: NLI has 0, 1, 2 and -1"
+            )
         elif not premise or not hypothesis:
             yield Drop("empty text")
-        elif label == _NEUTRAL:
+        elif relation == _NEUTRAL:
             yield Drop("neutral")
         else:
             group = groups.setdefault(premise, ([], []))
-            group[label == _CONTRADICTION].append(hypothesis)
+            group[relation == _CONTRADICTION].append(hypothesis)
     for premise, (entailed, contradicting) in groups.items():
         if not entailed:
             yield from [Drop("no entailment of this premise")] * len(contradicting)
@@ -181,17 +208,17 @@ def fact_verification(
     enough information has no evidence, and is dropped.
     """
     for record in records:
-        claim, label = text(record, "claim"), text(record, "label")
-        if label not in ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO"):
+        claim, verdict = text(record, "claim"), text(record, "label")
+        if verdict not in ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO"):
             raise ValueError(
-                f"label {label!r} is out of range: it must be SUPPORTS, REFUTES or "
+                f"label {verdict!r} is out of range: it must be SUPPORTS, REFUTES or "
                 "NOT ENOUGH INFO"
             )
         pages: dict[str, dict[int, str]] = {}
         for page, number, sentence in field(record, "evidence"):
             if page and str(sentence).strip():
                 pages.setdefault(page, {})[int(number)] = sentence.strip()
-        if label == "NOT ENOUGH INFO" or not pages:
+        if verdict == "NOT ENOUGH INFO" or not pages:
             yield Drop("no evidence")
             continue
         for page, sentences in pages.items():
@@ -221,8 +248,8 @@ def multiple_choice(
     for record in records:
         question = text(record, "question")
         options = [text(record, name) for name in ("opa", "opb", "opc", "opd")]
-        answer = int(field(record, "cop"))
-        if answer == -1:
+        answer = label(record, "cop")
+        if answer is None or answer == -1:
             yield Drop("no answer")
         elif answer not in range(len(options)):
             raise ValueError(f"label {answer} is out of range: MedMCQA has 0 to 3")

@@ -62,7 +62,13 @@ def find(
             f"{found}: half-written, it has no {', '.join(missing)}; delete it, and "
             "run `gecko data cache` again or let training tokenize"
         )
-    num_shards = json.loads((found / "info.train.json").read_text())["num_shards"]
+    remedy = (
+        "delete the folder, and run `gecko data cache` again or let training tokenize"
+    )
+    info = files.read_object(
+        found / "info.train.json", {"num_shards": int}, remedy=remedy
+    )
+    num_shards = info["num_shards"]
     there = len(_shards(found))
     if there != num_shards:
         raise ValueError(

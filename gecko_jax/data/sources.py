@@ -9,15 +9,16 @@ in the order of the files' names and are dicts of plain Python values and numpy 
 A record of a file may have an id, `_id` or `id`; no two records may have the same.
 """
 
+import contextlib
+import errno
 import gzip
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, wording
 from gecko_jax.data import load_seqio
 
 _ENDINGS = {
@@ -44,14 +45,32 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
         ValueError: There is no such source, it cannot be read as what it is, or two
             records have the same id.
     """
-    kind, _, rest = source.partition(":")
-    if kind not in KINDS:
-        kind, rest = _kind_of(source), source
-    if kind == "tfds":
-        return _read_tfds(rest, tfds_data_dir)
-    if kind == "beir":
-        return _read_beir(rest)
-    return _chain(kind, _paths(rest))
+    with _cloud_errors(source):
+        kind, _, rest = source.partition(":")
+        if kind not in KINDS:
+            kind, rest = _kind_of(source), source
+        if kind == "tfds":
+            yield from _read_tfds(rest, tfds_data_dir)
+        elif kind == "beir":
+            yield from _read_beir(rest)
+        else:
+            yield from _chain(kind, _paths(rest))
+
+
+@contextlib.contextmanager
+def _cloud_errors(source: str) -> Iterator[None]:
+    """Turns TensorFlow's errors, by which gs:// is read, into one that names it."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("tensorflow."):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            errno.EIO,
+            f"cannot be read ({reason}); check the path, the network and your access",
+            source,
+        ) from error
 
 
 def stamps(source: str) -> dict[str, list[int]]:
@@ -60,17 +79,18 @@ def stamps(source: str) -> dict[str, list[int]]:
     Raises:
         ValueError: There is no such source.
     """
-    kind, _, rest = source.partition(":")
-    if kind not in KINDS:
-        kind, rest = _kind_of(source), source
-    if kind == "tfds":
-        return {}
-    if kind == "beir":
-        names = ("corpus.jsonl*", "queries.jsonl*", "qrels/train.tsv")
-        paths = [path for name in names for path in _paths(f"{rest}/{name}")]
-    else:
-        paths = _paths(rest)
-    found = {str(path): path.stat() for path in paths}
+    with _cloud_errors(source):
+        kind, _, rest = source.partition(":")
+        if kind not in KINDS:
+            kind, rest = _kind_of(source), source
+        if kind == "tfds":
+            return {}
+        if kind == "beir":
+            names = ("corpus.jsonl*", "queries.jsonl*", "qrels/train.tsv")
+            paths = [path for name in names for path in _paths(f"{rest}/{name}")]
+        else:
+            paths = _paths(rest)
+        found = {str(path): path.stat() for path in paths}
     return {path: [int(stat.length), int(stat.mtime)] for path, stat in found.items()}
 
 
@@ -175,8 +195,8 @@ def _read_jsonl(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parse_json(place: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = files.parse_json(line)
+    except ValueError as error:
         raise ValueError(
             f"{place}: not JSON ({error}); each line must be one object"
         ) from None
@@ -309,7 +329,8 @@ def _read_judgements(path: Any) -> dict[str, dict[str, tuple[str, float]]]:
             continue
         if len(parts) != 3:
             raise ValueError(
-                f"{place}: {len(parts)} columns; it must have query, passage and score"
+                f"{place}: {wording.counted(len(parts), 'column')}; it must have "
+                "query, passage and score"
             )
         query, passage, score = parts
         judged = wanted.setdefault(query, {})

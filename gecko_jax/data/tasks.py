@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import text
+from gecko_jax import pretrained, text
 from gecko_jax.data import classification, preprocessors
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
@@ -105,8 +105,14 @@ _EMOTIONS = (
 
 
 def vocabulary_path(name: str) -> str:
-    """Returns the file of `data.vocabulary`: a path, or the bundled "quickstart"."""
-    return str(QUICKSTART_VOCABULARY) if name == "quickstart" else name
+    """Returns the file of `data.vocabulary`: a path, or the name of what comes along.
+
+    That is "quickstart", or a model's (`pretrained`).
+    """
+    if name == "quickstart":
+        return str(QUICKSTART_VOCABULARY)
+    folder = pretrained.find(name)
+    return name if folder == name else f"{folder}/vocabulary.model"
 
 
 def _emotions(records: Iterable[preprocessors.Record]) -> Iterator[Any]:

@@ -265,7 +265,7 @@ class Teacher:
         """
         path = pathlib.Path(folder)
         try:
-            self.facts = json.loads((path / SETTINGS).read_text())
+            self.facts = files.parse_json((path / SETTINGS).read_text())
             self._keys, self._rows, self._vectors = (
                 np.load(path / f"{name}.npy", mmap_mode="r")
                 for name in ("keys", "rows", "vectors")

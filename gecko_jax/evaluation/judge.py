@@ -49,6 +49,7 @@ def evaluate(
     precisions: Sequence[str] = (quantization.FLOAT32,),
     baselines: bool = True,
     untrained: bool = False,
+    beside: Mapping[str, embedding.Gecko] | None = None,
 ) -> tables.Results:
     """Judges a model on retrieval folders, similarity files and classification files.
 
@@ -63,10 +64,22 @@ def evaluate(
             classes are told by float32 vectors alone.
         baselines: Adds BM25, a random bag of words and one with IDF weights.
         untrained: Adds the same architecture with fresh parameters.
+        beside: Other models by the name they have in the tables, judged at `dims` or
+            at all of their own.
 
     Raises:
         ValueError: A dim is not trained, or a set has a fault (named).
     """
+    others = dict(beside or {})
+    if taken := others.keys() & set(tables.SYSTEMS):
+        raise ValueError(
+            f"{min(taken)!r}: the tables have another system of this name; name the "
+            "folder otherwise, such as ./model"
+        )
+    others_dims = {
+        name: sorted({other.check_dim(dim) for dim in dims or other.dims})
+        for name, other in others.items()
+    }
     dims = sorted({gecko.check_dim(dim) for dim in dims or gecko.dims})
     for precision in precisions:
         quantization.check_precision(precision)
@@ -76,6 +89,10 @@ def evaluate(
     rows: list[tables.Row] = []
     for found in all_sets:
         rows += _judge(gecko, found, dims, task, tables.MODEL, found.name, precisions)
+        for name, other in others.items():
+            rows += _judge(
+                other, found, others_dims[name], task, name, f"{found.name}, {name}"
+            )
         if fresh:
             rows += _judge(
                 fresh, found, dims, task, tables.UNTRAINED, f"{found.name}, untrained"
@@ -86,7 +103,9 @@ def evaluate(
                 rows += bag_of_words_baseline(
                     gecko.vocabulary, found, dim=dims[-1], idf=idf
                 )
-    return tables.Results(tuple(rows), _describe(gecko, dims, task, all_sets))
+    about = _describe(gecko, dims, task, all_sets)
+    about["beside"] = {name: other.revision for name, other in others.items()}
+    return tables.Results(tuple(rows), about)
 
 
 def _judge(

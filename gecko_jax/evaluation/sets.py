@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import files
+from gecko_jax import files, wording
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 
@@ -264,8 +264,8 @@ def _read_judgements(
             del fields[1]
         if len(fields) != 3:
             raise ValueError(
-                f"{place}: {len(fields)} columns; it must be query-id, corpus-id and "
-                "score, with tabs between"
+                f"{place}: {wording.counted(len(fields), 'column')}; it must be "
+                "query-id, corpus-id and score, with tabs between"
             )
         if row == 0 and tuple(fields) == _QREL:
             continue
@@ -292,7 +292,9 @@ def _load_similarity(path: pathlib.Path) -> SimilaritySet:
                 )
             rows.append((fields[0], fields[1], _number(place, fields[2])))
     if len(rows) < 2:
-        raise ValueError(f"{path}: {len(rows)} pairs; Spearman needs at least 2")
+        raise ValueError(
+            f"{path}: {wording.counted(len(rows), 'pair')}; Spearman needs at least 2"
+        )
     first, second, scores = zip(*rows, strict=True)
     return SimilaritySet(_stem(path), first, second, np.array(scores, np.float64))
 

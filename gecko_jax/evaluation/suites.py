@@ -326,7 +326,7 @@ def _claim(folder: pathlib.Path, about: dict[str, Any]) -> None:
     path = folder / _ABOUT
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = files.parse_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"{path}: damaged ({error}); choose another --output"

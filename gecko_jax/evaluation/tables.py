@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files, model_folder, plots, quantization
+from gecko_jax import files, model_folder, quantization, wording
+from gecko_jax.plots import quality
 
 # The task that stands for all queries, pairs or texts.
 ALL = "all"
@@ -19,6 +20,7 @@ ALL = "all"
 MODEL, BM25 = "model", "BM25"
 UNTRAINED = "untrained model"
 BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
+SYSTEMS = (MODEL, BM25, UNTRAINED, BAG, IDF_BAG)
 
 # Metric -> its name in a table, and what is counted of its sets.
 METRICS: dict[str, tuple[str, str]] = {
@@ -36,7 +38,7 @@ class Row:
 
     Attributes:
         set: Name of the evaluation set.
-        system: `MODEL`, `BM25`, ...
+        system: One of `SYSTEMS`, or the name of another model.
         dim: Entries of the vectors; None for BM25.
         task: The queries' task, `ALL` for all of them.
         count: Queries, pairs of sentences, or texts to classify.
@@ -119,7 +121,7 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
     num_passages = results.about.get("num_passages", {}).get(name)
     title = f"{name}: {overall[0].count:,} {unit}"
-    title += f", {num_passages:,} passages" if num_passages else ""
+    title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
     built = table.Table(
         title=title,
         title_justify="left",
@@ -200,7 +202,7 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
         # The picture compares systems; codes of one are in the table.
         exact = [r for r in results.rows if r.precision == quantization.FLOAT32]
         shown = dataclasses.replace(results, rows=tuple(exact) or results.rows)
-        plots.plot_quality(shown.to_dict(), temporary)
+        quality.plot_quality(shown.to_dict(), temporary)
     return paths
 
 
@@ -211,7 +213,7 @@ def read(path: str | os.PathLike) -> Results:
         ValueError: The file is missing or is no such results.
     """
     try:
-        return Results.from_dict(json.loads(pathlib.Path(path).read_text()))
+        return Results.from_dict(files.parse_json(pathlib.Path(path).read_text()))
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"

@@ -11,6 +11,7 @@ import pathlib
 
 import ml_collections
 
+from gecko_jax import wording
 from gecko_jax.fret import export, pipeline, requests, run
 
 PAIRS = "pairs.jsonl"
@@ -73,7 +74,8 @@ def training_config(
         config.optimizer.warmup_steps = min(warmup, num_steps // 10)
     if num_pairs < config.data.batch_size:
         raise ValueError(
-            f"data.batch_size={config.data.batch_size}: there are {num_pairs:,} pairs; "
-            "lower it with --batch-size, or generate more queries"
+            f"data.batch_size={config.data.batch_size}: more than the "
+            f"{wording.counted(num_pairs, 'pair')} there; lower it with --batch-size, "
+            "or generate more queries"
         )
     return config.lock()

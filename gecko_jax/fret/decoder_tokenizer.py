@@ -10,10 +10,11 @@ token ends the text.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from gecko_jax import files
 
 # The token type of llama.cpp that text must not reach.
 _CONTROL = 3
@@ -168,7 +169,7 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
             "file, which holds its tokenizer"
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = files.parse_json(path.read_text(encoding="utf-8"))
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error}); copy it again") from error

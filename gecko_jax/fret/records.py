@@ -68,8 +68,8 @@ class Stage:
                 temporary.write_text(json.dumps(self.facts, indent=2) + "\n")
             return
         try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            before = files.parse_json(path.read_text())
+        except ValueError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); remove the folder, or restore the file"
             ) from None
@@ -136,10 +136,10 @@ class Stage:
     def done(self) -> dict[str, Any] | None:
         """Returns what `.done.json` holds, None while the stage is unfinished."""
         try:
-            return json.loads((self.folder / _DONE).read_text())
+            return files.parse_json((self.folder / _DONE).read_text())
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(
                 f"{self.folder / _DONE}: not JSON ({error}); remove it, and the same "
                 "command writes it again"

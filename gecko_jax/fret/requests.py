@@ -94,7 +94,7 @@ class RequestLog:
                 file.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
-                record = json.loads(line)
+                record = files.parse_json(line)
                 self._answers[record["key"]] = record["answer"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
@@ -125,7 +125,7 @@ def read_recording(
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     try:
-        about = json.loads((root / _MODEL).read_text())
+        about = files.parse_json((root / _MODEL).read_text())
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: no {_MODEL} here, so no recorded answers; give the workdir of "

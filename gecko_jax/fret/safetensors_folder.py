@@ -1,6 +1,5 @@
 """A folder of Hugging Face's: `config.json` and `*.safetensors`, read without torch."""
 
-import json
 import math
 import os
 import pathlib
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
+from gecko_jax import files
 from gecko_jax.fret import decoder, decoder_settings, decoder_weights
 
 _LLAMA: decoder_weights.Names = {
@@ -206,11 +206,11 @@ def _rope_factors(
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; give the folder of a Hugging Face model, or a "
             ".gguf file"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy it again") from error

@@ -14,13 +14,9 @@ import pytest
 from gecko_jax import flags, text, vocabulary, workdir
 from gecko_jax.data import (
     cache,
-    formatting,
-    jsonl,
-    load_seqio,
-    mining,
     mixtures,
     pipeline,
-    registration,
+    summary,
     tasks,
 )
 
@@ -432,58 +428,6 @@ def test_vocabulary_must_be_that_of_its_path(open_batches):
         open_batches(vocabulary=pieces)
 
 
-TRICKY = [
-    ("plain", ""),
-    ("  spaces\u3000and\nlines ", "a  title"),
-    ("e\u0301 decomposed {title} {text} | query:", " \t"),
-]
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_format_texts_writes_what_text_format_writes(symmetric):
-    """Golden examples of the preprocessor, and the one truth beside them."""
-    load_seqio()
-    import tensorflow as tf
-
-    text_format = text.TextFormat(
-        task_descriptions={"qa": "question answering", "docs": "search result"},
-        symmetric_tasks=("qa",) if symmetric else (),
-    )
-    forms = formatting.templates(text_format, "qa")
-    # The last is the name of a task, and stands for itself all the same.
-    own = ["", "fact checking", "docs"]
-    dataset = tf.data.Dataset.from_tensor_slices(
-        {
-            "query": [text.clean(body) for body, _ in TRICKY],
-            "task_description": own,
-            "positive": [text.clean(body) for body, _ in TRICKY],
-            "title": [" ".join(title.split()) for _, title in TRICKY],
-            "negatives": [["wrong", "bad"]] * 3,
-            "negative_titles": [["", "T"]] * 3,
-        }
-    )
-    got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
-    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
-        said = said or "question answering"
-        query = f"task: {said} | query: {text.clean(body)}"
-        passage = query if symmetric else text_format.format_passage(body, title)
-        assert record["query"].decode() == query
-        assert record["positive"].decode() == passage
-    golden = [b"title: none | text: wrong", b"title: T | text: bad"]
-    if symmetric:
-        golden = [b"task: question answering | query: " + n for n in (b"wrong", b"bad")]
-    assert got[0]["negatives"].tolist() == golden
-    assert got[0].keys() == {"query", "positive", "negatives"}
-    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
-        line = {"task": "x", "query": body, "positive": body, "title": title}
-        line |= {"negatives": ["wrong", "bad"], "negative_titles": ["", "T"]}
-        pair = jsonl.parse("here", {**line, "task_description": f" {said} "})
-        query, positive, negatives = formatting.write(text_format, "qa", pair)
-        assert query == record["query"].decode()
-        assert positive == record["positive"].decode()
-        assert [n.encode() for n in negatives] == record["negatives"].tolist()
-
-
 def test_a_line_may_have_a_task_description_of_its_own(open_batches, tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
@@ -506,116 +450,18 @@ def test_a_line_may_have_a_task_description_of_its_own(open_batches, tmp_path):
         "task: search result | query: q two",
         "task: search result | query: q three",
     }
-    examples = pipeline.summarize(batches)["tasks"][0]["examples"]
+    examples = summary.summarize(batches)["tasks"][0]["examples"]
     assert examples[0]["query"] == "task: facts | query: q one"
 
 
-def test_quickstart_is_a_seqio_mixture():
-    """The golden example of each bundled task, through seqio alone."""
-    seqio = load_seqio()
-    assert registration.register("quickstart") is registration.register("quickstart")
-    assert seqio.get_mixture_or_task("quickstart").num_input_examples("train") == 3828
-    pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
-    golden = {
-        "quickstart_docs": (
-            "task: search result | query: PostgreSQL: Arrays",
-            "title: none | text: 8.15.1. Declaration of Array Types",
-        ),
-        "quickstart_wordnet": (
-            "task: dictionary definition | query: omphaloskepsis, navel-gazing",
-            "title: none | text: literally, the contemplation of one's navel",
-        ),
-        "quickstart_code": (
-            "task: code retrieval | query: Create node positions using :mod:`pydot`",
-            'title: none | text: def pydot_layout(G, prog="neato", root=None):',
-        ),
-        "quickstart_term": (
-            "task: question answering | query: What is B5?",
-            "title: none | text: [common] Abbreviation for “Babylon 5”",
-        ),
-    }
-    for name, (query, positive) in golden.items():
-        dataset = seqio.get_mixture_or_task(name).get_dataset(
-            sequence_length=None, split="train", shuffle=False
-        )
-        record = next(dataset.take(1).as_numpy_iterator())
-        assert pieces.decode(record["query"].tolist()).startswith(query)
-        assert pieces.decode(record["positive"].tolist()).startswith(positive)
-        assert record["query"][-1] == record["positive"][-1] == 1
-    mixture = seqio.get_mixture_or_task("quickstart")
-    dataset = mixture.get_dataset(
-        sequence_length={"query": 8, "positive": 16}, split="train", shuffle=False
-    )
-    assert len(next(dataset.as_numpy_iterator())["positive"]) <= 16
-
-
 def test_summary_shows_a_mixture(open_batches):
-    summary = pipeline.summarize(open_batches(), examples=2)
-    assert summary["num_examples"] == 42
-    first = summary["tasks"][0]
+    shown = summary.summarize(open_batches(), examples=2)
+    assert shown["num_examples"] == 42
+    first = shown["tasks"][0]
     assert first["task_description"] == "search result"
     assert first["num_examples"] == 24
     assert (
         first["examples"][0]["query"] == "task: search result | query: docs question 0"
     )
     assert len(first["examples"]) == 2
-    assert 0 < summary["passage_padding"] < 1
-
-
-def mine(tmp_path, records, **options):
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(json.dumps(record) for record in records))
-    summary = mining.mine_negatives([source], output, **options)
-    return summary, [json.loads(line) for line in output.read_text().splitlines()]
-
-
-def pair(query, positive, task="t", **fields):
-    return {"task": task, "query": query, "positive": positive, **fields}
-
-
-def test_mined_negatives_are_near_and_never_answers(tmp_path):
-    summary, mined = mine(
-        tmp_path,
-        [
-            pair("red apple", "apple trees bear red apple fruit", src="kept"),
-            pair("red apple", "the red apple of discord"),  # Equal query, other answer.
-            pair("green apple", "apple of green colour"),
-            pair("apple list", "red  apple"),  # The first query's own text.
-            pair("sea", "boats sail the sea"),
-            pair("red apple", "red apple of another task", task="other"),
-        ],
-    )
-    negatives = [record.get("negatives") for record in mined]
-    assert negatives[0] == negatives[1] == ["apple of green colour"]
-    assert negatives[4] is None  # Nothing else shares a word.
-    assert negatives[5] is None  # Its task has no other passage.
-    assert mined[0]["src"] == "kept"
-    assert summary == mining.MiningSummary(examples=6, mined=4, short=2)
-
-
-def test_mining_tops_up_and_keeps_titles(tmp_path):
-    _, mined = mine(
-        tmp_path,
-        [
-            pair("red apple", "a red apple", negative="pear"),
-            pair("blue apple", "blue apple", title="Blue"),
-            pair("apple", "some apple", negatives=["x", "y"]),
-        ],
-        num_negatives=2,
-    )
-    assert mined[0]["negatives"][0] == "pear"
-    assert len(mined[0]["negatives"]) == 2
-    assert "negative" not in mined[0]
-    assert mined[2]["negatives"] == ["x", "y"]
-    for record in mined:
-        titles = record.get("negative_titles", [""] * len(record["negatives"]))
-        for negative, title in zip(record["negatives"], titles, strict=True):
-            assert title == ("Blue" if negative == "blue apple" else "")
-
-
-def test_mining_leaves_nothing_half_written(tmp_path):
-    with pytest.raises(ValueError, match=r"in\.jsonl:2: no field 'query'"):
-        mine(tmp_path, [pair("a", "b"), {"task": "t"}])
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-    with pytest.raises(ValueError, match="num_negatives=0"):
-        mining.mine_negatives([], tmp_path / "x", 0)
+    assert 0 < shown["passage_padding"] < 1

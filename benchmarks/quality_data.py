@@ -1,0 +1,200 @@
+"""The texts of `quality.py`: where they lie, and what is made of them before training.
+
+A data folder has `train.jsonl.gz` and `eval/SPLIT/TASK/`, SPLIT being dev or test, TASK
+a folder in the BEIR layout or, of texts with labels, `train.jsonl` and `test.jsonl`.
+`quickstart` is the bundled corpus.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gecko_jax import contamination, files
+from gecko_jax.evaluation import sets
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = ROOT / "gecko_jax" / "quickstart"
+CLASSES = ("mask", "text")
+CLASS_DRAWS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the texts are.
+
+    Attributes:
+        name: Of the data in tables and files.
+        train: The pairs.
+        evals: Retrieval folders by split and task.
+        classes: The folder of texts with labels, if there is one.
+        subset: Pairs to train on; 0 for all.
+    """
+
+    name: str
+    train: pathlib.Path
+    evals: Mapping[str, Mapping[str, pathlib.Path]]
+    classes: pathlib.Path | None = None
+    subset: int = 0
+
+
+def find(name: str, subset: int = 0, split: str = "") -> Data:
+    """Looks a data folder over.
+
+    Args:
+        name: A folder, or "quickstart", which is small: always the whole of it.
+        subset: See `Data`.
+        split: The one to judge on, if both are there; "" for both.
+    """
+    if name == "quickstart":
+        return Data(name, QUICKSTART / "train.jsonl", {"test": {name: QUICKSTART}})
+    tag = f"{f'-{subset}' if subset else ''}{f'-{split}' if split else ''}"
+    root = pathlib.Path(name)
+    train = [root / "train.jsonl.gz", root / "train.jsonl"]
+    train = [path for path in train if path.is_file()]
+    evals = {
+        split: {
+            path.parent.name: path.parent
+            for path in sorted((root / "eval" / split).glob("*/corpus.jsonl"))
+        }
+        for split in ("dev", "test")
+    }
+    evals = {split: found for split, found in evals.items() if found}
+    if not train or not evals:
+        raise SystemExit(f"{root}: needs train.jsonl(.gz) and eval/test/TASK/ folders")
+    if split in evals:
+        evals = {split: evals[split]}
+    labelled = sorted(root.glob("eval/*/*/train.jsonl"))
+    classes = labelled[0].parent if labelled else None
+    return Data(f"{root.name}{tag}", train[0], evals, classes, subset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What training reads.
+
+    Attributes:
+        vocabulary: The SentencePiece model.
+        pairs: JSONL of pairs.
+        triples: The same with three hard negatives each.
+        classes: Triples of the texts with labels, by how they are kept apart.
+    """
+
+    vocabulary: pathlib.Path
+    pairs: pathlib.Path
+    triples: pathlib.Path
+    classes: Mapping[str, pathlib.Path]
+
+
+def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared:
+    """Names the files that `prepare` makes."""
+    folder = output / "prepared"
+    # Of the pairs alone: the split does not matter.
+    stem = data.train.parent.name + (f"-{data.subset}" if data.subset else "")
+    kinds = CLASSES if data.classes else ()
+    return Prepared(
+        QUICKSTART / "vocabulary.model"
+        if data.train.parent == QUICKSTART
+        else folder / f"{data.train.parent.name}-{vocabulary_size}.model",
+        folder / f"{stem}.jsonl.gz" if data.subset else data.train,
+        folder / f"{stem}-triples.jsonl.gz",
+        {kind: folder / f"{stem}-classes-{kind}.jsonl.gz" for kind in kinds},
+    )
+
+
+def prepare(data: Data, output: pathlib.Path, vocabulary_size: int) -> None:
+    """Makes what is missing once for all rows; none of it counts as training."""
+    import bm25s
+
+    from gecko_jax.data import mining, pieces
+
+    logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)
+    made = prepared(data, output, vocabulary_size)
+    if not made.vocabulary.exists():
+        pieces.train_vocabulary(
+            [str(data.train)], str(made.vocabulary), vocabulary_size
+        )
+    if not made.pairs.exists():
+        mining.write_lines(made.pairs, choose(data))
+    if not made.triples.exists():
+        mining.mine_negatives([made.pairs], made.triples, 3)
+    for kind, path in made.classes.items():
+        if not path.exists():
+            mining.write_lines(path, class_triples(data, kind))
+
+
+def choose(data: Data) -> list[dict[str, Any]]:
+    """Returns the lines of a subset: always the same, every task by its share."""
+
+    def draw(record: dict[str, Any]) -> bytes:
+        return hashlib.blake2b(json.dumps(record, sort_keys=True).encode()).digest()
+
+    records = [record for _, record in files.read_records(data.train)]
+    if data.subset > len(records):
+        raise SystemExit(
+            f"--subset={data.subset}: {data.train} has {len(records):,} pairs; "
+            "--subset=0 takes all"
+        )
+    kept = set(sorted(map(draw, records))[: data.subset])
+    chosen = (record for record in records if draw(record) in kept)
+    return list(itertools.islice(chosen, data.subset))
+
+
+def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
+    """Yields triples of the texts with labels that no retrieval set judges by.
+
+    Several of each text, with other partners, so that they are not lost among the rest.
+    """
+    from gecko_jax.data import classification, preprocessors
+
+    assert data.classes is not None
+    known = held_out(judged_folders(data.train.parent))
+    records = [
+        record
+        for _, record in files.read_records(data.classes / "train.jsonl")
+        if not known.holds(record["text"])
+    ]
+    group = 0
+    for seed in range(CLASS_DRAWS):
+        for line in classification.triples(records, unique_ids=kind, seed=seed):
+            if isinstance(line, preprocessors.Drop):
+                continue
+            if "negative_group" in line:
+                group += 1
+                line["negative_group"] = group
+            yield {"task": "classification", **line}
+
+
+def judged_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns all evaluation folders of a data folder, as "test/code"."""
+    found = sorted(path for path in root.glob("eval/*/*") if path.is_dir())
+    return {f"{path.parent.name}/{path.name}": path for path in found}
+
+
+def held_out(folders: Mapping[str, pathlib.Path]) -> contamination.Contamination:
+    """Returns the queries, judged passages and test texts that no training may see.
+
+    Passages that no query is judged by are distractors, training text among them.
+    """
+    known = contamination.Contamination()
+    for name, folder in folders.items():
+        for found in sets.load(folder):
+            if isinstance(found, sets.ClassificationSet):
+                texts = enumerate(found.test.texts)
+                known.add(name, "text", ((str(n), text) for n, text in texts))
+            if not isinstance(found, sets.RetrievalSet):
+                continue
+            known.add(name, "query", zip(found.query_ids, found.queries, strict=True))
+            judged = {
+                passage
+                for passages in found.relevance.values()
+                for passage, grade in passages.items()
+                if grade > 0
+            }
+            passages = zip(found.passage_ids, found.texts, strict=True)
+            known.add(name, "passage", (p for p in passages if p[0] in judged))
+    return known

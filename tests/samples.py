@@ -1,0 +1,130 @@
+"""Records in the schemas of the recipe's sources, and how tests write them."""
+
+import gzip
+import json
+
+from gecko_jax.data import (
+    tasks,
+)
+
+TABLE = {task.name: task for task in tasks.TASKS if task.source}
+
+
+NLI = [
+    {"premise": "A man sleeps.", "hypothesis": "A man rests.", "label": 0},
+    {"premise": "A man sleeps.", "hypothesis": "A man runs.", "label": 2},
+    {"premise": "A man sleeps.", "hypothesis": "A man dreams.", "label": 1},
+    {"premise": "A dog.", "hypothesis": "An animal.", "label": 0},
+    {"premise": "A cat.", "hypothesis": "?", "label": -1},
+]
+
+
+LABELLED = [
+    {"text": "loved it", "label": 1},
+    {"text": "great fun", "label": 1},
+    {"text": "dull", "label": 0},
+    {"text": "a bore", "label": 0},
+]
+
+
+MIRACL = {
+    "query_id": "7",
+    "query": "who",
+    "positive_passages": [
+        {"docid": "1#0", "title": "A", "text": "a"},
+        {"docid": "1#1", "title": "A", "text": "aa"},
+    ],
+    "negative_passages": [{"docid": "2#0", "title": "B", "text": "b"}],
+}
+
+
+HOTPOT = {
+    "id": "5a",
+    "question": "Who?",
+    "supporting_facts": {"title": ["A"], "sent_id": [0]},
+    "context": {"title": ["A", "B"], "sentences": [["a ", "b"], ["c"]]},
+}
+
+
+FEVER = {
+    "claim": "Honey spoils.",
+    "label": "REFUTES",
+    "evidence": [["Honey_-LRB-food-RRB-", 3, "Honey keeps."]],
+}
+
+
+MEDMCQA = {
+    "question": "Where is insulin made?",
+    "opa": "Liver",
+    "opb": "Pancreas",
+    "opc": "Spleen",
+    "opd": "Lung",
+    "cop": 1,
+    "exp": "Beta cells make it.",
+}
+
+
+NATURAL = {
+    "question": {"text": "who found it"},
+    "document": {
+        "title": "Honey",
+        "tokens": {
+            "token": ["<P>", "Bees", "did", "</P>"],
+            "is_html": [True, False, False, True],
+        },
+    },
+    "annotations": {"long_answer": {"start_token": [-1, 0], "end_token": [-1, 4]}},
+}
+
+
+# Task -> two or more records in the real schema of its source.
+RECORDS = {
+    "gooaq": [{"id": 1, "question": "what is it", "answer": "A lizard."}],
+    "stackexchange_title_body": [{"title": "a &amp; b", "body": "<p>Why?</p>"}],
+    "stackexchange_qa": [{"title": "a < b?", "answer": "<b>No</b>, b &lt; a"}],
+    "hotpotqa": [HOTPOT],
+    "fever": [FEVER],
+    "medmcqa": [MEDMCQA],
+    **{name: [MIRACL] for name in TABLE if name.startswith("miracl_")},
+}
+
+
+def split(found):
+    found = list(found)
+    lines = [line for line in found if isinstance(line, dict)]
+    return lines, [line.reason for line in found if not isinstance(line, dict)]
+
+
+def write_source(folder, kind, records):
+    """Writes records as a source of the table would lie on disk."""
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        path = folder / "train-0.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path = folder / "train.jsonl.gz"
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+    return str(path)
+
+
+def write_lines(path, *records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def beir_folder(folder, corpus=(), queries=(), judged=()):
+    """A sound folder of one query and two passages, and what is added to it."""
+    write_lines(
+        folder / "corpus.jsonl",
+        {"_id": "d1", "title": "A", "text": "a"},
+        {"_id": "d2", "text": "b"},
+        *corpus,
+    )
+    write_lines(folder / "queries.jsonl", {"_id": "q", "text": "who"}, *queries)
+    (folder / "qrels").mkdir(exist_ok=True)
+    rows = ["query-id\tcorpus-id\tscore", "q\td1\t1", "q\td2\t0", *judged]
+    (folder / "qrels" / "train.tsv").write_text("\n".join(rows))
+    return str(folder)

@@ -1,0 +1,100 @@
+"""Mining: hard negatives that are near, and never an answer."""
+
+import gzip
+import json
+
+import pytest
+
+from gecko_jax.data import (
+    mining,
+)
+
+
+def mine(tmp_path, records, **options):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps(record) for record in records))
+    summary = mining.mine_negatives([source], output, **options)
+    return summary, [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def pair(query, positive, task="t", **fields):
+    return {"task": task, "query": query, "positive": positive, **fields}
+
+
+def test_mined_negatives_are_near_and_never_answers(tmp_path):
+    summary, mined = mine(
+        tmp_path,
+        [
+            pair("red apple", "apple trees bear red apple fruit", src="kept"),
+            pair("red apple", "the red apple of discord"),  # Equal query, other answer.
+            pair("green apple", "apple of green colour"),
+            pair("apple list", "red  apple"),  # The first query's own text.
+            pair("sea", "boats sail the sea"),
+            pair("red apple", "red apple of another task", task="other"),
+        ],
+    )
+    negatives = [record.get("negatives") for record in mined]
+    assert negatives[0] == negatives[1] == ["apple of green colour"]
+    assert negatives[4] is None  # Nothing else shares a word.
+    assert negatives[5] is None  # Its task has no other passage.
+    assert mined[0]["src"] == "kept"
+    assert summary == mining.MiningSummary(examples=6, mined=4, short=2)
+
+
+def test_mining_tops_up_and_keeps_titles(tmp_path):
+    _, mined = mine(
+        tmp_path,
+        [
+            pair("red apple", "a red apple", negative="pear"),
+            pair("blue apple", "blue apple", title="Blue"),
+            pair("apple", "some apple", negatives=["x", "y"]),
+        ],
+        num_negatives=2,
+    )
+    assert mined[0]["negatives"][0] == "pear"
+    assert len(mined[0]["negatives"]) == 2
+    assert "negative" not in mined[0]
+    assert mined[2]["negatives"] == ["x", "y"]
+    for record in mined:
+        titles = record.get("negative_titles", [""] * len(record["negatives"]))
+        for negative, title in zip(record["negatives"], titles, strict=True):
+            assert title == ("Blue" if negative == "blue apple" else "")
+
+
+def test_mining_leaves_nothing_half_written(tmp_path):
+    with pytest.raises(ValueError, match=r"in\.jsonl:2: no field 'query'"):
+        mine(tmp_path, [pair("a", "b"), {"task": "t"}])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    with pytest.raises(ValueError, match="num_negatives=0"):
+        mining.mine_negatives([], tmp_path / "x", 0)
+
+
+def test_a_packed_file_holds_the_same_lines_and_characters(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [pair("gecko é", "a gecko é"), pair("gecko", "one gecko é")]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    plain, *packed = (tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.gz"))
+    for path in (plain, *packed):
+        mining.mine_negatives([source], path)
+    assert "é" in plain.read_text()
+    assert "negative_titles" not in json.loads(plain.read_text().splitlines()[0])
+    first, second = (path.read_bytes() for path in packed)
+    assert gzip.decompress(first) == plain.read_bytes()
+    assert first == second  # No name and no time in it.
+
+
+def test_mined_negatives_have_no_ids_beside_those_given(tmp_path):
+    given = pair("red apple", "a red apple", negatives=["pear"], negative_ids=["p"])
+    others = [pair("blue apple", "blue apple")]
+    _, (first, _) = mine(tmp_path, [given, *others], num_negatives=2)
+    assert first["negatives"] == ["pear", "blue apple"]
+    assert first["negative_ids"] == ["p", None]
+
+
+def test_files_without_a_line_are_refused(tmp_path):
+    empty = tmp_path / "in.jsonl"
+    empty.write_text("\n")
+    for files, message in (([empty], r"in\.jsonl: no examples"), ([], "no files: no")):
+        with pytest.raises(ValueError, match=message):
+            mining.mine_negatives(files, tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

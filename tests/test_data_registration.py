@@ -1,0 +1,102 @@
+"""seqio's tasks: texts are written as the format says, and found by name."""
+
+import pytest
+
+from gecko_jax import text, vocabulary
+from gecko_jax.data import (
+    formatting,
+    jsonl,
+    load_seqio,
+    registration,
+    tasks,
+)
+
+TRICKY = [
+    ("plain", ""),
+    ("  spaces\u3000and\nlines ", "a  title"),
+    ("e\u0301 decomposed {title} {text} | query:", " \t"),
+]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_format_texts_writes_what_text_format_writes(symmetric):
+    """Golden examples of the preprocessor, and the one truth beside them."""
+    load_seqio()
+    import tensorflow as tf
+
+    text_format = text.TextFormat(
+        task_descriptions={"qa": "question answering", "docs": "search result"},
+        symmetric_tasks=("qa",) if symmetric else (),
+    )
+    forms = formatting.templates(text_format, "qa")
+    # The last is the name of a task, and stands for itself all the same.
+    own = ["", "fact checking", "docs"]
+    dataset = tf.data.Dataset.from_tensor_slices(
+        {
+            "query": [text.clean(body) for body, _ in TRICKY],
+            "task_description": own,
+            "positive": [text.clean(body) for body, _ in TRICKY],
+            "title": [" ".join(title.split()) for _, title in TRICKY],
+            "negatives": [["wrong", "bad"]] * 3,
+            "negative_titles": [["", "T"]] * 3,
+        }
+    )
+    got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
+    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
+        said = said or "question answering"
+        query = f"task: {said} | query: {text.clean(body)}"
+        passage = query if symmetric else text_format.format_passage(body, title)
+        assert record["query"].decode() == query
+        assert record["positive"].decode() == passage
+    golden = [b"title: none | text: wrong", b"title: T | text: bad"]
+    if symmetric:
+        golden = [b"task: question answering | query: " + n for n in (b"wrong", b"bad")]
+    assert got[0]["negatives"].tolist() == golden
+    assert got[0].keys() == {"query", "positive", "negatives"}
+    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
+        line = {"task": "x", "query": body, "positive": body, "title": title}
+        line |= {"negatives": ["wrong", "bad"], "negative_titles": ["", "T"]}
+        pair = jsonl.parse("here", {**line, "task_description": f" {said} "})
+        query, positive, negatives = formatting.write(text_format, "qa", pair)
+        assert query == record["query"].decode()
+        assert positive == record["positive"].decode()
+        assert [n.encode() for n in negatives] == record["negatives"].tolist()
+
+
+def test_quickstart_is_a_seqio_mixture():
+    """The golden example of each bundled task, through seqio alone."""
+    seqio = load_seqio()
+    assert registration.register("quickstart") is registration.register("quickstart")
+    assert seqio.get_mixture_or_task("quickstart").num_input_examples("train") == 3828
+    pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
+    golden = {
+        "quickstart_docs": (
+            "task: search result | query: PostgreSQL: Arrays",
+            "title: none | text: 8.15.1. Declaration of Array Types",
+        ),
+        "quickstart_wordnet": (
+            "task: dictionary definition | query: omphaloskepsis, navel-gazing",
+            "title: none | text: literally, the contemplation of one's navel",
+        ),
+        "quickstart_code": (
+            "task: code retrieval | query: Create node positions using :mod:`pydot`",
+            'title: none | text: def pydot_layout(G, prog="neato", root=None):',
+        ),
+        "quickstart_term": (
+            "task: question answering | query: What is B5?",
+            "title: none | text: [common] Abbreviation for “Babylon 5”",
+        ),
+    }
+    for name, (query, positive) in golden.items():
+        dataset = seqio.get_mixture_or_task(name).get_dataset(
+            sequence_length=None, split="train", shuffle=False
+        )
+        record = next(dataset.take(1).as_numpy_iterator())
+        assert pieces.decode(record["query"].tolist()).startswith(query)
+        assert pieces.decode(record["positive"].tolist()).startswith(positive)
+        assert record["query"][-1] == record["positive"][-1] == 1
+    mixture = seqio.get_mixture_or_task("quickstart")
+    dataset = mixture.get_dataset(
+        sequence_length={"query": 8, "positive": 16}, split="train", shuffle=False
+    )
+    assert len(next(dataset.as_numpy_iterator())["positive"]) <= 16
