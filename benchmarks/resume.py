@@ -20,32 +20,18 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).parents[1]
+import small_runs
+
 DEVICES = 4
 STEPS = 200
 SETTINGS = {
     "data.batch_size": 32,
     "data.query_length": 32,
     "data.passage_length": 64,
-    "model.num_layers": 1,
-    "model.model_dim": 32,
-    "model.num_heads": 2,
-    "model.head_dim": 16,
-    "model.mlp_dim": 32,
-    "model.embedding_dim": 16,
-    "model.dropout_rate": 0.1,
-    "loss.mrl_dims": "(8,16)",
-    "loss.mrl_weights": "(1.0,1.0)",
-    "init.token_weights": "none",
-    "init.align_steps": 0,
     "mesh.fsdp": 2,
-    "optimizer.warmup_steps": 5,
     "train.num_steps": STEPS,
-    "train.log_every_steps": 1,
     "checkpoint.every_minutes": 0,
     "checkpoint.keep": 1,
-    "evaluation.every_steps": 0,
-    "evaluation.folder": "",
 }
 # Sums over devices in another order, two hundred times over.
 TOLERANCE = 1e-4
@@ -55,7 +41,7 @@ def start(
     workdir: pathlib.Path, options: argparse.Namespace, processes: int
 ) -> list[subprocess.Popen]:
     """Starts a run, or goes on with it, in some processes on this machine."""
-    keys = SETTINGS | {
+    settings = SETTINGS | {
         "data.cache_dir": options.cache_dir,
         "data.vocabulary": options.vocabulary,
         "data.extra_ids": options.extra_ids,
@@ -64,43 +50,25 @@ def start(
         "train.compilation_cache": "",
     }
     if options.files:
-        keys["data.files"] = repr(tuple(options.files))
+        settings["data.files"] = repr(tuple(options.files))
     with socket.socket() as one:
         one.bind(("localhost", 0))
         port = one.getsockname()[1]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
-        "PYTHONPATH": str(ROOT),
-    }
-    peers = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+    group = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
     return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "gecko_jax",
-                "train",
-                f"--config={ROOT / 'configs/prefinetune.py'}:local",
-                f"--workdir={workdir}",
-                *([*peers, f"--process={number}"] if processes > 1 else []),
-                *(f"--config.{key}={value}" for key, value in keys.items()),
-            ],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # killed with the child that trains
+        small_runs.start(
+            workdir,
+            settings,
+            devices=DEVICES // processes,
+            peers=[*group, f"--process={number}"] if processes > 1 else [],
         )
         for number in range(processes)
     ]
 
 
-def finish(running: list[subprocess.Popen], expected: tuple[int, ...] = (0,)) -> None:
+def finish(running: list[subprocess.Popen], expected: int = 0) -> None:
     for process in running:
-        _, notes = process.communicate(timeout=7_200)
-        if process.returncode not in expected:
-            raise SystemExit(f"a run ended with {process.returncode}:\n{notes}")
+        small_runs.finish(process, {expected})
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
@@ -124,7 +92,7 @@ def main() -> None:
     cache = pathlib.Path("~/.cache/gecko_jax").expanduser()
     parser.add_argument("--cache-dir", default=str(cache))
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(small_runs.ROOT))
     import numpy as np
 
     from gecko_jax import checkpoints
@@ -143,7 +111,7 @@ def main() -> None:
             time.sleep(0.01)
         for process in pair:
             os.killpg(process.pid, signal.SIGKILL)
-        finish(pair, (-signal.SIGKILL,))
+        finish(pair, -signal.SIGKILL)
         at = checkpoints.latest_step(stopped)
         print(f"2 processes: killed, step {at} is saved", flush=True)
         finish(start(stopped, options, 4))

@@ -6,7 +6,12 @@
 Random tokens at full length, the same for both: queries of 64, passages of 512, one
 hard negative, bfloat16, MRL 256 and full width. The other side is the same T5 encoder
 of Hugging Face, CachedMultipleNegativesRankingLoss in a MatryoshkaLoss, and Adafactor;
-each runs in a process of its own. Needs a CUDA build of JAX, and the extra `torch`.
+each runs in a process of its own, and says on what.
+
+Needs a GPU and the extra `cuda`; the other side a CUDA build of PyTorch and the extra
+`torch`. Without a GPU both run on the CPU, which tries the script and measures nothing:
+
+    python benchmarks/train_gpu.py --size=mini --batch=8 --microbatch=4 --steps=1
 """
 
 import argparse
@@ -20,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 QUERY, PASSAGE, WARMUP = 64, 512, 3
 
 
-def gecko(options: argparse.Namespace) -> dict[str, float]:
+def gecko(options: argparse.Namespace) -> dict[str, str | float]:
     """Times the step that `gecko train` runs."""
     import jax
     import numpy as np
@@ -52,7 +57,7 @@ def gecko(options: argparse.Namespace) -> dict[str, float]:
     batch = {}
     for name, leaf in step_lib.abstract_batch(config, mesh).items():
         if name.endswith("_tokens"):
-            batch[name] = rng.integers(2, 32_000, leaf.shape, np.int32)
+            batch[name] = rng.integers(2, config.model.vocab_size, leaf.shape, np.int32)
         elif name.endswith("_index") and name != "task_index":
             rows = np.arange(leaf.shape[0], dtype=np.int32)
             batch[name] = np.stack([rows, np.zeros_like(rows)], axis=1)
@@ -72,27 +77,36 @@ def gecko(options: argparse.Namespace) -> dict[str, float]:
     seconds = (time.perf_counter() - began) / options.steps
     device = jax.devices()[0]
     chip = chips.of(device)
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", float("nan"))
-    utilisation = float("nan")
-    if chip is not None:
-        utilisation = step_lib.model_flops(config) / seconds / chip.flops_per_second
-    return {
+    found = {
+        "device": device.device_kind,
         "steps_per_second": 1 / seconds,
         "examples_per_second": options.batch / seconds,
-        "model_flops_utilisation": utilisation,
-        "peak_gib": peak / 2**30,
     }
+    if chip is not None:
+        flops = step_lib.model_flops(config) / seconds
+        found["model_flops_utilisation"] = flops / chip.flops_per_second
+    memory = device.memory_stats()
+    if memory is not None:
+        found["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+    return found
 
 
-def sbert(options: argparse.Namespace) -> dict[str, float]:
+def sbert(options: argparse.Namespace) -> dict[str, str | float]:
     """Times a plain loop around sentence-transformers' losses."""
-    import torch
-    import transformers
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import losses, modules
+    try:
+        import torch
+        import transformers
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer import losses, modules
+    except ImportError as error:
+        raise SystemExit(
+            f'{error}: the other side needs pip install "gecko-jax[torch]"; '
+            "--only=gecko does without"
+        ) from error
 
     from gecko_jax import model as gecko_model
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = gecko_model.PRESETS[options.size]
     config = transformers.T5Config(
         vocab_size=sizes["vocab_size"],
@@ -124,7 +138,7 @@ def sbert(options: argparse.Namespace) -> dict[str, float]:
         activation_function=torch.nn.Identity(),
     )
     tower = SentenceTransformer(modules=[Tower(), modules.Pooling(width), dense])
-    tower = tower.cuda()
+    tower = tower.to(device)
     inner = losses.CachedMultipleNegativesRankingLoss(
         tower, scale=100.0, mini_batch_size=options.microbatch or options.batch
     )
@@ -135,31 +149,39 @@ def sbert(options: argparse.Namespace) -> dict[str, float]:
     )
 
     def features(length: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(2, 32_000, (options.batch, length), device="cuda")
+        shape = (options.batch, length)
+        tokens = torch.randint(2, sizes["vocab_size"], shape, device=device)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     texts = [features(QUERY), features(PASSAGE), features(PASSAGE)]
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             value = loss([dict(side) for side in texts], None)
         value.backward()
         adafactor.step()
         adafactor.zero_grad()
 
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     for _ in range(WARMUP):
         step()
-    torch.cuda.synchronize()
+    wait()
     began = time.perf_counter()
     for _ in range(options.steps):
         step()
-    torch.cuda.synchronize()
+    wait()
     seconds = (time.perf_counter() - began) / options.steps
-    return {
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "steps_per_second": 1 / seconds,
         "examples_per_second": options.batch / seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
+    if device == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
 
 
 def main() -> None:
@@ -181,12 +203,16 @@ def main() -> None:
         if options.only in (None, name):
             found = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], f"--only={name}", "--here"],
-                check=True,
+                check=False,
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            if found.returncode:
+                raise SystemExit(f"{name}: ended with {found.returncode}, see above")
             values = json.loads(found.stdout.splitlines()[-1])
-            print(name, " ".join(f"{key}={value:.3g}" for key, value in values.items()))
+            device = values.pop("device")
+            numbers = " ".join(f"{key}={value:.3g}" for key, value in values.items())
+            print(f"{name} on {device}: {numbers}", flush=True)
 
 
 if __name__ == "__main__":

@@ -182,9 +182,16 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
         options = {}
         if topology.startswith("v4:"):
             options["chip_config_name"] = "megacore"
-        yield topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, num_slices=num_slices, **options
-        ).devices
+        try:
+            described = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, num_slices=num_slices, **options
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(
+                f"--topology={topology}: libtpu does not start; end any other process "
+                f"that uses it ({error})"
+            ) from error
+        yield described.devices
 
 
 def compile_step(

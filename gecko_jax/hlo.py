@@ -173,31 +173,43 @@ class Program:
             everything = (*shapes, one.shape)
             return float(sum(shape_bytes(s, in_main=True) for s in everything))
         # Of an array that a fusion only slices, or updates in place, it touches a part.
-        total = 0.0
-        parameters = [i for i in inner.values() if i.opcode == "parameter"]
-        parameters.sort(key=lambda i: int(i.operands[0]))
-        for parameter, shape in zip(parameters, shapes, strict=False):
+        total = self._written(one, inner)
+        for parameter, shape in zip(_parameters(inner), shapes, strict=False):
             whole = shape_bytes(shape, in_main=True)
-            users = [i for i in inner.values() if parameter.name in i.operands]
-            part = 0.0
-            for user in users:
-                if user.opcode in ("dynamic-slice", "slice", "gather"):
-                    part += shape_bytes(user.shape)
-                elif (
-                    user.opcode == "dynamic-update-slice"
-                    and user.operands[0] == parameter.name
-                ):
+            total += min(self._read(parameter.name, inner), whole)
+        return float(total)
+
+    def _read(self, name: str, inner: dict[str, Instruction]) -> int:
+        """Returns the bytes that a fused computation reads of one of its arrays.
+
+        The slice of one layer's matrix often lies in a fusion inside of the fusion that
+        multiplies by it.
+        """
+        whole = shape_bytes(inner[name].shape)
+        total = whole if inner[name].is_root else 0
+        for user in inner.values():
+            for position, operand in enumerate(user.operands):
+                nested = self._computations.get(user.called("calls") or "")
+                if operand != name:
                     continue
-                else:
-                    part += whole
-            total += min(part, whole)
-        roots = [i for i in inner.values() if i.is_root]
+                if user.opcode in ("dynamic-slice", "slice", "gather"):
+                    total += shape_bytes(user.shape)
+                elif user.opcode == "bitcast":
+                    total += self._read(user.name, inner)
+                elif nested is not None:
+                    total += self._read(_parameters(nested)[position].name, nested)
+                elif user.opcode != "dynamic-update-slice" or position > 0:
+                    total += whole
+        return min(total, whole)
+
+    def _written(self, one: Instruction, inner: dict[str, Instruction]) -> int:
+        """Returns the bytes that a fusion writes to main memory."""
         written = shape_bytes(one.shape, in_main=True)
-        for root in roots:
-            if root.opcode == "dynamic-update-slice":
+        for root in inner.values():
+            if root.is_root and root.opcode == "dynamic-update-slice":
                 update = inner[root.operands[1]]
                 written = min(written, shape_bytes(update.shape))
-        return total + written
+        return written
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop runs: its condition compares with a constant."""
@@ -257,6 +269,12 @@ def _parse(line: str) -> Instruction | None:
     inside = rest[:end]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or (inside.strip(),)
     return Instruction(head[2], shape, opcode, operands, rest[end:], bool(head[1]))
+
+
+def _parameters(computation: dict[str, Instruction]) -> list[Instruction]:
+    """Returns what a computation is given, in the order of its arguments."""
+    found = [one for one in computation.values() if one.opcode == "parameter"]
+    return sorted(found, key=lambda one: int(one.operands[0]))
 
 
 def _closing(text: str) -> int:

@@ -299,16 +299,24 @@ def mrl_loss(
     Returns:
         The weighted sum per query, and the terms at each dim.
     """
+
+    @functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(blockwise.SUMS),
+        static_argnums=2,
+    )
+    def contrast(parts: Sequence[Array | None], ids: BatchIds, dim: int) -> LossTerms:
+        cut = [None if part is None else part[..., :dim] for part in parts]
+        return contrastive_loss(*cut, ids, **switches)
+
     terms = {}
-    total = jnp.zeros(queries.shape[0], jnp.float32)
+    total = jnp.zeros_like(queries[:, 0], jnp.float32)
+    parts = (queries, positives, negatives)
     for dim, weight in zip(mrl_dims, mrl_weights, strict=True):
-        terms[dim] = contrastive_loss(
-            queries[..., :dim],
-            positives[..., :dim],
-            None if negatives is None else negatives[..., :dim],
-            ids,
-            **switches,
-        )
+        # One prefix after the other, backward too, where its normalized vectors are
+        # made again: those of one are in memory at a time.
+        parts, total = jax.lax.optimization_barrier((parts, total))
+        terms[dim] = contrast(parts, ids, dim)
         total += weight * terms[dim].loss
     if matching_weight:
         if teacher is None:

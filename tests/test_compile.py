@@ -185,6 +185,19 @@ def test_the_cores_of_a_v4_are_one_device(monkeypatch, topology, joined):
         assert (options.get("chip_config_name") == "megacore") == joined
 
 
+def test_a_libtpu_that_another_process_holds_is_told(monkeypatch):
+    from jax.experimental import topologies
+
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError("ABORTED: lockfile")
+
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    told = pytest.raises(ValueError, match=r"v5e:2x2: .*any other process.*lockfile")
+    with told, compile_lib.topology_devices("v5e:2x2"):
+        pass
+
+
 @pytest.mark.slow
 def test_a_step_compiles_for_a_topology():
     pytest.importorskip("libtpu", reason="needs gecko-jax[tpu]; .ci/run compiles one")

@@ -60,6 +60,42 @@ def test_a_slice_of_an_array_is_what_it_reads():
     assert hlo.Program(TEXT).memory_bytes() == 384 + 6 * (16 + 16 + 4 + 128)
 
 
+NESTED = """\
+%slice (stack: f32[8,4], which: s32[]) -> f32[4] {
+  %stack = f32[8,4]{1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %nought = s32[] constant(0)
+  %one = f32[1,4]{1,0} dynamic-slice(%stack, %which, %nought)
+  ROOT %flat = f32[4]{0} bitcast(%one)
+}
+
+%same (whole: f32[8,4]) -> f32[32] {
+  %whole = f32[8,4]{1,0} parameter(0)
+  ROOT %view = f32[32]{0} bitcast(%whole)
+}
+
+%fused (param_0: f32[8,4], param_1: s32[]) -> f32[1,4] {
+  %param_0 = f32[8,4]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %layer = f32[4]{0} fusion(USED), kind=kLoop, calls=CALLED
+  ROOT %row = f32[1,4]{1,0} negate(%layer)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("used", "called", "num_bytes"),
+    [("%param_0, %param_1", "%slice", 16 + 4), ("%param_0", "%same", 128)],
+)
+def test_what_a_fusion_inside_of_a_fusion_reads(used, called, num_bytes):
+    # XLA writes so the matrix of a layer, cut from those of all, that is multiplied by.
+    before = TEXT[TEXT.index("%fused (") : TEXT.index("%condition (")]
+    nested = NESTED.replace("USED", used).replace("CALLED", called)
+    text = TEXT.replace(before, nested + "\n")
+    # Beside what it reads, the loop's row of 16 bytes and its sum of 128.
+    assert hlo.Program(text).memory_bytes() == 384 + 6 * (num_bytes + 16 + 128)
+
+
 def test_what_is_fetched_ahead_counts_once_and_in_part():
     # 16 bytes of the slice read into another memory, and 128 copied both ways in main.
     ahead = """\
