@@ -107,7 +107,8 @@ BAD = {
     "negative empty": ({**GOOD, "negatives": [" "]}, r"'negatives\[0\]' is empty"),
     "titles": (
         {**GOOD, "negatives": ["x"], "negative_titles": ["a", "b"]},
-        "'negative_titles' is 2 items; it must be a list with one item for each negative, 1 in all",
+        "'negative_titles' is 2 items; it must be a list with one item for each "
+        "negative, 1 in all",
     ),
     "title number": ({**GOOD, "title": 3}, "field 'title' is a number"),
     "group": ({**GOOD, "negative_group": "a"}, "'negative_group' is 'a'; it must be a"),
