@@ -60,6 +60,7 @@ def test_training_names_the_vocabulary_of_a_model_that_comes_along(named, tiny_f
 
 
 def test_what_comes_along_is_small_and_whole():
+    assert pretrained.names() == ("mini",)
     for name in pretrained.names():
         folder = pretrained.FOLDER / name
         files = {path.name: path.stat().st_size for path in folder.iterdir()}
