@@ -305,9 +305,17 @@ def mrl_loss(
         policy=jax.checkpoint_policies.save_only_these_names(blockwise.SUMS),
         static_argnums=2,
     )
-    def contrast(parts: Sequence[Array | None], ids: BatchIds, dim: int) -> LossTerms:
-        cut = [None if part is None else part[..., :dim] for part in parts]
-        return contrastive_loss(*cut, ids, **switches)
+    def contrast(
+        parts: tuple[Array, Array, Array | None], ids: BatchIds, dim: int
+    ) -> LossTerms:
+        queries, positives, negatives = parts
+        return contrastive_loss(
+            queries[..., :dim],
+            positives[..., :dim],
+            None if negatives is None else negatives[..., :dim],
+            ids,
+            **switches,
+        )
 
     terms = {}
     total = jnp.zeros_like(queries[:, 0], jnp.float32)
