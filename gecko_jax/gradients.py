@@ -92,8 +92,10 @@ def build(
             index = batch["passage_index"]
             total = batch_size * num_shards
             positives = _collect(embedded["passage"], index[:total])
-            negatives = _collect(embedded["passage"], index[total:])
-            negatives = negatives.reshape(batch_size, num_negatives, queries.shape[-1])
+            negatives = None
+            if num_negatives:
+                negatives = _collect(embedded["passage"], index[total:])
+                negatives = negatives.reshape(batch_size, num_negatives, -1)
             loss, terms = losses.mrl_loss(
                 queries,
                 positives,

@@ -57,7 +57,7 @@ def _mesh(sizes):
 
 
 @functools.cache
-def _batch(packing, row_multiple):
+def _batch(packing, row_multiple, num_negatives=G):
     rng = np.random.default_rng(0)
 
     def text(longest):
@@ -78,10 +78,10 @@ def _batch(packing, row_multiple):
         )
         for _ in range(B)
     ]
-    shape = features.Shape(6, 14, G, packing, row_multiple)
+    shape = features.Shape(6, 14, num_negatives, packing, row_multiple)
     batch = features.convert(examples, shape)
     batch["example_mask"][5] = False
-    vectors = rng.standard_normal((2 + G, B, 6)).astype(np.float16)
+    vectors = rng.standard_normal((2 + num_negatives, B, 6)).astype(np.float16)
     vectors[0, 3] = 0.0  # no vector of this query
     batch["query_teacher"], batch["passage_teacher"] = vectors[0], vectors[1]
     batch["negative_teacher"] = vectors[2:].swapaxes(0, 1)
@@ -144,7 +144,7 @@ def _dense(encoder, batch, num_segments, settings):
         loss, terms = losses.mrl_loss(
             texts["query"],
             positives,
-            negatives.reshape(B, G, -1),
+            negatives.reshape(*ids.negative_mask.shape, encoder.config.embedding_dim),
             ids,
             teacher=teacher,
             **settings,
@@ -211,6 +211,14 @@ def test_every_mesh_and_microbatch_gives_the_dense_gradient(
         EVERYTHING if everything else EQUATION_3,
     )
     _assert_same(compute(*arguments), _expected(dropout, packing, everything))
+
+
+def test_pairs_without_hard_negatives_give_the_dense_gradient():
+    encoder, batch = _encoder(), _batch(False, 8, 0)
+    compute, arguments = _compute(
+        encoder, _mesh((2, 2, 1)), _params(encoder), batch, 16, 1, EVERYTHING
+    )
+    _assert_same(compute(*arguments), _dense(encoder, batch, 1, EVERYTHING))
 
 
 @pytest.mark.parametrize(
