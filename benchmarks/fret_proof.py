@@ -29,6 +29,7 @@ import fret_proof_table
 import ml_collections
 import numpy as np
 import quality
+import quality_data
 import side_by_side
 
 from gecko_jax import files, flags, progress, ranking
@@ -213,7 +214,7 @@ def retrieval_sets(options: argparse.Namespace) -> list[tuple[str, Any]]:
     """Returns the judged queries that are for the test, by task."""
     from gecko_jax.evaluation import sets
 
-    folders = quality.find_data(options.data).evals["test"]
+    folders = quality_data.find(options.data, split="test").evals["test"]
     return [
         (task, one)
         for task, folder in folders.items()
@@ -323,8 +324,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         corpus = model.encode_passages(found.texts, found.titles)
         return quality.by_dim(found, queries, corpus, model.files.mrl_dims)
 
-    data = quality.find_data(options.data)
-    data = dataclasses.replace(data, evals={"test": data.evals["test"]})
+    data = quality_data.find(options.data, split="test")
     return {
         "steps": [options.start_steps, options.steps],
         "batch_size": options.batch_size,
