@@ -111,7 +111,7 @@ pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR ad
 		"FIRST=$(FIRST)" "SECOND=$(SECOND)"
 
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, about ten minutes on 2 cores
+test: $(VENV)/.test ## the fast tests, about fifteen minutes on 2 cores
 	$(BIN)/python -m pytest -q
 
 .PHONY: test-slow

@@ -464,4 +464,3 @@ def test_summary_shows_a_mixture(open_batches):
         first["examples"][0]["query"] == "task: search result | query: docs question 0"
     )
     assert len(first["examples"]) == 2
-    assert 0 < shown["passage_padding"] < 1

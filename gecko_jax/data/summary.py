@@ -13,10 +13,9 @@ def summarize(batches: pipeline.Batches, examples: int = 2) -> dict[str, Any]:
         examples: How many examples of each task to show.
 
     Returns:
-        Plain values: `num_examples`, `mixture_hash`, `query_padding` and
-        `passage_padding` (shares of step 0's tokens), and `tasks`, a list with the
-        name, task_description, rate, num_examples, licence, touches and examples of
-        each. An example has the texts as the encoder reads them (`query`, `positive`,
+        Plain values: `num_examples`, `mixture_hash` and `tasks`, a list with the name,
+        task_description, rate, num_examples, licence, touches and examples of each. An
+        example has the texts as the encoder reads them (`query`, `positive`,
         `negatives`, decoded from the tokens) and `query_tokens`, `positive_tokens`.
     """
     decode = batches.vocabulary.decode
@@ -42,11 +41,8 @@ def summarize(batches: pipeline.Batches, examples: int = 2) -> dict[str, Any]:
                 ],
             }
         )
-    first = batches.batch(0)
     return {
         "num_examples": batches.num_examples,
         "mixture_hash": batches.mixture_hash,
-        "query_padding": float((first["query_segment_ids"] == 0).mean()),
-        "passage_padding": float((first["passage_segment_ids"] == 0).mean()),
         "tasks": shown,
     }
