@@ -11,7 +11,9 @@ source in `pretrained_sources.json`. A row is left out if its licence is not in 
 file's list of permissive ones, if nothing says its licence, or if it is third-party
 code inside a package; and if it holds a query or a judged passage of the bundled
 held-out set or of the data folder's `eval/*/*`, by the rule of `gecko data show
---decontaminate`. What is left out is counted, by task and reason, in `text.json`.
+--decontaminate`. What is left out is counted, by task and reason, in `text.json`. Every
+second query is written as a search, as the queries of most users are, and not with the
+description of its task.
 
 `card` copies a model folder and writes its README.md: scores, stages, text, licences.
 """
@@ -32,7 +34,15 @@ import quality
 import quality_data
 
 from gecko_jax import config as config_lib
-from gecko_jax import contamination, files, model_folder, parameters, progress, tensors
+from gecko_jax import (
+    contamination,
+    files,
+    model_folder,
+    parameters,
+    progress,
+    tensors,
+    text,
+)
 from gecko_jax.data import mining
 
 SOURCES = pathlib.Path(__file__).with_name("pretrained_sources.json")
@@ -134,7 +144,7 @@ def write_text(options: argparse.Namespace) -> None:
         for row in progress.track(read(options.data), "Choosing text"):
             licence, reason = table.judge(row)
             texts = row["query"], row["positive"]
-            if not reason and any(known.holds(text) for text in texts):
+            if not reason and any(known.holds(side) for side in texts):
                 reason = "held out for judging"
             if not reason and texts in seen:
                 reason = "comes twice"
@@ -143,7 +153,10 @@ def write_text(options: argparse.Namespace) -> None:
                 continue
             seen.add(texts)
             kept[row["task"], source(row), licence] += 1
-            yield row | {"licence": licence}
+            row["licence"] = licence
+            if len(seen) % 2:
+                row["task_description"] = text.DEFAULT_TASK
+            yield row
 
     options.output.mkdir(parents=True, exist_ok=True)
     mining.write_lines(options.output / "train.jsonl.gz", rows())
@@ -225,12 +238,12 @@ def write_card(options: argparse.Namespace) -> None:
     opened = model_folder.open_model(options.model)
     results = evaluation.read(options.results).check_model(opened)
     refuse_paths(opened.provenance)
-    text = json.loads((options.text / "text.json").read_text())
+    chosen = json.loads((options.text / "text.json").read_text())
     held = [path for path in options.model.iterdir() if path.name != "README.md"]
     leaves = parameters.flatten(opened.params).values()
     config = opened.encoder_config
     left_out: dict[str, int] = collections.Counter()
-    for row in text["left_out"]:
+    for row in chosen["left_out"]:
         left_out[f"{row['task']}: {row['reason']}"] += row["pairs"]
     card = CARD.read_text().format(
         name=options.output.name,
@@ -246,15 +259,15 @@ def write_card(options: argparse.Namespace) -> None:
         tasks=", ".join(f"`{task}`" for task in sorted(opened.provenance["tasks"])),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         scores=scores_table(results, sorted(opened.mrl_dims)),
-        command=make_command(options.settings, has_data=len(text["clear_of"]) > 1),
+        command=make_command(options.settings, has_data=len(chosen["clear_of"]) > 1),
         commit=quality.commit(),
         stages=stages_table(options.stages),
         kept=table(
             ["task", "source", "licence", "pairs"],
-            ([*row.values()] for row in text["kept"]),
+            ([*row.values()] for row in chosen["kept"]),
         ),
         left_out=table(["task and reason", "pairs"], left_out.items()),
-        clear_of=", ".join(f"`{name}`" for name in text["clear_of"]),
+        clear_of=", ".join(f"`{name}`" for name in chosen["clear_of"]),
         common=contamination.COMMON_WORDS,
     )
     with files.write_folder(options.output) as folder:

@@ -207,17 +207,25 @@ def configs(
     ready = quality_data.prepared(data, options.output, row.vocabulary_size)
     triples = [ready.triples, *([ready.classes[row.classes]] if row.classes else [])]
     made = []
-    for stage, steps, keys, sources in (
-        ("prefinetune", options.steps, row.both, [ready.pairs]),
-        ("finetune", options.second_steps, {**row.both, **row.second}, triples),
+    for stage, arg, steps, keys, sources in (
+        ("prefinetune", row.first, options.steps, row.both, [ready.pairs]),
+        (
+            "finetune",
+            "local",
+            options.second_steps,
+            {**row.both, **row.second},
+            triples,
+        ),
     ):
-        config = flags.load(f"{ROOT / 'configs' / stage}.py:local")
+        config = flags.load(f"{ROOT / 'configs' / stage}.py:{arg}")
         config.seed = seed
         config.data.files = tuple(map(str, sources))
         config.data.vocabulary = str(ready.vocabulary)
-        config.data.batch_size = options.batch_size
         config.data.cache_dir = str(options.output / "cache")
-        config.train.num_steps = steps
+        if arg == "local":
+            config.data.batch_size = options.batch_size
+            config.train.num_steps = steps
+        steps = config.train.num_steps
         config.train.compilation_cache = str(options.output / "compiled")
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
         config.checkpoint.every_minutes = 2

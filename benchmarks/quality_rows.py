@@ -21,6 +21,8 @@ class Row:
         second: Keys that differ in the second stage.
         classes: Trains on texts with labels as well, in the second stage; "text" or
             "mask" says how their false negatives are kept away (`data.classification`).
+        first: Argument of the first stage's config; "local,bag" keeps its own batches
+            and steps.
         vocabulary_size: Pieces of the vocabulary; the bundled corpus has its own.
     """
 
@@ -29,6 +31,7 @@ class Row:
     both: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     second: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     classes: str = ""
+    first: str = "local"
     vocabulary_size: int = VOCABULARY_SIZE
 
 
@@ -62,6 +65,17 @@ LADDER = {
     ),
     "gecko": Row(
         "gecko", "gecko_jax: `prefinetune.py:local`, then `finetune.py:local`"
+    ),
+    "gecko-bag": Row(
+        "gecko",
+        "gecko_jax: `prefinetune.py:local,bag`, then `finetune.py:local`",
+        first="local,bag",
+    ),
+    "bag": Row(
+        "gecko",
+        "the same without layers in either stage",
+        second={"model.num_layers": 0},
+        first="local,bag",
     ),
 }
 # What the paper never isolated; each differs from `base` by what it says, but for

@@ -51,8 +51,13 @@ def train(
         )
         schedule, _ = step_lib.build_optimizer(config)
         settings = config.optimizer
+        tokens = built[0].auto_model.get_input_embeddings().weight
+        others = [weight for weight in built.parameters() if weight is not tokens]
         optimizer = torch.optim.AdamW(
-            built.parameters(),
+            [
+                {"params": others, "factor": 1.0},
+                {"params": [tokens], "factor": settings.token_rate},
+            ],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
@@ -62,7 +67,7 @@ def train(
         began = time.perf_counter()
         for rate in rates:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             batch = [lines[next(order)] for _ in range(config.data.batch_size)]
             loss(_columns(built, batch, config), None).backward()
             torch.nn.utils.clip_grad_norm_(built.parameters(), settings.clip_norm)

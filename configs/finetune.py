@@ -99,6 +99,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adafactor"  # GTR
     config.optimizer.learning_rate = 1e-3  # GTR
+    config.optimizer.token_rate = 1.0  # of token embeddings, times learning_rate
     config.optimizer.schedule = "linear"  # GTR
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.0

@@ -118,7 +118,7 @@ SCHEMA: dict[str, Rule] = {
     "data.teacher_dim": _COUNT,
     "model.vocab_size": _POSITIVE,
     "model.model_dim": _POSITIVE,
-    "model.num_layers": _POSITIVE,
+    "model.num_layers": _COUNT,
     "model.num_heads": _POSITIVE,
     "model.head_dim": _POSITIVE,
     "model.mlp_dim": _POSITIVE,
@@ -167,6 +167,7 @@ SCHEMA: dict[str, Rule] = {
     "loss.matching_weight": _NOT_NEGATIVE,
     "optimizer.name": _one_of("adafactor", "adamw"),
     "optimizer.learning_rate": _ABOVE_ZERO,
+    "optimizer.token_rate": _ABOVE_ZERO,
     "optimizer.schedule": _one_of("constant", "linear", "cosine", "rsqrt"),
     "optimizer.warmup_steps": _COUNT,
     "optimizer.weight_decay": _NOT_NEGATIVE,
@@ -292,6 +293,11 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"loss.mrl_dims={dims}: no dim may exceed model.embedding_dim={width}; "
             f"drop {dims[-1]} or widen the projection"
+        )
+    if flat["model.scan_layers"] and not flat["model.num_layers"]:
+        faults.append(
+            "model.scan_layers=True: model.num_layers=0 leaves nothing to scan; set "
+            "model.scan_layers=False"
         )
     if not flat["model.projection"] and width != flat["model.model_dim"]:
         faults.append(

@@ -28,6 +28,7 @@ from gecko_jax import (
     sharding,
     text,
     vocabulary,
+    wording,
 )
 from gecko_jax.convert import formats
 from gecko_jax.data import pipeline, tasks
@@ -37,7 +38,8 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
     """Reads `init.checkpoint`, if there is one, and checks that it fits the config.
 
     It may be of any format. An encoder that comes without a projection gets a fresh one
-    where the config has one.
+    where the config has one. One without layers, a bag of tokens, gets those of the
+    config; they add nothing until they are trained.
 
     Raises:
         ValueError: The checkpoint cannot be read, or its sizes are not the config's.
@@ -59,9 +61,27 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
         fresh = np.asarray(model.init_projection(encoder_config, key))
         params = {**start.params, "projection_layer": {"kernel": fresh}}
         start = dataclasses.replace(start, params=params)
+    if encoder_config.num_layers and not start.encoder_config.num_layers:
+        layers = wording.counted(encoder_config.num_layers, "layer")
+        logging.info("%s is a bag of tokens: it gets %s", source, layers)
+        key = jax.random.fold_in(jax.random.key(config.seed), 3)
+        params = _add_layers(start.params, encoder_config, key)
+        start = dataclasses.replace(start, params=params)
     parameters.check(start.params, encoder_config, source=source)
     _check_settings(encoder_config, start.encoder_config, source)
     return start
+
+
+def _add_layers(
+    params: Mapping[str, Any], config: model.EncoderConfig, key: Key[Array, ""]
+) -> dict[str, Any]:
+    """Returns the parameters with layers whose last matrices are 0."""
+    flat = parameters.flatten(params)
+    for name, leaf in parameters.flatten(model.init_params(config, key)).items():
+        if name.startswith("encoder/layers_"):
+            is_last = name.endswith(("/out/kernel", "/wo/kernel"))
+            flat[name] = np.zeros_like(leaf) if is_last else np.asarray(leaf)
+    return parameters.unflatten(flat)
 
 
 def text_format(start: model_folder.ModelFiles | None, style: str) -> text.TextFormat:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+_TOKENS = "token_embedder"
+
 
 def build_schedule(
     name: str, *, learning_rate: float, warmup_steps: int, num_steps: int
@@ -44,6 +46,7 @@ def build_optimizer(
     name: str,
     schedule: optax.Schedule,
     *,
+    token_rate: float,
     weight_decay: float,
     clip_norm: float,
     beta1: float,
@@ -55,6 +58,9 @@ def build_optimizer(
         name: "adafactor" (T5's: factored second moments, updates clipped and scaled by
             each parameter's size) or "adamw".
         schedule: Step -> learning rate.
+        token_rate: Of token embeddings, times the learning rate. T5's have entries of
+            variance 1, those of other matrices 1 over their width, so one rate moves
+            the tokens of a small model from scratch by next to nothing.
         weight_decay: Of matrices alone; norms and biases never decay. Per step this
             takes `learning_rate * weight_decay` of a weight.
         clip_norm: Largest global gradient norm; 0 for no clipping.
@@ -65,6 +71,12 @@ def build_optimizer(
     def is_matrix(params):
         return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
 
+    def scale_tokens(updates, params):
+        del params
+        tokens = jax.tree.map(lambda leaf: token_rate * leaf, updates[_TOKENS])
+        return {**updates, _TOKENS: tokens}
+
+    scale = [optax.stateless(scale_tokens)] if token_rate != 1 else []
     decay = optax.add_decayed_weights(weight_decay, mask=is_matrix)
     if name == "adafactor":
         # The pieces of `optax.adafactor`, which scales its decay by neither the
@@ -73,6 +85,7 @@ def build_optimizer(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.scale_by_param_block_rms(),
+            *scale,
             decay,
             optax.scale_by_learning_rate(schedule),
         ]
@@ -81,6 +94,7 @@ def build_optimizer(
     else:
         parts = [
             optax.scale_by_adam(b1=beta1, b2=beta2),
+            *scale,
             decay,
             optax.scale_by_learning_rate(schedule),
         ]

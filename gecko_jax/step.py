@@ -177,6 +177,7 @@ def build_optimizer(
     tx = optimizer.build_optimizer(
         settings.name,
         schedule,
+        token_rate=settings.token_rate,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
         beta1=settings.beta1,

@@ -4,10 +4,22 @@ import dataclasses
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gecko_jax import flags, initialization, model_folder, text, train, vocabulary
+from gecko_jax import config as config_lib
+from gecko_jax import (
+    flags,
+    initialization,
+    model,
+    model_folder,
+    parameters,
+    text,
+    train,
+    vocabulary,
+)
 from gecko_jax.convert import formats, names
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,6 +91,28 @@ def test_an_encoder_without_projection_gets_a_fresh_one(hf, caplog):
         hf, model__projection=False, model__embedding_dim=16, loss__mrl_dims="(8,16)"
     )
     assert "projection_layer" not in initialization.load_start(bare).params
+
+
+def test_a_bag_of_tokens_gets_layers_that_add_nothing_yet(tiny_files, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = config_lib.encoder_config(build(""))
+    bag_config = dataclasses.replace(config, num_layers=0)
+    bag = model.init_params(bag_config, jax.random.key(0))
+    files = dataclasses.replace(
+        tiny_files, params=bag, encoder_config=bag_config, mrl_dims=(4, 8)
+    )
+    model_folder.save_model(tmp_path / "bag", files)
+    start = initialization.load_start(build(tmp_path / "bag"))
+    assert start is not None
+    assert "is a bag of tokens: it gets 2 layers" in caplog.text
+    tokens, segments = jnp.arange(1, 9)[None], jnp.ones((1, 8), jnp.int32)
+    np.testing.assert_array_equal(
+        model.DualEncoder(config).apply({"params": start.params}, tokens, segments),
+        model.DualEncoder(bag_config).apply({"params": bag}, tokens, segments),
+    )
+    # All of it can learn: only the last matrix of a block is 0.
+    for name, leaf in parameters.flatten(start.params).items():
+        assert np.any(leaf) != name.endswith(("/out/kernel", "/wo/kernel"))
 
 
 def test_the_format_of_a_trained_start_stays(tiny_files):

@@ -37,7 +37,8 @@ def test_schedules_warm_up_and_decay(name, expected):
 
 
 def update(name, grads, params, **overrides):
-    settings = {"weight_decay": 0.0, "clip_norm": 0.0, "beta1": 0.0, "beta2": 0.99}
+    settings = {"token_rate": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}
+    settings |= {"beta1": 0.0, "beta2": 0.99}
     tx = optimizer.build_optimizer(name, lambda _: RATE, **(settings | overrides))
     return tx.update(grads, tx.init(params), params)[0]
 
@@ -61,7 +62,8 @@ def test_the_gradient_is_clipped_by_its_global_norm(name):
     norm = float(optax.tree.norm(seventh))
 
     def moments(grads, clip_norm):
-        settings = {"weight_decay": 0.0, "beta1": 0.5, "beta2": 0.99}
+        settings = {"token_rate": 1.0, "weight_decay": 0.0}
+        settings |= {"beta1": 0.5, "beta2": 0.99}
         tx = optimizer.build_optimizer(
             name, lambda _: RATE, clip_norm=clip_norm, **settings
         )
@@ -91,3 +93,19 @@ def test_momentum_averages_the_updates():
     plain = update("adafactor", grads, params)["kernel"]
     with_momentum = update("adafactor", grads, params, beta1=0.9)["kernel"]
     np.testing.assert_allclose(with_momentum, 0.1 * plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_tokens_have_a_rate_of_their_own(name):
+    params = {"token_embedder": {"embedding": jnp.ones((4, 4))}, "kernel": jnp.eye(4)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain = update(name, grads, params, weight_decay=0.1)
+    fast = update(name, grads, params, weight_decay=0.1, token_rate=20.0)
+    np.testing.assert_array_equal(fast["kernel"], plain["kernel"])
+    # The decay is of the learning rate alone.
+    decay = -RATE * 0.1
+    np.testing.assert_allclose(
+        fast["token_embedder"]["embedding"] - decay,
+        20 * (plain["token_embedder"]["embedding"] - decay),
+        rtol=1e-5,
+    )

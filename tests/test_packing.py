@@ -36,10 +36,13 @@ def test_rounding_up_adds_little_and_gives_few_numbers(multiple):
     rounded = [packing.round_up(n, multiple) for n in range(1, 2_049)]
     for n, found in enumerate(rounded, start=1):
         assert found % multiple == 0
-        assert n <= found <= max(n * 17 / 16, n + multiple - 1)
+        assert n <= found < n + max(n / 16, n**0.5, multiple)
     assert packing.round_up(993, 1) == 1_024
     assert packing.round_up(992, 1) == 992
     assert len({found for found in rounded if found > 1_024}) <= 16
+    # Of 64 examples: the rows of their queries, and of their passages.
+    assert {packing.round_up(n) for n in (5, 6, 7, 8)} == {6, 8}
+    assert {packing.round_up(n) for n in range(35, 48)} == {36, 40, 44, 48}
 
 
 def test_hardly_any_padding_is_left():

@@ -83,7 +83,13 @@ def test_moments_lie_where_their_parameter_lies(name):
     mesh = sharding.build_mesh(data=1, fsdp=4, tensor=2)
     shardings = sharding.param_shardings(shapes, axes, mesh)
     tx = optimizer.build_optimizer(
-        name, lambda _: 1e-3, weight_decay=0.0, clip_norm=1.0, beta1=0.9, beta2=0.99
+        name,
+        lambda _: 1e-3,
+        token_rate=2.0,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        beta1=0.9,
+        beta2=0.99,
     )
     state = jax.eval_shape(tx.init, shapes)
     places = sharding.state_shardings(state, shapes, shardings, mesh)
@@ -146,6 +152,7 @@ def test_factored_moments_lie_as_the_dimensions_they_keep():
         tx = optimizer.build_optimizer(
             "adafactor",
             lambda _: 1e-3,
+            token_rate=1.0,
             weight_decay=0.0,
             clip_norm=0.0,
             beta1=0.0,
