@@ -279,7 +279,10 @@ def tfidf(
 def gecko(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains both stages, and scores the dims of the recipe, trained here or not."""
+    """Trains both stages, and scores the dims of the recipe, trained here or not.
+
+    A row of another width is scored at its own largest dim as well.
+    """
     from gecko_jax import checkpoints, embedding, train
     from gecko_jax.evaluation import classification, judge, sets
 
@@ -292,7 +295,8 @@ def gecko(
                 train.train(config, workdir)
         seconds += spent(workdir)
     model = embedding.load(str(second))
-    dims = configs(Row("gecko", ""), data, seed, options)[0].loss.mrl_dims
+    base = configs(Row("gecko", ""), data, seed, options)[0].loss.mrl_dims
+    dims = sorted({*base, both[-1].loss.mrl_dims[-1]})
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(found.queries, task=tasks_of(found, task))

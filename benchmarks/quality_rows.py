@@ -77,6 +77,18 @@ LADDER = {
         second={"model.num_layers": 0},
         first="local,bag",
     ),
+    "bag-wide": Row(
+        "gecko",
+        "the same at width 512",
+        {
+            "model.model_dim": 512,
+            "model.embedding_dim": 512,
+            "loss.mrl_dims": (64, 128, 256, 512),
+            "loss.mrl_weights": (1.0,) * 4,
+        },
+        second={"model.num_layers": 0},
+        first="local,bag",
+    ),
 }
 # What the paper never isolated; each differs from `base` by what it says, but for
 # `classes-text`, which is to be held against `classes-mask`.

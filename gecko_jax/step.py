@@ -263,13 +263,14 @@ def describe(config: ml_collections.ConfigDict, step: Step, mesh: Mesh) -> list[
         if microbatch
         else "no microbatches"
     )
+    flops = f" and {model_flops(config):.3g} FLOPs" if config.model.num_layers else ""
     lines = [
         f"{num_params / 1e6:,.1f}M parameters on {mesh.size} x {device.device_kind} "
         f"({shape})",
         f"batch {data.batch_size:,}: each query against {in_batch:,} in-batch, "
         f"{in_batch * loss.same_tower:,} same-tower, {hard:,} hard negatives; "
         f"{of_microbatch}",
-        f"at most {tokens:,} tokens and {model_flops(config):.3g} FLOPs a step",
+        f"at most {tokens:,} tokens{flops} a step",
     ]
     if mesh.size > 1:
         lines += sharding.describe(params, step.shardings.params)
