@@ -73,7 +73,7 @@ LADDER = {
     ),
     "bag": Row(
         "gecko",
-        "the same without layers in either stage",
+        "gecko_jax: `prefinetune.py:local,bag`, then 60 steps more, no layers",
         second={"model.num_layers": 0},
         first="local,bag",
     ),
