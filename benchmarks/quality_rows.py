@@ -73,7 +73,7 @@ LADDER = {
     ),
     "bag": Row(
         "gecko",
-        "gecko_jax: `prefinetune.py:local,bag`, 400 steps of 1,024, then 60 more, no layers",
+        "gecko_jax: `prefinetune.py:local,bag`, 400 steps of 1,024; no layers",
         second={"model.num_layers": 0},
         first="local,bag",
     ),
