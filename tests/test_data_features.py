@@ -220,7 +220,8 @@ def test_row_counts_are_few_and_hardly_larger(packing, multiple, microbatch):
     for rows, found in enumerate(rounded, start=1):
         unit = microbatch if 0 < microbatch < rows else multiple
         assert found % unit == 0
-        assert rows <= found <= max(rows * 17 / 16, rows + unit - 1)
+        # The root: what the rows of one config vary by anyway.
+        assert rows <= found <= rows + max(rows / 16, rows**0.5, unit - 1)
         assert found <= microbatch or found % max(microbatch, 1) == 0
     if packing:
         near = {found for found in rounded if 1_000 <= found <= 1_200}
