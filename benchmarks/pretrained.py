@@ -218,6 +218,7 @@ def counts(found: dict[tuple[str, str, str], int], what: str) -> list[dict[str, 
 
 # What tells one stage from another.
 STAGE_KEYS = (
+    "model.num_layers",
     "train.num_steps",
     "data.batch_size",
     "data.num_negatives",
@@ -225,6 +226,7 @@ STAGE_KEYS = (
     "data.passage_length",
     "optimizer.name",
     "optimizer.learning_rate",
+    "optimizer.token_rate",
     "loss.temperature",
     "loss.mrl_dims",
     "seed",

@@ -7,7 +7,7 @@ r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2
 
 Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
 on the bundled corpus on a laptop CPU in about four minutes. `local,bag` trains its
-token embeddings alone, on 20 times as many texts a second; the next stage puts layers
+token embeddings alone, on many times as many texts a second; the next stage puts layers
 on top, so that a small model from scratch sees more text in its time. The sizes want an
 accelerator and their own data. `paper`, `modern` and `multilingual` are the first stage
 of the recipes of finetune.py (docs/recipes.md), for base, large and xl. The paper gives

@@ -78,15 +78,14 @@ def pack(
 
 
 def round_up(number: int, multiple: int = 1) -> int:
-    """Returns the next multiple of both `multiple` and a power of two near the root.
+    """Returns the next product of `multiple` and a step, about the number's root.
 
     The rows that random texts fill vary by about the root of their number, so numbers
     of like batches become one or two, at a sixteenth more for 256 rows and on.
     """
-    bits = number.bit_length()
-    step = max(bits - 5, (bits - 1) // 2, 0)
+    root = 1 << (max(number, 1).bit_length() - 1) // 2
     parts = -(-number // multiple)
-    step = max((1 << step) // multiple, 1 << max(parts.bit_length() - 5, 0))
+    step = max(root // multiple, 1 << max(parts.bit_length() - 5, 0))
     return -(-parts // step) * step * multiple
 
 
