@@ -30,6 +30,7 @@ SETTINGS = {
     "init.align_steps": 0,
     "mesh.fsdp": 2,
     "optimizer.warmup_steps": 1,
+    "optimizer.token_rate": 1.0,
     "train.num_steps": 60,
     "checkpoint.every_steps": 5,
     "checkpoint.keep": 2,
