@@ -1,7 +1,7 @@
 """How good a model trained here is, beside others, and what each switch brings.
 
     python benchmarks/quality.py --data=quickstart --output=results/quality
-    python benchmarks/quality.py --data=DIR --output=DIR --rows=ladder --steps=2000
+    python benchmarks/quality.py --data=DIR --output=DIR --rows=gecko,sbert --steps=1000
     python benchmarks/quality.py --data=DIR --output=DIR --rows=ablations
     python benchmarks/quality.py --data=DIR --output=DIR --rows=search
     python benchmarks/quality.py --output=results/quality --table=docs/results.md
@@ -14,7 +14,7 @@ what is there, with a plot of each table of ablations beside it, and anew after 
 as OUTPUT/table.md.
 
 The ablations are made with three seeds on a fixed subset of the pairs, and judged on
-dev where there is one; a row takes about eight minutes on 2 cores. Some of them alone:
+dev where there is one; a row takes about MINUTES on one core. Some of them alone:
 `--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
 sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
 gecko-jax[eval]. The search is made like the ablations, with one seed: single changes of
@@ -46,22 +46,10 @@ from gecko_jax import files, ranking
 ROOT = quality_data.ROOT
 # What the rows of a table are made with unless told otherwise.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "ladder": {
-        "seeds": "0",
-        "steps": 200,
-        "second_steps": 60,
-        "subset": 0,
-        "split": "",
-    },
-    "ablations": {
-        "seeds": "0,1,2",
-        "steps": 375,
-        "second_steps": 75,
-        "subset": 24_000,
-        "split": "dev",
-    },
+    "ladder": {"seeds": "0", "subset": 0, "split": ""},
+    "ablations": {"seeds": "0,1,2", "subset": 24_000, "split": "dev"},
+    "search": {"seeds": "0", "subset": 24_000, "split": "dev"},
 }
-DEFAULTS["search"] = DEFAULTS["ablations"] | {"seeds": "0"}
 
 
 def main() -> None:
@@ -78,19 +66,23 @@ def main() -> None:
     )
     for name, about in (
         ("seeds", "such as 0,1,2"),
-        ("steps", "of stage 1"),
-        ("second-steps", "of stage 2"),
         ("subset", "pairs to train on, 0 for all"),
         ("split", "to judge on, dev or test; empty for both"),
     ):
-        key = name.replace("-", "_")
+        usual = (f"{group}: {of[name] or 'empty'}" for group, of in DEFAULTS.items())
         parser.add_argument(
             f"--{name}",
-            type=type(DEFAULTS["ladder"][key]),
-            help=f"{about} (ladder: {DEFAULTS['ladder'][key] or 'empty'}; ablations: "
-            f"{DEFAULTS['ablations'][key]}; search: {DEFAULTS['search'][key]})",
+            type=type(DEFAULTS["ladder"][name]),
+            help=f"{about} ({'; '.join(usual)})",
         )
-    parser.add_argument("--batch-size", type=int, default=64, help="examples (64)")
+    for name, about in (
+        ("steps", "of the first stage"),
+        ("second-steps", "of the second stage"),
+        ("batch-size", "examples of both"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=0, help=f"{about} (0: the row's own)"
+        )
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -148,8 +140,9 @@ def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
     row = ROWS[name]
     label = f"{name}-{find_data(options).name}"
     if row.kind in ("gecko", "sbert"):
-        steps = f"{options.steps}+{options.second_steps}x{options.batch_size}"
-        label += f"-{steps}-seed{seed}"
+        given = (options.steps, options.second_steps, options.batch_size)
+        label += "-{}+{}x{}".format(*given) if any(given) else ""
+        label += f"-seed{seed}"
     return options.output / "rows" / f"{label}.json"
 
 
@@ -222,14 +215,8 @@ def configs(
         config.data.files = tuple(map(str, sources))
         config.data.vocabulary = str(ready.vocabulary)
         config.data.cache_dir = str(options.output / "cache")
-        if arg == "local":
-            config.data.batch_size = options.batch_size
-            config.train.num_steps = steps
-        steps = config.train.num_steps
         config.train.compilation_cache = str(options.output / "compiled")
-        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
         config.checkpoint.every_minutes = 2
-        config.checkpoint.every_steps = max(steps, 1)
         config.checkpoint.keep = 2
         config.evaluation.every_steps = 0
         config.evaluation.folder = ""
@@ -237,6 +224,11 @@ def configs(
             if stage == "prefinetune" or not key.startswith("init."):
                 value = value(config) if callable(value) else value
                 config.update_from_flattened_dict({key: value})
+        config.train.num_steps = steps or config.train.num_steps
+        config.data.batch_size = options.batch_size or config.data.batch_size
+        steps = config.train.num_steps
+        config.checkpoint.every_steps = max(steps, 1)
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
         if made:
             config.init.checkpoint = str(made[-1][1])
         digest = hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]
@@ -279,10 +271,7 @@ def tfidf(
 def gecko(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains both stages, and scores the dims of the recipe, trained here or not.
-
-    A row of another width is scored at its own largest dim as well.
-    """
+    """Trains both stages; scores all dims, half and a quarter, trained or not."""
     from gecko_jax import checkpoints, embedding, train
     from gecko_jax.evaluation import classification, judge, sets
 
@@ -295,8 +284,7 @@ def gecko(
                 train.train(config, workdir)
         seconds += spent(workdir)
     model = embedding.load(str(second))
-    base = configs(Row("gecko", ""), data, seed, options)[0].loss.mrl_dims
-    dims = sorted({*base, both[-1].loss.mrl_dims[-1]})
+    dims = [both[-1].loss.mrl_dims[-1] // part for part in (4, 2, 1)]
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(found.queries, task=tasks_of(found, task))

@@ -13,10 +13,10 @@ _HEAD = """\
 # Results
 
 What a model trained here is worth, beside others, at what cost: nDCG@10 on test
-folders, at the largest dim, and the mean at smaller ones. Ablations change one thing
-each, on part of the pairs, and are judged on dev folders where there are some. This
-page is written from rows that `benchmarks/quality.py` makes one by one (its `--help`
-has the commands):
+folders, at the largest dim, and the mean at a half and a quarter of it. Ablations
+change one thing each, on part of the pairs, and are judged on dev folders where there
+are some. This page is written from rows that `benchmarks/quality.py` makes one by one
+(its `--help` has the commands):
 
 ```bash
 python benchmarks/quality.py --data=DATA --output=DIR --rows=ladder
@@ -32,6 +32,9 @@ of training both stages, compilation and reading included; the vocabulary and th
 negatives were made before. Memory is the process's peak. "classes" is the accuracy of
 mteb's classification on the data's texts with labels, at the largest dim.
 """
+
+
+_PARTS = {"at 1/2": 2, "at 1/4": 4}
 
 
 def write(
@@ -69,7 +72,7 @@ def write(
                 if not lines or (group != "ladder" and trained < 2):
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
-                if steps:
+                if any((*steps, batch or 0)):
                     title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
                 parts += [title + "\n", *_table(lines, rows)]
                 if group != "ladder":
@@ -105,24 +108,27 @@ def _table(
     lines: Sequence[tuple[str, list[Mapping[str, Any]]]], rows: Mapping[str, Any]
 ) -> list[str]:
     split, tasks, trained = _judged(lines)
-    halves = sorted(
-        {dim for _, found in lines for row in found for dim in _dims(row)}, key=int
-    )[:-1]
     has_classes = any("accuracy" in row for _, found in lines for row in found)
-    head = ["system", *tasks, "mean", *(f"mean at {dim}" for dim in halves)]
+    head = ["system", "dims", *tasks, "mean", *_PARTS]
     head += ["classes"] if has_classes else []
     head += ["seconds", "pairs/s", "peak GiB", "seeds", "date", "commit"]
     out = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
     for name, found in lines:
-        cells = [rows[name].about]
+        cells = [rows[name].about, str(_largest(found[0]) or "")]
         cells += [_spread([_full(row, split, task) for row in found]) for task in tasks]
         cells.append(_spread([_mean(row, split, trained) for row in found]))
-        cells += [
-            _spread([_mean(row, split, trained, dim) for row in found])
-            if all(dim in _dims(row) for row in found)
-            else ""
-            for dim in halves
-        ]
+        for part in _PARTS.values():
+            dims = [str(_largest(row) // part) for row in found]
+            kept = zip(found, dims, strict=True)
+            cells.append(
+                _spread(
+                    [
+                        _mean(row, split, trained, dim)
+                        for row, dim in kept
+                        if dim in _dims(row)
+                    ]
+                )
+            )
         if has_classes:
             cells.append(
                 _spread([row["accuracy"] for row in found if "accuracy" in row])
@@ -158,13 +164,14 @@ def _panels(
 ) -> dict[str, dict[str, list[float]]]:
     """Returns what is drawn: panel -> row -> the values of its seeds."""
     split, _, trained = _judged(lines)
-    dims = sorted(_dims(lines[0][1][0]), key=int)
     panels = {
-        f"mean nDCG@10 on {split}, {dim} dims": {
-            rows[name].about: [_mean(row, split, trained, dim) for row in found]
+        f"mean nDCG@10 on {split}, {dims} dims": {
+            rows[name].about: [
+                _mean(row, split, trained, str(_largest(row) // part)) for row in found
+            ]
             for name, found in lines
         }
-        for dim in (dims[-1], dims[0])
+        for dims, part in (("all", 1), ("1/4 of the", 4))
     }
     classes = {
         rows[name].about: [row["accuracy"] for row in found if "accuracy" in row]
@@ -178,6 +185,11 @@ def _panels(
 def _dims(row: Mapping[str, Any]) -> set[str]:
     scores = next(iter(next(iter(row["scores"].values())).values()))
     return set(scores) - {"all"}
+
+
+def _largest(row: Mapping[str, Any]) -> int:
+    """Returns the largest dim; 0 of a row that has no dims."""
+    return max(map(int, _dims(row)), default=0)
 
 
 def _full(row: Mapping[str, Any], split: str, task: str) -> float:
