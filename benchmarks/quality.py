@@ -38,8 +38,9 @@ from typing import Any
 import numpy as np
 import quality_data
 import quality_table
+import quality_teacher
 import side_by_side
-from quality_rows import GROUPS, ROWS, Row
+from quality_rows import GROUPS, ROWS, VOCABULARY_SIZE, Row
 
 from gecko_jax import files, ranking
 
@@ -83,6 +84,12 @@ def main() -> None:
         parser.add_argument(
             f"--{name}", type=int, default=0, help=f"{about} (0: the row's own)"
         )
+    parser.add_argument(
+        "--pretrained",
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        metavar="MODEL",
+        help="of sentence-transformers: the row `pretrained`, and the teacher",
+    )
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -114,6 +121,9 @@ def main() -> None:
         if ROWS[name].kind in ("gecko", "sbert")
     ):
         quality_data.prepare(data, options.output, size)
+    ready = quality_data.prepared(data, options.output, VOCABULARY_SIZE)
+    if any(map(is_taught, names)) and not ready.teacher.exists():
+        quality_teacher.teach(options.pretrained, ready.triples, ready.teacher)
     for seed in options.seeds.split(","):
         for name in names:
             path = row_path(name, int(seed), options)
@@ -128,6 +138,11 @@ def main() -> None:
             quality_table.write(
                 options.output / "rows", options.output / "table.md", ROWS, GROUPS
             )
+
+
+def is_taught(name: str) -> bool:
+    """Whether the row trains towards the vectors of the pretrained model."""
+    return "loss.matching_weight" in ROWS[name].both
 
 
 def find_data(options: argparse.Namespace) -> quality_data.Data:
@@ -149,7 +164,13 @@ def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
 def make_row(name: str, seed: int, options: argparse.Namespace) -> None:
     """Makes one row and writes its file."""
     row, data = ROWS[name], find_data(options)
-    makers = {"bm25": bm25, "tfidf": tfidf, "gecko": gecko, "sbert": sbert}
+    makers = {
+        "bm25": bm25,
+        "tfidf": tfidf,
+        "pretrained": pretrained,
+        "gecko": gecko,
+        "sbert": sbert,
+    }
     facts = makers[row.kind](row, data, seed, options)
     facts = {
         "row": name,
@@ -229,6 +250,9 @@ def configs(
         steps = config.train.num_steps
         config.checkpoint.every_steps = max(steps, 1)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
+        if config.loss.matching_weight:
+            config.data.teacher = str(ready.teacher)
+            config.data.teacher_dim = quality_teacher.DIM
         if made:
             config.init.checkpoint = str(made[-1][1])
         digest = hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]
@@ -264,6 +288,22 @@ def tfidf(
         corpus = weigh.fit_transform(passages(found))
         similarity = (weigh.transform(found.queries) @ corpus.T).toarray()
         return {"all": rankings(found, similarity)}
+
+    return {"scores": score(data, rank)}
+
+
+def pretrained(
+    row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Scores a model that others trained."""
+    del row, seed
+
+    def rank(found: Any, task: str) -> dict[str, Any]:
+        queries, corpus = (
+            np.concatenate(list(quality_teacher.encode(options.pretrained, *texts)))
+            for texts in ([found.queries], [found.texts, found.titles])
+        )
+        return {"all": rankings(found, queries @ corpus.T)}
 
     return {"scores": score(data, rank)}
 

@@ -82,12 +82,14 @@ class Prepared:
         pairs: JSONL of pairs.
         triples: The same with three hard negatives each.
         classes: Triples of the texts with labels, by how they are kept apart.
+        teacher: What a pretrained model makes of the texts of the triples.
     """
 
     vocabulary: pathlib.Path
     pairs: pathlib.Path
     triples: pathlib.Path
     classes: Mapping[str, pathlib.Path]
+    teacher: pathlib.Path
 
 
 def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared:
@@ -103,6 +105,7 @@ def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared
         folder / f"{stem}.jsonl.gz" if data.subset else data.train,
         folder / f"{stem}-triples.jsonl.gz",
         {kind: folder / f"{stem}-classes-{kind}.jsonl.gz" for kind in kinds},
+        folder / f"{stem}-teacher",
     )
 
 

@@ -15,7 +15,7 @@ class Row:
     """A line of a table.
 
     Attributes:
-        kind: What makes it: bm25, tfidf, gecko, sbert.
+        kind: What makes it: bm25, tfidf, pretrained, gecko, sbert.
         about: For people.
         both: Keys of the config that differ in both stages.
         second: Keys that differ in the second stage.
@@ -69,6 +69,9 @@ def _width(width: int) -> dict[str, Value]:
 LADDER = {
     "bm25": Row("bm25", "BM25, English stemmer"),
     "tfidf": Row("tfidf", "TF-IDF, cosine"),
+    "pretrained": Row(
+        "pretrained", "all-MiniLM-L6-v2, which others trained on 1.17 billion pairs"
+    ),
     "sbert": Row(
         "sbert", "the same encoder, batches and steps in sentence-transformers"
     ),
@@ -242,6 +245,7 @@ SEARCH = {
     "search-bidirectional": _both(
         "passages choose queries as well", loss__bidirectional=True
     ),
+    "search-teacher": _both("towards MiniLM's vectors", loss__matching_weight=1.0),
     "search-all-negatives": _short(
         "hard negatives of all others", second={"loss.all_hard_negatives": True}
     ),
