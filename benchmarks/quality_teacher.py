@@ -1,0 +1,39 @@
+"""A pretrained model of sentence-transformers for `quality.py`: ceiling and teacher."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+# Dims of the teacher's vectors: what the ablated encoder has.
+DIM = 256
+_BLOCK = 2_048
+
+
+def encode(
+    name: str, texts: Sequence[str], titles: Sequence[str] = ()
+) -> Iterator[Float[np.ndarray, "_ T"]]:
+    """Yields the vectors of texts in blocks, each under its title if there is one."""
+    from sentence_transformers import SentenceTransformer
+
+    from gecko_jax import progress
+
+    model = SentenceTransformer(name)
+    titles = titles or [""] * len(texts)
+    both = [f"{t} {x}".strip() for t, x in zip(titles, texts, strict=True)]
+    starts = range(0, len(both), _BLOCK)
+    for start in progress.track(starts, f"Encoding by {pathlib.Path(name).name}"):
+        yield np.asarray(
+            model.encode(both[start : start + _BLOCK], show_progress_bar=False)
+        )
+
+
+def teach(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the vectors of all texts of a JSONL file, for embedding matching."""
+    from gecko_jax.data import teacher
+
+    texts = list(teacher.list_texts([path]))
+    blocks = encode(name, [one.text for one in texts], [one.title for one in texts])
+    keys = [one.key for one in texts]
+    teacher.write(folder, keys, blocks, made_by=name, dim=DIM)
