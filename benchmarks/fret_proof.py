@@ -342,9 +342,13 @@ def model_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Pat
 def training_config(
     name: str, seed: int, options: argparse.Namespace
 ) -> ml_collections.ConfigDict:
-    """Returns how a row is trained: the initial retriever, or what starts from it."""
+    """Returns how a row is trained: the initial retriever, or what starts from it.
+
+    Both are bags of tokens, which learn most from so few queries. Tokens go on learning
+    in the second stage as fast as the rest may; without, no row differs from another.
+    """
     is_start = name == START
-    stage = "prefinetune.py:local" if is_start else "finetune.py:fret,local"
+    stage = "prefinetune.py:local,bag" if is_start else "finetune.py:fret,local"
     config = flags.load(f"{ROOT / 'configs' / stage}")
     config.seed = seed
     config.data.files = (str(triples_path(name, options)),)
@@ -359,6 +363,9 @@ def training_config(
     config.evaluation.every_steps = 0
     config.evaluation.folder = ""
     if not is_start:
+        config.model.num_layers = 0
+        config.optimizer.learning_rate = 3e-4
+        config.optimizer.token_rate = 60.0
         config.data.num_negatives = int(ROWS[name][1] != "none")
         config.init.checkpoint = str(model_path(START, seed, options))
     return config

@@ -1,6 +1,7 @@
 """The tables of docs/fret.md, from the rows that `fret_proof.py` has made."""
 
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,7 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
     head += [
         f"nDCG@10, {one['judged']} queries of `{task}`" for task, one in queries.items()
     ]
+    head.append("mean of these")
     lines = [
         "Judges, by whose order the same candidates are ranked; ± standard error:",
         "",
@@ -88,6 +90,11 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
             _value(one["ndcg"].get(name), one["standard_error"].get(name))
             for one in queries.values()
         ]
+        judged = [one for one in queries.values() if name in one["ndcg"]]
+        errors = [one["standard_error"][name] for one in judged]
+        mean = statistics.fmean(one["ndcg"][name] for one in judged) if judged else None
+        error = math.hypot(*errors) / len(errors) if judged else None
+        cells.append(_value(mean, error))
         lines.append(f"| {about} | {' | '.join(cells)} |")
     return [*lines, "", f"Chance gives the MRR {seeds['mrr']['chance']:.3f}.", ""]
 

@@ -106,7 +106,8 @@ def test_the_tables_say_mean_and_spread(made, tmp_path):
                 "judged": 7,
                 "ndcg": {"QL": 0.25, "RRF": 0.5},
                 "standard_error": {"QL": 0.0, "RRF": 0.0},
-            }
+            },
+            "u": {"judged": 7, "ndcg": {"QL": 0.35}, "standard_error": {"QL": 0.2}},
         },
     }
     (rows / "judges-7.json").write_text(json.dumps(judges))
@@ -134,7 +135,9 @@ def test_the_tables_say_mean_and_spread(made, tmp_path):
     assert "| initial retriever | 0.200 ± 0.000 | -0.110 ± 0.014 | 0, 1 |" in text
     assert "| seed, none | 0.310 ± 0.014 |  | 0, 1 |" in text
     assert "| seed, hardest | 0.420 ± 0.028 | +0.110 ± 0.014 | 0, 1 |" in text
-    assert "| QL | 0.750 ± 0.125 | 0.250 ± 0.000 |" in text
+    assert (
+        "| QL | 0.750 ± 0.125 | 0.250 ± 0.000 | 0.350 ± 0.200 | 0.300 ± 0.100 |" in text
+    )
     page.write_text("no place")
     with pytest.raises(SystemExit, match="has no place for them"):
         fret_proof_table.write(rows, page, names)
