@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, wording
 
 # Where the page has them; what was between these lines before is replaced.
 BEGIN, END = "<!-- fret_proof: begin -->", "<!-- fret_proof: end -->"
@@ -59,7 +59,8 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
             == (data, first, second, batch)
         ]
         lines += [
-            f"Models, nDCG@10 on the judged queries of `{data}`; {first} steps of the "
+            f"Models, nDCG@10 on the judged queries of `{data}`; {wording.counted(first, 'step')} of "
+            "the "
             f"initial retriever, then {second} of each row, batches of {batch}; "
             "mean ± standard deviation over the seeds, and beside it the gain over "
             f"`{names[1]}` of the same seed:",
