@@ -59,9 +59,9 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
             == (data, first, second, batch)
         ]
         lines += [
-            f"Models, nDCG@10 on the judged queries of `{data}`; {wording.counted(first, 'step')} of "
-            "the "
-            f"initial retriever, then {second} of each row, batches of {batch}; "
+            f"Models, nDCG@10 on the judged queries of `{data}`; "
+            f"{wording.counted(first, 'step')} of the initial retriever, then "
+            f"{second} of each row, batches of {batch}; "
             "mean ± standard deviation over the seeds, and beside it the gain over "
             f"`{names[1]}` of the same seed:",
             "",
