@@ -59,7 +59,17 @@ def test_golden_run(corpus, tmp_path, fresh):
     assert len(pairs) == 15
     assert all(len(pair.negatives) == 1 for pair in pairs)
     assert all(pair.positive != pair.negatives[0] for pair in pairs)
-    assert "CC0-1.0 15" in fresh["export/README.md"].decode()
+    assert "CC0-1.0 45" in fresh["export/README.md"].decode()
+    # Each text has its own origin, not that of the seed.
+    texts = {}
+    for name, lines in fresh.items():
+        if name.startswith("passages/shard-"):
+            read = [json.loads(line) for line in lines.splitlines()]
+            texts |= {passage["source_id"]: passage["text"] for passage in read}
+    assert any(triple["source_id"] != triple["seed_source_id"] for triple in triples)
+    for triple in triples:
+        assert texts[triple["source_id"]] == triple["positive"]
+        assert [texts[n] for n in triple["negative_source_ids"]] == triple["negatives"]
     rows = [
         json.loads(line) for line in fresh["generate/shard-00000.jsonl"].splitlines()
     ]
@@ -67,6 +77,42 @@ def test_golden_run(corpus, tmp_path, fresh):
     # The held-out seeds stay out.
     seeds = {t["seed"] for t in triples}
     assert seeds == set(range(17)) - set(run_lib.held_out(fret_runs.load(corpus), 17))
+
+
+@pytest.mark.parametrize("name", ["generate/shard-00001", "passages/shard-00000"])
+def test_a_shard_that_was_cut_later_is_refused(corpus, tmp_path, fresh, name):
+    path = tmp_path / "fresh" / f"{name}.jsonl"
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], whole + b'{"a": 1}\n', None):
+        path.unlink()
+        if damage is not None:
+            path.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{name}.*had {len(whole):,} when"):
+            run_lib.run(fret_runs.load(corpus), tmp_path / "fresh")
+        path.write_bytes(whole)
+
+
+def test_an_export_that_was_changed_is_refused_and_a_lost_one_made(
+    corpus, tmp_path, fresh
+):
+    path = tmp_path / "fresh/export/fret.jsonl"
+    path.write_text("edited")
+    with pytest.raises(ValueError, match="not as this run wrote it"):
+        run_lib.run(fret_runs.load(corpus), tmp_path / "fresh")
+    path.unlink()
+    run_lib.run(fret_runs.load(corpus), tmp_path / "fresh")
+    assert path.read_bytes() == fresh["export/fret.jsonl"]
+
+
+def test_a_model_that_does_not_open_decides_nothing(corpus, tmp_path):
+    def refuse(config, budget):
+        raise ValueError("no such model")
+
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match="no such model"):
+        run_lib.run(fret_runs.load(corpus), workdir, connect=refuse)
+    assert not (workdir / "generate").exists()
+    assert not (workdir / "config.json").exists()
 
 
 def test_the_choice_follows_the_formula(fresh):

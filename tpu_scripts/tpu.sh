@@ -109,7 +109,8 @@ train() {
   local flags
   flags=$(printf '%q ' "$@")
   # Quoted twice: the flags pass through a shell here and one on the host.
-  on_hosts all "cd gecko_jax && nohup .venv/bin/gecko train --distributed \
+  # `exec`, or a shell of the same words would be what `stop` finds.
+  on_hosts all "cd gecko_jax && exec nohup .venv/bin/gecko train --distributed \
 ${flags% } >~/gecko.log 2>&1 </dev/null & echo started"
 }
 
@@ -155,7 +156,11 @@ sync)
   [[ -n $from && $to == gs://* ]] || fail "sync: give --from=DIR and --to=gs://BUCKET/DIR"
   on_hosts 0 "gcloud storage rsync --recursive $(printf '%q %q' "$from" "$to")"
   ;;
-stop) on_hosts all "pkill -TERM -o -f 'gecko train'" ;;
+stop)
+  # [g]: this command is not what it looks for. It ends when the run has saved and ended.
+  on_hosts all "pkill -TERM -o -f '[g]ecko train'; \
+while pgrep -f '[g]ecko train' >/dev/null; do sleep 1; done"
+  ;;
 delete) delete ;;
 *) fail "unknown verb $verb; see tpu_scripts/tpu.sh --help" ;;
 esac

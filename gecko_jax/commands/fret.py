@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
+
 from gecko_jax import flags, wording
 from gecko_jax.commands import parsing
 
@@ -147,9 +149,25 @@ def add_parser(verbs: Any) -> None:
     )
 
 
+def _load(options: argparse.Namespace) -> ml_collections.ConfigDict:
+    config = flags.load(options.config, options.overrides)
+    _refuse_other_kinds(config, options.config, "fuse", "fret.py")
+    return config
+
+
+def _refuse_other_kinds(
+    config: ml_collections.ConfigDict, given: str, group: str, example: str
+) -> None:
+    if group not in config:
+        raise ValueError(
+            f"{given}: has no group `{group}`, so it is made for another verb; take "
+            f"configs/{example}, or a copy of it"
+        )
+
+
 def plan(options: argparse.Namespace) -> None:
     """Prices a run."""
-    config = flags.load(options.config, options.overrides)
+    config = _load(options)
     from gecko_jax.fret import measure
 
     found = measure.plan(config, pathlib.Path(options.workdir), options.sample)
@@ -176,7 +194,7 @@ def plan(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the missing stages."""
-    config = flags.load(options.config, options.overrides)
+    config = _load(options)
     from gecko_jax.fret import run as run_lib
 
     budget = run_lib.open_budget(config, options.max_requests, options.max_cost)
@@ -207,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Measures the judges on held-out seeds."""
-    config = flags.load(options.config, options.overrides)
+    config = _load(options)
     from gecko_jax.fret import measure
     from gecko_jax.fret import run as run_lib
 
@@ -225,8 +243,9 @@ def calibrate(options: argparse.Namespace) -> None:
 
 def bootstrap(options: argparse.Namespace) -> None:
     """Trains the initial retriever."""
-    config = flags.load(options.config, options.overrides)
+    config = _load(options)
     training = flags.load(options.train_config)
+    _refuse_other_kinds(training, options.train_config, "train", "prefinetune.py")
     from gecko_jax import config as config_lib
     from gecko_jax import train
     from gecko_jax.fret import bootstrap as bootstrap_lib
@@ -249,7 +268,7 @@ def bootstrap(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Writes the page of a run."""
-    config = flags.load(options.config, options.overrides)
+    config = _load(options)
     from gecko_jax.fret import report as report_lib
 
     print(report_lib.write(config, pathlib.Path(options.workdir), options.rows))

@@ -21,10 +21,14 @@ from gecko_jax.data import jsonl
 # As `gecko fret run` names them.
 TRIPLES, CARD = "fret.jsonl", "README.md"
 
-_LISTS = ("negatives", "negative_titles")
+_LISTS = (
+    *("negatives", "negative_titles"),
+    *("negative_sources", "negative_source_ids", "negative_licences"),
+)
 _TEXTS = (
     *("task", "query", "positive", "title", "task_description", "generator", "prompt"),
     *("source", "source_id", "licence"),
+    *("seed_source", "seed_source_id", "seed_licence"),
 )
 _CITATION = """@article{lee2024gecko,
   title={Gecko: Versatile Text Embeddings Distilled from Large Language Models},

@@ -21,21 +21,31 @@ from gecko_jax.fret import pipeline, records, stages
 
 OUTPUT = "fret.jsonl"
 OTHER_TASK = "search result"
+_ORIGIN = ("source", "source_id", "licence")
 
 
 def export(passes: pipeline.Pipeline) -> pathlib.Path:
     """Writes the triples of a finished pass; returns their file.
 
     A file that is there already and was made from the same records stays.
+
+    Raises:
+        ValueError: No triple is left; the file was changed since it was written.
     """
     source = passes.source
-    facts = {"code": 2, "fuse": passes.fuse.hash} | {
+    facts = {"code": 3, "fuse": passes.fuse.hash} | {
         "max_tasks": source.config.export.max_tasks
     }
     stage = records.Stage(source.workdir, "export", facts)
     stage.begin()
     path = stage.folder / OUTPUT
-    if stage.done() is None:
+    done = stage.done()
+    if done and path.exists() and files.sha256(path) != done["sha256"]:
+        raise ValueError(
+            f"{path}: not as this run wrote it; move it away, and the same command "
+            "writes it again"
+        )
+    if not done or not path.exists():
         tasks = _common_tasks(passes)
         num_rows = num_moved = 0
         licences: Counter[str] = Counter()
@@ -47,7 +57,10 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 digest.update(line)
                 num_rows += 1
                 num_moved += moved
-                licences[triple.get("licence", "unknown")] += 1
+                negatives = triple.get("negative_licences", [])
+                licences.update(name or "unknown" for name in negatives)
+                for name in ("licence", "seed_licence"):
+                    licences[triple.get(name, "unknown")] += 1
         if not num_rows:
             path.unlink()
             raise ValueError(
@@ -90,10 +103,13 @@ def _triples(
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """Yields (triple, whether its positive moved) in the order of the seeds."""
     source = passes.source
-    rows = source.config.passages.shard_rows
+    origins = {
+        record["id"]: _origin_of(record)
+        for shard in range(source.num_shards)
+        for record in source.stage.read(shard)
+    }
     for shard in range(len(passes.shards)):
         queries = stages.by_id(passes.generate.read(shard))
-        seeds = {record["id"]: record for record in source.stage.read(shard)}
         for record in stages.kept(passes.fuse.read(shard)):
             query = queries[record["id"]]
             title, body = source.store.texts[record["positive"]]
@@ -105,12 +121,21 @@ def _triples(
                 triple |= {"negatives": [body], "negative_titles": [title]}
             triple |= {"task_description": query["task"], "generator": query["model"]}
             triple |= {"prompt": query["prompt"], "seed": record["id"]}
-            seed = seeds[record["id"]]
-            assert record["id"] // rows == shard
-            for name in ("source", "source_id", "licence", "license"):
-                if name in seed:
-                    triple["licence" if name == "license" else name] = seed[name]
+            triple |= origins[record["positive"]]
+            if record["negative"] is not None:
+                origin = origins[record["negative"]]
+                triple |= {
+                    f"negative_{name}s": [origin.get(name, "")] for name in _ORIGIN
+                }
+            origin = origins[record["id"]]
+            triple |= {f"seed_{name}": value for name, value in origin.items()}
             yield triple, record["moved"]
+
+
+def _origin_of(passage: dict[str, Any]) -> dict[str, Any]:
+    """Returns where a passage is from, as far as its file said so."""
+    spelt = {**passage, "licence": passage.get("licence", passage.get("license"))}
+    return {name: spelt[name] for name in _ORIGIN if spelt.get(name) is not None}
 
 
 def _card(
@@ -138,7 +163,8 @@ def _card(
         "- prompts: "
         + ", ".join(f"{p.name} version {p.version} ({p.sha256[:12]})" for p in used),
         f"- kept clear of: {', '.join(config.passages.decontaminate) or 'nothing'}",
-        "- licences of the passages: "
+        "- licences of the texts (positives, hard negatives, and the passages that the "
+        "model read): "
         + ", ".join(f"{name} {count:,}" for name, count in licences.most_common()),
         "",
         "| stage | records | kept | dropped |",
@@ -168,7 +194,9 @@ _FIELDS = """
 | `task_description` | the task in the model's words |
 | `generator`, `prompt` | the model, and the prompt with its version |
 | `seed` | number of the passage that the model read |
-| `source`, `source_id`, `licence` | of that passage, where they were given |
+| `source`, `source_id`, `licence` | of the positive, where they were given |
+| `negative_sources`, `negative_source_ids`, `negative_licences` | of the negatives |
+| `seed_source`, `seed_source_id`, `seed_licence` | of the passage that the model read |
 
 `gecko train --config.data.files=fret.jsonl` trains on it;
 `gecko_jax.data.fret_builder.build(FOLDER, DATA_DIR)` makes it a TFDS data set.

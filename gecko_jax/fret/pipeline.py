@@ -15,8 +15,9 @@ from typing import Any
 
 import ml_collections
 
+from gecko_jax import config as config_lib
 from gecko_jax import contamination as contamination_lib
-from gecko_jax import progress
+from gecko_jax import files, progress
 from gecko_jax.fret import (
     llm,
     records,
@@ -135,6 +136,11 @@ class Source:
                     self.gecko, retrieval.read_vectors(paths)
                 )
         return self._retriever
+
+    def write_config(self) -> None:
+        """Writes the settings, for people."""
+        with files.write_file(self.workdir / "config.json") as temporary:
+            temporary.write_text(config_lib.to_json(self.config))
 
     def make_vectors(self, shard: int) -> None:
         """Embeds the passages of a shard."""
@@ -256,7 +262,18 @@ class Pipeline:
         names = [step.stage.name for step in self.steps]
         steps = self.steps[: names.index(until) + 1]
         for step in steps:
+            step.stage.compare()
+            step.stage.done()  # Raises where a shard was changed or lost since.
+        # A model that cannot answer must not decide what the folders are made with.
+        if any(
+            step.stage.name in _LLM_STAGES and not self._has_all(step, worker)
+            for step in steps
+        ):
+            assert self.source.model is not None
+        for step in steps:
             step.stage.begin()
+        if not self._folder:
+            self.source.write_config()
         while True:
             moved = False
             for step in steps:
@@ -272,11 +289,10 @@ class Pipeline:
                 step.stage.finish(len(self._numbers(step, (0, 1))))
 
     def _is_missing(self, steps: Sequence[Step], worker: tuple[int, int]) -> bool:
-        return not all(
-            step.stage.has(shard)
-            for step in steps
-            for shard in self._numbers(step, worker)
-        )
+        return not all(self._has_all(step, worker) for step in steps)
+
+    def _has_all(self, step: Step, worker: tuple[int, int]) -> bool:
+        return all(map(step.stage.has, self._numbers(step, worker)))
 
     def _numbers(self, step: Step, worker: tuple[int, int]) -> range:
         is_embed = step.stage is self.source.embed

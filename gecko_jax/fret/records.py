@@ -60,12 +60,22 @@ class Stage:
         """Writes the facts, or compares them with those of an earlier run.
 
         Raises:
-            ValueError: The folder was begun with others; names each difference.
+            ValueError: See `compare`.
         """
+        self.compare()
         path = self.folder / _FACTS
         if not path.exists():
             with files.write_file(path) as temporary:
                 temporary.write_text(json.dumps(self.facts, indent=2) + "\n")
+
+    def compare(self) -> None:
+        """Compares the facts with those of an earlier run, if there was one.
+
+        Raises:
+            ValueError: The folder was begun with others; names each difference.
+        """
+        path = self.folder / _FACTS
+        if not path.exists():
             return
         try:
             before = files.parse_json(path.read_text())
@@ -107,7 +117,8 @@ class Stage:
         """Counts the records of every shard and closes the stage.
 
         Returns:
-            What `.done.json` holds: shards, records, those dropped by reason, tokens.
+            What `.done.json` holds: shards and their bytes, records, those dropped by
+            reason, tokens.
         """
         counts: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
@@ -126,6 +137,7 @@ class Stage:
             "kept": 0,
             "dropped": dict(sorted(reasons.items())),
             "usage": dict(sorted(counts.items())),
+            "bytes": [self.shard_path(n).stat().st_size for n in range(num_shards)],
             **facts,
         }
         done["kept"] = done["records"] - sum(done["dropped"].values())
@@ -134,16 +146,37 @@ class Stage:
         return done
 
     def done(self) -> dict[str, Any] | None:
-        """Returns what `.done.json` holds, None while the stage is unfinished."""
+        """Returns what `.done.json` holds, None while the stage is unfinished.
+
+        Raises:
+            ValueError: It is damaged, or a shard is not as long as it was.
+        """
+        path = self.folder / _DONE
         try:
-            return files.parse_json((self.folder / _DONE).read_text())
+            done = files.parse_json(path.read_text())
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ValueError(
-                f"{self.folder / _DONE}: not JSON ({error}); remove it, and the same "
-                "command writes it again"
+                f"{path}: not JSON ({error}); remove it, and the same command writes "
+                "it again"
             ) from None
+        if not isinstance(done, dict) or not isinstance(done.get("bytes"), list):
+            raise ValueError(
+                f"{path}: not what a stage ends with; remove it, and the same command "
+                "writes it again"
+            )
+        for shard, size in enumerate(done["bytes"]):
+            found = self.shard_path(shard)
+            there = found.stat().st_size if found.exists() else 0
+            if there != size:
+                raise ValueError(
+                    f"{found}: has {there:,} bytes, and had {size:,} when its stage "
+                    f"ended. Restore it, or remove {self.folder} and the folders of "
+                    "the stages after it: the same command makes them anew, and asks "
+                    "for no answer again"
+                )
+        return done
 
 
 def to_line(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gecko_jax import config as config_lib
 from gecko_jax import contamination as contamination_lib
 from gecko_jax import files
 from gecko_jax.evaluation import texts
@@ -122,8 +121,6 @@ def prepare(
         requests.write_model(workdir, name, facts)
         return model
 
-    with files.write_file(workdir / "config.json") as temporary:
-        temporary.write_text(config_lib.to_json(config))
     return pipeline.Source(config, workdir, stage, contamination, facts, open_and_check)
 
 
