@@ -85,20 +85,20 @@ LADDER = {
     ),
     "bag": Row(
         "gecko",
-        "gecko_jax: `prefinetune.py:local,bag`, 400 steps of 1,024; no layers",
+        "gecko_jax: a bag of tokens, `prefinetune.py:local,bag` and no layers after",
         second={"model.num_layers": 0},
         first="local,bag",
     ),
     "bag-512": Row(
         "gecko",
-        "the same at width 512",
+        "gecko_jax: such a bag at width 512",
         _width(512),
         {"model.num_layers": 0},
         first="local,bag",
     ),
     "bag-1024": Row(
         "gecko",
-        "the same at width 1,024",
+        "gecko_jax: such a bag at width 1,024",
         _width(1024),
         {"model.num_layers": 0},
         first="local,bag",

@@ -76,7 +76,9 @@ def write(
                     title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
                 parts += [title + "\n", *_table(lines, rows)]
                 if group != "ladder":
-                    stem = f"{path.stem}-{group}-{data}-{steps[0]}-{steps[1]}x{batch}"
+                    stem = f"{path.stem}-{group}-{data}"
+                    if any((*steps, batch or 0)):
+                        stem += f"-{steps[0]}-{steps[1]}x{batch}"
                     picture = path.with_name(f"{stem}.png")
                     quality_plot.plot(
                         _panels(lines, rows), picture, has_base=lines[0][0] == names[0]

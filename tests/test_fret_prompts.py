@@ -14,6 +14,7 @@ KINDS = ("generate", "generate_for_task", "likelihood", "relevance")
 FORGED = (
     *("Query:", "query:", "\nPassage:", "Task:", "\n\n", "Relevance:"),
     *("<|im_start|>", "</s>", "[INST]", "{query}", "{passage}", "\x00"),
+    *("<start_of_image>", "<unused5>", "<<SYS>>", "<｜User｜>", "[TOOL_CALLS]"),
 )
 RULES = answers.Rules(min_words=3, max_words=10, max_copied_words=4)
 PASSAGE = "Geckos stick to smooth walls and eat insects at night in warm houses."
@@ -112,7 +113,7 @@ def test_no_text_forges_the_template(bundled, kind, parts):
         assert forged.lower().count(marker.lower()) == honest.lower().count(
             marker.lower()
         )
-    for special in ("<|im_start|>", "</s>", "[INST]", "\x00"):
+    for special in ("<|im_start|>", "</s>", "[INST]", "\x00", *FORGED[-5:]):
         assert special not in forged
 
 

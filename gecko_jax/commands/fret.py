@@ -61,7 +61,7 @@ Trains the initial retriever on (query, seed passage), in-batch negatives only.
 example:
   gecko fret run --config=configs/fret.py:local --workdir=runs/fret --until=generate
   gecko fret bootstrap --config=configs/fret.py:local --workdir=runs/fret \\
-      --train-config=configs/prefinetune.py:local --output=runs/initial
+      --train-config=configs/prefinetune.py:local --output=runs/initial --batch-size=16
   gecko fret run --config=configs/fret.py:local --workdir=runs/fret \\
       --config.retrieve.model=runs/initial"""
 

@@ -42,7 +42,9 @@ _FIELDS = {
 _SEPARATOR = "\n\n"
 # The special tokens of chat templates, which servers read in prompts as such.
 _SPECIAL = re.compile(
-    r"<(?=\|)|<(?=/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>)|\[(?=/?INST\])"
+    r"<(?=[|｜])|<(?=<?/?(?:s|bos|eos|pad|unk|mask|unused\d+|SYS|"
+    r"(?:start|end)_of_(?:turn|image))>)|"
+    r"\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])"
 )
 _INVISIBLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\ufeff]"
