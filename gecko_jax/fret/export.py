@@ -144,7 +144,9 @@ def _card(
     """Returns what somebody must know who is given the file alone."""
     source, config = passes.source, passes.source.config
     prompts = source.prompts
-    used = [prompts.generate, prompts.likelihood, prompts.relevance]
+    used = [prompts.generate]
+    used += [prompts.likelihood] * passes.has_likelihood
+    used += [prompts.relevance] * passes.has_relevance
     lines = [
         "# FRet triples",
         "",

@@ -269,7 +269,7 @@ class Pipeline:
             step.stage.name in _LLM_STAGES and not self._has_all(step, worker)
             for step in steps
         ):
-            assert self.source.model is not None
+            _ = self.source.model
         for step in steps:
             step.stage.begin()
         if not self._folder:
@@ -320,7 +320,8 @@ class Pipeline:
                         self._make(step, shard)
                         moved = True
                     if got:
-                        path.unlink()
+                        # Gone where another had opened it before we were done.
+                        path.unlink(missing_ok=True)
                 finished += 1
                 bar.update(finished)
         return moved
