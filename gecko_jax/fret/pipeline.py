@@ -137,11 +137,6 @@ class Source:
                 )
         return self._retriever
 
-    def write_config(self) -> None:
-        """Writes the settings, for people."""
-        with files.write_file(self.workdir / "config.json") as temporary:
-            temporary.write_text(config_lib.to_json(self.config))
-
     def make_vectors(self, shard: int) -> None:
         """Embeds the passages of a shard."""
         assert self.embed is not None
@@ -273,7 +268,8 @@ class Pipeline:
         for step in steps:
             step.stage.begin()
         if not self._folder:
-            self.source.write_config()
+            with files.write_file(self.source.workdir / "config.json") as temporary:
+                temporary.write_text(config_lib.to_json(self.source.config))
         while True:
             moved = False
             for step in steps:
