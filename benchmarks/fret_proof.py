@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import json
 import pathlib
-import platform
 import shutil
 import signal
 import subprocess
@@ -125,8 +124,7 @@ def work(
     facts |= {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": quality.commit(),
-        "machine": f"{platform.processor() or platform.machine()}, "
-        f"{quality.cores()} cores",
+        "machine": quality.machine(),
         "peak_gib": side_by_side.host_peak(),
     }
     with files.write_file(path) as temporary:

@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 import pathlib
 import platform
 import signal
@@ -42,7 +43,7 @@ import quality_teacher
 import side_by_side
 from quality_rows import GROUPS, ROWS, VOCABULARY_SIZE, Row
 
-from gecko_jax import files, ranking
+from gecko_jax import files, ranking, wording
 
 ROOT = quality_data.ROOT
 # What the rows of a table are made with unless told otherwise.
@@ -180,7 +181,7 @@ def make_row(name: str, seed: int, options: argparse.Namespace) -> None:
         "batch_size": options.batch_size,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "machine": f"{platform.processor() or platform.machine()}, {cores()} cores",
+        "machine": machine(),
         "peak_gib": side_by_side.host_peak(),
         **facts,
     }
@@ -200,11 +201,10 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + changed
 
 
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0))
+def machine() -> str:
+    """Returns the kind of processor, and how many cores this process may use."""
+    cores = wording.counted(len(os.sched_getaffinity(0)), "core")
+    return f"{platform.processor() or platform.machine()}, {cores}"
 
 
 def configs(
