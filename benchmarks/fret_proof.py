@@ -29,6 +29,7 @@ import ml_collections
 import numpy as np
 import quality
 import quality_data
+import quality_scores
 import side_by_side
 
 from gecko_jax import files, flags, progress, ranking
@@ -240,7 +241,7 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
         retriever: Any = retrieval.GeckoRetriever(source.gecko, vectors)
     else:
         retriever = retrieval.Bm25Retriever(passages)
-    tasks = quality.tasks_of(one, task)
+    tasks = quality_scores.tasks_of(one, task)
     rows = [
         {"id": number, "candidates": found}
         for number, (found, _) in enumerate(
@@ -317,10 +318,10 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(
-            found.queries, task=quality.tasks_of(found, task)
+            found.queries, task=quality_scores.tasks_of(found, task)
         )
         corpus = model.encode_passages(found.texts, found.titles)
-        return quality.by_dim(found, queries, corpus, model.files.mrl_dims)
+        return quality_scores.by_dim(found, queries, corpus, model.files.mrl_dims)
 
     data = quality_data.find(options.data, split="test")
     return {
@@ -328,7 +329,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "data": data.name,
         "train_seconds": quality.spent(workdir),
-        "scores": quality.score(data, rank),
+        "scores": quality_scores.score(data, rank),
     }
 
 

@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import quality_data
+import quality_scores
 import quality_table
 import quality_teacher
 import side_by_side
@@ -269,11 +270,11 @@ def bm25(
     def rank(found: Any) -> dict[str, Any]:
         return {
             "all": ranking.bm25_rankings(
-                found.queries, passages(found), found.passage_ids, 11
+                found.queries, quality_scores.passages(found), found.passage_ids, 11
             )
         }
 
-    return {"scores": score(data, lambda found, task: rank(found))}
+    return {"scores": quality_scores.score(data, lambda found, task: rank(found))}
 
 
 def tfidf(
@@ -285,11 +286,11 @@ def tfidf(
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         weigh = text.TfidfVectorizer(sublinear_tf=True)
-        corpus = weigh.fit_transform(passages(found))
+        corpus = weigh.fit_transform(quality_scores.passages(found))
         similarity = (weigh.transform(found.queries) @ corpus.T).toarray()
-        return {"all": rankings(found, similarity)}
+        return {"all": quality_scores.rankings(found, similarity)}
 
-    return {"scores": score(data, rank)}
+    return {"scores": quality_scores.score(data, rank)}
 
 
 def pretrained(
@@ -303,9 +304,9 @@ def pretrained(
             np.concatenate(list(quality_teacher.encode(options.pretrained, *texts)))
             for texts in ([found.queries], [found.texts, found.titles])
         )
-        return {"all": rankings(found, queries @ corpus.T)}
+        return {"all": quality_scores.rankings(found, queries @ corpus.T)}
 
-    return {"scores": score(data, rank)}
+    return {"scores": quality_scores.score(data, rank)}
 
 
 def gecko(
@@ -327,11 +328,13 @@ def gecko(
     dims = [both[-1].loss.mrl_dims[-1] // part for part in (4, 2, 1)]
 
     def rank(found: Any, task: str) -> dict[str, Any]:
-        queries = model.encode_queries(found.queries, task=tasks_of(found, task))
+        queries = model.encode_queries(
+            found.queries, task=quality_scores.tasks_of(found, task)
+        )
         corpus = model.encode_passages(found.texts, found.titles)
-        return by_dim(found, queries, corpus, dims)
+        return quality_scores.by_dim(found, queries, corpus, dims)
 
-    facts = {**speed(both, seconds), "scores": score(data, rank)}
+    facts = {**speed(both, seconds), "scores": quality_scores.score(data, rank)}
     if data.classes:
         (labelled,) = sets.load(data.classes)
         assert isinstance(labelled, sets.ClassificationSet)
@@ -359,11 +362,11 @@ def sbert(
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         queries, corpus = sbert_training.encode(
-            built, found, tasks_of(found, task), base
+            built, found, quality_scores.tasks_of(found, task), base
         )
-        return by_dim(found, queries, corpus, base.loss.mrl_dims)
+        return quality_scores.by_dim(found, queries, corpus, base.loss.mrl_dims)
 
-    return {**speed((base, tuned), seconds), "scores": score(data, rank)}
+    return {**speed((base, tuned), seconds), "scores": quality_scores.score(data, rank)}
 
 
 def speed(stages: Sequence[Any], seconds: float) -> dict[str, float]:
@@ -402,68 +405,6 @@ def spent(workdir: pathlib.Path) -> float:
             end = max([began, *(t for t in saved if began < t < end)])
         total += end - began
     return total
-
-
-def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns nDCG@10 by split, task and dims.
-
-    Args:
-        data: The evaluation folders.
-        rank: (set, task) -> dims -> a ranking for each query.
-    """
-    from gecko_jax.evaluation import sets
-
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for split, folders in data.evals.items():
-        for task, folder in folders.items():
-            (one,) = (s for s in sets.load(folder) if isinstance(s, sets.RetrievalSet))
-            found.setdefault(split, {})[task] = {
-                dim: float(
-                    np.mean(
-                        [
-                            ranking.ndcg_at_k(
-                                [p for p in best if p != query], one.relevance[query]
-                            )
-                            for query, best in zip(one.query_ids, ranked, strict=True)
-                        ]
-                    )
-                )
-                for dim, ranked in rank(one, task).items()
-            }
-    return found
-
-
-def tasks_of(found: Any, folder: str) -> list[str]:
-    """Returns the task of each query: its own, or else the name of the folder."""
-    return [task or folder for task in found.tasks]
-
-
-def passages(found: Any) -> list[str]:
-    """Returns the passages with their titles in front."""
-    both = zip(found.titles, found.texts, strict=True)
-    return [f"{title} {text}".strip() for title, text in both]
-
-
-def by_dim(
-    found: Any, queries: np.ndarray, corpus: np.ndarray, dims: Sequence[int]
-) -> dict[str, Any]:
-    """Returns the rankings at every dim, by the cosine of the prefixes."""
-    from gecko_jax import embedding
-
-    return {
-        str(dim): rankings(
-            found, embedding.cut(queries, dim) @ embedding.cut(corpus, dim).T
-        )
-        for dim in dims
-    }
-
-
-def rankings(found: Any, similarity: np.ndarray) -> list[list[str]]:
-    """Returns the best ids of each query; one more than is scored may be its own."""
-    return [
-        [found.passage_ids[int(place)] for place in ranking.best_positions(row, 11)]
-        for row in similarity
-    ]
 
 
 if __name__ == "__main__":

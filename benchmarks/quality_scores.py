@@ -1,0 +1,71 @@
+"""How the systems of `quality.py` are scored: rankings, by task and dims."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import quality_data
+
+from gecko_jax import ranking
+
+
+def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns nDCG@10 by split, task and dims.
+
+    Args:
+        data: The evaluation folders.
+        rank: (set, task) -> dims -> a ranking for each query.
+    """
+    from gecko_jax.evaluation import sets
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split, folders in data.evals.items():
+        for task, folder in folders.items():
+            (one,) = (s for s in sets.load(folder) if isinstance(s, sets.RetrievalSet))
+            found.setdefault(split, {})[task] = {
+                dim: float(
+                    np.mean(
+                        [
+                            ranking.ndcg_at_k(
+                                [p for p in best if p != query], one.relevance[query]
+                            )
+                            for query, best in zip(one.query_ids, ranked, strict=True)
+                        ]
+                    )
+                )
+                for dim, ranked in rank(one, task).items()
+            }
+    return found
+
+
+def tasks_of(found: Any, folder: str) -> list[str]:
+    """Returns the task of each query: its own, or else the name of the folder."""
+    return [task or folder for task in found.tasks]
+
+
+def passages(found: Any) -> list[str]:
+    """Returns the passages with their titles in front."""
+    both = zip(found.titles, found.texts, strict=True)
+    return [f"{title} {text}".strip() for title, text in both]
+
+
+def by_dim(
+    found: Any, queries: np.ndarray, corpus: np.ndarray, dims: Sequence[int]
+) -> dict[str, Any]:
+    """Returns the rankings at every dim, by the cosine of the prefixes."""
+    from gecko_jax import embedding
+
+    return {
+        str(dim): rankings(
+            found, embedding.cut(queries, dim) @ embedding.cut(corpus, dim).T
+        )
+        for dim in dims
+    }
+
+
+def rankings(found: Any, similarity: np.ndarray) -> list[list[str]]:
+    """Returns the best ids of each query; one more than is scored may be its own."""
+    return [
+        [found.passage_ids[int(place)] for place in ranking.best_positions(row, 11)]
+        for row in similarity
+    ]
