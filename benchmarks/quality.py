@@ -125,7 +125,7 @@ def main() -> None:
         quality_data.prepare(data, options.output, size)
     ready = quality_data.prepared(data, options.output, VOCABULARY_SIZE)
     if any(map(is_taught, names)) and not ready.teacher.exists():
-        quality_teacher.teach(options.pretrained, ready.triples, ready.teacher)
+        quality_teacher.teach(options.pretrained, data.train, ready.teacher)
     for seed in options.seeds.split(","):
         for name in names:
             path = row_path(name, int(seed), options)

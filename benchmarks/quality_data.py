@@ -82,7 +82,8 @@ class Prepared:
         pairs: JSONL of pairs.
         triples: The same with three hard negatives each.
         classes: Triples of the texts with labels, by how they are kept apart.
-        teacher: What a pretrained model makes of the texts of the triples.
+        teacher: What a pretrained model makes of the texts of all pairs. Hard negatives
+            are among them, and so are those of a subset.
     """
 
     vocabulary: pathlib.Path
@@ -105,7 +106,7 @@ def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared
         folder / f"{stem}.jsonl.gz" if data.subset else data.train,
         folder / f"{stem}-triples.jsonl.gz",
         {kind: folder / f"{stem}-classes-{kind}.jsonl.gz" for kind in kinds},
-        folder / f"{stem}-teacher",
+        folder / f"{data.train.parent.name}-teacher",
     )
 
 

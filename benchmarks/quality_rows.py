@@ -103,6 +103,20 @@ LADDER = {
         {"model.num_layers": 0},
         first="local,bag",
     ),
+    "bag-taught": Row(
+        "gecko",
+        "gecko_jax: the bag of width 256, towards MiniLM's vectors as well",
+        {"loss.matching_weight": 10.0},
+        {"model.num_layers": 0},
+        first="local,bag",
+    ),
+    "bag-1024-taught": Row(
+        "gecko",
+        "gecko_jax: the bag of width 1,024, towards MiniLM's vectors as well",
+        {**_width(1024), "loss.matching_weight": 10.0},
+        {"model.num_layers": 0},
+        first="local,bag",
+    ),
 }
 
 
@@ -190,6 +204,11 @@ def _sized(pieces: int) -> Row:
     return _short(f"{pieces:,} pieces", keys, vocabulary_size=pieces)
 
 
+def _taught(weight: float, width: int = 256) -> Row:
+    about = f"width {width:,}, towards MiniLM's vectors, weight {weight:g}"
+    return _short(about, {**_width(width), "loss.matching_weight": weight})
+
+
 # What the recipe was chosen from, on dev: one change each. Rows of another batch see as
 # many pairs, at the same rate.
 SEARCH = {
@@ -245,7 +264,11 @@ SEARCH = {
     "search-bidirectional": _both(
         "passages choose queries as well", loss__bidirectional=True
     ),
-    "search-teacher": _both("towards MiniLM's vectors", loss__matching_weight=1.0),
+    "search-teacher-1": _taught(1.0),
+    "search-teacher-10": _taught(10.0),
+    "search-teacher-30": _taught(30.0),
+    "search-teacher-512": _taught(10.0, 512),
+    "search-teacher-1024": _taught(10.0, 1024),
     "search-all-negatives": _short(
         "hard negatives of all others", second={"loss.all_hard_negatives": True}
     ),

@@ -8,18 +8,28 @@ from jaxtyping import Float
 
 # Dims of the teacher's vectors: what the ablated encoder has.
 DIM = 256
+# Of the teacher's tokens, for training alone: the student reads no more of a text.
+LENGTH = 128
 _BLOCK = 2_048
 
 
 def encode(
-    name: str, texts: Sequence[str], titles: Sequence[str] = ()
+    name: str, texts: Sequence[str], titles: Sequence[str] = (), length: int = 0
 ) -> Iterator[Float[np.ndarray, "_ T"]]:
-    """Yields the vectors of texts in blocks, each under its title if there is one."""
+    """Yields the vectors of texts in blocks, each under its title if there is one.
+
+    Args:
+        name: The model.
+        texts: What to encode.
+        titles: Of the texts, or none.
+        length: Tokens of a text to read; 0 for as many as the model does.
+    """
     from sentence_transformers import SentenceTransformer
 
     from gecko_jax import progress
 
     model = SentenceTransformer(name)
+    model.max_seq_length = length or model.max_seq_length
     titles = titles or [""] * len(texts)
     both = [f"{t} {x}".strip() for t, x in zip(titles, texts, strict=True)]
     starts = range(0, len(both), _BLOCK)
@@ -34,6 +44,7 @@ def teach(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
     from gecko_jax.data import teacher
 
     texts = list(teacher.list_texts([path]))
-    blocks = encode(name, [one.text for one in texts], [one.title for one in texts])
+    texts_, titles = [one.text for one in texts], [one.title for one in texts]
+    blocks = encode(name, texts_, titles, LENGTH)
     keys = [one.key for one in texts]
     teacher.write(folder, keys, blocks, made_by=name, dim=DIM)

@@ -18,19 +18,33 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+# A key that only the configs of one kind of verb have, and where such a config lies.
+TRAIN = ("train", "configs/prefinetune.py")
+EVALUATE = ("suites", "configs/evaluate.py")
+FRET = ("fuse", "configs/fret.py")
 
-def load(argument: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+
+def load(
+    argument: str, overrides: Sequence[str] = (), kind: tuple[str, str] | None = None
+) -> ml_collections.ConfigDict:
     """Loads a config and applies the overrides.
 
     Args:
         argument: A path, and after a colon the argument of its `get_config`.
         overrides: Such as `--config.data.batch_size=512`; a boolean may be
             `--config.data.packing` or `--noconfig.data.packing`.
+        kind: What it is for: TRAIN, EVALUATE or FRET.
 
     Raises:
-        ValueError: There is no such file or key, or a value does not fit its key.
+        ValueError: There is no such file or key, the config is of another kind, or a
+            value does not fit its key.
     """
     config = _load_file(argument)
+    if kind and kind[0] not in config:
+        raise ValueError(
+            f"{argument}: has no `{kind[0]}`, so it is made for another verb; "
+            f"take {kind[1]}, or a copy of it"
+        )
     keys = list(_keys(config))
     for override in overrides:
         key = re.sub(r"^--(no)?config\.|=.*$", "", override, flags=re.DOTALL)

@@ -1,9 +1,13 @@
 """Options that set a config: the type of their key, or an error that names it."""
 
+import pathlib
+
 import ml_collections
 import pytest
 
 from gecko_jax import flags
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -21,6 +25,7 @@ def config_file(tmp_path):
         "    config.loss = ml_collections.ConfigDict()\n"
         "    config.loss.temperature = 0.05\n"
         "    config.loss.mrl_dims = (64, 128)\n"
+        "    config.train = ml_collections.ConfigDict()\n"
         "    return config\n"
     )
     return str(path)
@@ -72,6 +77,20 @@ def test_a_wrong_key_or_value_is_told(gecko, config_file, override, message):
 def test_a_config_that_is_not_there_is_told():
     with pytest.raises(ValueError, match=r"no file nowhere\.py"):
         flags.load("nowhere.py:local")
+
+
+@pytest.mark.parametrize("kind", ["TRAIN", "EVALUATE", "FRET"])
+def test_a_config_for_another_verb_is_told(kind):
+    names = {"TRAIN": "prefinetune", "EVALUATE": "evaluate", "FRET": "fret"}
+    of_kind = getattr(flags, kind)
+    assert of_kind[1] == f"configs/{names[kind]}.py"
+    for name, other in names.items():
+        path = str(ROOT / f"configs/{other}.py")
+        if name == kind:
+            assert flags.load(path, kind=of_kind)
+        else:
+            with pytest.raises(ValueError, match=f"another verb; take {of_kind[1]}"):
+                flags.load(path, kind=of_kind)
 
 
 def test_the_config_is_locked(config_file):

@@ -29,6 +29,7 @@ def read(tmp_path, *lines, rules=RULES, folders=()):
         ({"text": " \n\t"}, "empty"),
         ({"title": "only"}, "no_text"),
         ({"text": 3}, "no_text"),
+        ({"text": GOOD, "title": 3}, "bad_title"),
         ({"text": "too short here"}, "too_short"),
         ({"text": "word " * 101}, "too_long"),
         ({"text": "\x00 four words and more"}, "binary"),

@@ -41,7 +41,7 @@ def compile_step(options: argparse.Namespace) -> None:
     """Compiles the train step of a config for a TPU topology."""
     if options.search and options.slices > 1:
         raise ValueError("--search: looks at one slice; leave out --slices")
-    config = flags.load(options.config, options.overrides)
+    config = flags.load(options.config, options.overrides, flags.TRAIN)
     from gecko_jax import compile as compile_lib
 
     reports = []

@@ -158,7 +158,7 @@ def show(options: argparse.Namespace) -> None:
         _print_mixture(options.mixture, options.prepared_dir)
     if not options.config:
         return
-    config = flags.load(options.config, options.overrides)
+    config = flags.load(options.config, options.overrides, flags.TRAIN)
     from gecko_jax import config as config_lib
     from gecko_jax import initialization
     from gecko_jax import train as training

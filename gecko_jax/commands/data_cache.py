@@ -38,7 +38,7 @@ def add_parser(verbs: Any) -> None:
 
 def cache(options: argparse.Namespace) -> None:
     """Fills the caches of a config with Apache Beam, and says what they hold."""
-    config = flags.load(options.config, options.overrides)
+    config = flags.load(options.config, options.overrides, flags.TRAIN)
     from gecko_jax import config as config_lib
     from gecko_jax import initialization
     from gecko_jax import train as training

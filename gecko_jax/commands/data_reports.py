@@ -30,7 +30,7 @@ def report(options: argparse.Namespace) -> None:
     if options.config:
         from gecko_jax import config as config_lib
 
-        config = flags.load(options.config, options.overrides)
+        config = flags.load(options.config, options.overrides, flags.TRAIN)
         config_lib.check(config)
     tasks, drawn, missing = _resolve(options, config)
     if missing:

@@ -119,7 +119,7 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
             )
     if not options.output:
         options.parser.error("--config needs --output, the folder of the results")
-    config = flags.load(options.config, options.overrides)
+    config = flags.load(options.config, options.overrides, flags.EVALUATE)
     from gecko_jax import config as config_lib
 
     config_lib.check_evaluation(config)

@@ -150,19 +150,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def _load(options: argparse.Namespace) -> ml_collections.ConfigDict:
-    config = flags.load(options.config, options.overrides)
-    _refuse_other_kinds(config, options.config, "fuse", "fret.py")
-    return config
-
-
-def _refuse_other_kinds(
-    config: ml_collections.ConfigDict, given: str, group: str, example: str
-) -> None:
-    if group not in config:
-        raise ValueError(
-            f"{given}: has no group `{group}`, so it is made for another verb; take "
-            f"configs/{example}, or a copy of it"
-        )
+    return flags.load(options.config, options.overrides, flags.FRET)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -244,8 +232,7 @@ def calibrate(options: argparse.Namespace) -> None:
 def bootstrap(options: argparse.Namespace) -> None:
     """Trains the initial retriever."""
     config = _load(options)
-    training = flags.load(options.train_config)
-    _refuse_other_kinds(training, options.train_config, "train", "prefinetune.py")
+    training = flags.load(options.train_config, kind=flags.TRAIN)
     from gecko_jax import config as config_lib
     from gecko_jax import train
     from gecko_jax.fret import bootstrap as bootstrap_lib

@@ -86,7 +86,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = flags.load(options.config, options.overrides)
+    config = flags.load(options.config, options.overrides, flags.TRAIN)
     from gecko_jax import config as config_lib
     from gecko_jax import interruption
     from gecko_jax import train as training

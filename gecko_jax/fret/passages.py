@@ -121,8 +121,10 @@ def clean(
     Whether another is the same is for others to say.
     """
     title, body = record["title"], record["text"]
-    if not isinstance(title, str) or not isinstance(body, str):
+    if not isinstance(body, str):
         return "no_text"
+    if not isinstance(title, str):
+        return "bad_title"
     if not body.strip():
         return "empty"
     if len(title) + len(body) > rules.max_characters:
