@@ -1,6 +1,7 @@
-"""The plot of ablations: what each row reached, over its seeds."""
+"""The plot of a table: what each row reached, over its seeds."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from gecko_jax.plots import style
@@ -28,7 +29,7 @@ def plot(
         figure, axes = pyplot.subplots(
             1,
             len(panels),
-            figsize=(3.4 + 3.2 * len(panels), 1.2 + 0.34 * len(rows)),
+            figsize=(3.4 + 3.2 * len(panels), 1.2 + 0.36 * len(rows)),
             squeeze=False,
             sharey=True,
             layout="constrained",
@@ -52,6 +53,7 @@ def plot(
             column.grid(visible=False, axis="y")
             column.margins(x=0.08)
             column.locator_params(axis="x", nbins=5)
-        axes[0, 0].set_yticks(range(len(rows)), rows)
+        labels = [textwrap.fill(row, 44) for row in rows]
+        axes[0, 0].set_yticks(range(len(rows)), labels, fontsize=8)
         axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
         style.save(figure, output)

@@ -225,7 +225,6 @@ def _taught(weight: float, width: int, rate: float = 0.0) -> Row:
 # What the recipe was chosen from, on dev: one change each. Rows of another batch see as
 # many pairs, at the same rate.
 SEARCH = {
-    "search-base": _short("the recipe"),
     "search-vocabulary-4k": _sized(4_000),
     "search-vocabulary-16k": _sized(16_000),
     "search-vocabulary-32k": _sized(32_000),
@@ -291,6 +290,6 @@ SEARCH = {
 GROUPS = {
     "ladder": tuple(LADDER),
     "ablations": tuple(ABLATIONS),
-    "search": tuple(SEARCH),
+    "search": ("base", *SEARCH),
 }
 ROWS = LADDER | ABLATIONS | SEARCH

@@ -75,15 +75,16 @@ def write(
                 if any((*steps, batch or 0)):
                     title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
                 parts += [title + "\n", *_table(lines, rows)]
-                if group != "ladder":
-                    stem = f"{path.stem}-{group}-{data}"
-                    if any((*steps, batch or 0)):
-                        stem += f"-{steps[0]}-{steps[1]}x{batch}"
-                    picture = path.with_name(f"{stem}.png")
-                    quality_plot.plot(
-                        _panels(lines, rows), picture, has_base=lines[0][0] == names[0]
-                    )
-                    parts.append(f"\n![Mean and spread of each row]({picture.name})")
+                if len(lines) < 2:
+                    continue
+                stem = f"{path.stem}-{group}-{data}"
+                if any((*steps, batch or 0)):
+                    stem += f"-{steps[0]}-{steps[1]}x{batch}"
+                picture = path.with_name(f"{stem}.png")
+                quality_plot.plot(
+                    _panels(lines, rows), picture, has_base=lines[0][0] == names[0]
+                )
+                parts.append(f"\n![Mean and spread of each row]({picture.name})")
     with files.write_file(path) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
 
@@ -167,14 +168,20 @@ def _panels(
     """Returns what is drawn: panel -> row -> the values of its seeds."""
     split, _, trained = _judged(lines)
     panels = {
-        f"mean nDCG@10 on {split}, {dims} dims": {
+        f"mean nDCG@10 on {split}, all dims": {
+            rows[name].about: [_mean(row, split, trained) for row in found]
+            for name, found in lines
+        },
+        f"mean nDCG@10 on {split}, 1/4 of the dims": {
             rows[name].about: [
-                _mean(row, split, trained, str(_largest(row) // part)) for row in found
+                _mean(row, split, trained, dim)
+                for row in found
+                if (dim := str(_largest(row) // 4)) in _dims(row)
             ]
             for name, found in lines
-        }
-        for dims, part in (("all", 1), ("1/4 of the", 4))
+        },
     }
+    panels = {name: panel for name, panel in panels.items() if any(panel.values())}
     classes = {
         rows[name].about: [row["accuracy"] for row in found if "accuracy" in row]
         for name, found in lines
