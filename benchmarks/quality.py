@@ -10,15 +10,16 @@
 is a file of JSON with its seed, date, commit, wall time, pairs/s, peak memory and
 scores, made by a process of its own. One that is there is not made again; our training,
 if it was stopped or killed, goes on, two minutes back at most. The table is made of
-what is there, with a plot of each table of ablations beside it, and anew after each row
-as OUTPUT/table.md.
+what is there, with a plot of each beside it, and anew after each row as
+OUTPUT/table.md.
 
 The ablations are made with three seeds on a fixed subset of the pairs, and judged on
 dev where there is one; a row takes two to five minutes on one core. Some of them alone:
 `--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
 sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
-gecko-jax[eval]. The search is made like the ablations, with one seed: single changes of
-the recipe to choose from, on dev.
+gecko-jax[eval]. The search is made like the ablations, with one seed: changes of the
+recipe to choose from, on dev. Rows that are taught begin with the vectors of
+--pretrained, once for all pairs of the folder.
 """
 
 import argparse

@@ -66,19 +66,25 @@ def _width(width: int) -> dict[str, Value]:
     }
 
 
-def _taught_bag(width: int) -> Row:
-    """Returns the best that the search found, at some width."""
+def _taught_bag(width: int, about: str = "", **keys: Value) -> Row:
+    """Returns what the search found, at some width."""
     return Row(
         "gecko",
-        f"gecko_jax: such a bag at width {width:,}, towards MiniLM's vectors as well, "
+        about
+        or f"gecko_jax: such a bag at width {width:,}, towards MiniLM's vectors as well, "
         "one task in a batch, at twice the rate",
         {
             **_width(width),
             "data.one_task_per_batch": True,
             "loss.matching_weight": 10.0,
             "optimizer.learning_rate": 2e-3,
+            **{name.replace("__", "."): value for name, value in keys.items()},
         },
-        {"model.num_layers": 0, "optimizer.learning_rate": 1e-4},
+        {
+            "model.num_layers": 0,
+            "optimizer.learning_rate": 1e-4,
+            "train.num_steps": 60,
+        },
         first="local,bag",
     )
 
@@ -122,6 +128,12 @@ LADDER = {
     ),
     "bag-taught": _taught_bag(256),
     "bag-1024-taught": _taught_bag(1024),
+    "bag-1024-best": _taught_bag(
+        1024,
+        "gecko_jax: the same with passages of 256 tokens, 600 steps",
+        data__passage_length=256,
+        train__num_steps=600,
+    ),
 }
 
 
