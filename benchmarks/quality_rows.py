@@ -66,13 +66,11 @@ def _width(width: int) -> dict[str, Value]:
     }
 
 
-def _taught_bag(width: int, about: str = "", **keys: Value) -> Row:
-    """Returns what the search found, at some width."""
+def _taught_bag(about: str, width: int, **keys: Value) -> Row:
+    """Returns a row of what the search found, at some width."""
     return Row(
         "gecko",
-        about
-        or f"gecko_jax: such a bag at width {width:,}, towards MiniLM's vectors as well, "
-        "one task in a batch, at twice the rate",
+        about,
         {
             **_width(width),
             "data.one_task_per_batch": True,
@@ -126,11 +124,15 @@ LADDER = {
         {"model.num_layers": 0},
         first="local,bag",
     ),
-    "bag-taught": _taught_bag(256),
-    "bag-1024-taught": _taught_bag(1024),
+    "bag-taught": _taught_bag(
+        "gecko_jax: the bag of width 256 towards MiniLM's vectors as well, one task in "
+        "a batch, at twice the rate",
+        256,
+    ),
+    "bag-1024-taught": _taught_bag("gecko_jax: the same at width 1,024", 1024),
     "bag-1024-best": _taught_bag(
-        1024,
         "gecko_jax: the same with passages of 256 tokens, 600 steps",
+        1024,
         data__passage_length=256,
         train__num_steps=600,
     ),
