@@ -24,7 +24,7 @@ Each line of the texts has `side` (query or passage), `task`, `text` and `title`
 the teacher must be told. --dim projects to the dims that keep the vectors' inner
 products best; a student cannot follow more dims than it has. Then train with
   --config.data.teacher=teacher --config.data.teacher_dim=256 \\
-  --config.loss.matching_weight=1.0"""
+  --config.loss.matching_weight=10.0"""
 
 
 def add_parser(verbs: Any) -> None:
@@ -86,7 +86,7 @@ def teach(options: argparse.Namespace) -> None:
         f"{wording.counted(settings['dim'], 'dim')}. Train towards them with "
         f"--config.data.teacher={options.output} "
         f"--config.data.teacher_dim={settings['dim']} "
-        "--config.loss.matching_weight=1.0"
+        "--config.loss.matching_weight=10.0"
     )
 
 
