@@ -66,8 +66,20 @@ def _width(width: int) -> dict[str, Value]:
     }
 
 
-def _taught_bag(about: str, width: int, **keys: Value) -> Row:
-    """Returns a row of what the search found, at some width."""
+def _taught_bag(
+    about: str,
+    width: int,
+    second: Mapping[str, Value] | None = None,
+    **keys: Value,
+) -> Row:
+    """Returns a row of what the search found, at some width.
+
+    Args:
+        about: For people.
+        width: Of the encoder.
+        second: Keys of the second stage. Its lengths are those of the model.
+        **keys: Of both stages, as data__passage_length.
+    """
     return Row(
         "gecko",
         about,
@@ -82,6 +94,7 @@ def _taught_bag(about: str, width: int, **keys: Value) -> Row:
             "model.num_layers": 0,
             "optimizer.learning_rate": 1e-4,
             "train.num_steps": 60,
+            **(second or {}),
         },
         first="local,bag",
     )
@@ -131,7 +144,29 @@ LADDER = {
     ),
     "bag-1024-taught": _taught_bag("gecko_jax: the same at width 1,024", 1024),
     "bag-1024-best": _taught_bag(
-        "gecko_jax: the same with passages of 256 tokens, 600 steps",
+        "gecko_jax: the same, then passages of 256 tokens",
+        1024,
+        {"data.passage_length": 256},
+    ),
+    "bag-1024-short": _taught_bag(
+        "gecko_jax: the same with 250 steps for 400",
+        1024,
+        {"data.passage_length": 256},
+        train__num_steps=250,
+    ),
+    "bag-1024-triples": _taught_bag(
+        "gecko_jax: 400 steps, then 200 of 256 triples in which tokens learn as fast",
+        1024,
+        {
+            "data.passage_length": 256,
+            "data.batch_size": 256,
+            "optimizer.learning_rate": 6e-4,
+            "optimizer.token_rate": 60.0,
+            "train.num_steps": 200,
+        },
+    ),
+    "bag-1024-long": _taught_bag(
+        "gecko_jax: 600 steps of passages of 256 tokens, then 60 such of 64 triples",
         1024,
         data__passage_length=256,
         train__num_steps=600,
