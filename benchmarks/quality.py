@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -380,9 +381,12 @@ def speed(stages: Sequence[Any], seconds: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def timed(workdir: pathlib.Path) -> Iterator[None]:
-    """Notes in the workdir when a run begins and ends."""
+    """Notes in the workdir when a run begins and ends, and where it goes on from."""
     workdir.mkdir(parents=True, exist_ok=True)
+    saved = [path.stat().st_mtime for path in (workdir / "checkpoints").glob("*")]
     with (workdir / "times.txt").open("a") as file:
+        if saved:
+            file.write(f"saved {max(saved)}\n")
         file.write(f"began {time.time()}\n")
         file.flush()
         try:
@@ -398,15 +402,10 @@ def spent(workdir: pathlib.Path) -> float:
     again by the next.
     """
     lines = [line.split() for line in (workdir / "times.txt").read_text().splitlines()]
-    saved = [path.stat().st_mtime for path in (workdir / "checkpoints").glob("*")]
     total = 0.0
-    for (what, time_), after in zip(lines, [*lines[1:], ["", "inf"]], strict=True):
-        if what != "began":
-            continue
-        began, end = float(time_), float(after[1])
-        if after[0] != "ended":
-            end = max([began, *(t for t in saved if began < t < end)])
-        total += end - began
+    for (what, time_), (next_, end) in itertools.pairwise(lines):
+        if what == "began" and next_ != "began":
+            total += max(float(end) - float(time_), 0.0)
     return total
 
 

@@ -143,12 +143,12 @@ LADDER = {
         256,
     ),
     "bag-1024-taught": _taught_bag("gecko_jax: the same at width 1,024", 1024),
-    "bag-1024-best": _taught_bag(
+    "bag-1024-read": _taught_bag(
         "gecko_jax: the same, then passages of 256 tokens",
         1024,
         {"data.passage_length": 256},
     ),
-    "bag-1024-short": _taught_bag(
+    "bag-1024-best": _taught_bag(
         "gecko_jax: the same with 250 steps for 400",
         1024,
         {"data.passage_length": 256},

@@ -115,16 +115,19 @@ def test_a_subset_is_always_the_same(benchmarks, data_folder):
 
 
 def test_a_killed_run_counts_to_its_last_checkpoint(benchmarks, tmp_path):
-    import os
-
     import quality
 
-    (tmp_path / "times.txt").write_text("began 100\nbegan 200\nended 250\n")
-    for name, when in (("1", 130), ("2", 160), ("3", 240)):
-        folder = tmp_path / "checkpoints" / name
-        folder.mkdir(parents=True)
-        os.utime(folder, (when, when))
-    assert quality.spent(tmp_path) == 60 + 50
+    # Killed before its first checkpoint, then after one at 230, then let alone.
+    (tmp_path / "times.txt").write_text("began 100\nbegan 200\nsaved 230\nbegan 300\n")
+    assert quality.spent(tmp_path) == 30
+    with quality.timed(tmp_path):
+        pass
+    assert quality.spent(tmp_path) == pytest.approx(30, abs=1)
+    checkpoint = tmp_path / "checkpoints" / "1"
+    checkpoint.mkdir(parents=True)
+    with quality.timed(tmp_path):
+        pass
+    assert "saved" in (tmp_path / "times.txt").read_text().splitlines()[-3]
 
 
 def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
