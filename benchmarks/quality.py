@@ -126,15 +126,15 @@ def main() -> None:
         if ROWS[name].kind in ("gecko", "sbert")
     ):
         quality_data.prepare(data, options.output, size)
-    ready = quality_data.prepared(data, options.output, VOCABULARY_SIZE)
-    if any(map(is_taught, names)) and not ready.teacher.exists():
-        quality_teacher.teach(options.pretrained, data.train, ready.teacher)
+    teacher = quality_data.prepared(data, options.output, VOCABULARY_SIZE).teacher
     for seed in options.seeds.split(","):
         for name in names:
             path = row_path(name, int(seed), options)
             if path.exists():
                 print(f"{path}: there")
                 continue
+            if is_taught(name) and not teacher.exists():
+                quality_teacher.teach(options.pretrained, data.train, teacher)
             arguments = [*sys.argv[1:], f"--seeds={seed}", f"--worker={name}"]
             if subprocess.run([sys.executable, __file__, *arguments]).returncode:
                 raise SystemExit(

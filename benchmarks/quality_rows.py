@@ -67,16 +67,12 @@ def _width(width: int) -> dict[str, Value]:
 
 
 def _taught_bag(
-    about: str,
-    width: int,
-    second: Mapping[str, Value] | None = None,
-    **keys: Value,
+    about: str, second: Mapping[str, Value] | None = None, **keys: Value
 ) -> Row:
-    """Returns a row of what the search found, at some width.
+    """Returns a row of what the search found, at the width that is best.
 
     Args:
         about: For people.
-        width: Of the encoder.
         second: Keys of the second stage. Its lengths are those of the model.
         **keys: Of both stages, as data__passage_length.
     """
@@ -84,7 +80,7 @@ def _taught_bag(
         "gecko",
         about,
         {
-            **_width(width),
+            **_width(1024),
             "data.one_task_per_batch": True,
             "loss.matching_weight": 10.0,
             "optimizer.learning_rate": 2e-3,
@@ -137,26 +133,21 @@ LADDER = {
         {"model.num_layers": 0},
         first="local,bag",
     ),
-    "bag-taught": _taught_bag(
-        "gecko_jax: the bag of width 256 towards MiniLM's vectors as well, one task in "
-        "a batch, at twice the rate",
-        256,
+    "bag-1024-taught": _taught_bag(
+        "gecko_jax: such a bag towards MiniLM's vectors as well, one task in a batch, "
+        "at twice the rate",
     ),
-    "bag-1024-taught": _taught_bag("gecko_jax: the same at width 1,024", 1024),
     "bag-1024-read": _taught_bag(
         "gecko_jax: the same, then passages of 256 tokens",
-        1024,
         {"data.passage_length": 256},
     ),
     "bag-1024-best": _taught_bag(
-        "gecko_jax: the same with 250 steps for 400",
-        1024,
+        "gecko_jax: the same, 250 steps for 400 in the first stage",
         {"data.passage_length": 256},
         train__num_steps=250,
     ),
     "bag-1024-triples": _taught_bag(
-        "gecko_jax: 400 steps, then 200 of 256 triples in which tokens learn as fast",
-        1024,
+        "gecko_jax: the same, 400 steps, then 200 of 256 triples at a higher rate",
         {
             "data.passage_length": 256,
             "data.batch_size": 256,
@@ -166,8 +157,7 @@ LADDER = {
         },
     ),
     "bag-1024-long": _taught_bag(
-        "gecko_jax: 600 steps of passages of 256 tokens, then 60 such of 64 triples",
-        1024,
+        "gecko_jax: the same, 600 steps, passages of 256 tokens in both stages",
         data__passage_length=256,
         train__num_steps=600,
     ),

@@ -79,7 +79,8 @@ def write(
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
                 if any((*steps, batch or 0)):
-                    title += f": {steps[0]:,} + {steps[1]:,} steps of {batch}"
+                    title += f": {steps[0]:,} + {steps[1]:,} steps"
+                    title += f" of {batch}" if batch else ""
                 parts += [title + "\n", *_table(lines, rows)]
                 if len(lines) < 2:
                     continue
