@@ -255,7 +255,7 @@ def _taught(weight: float, width: int, rate: float = 0.0) -> Row:
         return _short(about, _width(width) | keys)
     keys["data.one_task_per_batch"] = True
     return _short(
-        f"the same, one task in a batch, rate {rate:g}",
+        f"the same, one task in a batch, rates {rate:g} and 0.0006",
         {**_width(width), **keys, "optimizer.learning_rate": rate},
         {"optimizer.learning_rate": 6e-4},
     )
