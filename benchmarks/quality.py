@@ -14,7 +14,7 @@ what is there, with a plot of each beside it, and anew after each row as
 OUTPUT/table.md.
 
 The ablations are made with three seeds on a fixed subset of the pairs, and judged on
-dev where there is one; a row takes two to five minutes on one core. Some of them alone:
+dev where there is one; a row takes one to five minutes on one core. Some of them alone:
 `--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
 sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
 gecko-jax[eval]. The search is made like the ablations, with one seed: changes of the

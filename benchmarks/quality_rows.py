@@ -119,13 +119,6 @@ LADDER = {
         second={"model.num_layers": 0},
         first="local,bag",
     ),
-    "bag-512": Row(
-        "gecko",
-        "gecko_jax: such a bag at width 512",
-        _width(512),
-        {"model.num_layers": 0},
-        first="local,bag",
-    ),
     "bag-1024": Row(
         "gecko",
         "gecko_jax: such a bag at width 1,024",

@@ -169,7 +169,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.loss.mask_duplicates = True  # EmbeddingGemma
         config.loss.hardness = 5.0  # EmbeddingGemma
         config.loss.spread_weight = 1.0  # of EmbeddingGemma's term; the weight is ours
-        config.loss.matching_weight = 10.0  # likewise; at 1 a bag learned nothing
+        config.loss.matching_weight = 10.0  # likewise; 1 brought a bag little
         config.checkpoint.keep_every_steps = 2_000  # for `gecko average`
 
     if arg.fret:
