@@ -67,14 +67,16 @@ def _width(width: int) -> dict[str, Value]:
 
 
 def _taught_bag(
-    about: str, second: Mapping[str, Value] | None = None, **keys: Value
+    about: str,
+    both: Mapping[str, Value] | None = None,
+    second: Mapping[str, Value] | None = None,
 ) -> Row:
     """Returns a row of what the search found, at the width that is best.
 
     Args:
         about: For people.
+        both: Keys of both stages.
         second: Keys of the second stage. Its lengths are those of the model.
-        **keys: Of both stages, as data__passage_length.
     """
     return Row(
         "gecko",
@@ -84,7 +86,7 @@ def _taught_bag(
             "data.one_task_per_batch": True,
             "loss.matching_weight": 10.0,
             "optimizer.learning_rate": 2e-3,
-            **{name.replace("__", "."): value for name, value in keys.items()},
+            **(both or {}),
         },
         {
             "model.num_layers": 0,
@@ -132,16 +134,16 @@ LADDER = {
     ),
     "bag-1024-read": _taught_bag(
         "gecko_jax: the same, then passages of 256 tokens",
-        {"data.passage_length": 256},
+        second={"data.passage_length": 256},
     ),
     "bag-1024-best": _taught_bag(
         "gecko_jax: the same, 250 steps for 400 in the first stage",
+        {"train.num_steps": 250},
         {"data.passage_length": 256},
-        train__num_steps=250,
     ),
     "bag-1024-triples": _taught_bag(
         "gecko_jax: the same, 400 steps, then 200 of 256 triples at a higher rate",
-        {
+        second={
             "data.passage_length": 256,
             "data.batch_size": 256,
             "optimizer.learning_rate": 6e-4,
@@ -151,8 +153,7 @@ LADDER = {
     ),
     "bag-1024-long": _taught_bag(
         "gecko_jax: the same, 600 steps, passages of 256 tokens in both stages",
-        data__passage_length=256,
-        train__num_steps=600,
+        {"data.passage_length": 256, "train.num_steps": 600},
     ),
 }
 
