@@ -141,6 +141,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _describe(error: BaseException) -> str:
     message = str(error) or type(error).__name__
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        return f"{error.filename}: a file is where a folder should be; name another"
     # "[Errno 2] No such file or directory: 'x'" -> "x: no such file or directory"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"

@@ -95,6 +95,9 @@ def test_a_command_line_that_is_wrong_is_told(gecko, arguments, message):
 # --- Errors of a run ----------------------------------------------------------------
 
 
+_IN_THE_WAY = "a: a file is where a folder should be; name another"
+
+
 def _export(monkeypatch, error):
     def fail(options):
         raise error
@@ -110,6 +113,10 @@ def _export(monkeypatch, error):
         (
             FileNotFoundError(2, "No such file or directory", "a/b"),
             "a/b: no such file or directory",
+        ),
+        *(
+            (kind(error, "in the way", "a"), _IN_THE_WAY)
+            for kind, error in ((FileExistsError, 17), (NotADirectoryError, 20))
         ),
         (OSError(28, "no disk space left for x"), "no disk space left for x"),
         (ImportError("pip install gecko-jax[eval]"), "pip install gecko-jax[eval]"),
