@@ -240,7 +240,7 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
         vectors = source.gecko.encode_passages(one.texts, one.titles)
         retriever: Any = retrieval.GeckoRetriever(source.gecko, vectors)
     else:
-        retriever = retrieval.Bm25Retriever(passages)
+        retriever = ranking.Bm25Retriever(passages)
     tasks = quality_scores.tasks_of(one, task)
     rows = [
         {"id": number, "candidates": found}

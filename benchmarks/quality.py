@@ -253,6 +253,11 @@ def configs(
         config.data.batch_size = options.batch_size or config.data.batch_size
         steps = config.train.num_steps
         config.checkpoint.every_steps = max(steps, 1)
+        if made and row.averaged:
+            config.checkpoint.every_steps = _apart(steps)
+            config.checkpoint.keep_every_steps = _apart(steps)
+        if made and row.mined is not None:
+            config.data.files = (str(mined_path(made[-1][1], row.mined)),)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
         if config.loss.matching_weight:
             config.data.teacher = str(ready.teacher)
@@ -262,6 +267,16 @@ def configs(
         digest = hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]
         made.append((config, work / f"{stage}-{digest}"))
     return made[0][0], made[1][0], made[0][1], made[1][1]
+
+
+def _apart(steps: int) -> int:
+    """Returns the steps between the checkpoints of a row that is averaged."""
+    return max(steps // 10, 1)
+
+
+def mined_path(workdir: pathlib.Path, skip_top: int) -> pathlib.Path:
+    """Names the triples whose hard negatives a run's model has found."""
+    return workdir / f"triples-{skip_top}.jsonl.gz"
 
 
 def bm25(
@@ -323,12 +338,14 @@ def gecko(
     *both, first, second = configs(row, data, seed, options)
     seconds = 0.0
     for config, workdir in zip(both, (first, second), strict=True):
+        if workdir == second and row.mined is not None:
+            mine(both[0].data.files, first, row.mined)
         # Rows that differ in the second stage alone share the first.
         if checkpoints.latest_step(workdir) != config.train.num_steps:
             with timed(workdir):
                 train.train(config, workdir)
         seconds += spent(workdir)
-    model = embedding.load(str(second))
+    model = embedding.load(str(average(second, both[-1], row.averaged)))
     dims = [both[-1].loss.mrl_dims[-1] // part for part in (4, 2, 1)]
 
     def rank(found: Any, task: str) -> dict[str, Any]:
@@ -350,6 +367,32 @@ def gecko(
             learned, labelled.train.labels, judged, labelled.test.labels
         )
     return facts
+
+
+def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
+    """Writes triples whose hard negatives the model of a run has found."""
+    from gecko_jax import embedding
+    from gecko_jax.data import mining
+    from gecko_jax.fret import retrieval
+
+    path = mined_path(workdir, skip_top)
+    if not path.exists():
+        build = retrieval.searched_by(embedding.load(str(workdir)))
+        mining.mine_negatives(pairs, path, 3, skip_top=skip_top, build=build)
+
+
+def average(workdir: pathlib.Path, config: Any, number: int) -> pathlib.Path:
+    """Averages the last checkpoints of a run into a model; of none, the run itself."""
+    from gecko_jax import averaging
+
+    if not number:
+        return workdir
+    steps, apart = config.train.num_steps, _apart(config.train.num_steps)
+    chosen = [steps - apart * back for back in range(number)]
+    output = workdir.with_name(f"{workdir.name}-mean")
+    if not output.exists():
+        averaging.average([str(workdir)], output, steps=chosen)
+    return output
 
 
 def sbert(

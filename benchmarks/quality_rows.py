@@ -24,6 +24,10 @@ class Row:
         first: Argument of the first stage's config; "local,bag" keeps its own batches
             and steps.
         vocabulary_size: Pieces of the vocabulary; the bundled corpus has its own.
+        averaged: What is judged is the mean of so many checkpoints of the second
+            stage, a tenth of it apart, the last among them.
+        mined: Hard negatives are the first stage's own best wrong answers, with so many
+            passed over; None for BM25's.
     """
 
     kind: str
@@ -33,6 +37,8 @@ class Row:
     classes: str = ""
     first: str = "local"
     vocabulary_size: int = VOCABULARY_SIZE
+    averaged: int = 0
+    mined: int | None = None
 
 
 def _widest(config: Any) -> tuple[int, ...]:
@@ -316,6 +322,11 @@ SEARCH = {
     "search-teacher-512-slow": _taught(10.0, 512, 1e-3),
     "search-teacher-512-fast": _taught(10.0, 512, 2e-3),
     "search-teacher-512-faster": _taught(10.0, 512, 4e-3),
+    "search-averaged": _short("mean of five checkpoints", averaged=5),
+    "search-mined": _short("hard negatives by the first stage's model", mined=0),
+    "search-mined-below": _short(
+        "hard negatives by the first stage's model, below its best ten", mined=10
+    ),
     "search-all-negatives": _short(
         "hard negatives of all others", second={"loss.all_hard_negatives": True}
     ),

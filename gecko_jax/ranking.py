@@ -11,7 +11,7 @@ those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -137,6 +137,33 @@ def _tokenize(texts: Sequence[str]) -> Any:
         return_ids=False,
         show_progress=False,
     )
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Finds passages for queries."""
+
+    def search(
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Returns positions and scores of the k best passages per query."""
+        ...
+
+
+class Bm25Retriever:
+    """Words in common; the task has no part in it."""
+
+    def __init__(self, passages: Sequence[tuple[str, str]]):
+        """Indexes (title, text) of every passage."""
+        self._bm25 = Bm25([f"{title}\n{body}" for title, body in passages])
+
+    def search(
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """See `Retriever.search`; passages without a common word are never found."""
+        del tasks
+        found = self._bm25.search(queries, k)
+        return [(best.tolist(), scores.tolist()) for best, scores in found]
 
 
 def bm25_rankings(

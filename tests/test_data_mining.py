@@ -61,6 +61,32 @@ def test_mining_tops_up_and_keeps_titles(tmp_path):
             assert title == ("Blue" if negative == "blue apple" else "")
 
 
+def test_any_retriever_mines_by_task_and_passes_over_answers(tmp_path):
+    asked = []
+
+    class Backwards:
+        """Ranks the passages last to first."""
+
+        def __init__(self, passages):
+            self._passages = passages
+
+        def search(self, queries, tasks, k):
+            asked.extend(zip(queries, tasks, strict=True))
+            found = list(range(len(self._passages)))[::-1][:k]
+            return [(found, [0.0] * len(found)) for _ in queries]
+
+    records = [
+        pair("red", "apple"),
+        pair("blue", "sky", title="Above"),
+        pair("other", "one", task="u"),
+    ]
+    summary, mined = mine(tmp_path, records, build=Backwards, num_negatives=2)
+    assert [line.get("negatives") for line in mined] == [["sky"], ["apple"], None]
+    assert mined[0]["negative_titles"] == ["Above"]
+    assert asked == [("red", "t"), ("blue", "t"), ("other", "u")]
+    assert summary == mining.MiningSummary(examples=3, mined=2, short=3)
+
+
 def test_mining_leaves_nothing_half_written(tmp_path):
     with pytest.raises(ValueError, match=r"in\.jsonl:2: no field 'query'"):
         mine(tmp_path, [pair("a", "b"), {"task": "t"}])

@@ -44,14 +44,16 @@ example:
 
 
 _PREPARE = """\
-Adds hard negatives to pairs: passages of the same files that BM25 ranks high for the
-query and that are not its positive. The result is a file of triples to fine-tune on.
-With the name of a set of the table it turns the set's source into such triples.
+Adds hard negatives to pairs: passages of the same files that BM25, or a model that you
+have trained, ranks high for the query and that are not its positive. The result is a
+file of triples to fine-tune on. With the name of a set of the table it turns the set's
+source into such triples.
 
 examples:
   gecko data prepare snli
   gecko data prepare hotpotqa --source='hotpotqa/distractor/train-*.parquet'
   gecko data prepare pairs.jsonl --output=triples.jsonl --negatives=1
+  gecko data prepare pairs.jsonl --output=harder.jsonl --model=runs/prefinetune
 
 Each line of the input is an object with `task`, `query` and `positive` (or `passage`),
 and maybe `title` and ids."""
@@ -139,6 +141,12 @@ def add_parser(verbs: Any) -> None:
         type=parsing.count,
         default=0,
         help="best-ranked passages to pass over: the likeliest unmarked answers (0)",
+    )
+    parser.add_argument(
+        "--model",
+        type=parsing.path,
+        metavar="DIR",
+        help="mines for files by this model, not by BM25",
     )
 
     data_cache.add_parser(data_verbs)
@@ -265,12 +273,18 @@ def vocabulary(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Prepares a set of the table, or mines hard negatives by BM25."""
+    """Prepares a set of the table, or mines hard negatives."""
+    from gecko_jax import ranking
     from gecko_jax.data import mining, tasks
 
     table = {task.name: task for task in tasks.TASKS}
     (name, *others) = options.files
     if not others and name in table and not pathlib.Path(name).exists():
+        if options.model:
+            raise ValueError(
+                f"--model={options.model}: mines for files, and {name} is a set; "
+                "prepare it, then mine for the files that it wrote"
+            )
         _prepare_set(table[name], options)
         return
     if not options.output:
@@ -280,8 +294,18 @@ def prepare(options: argparse.Namespace) -> None:
             "--output=FILE"
         )
 
+    build: mining.Build = ranking.Bm25Retriever
+    if options.model:
+        from gecko_jax import embedding
+        from gecko_jax.fret import retrieval
+
+        build = retrieval.searched_by(embedding.load(options.model))
     summary = mining.mine_negatives(
-        options.files, options.output, options.negatives, skip_top=options.skip_top
+        options.files,
+        options.output,
+        options.negatives,
+        skip_top=options.skip_top,
+        build=build,
     )
     print(
         f"{options.output}: {wording.counted(summary.examples, 'example')}, "
@@ -290,8 +314,9 @@ def prepare(options: argparse.Namespace) -> None:
     )
     if summary.short:
         print(
-            f"fewer than {options.negatives} for {summary.short:,} of them: no other "
-            "passage shares a word with their query"
+            f"fewer than {options.negatives} for {summary.short:,} of them: their task "
+            "has no other passage"
+            + ("" if options.model else " that shares a word with their query")
         )
 
 

@@ -1,15 +1,18 @@
-"""Hard negatives by BM25: passages that share the query's words and do not answer it.
+"""Hard negatives: passages that rank high for a query and do not answer it.
 
     {"task": "docs", "query": "sort a list", "positive": "sorted() returns ..."}
  -> {"task": "docs", "query": "sort a list", "positive": "sorted() returns ...",
      "negatives": ["list.reverse() reverses ..."]}
 
+BM25 ranks, or a model: after a first round of training its own best wrong answers are
+harder than those that share words (ANCE, Xiong et al. 2020).
+
 The passages searched are the positives and negatives of the same task in the given
 files. A passage is never a negative of a query that names it as positive on any line,
 nor when its text is the query's own; equal texts count as one passage.
 
-A `Corpus` holds its texts and, for each, 8 bytes a different word and some 500 for its
-ids: near 1 GB for a million passages of a hundred words.
+A `Corpus` holds its texts and, for each, 8 bytes a different word (of a model, 4 bytes
+a dim) and some 500 for its ids: near 1 GB for a million passages of a hundred words.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import gzip
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gecko_jax import files as files_lib
@@ -25,6 +28,9 @@ from gecko_jax import progress, ranking, text
 from gecko_jax.data import jsonl
 
 _Id = tuple[int, int]
+
+# Makes what searches (title, text) of passages.
+Build = Callable[[Sequence[tuple[str, str]]], ranking.Retriever]
 
 # Queries searched for at once.
 _BLOCK = 256
@@ -51,6 +57,7 @@ def mine_negatives(
     num_negatives: int = 1,
     *,
     skip_top: int = 0,
+    build: Build = ranking.Bm25Retriever,
 ) -> MiningSummary:
     """Adds hard negatives to pairs and writes them as one file.
 
@@ -63,6 +70,7 @@ def mine_negatives(
         num_negatives: Negatives each line should have.
         skip_top: Best-ranked candidates to pass over, which are the likeliest to be
             answers that nobody marked.
+        build: Makes the retriever of each task's passages.
 
     Raises:
         ValueError: A bad file or line, no lines, or an impossible number.
@@ -91,7 +99,7 @@ def mine_negatives(
         done = 0
         for numbers in by_task.values():
             chosen = [pairs[number] for number in numbers]
-            found = Corpus(chosen).mine(chosen, num_negatives, skip_top=skip_top)
+            found = Corpus(chosen, build).mine(chosen, num_negatives, skip_top=skip_top)
             for number, negatives in zip(numbers, found, strict=True):
                 mined[number] = negatives
                 done += 1
@@ -110,8 +118,15 @@ def mine_negatives(
 class Corpus:
     """The passages of one task, indexed once for many queries."""
 
-    def __init__(self, pairs: Iterable[jsonl.Pair]):
-        """Takes positives and negatives of all pairs, each text once."""
+    def __init__(
+        self, pairs: Iterable[jsonl.Pair], build: Build = ranking.Bm25Retriever
+    ):
+        """Takes positives and negatives of all pairs, each text once.
+
+        Args:
+            pairs: All of one task.
+            build: Makes what searches them.
+        """
         # Content id -> (text, title). Titles do not tell passages apart here: a text
         # under another title would be a doubtful negative.
         self._passages: dict[_Id, tuple[str, str]] = {}
@@ -136,8 +151,8 @@ class Corpus:
             for query, found in positives.items()
         }
         self._ids = list(self._passages)
-        self._index = ranking.Bm25(
-            [f"{title}\n{body}" for body, title in self._passages.values()]
+        self._retriever = build(
+            [(title, body) for body, title in self._passages.values()]
         )
 
     def mine(
@@ -158,10 +173,10 @@ class Corpus:
                 own.update(*(self._answers[key] for key in _query_keys(pair)))
                 excluded.append(own)
             depth = num_negatives + skip_top + max(map(len, excluded))
-            queries = [pair.query for pair in block]
-            for pair, own, (best, _) in zip(
-                block, excluded, self._index.search(queries, depth), strict=True
-            ):
+            found = self._retriever.search(
+                [pair.query for pair in block], [pair.task for pair in block], depth
+            )
+            for pair, own, (best, _) in zip(block, excluded, found, strict=True):
                 candidates = [
                     self._ids[place] for place in best if self._ids[place] not in own
                 ]

@@ -17,7 +17,7 @@ import ml_collections
 
 from gecko_jax import config as config_lib
 from gecko_jax import contamination as contamination_lib
-from gecko_jax import files, progress
+from gecko_jax import files, progress, ranking
 from gecko_jax.fret import (
     llm,
     records,
@@ -84,7 +84,7 @@ class Source:
         self._connect = connect
         self._model: llm.CachedModel | None = None
         self._gecko: Any = None
-        self._retriever: retrieval.Retriever | None = None
+        self._retriever: ranking.Retriever | None = None
         done = stage.done()
         assert done is not None
         self.num_shards = done["shards"]
@@ -125,11 +125,11 @@ class Source:
         return self._gecko
 
     @property
-    def retriever(self) -> retrieval.Retriever:
+    def retriever(self) -> ranking.Retriever:
         """Finds the candidates; built at the first use."""
         if self._retriever is None:
             if self.embed is None:
-                self._retriever = retrieval.Bm25Retriever(self.store.texts)
+                self._retriever = ranking.Bm25Retriever(self.store.texts)
             else:
                 paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
                 self._retriever = retrieval.GeckoRetriever(

@@ -1,46 +1,20 @@
-"""Retrieval: the candidates of a query, by BM25 or by any gecko checkpoint.
+"""Retrieval: the candidates of a query by any gecko checkpoint.
 
-For the first round BM25 does; `gecko fret bootstrap` trains the paper's initial
-retriever. With a checkpoint the passages are embedded shard by shard into
+For the first round BM25 does (`ranking.Bm25Retriever`); `gecko fret bootstrap` trains
+the paper's initial retriever. With a checkpoint the passages are embedded shard by
+shard into
 
     embed/shard-00000.npy       float32, one row a passage
 """
 
 import pathlib
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import files, ranking
-
-
-@runtime_checkable
-class Retriever(Protocol):
-    """Finds passages for queries."""
-
-    def search(
-        self, queries: Sequence[str], tasks: Sequence[str], k: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """Returns positions and scores of the k best passages per query."""
-        ...
-
-
-class Bm25Retriever:
-    """Words in common; the task has no part in it."""
-
-    def __init__(self, passages: Sequence[tuple[str, str]]):
-        """Indexes (title, text) of every passage."""
-        self._bm25 = ranking.Bm25([f"{title}\n{body}" for title, body in passages])
-
-    def search(
-        self, queries: Sequence[str], tasks: Sequence[str], k: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """See `Retriever.search`; passages without a common word are never found."""
-        del tasks
-        found = self._bm25.search(queries, k)
-        return [(best.tolist(), _rounded(scores)) for best, scores in found]
+from gecko_jax import files
 
 
 class GeckoRetriever:
@@ -57,15 +31,27 @@ class GeckoRetriever:
     def search(
         self, queries: Sequence[str], tasks: Sequence[str], k: int
     ) -> list[tuple[list[int], list[float]]]:
-        """See `Retriever.search`."""
+        """See `ranking.Retriever.search`."""
         if not queries:
             return []
         encoded = self._gecko.encode_queries(queries, tasks, dim=self._index.dim)
         scores, positions = self._index.search_positions(encoded, k)
         return [
-            (row.tolist(), _rounded(values))
+            (row.tolist(), values.tolist())
             for row, values in zip(positions, scores, strict=True)
         ]
+
+
+def searched_by(
+    gecko: Any,
+) -> Callable[[Sequence[tuple[str, str]]], GeckoRetriever]:
+    """Returns what makes the retriever of (title, text) of passages, in memory."""
+
+    def build(passages: Sequence[tuple[str, str]]) -> GeckoRetriever:
+        titles, texts = zip(*passages, strict=True)
+        return GeckoRetriever(gecko, gecko.encode_passages(texts, titles))
+
+    return build
 
 
 def write_vectors(
@@ -97,8 +83,3 @@ def read_vectors(paths: Sequence[pathlib.Path]) -> Float[np.ndarray, "P D"]:
                 "command makes it again"
             ) from error
     return np.concatenate(parts)
-
-
-def _rounded(scores: Float[np.ndarray, " T"]) -> list[float]:
-    """Six decimals: what is written does not depend on the last bit."""
-    return [round(float(score), 6) for score in scores]

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from gecko_jax import contamination as contamination_lib
-from gecko_jax.fret import answers, fusion, llm, prompts, records, retrieval
+from gecko_jax import ranking
+from gecko_jax.fret import answers, fusion, llm, prompts, records
 
 Record = dict[str, Any]
 
@@ -109,7 +110,7 @@ def generate(
 
 
 def retrieve(
-    rows: Sequence[Record], retriever: retrieval.Retriever, num_candidates: int
+    rows: Sequence[Record], retriever: ranking.Retriever, num_candidates: int
 ) -> list[Record]:
     """Finds the candidates of every query; the seed passage is always one of them."""
     found = retriever.search(
@@ -117,7 +118,9 @@ def retrieve(
     )
     result = []
     for row, (positions, scores) in zip(rows, found, strict=True):
-        record = {"id": row["id"], "candidates": positions, "scores": scores}
+        # Six decimals: what is written does not depend on the last bit.
+        rounded = [round(score, 6) for score in scores]
+        record = {"id": row["id"], "candidates": positions, "scores": rounded}
         record["seed_rank"] = None
         if row["id"] in positions:
             record["seed_rank"] = positions.index(row["id"]) + 1
