@@ -72,10 +72,16 @@ def _width(width: int) -> dict[str, Value]:
     }
 
 
+def _pieces(number: int) -> dict[str, Value]:
+    """Returns the keys of an encoder for a vocabulary of that many pieces."""
+    return {"model.vocab_size": number + 64}
+
+
 def _taught_bag(
     about: str,
     both: Mapping[str, Value] | None = None,
     second: Mapping[str, Value] | None = None,
+    pieces: int = VOCABULARY_SIZE,
 ) -> Row:
     """Returns a row of what the search found, at the width that is best.
 
@@ -83,12 +89,14 @@ def _taught_bag(
         about: For people.
         both: Keys of both stages.
         second: Keys of the second stage. Its lengths are those of the model.
+        pieces: Of the vocabulary.
     """
     return Row(
         "gecko",
         about,
         {
             **_width(1024),
+            **_pieces(pieces),
             "data.one_task_per_batch": True,
             "loss.matching_weight": 10.0,
             "optimizer.learning_rate": 2e-3,
@@ -101,6 +109,7 @@ def _taught_bag(
             **(second or {}),
         },
         first="local,bag",
+        vocabulary_size=pieces,
     )
 
 
@@ -142,10 +151,22 @@ LADDER = {
         "gecko_jax: the same, then passages of 256 tokens",
         second={"data.passage_length": 256},
     ),
-    "bag-1024-best": _taught_bag(
+    "bag-1024-brief": _taught_bag(
         "gecko_jax: the same, 250 steps for 400 in the first stage",
         {"train.num_steps": 250},
         {"data.passage_length": 256},
+    ),
+    "bag-1024-16k": _taught_bag(
+        "gecko_jax: the same, 16,000 pieces for 8,000",
+        {"train.num_steps": 250},
+        {"data.passage_length": 256},
+        pieces=16_000,
+    ),
+    "bag-1024-32k": _taught_bag(
+        "gecko_jax: the same, 32,000 pieces",
+        {"train.num_steps": 250},
+        {"data.passage_length": 256},
+        pieces=32_000,
     ),
     "bag-1024-triples": _taught_bag(
         "gecko_jax: the same, 400 steps, then 200 of 256 triples at a higher rate",
@@ -244,20 +265,22 @@ def _times(key: str, factor: float) -> Callable[[Any], float]:
 
 
 def _sized(pieces: int) -> Row:
-    keys = {"model.vocab_size": pieces + 64}
-    return _short(f"{pieces:,} pieces", keys, vocabulary_size=pieces)
+    return _short(f"{pieces:,} pieces", _pieces(pieces), vocabulary_size=pieces)
 
 
-def _taught(weight: float, width: int, rate: float = 0.0) -> Row:
+def _taught(
+    weight: float, width: int, rate: float = 0.0, pieces: int = VOCABULARY_SIZE
+) -> Row:
     about = f"width {width:,}, towards MiniLM's vectors, weight {weight:g}"
-    keys = {"loss.matching_weight": weight}
+    keys = {**_width(width), **_pieces(pieces), "loss.matching_weight": weight}
     if not rate:
-        return _short(about, _width(width) | keys)
-    keys["data.one_task_per_batch"] = True
+        return _short(about, keys)
+    about = f"the same, one task in a batch, rates {rate:g} and 0.0006"
     return _short(
-        f"the same, one task in a batch, rates {rate:g} and 0.0006",
-        {**_width(width), **keys, "optimizer.learning_rate": rate},
+        about if pieces == VOCABULARY_SIZE else f"{about}, {pieces:,} pieces",
+        {**keys, "data.one_task_per_batch": True, "optimizer.learning_rate": rate},
         {"optimizer.learning_rate": 6e-4},
+        vocabulary_size=pieces,
     )
 
 
@@ -322,6 +345,8 @@ SEARCH = {
     "search-teacher-512-slow": _taught(10.0, 512, 1e-3),
     "search-teacher-512-fast": _taught(10.0, 512, 2e-3),
     "search-teacher-512-faster": _taught(10.0, 512, 4e-3),
+    "search-teacher-512-16k": _taught(10.0, 512, 2e-3, 16_000),
+    "search-teacher-512-32k": _taught(10.0, 512, 2e-3, 32_000),
     "search-averaged": _short("mean of five checkpoints", averaged=5),
     "search-mined": _short("hard negatives by the first stage's model", mined=0),
     "search-mined-below": _short(
