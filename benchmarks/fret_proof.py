@@ -25,9 +25,9 @@ import sys
 from typing import Any
 
 import fret_proof_table
+import measured
 import ml_collections
 import numpy as np
-import quality
 import quality_data
 import quality_scores
 import side_by_side
@@ -36,7 +36,7 @@ from gecko_jax import files, flags, progress, ranking
 from gecko_jax.fret import fusion, requests, retrieval, settings, stages
 from gecko_jax.fret import run as run_lib
 
-ROOT = quality.ROOT
+
 # Table 3: fuse.positive, fuse.negative.
 ROWS = {
     "seed, none": ("seed", "none"),
@@ -124,8 +124,8 @@ def work(
         facts = {"row": name, "seed": int(seed)} | train(name, int(seed), options)
     facts |= {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": quality.commit(),
-        "machine": quality.machine(),
+        "commit": measured.commit(),
+        "machine": measured.machine(),
         "peak_gib": side_by_side.host_peak(),
     }
     with files.write_file(path) as temporary:
@@ -139,7 +139,7 @@ def make_triples(
     from gecko_jax.fret import bootstrap
 
     workdir = options.output / "fret"
-    with quality.timed(workdir):
+    with measured.timed(workdir):
         summary = run_lib.run(config, workdir)
     pairs, num_pairs = bootstrap.write_pairs(config, workdir)
     shutil.copy(pairs, triples_path(START, options))
@@ -175,7 +175,7 @@ def make_triples(
         "candidates": config.retrieve.num_candidates,
         "retriever": config.retrieve.model or "BM25",
         "weights": [config.fuse.likelihood_weight, config.fuse.relevance_weight],
-        "seconds": quality.spent(workdir),
+        "seconds": measured.spent(workdir),
     }
 
 
@@ -312,7 +312,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
     workdir = model_path(name, seed, options)
     config = training_config(name, seed, options)
-    with quality.timed(workdir):
+    with measured.timed(workdir):
         train_lib.train(config, workdir)
     model = embedding.load(str(workdir))
 
@@ -328,7 +328,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "steps": [options.start_steps, options.steps],
         "batch_size": options.batch_size,
         "data": data.name,
-        "train_seconds": quality.spent(workdir),
+        "train_seconds": measured.spent(workdir),
         "scores": quality_scores.score(data, rank),
     }
 
@@ -348,7 +348,7 @@ def training_config(
     """
     is_start = name == START
     stage = "prefinetune.py:local,bag" if is_start else "finetune.py:fret,local"
-    config = flags.load(f"{ROOT / 'configs' / stage}")
+    config = flags.load(f"{measured.ROOT / 'configs' / stage}")
     config.seed = seed
     config.data.files = (str(triples_path(name, options)),)
     config.data.batch_size = options.batch_size

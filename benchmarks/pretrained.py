@@ -30,7 +30,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import quality
+import measured
 import quality_data
 
 from gecko_jax import config as config_lib
@@ -262,7 +262,7 @@ def write_card(options: argparse.Namespace) -> None:
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         scores=scores_table(results, sorted(opened.mrl_dims)),
         command=make_command(options.settings, has_data=len(chosen["clear_of"]) > 1),
-        commit=quality.commit(),
+        commit=measured.commit(),
         stages=stages_table(options.stages),
         kept=table(
             ["task", "source", "licence", "pairs"],

@@ -14,11 +14,12 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import measured
+
 from gecko_jax import contamination, files
 from gecko_jax.evaluation import sets
 
-ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = ROOT / "gecko_jax" / "quickstart"
+QUICKSTART = measured.ROOT / "gecko_jax" / "quickstart"
 CLASSES = ("mask", "text")
 CLASS_DRAWS = 5
 

@@ -55,14 +55,14 @@ def _options(tmp_path, data="quickstart"):
 def test_every_row_is_a_config_that_holds_and_none_is_another(
     benchmarks, data_folder, tmp_path
 ):
-    import quality
     import quality_data
+    import quality_makers
     import quality_rows
 
     data = quality_data.find(str(data_folder))
 
     def configs(row):
-        return quality.configs(row, data, 0, _options(tmp_path))
+        return quality_makers.configs(row, data, 0, _options(tmp_path))
 
     made = set()
     rows = quality_rows.ABLATIONS | quality_rows.SEARCH
@@ -75,14 +75,14 @@ def test_every_row_is_a_config_that_holds_and_none_is_another(
 
 
 def test_rows_that_differ_in_the_second_stage_share_the_first(benchmarks, tmp_path):
-    import quality
     import quality_data
+    import quality_makers
     import quality_rows
 
     data = quality_data.find("quickstart")
     rows = quality_rows.ABLATIONS
     firsts = {
-        name: quality.configs(rows[name], data, 0, _options(tmp_path))[2]
+        name: quality_makers.configs(rows[name], data, 0, _options(tmp_path))[2]
         for name in ("base", "negatives-3", "no-format")
     }
     assert firsts["base"] == firsts["negatives-3"] != firsts["no-format"]
@@ -115,17 +115,17 @@ def test_a_subset_is_always_the_same(benchmarks, data_folder):
 
 
 def test_a_killed_run_counts_to_its_last_checkpoint(benchmarks, tmp_path):
-    import quality
+    import measured
 
     # Killed before its first checkpoint, then after one at 230, then let alone.
     (tmp_path / "times.txt").write_text("began 100\nbegan 200\nsaved 230\nbegan 300\n")
-    assert quality.spent(tmp_path) == 30
-    with quality.timed(tmp_path):
+    assert measured.spent(tmp_path) == 30
+    with measured.timed(tmp_path):
         pass
-    assert quality.spent(tmp_path) == pytest.approx(30, abs=1)
+    assert measured.spent(tmp_path) == pytest.approx(30, abs=1)
     checkpoint = tmp_path / "checkpoints" / "1"
     checkpoint.mkdir(parents=True)
-    with quality.timed(tmp_path):
+    with measured.timed(tmp_path):
         pass
     assert "saved" in (tmp_path / "times.txt").read_text().splitlines()[-3]
 

@@ -1,0 +1,61 @@
+"""What a row of a benchmark says of its run: commit, machine, seconds."""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+
+from gecko_jax import wording
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def commit() -> str:
+    """Returns the commit, with a plus when the tree has changes."""
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return git("rev-parse", "--short", "HEAD") + changed
+
+
+def machine() -> str:
+    """Returns the kind of processor, and how many cores this process may use."""
+    cores = wording.counted(len(os.sched_getaffinity(0)), "core")
+    return f"{platform.processor() or platform.machine()}, {cores}"
+
+
+@contextlib.contextmanager
+def timed(workdir: pathlib.Path) -> Iterator[None]:
+    """Notes in the workdir when a run begins and ends, and where it goes on from."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    saved = [path.stat().st_mtime for path in (workdir / "checkpoints").glob("*")]
+    with (workdir / "times.txt").open("a") as file:
+        if saved:
+            file.write(f"saved {max(saved)}\n")
+        file.write(f"began {time.time()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.write(f"ended {time.time()}\n")
+
+
+def spent(workdir: pathlib.Path) -> float:
+    """Returns the seconds of all runs of a workdir.
+
+    One that was killed counts to the last checkpoint it left: what came after is done
+    again by the next.
+    """
+    lines = [line.split() for line in (workdir / "times.txt").read_text().splitlines()]
+    total = 0.0
+    for (what, time_), (next_, end) in itertools.pairwise(lines):
+        if what == "began" and next_ != "began":
+            total += max(float(end) - float(time_), 0.0)
+    return total
