@@ -36,7 +36,6 @@ from gecko_jax import files, flags, progress, ranking
 from gecko_jax.fret import fusion, requests, retrieval, settings, stages
 from gecko_jax.fret import run as run_lib
 
-
 # Table 3: fuse.positive, fuse.negative.
 ROWS = {
     "seed, none": ("seed", "none"),
