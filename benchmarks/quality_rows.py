@@ -163,7 +163,8 @@ LADDER = {
         pieces=16_000,
     ),
     "bag-1024-32k": _taught_bag(
-        "gecko_jax: the same, 32,000 pieces",
+        "gecko_jax: the same, 32,000 pieces: `prefinetune.py:local,taught`, then "
+        "`finetune.py:local,taught`",
         {"train.num_steps": 250},
         {"data.passage_length": 256},
         pieces=32_000,

@@ -8,7 +8,8 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mini` on a
-laptop CPU in two to three minutes; `hardware=NAME`, one of those below, for `xl`; and
+laptop CPU in two to three minutes; `local,taught`, the second stage of that recipe of
+prefinetune.py (docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and
 `fret`, for the triples that `gecko fret run` left in runs/fret (elsewhere:
 --config.data.files). `gecko data prepare` mines hard negatives for pairs.
 
@@ -41,6 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         arg,
         size="mini",
         local=False,
+        taught=False,
         fret=False,
         hardware="",
         paper=False,
@@ -133,6 +135,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
 
+    if arg.taught and not arg.local:
+        raise ValueError("taught: a recipe for a CPU; name local with it")
     recipes = [name for name in ("paper", "zero_shot", "modern") if arg[name]]
     if len(recipes) > 1 or (arg.multilingual and not recipes):
         raise ValueError(
@@ -211,4 +215,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.evaluation.every_steps = 30
         config.evaluation.folder = "quickstart"
         config.evaluation.max_queries = 0
+    if arg.taught:
+        config.init.checkpoint = "runs/prefinetune"
+        config.data.vocabulary = "runs/pairs.model"
+        config.data.passage_length = 256
+        config.data.one_task_per_batch = True
+        config.data.teacher = "runs/teacher"
+        config.data.teacher_dim = 256
+        config.model.num_layers = 0
+        config.model.vocab_size = 32_064
+        config.model.model_dim = config.model.embedding_dim = 1024
+        config.loss.mrl_dims = (256, 512, 1024)
+        config.loss.matching_weight = 10.0
     return config

@@ -8,10 +8,12 @@ r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2
 Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
 on the bundled corpus on a laptop CPU in about four minutes. `local,bag` trains its
 token embeddings alone, on many times as many texts a second; the next stage puts layers
-on top, so that a small model from scratch sees more text in its time. The sizes want an
-accelerator and their own data. `paper`, `modern` and `multilingual` are the first stage
-of the recipes of finetune.py (docs/recipes.md), for base, large and xl. The paper gives
-no hyperparameters: numbers without a source are ours.
+on top, so that a small model from scratch sees more text in its time. `local,taught` is
+such a bag of width 1,024 that follows a teacher's vectors as well, the best found for
+an hour of a CPU (docs/recipes.md). The sizes want an accelerator and their own data.
+`paper`, `modern` and `multilingual` are the first stage of the recipes of finetune.py
+(docs/recipes.md), for base, large and xl. The paper gives no hyperparameters: numbers
+without a source are ours.
 """
 
 import ml_collections
@@ -27,6 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         size="mini",
         local=False,
         bag=False,
+        taught=False,
         paper=False,
         modern=False,
         multilingual=False,
@@ -116,6 +119,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
 
+    if arg.taught and not arg.local:
+        raise ValueError("taught: a recipe for a CPU; name local with it")
     if (arg.paper and arg.modern) or (
         arg.multilingual and not (arg.paper or arg.modern)
     ):
@@ -172,7 +177,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.evaluation.every_steps = 100
         config.evaluation.folder = "quickstart"
         config.evaluation.max_queries = 0
-    if arg.bag:
+    if arg.bag or arg.taught:
         config.model.num_layers = 0
         config.model.scan_layers = False
         config.data.batch_size = 1024
@@ -182,4 +187,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.optimizer.token_rate = 60.0
         config.train.num_steps = 400
         config.checkpoint.every_steps = 100
+    if arg.taught:
+        config.data.vocabulary = "runs/pairs.model"  # 32,000 pieces
+        config.data.one_task_per_batch = True
+        config.data.teacher = "runs/teacher"  # of `gecko data teach`
+        config.data.teacher_dim = 256
+        config.model.vocab_size = 32_064
+        config.model.model_dim = config.model.embedding_dim = 1024
+        config.loss.mrl_dims = (256, 512, 1024)
+        config.loss.matching_weight = 10.0
+        config.optimizer.learning_rate = 2e-3
+        config.train.num_steps = 250
     return config

@@ -3,10 +3,12 @@
 import argparse
 import json
 import pathlib
+import re
 
 import pytest
 
 from gecko_jax import config as config_lib
+from gecko_jax import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -72,6 +74,35 @@ def test_every_row_is_a_config_that_holds_and_none_is_another(
             config_lib.check(config)
         assert second not in made, name
         made.add(second)
+
+
+def test_the_best_row_is_the_recipe_that_the_configs_name(benchmarks, tmp_path):
+    import quality_data
+    import quality_makers
+    import quality_rows
+
+    row = quality_rows.LADDER["bag-1024-32k"]
+    data = quality_data.find("quickstart")
+    stages = quality_makers.configs(row, data, 0, _options(tmp_path))[:2]
+    # Where things lie, and how often they are saved and judged.
+    places = (
+        r"data\.(files|vocabulary|teacher|cache_dir)$|init\.checkpoint|checkpoint\."
+    )
+    places += r"|evaluation\.|train\.compilation_cache"
+    for name, made in zip(("prefinetune", "finetune"), stages, strict=True):
+        named = flags.load(f"{ROOT / 'configs' / name}.py:local,taught")
+        config_lib.check(named)
+        ours, theirs = (
+            {
+                key: value
+                for key, value in config_lib.flatten(
+                    json.loads(config_lib.to_json(config))
+                ).items()
+                if not re.match(places, key)
+            }
+            for config in (named, made)
+        )
+        assert ours == theirs
 
 
 def test_rows_that_differ_in_the_second_stage_share_the_first(benchmarks, tmp_path):
