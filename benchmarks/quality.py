@@ -93,6 +93,8 @@ def main() -> None:
         quality_table.write(options.output / "rows", options.table, ROWS, GROUPS)
         return
     names = GROUPS.get(options.rows) or tuple(options.rows.split(","))
+    if options.split not in (None, "", "dev", "test"):
+        parser.error(f"--split={options.split}: must be dev, test or empty")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"--rows: {unknown[0]} is none of {', '.join(ROWS)}")
     groups = [group for group, rows in GROUPS.items() if set(names) <= set(rows)]

@@ -189,12 +189,13 @@ def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
 
 def average(workdir: pathlib.Path, config: Any, number: int) -> pathlib.Path:
     """Averages the last checkpoints of a run into a model; of none, the run itself."""
-    from gecko_jax import averaging
+    from gecko_jax import averaging, checkpoints
 
     if not number:
         return workdir
     steps, apart = config.train.num_steps, _apart(config.train.num_steps)
-    chosen = [steps - apart * back for back in range(number)]
+    saved = checkpoints.all_steps(workdir)
+    chosen = [step for step in saved if step % apart == 0 or step == steps][-number:]
     output = workdir.with_name(f"{workdir.name}-mean")
     if not output.exists():
         averaging.average([str(workdir)], output, steps=chosen)

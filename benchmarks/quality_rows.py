@@ -144,33 +144,16 @@ LADDER = {
         first="local,bag",
     ),
     "bag-1024-taught": _taught_bag(
-        "gecko_jax: such a bag towards MiniLM's vectors as well, one task in a batch, "
-        "at twice the rate",
+        "gecko_jax: such a bag, taught: towards MiniLM's vectors as well, one task in "
+        "a batch, at twice the rate",
     ),
     "bag-1024-read": _taught_bag(
-        "gecko_jax: the same, then passages of 256 tokens",
+        "gecko_jax: taught, then passages of 256 tokens",
         second={"data.passage_length": 256},
     ),
-    "bag-1024-brief": _taught_bag(
-        "gecko_jax: the same, 250 steps for 400 in the first stage",
-        {"train.num_steps": 250},
-        {"data.passage_length": 256},
-    ),
-    "bag-1024-16k": _taught_bag(
-        "gecko_jax: the same, 16,000 pieces for 8,000",
-        {"train.num_steps": 250},
-        {"data.passage_length": 256},
-        pieces=16_000,
-    ),
-    "bag-1024-32k": _taught_bag(
-        "gecko_jax: the same, 32,000 pieces: `prefinetune.py:local,taught`, then "
-        "`finetune.py:local,taught`",
-        {"train.num_steps": 250},
-        {"data.passage_length": 256},
-        pieces=32_000,
-    ),
     "bag-1024-triples": _taught_bag(
-        "gecko_jax: the same, 400 steps, then 200 of 256 triples at a higher rate",
+        "gecko_jax: taught, then 200 steps of 256 triples at a higher rate, passages "
+        "of 256 tokens",
         second={
             "data.passage_length": 256,
             "data.batch_size": 256,
@@ -180,8 +163,20 @@ LADDER = {
         },
     ),
     "bag-1024-long": _taught_bag(
-        "gecko_jax: the same, 600 steps, passages of 256 tokens in both stages",
+        "gecko_jax: taught for 600 steps, passages of 256 tokens in both stages",
         {"data.passage_length": 256, "train.num_steps": 600},
+    ),
+    "bag-1024-brief": _taught_bag(
+        "gecko_jax: taught for 250 steps, then passages of 256 tokens",
+        {"train.num_steps": 250},
+        {"data.passage_length": 256},
+    ),
+    "bag-1024-32k": _taught_bag(
+        "gecko_jax: taught for 250 steps with 32,000 pieces, then passages of 256 "
+        "tokens: `local,taught` of both configs",
+        {"train.num_steps": 250},
+        {"data.passage_length": 256},
+        pieces=32_000,
     ),
 }
 
@@ -272,11 +267,11 @@ def _sized(pieces: int) -> Row:
 def _taught(
     weight: float, width: int, rate: float = 0.0, pieces: int = VOCABULARY_SIZE
 ) -> Row:
-    about = f"width {width:,}, towards MiniLM's vectors, weight {weight:g}"
+    about = f"width {width:,}, taught, weight {weight:g}"
     keys = {**_width(width), **_pieces(pieces), "loss.matching_weight": weight}
     if not rate:
         return _short(about, keys)
-    about = f"the same, one task in a batch, rates {rate:g} and 0.0006"
+    about += f", one task in a batch, rates {rate:g} and 0.0006"
     return _short(
         about if pieces == VOCABULARY_SIZE else f"{about}, {pieces:,} pieces",
         {**keys, "data.one_task_per_batch": True, "optimizer.learning_rate": rate},
@@ -285,8 +280,8 @@ def _taught(
     )
 
 
-# What the recipe was chosen from, on dev: one change each. Rows of another batch see as
-# many pairs, at the same rate.
+# What the recipe was chosen from, on dev: one change each, but for those that say more.
+# Rows of another batch see as many pairs, at the same rate.
 SEARCH = {
     "search-vocabulary-4k": _sized(4_000),
     "search-vocabulary-16k": _sized(16_000),

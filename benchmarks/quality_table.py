@@ -14,7 +14,7 @@ _HEAD = """\
 
 What a model trained here is worth, beside others, at what cost: nDCG@10 on test
 folders, at the largest dim, and the mean at a half and a quarter of it. Ablations
-change one thing each, on part of the pairs, and are judged on dev folders where there
+change what they say, on part of the pairs, and are judged on dev folders where there
 are some. This page is written from rows that `benchmarks/quality.py` makes one by one
 (its `--help` has the commands):
 
@@ -30,10 +30,14 @@ run, whose texts do not come along. A task that was not trained stands beside th
 mean, not in it. Every number was measured; a row that is missing was not. With
 several seeds the mean stands first and then the least and the most. Seconds are those
 of training both stages, compilation and reading included; the vocabulary and the hard
-negatives were made before. Memory is the process's peak. "classes" is the accuracy of
-mteb's classification on the data's texts with labels, at the largest dim.
+negatives were made before. "classes" is the accuracy of mteb's classification on the
+data's texts with labels, at the largest dim.
 
-Rows "towards MiniLM's vectors" are distilled (`loss.matching_weight`) from 256 dims of
+Most rows were made beside other work on the same cores: their seconds are too many and
+compare nothing, but for those of the two libraries, which ran one after the other.
+Memory is that of the process that made the row; it may have found the first stage made.
+
+Rows that are "taught" are distilled (`loss.matching_weight`) from 256 dims of
 all-MiniLM-L6-v2, which others trained on 1.17 billion pairs: they say what a small
 encoder can be taught, and the rows without it what these pairs alone teach. Making the
 vectors is not in the seconds (215 thousand texts of `mid`: 50 minutes on a busy core).

@@ -153,8 +153,9 @@ class Retriever(Protocol):
 class Bm25Retriever:
     """Words in common; the task has no part in it."""
 
-    def __init__(self, passages: Sequence[tuple[str, str]]):
+    def __init__(self, passages: Sequence[tuple[str, str]], task: str = ""):
         """Indexes (title, text) of every passage."""
+        del task
         self._bm25 = Bm25([f"{title}\n{body}" for title, body in passages])
 
     def search(

@@ -200,14 +200,14 @@ def test_hard_negatives_and_a_vocabulary_are_made_from_pairs(gecko, tmp_path):
         "--model=mini",
     )
     assert status == 0
-    assert "fewer than 9 for 4 of them: their task has no other passage\n" in out
+    assert "fewer than 9 for 4 of them: their task has no other passage left\n" in out
     for line in harder.read_text().splitlines():
         record = json.loads(line)
         assert len(record["negatives"]) == 3
         assert record["positive"] not in record["negatives"]
     status, _, err = gecko("data", "prepare", "snli", "--model=mini")
     assert status == 1
-    assert "--model=mini: mines for files, and snli is a set" in err
+    assert "--model=mini: is for files, and snli is a set" in err
 
     output = tmp_path / "pairs.model"
     status, out, _ = gecko(

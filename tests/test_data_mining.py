@@ -62,13 +62,14 @@ def test_mining_tops_up_and_keeps_titles(tmp_path):
 
 
 def test_any_retriever_mines_by_task_and_passes_over_answers(tmp_path):
-    asked = []
+    asked, indexed = [], []
 
     class Backwards:
         """Ranks the passages last to first."""
 
-        def __init__(self, passages):
+        def __init__(self, passages, task):
             self._passages = passages
+            indexed.append(task)
 
         def search(self, queries, tasks, k):
             asked.extend(zip(queries, tasks, strict=True))
@@ -77,14 +78,46 @@ def test_any_retriever_mines_by_task_and_passes_over_answers(tmp_path):
 
     records = [
         pair("red", "apple"),
-        pair("blue", "sky", title="Above"),
+        pair("blue", "sky", title="Above", task_description="own"),
         pair("other", "one", task="u"),
     ]
     summary, mined = mine(tmp_path, records, build=Backwards, num_negatives=2)
     assert [line.get("negatives") for line in mined] == [["sky"], ["apple"], None]
     assert mined[0]["negative_titles"] == ["Above"]
-    assert asked == [("red", "t"), ("blue", "t"), ("other", "u")]
+    assert asked == [("red", "t"), ("blue", "own"), ("other", "u")]
+    assert indexed == ["t", "u"]
     assert summary == mining.MiningSummary(examples=3, mined=2, short=3)
+
+
+def test_an_answer_on_any_line_of_any_task_is_no_negative(tmp_path):
+    _, mined = mine(
+        tmp_path,
+        [
+            # By the id, in another task.
+            pair("lizard food", "crickets", query_id="1"),
+            pair("worms as food", "mealworms are lizard food"),
+            pair("food", "mealworms are lizard food", task="u", query_id="1"),
+            # By the line in between: an id in common with one, the text with the other.
+            pair("red apple", "apple a", task="v", query_id="2"),
+            pair("green apple", "apple b", task="v", query_id="2"),
+            pair("green apple", "apple c", task="v"),
+            pair("pear", "apple d", task="v"),
+        ],
+        num_negatives=9,
+    )
+    negatives = [line.get("negatives") for line in mined]
+    assert negatives[0] is None
+    assert negatives[3:6] == [["apple d"]] * 3
+
+
+def test_a_bad_output_is_found_before_mining(tmp_path):
+    def build(passages, task):
+        raise AssertionError("searched")
+
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(pair("a", "b")))
+    with pytest.raises(ValueError, match="not a file"):
+        mining.mine_negatives([source], tmp_path, build=build)
 
 
 def test_mining_leaves_nothing_half_written(tmp_path):

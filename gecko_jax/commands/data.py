@@ -56,7 +56,8 @@ examples:
   gecko data prepare pairs.jsonl --output=harder.jsonl --model=runs/prefinetune
 
 Each line of the input is an object with `task`, `query` and `positive` (or `passage`),
-and maybe `title` and ids."""
+and maybe `title` and ids. Passages are those of the same task. Negatives that a line
+has are kept and counted: for a second round give the pairs again, not the triples."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -280,11 +281,13 @@ def prepare(options: argparse.Namespace) -> None:
     table = {task.name: task for task in tasks.TASKS}
     (name, *others) = options.files
     if not others and name in table and not pathlib.Path(name).exists():
-        if options.model:
-            raise ValueError(
-                f"--model={options.model}: mines for files, and {name} is a set; "
-                "prepare it, then mine for the files that it wrote"
-            )
+        for given in ("model", "output", "skip_top"):
+            if getattr(options, given):
+                raise ValueError(
+                    f"--{given.replace('_', '-')}={getattr(options, given)}: is for "
+                    f"files, and {name} is a set; prepare it, then mine for the files "
+                    "that it wrote"
+                )
         _prepare_set(table[name], options)
         return
     if not options.output:
@@ -313,10 +316,16 @@ def prepare(options: argparse.Namespace) -> None:
         f"--config.data.files={options.output}"
     )
     if summary.short:
+        below = f" below the best {options.skip_top:,}" if options.skip_top else ""
+        shares = "" if options.model else " that shares a word with the query"
         print(
             f"fewer than {options.negatives} for {summary.short:,} of them: their task "
-            "has no other passage"
-            + ("" if options.model else " that shares a word with their query")
+            f"has no other passage left{shares}{below}"
+        )
+    elif not summary.mined:
+        print(
+            f"each has {options.negatives} already, and what a line has is kept; give "
+            "the pairs without them, or ask for more with --negatives"
         )
 
 

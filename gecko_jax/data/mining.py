@@ -29,8 +29,8 @@ from gecko_jax.data import jsonl
 
 _Id = tuple[int, int]
 
-# Makes what searches (title, text) of passages.
-Build = Callable[[Sequence[tuple[str, str]]], ranking.Retriever]
+# Makes what searches (title, text) of the passages of a task.
+Build = Callable[[Sequence[tuple[str, str]], str], ranking.Retriever]
 
 # Queries searched for at once.
 _BLOCK = 256
@@ -95,16 +95,23 @@ def mine_negatives(
     by_task: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_task.setdefault(pair.task, []).append(number)
-    with progress.Progress("Mining hard negatives", len(pairs)) as bar:
-        done = 0
-        for numbers in by_task.values():
-            chosen = [pairs[number] for number in numbers]
-            found = Corpus(chosen, build).mine(chosen, num_negatives, skip_top=skip_top)
-            for number, negatives in zip(numbers, found, strict=True):
-                mined[number] = negatives
-                done += 1
-                bar.update(done)
-    write_lines(output, map(extend, records, pairs, mined))
+    answers = Answers(pairs)
+
+    def lines() -> Iterator[dict[str, Any]]:
+        """Mines when the first line is asked for: the output is known to be good."""
+        with progress.Progress("Mining hard negatives", len(pairs)) as bar:
+            done = 0
+            for numbers in by_task.values():
+                chosen = [pairs[number] for number in numbers]
+                corpus = Corpus(chosen, build, answers)
+                found = corpus.mine(chosen, num_negatives, skip_top=skip_top)
+                for number, negatives in zip(numbers, found, strict=True):
+                    mined[number] = negatives
+                    done += 1
+                    bar.update(done)
+        yield from map(extend, records, pairs, mined)
+
+    write_lines(output, lines())
     return MiningSummary(
         examples=len(pairs),
         mined=sum(map(len, mined)),
@@ -115,44 +122,83 @@ def mine_negatives(
     )
 
 
+class Answers:
+    """Which texts answer a query, by all lines: none of them is a negative of it."""
+
+    def __init__(self, pairs: Iterable[jsonl.Pair] = ()):
+        """Takes pairs of all tasks.
+
+        Two lines are of the same query when their texts or the ids they give are equal,
+        or when both are that of a third; a positive stands for every text that was
+        given its id.
+        """
+        self._query: dict[_Id, _Id] = {}  # A forest: key -> another key of the query.
+        self._positives: dict[_Id, set[_Id]] = {}  # Of roots.
+        self._texts: dict[_Id, set[_Id]] = {}
+        for pair in pairs:
+            self.add(pair)
+
+    def add(self, pair: jsonl.Pair) -> None:
+        """Takes one pair more."""
+        for body, given in zip(
+            (pair.positive, *pair.negatives),
+            (pair.passage_id, *pair.negative_ids),
+            strict=True,
+        ):
+            self._texts.setdefault(given, set()).add(text.content_id(body))
+        first, second = map(self._root, _query_keys(pair))
+        self._query[first] = second
+        positives = self._positives.setdefault(second, set())
+        positives.add(pair.passage_id)
+        if first != second:
+            positives |= self._positives.pop(first, set())
+
+    def of(self, pair: jsonl.Pair) -> set[_Id]:
+        """Returns the content ids of all answers to the query of a pair."""
+        found = self._positives[self._root(pair.query_id)]
+        return set().union(*(self._texts[given] for given in found))
+
+    def _root(self, key: _Id) -> _Id:
+        while (above := self._query.setdefault(key, key)) != key:
+            self._query[key] = self._query[above]
+            key = above
+        return key
+
+
 class Corpus:
     """The passages of one task, indexed once for many queries."""
 
     def __init__(
-        self, pairs: Iterable[jsonl.Pair], build: Build = ranking.Bm25Retriever
+        self,
+        pairs: Iterable[jsonl.Pair],
+        build: Build = ranking.Bm25Retriever,
+        answers: Answers | None = None,
     ):
         """Takes positives and negatives of all pairs, each text once.
 
         Args:
             pairs: All of one task.
             build: Makes what searches them.
+            answers: Of these pairs and of other tasks; None for those of these alone.
         """
+        self._answers = Answers() if answers is None else answers
         # Content id -> (text, title). Titles do not tell passages apart here: a text
         # under another title would be a doubtful negative.
         self._passages: dict[_Id, tuple[str, str]] = {}
-        # Two lines are of the same query when their texts or the ids they give are
-        # equal; a positive stands for every text that was given its id.
-        same_passage: dict[_Id, set[_Id]] = {}
-        positives: dict[_Id, set[_Id]] = {}
+        task = ""
         for pair in pairs:
-            for body, title, given in zip(
+            task = pair.task
+            if answers is None:
+                self._answers.add(pair)
+            for body, title in zip(
                 (pair.positive, *pair.negatives),
                 (pair.title, *pair.negative_titles),
-                (pair.passage_id, *pair.negative_ids),
                 strict=True,
             ):
-                content = text.content_id(body)
-                self._passages.setdefault(content, (body, title))
-                same_passage.setdefault(given, set()).add(content)
-            for key in _query_keys(pair):
-                positives.setdefault(key, set()).add(pair.passage_id)
-        self._answers = {
-            query: set().union(*(same_passage[given] for given in found))
-            for query, found in positives.items()
-        }
+                self._passages.setdefault(text.content_id(body), (body, title))
         self._ids = list(self._passages)
         self._retriever = build(
-            [(title, body) for body, title in self._passages.values()]
+            [(title, body) for body, title in self._passages.values()], task
         )
 
     def mine(
@@ -170,11 +216,12 @@ class Corpus:
             excluded = []
             for pair in block:
                 own = {text.content_id(body) for body in (pair.query, *pair.negatives)}
-                own.update(*(self._answers[key] for key in _query_keys(pair)))
-                excluded.append(own)
+                excluded.append(own | self._answers.of(pair))
             depth = num_negatives + skip_top + max(map(len, excluded))
             found = self._retriever.search(
-                [pair.query for pair in block], [pair.task for pair in block], depth
+                [pair.query for pair in block],
+                [pair.task_description or pair.task for pair in block],
+                depth,
             )
             for pair, own, (best, _) in zip(block, excluded, found, strict=True):
                 candidates = [

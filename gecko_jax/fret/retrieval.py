@@ -44,12 +44,19 @@ class GeckoRetriever:
 
 def searched_by(
     gecko: Any,
-) -> Callable[[Sequence[tuple[str, str]]], GeckoRetriever]:
-    """Returns what makes the retriever of (title, text) of passages, in memory."""
+) -> Callable[[Sequence[tuple[str, str]], str], GeckoRetriever]:
+    """Returns what makes the retriever of (title, text) of a task's passages."""
 
-    def build(passages: Sequence[tuple[str, str]]) -> GeckoRetriever:
+    def build(passages: Sequence[tuple[str, str]], task: str) -> GeckoRetriever:
         titles, texts = zip(*passages, strict=True)
-        return GeckoRetriever(gecko, gecko.encode_passages(texts, titles))
+        vectors = gecko.encode(
+            texts,
+            side="passage",
+            task=task,
+            titles=titles,
+            description=f"Encoding passages of {task}",
+        )
+        return GeckoRetriever(gecko, vectors)
 
     return build
 
