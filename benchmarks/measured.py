@@ -35,10 +35,10 @@ def machine() -> str:
 def timed(workdir: pathlib.Path) -> Iterator[None]:
     """Notes in the workdir when a run begins and ends, and where it goes on from."""
     workdir.mkdir(parents=True, exist_ok=True)
-    saved = [path.stat().st_mtime for path in (workdir / "checkpoints").glob("*")]
+    saved = _saved(workdir)
     with (workdir / "times.txt").open("a") as file:
         if saved:
-            file.write(f"saved {max(saved)}\n")
+            file.write(f"saved {saved[-1]}\n")
         file.write(f"began {time.time()}\n")
         file.flush()
         try:
@@ -54,8 +54,15 @@ def spent(workdir: pathlib.Path) -> float:
     again by the next.
     """
     lines = [line.split() for line in (workdir / "times.txt").read_text().splitlines()]
+    # Killed when all was done: nothing came after it.
+    lines += [["saved", str(time_)] for time_ in _saved(workdir)[-1:]]
     total = 0.0
     for (what, time_), (next_, end) in itertools.pairwise(lines):
         if what == "began" and next_ != "began":
             total += max(float(end) - float(time_), 0.0)
     return total
+
+
+def _saved(workdir: pathlib.Path) -> list[float]:
+    """Returns when each checkpoint of a run was written."""
+    return sorted(path.stat().st_mtime for path in (workdir / "checkpoints").glob("*"))

@@ -159,6 +159,9 @@ def test_a_killed_run_counts_to_its_last_checkpoint(benchmarks, tmp_path):
     with measured.timed(tmp_path):
         pass
     assert "saved" in (tmp_path / "times.txt").read_text().splitlines()[-3]
+    # Killed after its last checkpoint: no other run will say when that was.
+    (tmp_path / "times.txt").write_text(f"began {checkpoint.stat().st_mtime - 7}\n")
+    assert measured.spent(tmp_path) == pytest.approx(7)
 
 
 def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
