@@ -43,6 +43,7 @@ def test_golden_example(tmp_path):
             text.content_id("append()"),
         ),
         negative_group=3,
+        given_ids=(None, None, None),
     )
 
 

@@ -142,12 +142,16 @@ def test_a_packed_file_holds_the_same_lines_and_characters(tmp_path):
     assert first == second  # No name and no time in it.
 
 
-def test_mined_negatives_have_no_ids_beside_those_given(tmp_path):
+def test_mined_negatives_keep_the_ids_that_the_data_gives(tmp_path):
     given = pair("red apple", "a red apple", negatives=["pear"], negative_ids=["p"])
-    others = [pair("blue apple", "blue apple")]
-    _, (first, _) = mine(tmp_path, [given, *others], num_negatives=2)
-    assert first["negatives"] == ["pear", "blue apple"]
-    assert first["negative_ids"] == ["p", None]
+    others = [
+        pair("blue apple", "blue apple", passage_id=7),
+        pair("old apple", "old apple"),
+    ]
+    _, (first, second, _) = mine(tmp_path, [given, *others], num_negatives=3)
+    assert first["negatives"] == ["pear", "blue apple", "old apple"]
+    assert first["negative_ids"] == ["p", 7, None]
+    assert "negative_ids" not in second
 
 
 def test_files_without_a_line_are_refused(tmp_path):

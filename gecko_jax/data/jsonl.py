@@ -42,6 +42,7 @@ class Pair:
 
     A title or task description that is not given is "". Ids are the two uint32 words
     of `text.content_id`; for those of the file they hash the id instead of the text.
+    `given_ids` are those of the file, of the positive and then of each negative.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Pair:
     passage_id: tuple[int, int]
     negative_ids: tuple[tuple[int, int], ...]
     negative_group: int
+    given_ids: tuple[str | int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
             for number, negative in enumerate(negatives)
         ),
         negative_group=group,
+        given_ids=(record.get("passage_id"), *(ids or [None] * len(negatives))),
     )
 
 

@@ -29,6 +29,9 @@ from gecko_jax.data import jsonl
 
 _Id = tuple[int, int]
 
+# A passage that was mined: text, title, and the id that the data gives it.
+Mined = tuple[str, str, str | int | None]
+
 # Makes what searches (title, text) of the passages of a task.
 Build = Callable[[Sequence[tuple[str, str]], str], ranking.Retriever]
 
@@ -91,7 +94,7 @@ def mine_negatives(
             f"{', '.join(os.fspath(path) for path in files) or 'no files'}: no "
             "examples; give lines with task, query and positive"
         )
-    mined: list[list[tuple[str, str]]] = [[] for _ in pairs]
+    mined: list[list[Mined]] = [[] for _ in pairs]
     by_task: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
         by_task.setdefault(pair.task, []).append(number)
@@ -182,29 +185,30 @@ class Corpus:
             answers: Of these pairs and of other tasks; None for those of these alone.
         """
         self._answers = Answers() if answers is None else answers
-        # Content id -> (text, title). Titles do not tell passages apart here: a text
-        # under another title would be a doubtful negative.
-        self._passages: dict[_Id, tuple[str, str]] = {}
+        # By content id. Titles do not tell passages apart here: a text under another
+        # title would be a doubtful negative.
+        self._passages: dict[_Id, Mined] = {}
         task = ""
         for pair in pairs:
             task = pair.task
             if answers is None:
                 self._answers.add(pair)
-            for body, title in zip(
+            for passage in zip(
                 (pair.positive, *pair.negatives),
                 (pair.title, *pair.negative_titles),
+                pair.given_ids,
                 strict=True,
             ):
-                self._passages.setdefault(text.content_id(body), (body, title))
+                self._passages.setdefault(text.content_id(passage[0]), passage)
         self._ids = list(self._passages)
         self._retriever = build(
-            [(title, body) for body, title in self._passages.values()], task
+            [(title, body) for body, title, _ in self._passages.values()], task
         )
 
     def mine(
         self, pairs: Iterable[jsonl.Pair], num_negatives: int, *, skip_top: int = 0
-    ) -> Iterator[list[tuple[str, str]]]:
-        """Yields what each pair lacks of its negatives: texts with their titles.
+    ) -> Iterator[list[Mined]]:
+        """Yields what each pair lacks of its negatives.
 
         Args:
             pairs: All of them among those that the corpus was made of.
@@ -257,16 +261,17 @@ def _query_keys(pair: jsonl.Pair) -> tuple[_Id, _Id]:
 
 
 def extend(
-    record: dict[str, Any], pair: jsonl.Pair, found: Sequence[tuple[str, str]]
+    record: dict[str, Any], pair: jsonl.Pair, found: Sequence[Mined]
 ) -> dict[str, Any]:
     """Returns the record with the mined negatives after its own."""
     if not found:
         return record
     extended = {name: value for name, value in record.items() if name != "negative"}
-    extended["negatives"] = [*pair.negatives, *(body for body, _ in found)]
-    titles = [*pair.negative_titles, *(title for _, title in found)]
+    extended["negatives"] = [*pair.negatives, *(body for body, _, _ in found)]
+    titles = [*pair.negative_titles, *(title for _, title, _ in found)]
     if any(titles):
         extended["negative_titles"] = titles
-    if record.get("negative_ids") is not None:
-        extended["negative_ids"] = [*record["negative_ids"], *([None] * len(found))]
+    ids = [*pair.given_ids[1:], *(given for _, _, given in found)]
+    if any(given is not None for given in ids):
+        extended["negative_ids"] = ids
     return extended

@@ -272,7 +272,7 @@ def _mine(
             read = list(jsonl.read_lines(work / _PAIRS.format(number)))
             records = [record for _, record, _ in read]
             pairs = [pair for _, _, pair in read]
-            mined: Sequence[list[tuple[str, str]]] = [[] for _ in pairs]
+            mined: Sequence[list[mining.Mined]] = [[] for _ in pairs]
             if task.mine and any(len(pair.negatives) < wanted for pair in pairs):
                 corpus = corpus or mining.Corpus(_all_pairs(num_parts, work))
                 mined = list(
