@@ -82,9 +82,11 @@ def write(
                 if not lines or (group != "ladder" and trained < 2):
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
-                if any((*steps, batch or 0)):
-                    title += f": {steps[0]:,} + {steps[1]:,} steps"
-                    title += f" of {batch}" if batch else ""
+                # 0 is the row's own number.
+                stages = zip(("first", "second"), steps, strict=False)
+                said = [f"{n:,} steps in the {stage} stage" for stage, n in stages if n]
+                said += [f"batches of {batch:,}"] if batch else []
+                title += f": {', '.join(said)}" if said else ""
                 parts += [title + "\n", *_table(lines, rows)]
                 if len(lines) < 2:
                     continue

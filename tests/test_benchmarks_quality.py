@@ -194,7 +194,8 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
         tmp_path / "rows", tmp_path / "r.md", quality_rows.ROWS, quality_rows.GROUPS
     )
     page = (tmp_path / "r.md").read_text()
-    assert "## Ablations on `small-dev`: 10 + 5 steps of 8" in page
+    title = "## Ablations on `small-dev`: 10 steps in the first stage, 5 steps in the "
+    assert f"{title}second stage, batches of 8\n" in page
     assert "| duplicates not masked | 256 | 0.450 (0.400 to 0.500) |" in page
     assert "0.625 (0.500 to 0.750)" in page  # classes
     assert "## Ladder" not in page
