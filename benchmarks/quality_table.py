@@ -22,6 +22,10 @@ are some. This page is written from rows that `benchmarks/quality.py` makes one 
 python benchmarks/quality.py --data=DATA --output=DIR --rows=ladder
 python benchmarks/quality.py --data=DATA --output=DIR --rows=ablations
 python benchmarks/quality.py --data=DATA --output=DIR --rows=search
+python benchmarks/quality.py --data=DATA --output=DIR --rows=gecko,sbert \\
+    --steps=400 --second-steps=60
+python benchmarks/quality.py --data=DATA --output=DIR --steps=400 --seeds=0 \\
+    --rows=base,no-same-tower,mrl-none,one-task --subset=0 --split=test
 python benchmarks/quality.py --output=DIR --table=docs/results.md
 ```
 

@@ -135,8 +135,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evaluation.folder = ""  # BEIR layout; empty for no evaluation
     config.evaluation.max_queries = 1_000  # of them, for speed; 0 for all
 
-    if arg.taught and not arg.local:
-        raise ValueError("taught: a recipe for a CPU; name local with it")
+    if arg.taught and not (arg.local and arg.size == "mini"):
+        raise ValueError("taught: has a size of its own; name local with it, no other")
     recipes = [name for name in ("paper", "zero_shot", "modern") if arg[name]]
     if len(recipes) > 1 or (arg.multilingual and not recipes):
         raise ValueError(
