@@ -17,38 +17,22 @@ _VERSION = re.search(
     flags=re.MULTILINE,
 ).group(1)
 
+# What training from token caches, encoding, search and checkpoints need. The file is for
+# `pip install --no-deps . && pip install -r requirements-light.txt`.
+_LIGHT = [
+    line
+    for line in (_ROOT / "requirements-light.txt").read_text("utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+
 _CORE = [
-    # The model and its training.
-    "jax>=0.10.2",
-    "flax>=0.12.8",
-    "optax>=0.2.8",
-    "orbax-checkpoint>=0.12.8",
-    "tensorstore>=0.1.80",
-    "jaxtyping>=0.3.11",
-    "numpy>=2.4",
-    "safetensors>=0.8.0",
-    # Checkpoints of T5X.
-    "ml-dtypes>=0.5",
-    "msgpack>=1.1",
-    "tensorstore>=0.1.80",
-    # Data: seqio needs TensorFlow; nothing outside gecko_jax/data imports either.
+    *_LIGHT,
+    # Tokenizing: seqio needs TensorFlow. Only gecko_jax/data imports either.
     "seqio>=0.0.20",
     "tensorflow>=2.21.0",
     "tensorflow-datasets>=4.9.10",
     # TFDS imports it and, for these versions of Python, does not say so.
     "importlib_resources>=7.1",
-    "grain>=0.2.18",
-    "array-record>=0.8.3",
-    "sentencepiece>=0.2.1",
-    # Judging: BM25 is the line to beat.
-    "bm25s>=0.3.9",
-    "PyStemmer>=3.0.0",
-    "matplotlib>=3.10",
-    # Running: configs, logs, metrics.
-    "absl-py>=2.3",
-    "ml-collections>=1.1.0",
-    "rich>=14.0",
-    "tensorboardX>=2.6.4",
 ]
 
 # An export to ONNX; models by their name on the Hugging Face hub.

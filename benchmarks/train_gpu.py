@@ -2,6 +2,7 @@
 
     python benchmarks/train_gpu.py --size=base --batch=256 --microbatch=64
     python benchmarks/train_gpu.py --size=xl --batch=128 --microbatch=16 --only=gecko
+    python benchmarks/train_gpu.py --only=gecko --variants none:xla none:cudnn
 
 Random tokens at full length, the same for both: queries of 64, passages of 512, one
 hard negative, bfloat16, MRL 256 and full width. The other side is the same T5 encoder
@@ -15,18 +16,40 @@ Needs a GPU and the extra `cuda`; the other side a CUDA build of PyTorch and the
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-QUERY, PASSAGE, WARMUP = 64, 512, 3
+QUERY, PASSAGE, WARMUP, PROFILED = 64, 512, 2, 5
+BEGAN = time.perf_counter()
 
 
-def gecko(options: argparse.Namespace) -> dict[str, str | float]:
-    """Times the step that `gecko train` runs."""
+def note(what: str) -> None:
+    """Says on standard error what is being done, and since when."""
+    print(f"{time.perf_counter() - BEGAN:6.1f} s  {what}", file=sys.stderr, flush=True)
+
+
+def gecko(options: argparse.Namespace) -> None:
+    """Times the step that `gecko train` runs, in each of its variants."""
+    for variant in options.variants:
+        remat, _, attention = variant.partition(":")
+        try:
+            found = gecko_variant(options, remat, attention or "xla")
+        except Exception as error:  # One variant must not hide the others.
+            found = {"failed": f"{type(error).__name__}: {error}"[:1000]}
+        print(json.dumps({"variant": variant, **found}), flush=True)
+
+
+def gecko_variant(
+    options: argparse.Namespace, remat: str, attention: str
+) -> dict[str, Any]:
+    """Compiles and times one step."""
     import jax
     import numpy as np
 
@@ -37,14 +60,16 @@ def gecko(options: argparse.Namespace) -> dict[str, str | float]:
         "data.batch_size": options.batch,
         "data.packing": False,
         "train.microbatch_size": options.microbatch,
-        "model.remat": options.remat,
+        "model.remat": remat,
         "model.dropout_rate": 0.0,
+        "model.attention": attention,
     }
     config = flags.load(
         f"{ROOT / 'configs/finetune.py'}:{options.size}",
         [f"--config.{key}={value}" for key, value in keys.items()],
     )
     mesh = sharding.build_mesh(devices=jax.devices()[:1])
+    note(f"{options.size} on {jax.devices()[0].device_kind}")
     step = step_lib.build(config, mesh, num_segments=1, num_tasks=1)
     init = jax.jit(
         lambda key: model.init_params(step.encoder.config, key),
@@ -63,35 +88,65 @@ def gecko(options: argparse.Namespace) -> dict[str, str | float]:
             batch[name] = np.stack([rows, np.zeros_like(rows)], axis=1)
         elif name.endswith(("_segment_ids", "_mask")):
             batch[name] = np.ones(leaf.shape, leaf.dtype)
+        elif name.endswith("_id"):
+            batch[name] = rng.integers(0, 2**32, leaf.shape, np.uint32)
         else:
             batch[name] = np.zeros(leaf.shape, leaf.dtype)
     placed = sharding.place_batch(batch, mesh)
     key = jax.random.key(0)
+    note("parameters are there")
+    began = time.perf_counter()
+    compiled = step.run.lower(state, placed, key).compile()
+    compile_seconds = time.perf_counter() - began
+    note("compiled")
+    memory = compiled.memory_analysis()
     for _ in range(WARMUP):
-        state, summary = step.run(state, placed, key)
+        state, summary = compiled(state, placed, key)
     jax.block_until_ready(summary)
+    note("warm")
     began = time.perf_counter()
     for _ in range(options.steps):
-        state, summary = step.run(state, placed, key)
+        state, summary = compiled(state, placed, key)
     jax.block_until_ready(summary)
     seconds = (time.perf_counter() - began) / options.steps
+    note("timed")
     device = jax.devices()[0]
     chip = chips.of(device)
     found = {
         "device": device.device_kind,
         "steps_per_second": 1 / seconds,
         "examples_per_second": options.batch / seconds,
+        "compile_seconds": compile_seconds,
+        "loss": float(summary["loss"]),
     }
     if chip is not None:
         flops = step_lib.model_flops(config) / seconds
         found["model_flops_utilisation"] = flops / chip.flops_per_second
-    memory = device.memory_stats()
     if memory is not None:
-        found["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+        parts = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        found["compiled_gib"] = parts / 2**30
+    if options.profile:
+        with _trace(f"{options.profile}/{remat}-{attention}"):
+            for _ in range(PROFILED):
+                state, summary = compiled(state, placed, key)
+            jax.block_until_ready(summary)
+        note("traced")
     return found
 
 
-def sbert(options: argparse.Namespace) -> dict[str, str | float]:
+@contextlib.contextmanager
+def _trace(folder: str) -> Iterator[None]:
+    """Traces what the device does; the host's own calls would fill the file."""
+    import jax
+
+    settings = jax.profiler.ProfileOptions()
+    settings.python_tracer_level = 0
+    settings.host_tracer_level = 1
+    with jax.profiler.trace(folder, profiler_options=settings):
+        yield
+
+
+def sbert(options: argparse.Namespace) -> None:
     """Times a plain loop around sentence-transformers' losses."""
     try:
         import torch
@@ -166,9 +221,11 @@ def sbert(options: argparse.Namespace) -> dict[str, str | float]:
         if device == "cuda":
             torch.cuda.synchronize()
 
+    note(f"{options.size} on {device}")
     for _ in range(WARMUP):
         step()
     wait()
+    note("warm")
     began = time.perf_counter()
     for _ in range(options.steps):
         step()
@@ -181,7 +238,7 @@ def sbert(options: argparse.Namespace) -> dict[str, str | float]:
     }
     if device == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
+    print(json.dumps(found), flush=True)
 
 
 def main() -> None:
@@ -189,15 +246,21 @@ def main() -> None:
     parser.add_argument("--size", default="base")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--microbatch", type=int, default=0)
-    parser.add_argument("--remat", default="full")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["full"],
+        metavar="REMAT[:ATTENTION]",
+        help="model.remat and model.attention of ours (full:xla)",
+    )
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", help="folder of a trace of each variant")
     parser.add_argument("--only", choices=("gecko", "sbert"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if options.here:
-        run = {"gecko": gecko, "sbert": sbert}[options.only]
-        print(json.dumps(run(options)))
+        {"gecko": gecko, "sbert": sbert}[options.only](options)
         return
     for name in ("gecko", "sbert"):
         if options.only in (None, name):
@@ -209,10 +272,7 @@ def main() -> None:
             )
             if found.returncode:
                 raise SystemExit(f"{name}: ended with {found.returncode}, see above")
-            values = json.loads(found.stdout.splitlines()[-1])
-            device = values.pop("device")
-            numbers = " ".join(f"{key}={value:.3g}" for key, value in values.items())
-            print(f"{name} on {device}: {numbers}", flush=True)
+            print(f"{name}: {found.stdout}", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ HARDWARE = {
     "v5e-16": (512, 32, 16),
     "v5e-256": (8_192, 512, 256),
     "v5p-128": (8_192, 512, 64),
-    "h200": (512, 16, 1),
+    "h100": (512, 32, 1),
+    "h200": (512, 64, 1),
 }
 
 
@@ -78,6 +79,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.scan_layers = True
     config.model.remat = "dots"
+    config.model.attention = "xla"  # or "cudnn", on a GPU and without dropout
 
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch

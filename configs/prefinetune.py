@@ -62,6 +62,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.scan_layers = True
     config.model.remat = "dots"
+    config.model.attention = "xla"  # or "cudnn", on a GPU and without dropout
 
     config.init = ml_collections.ConfigDict()
     config.init.checkpoint = ""  # workdir or model folder; empty for scratch

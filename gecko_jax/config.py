@@ -139,6 +139,7 @@ SCHEMA: dict[str, Rule] = {
     "model.scan_layers": _SWITCH,
     "model.remat": _one_of(*layers.REMAT_POLICIES),
     "model.l2_epsilon": _ABOVE_ZERO,
+    "model.attention": _one_of(*layers.ATTENTIONS),
     "init.checkpoint": _TEXT,
     "init.token_weights": _one_of("none", "idf"),
     "init.align_steps": _COUNT,
@@ -197,6 +198,10 @@ SCHEMA: dict[str, Rule] = {
     "evaluation.folder": _TEXT,
     "evaluation.max_queries": _COUNT,
 }
+
+
+# Keys that older configs lack, with the value that gives what those runs computed.
+ADDED_KEYS: dict[str, Any] = {"model.attention": "xla"}
 
 
 EVALUATION_SCHEMA: dict[str, Rule] = {
@@ -299,6 +304,16 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
             "model.scan_layers=True: model.num_layers=0 leaves nothing to scan; set "
             "model.scan_layers=False"
         )
+    if flat["model.attention"] == "cudnn":
+        faults += [
+            f"model.attention='cudnn': needs {key}={needed!r}, is {flat[key]!r}; set "
+            "it, or set model.attention='xla'"
+            for key, needed in (
+                ("model.dtype", "bfloat16"),
+                ("model.dropout_rate", 0.0),
+            )
+            if flat[key] != needed
+        ]
     if not flat["model.projection"] and width != flat["model.model_dim"]:
         faults.append(
             f"model.embedding_dim={width}: without a projection it must be "

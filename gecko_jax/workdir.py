@@ -90,6 +90,7 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
             f"{path}: not the JSON of a config ({error}); the file is damaged, restore "
             "it or choose another workdir"
         ) from None
+    before = config_lib.ADDED_KEYS | before
     now = config_lib.flatten(json.loads(config_lib.to_json(config)))
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"

@@ -56,7 +56,7 @@ def test_every_config_is_sound_and_traces(name, argument):
 
 def test_every_hardware_has_a_batch_that_its_chips_can_split():
     file = f"{ROOT / 'configs/finetune.py'}"
-    for name in ("v5e-8", "v5e-16", "v5e-256", "v5p-128", "h200"):
+    for name in ("v5e-8", "v5e-16", "v5e-256", "v5p-128", "h100", "h200"):
         config = flags.load(f"{file}:xl,hardware={name}")
         config_lib.check(config)
         chips = config.mesh.data * config.mesh.fsdp

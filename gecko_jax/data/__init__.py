@@ -30,17 +30,26 @@ def load_seqio() -> Any:
     """Imports seqio, and keeps TensorFlow away from the accelerators.
 
     TensorFlow would otherwise reserve all memory of the GPU that JAX is to use.
+
+    Raises:
+        ImportError: TensorFlow or seqio is not installed; says what needs them.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with _silence_stderr():
-        import tensorflow as tf
+    try:
+        with _silence_stderr():
+            import tensorflow as tf
 
-        tf.config.list_physical_devices()
+            tf.config.list_physical_devices()
 
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_visible_devices([], "TPU")
-    import seqio
-
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "TPU")
+        import seqio
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error}: tokenizing training data needs TensorFlow and seqio; install "
+            "them with `pip install gecko-jax`, or train from a data.cache_dir that "
+            "was filled where they are installed"
+        ) from error
     return seqio
 
 
