@@ -127,6 +127,8 @@ def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
     began = time.monotonic()
     # Two processes share the GPU where sentence-transformers runs beside ours.
     settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    paths = (str(HERE.parent), os.environ.get("PYTHONPATH", ""))
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     process = subprocess.Popen(
         ["timeout", "--kill-after=5", f"{seconds:.0f}", *command],

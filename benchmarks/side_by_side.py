@@ -95,3 +95,8 @@ def compare(
         f"\nratio, round by round: median {statistics.median(ratios):.2f} "
         f"(min {min(ratios):.2f}, max {max(ratios):.2f})"
     )
+    rounded = {name: round(statistics.median(rates[name]), 2) for name in names}
+    ratio = round(statistics.median(ratios), 3)
+    print(
+        json.dumps({f"{unit}_per_second": rounded, "peak_gib": peaks, "ratio": ratio})
+    )

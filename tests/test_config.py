@@ -148,6 +148,8 @@ def test_all_faults_are_told_at_once():
         ("data.teacher=vectors", "embedding matching needs all three"),
         ("data.teacher_dim=512", "must not exceed model.embedding_dim=256"),
         ("loss.spread_weight=-1.0", "0 or more"),
+        ("model.attention=flash", "must be one of xla, cudnn"),
+        ("model.attention=cudnn", "needs model.dtype='bfloat16', is 'float32'"),
     ],
 )
 def test_keys_must_fit_each_other(override, message):

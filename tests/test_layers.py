@@ -112,3 +112,48 @@ def test_attention_masks_other_segments_exactly(length):
     changed = encoder.apply(variables, x.at[:, length:].set(7.0), segments)
     np.testing.assert_array_equal(alone[:, :length], changed[:, :length])
     assert (alone[:, length:] != changed[:, length:]).all()
+
+
+def test_cudnn_attention_off_a_gpu_is_xlas():
+    settings = {
+        "vocab_size": 64,
+        "model_dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "head_dim": 8,
+        "mlp_dim": 24,
+        "dtype": "bfloat16",
+    }
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    segments = jnp.ones((2, 8), jnp.int32)
+    plain = layers.Encoder(layers.EncoderConfig(**settings))
+    variables = plain.init(jax.random.key(1), x, segments)
+    fused = layers.Encoder(layers.EncoderConfig(**settings, attention="cudnn"))
+    np.testing.assert_array_equal(
+        plain.apply(variables, x, segments), fused.apply(variables, x, segments)
+    )
+
+
+@pytest.mark.gpu
+def test_cudnn_attention_is_xlas_to_bfloat16():
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = [jax.random.normal(key, (2, 4, 64, 64), jnp.bfloat16) for key in keys[:3]]
+    bias = jax.random.normal(keys[3], (2, 4, 64, 64))
+
+    def plain(query, key, value, bias):
+        logits = jnp.einsum("bhlk,bhmk->bhlm", query, key) + bias
+        weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value)
+        return mixed.swapaxes(1, 2)
+
+    def squares(attend):
+        return lambda *parts: jnp.sum(jnp.square(attend(*parts).astype(jnp.float32)))
+
+    parts = (*(0.1 * heads[0], heads[1], heads[2]), bias)
+    arguments = (0, 1, 2, 3)
+    fused = jax.grad(squares(layers._fused_attention), arguments)(*parts)
+    for ours, theirs in zip(
+        fused, jax.grad(squares(plain), arguments)(*parts), strict=True
+    ):
+        difference = jnp.linalg.norm((ours - theirs).astype(jnp.float32))
+        assert difference < 0.03 * jnp.linalg.norm(theirs.astype(jnp.float32))

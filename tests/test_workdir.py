@@ -1,5 +1,6 @@
 """The workdir of a run: one run at a time."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ from unittest import mock
 import ml_collections
 import pytest
 
+from gecko_jax import config as config_lib
 from gecko_jax import workdir
 from gecko_jax.data import pipeline
 
@@ -51,3 +53,16 @@ def test_an_edited_position_is_told_with_the_remedy(position):
     batches = mock.create_autospec(pipeline.Batches, instance=True, mixture_hash="a")
     with pytest.raises(ValueError, match=r"edited position.*remove that checkpoint"):
         workdir.check_position(position, batches, ml_collections.ConfigDict())
+
+
+def test_a_run_goes_on_that_began_before_a_key_was_added(tmp_path):
+    values = {"seed": 0, "model": {"num_layers": 2}}
+    (tmp_path / workdir.CONFIG).write_text(json.dumps(values))
+    now = ml_collections.ConfigDict(values)
+    for key, value in config_lib.ADDED_KEYS.items():
+        group, _, name = key.partition(".")
+        now[group][name] = value
+    workdir.check_config(tmp_path, now)
+    now.model.attention = "cudnn"
+    with pytest.raises(ValueError, match=r"model\.attention: was 'xla', is 'cudnn'"):
+        workdir.check_config(tmp_path, now)
