@@ -15,12 +15,15 @@ PACKAGE = ROOT / "gecko_jax"
 FLOORS = {
     "blockwise": 0,
     "chips": 0,
+    "columns": 0,
     "config": 0,
     "contamination": 0,
     "instructions": 0,
+    "fields": 0,
     "files": 0,
     "hlo": 0,
     "interruption": 0,
+    "judgements": 0,
     "layers": 0,
     "losses": 0,
     "metrics": 0,
@@ -75,7 +78,7 @@ ROOMS_OF = {
     "transformers": set(),
     "sentence_transformers": set(),
     "argparse": {"cli", "commands"},
-    "httpx": {"fret"},
+    "httpcore": {"fret"},
     "apache_beam": {"data", "fret"},
 }
 
@@ -94,7 +97,7 @@ ONLY_INSIDE_FUNCTIONS = (
     "datasets",
     "huggingface_hub",
     "sklearn",
-    "httpx",
+    "httpcore",
     "gguf",
     "tokenizers",
     "apache_beam",
