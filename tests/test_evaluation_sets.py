@@ -114,7 +114,7 @@ def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
         (
             "qrels.jsonl",
             '{"query-id": "q1", "corpus-id": "p1", "score": 1}\n' * 2,
-            r"qrels.jsonl:2: judged before",
+            r"qrels.jsonl:2: query 'q1' and passage 'p1' were judged before, at .*:1",
         ),
         (
             "qrels.jsonl",
@@ -153,8 +153,8 @@ def test_nothing_to_evaluate(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a\tb\n", r"sts.tsv:1: it must hold sentence1"),
-        ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: it must hold sentence1"),
+        ("a\tb\n", r"sts.tsv:1: 2 columns; it must hold sentence1"),
+        ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: column 'sentence2' is empty"),
         ("a\tb\tnan\n", r"sts.tsv:1: score 'nan'"),
         ("a\tb\t1\n", r"1 pair; Spearman needs at least 2"),
     ],
@@ -220,7 +220,7 @@ def test_a_limit_leaves_the_training_texts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: it must hold text, label, split"),
+        ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: column 'split' is empty"),
         ("a\tx\ttrain\nb\ty\tdev\n", r"c.tsv:3: split 'dev' must be one of train"),
         ("a\tx\ttrain\nb\ty\ttrain\n", r"c.tsv: no texts of the split test"),
         ("a\tx\ttrain\nb\tx\ttest\n", r"one label, 'x'; classification needs two"),

@@ -224,7 +224,7 @@ def fact_verification(
             )
         pages: dict[str, dict[int, str]] = {}
         for page, number, sentence in field(record, "evidence"):
-            if page and str(sentence).strip():
+            if page and sentence is not None and str(sentence).strip():
                 pages.setdefault(page, {})[int(number)] = sentence.strip()
         if verdict == "NOT ENOUGH INFO" or not pages:
             yield Drop("no evidence")

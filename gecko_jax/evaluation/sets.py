@@ -164,12 +164,12 @@ def load_all(paths: Sequence[str | os.PathLike]) -> Iterator[EvaluationSet]:
 def _distinct(name: str, place: pathlib.Path, taken: Mapping[pathlib.Path, str]) -> str:
     names = set(taken.values())
     # Folders do not tell pairs.tsv from pairs.jsonl beside it.
-    if any(other.parent == place.parent and taken[other] == name for other in taken):
-        name = place.name
+    if any((other.parent, _stem(other)) == (place.parent, name) for other in taken):
+        name = _as_text(place.name)
     for part in reversed(place.parts[1:-1]):
         if name not in names:
             break
-        name = f"{part}/{name}"
+        name = f"{_as_text(part)}/{name}"
     return name
 
 
@@ -261,7 +261,7 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
     if not judged:
         raise ValueError(f"{qrels}: no query has a relevant passage (score above 0)")
     return RetrievalSet(
-        name=folder.resolve().name,
+        name=_stem(folder),
         passage_ids=tuple(passage.id for passage in passages),
         titles=tuple(passage.title for passage in passages),
         texts=tuple(passage.text for passage in passages),
@@ -352,8 +352,13 @@ def _find_table(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
 def _stem(path: pathlib.Path) -> str:
     """Returns the name of a set: its file's without endings, or its folder's."""
     if path.is_dir():
-        return path.resolve().name
-    return path.name.removesuffix(".gz").rpartition(".")[0]
+        return _as_text(path.resolve().name)
+    return _as_text(path.name.removesuffix(".gz").rpartition(".")[0])
+
+
+def _as_text(name: str) -> str:
+    """Returns a name of a file as tables, JSON and plots can hold it."""
+    return os.fsencode(name).decode("utf-8", errors="replace")
 
 
 def _spread(items: Sequence[int], limit: int) -> list[int]:
