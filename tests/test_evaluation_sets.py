@@ -1,8 +1,10 @@
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
+import samples
 
 from gecko_jax.evaluation import sets
 
@@ -234,3 +236,23 @@ def test_a_fault_in_a_classification_file_is_named(tmp_path, content, message):
     (tmp_path / "c.tsv").write_text("text\tlabel\tsplit\n" + content)
     with pytest.raises(ValueError, match=message):
         sets.load(tmp_path / "c.tsv")
+
+
+def test_sets_of_one_name_are_told_apart(tmp_path):
+    pair = '{"sentence1": "a", "sentence2": "b", "score": 1}\n'
+    for folder in ("one", "two"):
+        samples.write(tmp_path / folder / "pairs.jsonl", pair * 2)
+    samples.write(tmp_path / "two" / "pairs.tsv", "a\tb\t1\n" * 2)
+    paths = [tmp_path / "one" / "pairs.jsonl", tmp_path / "two", tmp_path / "two"]
+    found = [one.name for one in sets.load_all(paths)]
+    assert found == ["pairs", "two/pairs", "pairs.tsv"]
+
+
+def test_a_name_that_is_not_utf8_is_shown_with_a_mark(tmp_path):
+    path = tmp_path / os.fsdecode(b"s\xff.tsv")
+    try:
+        path.write_text("a\tb\t1\nc\td\t2\n")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (found,) = sets.load(path)
+    assert found.name == "s\N{REPLACEMENT CHARACTER}"

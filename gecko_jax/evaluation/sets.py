@@ -165,11 +165,11 @@ def _distinct(name: str, place: pathlib.Path, taken: Mapping[pathlib.Path, str])
     names = set(taken.values())
     # Folders do not tell pairs.tsv from pairs.jsonl beside it.
     if any((other.parent, _stem(other)) == (place.parent, name) for other in taken):
-        name = _as_text(place.name)
+        name = wording.file_name(place.name)
     for part in reversed(place.parts[1:-1]):
         if name not in names:
             break
-        name = f"{_as_text(part)}/{name}"
+        name = f"{wording.file_name(part)}/{name}"
     return name
 
 
@@ -352,13 +352,8 @@ def _find_table(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
 def _stem(path: pathlib.Path) -> str:
     """Returns the name of a set: its file's without endings, or its folder's."""
     if path.is_dir():
-        return _as_text(path.resolve().name)
-    return _as_text(path.name.removesuffix(".gz").rpartition(".")[0])
-
-
-def _as_text(name: str) -> str:
-    """Returns a name of a file as tables, JSON and plots can hold it."""
-    return os.fsencode(name).decode("utf-8", errors="replace")
+        return wording.file_name(path.resolve().name)
+    return wording.file_name(path.name.removesuffix(".gz").rpartition(".")[0])
 
 
 def _spread(items: Sequence[int], limit: int) -> list[int]:

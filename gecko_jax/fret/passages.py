@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import contamination, fields, files, progress, text
+from gecko_jax import contamination, fields, files, progress, text, wording
 from gecko_jax.fret import minhash
 
 _KEPT_FIELDS = ("licence", "license", "src", "url")
@@ -101,7 +101,7 @@ def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: The file cannot be read, or an id is none or comes twice.
     """
-    name = pathlib.Path(path).name
+    name = wording.file_name(pathlib.Path(path).name)
     ids = fields.UniqueIds()
     for place, record in files.read_texts_or_records(path, any_characters=True):
         identity = fields.id_field(place, record, "_id", "id", default="")
