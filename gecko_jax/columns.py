@@ -116,16 +116,20 @@ def _read_header(
 
 
 def _find(place: str, given: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
-    """Returns column -> the name that is given for it."""
+    """Returns column -> the name that is given for it, its own before another."""
     found: dict[str, str] = {}
     for key in given:
         name = known.get(_simple(key))
-        if name in found:
+        if name is None:
+            continue
+        is_own = _simple(key) == _simple(name)
+        was_own = name in found and _simple(found[name]) == _simple(name)
+        if name in found and is_own == was_own:
             raise ValueError(
                 f"{place}: {found[name]!r} and {key!r} are both the column {name!r}; "
                 "keep one"
             )
-        if name is not None:
+        if not was_own:
             found[name] = key
     return found
 

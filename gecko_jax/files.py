@@ -31,8 +31,10 @@ kind = fields.kind
 
 # Of JSON: the deepest of ours, a config, has three levels.
 _MOST_NESTED = 50
-# What Python's JSON has besides, when NaN is read as null.
-_CONSTANTS = {"Infinity": math.inf, "-Infinity": -math.inf}
+# Reads NaN as None; built once, since json.loads would build one for each line.
+_NAN_IS_NULL = json.JSONDecoder(
+    parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get
+)
 
 _CONVERT = "convert it, for example with `iconv -f UTF-16 -t UTF-8`"
 # First bytes of files that are given for UTF-8 text by mistake: what they are, and
@@ -154,7 +156,7 @@ def read_records(
     """
     for place, line in read_lines(path):
         try:
-            record = parse_json(line, nan_is_null=True)
+            record = parse_json(line, _NAN_IS_NULL.decode)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{place}: not JSON ({error.msg} at column {error.colno}); each line "
@@ -173,21 +175,20 @@ def read_records(
         yield place, record
 
 
-def parse_json(content: str | bytes, *, nan_is_null: bool = False) -> Any:
+def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) -> Any:
     """Returns what JSON text holds.
 
     Args:
         content: The text.
-        nan_is_null: Reads NaN as None.
+        decode: Reads it; `json.loads`, or one that treats NaN otherwise.
 
     Raises:
         ValueError: It is not JSON, or is nested deeper than anything that is meant:
             what goes through it would run out of Python's stack.
     """
     too_deep = f"brackets are nested more than {_MOST_NESTED} deep"
-    constant = _CONSTANTS.get if nan_is_null else None
     try:
-        found = json.loads(content, parse_constant=constant)
+        found = decode(content)
     except RecursionError:
         raise ValueError(too_deep) from None
     level = [found]

@@ -25,6 +25,10 @@ QRELS = {
     "underscores": ("qrels/SPLIT.tsv", HEADER.replace("-", "_") + ROWS),
     "spaces and capitals": ("qrels/SPLIT.tsv", "Query ID\tCorpus ID\tScore\n" + ROWS),
     "names of others": ("qrels/SPLIT.tsv", "qid\tpid\trelevance\n" + ROWS),
+    "a name of its own beside another's": (
+        "qrels/SPLIT.tsv",
+        "relevance\tquery-id\tcorpus-id\tscore\tpid\n7\tq\tp1\t2\tx\n7\tq\tp2\t0\tx\n",
+    ),
     "other columns": (
         "qrels/SPLIT.tsv",
         "score\titeration\tcorpus-id\tquery-id\n2\t0\tp1\tq\n0\t0\tp2\tq\n",
