@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import fields, files, wording
+from gecko_jax import files, inputs, wording
 
 # Picks the columns out of (place, cells) of a TSV file that does not name them.
 Layout = Callable[[str, list[str]], list[str]]
@@ -50,7 +50,7 @@ def read(
             keys = _find(place, list(record), known)
             for name in names:
                 if record.get(keys.get(name, name)) is None:
-                    raise fields.no_value(place, record, keys.get(name, name))
+                    raise inputs.no_value(place, record, keys.get(name, name))
             yield place, {name: record[keys[name]] for name in names}
         return
     layout = layout or functools.partial(_check_number, names)

@@ -23,11 +23,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gecko_jax import fields
+from gecko_jax import inputs
 from gecko_jax import text as text_format
 
 # What JSON calls a value.
-kind = fields.kind
+kind = inputs.kind
 
 # Of JSON: the deepest of ours, a config, has three levels.
 _MOST_NESTED = 50
@@ -171,7 +171,7 @@ def read_records(
                 f"{place}: {kind(record)}; each line must be one JSON object"
             )
         if "\\u" in line and not any_characters:
-            fields.check_characters(place, record)
+            inputs.check_characters(place, record)
         yield place, record
 
 
@@ -274,13 +274,13 @@ def read_texts(
     Raises:
         ValueError: A line breaks a rule, or an id comes twice; names file and line.
     """
-    ids = fields.UniqueIds()
+    ids = inputs.UniqueIds()
     for place, record in read_texts_or_records(path):
-        identity = fields.id_field(place, record, "_id", "id")
-        title = fields.string_field(place, record, "title", default="").strip()
-        text = fields.string_field(place, record, "text", default="")
+        identity = inputs.id_field(place, record, "_id", "id")
+        title = inputs.string_field(place, record, "title", default="").strip()
+        text = inputs.string_field(place, record, "text", default="")
         if "text" not in record and not title:
-            raise fields.no_value(place, record, "text")
+            raise inputs.no_value(place, record, "text")
         text = text if text.strip() else title
         ids.add(place, identity)
         try:
@@ -288,7 +288,7 @@ def read_texts(
                 text_format.clean(text)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        task = fields.string_field(place, record, "task", default="")
+        task = inputs.string_field(place, record, "task", default="")
         yield TextRecord(place, identity, title, text, task)
 
 

@@ -21,7 +21,7 @@ Fields:
         only within a group.
 
 Other fields, such as a source or a licence, are for people and are passed over. A value
-of null or NaN is missing, as in every file that this package reads (`fields`).
+of null or NaN is missing, as in every file that this package reads (`inputs`).
 """
 
 import collections
@@ -31,7 +31,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import fields, files, text, wording
+from gecko_jax import files, inputs, text, wording
 
 _ONE_POSITIVE = ("positive", "passage")
 _INT32 = range(-(2**31), 2**31)
@@ -178,7 +178,7 @@ def _text(place: str, record: dict[str, Any], *names: str) -> str:
     for name in names:
         if record.get(name) is not None:
             return _check_text(place, name, record[name])
-    raise fields.no_value(place, record, *names)
+    raise inputs.no_value(place, record, *names)
 
 
 def _optional_text(place: str, record: dict[str, Any], name: str) -> str:
@@ -237,7 +237,7 @@ def _group(place: str, value: Any) -> int:
 
 def _given_id(place: str, name: str, value: Any) -> str | int | None:
     try:
-        return None if value is None else fields.check_id(name, value)
+        return None if value is None else inputs.check_id(name, value)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 

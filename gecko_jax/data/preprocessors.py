@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gecko_jax import fields, files
+from gecko_jax import files, inputs
 
 Record = Mapping[str, Any]
 
@@ -62,11 +62,11 @@ def text(record: Record, name: str) -> str:
 
 
 def identity(record: Record, name: str) -> str:
-    """Returns a field that holds an id (`fields.check_id`)."""
+    """Returns a field that holds an id (`inputs.check_id`)."""
     value = field(record, name)
     if value is None:
         raise ValueError(f"field {name!r} is null, and must be an id; give it one")
-    return str(fields.check_id(name, value))
+    return str(inputs.check_id(name, value))
 
 
 def number(record: Record, name: str) -> int | float | None:

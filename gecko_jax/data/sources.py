@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import fields, files, judgements
+from gecko_jax import files, inputs, qrels
 from gecko_jax.data import load_seqio
 
 _ENDINGS = {
@@ -122,10 +122,10 @@ def _paths(pattern: str) -> list[Any]:
 
 def _chain(kind: str, paths: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Yields the records of all files; refuses an id that was given before."""
-    ids = fields.UniqueIds()
+    ids = inputs.UniqueIds()
     for path in paths:
         for place, record in _READERS[kind](path):
-            if identity := fields.id_field(place, record, *_IDS, default=""):
+            if identity := inputs.id_field(place, record, *_IDS, default=""):
                 ids.add(place, identity)
             yield record
 
@@ -240,21 +240,21 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
 
     Judgements of the training split are read; those of 0 become hard negatives.
     """
-    corpus, questions, qrels = _beir_files(folder)
-    wanted = judgements.load(qrels)
+    corpus, questions, judged_path = _beir_files(folder)
+    wanted = qrels.load(judged_path)
     # Texts without a visible character pass here: `passage_lists` counts them.
     queries = {q.id: q for q in files.read_texts(questions, allow_empty=True)}
     for query, judged in wanted.items():
         if query not in queries:
             place = next(iter(judged.values())).place
-            judgements.check_spelling(place, query, queries)
+            qrels.check_spelling(place, query, queries)
             raise ValueError(
                 f"{place}: query {query!r} is not in {questions.name}; add it there or "
                 "drop the line"
             )
     used = {passage for judged in wanted.values() for passage in judged}
     # The corpus may be large: only what is looked for is kept.
-    near = {judgements.other_spelling(passage) for passage in used}
+    near = {qrels.other_spelling(passage) for passage in used}
     passages: dict[str, dict[str, Any]] = {}
     others: set[str] = set()
     for passage in files.read_texts(corpus, allow_empty=True):
@@ -270,7 +270,7 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
         lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for passage, (place, grade) in wanted.get(query.id, {}).items():
             if passage not in passages:
-                judgements.check_spelling(place, passage, others)
+                qrels.check_spelling(place, passage, others)
                 raise ValueError(f"{place}: passage {passage!r} is not in the corpus")
             lists[grade > 0].append(passages[passage])
         if query.id in wanted:

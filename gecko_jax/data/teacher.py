@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt32, UInt64
 
-from gecko_jax import fields, files
+from gecko_jax import files, inputs
 from gecko_jax.data import features, jsonl
 
 SETTINGS = "teacher.json"
@@ -132,7 +132,7 @@ def read_vectors(
     rows = {text.id: row for row, text in enumerate(texts)}
     found: dict[int, np.ndarray] = {}
     for place, record in files.read_records(path):
-        row = rows.get(fields.id_field(place, record, "_id"))
+        row = rows.get(inputs.id_field(place, record, "_id"))
         if row is None:
             raise ValueError(
                 f"{place}: `_id` {record['_id']!r} is none of the texts of these files"

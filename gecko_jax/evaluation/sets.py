@@ -5,7 +5,7 @@ A retrieval set is a folder:
     corpus.jsonl    {"_id": "p1", "title": "", "text": "..."}
     queries.jsonl   {"_id": "q1", "text": "...", "task": "docs"}     task is optional
     qrels.jsonl     {"query-id": "q1", "corpus-id": "p1", "score": 1}
-                    or qrels/test.tsv or qrels.tsv (`judgements`)
+                    or qrels/test.tsv or qrels.tsv (`qrels`)
 
 A similarity set is a file, `.jsonl` or `.tsv`, with the columns sentence1, sentence2
 and score.
@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import columns, fields, files, judgements, wording
+from gecko_jax import columns, files, inputs, qrels, wording
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 
@@ -230,36 +230,38 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
     queries = list(files.read_texts(_need(folder, "queries.jsonl")))
     known = {query.id for query in queries}
     in_corpus = {passage.id for passage in passages}
-    qrels = files.find(folder, *_QRELS)
-    if qrels is None:
+    judged_path = files.find(folder, *_QRELS)
+    if judged_path is None:
         raise ValueError(
             f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
         )
     relevance: dict[str, dict[str, int | float]] = {}
     num_absent = 0
-    for query, judged in judgements.load(qrels).items():
+    for query, judged in qrels.load(judged_path).items():
         for passage, (place, _) in judged.items():
             if query not in known:
-                judgements.check_spelling(place, query, known)
+                qrels.check_spelling(place, query, known)
                 raise ValueError(
                     f"{place}: query {query!r} is not in queries.jsonl; add it there "
                     "or drop the line"
                 )
             if passage not in in_corpus:
-                judgements.check_spelling(place, passage, in_corpus)
+                qrels.check_spelling(place, passage, in_corpus)
                 num_absent += 1
         relevance[query] = {passage: grade for passage, (_, grade) in judged.items()}
     if num_absent:
         logging.warning(
             "%s: %d judged passages are not in the corpus and count as never found",
-            qrels,
+            judged_path,
             num_absent,
         )
     judged = [
         q for q in queries if any(g > 0 for g in relevance.get(q.id, {}).values())
     ]
     if not judged:
-        raise ValueError(f"{qrels}: no query has a relevant passage (score above 0)")
+        raise ValueError(
+            f"{judged_path}: no query has a relevant passage (score above 0)"
+        )
     return RetrievalSet(
         name=_stem(folder),
         passage_ids=tuple(passage.id for passage in passages),
@@ -275,9 +277,9 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
     rows = [
         (
-            fields.string_field(place, row, "sentence1"),
-            fields.string_field(place, row, "sentence2"),
-            fields.number_field(place, row, "score"),
+            inputs.string_field(place, row, "sentence1"),
+            inputs.string_field(place, row, "sentence2"),
+            inputs.number_field(place, row, "score"),
         )
         for place, row in columns.read(path, _PAIR)
     ]
@@ -329,9 +331,9 @@ def _read_labelled(
     """Yields (place, text, label, split); a `split` given stands for a column."""
     names = _CLASS if split is None else _CLASS[:2]
     for place, row in columns.read(path, names):
-        text = fields.string_field(place, row, "text")
-        label = fields.id_field(place, row, "label")
-        named = fields.string_field(place, row, "split") if split is None else split
+        text = inputs.string_field(place, row, "text")
+        label = inputs.id_field(place, row, "label")
+        named = inputs.string_field(place, row, "split") if split is None else split
         yield place, text, label, named
 
 

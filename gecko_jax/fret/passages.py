@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import contamination, fields, files, progress, text, wording
+from gecko_jax import contamination, files, inputs, progress, text, wording
 from gecko_jax.fret import minhash
 
 _KEPT_FIELDS = ("licence", "license", "src", "url")
@@ -102,16 +102,16 @@ def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         ValueError: The file cannot be read, or an id is none or comes twice.
     """
     name = wording.file_name(pathlib.Path(path).name)
-    ids = fields.UniqueIds()
+    ids = inputs.UniqueIds()
     for place, record in files.read_texts_or_records(path, any_characters=True):
-        identity = fields.id_field(place, record, "_id", "id", default="")
+        identity = inputs.id_field(place, record, "_id", "id", default="")
         if identity:
             ids.add(place, identity)
         known = {"source": name, "source_id": identity or place.rpartition(":")[2]}
         for kept in _KEPT_FIELDS:
             if isinstance(record.get(kept), str):
                 known[kept] = record[kept]
-        fields.check_characters(place, known)
+        inputs.check_characters(place, known)
         title = record.get("title")
         given = (record.get(field) for field in ("text", "positive", "passage"))
         body = next((value for value in given if value is not None), None)

@@ -1,4 +1,4 @@
-"""Fields: what a record of a user's file may hold, whatever file it comes from.
+"""Inputs: what a field of a record of a user's file may hold, whatever its kind.
 
     {"_id": 7, "title": null, "text": "Geckos climb walls.", "score": 2.0}
     id_field(place, record, "_id")           -> "7"

@@ -1,4 +1,4 @@
-r"""Judgements (qrels): which passages answer a query, and how well.
+r"""Qrels, the judgements of a retrieval set: which passages answer a query, and how well.
 
     query-id\tcorpus-id\tscore      BEIR, in any order and with other columns between
     q1\tp1\t2
@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from gecko_jax import columns, fields
+from gecko_jax import columns, inputs
 
 NAMES = ("query-id", "corpus-id", "score")
 _OTHER_NAMES = {
@@ -47,9 +47,9 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, Judgement]]:
     found: dict[str, dict[str, Judgement]] = {}
     rows = columns.read(path, NAMES, other_names=_OTHER_NAMES, layout=_pick_columns)
     for number, (place, row) in enumerate(rows):
-        query, passage = (fields.id_field(place, row, name) for name in NAMES[:2])
+        query, passage = (inputs.id_field(place, row, name) for name in NAMES[:2])
         try:
-            grade = fields.number_field(place, row, NAMES[2])
+            grade = inputs.number_field(place, row, NAMES[2])
         except ValueError as error:
             if number or columns.is_json_lines(path):
                 raise

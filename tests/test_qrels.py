@@ -6,7 +6,7 @@ import re
 import pytest
 import samples
 
-from gecko_jax import judgements
+from gecko_jax import qrels
 from gecko_jax.data import sources
 from gecko_jax.evaluation import sets
 
@@ -173,4 +173,4 @@ def test_a_grade_is_a_finite_number(tmp_path, score, message):
     path = tmp_path / "qrels.jsonl"
     path.write_text(f'{{"query-id": 1, "corpus-id": 2, "score": {score}}}\n')
     with pytest.raises(ValueError, match=rf"qrels.jsonl:1: {message}"):
-        judgements.load(path)
+        qrels.load(path)
