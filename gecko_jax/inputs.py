@@ -1,4 +1,4 @@
-"""Inputs: what a field of a record of a user's file may hold, whatever its kind.
+"""Inputs: what a field of a user's file may hold, in every kind of file.
 
     {"_id": 7, "title": null, "text": "Geckos climb walls.", "score": 2.0}
     id_field(place, record, "_id")           -> "7"

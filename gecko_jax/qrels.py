@@ -1,4 +1,4 @@
-r"""Qrels, the judgements of a retrieval set: which passages answer a query, and how well.
+r"""Qrels: the judgements that say which passages answer a query, and how well.
 
     query-id\tcorpus-id\tscore      BEIR, in any order and with other columns between
     q1\tp1\t2
