@@ -224,3 +224,21 @@ def test_an_error_output_that_is_closed_stays_silent(tmp_path, tiny_folder):
     # The same command with another dim is an error, which has nowhere to go.
     done = run(str(tmp_path / "vectors"), "--dim=4")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_standard_streams_are_ready_before_anything_is_opened():
+    code = """
+import os, sys
+from gecko_jax import __main__
+__main__._prepare_streams()
+print(os.open(os.devnull, os.O_RDONLY), os.fsdecode(b"\\xff"))
+print("an error", file=sys.stderr)
+"""
+    for closing in ("2>&-", "2>&- <&-"):
+        shell = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", code]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(shell, capture_output=True, env=environment, check=True)
+        number, name = done.stdout.splitlines()[0].split()
+        assert int(number) > 2
+        assert name == b"\xff"
+        assert len(done.stdout.splitlines()) == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import samples
 
-from gecko_jax.evaluation import sets
+from gecko_jax.evaluation import judge, sets, tables
 
 
 def _lines(records):
@@ -238,14 +238,21 @@ def test_a_fault_in_a_classification_file_is_named(tmp_path, content, message):
         sets.load(tmp_path / "c.tsv")
 
 
-def test_sets_of_one_name_are_told_apart(tmp_path):
-    pair = '{"sentence1": "a", "sentence2": "b", "score": 1}\n'
+def test_sets_of_one_name_are_told_apart(tmp_path, tiny_gecko):
+    pairs = _lines(
+        {"sentence1": "a", "sentence2": b, "score": s} for b, s in (("b", 1), ("c", 2))
+    )
     for folder in ("one", "two"):
-        samples.write(tmp_path / folder / "pairs.jsonl", pair * 2)
-    samples.write(tmp_path / "two" / "pairs.tsv", "a\tb\t1\n" * 2)
+        samples.write(tmp_path / folder / "pairs.jsonl", pairs)
+    samples.write(tmp_path / "two" / "pairs.tsv", "a\tb\t1\na\tc\t2\n")
     paths = [tmp_path / "one" / "pairs.jsonl", tmp_path / "two", tmp_path / "two"]
     found = [one.name for one in sets.load_all(paths)]
     assert found == ["pairs", "two/pairs", "pairs.tsv"]
+    # So do their tables.
+    results = judge.evaluate(tiny_gecko, paths[:2], dims=[4], baselines=False)
+    assert [row.set for row in results.rows] == found
+    table = tables.format_table(results)
+    assert "two/pairs: 2 pairs" in table
 
 
 def test_a_name_that_is_not_utf8_is_shown_with_a_mark(tmp_path):
