@@ -7,8 +7,8 @@ r"""Qrels: the judgements that say which passages answer a query, and how well.
     {"query-id": "q1", "corpus-id": "p1", "score": 2}        JSON lines
  -> {"q1": {"p1": Judgement("qrels.tsv:2", 2)}}
 
-Four columns without a header are TREC's only if the second is 0 or Q0: others could be
-BEIR's with a column added, and are refused.
+Four columns without a header are TREC's only if the second is 0 or Q0 in every line:
+others could be BEIR's with a column added, and are refused.
 """
 
 import os
@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from gecko_jax import columns, inputs
+from gecko_jax import columns, inputs, wording
 
 NAMES = ("query-id", "corpus-id", "score")
 _OTHER_NAMES = {
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, Judgement]]:
         ValueError: A line is not a judgement, or judges the same again.
     """
     found: dict[str, dict[str, Judgement]] = {}
-    rows = columns.read(path, NAMES, other_names=_OTHER_NAMES, layout=_pick_columns)
+    rows = columns.read(path, NAMES, other_names=_OTHER_NAMES, layout=_build_layout())
     for number, (place, row) in enumerate(rows):
         query, passage = (inputs.id_field(place, row, name) for name in NAMES[:2])
         try:
@@ -66,25 +66,38 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, Judgement]]:
     return found
 
 
-def _pick_columns(place: str, cells: list[str]) -> list[str]:
-    """Returns query, passage and grade of a row that has no header."""
-    if len(cells) < 3:  # TREC's own files have spaces; an id of BEIR's may hold some.
-        words = re.split(r"[ \t]+", "\t".join(cells).strip())
-        cells = words if len(words) == 4 and words[1] in _ITERATIONS else cells
-    if len(cells) == 4 and cells[1].strip() in _ITERATIONS:
-        del cells[1]
-    if len(cells) == 4:
-        raise ValueError(
-            f"{place}: 4 columns, of which the second is {cells[1]!r}; in TREC's form "
-            f"it is 0. Name the columns in the first line ({', '.join(NAMES)}), or "
-            "write these three"
-        )
-    if len(cells) != 3:
-        count = f"{len(cells)} column{'s' * (len(cells) != 1)}"
-        raise ValueError(
-            f"{place}: {count}; it must hold {', '.join(NAMES)}, with tabs between"
-        )
-    return cells
+def _build_layout() -> columns.Layout:
+    """Returns what reads the rows of one file without a header, all of one form."""
+    first: list[bool] = []
+
+    def pick_columns(place: str, cells: list[str]) -> list[str]:
+        if len(cells) < 3:  # TREC's own files have spaces; ids of BEIR's may hold some.
+            words = re.split(r"[ \t]+", "\t".join(cells).strip())
+            cells = words if len(words) == 4 and words[1] in _ITERATIONS else cells
+        is_trec = len(cells) == 4
+        if is_trec and cells[1].strip() not in _ITERATIONS:
+            raise ValueError(
+                f"{place}: 4 columns, of which the second is {cells[1]!r}; in TREC's "
+                f"form it is 0. Name the columns in the first line "
+                f"({', '.join(NAMES)}), or write these three"
+            )
+        if is_trec:
+            del cells[1]
+        if len(cells) != 3:
+            raise ValueError(
+                f"{place}: {wording.counted(len(cells), 'column')}; it must hold "
+                f"{', '.join(NAMES)}, with tabs between"
+            )
+        if not first:
+            first.append(is_trec)
+        if is_trec != first[0]:
+            raise ValueError(
+                f"{place}: {3 + is_trec} columns, and the first line has "
+                f"{4 - is_trec}; write all lines in one form"
+            )
+        return cells
+
+    return pick_columns
 
 
 def other_spelling(identity: str) -> str:

@@ -123,6 +123,10 @@ BAD_QRELS = {
         "q\t0\tp1\t2\nq\tp2\t0\t1\n",
         "tsv:2: 4 columns, of which the second is 'p2'",
     ),
+    "TREC after BEIR": (
+        "q\tp1\t2\nq\t0\tp2\t1\n",
+        "tsv:2: 4 columns, and the first line has 3; write all lines in one form",
+    ),
     "five columns": ("q\tp1\t2\tx\ty\n", "tsv:1: 5 columns; it must hold query-id,"),
     "two columns": ("q\tp1\n", "tsv:1: 2 columns; it must hold query-id, corpus-id, s"),
     "more than the header": (
