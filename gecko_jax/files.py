@@ -4,6 +4,7 @@ Nothing here leaves half a file behind: what is written lies under a temporary n
 beside its place until it is complete, and is then renamed.
 """
 
+import codecs
 import contextlib
 import errno
 import fnmatch
@@ -11,54 +12,142 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import pathlib
 import secrets
 import shutil
 import socket
+import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gecko_jax import inputs
 from gecko_jax import text as text_format
+
+# What JSON calls a value.
+kind = inputs.kind
 
 # Of JSON: the deepest of ours, a config, has three levels.
 _MOST_NESTED = 50
+# Reads NaN as None; built once, since json.loads would build one for each line.
+_NAN_IS_NULL = json.JSONDecoder(
+    parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get
+)
+
+_CONVERT = "convert it, for example with `iconv -f UTF-16 -t UTF-8`"
+# First bytes of files that are given for UTF-8 text by mistake: what they are, and
+# what to do.
+_OTHER_FORMATS = (
+    (codecs.BOM_UTF32_LE, "UTF-32", _CONVERT.replace("16", "32")),
+    (codecs.BOM_UTF32_BE, "UTF-32", _CONVERT.replace("16", "32")),
+    (codecs.BOM_UTF16_LE, "UTF-16", _CONVERT),
+    (codecs.BOM_UTF16_BE, "UTF-16", _CONVERT),
+    (b"\x1f\x8b", "a gzip file", "give it a name that ends in .gz"),
+    (b"PK\3\4", "a zip archive (.npz, .xlsx and others are)", "give the text itself"),
+    (b"\x93NUMPY", "a NumPy array (.npy)", "give the text itself"),
+    (b"PAR1\x15", "a Parquet file", "write its rows as JSON lines"),
+)
+
+
+def check_is_file(path: str | os.PathLike) -> None:
+    """Refuses a folder, a pipe or a device where a file is expected.
+
+    A pipe would block the reader, and many files are read more than once. What is not
+    there passes: opening it gives the error.
+    """
+    try:
+        mode = pathlib.Path(path).stat().st_mode
+    except (OSError, ValueError):  # Missing, or in a cloud.
+        return
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: a folder, not a file; name the file in it")
+    if not stat.S_ISREG(mode):
+        kind_of = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise ValueError(
+            f"{path}: {kind_of}, not a file; write its content to a file and give "
+            "that one"
+        )
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
-    """Yields (place, line) of a UTF-8 text file, `.gz` or plain, without blank lines.
-
-    The place is `path:number`, for errors.
-    """
-    path = pathlib.Path(path)
-    number = 0
-    opener = gzip.open if path.suffix == ".gz" else open
+    """Yields (place, line) of a UTF-8 text file, `.gz` or plain; see `decode_lines`."""
+    opened: Any = path if hasattr(path, "open") else pathlib.Path(path)
+    check_is_file(opened)
     try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield f"{path}:{number}", text.rstrip("\r\n")
+        with opened.open("rb") as raw:
+            is_packed = opened.name.endswith(".gz")
+            lines = gzip.GzipFile(fileobj=raw) if is_packed else raw
+            yield from decode_lines(str(path), lines)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the path") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); "
-            "convert the file to UTF-8"
-        ) from error
+
+
+def decode_lines(
+    source: str,
+    lines: Iterable[bytes],
+    skip: Callable[[ValueError], None] | None = None,
+) -> Iterator[tuple[str, str]]:
+    r"""Yields (place, line) of UTF-8 text, without blank lines and line breaks.
+
+    A line ends at "\n" or "\r\n", and never at U+0085 or U+2028, which are
+    characters of a text or an id like any other. A byte order mark is dropped. The
+    place is `source:number`, for errors.
+
+    Args:
+        source: Path of the file, or another name of it.
+        lines: The lines as bytes.
+        skip: Receives the error of a line that is not UTF-8, which is then passed
+            over; None raises it.
+
+    Raises:
+        ValueError: The text is not UTF-8, or not a whole gzip file.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                _check_encoding(source, line)
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                fault = ValueError(
+                    f"{source}:{number}: not UTF-8 ({error.reason} at byte "
+                    f"{error.start}); write it as UTF-8"
+                )
+                if skip is None:
+                    raise fault from error
+                skip(fault)
+                continue
+            text = text.removesuffix("\n").removesuffix("\r")
+            if text.strip():
+                yield f"{source}:{number}", text
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
-            f"{path}:{number + 1}: not a whole gzip file ({error}); copy it again"
+            f"{source}:{number + 1}: not a whole gzip file ({error}); copy it again"
         ) from error
-    except OSError as error:  # A failing read names no file of its own accord.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:  # A failing read does not name its file.
+        raise OSError(error.errno, error.strerror, source) from error
+
+
+def _check_encoding(source: str, line: bytes) -> None:
+    """Names a file that its first bytes show to be something else than UTF-8 text."""
+    for start, what, remedy in _OTHER_FORMATS:
+        if line.startswith(start):
+            raise ValueError(f"{source}: {what}, not UTF-8 text; {remedy}")
+    first = tuple(byte != 0 for byte in line[:4])
+    if first in ((True, False, True, False), (False, True, False, True)):
+        raise ValueError(f"{source}: UTF-16, not UTF-8 text; {_CONVERT}")
 
 
 def read_records(
     path: str | os.PathLike, *, any_characters: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (place, record) of a JSON-lines file, `.gz` or plain.
+
+    NaN, by which pandas writes a missing value, is read as null.
 
     Args:
         path: The file.
@@ -67,7 +156,7 @@ def read_records(
     """
     for place, line in read_lines(path):
         try:
-            record = parse_json(line)
+            record = parse_json(line, _NAN_IS_NULL.decode)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{place}: not JSON ({error.msg} at column {error.colno}); each line "
@@ -82,12 +171,16 @@ def read_records(
                 f"{place}: {kind(record)}; each line must be one JSON object"
             )
         if "\\u" in line and not any_characters:
-            _check_characters(place, record)
+            inputs.check_characters(place, record)
         yield place, record
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) -> Any:
     """Returns what JSON text holds.
+
+    Args:
+        content: The text.
+        decode: Reads it; `json.loads`, or one that treats NaN otherwise.
 
     Raises:
         ValueError: It is not JSON, or is nested deeper than anything that is meant:
@@ -95,7 +188,7 @@ def parse_json(content: str | bytes) -> Any:
     """
     too_deep = f"brackets are nested more than {_MOST_NESTED} deep"
     try:
-        found = json.loads(content)
+        found = decode(content)
     except RecursionError:
         raise ValueError(too_deep) from None
     level = [found]
@@ -155,54 +248,6 @@ def _is_as(value: Any, wanted: type | tuple[Any, ...]) -> bool:
     return type(value) is wanted and (wanted is not int or value >= 1)
 
 
-def kind(value: Any) -> str:
-    """Returns what JSON calls a value: "a number", "null", ..."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names = {str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def _check_characters(place: str, record: dict[str, Any]) -> None:
-    """Refuses half of a surrogate pair, which JSON can spell and no file can hold."""
-    for name, value in record.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{place}: field {name!r} holds a lone surrogate, which is no "
-                "character; write the text again as UTF-8"
-            ) from None
-
-
-def string_field(
-    place: str, record: dict[str, Any], *names: str, default: str | None = None
-) -> str:
-    """Returns the first of the named fields that the record has, as a string.
-
-    A number is turned into its digits, so that integer ids work. Without a default
-    the field must be there and hold more than whitespace.
-    """
-    for name in names:
-        value = record.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ValueError(
-                f"{place}: field {name!r} is {kind(value)}; it must be text"
-            )
-        if default is None and not str(value).strip():
-            raise ValueError(
-                f"{place}: field {name!r} is empty; give it text or drop the line"
-            )
-        return str(value)
-    if default is None:
-        has = ", ".join(sorted(record)) or "no fields"
-        wanted = " or ".join(repr(name) for name in names)
-        raise ValueError(f"{place}: no field {wanted} (it has {has})")
-    return default
-
-
 class TextRecord(NamedTuple):
     """One text of a user's file: a passage, or a query."""
 
@@ -229,35 +274,56 @@ def read_texts(
     Raises:
         ValueError: A line breaks a rule, or an id comes twice; names file and line.
     """
-    path = pathlib.Path(path)
-    seen: dict[str, str] = {}
-    plain = path.name.removesuffix(".gz").endswith(".txt")
-    for place, record in read_lines(path) if plain else read_records(path):
-        if isinstance(record, str):
-            record = {"id": place.rpartition(":")[2], "text": record}
-        identity = string_field(place, record, "_id", "id")
-        title = string_field(place, record, "title", default="").strip()
-        text = string_field(place, record, "text", default="")
+    ids = inputs.UniqueIds()
+    for place, record in read_texts_or_records(path):
+        identity = inputs.id_field(place, record, "_id", "id")
+        title = inputs.string_field(place, record, "title", default="").strip()
+        text = inputs.string_field(place, record, "text", default="")
         if "text" not in record and not title:
-            string_field(place, record, "text")
+            raise inputs.no_value(place, record, "text")
         text = text if text.strip() else title
-        if identity in seen:
-            raise ValueError(
-                f"{place}: id {identity!r} was given before, at {seen[identity]}; ids "
-                "must differ"
-            )
-        seen[identity] = place
+        ids.add(place, identity)
         try:
             if text.strip() or not allow_empty:
                 text_format.clean(text)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        task = string_field(place, record, "task", default="")
+        task = inputs.string_field(place, record, "task", default="")
         yield TextRecord(place, identity, title, text, task)
+
+
+def read_texts_or_records(
+    path: str | os.PathLike, *, any_characters: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, record) of JSON lines, or of a `.txt` file as `id` and `text`.
+
+    The id of a line of text is its number.
+    """
+    name = pathlib.PurePath(path).name
+    if not name.removesuffix(".gz").endswith(".txt"):
+        yield from read_records(path, any_characters=any_characters)
+        return
+    for place, line in read_lines(path):
+        yield place, {"id": place.rpartition(":")[2], "text": line}
+
+
+def find(folder: Any, *names: str) -> Any | None:
+    """Returns the first file of these names in a folder, plain or `.gz`, or None.
+
+    Args:
+        folder: A `pathlib.Path`, or a path of a cloud that has the same methods.
+        names: Paths below it.
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.exists():
+                return path
+    return None
 
 
 def sha256(path: str | os.PathLike) -> str:
     """Returns the checksum of the file's bytes, in hex."""
+    check_is_file(path)
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -67,7 +67,8 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._open = enabled
         self._task: Any = None
-        if enabled and sys.stderr.isatty():
+        # Python has None for an error output that was closed.
+        if enabled and sys.stderr is not None and sys.stderr.isatty():
             self._task = _open_bar(description, total, start)
 
     def update(self, step: int, text: str = "") -> None:

@@ -128,3 +128,24 @@ def beir_folder(folder, corpus=(), queries=(), judged=()):
     rows = ["query-id\tcorpus-id\tscore", "q\td1\t1", "q\td2\t0", *judged]
     (folder / "qrels" / "train.tsv").write_text("\n".join(rows))
     return str(folder)
+
+
+def write(path, content):
+    """Writes text or bytes, packed where the name ends in `.gz`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content if isinstance(content, bytes) else content.encode()
+    packs = path.name.endswith(".gz") and not data.startswith(b"\x1f")
+    path.write_bytes(gzip.compress(data) if packs else data)
+    return path
+
+
+def judged_folder(folder, corpus, name, ids, qrels=None, split="test"):
+    """A BEIR folder of one query whose answers are `ids`."""
+    if name:
+        write(folder / name, corpus)
+    write(folder / "queries.jsonl", '{"_id": "q", "text": "lizard"}\n')
+    rows = [{"query-id": "q", "corpus-id": i, "score": 1} for i in ids]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    name, content = qrels or ("qrels/SPLIT.jsonl", lines)
+    write(folder / name.replace("SPLIT", split), content)
+    return folder

@@ -1,10 +1,12 @@
 """The command line: its help teaches, its errors name the thing and the remedy."""
 
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import samples
 
 from gecko_jax import cli
 from gecko_jax.commands import convert
@@ -202,3 +204,41 @@ __main__.run()
 def test_an_interrupted_process_does_not_wait_for_threads_to_crash():
     found = _run_process("atexit.register(os.abort); raise KeyboardInterrupt")
     assert found.returncode == 130
+
+
+def test_an_error_output_that_is_closed_stays_silent(tmp_path, tiny_folder):
+    path = samples.write(tmp_path / "corpus.jsonl", '{"_id": "p1", "text": "lizard"}\n')
+    command = [sys.executable, "-m", "gecko_jax", "embed", str(path)]
+    command += [f"--model={tiny_folder}", "--output"]
+
+    def run(output, *arguments):
+        shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command, output, *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(
+            shell, capture_output=True, text=True, env=environment, check=False
+        )
+
+    done = run(str(tmp_path / "vectors"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 vector of 16 dims" in done.stdout
+    # The same command with another dim is an error, which has nowhere to go.
+    done = run(str(tmp_path / "vectors"), "--dim=4")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_standard_streams_are_ready_before_anything_is_opened():
+    code = """
+import os, sys
+from gecko_jax import __main__
+__main__._prepare_streams()
+print(os.open(os.devnull, os.O_RDONLY), os.fsdecode(b"\\xff"))
+print("an error", file=sys.stderr)
+"""
+    for closing in ("2>&-", "2>&- <&-"):
+        shell = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", code]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(shell, capture_output=True, env=environment, check=True)
+        number, name = done.stdout.splitlines()[0].split()
+        assert int(number) > 2
+        assert name == b"\xff"
+        assert len(done.stdout.splitlines()) == 1

@@ -67,7 +67,7 @@ def test_search_reads_queries_from_standard_input(
         "lizard",
         "a graph",
     ]
-    assert err.strip().endswith("which is no character; write it as UTF-8")
+    assert err.startswith("gecko search: standard input:4: not UTF-8")
     assert "error" not in err
 
 

@@ -86,7 +86,7 @@ BAD = {
     "not an object": ('["docs"]', "a list; each line must be one JSON object"),
     "no task": ({"query": "a", "positive": "b"}, "no field 'task'"),
     "no query": ({"task": "t", "positive": "b"}, "no field 'query'"),
-    "null query": ({**GOOD, "query": None}, "no field 'query'"),
+    "null query": ({**GOOD, "query": None}, "field 'query' is null or NaN"),
     "no positive": (
         {"task": "t", "query": "a"},
         r"no field 'positive' or 'passage' \(it has query, task\)",
@@ -114,7 +114,7 @@ BAD = {
     "title number": ({**GOOD, "title": 3}, "field 'title' is a number"),
     "group": ({**GOOD, "negative_group": "a"}, "'negative_group' is 'a'; it must be a"),
     "large group": ({**GOOD, "negative_group": 2**31}, "at most 32 bits"),
-    "id": ({**GOOD, "query_id": 1.5}, "query_id is 1.5; an id must be a string or a"),
+    "id": ({**GOOD, "query_id": 1.5}, "'query_id' is 1.5; an id must be a string or a"),
     "too long": (
         {**GOOD, "positive": "word " * 500_000},
         r"'positive' has 2,500,000 characters; at most 200,000 are allowed: split",

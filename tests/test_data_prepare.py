@@ -285,7 +285,7 @@ def cli_prepare(capsys, *arguments):
         (
             "fever",
             [{**samples.FEVER, "id": 3}] * 2,
-            "train.jsonl.gz:2: id 3 was given before",
+            "train.jsonl.gz:2: id '3' was given before",
         ),
         (
             "hotpotqa",

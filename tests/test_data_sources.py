@@ -17,11 +17,11 @@ from gecko_jax.data import (
     [
         (
             {"corpus": [{"_id": "d1", "text": "other"}]},
-            "corpus.jsonl:3: _id 'd1' was given before, at {}/corpus.jsonl:1",
+            "corpus.jsonl:3: id 'd1' was given before, at {}/corpus.jsonl:1",
         ),
         (
             {"queries": [{"_id": "q", "text": "who"}]},
-            "queries.jsonl:2: _id 'q' was given before, at {}/queries.jsonl:1",
+            "queries.jsonl:2: id 'q' was given before, at {}/queries.jsonl:1",
         ),
         (
             {"judged": ["q\td1\t0"]},
@@ -29,9 +29,12 @@ from gecko_jax.data import (
             "{}/qrels/train.tsv:2",
         ),
         ({"judged": ["q\td3\thigh"]}, "train.tsv:4: score 'high' is not a number"),
-        ({"judged": ["q d3 1"]}, "train.tsv:4: 1 column;"),
+        ({"judged": ["q d3 1"]}, "train.tsv:4: column 'corpus-id' is empty"),
         ({"judged": ["q\td9\t1"]}, "train.tsv:4: passage 'd9' is not in the corpus"),
-        ({"corpus": [{"text": "a"}]}, "corpus.jsonl:3: no field '_id' (it has text)"),
+        (
+            {"corpus": [{"text": "a"}]},
+            "corpus.jsonl:3: no field '_id' or 'id' (it has text)",
+        ),
         (
             {"corpus": [{"_id": "d3"}], "judged": ["q\td3\t1"]},
             "corpus.jsonl:3: no field 'text'",
@@ -55,7 +58,7 @@ def test_an_id_may_come_once_in_a_source(tmp_path, name):
     last = samples.write_lines(
         tmp_path / "b.jsonl", {"question": "has none"}, {name: "7"}
     )
-    message = f"{last}:2: {name} '7' was given before, at {tmp_path}/a.jsonl:1"
+    message = f"{last}:2: id '7' was given before, at {tmp_path}/a.jsonl:1"
     with pytest.raises(ValueError, match=re.escape(message)):
         list(sources.read(f"{tmp_path}/*.jsonl"))
     assert len(list(sources.read(str(tmp_path / "a.jsonl")))) == 3

@@ -1,6 +1,7 @@
 """A teacher's vectors: from files to a folder, and from there into batches."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -206,3 +207,16 @@ def test_vectors_of_other_texts_are_refused_and_of_some_are_told(
     open_batches(pairs, tmp_path, teacher=tmp_path / "some", teacher_dim=6)
     assert "Of the texts of task faq the teacher has 0%" in caplog.text
     assert "task docs" not in caplog.text
+
+
+def test_vectors_of_another_kind_are_named(tmp_path):
+    np.savez(tmp_path / "v.npz", a=np.eye(2))
+    with pytest.raises(ValueError, match=r"v.npz: an .npz, .* give that .npy"):
+        list(teacher.read_vectors(tmp_path / "v.npz", []))
+    np.save(tmp_path / "v.npy", np.eye(2))
+    (tmp_path / "v.npy").rename(tmp_path / "v")
+    with pytest.raises(ValueError, match=r"v: a NumPy array \(.npy\), not UTF-8 text"):
+        list(teacher.read_vectors(tmp_path / "v", []))
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(ValueError, match=r"pipe.npy: a pipe, not a file"):
+        list(teacher.read_vectors(tmp_path / "pipe.npy", []))

@@ -1,10 +1,12 @@
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
+import samples
 
-from gecko_jax.evaluation import sets
+from gecko_jax.evaluation import judge, sets, tables
 
 
 def _lines(records):
@@ -114,7 +116,7 @@ def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
         (
             "qrels.jsonl",
             '{"query-id": "q1", "corpus-id": "p1", "score": 1}\n' * 2,
-            r"qrels.jsonl:2: judged before",
+            r"qrels.jsonl:2: query 'q1' and passage 'p1' were judged before, at .*:1",
         ),
         (
             "qrels.jsonl",
@@ -153,8 +155,8 @@ def test_nothing_to_evaluate(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a\tb\n", r"sts.tsv:1: it must hold sentence1"),
-        ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: it must hold sentence1"),
+        ("a\tb\n", r"sts.tsv:1: 2 columns; it must hold sentence1"),
+        ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: column 'sentence2' is empty"),
         ("a\tb\tnan\n", r"sts.tsv:1: score 'nan'"),
         ("a\tb\t1\n", r"1 pair; Spearman needs at least 2"),
     ],
@@ -220,7 +222,7 @@ def test_a_limit_leaves_the_training_texts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: it must hold text, label, split"),
+        ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: column 'split' is empty"),
         ("a\tx\ttrain\nb\ty\tdev\n", r"c.tsv:3: split 'dev' must be one of train"),
         ("a\tx\ttrain\nb\ty\ttrain\n", r"c.tsv: no texts of the split test"),
         ("a\tx\ttrain\nb\tx\ttest\n", r"one label, 'x'; classification needs two"),
@@ -234,3 +236,30 @@ def test_a_fault_in_a_classification_file_is_named(tmp_path, content, message):
     (tmp_path / "c.tsv").write_text("text\tlabel\tsplit\n" + content)
     with pytest.raises(ValueError, match=message):
         sets.load(tmp_path / "c.tsv")
+
+
+def test_sets_of_one_name_are_told_apart(tmp_path, tiny_gecko):
+    pairs = _lines(
+        {"sentence1": "a", "sentence2": b, "score": s} for b, s in (("b", 1), ("c", 2))
+    )
+    for folder in ("one", "two"):
+        samples.write(tmp_path / folder / "pairs.jsonl", pairs)
+    samples.write(tmp_path / "two" / "pairs.tsv", "a\tb\t1\na\tc\t2\n")
+    paths = [tmp_path / "one" / "pairs.jsonl", tmp_path / "two", tmp_path / "two"]
+    found = [one.name for one in sets.load_all(paths)]
+    assert found == ["pairs", "two/pairs", "pairs.tsv"]
+    # So do their tables.
+    results = judge.evaluate(tiny_gecko, paths[:2], dims=[4], baselines=False)
+    assert [row.set for row in results.rows] == found
+    table = tables.format_table(results)
+    assert "two/pairs: 2 pairs" in table
+
+
+def test_a_name_that_is_not_utf8_is_shown_with_a_mark(tmp_path):
+    path = tmp_path / os.fsdecode(b"s\xff.tsv")
+    try:
+        path.write_text("a\tb\t1\nc\td\t2\n")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (found,) = sets.load(path)
+    assert found.name == "s\N{REPLACEMENT CHARACTER}"

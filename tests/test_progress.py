@@ -1,3 +1,4 @@
+import contextlib
 import io
 
 import pytest
@@ -124,3 +125,9 @@ def test_bars_nest_on_a_terminal_and_end_after_an_error(monkeypatch, lines):
 def test_hours_are_written_out():
     assert progress._clock(3_725.2) == "1:02:05"
     assert progress._clock(64.6) == "1:05"
+
+
+def test_a_bar_needs_no_error_output(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with contextlib.closing(progress.track("ab", "Reading")) as items:
+        assert list(items) == ["a", "b"]

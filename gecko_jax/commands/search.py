@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gecko_jax import wording
+from gecko_jax import files, wording
 from gecko_jax.commands import parsing
 
 _SEARCH = """\
@@ -82,28 +82,33 @@ def search(options: argparse.Namespace) -> None:
 def _answer_lines(answer: Callable[[list[str]], None]) -> None:
     """Answers each line of standard input; a bad one is told and passed over."""
     try:
-        for line in _read_lines():
+        for place, line in _read_lines():
             try:
                 answer([line])
             except ValueError as error:
-                print(f"gecko search: {error}", file=sys.stderr)
+                _tell(f"{place}: {error}" if place else error)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted") from None  # Nothing is to go on from.
 
 
-def _read_lines() -> Iterator[str]:
+def _tell(error: ValueError | str) -> None:
+    print(f"gecko search: {error}", file=sys.stderr)
+
+
+def _read_lines() -> Iterator[tuple[str, str]]:
+    """Yields (place, line) of standard input; at a terminal the place is ""."""
+    if not sys.stdin.isatty():
+        yield from files.decode_lines("standard input", sys.stdin.buffer, _tell)
+        return
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A line that is no text is refused as a query, and does not end the reading.
         sys.stdin.reconfigure(errors="surrogateescape")
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        return
     import readline  # noqa: F401  (gives the prompt its editing and history)
 
     print("One query a line; an empty line or Ctrl-D ends.")
     try:
         while line := input("query> ").strip():
-            yield line
+            yield "", line
     except EOFError:
         print()
 

@@ -54,9 +54,10 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
     Raises:
         ValueError: The file is missing, empty or holds a bad line.
     """
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"{path}: no such file; check data.files")
-    digest = files.sha256(path)
+    try:
+        digest = files.sha256(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; check data.files") from None
     note = cache_dir / "sources" / f"{digest}.json"
     if note.exists():
         remedy = "delete it, and the source is read through again"

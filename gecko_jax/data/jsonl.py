@@ -14,13 +14,14 @@ Fields:
     title: Title of the positive, or none.
     negatives: List of hard negatives, or none; `negative` for one string.
     negative_titles: Their titles, as many as there are negatives.
-    query_id, passage_id: Strings or numbers that say which queries and which positives
+    query_id, passage_id: Strings or integers that say which queries and which positives
         are the same; by default, equal texts are. An id holds over all files and tasks.
     negative_ids: The same for the negatives, in the ids of the passages.
     negative_group: Number, 0 by default; examples are each other's in-batch negatives
         only within a group.
 
-Other fields, such as a source or a licence, are for people and are passed over.
+Other fields, such as a source or a licence, are for people and are passed over. A value
+of null or NaN is missing, as in every file that this package reads (`inputs`).
 """
 
 import collections
@@ -30,7 +31,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import files, text, wording
+from gecko_jax import files, inputs, text, wording
 
 _ONE_POSITIVE = ("positive", "passage")
 _INT32 = range(-(2**31), 2**31)
@@ -112,14 +113,16 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
     negatives = _negatives(place, record)
     titles = _list(place, record, "negative_titles", len(negatives))
     ids = _list(place, record, "negative_ids", len(negatives))
-    group = record.get("negative_group", 0)
-    if isinstance(group, bool) or not isinstance(group, int) or group not in _INT32:
-        raise ValueError(
-            f"{place}: field 'negative_group' is {group!r}; it must be a whole number "
-            "of at most 32 bits"
-        )
+    query_id = _given_id(place, "query_id", record.get("query_id"))
+    given = (
+        _given_id(place, "passage_id", record.get("passage_id")),
+        *(_given_id(place, "negative_ids", value) for value in ids),
+        *([None] * (len(negatives) - len(ids))),
+    )
+    group = _group(place, record.get("negative_group"))
     for number, value in enumerate(titles):
-        _check_text(place, f"negative_titles[{number}]", value, may_be_empty=True)
+        if value is not None:
+            _check_text(place, f"negative_titles[{number}]", value, may_be_empty=True)
     return Pair(
         task=_text(place, record, "task"),
         task_description=_optional_text(place, record, "task_description"),
@@ -127,18 +130,16 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         positive=positive,
         title=title,
         negatives=negatives,
-        negative_titles=tuple(titles) or ("",) * len(negatives),
-        query_id=_given_id(place, "query_id", record.get("query_id"))
-        or text.content_id(query),
-        passage_id=_given_id(place, "passage_id", record.get("passage_id"))
-        or text.content_id(positive, title),
+        negative_titles=tuple(t or "" for t in titles) or ("",) * len(negatives),
+        query_id=_hash("query_id", query_id) or text.content_id(query),
+        passage_id=_hash("passage_id", given[0]) or text.content_id(positive, title),
         negative_ids=tuple(
-            _given_id(place, "passage_id", ids[number] if ids else None)
+            _hash("passage_id", given[number + 1])
             or text.content_id(negative, titles[number] if titles else None)
             for number, negative in enumerate(negatives)
         ),
         negative_group=group,
-        given_ids=(record.get("passage_id"), *(ids or [None] * len(negatives))),
+        given_ids=given,
     )
 
 
@@ -177,9 +178,7 @@ def _text(place: str, record: dict[str, Any], *names: str) -> str:
     for name in names:
         if record.get(name) is not None:
             return _check_text(place, name, record[name])
-    wanted = " or ".join(map(repr, names))
-    has = ", ".join(sorted(record)) or "no fields"
-    raise ValueError(f"{place}: no field {wanted} (it has {has}); every line needs it")
+    raise inputs.no_value(place, record, *names)
 
 
 def _optional_text(place: str, record: dict[str, Any], name: str) -> str:
@@ -223,13 +222,29 @@ def _list(place: str, record: dict[str, Any], name: str, length: int) -> list[An
     return value
 
 
-def _given_id(place: str, kind: str, value: Any) -> tuple[int, int] | None:
+def _group(place: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value not in _INT32:
+        raise ValueError(
+            f"{place}: field 'negative_group' is {value!r}; it must be a whole number "
+            "of at most 32 bits"
+        )
+    return value
+
+
+def _given_id(place: str, name: str, value: Any) -> str | int | None:
+    try:
+        return None if value is None else inputs.check_id(name, value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _hash(kind: str, value: str | int | None) -> tuple[int, int] | None:
     """Hashes an id of the file; query and passage ids never meet by chance."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(
-            f"{place}: {kind} is {value!r}; an id must be a string or a whole number"
-        )
     digest = hashlib.blake2b(f"{kind}:{value}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, inputs
 
 Record = Mapping[str, Any]
 
@@ -59,6 +59,14 @@ def text(record: Record, name: str) -> str:
             "is the right set and version"
         )
     return _CONTROL.sub("", value).strip()
+
+
+def identity(record: Record, name: str) -> str:
+    """Returns a field that holds an id (`inputs.check_id`)."""
+    value = field(record, name)
+    if value is None:
+        raise ValueError(f"field {name!r} is null, and must be an id; give it one")
+    return str(inputs.check_id(name, value))
 
 
 def number(record: Record, name: str) -> int | float | None:
@@ -142,13 +150,13 @@ def passage_lists(
                 continue
             yield {
                 "query": query,
-                "query_id": str(field(record, "query_id")),
+                "query_id": identity(record, "query_id"),
                 "positive": text(passage, "text"),
                 "title": text(passage, "title"),
-                "passage_id": str(field(passage, "docid")),
+                "passage_id": identity(passage, "docid"),
                 "negatives": [text(p, "text") for p in negatives],
                 "negative_titles": [text(p, "title") for p in negatives],
-                "negative_ids": [str(field(p, "docid")) for p in negatives],
+                "negative_ids": [identity(p, "docid") for p in negatives],
             }
 
 
@@ -216,7 +224,7 @@ def fact_verification(
             )
         pages: dict[str, dict[int, str]] = {}
         for page, number, sentence in field(record, "evidence"):
-            if page and str(sentence).strip():
+            if page and sentence is not None and str(sentence).strip():
                 pages.setdefault(page, {})[int(number)] = sentence.strip()
         if verdict == "NOT ENOUGH INFO" or not pages:
             yield Drop("no evidence")
@@ -290,7 +298,7 @@ def multi_hop(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
         for title, body in positives:
             yield {
                 "query": text(record, "question"),
-                "query_id": str(field(record, "id")),
+                "query_id": identity(record, "id"),
                 "positive": body,
                 "title": title,
                 "negatives": [body for _, body in negatives],

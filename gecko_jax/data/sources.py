@@ -6,19 +6,18 @@
 
 A path may be local or on Google Cloud Storage (gs://), and may hold `*`. Records come
 in the order of the files' names and are dicts of plain Python values and numpy arrays.
-A record of a file may have an id, `_id` or `id`; no two records may have the same.
+A record of a file may have an id, `_id` or `id`; no two records may have the same. A
+value of NaN, or null, is None.
 """
 
 import contextlib
 import errno
-import gzip
-import hashlib
+import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files, wording
+from gecko_jax import files, inputs, qrels
 from gecko_jax.data import load_seqio
 
 _ENDINGS = {
@@ -30,8 +29,8 @@ _ENDINGS = {
 }
 KINDS = ("tfds", "beir", *sorted(set(_ENDINGS.values())))
 
-# Yields the number of each record in its file (of its line, for JSONL) and the record.
-_Reader = Callable[[Any], Iterator[tuple[int, dict[str, Any]]]]
+# Yields (place, record); the place is `file:number`, of the line for JSON lines.
+_Reader = Callable[[Any], Iterator[tuple[str, dict[str, Any]]]]
 
 
 def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str, Any]]:
@@ -85,11 +84,7 @@ def stamps(source: str) -> dict[str, list[int]]:
             kind, rest = _kind_of(source), source
         if kind == "tfds":
             return {}
-        if kind == "beir":
-            names = ("corpus.jsonl*", "queries.jsonl*", "qrels/train.tsv")
-            paths = [path for name in names for path in _paths(f"{rest}/{name}")]
-        else:
-            paths = _paths(rest)
+        paths = _beir_files(rest) if kind == "beir" else _paths(rest)
         found = {str(path): path.stat() for path in paths}
     return {path: [int(stat.length), int(stat.mtime)] for path, stat in found.items()}
 
@@ -120,35 +115,19 @@ def _paths(pattern: str) -> list[Any]:
         found = [path] if path.exists() else []
     if not found:
         raise ValueError(f"{pattern}: no such file; check the path of the source")
+    for path in found:
+        files.check_is_file(path)
     return found
 
 
 def _chain(kind: str, paths: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    return (record for _, record in _chain_placed(kind, paths))
-
-
-def _chain_placed(
-    kind: str, paths: Sequence[Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, record) of all files; refuses an id that was given before."""
-    # Digest of an id -> its file and line: some 150 bytes for each record with an id.
-    seen: dict[bytes, tuple[int, int]] = {}
-    for file, path in enumerate(paths):
-        for number, record in _READERS[kind](path):
-            place = f"{path}:{number}"
-            name = next((n for n in _IDS if record.get(n) is not None), None)
-            if name is not None:
-                key = f"{name}:{record[name]}".encode(errors="surrogatepass")
-                key = hashlib.blake2b(key, digest_size=12).digest()
-                if key in seen:
-                    earlier, line = seen[key]
-                    raise ValueError(
-                        f"{place}: {name} {record[name]!r} was given before, at "
-                        f"{paths[earlier]}:{line}; ids must differ: drop one of the "
-                        "two, or the field"
-                    )
-                seen[key] = file, number
-            yield place, record
+    """Yields the records of all files; refuses an id that was given before."""
+    ids = inputs.UniqueIds()
+    for path in paths:
+        for place, record in _READERS[kind](path):
+            if identity := inputs.id_field(place, record, *_IDS, default=""):
+                ids.add(place, identity)
+            yield record
 
 
 def _read_tfds(name: str, data_dir: str | None) -> Iterator[dict[str, Any]]:
@@ -167,7 +146,7 @@ def _read_tfds(name: str, data_dir: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Turns TFDS's bytes into text, all the way down."""
+    """Turns bytes into text and NaN into None, all the way down."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, bytes):
@@ -176,38 +155,12 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
     return value
 
 
-def _read_jsonl(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with path.open("rb") as raw:
-            lines = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse_json(f"{path}:{number}", line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path}:{number + 1}: not a whole gzip file ({error}); copy it again"
-        ) from None
-
-
-def _parse_json(place: str, line: bytes) -> dict[str, Any]:
-    try:
-        record = files.parse_json(line)
-    except ValueError as error:
-        raise ValueError(
-            f"{place}: not JSON ({error}); each line must be one object"
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{place}: {files.kind(record)}; each line must be one JSON object"
-        )
-    return record
-
-
-def _read_parquet(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -221,10 +174,11 @@ def _read_parquet(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path}: not a whole Parquet file ({error})") from None
         rows = (row for block in table.iter_batches() for row in block.to_pylist())
-        yield from enumerate(rows, start=1)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}:{number}", _plain(row)
 
 
-def _read_tfrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_tfrecord(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     load_seqio()
     import tensorflow as tf
 
@@ -233,7 +187,8 @@ def _read_tfrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, record in enumerate(
             tf.data.TFRecordDataset(os.fspath(path)), start=1
         ):
-            yield number, _parse_example(f"{path}:{number}", bytes(record.numpy()))
+            place = f"{path}:{number}"
+            yield place, _parse_example(place, bytes(record.numpy()))
     except tf.errors.DataLossError:
         raise ValueError(
             f"{path}: not a whole TFRecord file (damaged after record {number:,}); "
@@ -241,7 +196,7 @@ def _read_tfrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
 
 
-def _read_arrayrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_arrayrecord(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     from array_record.python import (
         array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
     )
@@ -253,7 +208,8 @@ def _read_arrayrecord(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             raise RuntimeError("no footer")
         for number in range(reader.num_records()):
             (record,) = reader.read([number])
-            yield number + 1, _parse_example(f"{path}:{number + 1}", record)
+            place = f"{path}:{number + 1}"
+            yield place, _parse_example(place, record)
     except RuntimeError as error:
         raise ValueError(
             f"{path}: not a whole ArrayRecord file ({error}, at record {number + 1:,});"
@@ -284,80 +240,68 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
 
     Judgements of the training split are read; those of 0 become hard negatives.
     """
-    root = _path(folder)
-    judgements = root / "qrels" / "train.tsv"
-    if not judgements.exists():
-        raise ValueError(
-            f"{judgements}: no such file; a BEIR folder that is trained on has "
-            "corpus.jsonl, queries.jsonl and qrels/train.tsv"
-        )
-    wanted = _read_judgements(judgements)
-    used = {passage for found in wanted.values() for passage in found}
-    passages = {}
-    for place, record in _chain_placed("jsonl", _paths(f"{folder}/corpus.jsonl*")):
-        if (identity := _beir_field(place, record, "_id")) in used:
-            passages[identity] = {
-                "docid": identity,
-                "title": record.get("title"),
-                "text": _beir_field(place, record, "text"),
+    corpus, questions, judged_path = _beir_files(folder)
+    wanted = qrels.load(judged_path)
+    # Texts without a visible character pass here: `passage_lists` counts them.
+    queries = {q.id: q for q in files.read_texts(questions, allow_empty=True)}
+    for query, judged in wanted.items():
+        if query not in queries:
+            place = next(iter(judged.values())).place
+            qrels.check_spelling(place, query, queries)
+            raise ValueError(
+                f"{place}: query {query!r} is not in {questions.name}; add it there or "
+                "drop the line"
+            )
+    used = {passage for judged in wanted.values() for passage in judged}
+    # The corpus may be large: only what is looked for is kept.
+    near = {qrels.other_spelling(passage) for passage in used}
+    passages: dict[str, dict[str, Any]] = {}
+    others: set[str] = set()
+    for passage in files.read_texts(corpus, allow_empty=True):
+        if passage.id in used:
+            passages[passage.id] = {
+                "docid": passage.id,
+                "title": passage.title,
+                "text": passage.text,
             }
-    for place, query in _chain_placed("jsonl", _paths(f"{folder}/queries.jsonl*")):
-        identity = _beir_field(place, query, "_id")
+        elif passage.id in near:
+            others.add(passage.id)
+    for query in queries.values():
         lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for passage, (judged_at, score) in wanted.get(identity, {}).items():
+        for passage, (place, grade) in wanted.get(query.id, {}).items():
             if passage not in passages:
-                raise ValueError(
-                    f"{judged_at}: passage {passage!r} is not in the corpus"
-                )
-            lists[score > 0].append(passages[passage])
-        if identity in wanted:
+                qrels.check_spelling(place, passage, others)
+                raise ValueError(f"{place}: passage {passage!r} is not in the corpus")
+            lists[grade > 0].append(passages[passage])
+        if query.id in wanted:
             yield {
-                "query_id": identity,
-                "query": _beir_field(place, query, "text"),
+                "query_id": query.id,
+                "query": query.text,
                 "positive_passages": lists[True],
                 "negative_passages": lists[False],
             }
 
 
-def _read_judgements(path: Any) -> dict[str, dict[str, tuple[str, float]]]:
-    """Returns query -> passage -> (place, score)."""
-    wanted: dict[str, dict[str, tuple[str, float]]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        place = f"{path}:{number}"
-        parts = line.split("\t")
-        if number == 1 and parts == ["query-id", "corpus-id", "score"]:
-            continue
-        if len(parts) != 3:
+def _beir_files(folder: str) -> tuple[Any, Any, Any]:
+    """Returns the corpus, the queries and the training judgements of a BEIR folder."""
+    root = _path(folder)
+    names = (
+        ("corpus.jsonl",),
+        ("queries.jsonl",),
+        ("qrels/train.tsv", "qrels/train.jsonl"),
+    )
+    found = [files.find(root, *either) for either in names]
+    for path, either in zip(found, names, strict=True):
+        if path is None:
             raise ValueError(
-                f"{place}: {wording.counted(len(parts), 'column')}; it must have "
-                "query, passage and score"
+                f"{root / either[0]}: no such file; a BEIR folder that is trained on "
+                "has corpus.jsonl, queries.jsonl and qrels/train.tsv"
             )
-        query, passage, score = parts
-        judged = wanted.setdefault(query, {})
-        if passage in judged:
-            raise ValueError(
-                f"{place}: query {query!r} and passage {passage!r} were judged before, "
-                f"at {judged[passage][0]}; keep one line"
-            )
-        try:
-            judged[passage] = place, float(score)
-        except ValueError:
-            raise ValueError(f"{place}: score {score!r} is not a number") from None
-    return wanted
-
-
-def _beir_field(place: str, record: dict[str, Any], name: str) -> str:
-    """Returns a field that every line of a BEIR folder has, as a string."""
-    if record.get(name) is None:
-        raise ValueError(
-            f"{place}: no field {name!r} (it has {', '.join(sorted(record))}); every "
-            "line of a BEIR folder needs it"
-        )
-    return str(record[name])
+    return found[0], found[1], found[2]
 
 
 _READERS: dict[str, _Reader] = {
-    "jsonl": _read_jsonl,
+    "jsonl": files.read_records,
     "parquet": _read_parquet,
     "tfrecord": _read_tfrecord,
     "arrayrecord": _read_arrayrecord,

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt32, UInt64
 
-from gecko_jax import files
+from gecko_jax import files, inputs
 from gecko_jax.data import features, jsonl
 
 SETTINGS = "teacher.json"
@@ -105,13 +105,22 @@ def read_vectors(
     Raises:
         ValueError: The file does not fit the texts.
     """
+    if str(path).endswith(".npz"):
+        raise ValueError(
+            f"{path}: an .npz, which is an archive of arrays; write its array of "
+            "vectors with numpy.save, and give that .npy"
+        )
+    files.check_is_file(path)
     if str(path).endswith(".npy"):
         try:
             vectors = np.load(path, mmap_mode="r")
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; check the path") from None
         except ValueError as error:
-            raise ValueError(f"{path}: not an .npy of numbers ({error})") from None
+            raise ValueError(
+                f"{path}: not an .npy of numbers ({error}); write the array with "
+                "numpy.save"
+            ) from None
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise ValueError(
                 f"{path}: its shape is {vectors.shape}, and there are {len(texts):,} "
@@ -123,7 +132,7 @@ def read_vectors(
     rows = {text.id: row for row, text in enumerate(texts)}
     found: dict[int, np.ndarray] = {}
     for place, record in files.read_records(path):
-        row = rows.get(files.string_field(place, record, "_id"))
+        row = rows.get(inputs.id_field(place, record, "_id"))
         if row is None:
             raise ValueError(
                 f"{place}: `_id` {record['_id']!r} is none of the texts of these files"

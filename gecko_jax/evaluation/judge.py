@@ -55,7 +55,7 @@ def evaluate(
 
     Args:
         gecko: The model.
-        paths: See `sets.load`.
+        paths: See `sets.load_all`.
         dims: Some of the model's dims; None is all.
         task: Of queries that name no task the model knows; None is "search result",
             "semantic similarity" for similarity, "classification" for classification.
@@ -84,7 +84,7 @@ def evaluate(
     for precision in precisions:
         quantization.check_precision(precision)
     # All is read first, so that a fault in the last set does not waste the others.
-    all_sets = [found for path in paths for found in sets.load(path)]
+    all_sets = list(sets.load_all(paths))
     fresh = _untrained(gecko) if untrained else None
     rows: list[tables.Row] = []
     for found in all_sets:

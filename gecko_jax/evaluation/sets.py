@@ -5,20 +5,19 @@ A retrieval set is a folder:
     corpus.jsonl    {"_id": "p1", "title": "", "text": "..."}
     queries.jsonl   {"_id": "q1", "text": "...", "task": "docs"}     task is optional
     qrels.jsonl     {"query-id": "q1", "corpus-id": "p1", "score": 1}
-                    or qrels/test.tsv or qrels.tsv, with the same three columns
+                    or qrels/test.tsv or qrels.tsv (`qrels`)
 
-A similarity set is a file, `.jsonl` with the fields sentence1, sentence2 and score, or
-`.tsv` with these three columns.
+A similarity set is a file, `.jsonl` or `.tsv`, with the columns sentence1, sentence2
+and score.
 
-A classification set is a file, `.jsonl` with the fields text, label and split ("train"
-or "test"), or `.tsv` with a first line that names these three columns; or a folder with
-`train.jsonl` and `test.jsonl` (or `.tsv`), which need no split.
+A classification set is a file, `.jsonl` or `.tsv`, that names the columns text, label
+and split ("train" or "test"); or a folder with `train.jsonl` and `test.jsonl` (or
+`.tsv`), which need no split.
 
-Any of the files may end in `.gz`.
+Any of the files may end in `.gz`; `columns` says how they are read.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,15 +27,14 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import files, wording
+from gecko_jax import columns, files, inputs, qrels, wording
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 
 _PAIR = ("sentence1", "sentence2", "score")
 _CLASS = ("text", "label", "split")
 _SPLITS = ("train", "test")
-_QREL = ("query-id", "corpus-id", "score")
-_QRELS = ("qrels/test.tsv", "qrels.tsv", "qrels.jsonl")
+_QRELS = ("qrels/test.tsv", "qrels/test.jsonl", "qrels.tsv", "qrels.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +145,37 @@ def load(path: str | os.PathLike) -> list[EvaluationSet]:
     Raises:
         ValueError: Nothing to evaluate there, or a bad line (named).
     """
+    return [found for _, found in _load_placed(path)]
+
+
+def load_all(paths: Sequence[str | os.PathLike]) -> Iterator[EvaluationSet]:
+    """Yields the sets of several paths, each once, under names that differ.
+
+    A set whose name another has already gets its folders before the name.
+    """
+    places: dict[pathlib.Path, str] = {}
+    for path in paths:
+        for place, found in _load_placed(path):
+            if place not in places:
+                places[place] = name = _distinct(found.name, place, places)
+                yield dataclasses.replace(found, name=name)
+
+
+def _distinct(name: str, place: pathlib.Path, taken: Mapping[pathlib.Path, str]) -> str:
+    names = set(taken.values())
+    # Folders do not tell pairs.tsv from pairs.jsonl beside it.
+    if any((other.parent, _stem(other)) == (place.parent, name) for other in taken):
+        name = wording.file_name(place.name)
+    for part in reversed(place.parts[1:-1]):
+        if name not in names:
+            break
+        name = f"{wording.file_name(part)}/{name}"
+    return name
+
+
+def _load_placed(
+    path: str | os.PathLike,
+) -> list[tuple[pathlib.Path, EvaluationSet]]:
     root = pathlib.Path(path)
     if str(path) == "quickstart" and not root.exists():
         root = QUICKSTART
@@ -154,10 +183,10 @@ def load(path: str | os.PathLike) -> list[EvaluationSet]:
         raise ValueError(f"{root}: no such file or folder; check the path")
     found = _load_one(root)
     if found:
-        return [found]
+        return [(root.resolve(), found)]
     children = sorted(root.iterdir()) if root.is_dir() else []
-    several = [_load_one(child) for child in children]
-    several = [found for found in several if found]
+    several = [(child.resolve(), _load_one(child)) for child in children]
+    several = [(place, found) for place, found in several if found]
     if not several:
         raise ValueError(
             f"{root}: nothing to evaluate; it must be a folder in the BEIR layout "
@@ -170,24 +199,19 @@ def load(path: str | os.PathLike) -> list[EvaluationSet]:
 
 def _load_one(path: pathlib.Path) -> EvaluationSet | None:
     if path.is_dir():
-        if _find(path, "corpus.jsonl"):
+        if files.find(path, "corpus.jsonl"):
             return _load_retrieval(path)
         parts = [_find_table(path, split) for split in _SPLITS]
         if all(parts):
             return _load_classification(path, [part for part in parts if part])
         return None
     name = path.name.removesuffix(".gz")
-    if name.endswith(".tsv"):
-        _, first = next(files.read_lines(path), ("", ""))
-        if tuple(first.split("\t")) == _CLASS:
-            return _load_classification(path, [path])
+    if not name.endswith((".tsv", ".jsonl")):
+        return None
+    if columns.has(path, _CLASS):
+        return _load_classification(path, [path])
+    if name.endswith(".tsv") or columns.has(path, _PAIR):
         return _load_similarity(path)
-    if name.endswith(".jsonl"):
-        _, record = next(files.read_records(path), ("", {}))
-        if all(field in record for field in _CLASS):
-            return _load_classification(path, [path])
-        if all(field in record for field in _PAIR):
-            return _load_similarity(path)
     return None
 
 
@@ -206,38 +230,40 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
     queries = list(files.read_texts(_need(folder, "queries.jsonl")))
     known = {query.id for query in queries}
     in_corpus = {passage.id for passage in passages}
-    qrels = next(filter(None, (_find(folder, name) for name in _QRELS)), None)
-    if qrels is None:
+    judged_path = files.find(folder, *_QRELS)
+    if judged_path is None:
         raise ValueError(
             f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
         )
     relevance: dict[str, dict[str, int | float]] = {}
     num_absent = 0
-    for place, query, passage, grade in _read_judgements(qrels):
-        if query not in known:
-            raise ValueError(
-                f"{place}: query {query!r} is not in queries.jsonl; add it there or "
-                "drop the line"
-            )
-        if passage in relevance.setdefault(query, {}):
-            raise ValueError(
-                f"{place}: judged before; keep one line per query and passage"
-            )
-        num_absent += passage not in in_corpus
-        relevance[query][passage] = grade
+    for query, judged in qrels.load(judged_path).items():
+        for passage, (place, _) in judged.items():
+            if query not in known:
+                qrels.check_spelling(place, query, known)
+                raise ValueError(
+                    f"{place}: query {query!r} is not in queries.jsonl; add it there "
+                    "or drop the line"
+                )
+            if passage not in in_corpus:
+                qrels.check_spelling(place, passage, in_corpus)
+                num_absent += 1
+        relevance[query] = {passage: grade for passage, (_, grade) in judged.items()}
     if num_absent:
         logging.warning(
             "%s: %d judged passages are not in the corpus and count as never found",
-            qrels,
+            judged_path,
             num_absent,
         )
     judged = [
         q for q in queries if any(g > 0 for g in relevance.get(q.id, {}).values())
     ]
     if not judged:
-        raise ValueError(f"{qrels}: no query has a relevant passage (score above 0)")
+        raise ValueError(
+            f"{judged_path}: no query has a relevant passage (score above 0)"
+        )
     return RetrievalSet(
-        name=folder.resolve().name,
+        name=_stem(folder),
         passage_ids=tuple(passage.id for passage in passages),
         titles=tuple(passage.title for passage in passages),
         texts=tuple(passage.text for passage in passages),
@@ -248,49 +274,15 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
     )
 
 
-def _read_judgements(
-    path: pathlib.Path,
-) -> Iterator[tuple[str, str, str, int | float]]:
-    if ".jsonl" in path.name:
-        for place, record in files.read_records(path):
-            query, passage, score = (
-                files.string_field(place, record, name) for name in _QREL
-            )
-            yield place, query, passage, _number(place, score)
-        return
-    for row, (place, line) in enumerate(files.read_lines(path)):
-        fields = line.split("\t")
-        if len(fields) == 4:  # TREC: query, 0, passage, grade
-            del fields[1]
-        if len(fields) != 3:
-            raise ValueError(
-                f"{place}: {wording.counted(len(fields), 'column')}; it must be "
-                "query-id, corpus-id and score, with tabs between"
-            )
-        if row == 0 and tuple(fields) == _QREL:
-            continue
-        yield place, fields[0], fields[1], _number(place, fields[2])
-
-
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
-    rows = []
-    if ".jsonl" in path.name:
-        for place, record in files.read_records(path):
-            first, second, score = (
-                files.string_field(place, record, name) for name in _PAIR
-            )
-            rows.append((first, second, _number(place, score)))
-    else:
-        for number, (place, line) in enumerate(files.read_lines(path)):
-            fields = line.split("\t")
-            if number == 0 and tuple(fields) == _PAIR:
-                continue
-            if len(fields) != 3 or not all(field.strip() for field in fields):
-                raise ValueError(
-                    f"{place}: it must hold sentence1, sentence2 and score, with tabs "
-                    "between and none of them empty"
-                )
-            rows.append((fields[0], fields[1], _number(place, fields[2])))
+    rows = [
+        (
+            inputs.string_field(place, row, "sentence1"),
+            inputs.string_field(place, row, "sentence2"),
+            inputs.number_field(place, row, "score"),
+        )
+        for place, row in columns.read(path, _PAIR)
+    ]
     if len(rows) < 2:
         raise ValueError(
             f"{path}: {wording.counted(len(rows), 'pair')}; Spearman needs at least 2"
@@ -337,45 +329,16 @@ def _read_labelled(
     path: pathlib.Path, split: str | None
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yields (place, text, label, split); a `split` given stands for a column."""
-    columns = _CLASS if split is None else _CLASS[:2]
-    if ".jsonl" in path.name:
-        for place, record in files.read_records(path):
-            text, label, *named = (
-                files.string_field(place, record, column) for column in columns
-            )
-            yield place, text, label, named[0] if named else str(split)
-        return
-    for number, (place, line) in enumerate(files.read_lines(path)):
-        fields = line.split("\t")
-        if number == 0 and tuple(fields) == columns:
-            continue
-        if len(fields) != len(columns) or not all(field.strip() for field in fields):
-            raise ValueError(
-                f"{place}: it must hold {', '.join(columns)}, with tabs between and "
-                "none of them empty"
-            )
-        yield place, fields[0], fields[1], fields[2] if split is None else split
-
-
-def _number(place: str, text: str) -> int | float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{place}: score {text!r} is not a number")
-    return int(value) if value.is_integer() else value
-
-
-def _find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
-    return None
+    names = _CLASS if split is None else _CLASS[:2]
+    for place, row in columns.read(path, names):
+        text = inputs.string_field(place, row, "text")
+        label = inputs.id_field(place, row, "label")
+        named = inputs.string_field(place, row, "split") if split is None else split
+        yield place, text, label, named
 
 
 def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
-    path = _find(folder, name)
+    path = files.find(folder, name)
     if path is None:
         raise ValueError(
             f"{folder}: no {name}; a retrieval set needs corpus.jsonl, queries.jsonl "
@@ -385,14 +348,14 @@ def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _find_table(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
-    return _find(folder, f"{stem}.jsonl") or _find(folder, f"{stem}.tsv")
+    return files.find(folder, f"{stem}.jsonl", f"{stem}.tsv")
 
 
 def _stem(path: pathlib.Path) -> str:
     """Returns the name of a set: its file's without endings, or its folder's."""
     if path.is_dir():
-        return path.resolve().name
-    return path.name.removesuffix(".gz").rpartition(".")[0]
+        return wording.file_name(path.resolve().name)
+    return wording.file_name(path.name.removesuffix(".gz").rpartition(".")[0])
 
 
 def _spread(items: Sequence[int], limit: int) -> list[int]:

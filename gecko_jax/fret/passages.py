@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import contamination, files, progress, text
+from gecko_jax import contamination, files, inputs, progress, text, wording
 from gecko_jax.fret import minhash
 
 _KEPT_FIELDS = ("licence", "license", "src", "url")
@@ -96,21 +96,26 @@ def none_left(
 
 
 def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Yields the passages of a file as they are, with what is known of them."""
-    path = pathlib.Path(path)
-    plain = path.name.removesuffix(".gz").endswith(".txt")
-    records = files.read_records(path, any_characters=True)
-    for place, line in files.read_lines(path) if plain else records:
-        number = place.rpartition(":")[2]
-        record = {"text": line} if isinstance(line, str) else line
-        identity = record.get("_id", record.get("id", number))
-        fields = {"source": path.name, "source_id": str(identity)}
-        for name in _KEPT_FIELDS:
-            if isinstance(record.get(name), str):
-                fields[name] = record[name]
-        given = (record.get(name) for name in ("text", "positive", "passage"))
+    """Yields the passages of a file as they are, with what is known of them.
+
+    Raises:
+        ValueError: The file cannot be read, or an id is none or comes twice.
+    """
+    name = wording.file_name(pathlib.Path(path).name)
+    ids = inputs.UniqueIds()
+    for place, record in files.read_texts_or_records(path, any_characters=True):
+        identity = inputs.id_field(place, record, "_id", "id", default="")
+        if identity:
+            ids.add(place, identity)
+        known = {"source": name, "source_id": identity or place.rpartition(":")[2]}
+        for kept in _KEPT_FIELDS:
+            if isinstance(record.get(kept), str):
+                known[kept] = record[kept]
+        inputs.check_characters(place, known)
+        title = record.get("title")
+        given = (record.get(field) for field in ("text", "positive", "passage"))
         body = next((value for value in given if value is not None), None)
-        yield {**fields, "title": record.get("title") or "", "text": body}
+        yield {**known, "title": "" if title is None else title, "text": body}
 
 
 def clean(

@@ -1,0 +1,171 @@
+"""Inputs: what a field of a user's file may hold, in every kind of file.
+
+    {"_id": 7, "title": null, "text": "Geckos climb walls.", "score": 2.0}
+    id_field(place, record, "_id")           -> "7"
+    string_field(..., "title", default="")   -> ""
+    number_field(place, record, "score")     -> 2
+
+A value of null is missing, and so is NaN, which the readers turn into null. A text is a
+string. An id is a string or an integer. The place, `file:line`, starts every error.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# A float holds every integer up to here.
+_EXACT = 2**53
+# float() would also take "1_000" and the digits of other scripts.
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+def kind(value: Any) -> str:
+    """Returns what JSON calls a value: "a number", "null", ..."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def check_characters(place: str, record: Mapping[str, Any]) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell and no file can hold."""
+    for name, value in record.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{place}: field {name!r} holds a lone surrogate, which is no "
+                "character; write the text again as UTF-8"
+            ) from None
+
+
+def check_id(name: str, value: Any) -> str | int:
+    """Returns an id: a string as it is, or an integer.
+
+    A whole float is read as an integer: pandas turns a column of integers into floats
+    when a value is missing.
+
+    Args:
+        name: The field, for errors.
+        value: Any value but None.
+
+    Raises:
+        ValueError: It is something else, or a string without a visible character.
+    """
+    if isinstance(value, float) and abs(value) <= _EXACT and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        shown = f"{value!r}"[:80]
+        raise ValueError(
+            f"field {name!r} is {shown}; an id must be a string or a whole number"
+        )
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"field {name!r} is empty; an id needs a character")
+    return value
+
+
+def id_field(
+    place: str, record: Mapping[str, Any], *names: str, default: str | None = None
+) -> str:
+    """Returns the first of the named fields that has a value, as an id (`check_id`).
+
+    Without a default one of them must have a value. Labels follow the same rule.
+    """
+    for name in names:
+        if (value := record.get(name)) is not None:
+            try:
+                return str(check_id(name, value))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+    if default is None:
+        raise no_value(place, record, *names)
+    return default
+
+
+def string_field(
+    place: str, record: Mapping[str, Any], *names: str, default: str | None = None
+) -> str:
+    """Returns the first of the named fields that has a value, which must be a string.
+
+    Without a default one of them must have a value with more than whitespace.
+    """
+    for name in names:
+        value = record.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{place}: field {name!r} is {kind(value)}; it must be a string"
+            )
+        if default is None and not value.strip():
+            raise ValueError(
+                f"{place}: field {name!r} is empty; give it text or drop the line"
+            )
+        return value
+    if default is None:
+        raise no_value(place, record, *names)
+    return default
+
+
+def number_field(place: str, record: Mapping[str, Any], name: str) -> int | float:
+    """Returns a field that must be a finite number, or a string of its digits."""
+    value = record.get(name)
+    if value is None:
+        raise no_value(place, record, name)
+    found = math.nan
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
+        with contextlib.suppress(OverflowError):
+            found = float(value)
+    if not math.isfinite(found):
+        shown = f"{value!r}"[:80]
+        raise ValueError(
+            f"{place}: {name} {shown} is not a number; write a finite number or drop "
+            "the line"
+        )
+    return int(found) if found.is_integer() else found
+
+
+def no_value(place: str, record: Mapping[str, Any], *names: str) -> ValueError:
+    """Returns the error of a record that has no value for any of the named fields."""
+    if present := [name for name in names if name in record]:
+        return ValueError(
+            f"{place}: field {present[0]!r} is null or NaN, which is no value; give it "
+            "one or drop the line"
+        )
+    has = ", ".join(sorted(record)) or "no fields"
+    wanted = " or ".join(map(repr, names))
+    return ValueError(f"{place}: no field {wanted} (it has {has}); every line needs it")
+
+
+class UniqueIds:
+    """Refuses an id that comes twice, and names both lines.
+
+    Memory is some 150 bytes for each id.
+    """
+
+    def __init__(self):
+        """Starts without an id."""
+        self._paths: list[str] = []
+        # Digest of an id -> number of its file, and its line there.
+        self._seen: dict[bytes, tuple[int, int]] = {}
+
+    def add(self, place: str, identity: str) -> None:
+        """Takes the id of the record at `place` (file:line)."""
+        path, _, line = place.rpartition(":")
+        if not self._paths or self._paths[-1] != path:
+            self._paths.append(path)
+        key = identity.encode(errors="surrogatepass")
+        key = hashlib.blake2b(key, digest_size=12).digest()
+        if key in self._seen:
+            file, earlier = self._seen[key]
+            raise ValueError(
+                f"{place}: id {identity!r} was given before, at "
+                f"{self._paths[file]}:{earlier}; ids must differ: drop one of the two "
+                "lines"
+            )
+        self._seen[key] = len(self._paths) - 1, int(line)
