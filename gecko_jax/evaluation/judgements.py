@@ -108,7 +108,7 @@ def find_own(found: sets.RetrievalSet) -> frozenset[str]:
     name ignores identical ids, or where it has the text of the query.
     """
     rows = {passage: row for row, passage in enumerate(found.passage_ids)}
-    name = re.sub(r"[^a-z0-9]", "", found.name.lower()).removesuffix("v2")
+    ignores_own = _plain(found.name) in _IGNORES_OWN
     own = []
     for query, content in zip(found.query_ids, found.queries, strict=True):
         if query not in rows or query in found.relevance[query]:
@@ -116,9 +116,14 @@ def find_own(found: sets.RetrievalSet) -> frozenset[str]:
         row = rows[query]
         title, body = found.titles[row], found.texts[row]
         same = {text.clean(body), text.clean(f"{title} {body}")}
-        if name in _IGNORES_OWN or text.clean(content) in same:
+        if ignores_own or text.clean(content) in same:
             own.append(query)
     return frozenset(own)
+
+
+def _plain(name: str) -> str:
+    """Returns a name in small letters, without signs or a version such as `.v2`."""
+    return re.sub(r"\.v\d+$|[^a-z0-9]", "", name.lower())
 
 
 def leave_out_own(
@@ -161,9 +166,9 @@ def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str
     """Returns the grades of a query as whole numbers of the greatest common step."""
     if all(isinstance(g, int) and g <= MOST_STEPS for g in grades.values()):
         return {passage: int(grade) for passage, grade in grades.items()}
-    # A float stands for the decimal it is written as: 0.1 is a tenth.
+    # Twelve digits: 0.1 is a tenth, and 0.1 + 0.2 is three of them.
     exact = {
-        passage: fractions.Fraction(repr(grade))
+        passage: fractions.Fraction(f"{grade:.12g}")
         for passage, grade in grades.items()
         if grade > 0
     }
@@ -174,8 +179,8 @@ def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str
     if max(whole.values()) > MOST_STEPS:
         least, most = (choose(exact, key=exact.__getitem__) for choose in (min, max))
         raise ValueError(
-            f"{name}: query {query!r} has the grades {grades[least]:g} and "
-            f"{grades[most]:g}, and trec_eval counts in whole steps, at most "
+            f"{name}: query {query!r} has the grades {grades[least]} and "
+            f"{grades[most]}, and trec_eval counts in whole steps, at most "
             f"{MOST_STEPS:,}; round the grades, or judge the folder with gecko "
             "evaluate FOLDER"
         )
