@@ -91,7 +91,7 @@ def test_an_own_passage_goes_where_it_is_the_query(tiny_gecko, tmp_path):
     results = evaluation.evaluate(tiny_gecko, [_write(tmp_path / "own", found)])
     # The title is not in the file: one query is left.
     assert results.about["num_own_left_out"] == {"own": 1}
-    assert "the own passages of 1 queries" in evaluation.format_table(results)
+    assert "1 passage with the id of the query" in evaluation.format_table(results)
 
 
 def test_ties_do_not_depend_on_the_order_of_the_corpus(tiny_gecko):

@@ -1,9 +1,10 @@
 """Negatives of a batch: which examples have any, so that no task trains on nothing.
 
-The contrastive loss of an example compares its positive with negatives. A duplicate is
-none: another example with an equal query or an equal positive, or a hard negative that
-is the positive. An example with nothing but duplicates has loss 0 and no gradient with
-`loss.mask_duplicates`, and a gradient that contradicts itself without.
+The contrastive loss of an example compares its positive with negatives. A duplicate
+does not count as a negative: another example with an equal query or an equal positive,
+or a hard negative that is the positive. An example that has only duplicates cannot teach
+anything. Its loss is 0 with `loss.mask_duplicates`; without, its own answers are pushed
+away from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ def has_negative(
 
     Args:
         batch: Model features, see `pipeline`.
-        all_hard_negatives: The hard negatives of the other examples of a group count,
-            as in `losses.contrastive_loss`.
+        all_hard_negatives: Counts the hard negatives of the other examples of a group
+            too, as `losses.contrastive_loss` does.
     """
     mask = batch["example_mask"]
     group, query, passage = (
@@ -55,8 +56,8 @@ def has_negative(
 class Watch:
     """Warns of tasks whose examples had no negative in any batch so far.
 
-    A task is looked at until one of its examples has a negative, which for sound data
-    is the first batch.
+    The watch over a task ends when one of its examples has a negative: in sound data,
+    with the first batch.
     """
 
     def __init__(self, task_names: Sequence[str], *, all_hard_negatives: bool):

@@ -1,4 +1,4 @@
-"""Judgements: which passages of a retrieval set count, and what scores would mean.
+"""Judgements: which passages a ranking may hold, and which grades can be scored.
 
 A query's *own passage* is the passage with the id of the query. In ArguAna and Quora
 the queries are taken from the corpus, so the own passage is the query itself, and BEIR
@@ -17,8 +17,8 @@ from absl import logging
 from gecko_jax import text, wording
 from gecko_jax.evaluation import sets
 
-# Sets whose tasks in mteb ignore identical ids, by mteb's names and by BEIR's; in small
-# letters, without signs.
+# Sets whose task in mteb ignores identical ids, by the names of mteb and of BEIR, in
+# lower case and without punctuation.
 _IGNORES_OWN = frozenset(
     {
         "arguana",
@@ -34,13 +34,16 @@ _IGNORES_OWN = frozenset(
     }
 )
 
-# Greatest grade that trec_eval is given: it allocates and walks an array of so many
-# entries for each query. A grade of 1e9 takes 8 GB.
+# Greatest grade that is passed to trec_eval, which allocates and scans an array of this
+# length for each query: a grade of 1e9 takes 8 GB and a minute.
 MOST_STEPS = 1_000_000
 
 
 def check(found: sets.EvaluationSet) -> None:
-    """Refuses judgements that no ranking can meet, and warns of those that few can.
+    """Checks that the judgements of a set can tell a good ranking from a bad one.
+
+    A warning names queries whose relevant passages are all absent from the corpus, and
+    a set that grades every passage alike.
 
     Raises:
         ValueError: No relevant passage is in the corpus, or all pairs of a similarity
@@ -104,8 +107,8 @@ def _is_flat(grades: Mapping[str, int | float], corpus: frozenset[str]) -> bool:
 def find_own(found: sets.RetrievalSet) -> frozenset[str]:
     """Returns the queries whose own passage is left out of their ranking.
 
-    A judged passage always stays. Another own passage goes where mteb's task of this
-    name ignores identical ids, or where it has the text of the query.
+    A judged passage is never left out. Any other own passage is left out if mteb's task
+    of this name ignores identical ids, or if the passage has the text of the query.
     """
     rows = {passage: row for row, passage in enumerate(found.passage_ids)}
     ignores_own = _plain(found.name) in _IGNORES_OWN
@@ -122,7 +125,7 @@ def find_own(found: sets.RetrievalSet) -> frozenset[str]:
 
 
 def _plain(name: str) -> str:
-    """Returns a name in small letters, without signs or a version such as `.v2`."""
+    """Returns a name in lower case, without punctuation or a version such as `.v2`."""
     return re.sub(r"\.v\d+$|[^a-z0-9]", "", name.lower())
 
 
@@ -138,15 +141,15 @@ def leave_out_own(
 
 
 def for_trec(found: sets.RetrievalSet) -> sets.RetrievalSet:
-    """Returns the set as trec_eval and mteb score it alike.
+    """Returns the set in the form in which mteb gives the scores of `judge`.
 
-    Grades become whole numbers, which trec_eval needs: those of a query are multiplied
-    by one factor, which changes neither nDCG nor a metric that only asks for grades
-    above 0. And because mteb's `ignore_identical_ids` leaves out every own passage,
-    queries that keep theirs get another id.
+    trec_eval needs whole grades, so the grades of a query are multiplied by one factor.
+    This changes neither nDCG nor a metric that only asks for grades above 0. mteb's
+    `ignore_identical_ids` leaves out every own passage, so queries that keep their own
+    passage get another id.
 
     Raises:
-        ValueError: Grades of a query have no common step that is coarse enough.
+        ValueError: The grades of a query need more than `MOST_STEPS` steps.
     """
     own, taken = find_own(found), {*found.passage_ids, *found.query_ids}
     corpus = frozenset(found.passage_ids)

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import embedding
+from gecko_jax import embedding, wording
 from gecko_jax.evaluation import encoder, judge, judgements, sets
 
 # mteb's type, its class, and its main metric.
@@ -33,8 +33,8 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
 
     Raises:
         ValueError: Its queries are of symmetric and of other tasks: mteb encodes the
-            passages once, and these need two ways of writing. Or its judgements fit
-            nothing, or trec_eval cannot count its grades (`judgements`).
+            passages once, and these need two ways of writing. Or `judgements` refuses
+            its judgements.
     """
     from mteb import abstasks
     from mteb.abstasks import task_metadata
@@ -43,9 +43,9 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
     if isinstance(found, sets.RetrievalSet):
         if num_own := len(judgements.find_own(found)):
             logging.info(
-                "%s: the own passages of %d queries are left out of their rankings",
+                "%s: %s with the id of the query left out of rankings",
                 found.name,
-                num_own,
+                wording.counted(num_own, "passage"),
             )
         found = judgements.for_trec(found)
     kind, class_name, main_score = _TYPES[type(found)]

@@ -22,7 +22,7 @@ UNTRAINED = "untrained model"
 BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
 SYSTEMS = (MODEL, BM25, UNTRAINED, BAG, IDF_BAG)
 
-# Note of a row of zeros: no query found a passage.
+# Note on the row of BM25 when no query finds a passage.
 NO_HIT = "no query shares a word with a passage"
 
 # Metric -> its name in a table, and what is counted of its sets.
@@ -134,9 +134,8 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     captions = ["under a task: nDCG@10 of its queries"] if tasks else []
     captions += [f"{row.label}: {row.note}" for row in overall if row.note]
     if num_own := results.about.get("num_own_left_out", {}).get(name):
-        captions.append(
-            f"left out of their rankings: the own passages of {num_own:,} queries"
-        )
+        left_out = wording.counted(num_own, "passage")
+        captions.append(f"left out of rankings: {left_out} with the id of the query")
     built = table.Table(
         title=title,
         title_justify="left",
