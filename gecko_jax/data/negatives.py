@@ -2,9 +2,9 @@
 
 The contrastive loss of an example compares its positive with negatives. A duplicate
 does not count as a negative: another example with an equal query or an equal positive,
-or a hard negative that is the positive. An example that has only duplicates cannot teach
-anything. Its loss is 0 with `loss.mask_duplicates`; without, its own answers are pushed
-away from it.
+or a hard negative that is the positive. An example that has only duplicates teaches
+nothing. Its loss is 0 with `loss.mask_duplicates`; without, the loss pushes the query
+away from its own answers.
 """
 
 from collections.abc import Mapping, Sequence
