@@ -33,6 +33,7 @@ import quality_scores
 import side_by_side
 
 from gecko_jax import files, flags, progress, ranking
+from gecko_jax.evaluation import judgements
 from gecko_jax.fret import fusion, requests, retrieval, settings, stages
 from gecko_jax.fret import run as run_lib
 
@@ -271,6 +272,7 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
         settings.fusion_settings(config), likelihood_weight=1.0, relevance_weight=1.0
     )
     scores: dict[str, list[float]] = {}
+    own = judgements.find_own(one)
     for row in rows:
         if not all(row["id"] in found for found in judged.values()):
             continue
@@ -289,7 +291,10 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
         for name, order in ranks.items():
             best = [one.passage_ids[row["candidates"][p]] for p in np.argsort(order)]
             scores.setdefault(name, []).append(
-                ranking.ndcg_at_k([p for p in best if p != query], one.relevance[query])
+                ranking.ndcg_at_k(
+                    [p for p in best if p != query or query not in own],
+                    one.relevance[query],
+                )
             )
     num_judged = len(next(iter(scores.values()), []))
     return {

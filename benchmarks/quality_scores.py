@@ -16,7 +16,7 @@ def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, f
         data: The evaluation folders.
         rank: (set, task) -> dims -> a ranking for each query.
     """
-    from gecko_jax.evaluation import sets
+    from gecko_jax.evaluation import judgements, sets
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     for split, folders in data.evals.items():
@@ -26,10 +26,12 @@ def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, f
                 dim: float(
                     np.mean(
                         [
-                            ranking.ndcg_at_k(
-                                [p for p in best if p != query], one.relevance[query]
+                            ranking.ndcg_at_k(best, one.relevance[query])
+                            for query, best in zip(
+                                one.query_ids,
+                                judgements.leave_out_own(one, ranked),
+                                strict=True,
                             )
-                            for query, best in zip(one.query_ids, ranked, strict=True)
                         ]
                     )
                 )
@@ -65,7 +67,11 @@ def by_dim(
 
 def rankings(found: Any, similarity: np.ndarray) -> list[list[str]]:
     """Returns the best ids of each query; one more than is scored may be its own."""
+    order = ranking.tie_order(found.passage_ids)
     return [
-        [found.passage_ids[int(place)] for place in ranking.best_positions(row, 11)]
+        [
+            found.passage_ids[order[int(place)]]
+            for place in ranking.best_positions(row[order], 11)
+        ]
         for row in similarity
     ]

@@ -7,12 +7,15 @@
 Texts are *packed*: several share a row, kept apart by segment ids, and rows come in a
 few widths, each a power of two. So hardly any padding is computed and hardly any shape
 compiled, and no vector depends on what else is in its row (`layers`: attention stays
-in a segment, and T5's relative bias knows only the distance of two tokens).
+in a segment, and T5's relative bias knows only the distance of two tokens) beyond the
+rounding of float32. A call encodes each distinct text once, so that equal texts have
+equal vectors.
 """
 
 import collections
 import dataclasses
 import functools
+import hashlib
 import os
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -159,6 +162,8 @@ class Gecko:
     ) -> Float[np.ndarray, "N E"]:
         """Returns one normalized float32 vector per text, in order.
 
+        Texts that the encoder reads as the same tokens have equal vectors.
+
         Args:
             texts: Queries or passages, without any prefix.
             side: How the texts are written. The passages of a symmetric task are
@@ -178,19 +183,35 @@ class Gecko:
         if max_length is None:
             short = side == "query"
             max_length = self.files.query_length if short else self.files.passage_length
+        # The first rows are those of the distinct texts; `row_of` finds a text's own.
         projected = np.empty((len(texts), self.embedding_dim), np.float32)
+        row_of = np.empty(len(texts), np.int64)
+        rows: dict[bytes, int] = {}
         total = len(texts) if description else 0
         with progress.Progress(
             description or "", total, enabled=bool(description)
         ) as bar:
-            done = 0
             for start in range(0, len(texts), TEXTS_PER_CHUNK):
                 chunk = texts[start : start + TEXTS_PER_CHUNK]
-                for positions, vectors in self._project(chunk, max_length):
-                    projected[start + positions] = vectors
+                first = len(rows)
+                new: list[list[int]] = []
+                for place, tokens in enumerate(
+                    self.vocabulary.encode(chunk, max_length), start
+                ):
+                    row = rows.setdefault(_key(tokens), len(rows))
+                    if row == first + len(new):
+                        new.append(tokens)
+                    row_of[place] = row
+                done = start + len(chunk) - len(new)
+                if not new:
+                    bar.update(done)
+                    continue
+                for positions, vectors in self._project(new):
+                    projected[first + positions] = vectors
                     done += len(positions)
                     bar.update(done)
-        return cut(projected, dim, self.files.encoder_config.l2_epsilon)
+        vectors = cut(projected[: len(rows)], dim, self.files.encoder_config.l2_epsilon)
+        return vectors if len(rows) == len(texts) else vectors[row_of]
 
     def check_dim(self, dim: int | None) -> int:
         """Returns `dim`, or the largest for None; raises unless it was trained."""
@@ -250,10 +271,9 @@ class Gecko:
         return formatted
 
     def _project(
-        self, texts: list[str], max_length: int
+        self, tokens: list[list[int]]
     ) -> Iterator[tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N D"]]]:
         """Yields (positions, projected vectors), call by call, in any order."""
-        tokens = self.vocabulary.encode(texts, max_length)
         rows = packing.pack([len(ids) for ids in tokens])
         calls = packing.plan_calls(rows, self._tokens_per_call, self._row_multiple)
         apply = _build_apply(self.files.encoder_config, self._sharding)
@@ -334,6 +354,12 @@ def cut(
     prefix = np.asarray(embeddings[:, :dim], np.float32)
     norms = np.sqrt(np.sum(np.square(prefix), axis=1, keepdims=True) + epsilon)
     return prefix / norms
+
+
+def _key(tokens: Sequence[int]) -> bytes:
+    """Names a sequence of tokens in 16 bytes."""
+    content = np.asarray(tokens, np.int32).data
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _unpack(

@@ -4,17 +4,22 @@ A *ranking* is a list of passage ids, best first. *Relevance* maps passage ids t
 grades; a passage that is missing or graded 0 or below is not relevant. Metrics are
 those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
 
+Passages with equal scores rank as in trec_eval, pytrec_eval and mteb: the greater id
+first, compared as a string ("p9" before "p10"). `tie_order` gives that order.
+
     ranking   ["p3", "p7", "p1"]
     relevance {"p7": 2, "p9": 1}
     nDCG@10   (2 / log2(3)) / (2 / log2(2) + 1 / log2(3)) = 0.480
 """
 
+import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from gecko_jax import wording
 
@@ -25,13 +30,19 @@ def ndcg_at_k(
     """Returns the discounted gain of the first k over the best one possible.
 
     The gain is the grade itself (linear, as in trec_eval and BEIR) and the discount
-    log2(rank + 1). Without a relevant passage the result is 0.
+    log2(rank + 1). Without a relevant passage the result is 0. Grades may be fractions:
+    the result does not change when all grades are multiplied by the same factor.
     """
     discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = sorted((max(grade, 0) for grade in relevance.values()), reverse=True)[:k]
-    best = float(np.dot(ideal, discounts[: len(ideal)]))
-    gains = [max(relevance.get(passage, 0), 0) for passage in ranking[:k]]
-    return float(np.dot(gains, discounts[: len(gains)])) / best if best else 0.0
+    grades = {p: float(grade) for p, grade in relevance.items() if grade > 0}
+    if not grades:
+        return 0.0
+    # A power of two scales without rounding, and keeps the sums of huge grades finite.
+    _, exponent = math.frexp(max(grades.values()))
+    ideal = np.ldexp(sorted(grades.values(), reverse=True)[:k], -exponent)
+    gains = np.ldexp([grades.get(passage, 0.0) for passage in ranking[:k]], -exponent)
+    best = np.dot(ideal, discounts[: len(ideal)])
+    return float(np.dot(gains, discounts[: len(gains)]) / best)
 
 
 def recall_at_k(
@@ -78,6 +89,36 @@ def _mean_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     )
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[group]
+
+
+def tie_order(ids: Sequence[str]) -> list[int]:
+    """Returns the positions of passages from the greatest id to the least.
+
+    A search in a corpus of this order that keeps the earlier of two equal scores ranks
+    ties as trec_eval does, at the border of a list too.
+    """
+    return sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
+
+
+def distinct_rows(
+    rows: Shaped[np.ndarray, "N W"],
+) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " N"]]:
+    """Returns the first position of each distinct row, and the number of each row's.
+
+    The products of equal rows can differ in the last bit, because a matrix product
+    treats the rows at its edges differently. Scores that are computed once for each
+    distinct row are equal.
+    """
+    numbers: dict[bytes, int] = {}
+    first: list[int] = []
+    number_of = np.empty(len(rows), np.int64)
+    for position, row in enumerate(np.ascontiguousarray(rows)):
+        key = hashlib.blake2b(row.data, digest_size=16).digest()
+        number = numbers.setdefault(key, len(first))
+        if number == len(first):
+            first.append(position)
+        number_of[position] = number
+    return np.array(first, np.int64), number_of
 
 
 def best_positions(scores: Float[np.ndarray, " P"], k: int) -> Int[np.ndarray, " T"]:
@@ -182,8 +223,11 @@ def bm25_rankings(
         k: Longest ranking. Passages that share no word with the query never appear,
             so a ranking may be shorter.
 
+    Returns:
+        The ids of the best passages for each query; equal scores in `tie_order`.
     """
     if len(passages) != len(ids):
         raise ValueError(f"{len(passages)} passages but {len(ids)} ids: one id each")
-    found = Bm25(passages).search(queries, k)
-    return [[ids[int(position)] for position in best] for best, _ in found]
+    order = tie_order(ids)
+    found = Bm25([passages[position] for position in order]).search(queries, k)
+    return [[ids[order[int(place)]] for place in best] for best, _ in found]

@@ -32,7 +32,7 @@ from gecko_jax import (
 from gecko_jax import config as config_lib
 from gecko_jax import step as step_lib
 from gecko_jax import workdir as workdir_lib
-from gecko_jax.data import pipeline, tasks
+from gecko_jax.data import negatives, pipeline, tasks
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
 
@@ -160,6 +160,9 @@ def _train(
         "seed": config.seed,
     }
     guard = nonfinite.Guard(config.train.max_skipped_steps, batches.task_names, workdir)
+    watch = negatives.Watch(
+        batches.task_names, all_hard_negatives=config.loss.all_hard_negatives
+    )
     last: dict[str, float] = {}
 
     def finish(
@@ -168,11 +171,13 @@ def _train(
         """Takes in the metrics of a step, once the next one is on its way."""
         nonlocal last
         window.count(batch)
+        watch.add(batch)
         values = jax.device_get(summary)
         if guard.is_finite(step, values):
             window.add(values)
         bar.update(step, f"loss {values['loss']:.3f}")
         if step % config.train.log_every_steps == 0 or step == num_steps:
+            watch.warn()
             rate = float(np.asarray(step_fn.schedule(step - 1)))
             last = window.means() | clock.shares()
             last |= {"learning_rate": rate, "skipped_steps": guard.total}

@@ -61,6 +61,45 @@ def test_batch_mates_order_and_chunks_change_nothing(tiny_gecko, texts, monkeypa
     np.testing.assert_allclose(tiny_gecko.encode_passages(texts), whole, atol=1e-5)
 
 
+def test_equal_texts_have_equal_vectors(tiny_gecko, texts, monkeypatch):
+    # Rows of other widths, and other chunks.
+    monkeypatch.setattr(embedding, "TEXTS_PER_CHUNK", 7)
+    twice = [*texts, "a  table", *texts[::-1], "a table"]
+    encoded = []
+    project = embedding.Gecko._project
+
+    def count(self, tokens):
+        encoded.extend(tokens)
+        return project(self, tokens)
+
+    monkeypatch.setattr(embedding.Gecko, "_project", count)
+    vectors = tiny_gecko.encode_passages(twice)
+    assert len(encoded) == len(set(texts)) + 1
+    np.testing.assert_array_equal(vectors[:60], vectors[61:-1][::-1])
+    np.testing.assert_array_equal(vectors[60], vectors[-1])  # one space is as two
+    alone = tiny_gecko.encode_passages(texts[:3])
+    np.testing.assert_allclose(vectors[:3], alone, atol=1e-5)
+    # Texts that are equal as far as the encoder reads them.
+    start = "list sort " * 300
+    cut = tiny_gecko.encode_passages([start, f"{start} more"])
+    np.testing.assert_array_equal(cut[0], cut[1])
+
+
+def test_progress_counts_texts_that_come_again(tiny_gecko, monkeypatch):
+    monkeypatch.setattr(embedding, "TEXTS_PER_CHUNK", 2)
+    steps = []
+    update = embedding.progress.Progress.update
+
+    def record(self, step, text=""):
+        steps.append(step)
+        update(self, step, text)
+
+    monkeypatch.setattr(embedding.progress.Progress, "update", record)
+    tiny_gecko.encode_passages(["a", "b", "a", "b", "c"], description="x")
+    assert steps[-1] == 5
+    assert steps == sorted(steps)
+
+
 def test_each_side_is_written_in_its_format(tiny_files, tiny_gecko):
     for vectors, formatted in (
         (tiny_gecko.encode_queries(["x"]), "task: search result | query: x"),

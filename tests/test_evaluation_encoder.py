@@ -1,11 +1,12 @@
 """The encoder, as far as it needs neither mteb nor torch."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pytest
 
-from gecko_jax import text
+from gecko_jax import embedding, text
 from gecko_jax.evaluation import encoder as encoder_lib
 from gecko_jax.evaluation import store as store_lib
 
@@ -113,6 +114,30 @@ def test_empty_and_endless_texts_do_not_stop_a_run(encoder, recorder):
         "task: search result | query: none",
     ]
     assert len(formatted[3]) < text.MAX_CHARACTERS
+
+
+def test_an_empty_text_is_read_alike_whatever_the_format(tiny_files):
+    # An imported model writes passages without a title, and has no word for none.
+    plain = text.TextFormat(query="{text}", passage="{text}", no_title="")
+    gecko = embedding.Gecko(dataclasses.replace(tiny_files, text_format=plain))
+    recorder = Recorder(gecko)
+    encoder = encoder_lib.Encoder(
+        gecko, recorder, dim=8, name="a/b", query_length=20, passage_length=50
+    )
+    _encode(encoder, [{"text": ["", " "]}], _task("STS12", "STS"))
+    corpus = {"text": [" "], "title": [""], "body": [" "]}
+    _encode(encoder, [corpus], _task("X", "Retrieval"), DOCUMENT)
+    assert [asked for asked, _ in recorder.asked] == ["none"] * 3
+
+
+def test_equal_vectors_have_equal_cosines(encoder):
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(37, 8)).astype(np.float32)
+    passages = rng.normal(size=(101, 8)).astype(np.float32)
+    passages[51:] = passages[:50]
+    cosines = encoder.similarity(queries, passages)
+    np.testing.assert_allclose(cosines, queries @ passages.T, atol=1e-6)
+    np.testing.assert_array_equal(cosines[:, 51:], cosines[:, :50])
 
 
 def test_vectors_are_cut_and_cosines_are_cosines(tiny_gecko, tmp_path):

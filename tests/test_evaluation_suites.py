@@ -7,12 +7,21 @@ import pathlib
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 
 from gecko_jax import cli, embedding, flags, instructions
 from gecko_jax import config as config_lib
 from gecko_jax.evaluation import encoder as encoder_lib
-from gecko_jax.evaluation import judge, local_tasks, scoreboard, sets, store, suites
+from gecko_jax.evaluation import (
+    judge,
+    judgements,
+    local_tasks,
+    scoreboard,
+    sets,
+    store,
+    suites,
+)
 
 # mteb brings PyTorch.
 pytestmark = pytest.mark.torch
@@ -125,6 +134,137 @@ def test_mteb_gives_the_scores_of_gecko_evaluate(run, tiny_gecko, folder):
             assert task.scores[row.dim] == scores["main_score"]
             assert 0.02 < abs(expected) < 0.98  # no accident
     assert tasks[0].scores[8] != tasks[0].scores[16]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Sets that only agree where ids, ties and grades are treated alike."""
+    folder = tmp_path_factory.mktemp("odd")
+    passages = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
+    # Ids of one numbering: judged, of the query's text, and neither.
+    overlap = {
+        "corpus": [{"_id": str(n), "text": p} for n, p in enumerate(passages)],
+        "queries": [
+            {"_id": str(n), "text": passages[n] if n % 3 else f"{passages[-n]} file"}
+            for n in range(0, 30, 2)
+        ],
+        "qrels": [
+            {"query-id": str(n), "corpus-id": str((n + n % 4) % 30), "score": 1}
+            for n in range(0, 30, 2)
+        ],
+    }
+    # Every text ten times.
+    ties = {
+        "corpus": [{"_id": f"p{n}", "text": passages[n % 30]} for n in range(300)],
+        "queries": [{"_id": f"q{n}", "text": passages[n]} for n in range(0, 30, 3)],
+        "qrels": [
+            {"query-id": f"q{n}", "corpus-id": f"p{(n + 17 * k) % 300}", "score": k + 1}
+            for n in range(0, 30, 3)
+            for k in range(18)
+        ],
+    }
+    steps = (0.25, 1.5, 0.1, 7e11)
+    grades = {
+        "corpus": overlap["corpus"],
+        "queries": [{"_id": f"q{n}", "text": passages[n]} for n in range(8)],
+        "qrels": [
+            {
+                "query-id": f"q{n}",
+                "corpus-id": str(n + 3 * k),
+                "score": steps[n % 4] * (k + 1),
+            }
+            for n in range(8)
+            for k in range(3)
+        ],
+    }
+    for name, parts in {"overlap": overlap, "ties": ties, "grades": grades}.items():
+        (folder / name).mkdir()
+        for part, records in parts.items():
+            (folder / name / f"{part}.jsonl").write_text(_lines(records))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["overlap", "ties", "grades"])
+def test_odd_sets_have_the_same_scores_both_ways(tiny_gecko, odd, tmp_path, name):
+    config = _config(tmp_path)
+    config.folders = (str(odd / name),)
+    board = suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
+    assert not board.failures
+    results = judge.evaluate(tiny_gecko, [odd / name], dims=DIMS, baselines=False)
+    metrics = {
+        "ndcg_at_10": "ndcg_at_10",
+        "recall_at_100": "recall_at_100",
+        "mrr_at_10": "mrr_at_10",
+    }
+    for row in results.find("model"):
+        model = "gecko-jax__tiny" if row.dim == 16 else f"gecko-jax__tiny-{row.dim}"
+        (path,) = (tmp_path / "out" / "results" / model).glob(f"*/{name}.json")
+        (scores,) = json.loads(path.read_text())["scores"]["test"]
+        for ours, theirs in metrics.items():
+            assert scores[theirs] == pytest.approx(row.metrics[ours], abs=1e-5), ours
+        assert 0.002 < row.metrics["ndcg_at_10"] < 0.98
+    if name == "overlap":
+        (found,) = sets.load(odd / name)
+        own = judgements.find_own(found)
+        assert 0 < len(own) < len(set(found.query_ids) & set(found.passage_ids))
+
+
+def test_grades_that_mteb_cannot_count_are_refused_before_it_runs(
+    tiny_gecko, odd, tmp_path
+):
+    (found,) = sets.load(odd / "grades")
+    relevance = dict(found.relevance) | {"q0": {"0": 1 / 3, "1": 1}}
+    with pytest.raises(ValueError, match=r"grades: query 'q0' has the grades 0\.33"):
+        local_tasks.build(tiny_gecko, dataclasses.replace(found, relevance=relevance))
+    absent = {query: {"x": 1} for query in found.query_ids}
+    with pytest.raises(ValueError, match="absent from the corpus"):
+        local_tasks.build(tiny_gecko, dataclasses.replace(found, relevance=absent))
+
+
+def test_results_of_whole_grades_and_distinct_ids_stay_valid(folder):
+    # An earlier run's results are found by this.
+    (found,) = sets.load(folder / "finding")
+    assert local_tasks._revision(judgements.for_trec(found)) == (
+        local_tasks._revision(found)
+    )
+
+
+def test_sets_that_ignore_identical_ids_are_those_of_mteb():
+    import mteb
+
+    tasks = mteb.get_tasks(languages=["eng"], exclude_superseded=False)
+    by_name = {judgements._plain(task.metadata.name): task for task in tasks}
+    known = judgements._IGNORES_OWN & by_name.keys()
+    assert known == judgements._IGNORES_OWN - {"fiqa", "quora"}
+    assert all(by_name[name].ignore_identical_ids for name in known)
+
+
+def test_an_empty_text_runs_in_every_text_format(tiny_files, tmp_path):
+    import mteb
+
+    from gecko_jax import text
+
+    found = sets.SimilaritySet(
+        "empty", ("list", "", "table"), ("file", "b", " "), np.array([3.0, 1.0, 2.0])
+    )
+    plain = text.TextFormat(query="{text}", passage="{text}", no_title="")
+    scores = []
+    for text_format in (tiny_files.text_format, plain):
+        gecko = embedding.Gecko(
+            dataclasses.replace(tiny_files, text_format=text_format)
+        )
+        encoder = encoder_lib.Encoder(
+            gecko,
+            store.Store(tmp_path / str(len(scores)), gecko, max_gib=1),
+            dim=16,
+            name="a/b",
+            query_length=64,
+            passage_length=200,
+        )
+        with suites._quiet():
+            result = mteb.evaluate(encoder, local_tasks.build(gecko, found), cache=None)
+        scores.append(result.task_results[0].get_score())
+    assert len(scores) == 2
 
 
 def test_the_tools_of_mteb_read_the_results(run):

@@ -109,12 +109,55 @@ def test_bm25_finds_by_stemmed_words_and_leaves_the_rest_out():
     assert ranked[2:] == [[], []]
 
 
-def test_bm25_breaks_ties_by_position_and_cuts_at_k():
+def test_bm25_breaks_ties_by_the_greater_id_and_cuts_at_k():
     passages = ["same words"] * 30 + ["other thing"]
     ids = [f"p{i}" for i in range(31)]
     assert ranking.bm25_rankings(["words"], passages, ids, k=4) == [
-        ["p0", "p1", "p2", "p3"]
+        ["p9", "p8", "p7", "p6"]
     ]
+    # Not at a border either: the best one is there, and then the greatest ids.
+    passages[3] = "words words"
+    assert ranking.bm25_rankings(["words"], passages, ids, k=3) == [["p3", "p9", "p8"]]
+
+
+def test_ties_rank_as_in_trec_eval():
+    trec = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(0)
+    names = [*(f"p{n}" for n in range(30)), "é", "z", "Z", "10", "9"]
+    for _ in range(30):
+        ids = rng.permutation(names).tolist()
+        scores = rng.integers(0, 4, len(ids)).astype(np.float32)
+        order = ranking.tie_order(ids)
+        best = ranking.best_positions(scores[order], 10)
+        ranked = [ids[order[int(place)]] for place in best]
+        relevance = {
+            p: int(g) for p, g in zip(ids, rng.integers(0, 3, 35), strict=True)
+        }
+        relevance["p0"] = 3
+        judge = trec.RelevanceEvaluator({"q": relevance}, {"ndcg_cut.10", "recip_rank"})
+        run = dict(zip(ids, scores.tolist(), strict=True))
+        expected = judge.evaluate({"q": run})["q"]
+        found = ranking.ndcg_at_k(ranked, relevance)
+        assert found == pytest.approx(expected["ndcg_cut_10"], abs=1e-12)
+
+
+def test_equal_rows_are_found_whatever_their_type():
+    rows = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [5, 6]])
+    for dtype in (np.float32, np.int8, np.uint8):
+        first, number_of = ranking.distinct_rows(rows.astype(dtype))
+        assert first.tolist() == [0, 1, 4]
+        assert number_of.tolist() == [0, 1, 0, 1, 2]
+    assert ranking.distinct_rows(rows[:0])[0].shape == (0,)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.1, 3, 1e-300, 1e300, 10**300])
+def test_ndcg_does_not_depend_on_the_unit_of_the_grades(factor):
+    grades = {"a": 1, "b": 3, "c": 2, "d": 0, "e": -1}
+    ranked = ["a", "e", "c", "d", "b"]
+    expected = ranking.ndcg_at_k(ranked, grades)
+    assert expected == pytest.approx(_loop_ndcg(ranked, grades, 10))
+    scaled = {passage: grade * factor for passage, grade in grades.items()}
+    assert ranking.ndcg_at_k(ranked, scaled) == pytest.approx(expected)
 
 
 def test_bm25_survives_a_corpus_of_stop_words():

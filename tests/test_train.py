@@ -310,3 +310,28 @@ def test_weighed_tokens_count_by_their_weight(cache):
     (common, end) = batches.vocabulary.encode(["list"])[0][-2:]
     assert weights[common] < 0.2
     assert weights[end] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("part", "masked"), [("query", True), ("positive", False)])
+def test_a_task_without_any_negative_is_told(tmp_path, caplog, part, masked):
+    fields = ("query", "positive")
+    records = [
+        {"task": "one"}
+        | {name: "the same" if name == part else f"other {n}" for name in fields}
+        for n in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
+    config = build(
+        tmp_path,
+        data__num_negatives=0,
+        train__num_steps=2,
+        loss__mask_duplicates=masked,
+    )
+    with caplog.at_level("WARNING", logger="absl"):
+        last = train.train(config, tmp_path / "run")
+    assert (abs(last["loss"]) < 1e-5) == masked
+    told = [r.getMessage() for r in caplog.records if "Task one: " in r.getMessage()]
+    assert len(told) == 1  # not at every step
+    assert "none of its first 16 examples has a negative" in told[0]

@@ -8,6 +8,7 @@
     cache           task -> tokenized records, addressed by number
     seqio_cache     the same work as a job of Apache Beam
     pipeline        tokenized records -> `Batches`, addressed by step
+    negatives       which examples of a batch have any
     mining          BM25 hard negatives
     pieces          training a SentencePiece vocabulary
     fret_builder    an export of FRet -> a TFDS data set

@@ -3,7 +3,8 @@
     results = evaluation.evaluate(embedding.load("runs/finetune"), ["quickstart"])
     print(evaluation.format_table(results))
 
-`sets` reads the files, `judge` scores them, `tables` prints the scores. MTEB runs
+`sets` reads the files, `judgements` checks what their qrels mean, `judge` scores them,
+`tables` prints the scores. MTEB runs
 through `suites`: `encoder` is what mteb asks for texts, `store` keeps the vectors,
 `local_tasks` shows our sets to mteb, `scoreboard` sets the scores beside published
 ones.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import embedding, instructions, text
+from gecko_jax import embedding, instructions, ranking, text
 from gecko_jax.evaluation import store as store_lib
 
 # Column of our local tasks: the task of each query, or of each passage when it is
@@ -105,8 +105,15 @@ class Encoder:
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Returns the cosine of every first with every second vector."""
-        return np.asarray(embeddings1) @ np.asarray(embeddings2).T
+        """Returns the cosine of every first with every second vector.
+
+        Equal second vectors get equal cosines, so that mteb sees the tie.
+        """
+        second = np.asarray(embeddings2)
+        first, number_of = ranking.distinct_rows(second)
+        if len(first) == len(second):
+            return np.asarray(embeddings1) @ second.T
+        return (np.asarray(embeddings1) @ second[first].T)[:, number_of]
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Returns the cosine of each first vector with the second in its place."""
@@ -162,10 +169,12 @@ class Encoder:
     def _mend(self, content: str) -> str:
         """Fills in an empty text, which some data sets have, and cuts an endless one.
 
-        Gecko refuses both, but here nobody can mend the data.
+        Gecko refuses both, but here nobody can mend the data. The text format of an
+        imported model may have no word for a missing title.
         """
         if not content.strip():
-            return self._gecko.files.text_format.no_title
+            no_title = self._gecko.files.text_format.no_title
+            return no_title if no_title.strip() else text.TextFormat.no_title
         # Half: NFC may make a text longer.
         return content[: text.MAX_CHARACTERS // 2]
 

@@ -2,8 +2,9 @@
 
 Retrieval is judged by nDCG@10, recall@100 and MRR@10, similarity by Spearman's
 correlation of the cosines, classification by the accuracy of a logistic regression.
-The texts are encoded once, and every dim is judged on its prefix of the vectors. As in
-BEIR, a passage with the id of the query is passed over.
+The texts are encoded once, and every dim is judged on its prefix of the vectors. Equal
+scores rank as in trec_eval (`ranking.tie_order`). `judgements` decides which passages
+count.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from gecko_jax import (
     ranking,
     vocabulary,
 )
-from gecko_jax.evaluation import classification, sets, tables
+from gecko_jax.evaluation import classification, judgements, sets, tables
 
 # Judged to this rank by recall, the deepest of the metrics.
 DEPTH = 100
@@ -85,6 +86,8 @@ def evaluate(
         quantization.check_precision(precision)
     # All is read first, so that a fault in the last set does not waste the others.
     all_sets = list(sets.load_all(paths))
+    for found in all_sets:
+        judgements.check(found)
     fresh = _untrained(gecko) if untrained else None
     rows: list[tables.Row] = []
     for found in all_sets:
@@ -146,6 +149,8 @@ def _judge(
     rankings: dict[tuple[int, str], list[list[str]]] = {
         kind: [[]] * len(tasks) for kind in kinds
     }
+    order = ranking.tie_order(found.passage_ids)
+    ids = [found.passage_ids[place] for place in order]
     for passage_task, members in searches.items():
         passages = gecko.encode(
             found.texts,
@@ -153,18 +158,50 @@ def _judge(
             task=passage_task,
             titles=found.titles,
             description=f"Encoding {description}",
-        )
+        )[order]
         for dim, precision in kinds:
             codes = quantization.encode(embedding.cut(passages, dim), precision)
-            corpus = index.Index(codes, found.passage_ids)
-            _, ids = corpus.search(embedding.cut(queries[members], dim), DEPTH + 1)
-            for query, ranked in zip(members, ids, strict=True):
-                rankings[dim, precision][query] = ranked
+            ranked = _rank(codes, ids, embedding.cut(queries[members], dim))
+            for query, best in zip(members, ranked, strict=True):
+                rankings[dim, precision][query] = best
     return [
         row
         for dim, precision in kinds
         for row in _score(found, system, dim, rankings[dim, precision], precision)
     ]
+
+
+def _rank(
+    codes: quantization.Codes,
+    ids: Sequence[str],
+    queries: Float[np.ndarray, "Q D"],
+) -> list[list[str]]:
+    """Returns the best passages of each query, one more than is judged.
+
+    Args:
+        codes: The vectors of the passages, in `ranking.tie_order`.
+        ids: Of the passages, in the same order.
+        queries: Vectors of the same width.
+    """
+    k = DEPTH + 1
+    first, number_of = ranking.distinct_rows(codes.values)
+    if len(first) == len(ids):
+        return index.Index(codes, ids).search(queries, k)[1]
+    members: list[list[str]] = [[] for _ in first]
+    for identity, number in zip(ids, number_of, strict=True):
+        if len(members[number]) < k:
+            members[number].append(identity)
+    codes = dataclasses.replace(codes, values=codes.values[first])
+    built = index.Index(codes, [group[0] for group in members])
+    ranked = []
+    for scores, numbers in zip(*built.search_positions(queries, k), strict=True):
+        hits = [
+            (score, identity)
+            for score, number in zip(scores.tolist(), numbers, strict=True)
+            for identity in members[number]
+        ]
+        ranked.append([identity for _, identity in sorted(hits, reverse=True)[:k]])
+    return ranked
 
 
 def resolve_tasks(
@@ -248,7 +285,10 @@ def _judge_bm25(found: sets.RetrievalSet) -> list[tables.Row]:
     ranked = ranking.bm25_rankings(
         found.queries, passages, found.passage_ids, DEPTH + 1
     )
-    return _score(found, tables.BM25, None, ranked)
+    rows = _score(found, tables.BM25, None, ranked)
+    if any(ranked):
+        return rows
+    return [dataclasses.replace(row, note=tables.NO_HIT) for row in rows]
 
 
 def bag_of_words_baseline(
@@ -273,6 +313,8 @@ def bag_of_words_baseline(
         f"{title} {text}" if title else text
         for title, text in zip(found.titles, found.texts, strict=True)
     ]
+    order = ranking.tie_order(found.passage_ids)
+    passages = [passages[place] for place in order]
     corpus_tokens = [np.array(ids[:-1], np.int64) for ids in vocab.encode(passages)]
     query_tokens = [np.array(ids[:-1], np.int64) for ids in vocab.encode(found.queries)]
     if idf:
@@ -285,7 +327,11 @@ def bag_of_words_baseline(
         embedding.cut(np.stack([table[tokens].sum(axis=0) for tokens in side]), dim)
         for side in (corpus_tokens, query_tokens)
     )
-    _, ranked = index.Index(corpus, found.passage_ids).search(queries, DEPTH + 1)
+    ranked = _rank(
+        quantization.encode(corpus, quantization.FLOAT32),
+        [found.passage_ids[place] for place in order],
+        queries,
+    )
     return _score(found, tables.IDF_BAG if idf else tables.BAG, dim, ranked)
 
 
@@ -298,8 +344,8 @@ def _score(
 ) -> list[tables.Row]:
     """Returns a row for all queries, and one per task where there are several."""
     scores = np.empty((len(_METRICS), len(rankings)))
+    rankings = judgements.leave_out_own(found, rankings)
     for q, (query, ranked) in enumerate(zip(found.query_ids, rankings, strict=True)):
-        ranked = [passage for passage in ranked if passage != query]
         for m, metric in enumerate(_METRICS.values()):
             scores[m, q] = metric(ranked, found.relevance[query])
     tasks = np.array(found.tasks)
@@ -341,6 +387,8 @@ def _describe(
     all_sets: Sequence[sets.EvaluationSet],
 ) -> dict[str, Any]:
     model_files = gecko.files
+    retrieval = [one for one in all_sets if isinstance(one, sets.RetrievalSet)]
+    own = {one.name: len(judgements.find_own(one)) for one in retrieval}
     return {
         "revision": gecko.revision,
         "step": model_files.step,
@@ -352,11 +400,8 @@ def _describe(
         "text_format": model_files.text_format.to_dict(),
         "backend": jax.default_backend(),
         "versions": model_folder.versions(),
-        "num_passages": {
-            found.name: len(found.texts)
-            for found in all_sets
-            if isinstance(found, sets.RetrievalSet)
-        },
+        "num_passages": {one.name: len(one.texts) for one in retrieval},
+        "num_own_left_out": {name: number for name, number in own.items() if number},
     }
 
 
@@ -377,6 +422,8 @@ def build_callback(
         found.limit(max_queries, 10 * max_queries)
         for found in sets.load(config.evaluation.folder)
     ]
+    for found in all_sets:
+        judgements.check(found)
 
     def evaluate_now(params: Any, step: int) -> dict[str, float]:
         model_files = model_folder.load_settings(pathlib.Path(workdir))

@@ -10,8 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gecko_jax import embedding
-from gecko_jax.evaluation import encoder, judge, sets
+from absl import logging
+
+from gecko_jax import embedding, wording
+from gecko_jax.evaluation import encoder, judge, judgements, sets
 
 # mteb's type, its class, and its main metric.
 _TYPES: Mapping[type, tuple[Any, str, str]] = {
@@ -31,11 +33,21 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
 
     Raises:
         ValueError: Its queries are of symmetric and of other tasks: mteb encodes the
-            passages once, and these need two ways of writing.
+            passages once, and these need two ways of writing. Or `judgements` refuses
+            its judgements.
     """
     from mteb import abstasks
     from mteb.abstasks import task_metadata
 
+    judgements.check(found)
+    if isinstance(found, sets.RetrievalSet):
+        if num_own := len(judgements.find_own(found)):
+            logging.info(
+                "%s: %s with the id of the query left out of rankings",
+                found.name,
+                wording.counted(num_own, "passage"),
+            )
+        found = judgements.for_trec(found)
     kind, class_name, main_score = _TYPES[type(found)]
     metadata = task_metadata.TaskMetadata(
         name=found.name,
@@ -50,7 +62,7 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
         main_score=main_score,
     )
     members: dict[str, Any] = {"metadata": metadata}
-    if kind == "Retrieval":  # As in BEIR, and as `judge` does it.
+    if kind == "Retrieval":  # `judgements.for_trec` has renamed the other queries.
         members["ignore_identical_ids"] = True
     task = type(found.name, (getattr(abstasks, class_name),), members)()
     task.dataset = _rows(gecko, found)

@@ -22,6 +22,9 @@ UNTRAINED = "untrained model"
 BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
 SYSTEMS = (MODEL, BM25, UNTRAINED, BAG, IDF_BAG)
 
+# Note on the row of BM25 when no query finds a passage.
+NO_HIT = "no query shares a word with a passage"
+
 # Metric -> its name in a table, and what is counted of its sets.
 METRICS: dict[str, tuple[str, str]] = {
     "ndcg_at_10": ("nDCG@10", "queries"),
@@ -44,6 +47,7 @@ class Row:
         count: Queries, pairs of sentences, or texts to classify.
         metrics: ndcg_at_10, recall_at_100 and mrr_at_10, or spearman, or accuracy.
         precision: How the vectors of passages are stored (`quantization`).
+        note: What the numbers do not say, such as `NO_HIT`; "" for nothing.
     """
 
     set: str
@@ -53,6 +57,7 @@ class Row:
     count: int
     metrics: dict[str, float]
     precision: str = quantization.FLOAT32
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -70,7 +75,11 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
-        return {"about": self.about, "rows": [dataclasses.asdict(r) for r in self.rows]}
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        for row in rows:
+            if not row["note"]:
+                del row["note"]
+        return {"about": self.about, "rows": rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Results":
@@ -122,10 +131,15 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     num_passages = results.about.get("num_passages", {}).get(name)
     title = f"{name}: {overall[0].count:,} {unit}"
     title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
+    captions = ["under a task: nDCG@10 of its queries"] if tasks else []
+    captions += [f"{row.label}: {row.note}" for row in overall if row.note]
+    if num_own := results.about.get("num_own_left_out", {}).get(name):
+        left_out = wording.counted(num_own, "passage")
+        captions.append(f"left out of rankings: {left_out} with the id of the query")
     built = table.Table(
         title=title,
         title_justify="left",
-        caption="under a task: nDCG@10 of its queries" if tasks else None,
+        caption="\n".join(captions) or None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
