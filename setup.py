@@ -27,6 +27,7 @@ _CORE = [
     "jaxtyping>=0.3.11",
     "numpy>=2.4",
     "safetensors>=0.8.0",
+    "xxhash>=3.5",
     # Checkpoints of T5X.
     "ml-dtypes>=0.5",
     "msgpack>=1.1",

@@ -156,7 +156,7 @@ def test_a_damaged_model_is_not_exported(
     if kind == "folder":
         model_folder.save_model(tmp_path / "model", small_files)
         _halve(tmp_path / "model" / "model.safetensors")
-        source, message = tmp_path / "model", "not a whole safetensors file"
+        source, message = tmp_path / "model", "model.safetensors: damaged"
     else:
         for path in (workdir / "checkpoints" / "4" / "params").rglob("d/*"):
             _halve(path)

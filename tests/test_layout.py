@@ -14,6 +14,7 @@ PACKAGE = ROOT / "gecko_jax"
 # Room -> floor. A folder is one room.
 FLOORS = {
     "blockwise": 0,
+    "checksums": 0,
     "chips": 0,
     "config": 0,
     "contamination": 0,
