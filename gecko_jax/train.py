@@ -126,10 +126,10 @@ def _train(
         keep_every_steps=config.checkpoint.keep_every_steps,
     )
     restored = checkpointer.restore(step_fn.shapes.params, step_fn.shapes.opt_state)
-    first_step = 0
+    first_step, before = 0, {}
     if restored is not None:
-        first_step, params, opt_state, position = restored
-        workdir_lib.check_position(position, batches, config)
+        first_step, params, opt_state, before = restored
+        workdir_lib.check_position(before, batches, config)
         logging.info("going on from step %d of %s", first_step, workdir)
     else:
         if start is not None:
@@ -153,6 +153,7 @@ def _train(
         logging.info("%s", line)
     writer = metrics.Writer(workdir, first_step, enabled=is_main)
     window = _window(config, batches, mesh)
+    window.restore(before.get("window", {}))
     bar = progress.Progress("Training", num_steps, first_step, enabled=is_main)
     position = {
         "mixture_hash": batches.mixture_hash,
@@ -160,6 +161,7 @@ def _train(
         "seed": config.seed,
     }
     guard = nonfinite.Guard(config.train.max_skipped_steps, batches.task_names, workdir)
+    guard.restore(before.get("skipped", {}))
     last: dict[str, float] = {}
 
     def finish(
@@ -197,8 +199,10 @@ def _train(
     def save(step: int) -> None:
         # What was logged up to here is on disk before the step counts as done.
         writer.flush()
+        # What the next line of metrics needs of the steps since the last one.
+        counters = {"window": window.state(), "skipped": guard.state()}
         with clock.within("checkpoint"):
-            checkpointer.save(step, state.params, state.opt_state, position)
+            checkpointer.save(step, state.params, state.opt_state, position | counters)
 
     step, is_interrupted = first_step, False
     try:

@@ -160,7 +160,7 @@ def test_a_damaged_model_is_not_exported(
     else:
         for path in (workdir / "checkpoints" / "4" / "params").rglob("d/*"):
             _halve(path)
-        source, message = workdir, "this checkpoint cannot be read"
+        source, message = workdir, "this checkpoint is damaged"
     before = sorted(tmp_path.iterdir())
     output = tmp_path / "out"
     assert message in _fail(

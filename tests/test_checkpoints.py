@@ -63,7 +63,7 @@ def test_a_position_that_is_no_object_is_damage(small_files, workdir, caplog):
 
 def test_when_no_checkpoint_can_be_read_none_is_touched(small_files, workdir):
     _halve(workdir / "checkpoints")
-    with pytest.raises(ValueError, match="4: this checkpoint cannot be read"):
+    with pytest.raises(ValueError, match="4: this checkpoint is damaged"):
         _restore(small_files, workdir)
     assert checkpoints.latest_step(workdir) == 4
     assert not (workdir / "damaged").exists()

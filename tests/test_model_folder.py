@@ -174,7 +174,7 @@ def test_a_truncated_checkpoint_is_named_with_the_remedy(workdir):
         if path.is_file() and path.stat().st_size:
             os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(
-        ValueError, match=r"4/params: this checkpoint.*truncated.*Remove"
+        ValueError, match=r"checkpoints/4: this checkpoint is damaged.*move .* away"
     ):
         model_folder.load_model(workdir)
 
