@@ -90,7 +90,7 @@ def _vectors(folder, tiny_files):
     def read():
         ids, codes = vectors.read_codes(folder)
         settings = vectors.read_settings(folder)
-        return ids, codes.values, codes.ranges, codes.dim, settings
+        return ids, codes.values, codes.ranges, settings["dim"], settings["revision"]
 
     return read
 
@@ -102,7 +102,8 @@ def _teacher(folder, _):
 
     def read():
         opened = teacher.Teacher(folder, 4)
-        return opened.look_up(np.arange(10, dtype=np.uint64)), opened.facts
+        vectors = opened.look_up(np.arange(10, dtype=np.uint64))
+        return vectors, opened.dim, opened.facts["sha256"]
 
     return read
 
