@@ -193,8 +193,20 @@ class Writer:
         if self._file is None or self._board is None:
             return
         line = {"step": step} | {k: round(v, 6) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            path = self._file.name
+            with contextlib.suppress(OSError):  # Closing writes again.
+                self._file.close()
+            self._file = None
+            raise OSError(
+                error.errno,
+                f"{path}: the metrics of step {step} cannot be written "
+                f"({error.strerror}); make room on the disk, and the same command goes "
+                "on from the last checkpoint",
+            ) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -205,8 +217,9 @@ class Writer:
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None and self._board is not None:
+        if self._file is not None:
             self._file.close()
+        if self._board is not None:
             self._board.close()
 
 
