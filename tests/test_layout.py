@@ -30,6 +30,7 @@ FLOORS = {
     "numerics": 0,
     "packing": 0,
     "parameters": 0,
+    "platforms": 0,
     "plots": 0,
     "pretrained": 0,
     "progress": 0,
