@@ -147,3 +147,12 @@ def test_utilisation_counts_the_tokens_of_texts_alone(monkeypatch):
     # Three tokens of queries and five of passages in two seconds.
     found = window.means()["model_flops_utilisation"]
     assert found == (3 * 3.0 + 5 * 5.0) / 2 / 100
+
+
+def test_a_full_disk_names_the_file_and_closes(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path, 0)
+    writer._file.close()
+    writer._file = open("/dev/full", "a")  # noqa: PTH123, SIM115
+    with pytest.raises(OSError, match=r"/dev/full: the metrics of step 1 .*make room"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
