@@ -25,7 +25,5 @@ def test_parameters_of_another_size_are_listed_together(small_files):
 
 def test_more_layers_than_parameters_are_refused_before_they_are_traced(small_files):
     config = dataclasses.replace(small_files.encoder_config, num_layers=10**9)
-    with pytest.raises(
-        ValueError, match=r"num_layers=1,000,000,000, and there are \d+"
-    ):
+    with pytest.raises(ValueError, match=r"num_layers=1,000,000,000, and there"):
         parameters.check(small_files.params, config, source="here")
