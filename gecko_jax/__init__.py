@@ -12,7 +12,7 @@ The import is light: neither JAX nor TensorFlow is loaded until they are needed.
 
 from typing import TYPE_CHECKING, Any
 
-from gecko_jax import numerics
+from gecko_jax import numerics, platforms
 
 if TYPE_CHECKING:
     from gecko_jax.embedding import load
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 # Must come before JAX starts its backend, so before anything else of ours.
 numerics.set_cpu_flags()
+platforms.skip_absent_tpu()
 
 
 def __getattr__(name: str) -> Any:

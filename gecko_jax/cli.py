@@ -57,7 +57,7 @@ Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
 
 def run() -> NoReturn:
     """Runs the command as a process of its own, which ends here."""
-    sys.unraisablehook = _repeat_lost_interrupt
+    sys.unraisablehook = _handle_lost_error
     status = main()
     if status == _INTERRUPTED:
         # XLA's threads are at work still, and crash when Python is taken down.
@@ -67,8 +67,12 @@ def run() -> NoReturn:
     sys.exit(status)
 
 
-def _repeat_lost_interrupt(lost: Any) -> None:
-    """Gives Ctrl-C again when it fell into a callback, where Python drops errors."""
+def _handle_lost_error(lost: Any) -> None:
+    """Takes an error of a callback, which Python drops: raises Ctrl-C again."""
+    if str(lost.exc_value) == "Event loop is closed":
+        # A save of Orbax that fails closes the loop that TensorStore's writers still
+        # report to, once for each array. The error of the save itself is raised.
+        return
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
@@ -113,6 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{command}: error: {_describe(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        # How XLA says that a device, or the host, has no memory left.
+        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        print(
+            f"{command}: error: out of memory ({first[:300]}); choose a smaller model, "
+            "batch or train.microbatch_size",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -141,6 +156,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _describe(error: BaseException) -> str:
     message = str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"out of memory ({message}); choose a smaller model, batch or file"
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
         return f"{error.filename}: a file is where a folder should be; name another"
     # "[Errno 2] No such file or directory: 'x'" -> "x: no such file or directory"
@@ -160,7 +177,14 @@ class _LogHandler(standard_logging.Handler):
 
     def filter(self, record: standard_logging.LogRecord) -> bool:
         is_ours = f"{os.sep}gecko_jax{os.sep}" in record.pathname
-        return self.debug or is_ours or record.levelno >= standard_logging.WARNING
+        # Each of its threads logs the error of a save, which is raised as well.
+        is_told = f"{os.sep}orbax{os.sep}" in record.pathname and (
+            record.levelno >= standard_logging.ERROR
+        )
+        is_shown = is_ours or (
+            record.levelno >= standard_logging.WARNING and not is_told
+        )
+        return self.debug or is_shown
 
     def emit(self, record: standard_logging.LogRecord) -> None:
         time = standard_logging.Formatter().formatTime(record, "%H:%M:%S")

@@ -27,7 +27,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from gecko_jax import chips, gradients, hlo, sharding
+from gecko_jax import chips, gradients, hlo, platforms, sharding
 from gecko_jax import config as config_lib
 from gecko_jax import step as step_lib
 
@@ -166,9 +166,8 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
             'compiling for TPUs needs libtpu: pip install "gecko-jax[tpu]"'
         ) from error
     # Without these it asks a cloud's metadata server which machine it is on.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    for name, value in platforms.NO_METADATA.items():
+        os.environ.setdefault(name, value)
     path = pathlib.Path(tempfile.gettempdir()) / "gecko_jax_libtpu.lock"
     with path.open("a") as file:
         try:

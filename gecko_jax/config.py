@@ -91,6 +91,16 @@ def _are_dims(values: tuple[Any, ...]) -> bool:
 _TEXT = Rule(str)
 _SWITCH = Rule(bool)
 _POSITIVE = Rule(int, "must be at least 1", lambda v: v >= 1)
+
+
+def _between(least: int, most: int) -> Rule:
+    return Rule(int, f"must be in [{least:,}, {most:,}]", lambda v: least <= v <= most)
+
+
+# What is far beyond any model or batch is a slip of the keyboard or damage, and is
+# refused before anything of that size is allocated or traced.
+_WIDTH = _between(1, 2**20)
+_LENGTH = _between(8, 2**20)
 _COUNT = Rule(int, "must be 0 or more", lambda v: v >= 0)
 _AXIS = Rule(int, "must be at least 1, or -1 for the rest", lambda v: v >= 1 or v == -1)
 _ABOVE_ZERO = Rule(float, "must be a number above 0", lambda v: 0 < v < math.inf)
@@ -104,24 +114,24 @@ SCHEMA: dict[str, Rule] = {
         tuple, "must be paths", lambda v: all(isinstance(p, str) and p for p in v)
     ),
     "data.vocabulary": Rule(str, "must be a path or 'quickstart'", bool),
-    "data.extra_ids": _COUNT,
-    "data.query_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
-    "data.passage_length": Rule(int, "must be at least 8 tokens", lambda v: v >= 8),
+    "data.extra_ids": _between(0, 100_000),
+    "data.query_length": _LENGTH,  # tokens
+    "data.passage_length": _LENGTH,  # tokens
     "data.text_format": _one_of("gecko", "plain"),
-    "data.batch_size": Rule(int, "must be at least 2", lambda v: v >= 2),
-    "data.num_negatives": _COUNT,
+    "data.batch_size": _between(2, 2**24),
+    "data.num_negatives": _between(0, 10_000),
     "data.packing": _SWITCH,
     "data.one_task_per_batch": _SWITCH,
     "data.cache_dir": Rule(str, "must name a folder", bool),
     "data.prepared_dir": Rule(str, "must name a folder", bool),
     "data.teacher": _TEXT,
     "data.teacher_dim": _COUNT,
-    "model.vocab_size": _POSITIVE,
-    "model.model_dim": _POSITIVE,
-    "model.num_layers": _COUNT,
-    "model.num_heads": _POSITIVE,
-    "model.head_dim": _POSITIVE,
-    "model.mlp_dim": _POSITIVE,
+    "model.vocab_size": _between(1, 2**24),
+    "model.model_dim": _WIDTH,
+    "model.num_layers": _between(0, 1_000),
+    "model.num_heads": _WIDTH,
+    "model.head_dim": _WIDTH,
+    "model.mlp_dim": _WIDTH,
     "model.mlp_activations": Rule(
         tuple,
         "must hold one or two of " + ", ".join(layers.ACTIVATIONS),
@@ -129,10 +139,12 @@ SCHEMA: dict[str, Rule] = {
     ),
     "model.shared_relative_bias": _SWITCH,
     "model.relpos_num_buckets": Rule(
-        int, "must be even and at least 4", lambda v: v >= 4 and v % 2 == 0
+        int,
+        "must be even and in [4, 65,536]",
+        lambda v: 4 <= v <= 2**16 and v % 2 == 0,
     ),
     "model.relpos_max_distance": _POSITIVE,
-    "model.embedding_dim": _POSITIVE,
+    "model.embedding_dim": _WIDTH,
     "model.projection": _SWITCH,
     "model.dropout_rate": _SHARE,
     "model.dtype": _one_of(*layers.DTYPES),

@@ -352,6 +352,27 @@ def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.unlink()
 
 
+def member(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the path of a file of a folder, which may be missing.
+
+    Raises:
+        ValueError: It is a folder or a device, or lies outside of the folder. A link
+            may lead from a snapshot of the hub's cache into that cache.
+    """
+    path = folder / name
+    place, root = path.resolve(), folder.resolve()
+    for parent in root.parents:
+        if parent.name.startswith("models--") and (parent / "snapshots").is_dir():
+            root = parent
+    if not place.is_relative_to(root):
+        raise ValueError(
+            f"{path}: leads out of its folder, to {place}; put the file itself there"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file; put the file itself there")
+    return path
+
+
 def check_replaceable(
     path: str | os.PathLike, markers: Sequence[str], others: Sequence[str] = ()
 ) -> None:

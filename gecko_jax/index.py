@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from gecko_jax import embedding, files, quantization, wording
+from gecko_jax import checksums, embedding, files, quantization, wording
 from gecko_jax import vectors as vectors_lib
 
 # 1 had float32 only.
@@ -39,6 +39,7 @@ BLOCK_QUERIES = 256
 
 _ABOUT, _VECTORS, _PASSAGES = "index.json", "vectors.npy", "passages.jsonl"
 _RANGES = "ranges.npy"
+_REMEDY = "make the index again with `gecko index`"
 _FIELDS = {
     "format_version": int,
     "num_passages": int,
@@ -221,8 +222,11 @@ class Index:
                 "dim": self.dim,
                 "precision": self.codes.precision,
                 "revision": self.revision,
+                checksums.FILES: checksums.of_files(
+                    temporary, [path.name for path in temporary.iterdir()]
+                ),
             }
-            (temporary / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+            checksums.write_object(temporary / _ABOUT, about)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="precision")
@@ -262,10 +266,10 @@ def load(folder: str | os.PathLike) -> Index:
     """
     path = pathlib.Path(folder)
     try:
-        about = files.read_object(
+        about = checksums.read_object(
             path / _ABOUT,
             _FIELDS,
-            remedy="make the index again with `gecko index`",
+            remedy=_REMEDY,
             defaults={"precision": quantization.FLOAT32},
         )
     except FileNotFoundError:
@@ -359,6 +363,4 @@ def from_embeddings(
 
 
 def _damaged(path: pathlib.Path | str, fault: object) -> ValueError:
-    return ValueError(
-        f"{path}: missing or damaged ({fault}); make the index again with `gecko index`"
-    )
+    return ValueError(f"{path}: missing or damaged ({fault}); {_REMEDY}")

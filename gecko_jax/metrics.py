@@ -77,24 +77,58 @@ class Window:
         self._reset()
 
     def _reset(self) -> None:
-        self._steps: list[Mapping[str, Any]] = []
-        self._examples = self._tokens = self._slots = 0
+        self._num_steps = 0
+        # Sums over the steps: numbers, or a list with an entry for each task.
+        self._sums: dict[str, Any] = {}
+        self._tokens = self._slots = 0
+        self._reset_speed()
+
+    def _reset_speed(self) -> None:
+        self._timed_examples = self._timed_tokens = 0
         self._flops = 0.0
         self._began = time.monotonic()
 
+    def state(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to finish the window, as JSON."""
+        return {
+            "num_steps": self._num_steps,
+            "sums": self._sums,
+            "tokens": self._tokens,
+            "slots": self._slots,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on with a window that another process began.
+
+        Speeds are those of this process alone.
+
+        Args:
+            state: What `state` returned; empty for an empty window.
+        """
+        self._reset()
+        if state:
+            self._num_steps = state["num_steps"]
+            self._sums = dict(state["sums"])
+            self._tokens, self._slots = state["tokens"], state["slots"]
+
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
         """Counts the examples, tokens and padding of a batch."""
-        self._examples += int(batch["example_mask"].sum())
+        self._timed_examples += int(batch["example_mask"].sum())
         for side in ("query", "passage"):
             segments = batch[f"{side}_segment_ids"]
             tokens = int(np.count_nonzero(segments))
             self._tokens += tokens
+            self._timed_tokens += tokens
             self._slots += segments.size
             self._flops += tokens * self._flops_per_token.get(side, 0.0)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Adds the metrics of one step."""
-        self._steps.append(values)
+        self._num_steps += 1
+        for name, value in values.items():
+            # In float64, which JSON holds exactly.
+            value = np.asarray(value, np.float64) + self._sums.get(name, 0.0)
+            self._sums[name] = value.tolist()
 
     def pause(self, seconds: float) -> None:
         """Leaves time that was not training out of the speeds."""
@@ -103,21 +137,21 @@ class Window:
     def means(self) -> dict[str, float]:
         """Returns the means of the window and opens the next one."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        if not self._steps:  # all were skipped
+        if not self._num_steps:  # all were skipped
             self._reset()
             return {}
-        names = [name for name in self._steps[0] if not name.startswith("task_")]
         result = {
-            name: float(np.mean([step[name] for step in self._steps])) for name in names
+            name: total / self._num_steps
+            for name, total in self._sums.items()
+            if not name.startswith("task_")
         }
-        sums = np.sum([step["task_loss_sum"] for step in self._steps], axis=0)
-        counts = np.sum([step["task_count"] for step in self._steps], axis=0)
+        sums, counts = self._sums["task_loss_sum"], self._sums["task_count"]
         for name, total, number in zip(self._task_names, sums, counts, strict=True):
             if number:
-                result[f"loss/{name}"] = float(total / number)
+                result[f"loss/{name}"] = total / number
         result |= {
-            "examples_per_second": self._examples / seconds,
-            "tokens_per_second": self._tokens / seconds,
+            "examples_per_second": self._timed_examples / seconds,
+            "tokens_per_second": self._timed_tokens / seconds,
             "padding_share": 1 - self._tokens / max(self._slots, 1),
         }
         if self._peak:
@@ -159,8 +193,20 @@ class Writer:
         if self._file is None or self._board is None:
             return
         line = {"step": step} | {k: round(v, 6) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            path = self._file.name
+            with contextlib.suppress(OSError):  # Closing writes again.
+                self._file.close()
+            self._file = None
+            raise OSError(
+                error.errno,
+                f"{path}: the metrics of step {step} cannot be written "
+                f"({error.strerror}); make room on the disk, and the same command goes "
+                "on from the last checkpoint",
+            ) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -171,8 +217,9 @@ class Writer:
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None and self._board is not None:
+        if self._file is not None:
             self._file.close()
+        if self._board is not None:
             self._board.close()
 
 

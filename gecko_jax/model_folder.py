@@ -10,12 +10,13 @@ A training workdir has the first two, and its newest checkpoint in place of the 
 (see `checkpoints`).
 """
 
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 
 from gecko_jax import (
     checkpoints,
+    checksums,
     files,
     model,
     parameters,
@@ -53,6 +55,7 @@ _RULES = {
     "revision": config_lib.Rule(str),
     "provenance": config_lib.Rule(dict),
 }
+_COPY_AGAIN = "copy it again from where the model was made"
 _VERSIONED = ("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy")
 
 
@@ -125,12 +128,20 @@ def save_model(
     with files.write_folder(path) as folder:
         tensors.write(folder, params, shard_bytes=shard_bytes, dtype=dtype)
         model_files = _name_revision(model_files, digests)
-        write_model_json(folder, model_files)
+        write_model_json(folder, model_files, tensors.names(folder))
     return model_files
 
 
-def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
-    """Writes `gecko.json` and the vocabulary; a workdir has no more of a model."""
+def write_model_json(
+    folder: pathlib.Path, model_files: ModelFiles, weights: Sequence[str] = ()
+) -> None:
+    """Writes `gecko.json` and the vocabulary; a workdir has no more of a model.
+
+    Args:
+        folder: The folder.
+        model_files: The model.
+        weights: Names of the files of parameters, whose checksums are written too.
+    """
     with files.write_file(folder / VOCABULARY) as temporary:
         temporary.write_bytes(model_files.vocabulary_proto)
     values = {
@@ -141,7 +152,9 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
         "revision": model_files.revision,
         "provenance": dict(model_files.provenance),
         "versions": versions(),
+        checksums.FILES: checksums.of_files(folder, [VOCABULARY, *weights]),
     }
+    values = checksums.seal(values)
     with files.write_file(folder / MODEL_JSON) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
@@ -311,7 +324,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
     path = pathlib.Path(path)
     values = _read_model_json(path)
     try:
-        proto = (path / VOCABULARY).read_bytes()
+        proto = files.member(path, VOCABULARY).read_bytes()
     except FileNotFoundError:
         raise ValueError(
             f"{path}: {VOCABULARY} is missing; copy it from where the model was made"
@@ -322,6 +335,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
             f"{path / VOCABULARY}: not the vocabulary that the model was trained with; "
             "copy it again from where the model was made"
         )
+    checksums.check_files(path, values, _COPY_AGAIN)
     return ModelFiles(
         params={},
         encoder_config=values["model"],
@@ -340,7 +354,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
 def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the values, checked, `model` and `text_format` as their dataclasses."""
     try:
-        values = files.parse_json((path / MODEL_JSON).read_text("utf-8"))
+        values = files.parse_json(files.member(path, MODEL_JSON).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path}: no {MODEL_JSON} here, so this is neither a training workdir nor "
@@ -360,6 +374,8 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             f"{path / MODEL_JSON}: format_version {values.get('format_version')}, "
             f"this gecko_jax reads {READABLE_VERSIONS}; upgrade gecko-jax"
         )
+    # `values` are turned into dataclasses below.
+    written = copy.deepcopy(values)
     # Folders of version 1 know nothing of the vocabulary's checksum.
     optional = {"vocabulary_sha256"} if values["format_version"] == 1 else set()
     faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
@@ -383,11 +399,17 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             width = values["model"].embedding_dim
             if max(values["mrl_dims"]) > width:
                 faults = [f"mrl_dims: none may exceed model.embedding_dim={width}"]
+            if values["extra_ids"] > values["model"].vocab_size:
+                faults.append(
+                    f"extra_ids={values['extra_ids']}: must not exceed "
+                    f"model.vocab_size={values['model'].vocab_size}"
+                )
     if faults:
         raise ValueError(
             f"{path / MODEL_JSON} has faults; copy it again from where the model was "
             "made:\n  " + "\n  ".join(faults)
         )
+    checksums.check_object(path / MODEL_JSON, written, _COPY_AGAIN)
     return values
 
 

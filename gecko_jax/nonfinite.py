@@ -33,6 +33,15 @@ class Guard:
         self._task_names = task_names
         self._workdir = workdir
 
+    def state(self) -> dict[str, int]:
+        """Returns what a resumed run needs to go on counting, as JSON."""
+        return {"total": self.total, "in_a_row": self._in_a_row}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Goes on counting from a `state`; from 0 where it is empty."""
+        self.total = state.get("total", 0)
+        self._in_a_row = state.get("in_a_row", 0)
+
     def is_finite(self, step: int, values: Mapping[str, Any]) -> bool:
         """Returns whether the step counts; a warning says where it does not.
 

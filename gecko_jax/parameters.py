@@ -46,11 +46,18 @@ def check(
     Raises:
         ValueError: Lists missing, unexpected and wrong-shape parameters together.
     """
+    found = {name: leaf.shape for name, leaf in flatten(params).items()}
+    # A layer has parameters of its own. Tracing a model of a damaged number of layers
+    # would not end.
+    if config.num_layers > len(found):
+        raise ValueError(
+            f"{source}: the model has num_layers={config.num_layers:,}, and there are "
+            f"{len(found):,} parameters in all; {remedy}"
+        )
     expected = {
         name: leaf.shape
         for name, leaf in flatten(model.abstract_params(config)[0]).items()
     }
-    found = {name: leaf.shape for name, leaf in flatten(params).items()}
     faults = [
         f"missing {name} {expected[name]}" for name in expected if name not in found
     ]

@@ -101,8 +101,8 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
         ValueError: A file is missing, truncated, or not where a shard may lie.
     """
     if (folder / f"{stem}{SUFFIX}").exists():
-        return _open_file(folder / f"{stem}{SUFFIX}")
-    index = folder / f"{stem}{INDEX}"
+        return _open_file(files.member(folder, f"{stem}{SUFFIX}"))
+    index = files.member(folder, f"{stem}{INDEX}")
     try:
         places = files.parse_json(index.read_text())["weight_map"]
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
                 f"{index}: it names the file {name!r}, outside its folder; do not use "
                 "this model"
             )
-        held = _open_file(folder / name)
+        held = _open_file(files.member(folder, name))
         lost = [t for t, file in places.items() if file == name and t not in held]
         if lost:
             raise ValueError(
@@ -130,6 +130,11 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
             )
         tensors |= held
     return tensors
+
+
+def names(folder: pathlib.Path, stem: str = "model") -> list[str]:
+    """Returns the names of the files that `write` wrote."""
+    return sorted(path.name for path in folder.glob(f"{stem}*{SUFFIX}*"))
 
 
 def has_tensors(folder: pathlib.Path, stem: str = "model") -> bool:

@@ -3,6 +3,7 @@
 `step` holds the mathematics; `train` reads top to bottom around it.
 """
 
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -95,6 +96,8 @@ def _train(
     _set_compilation_cache(config.train.compilation_cache)
     mesh = sharding.build_mesh(**step_lib.mesh_sizes(config))
 
+    _check_memory(f"data.batch_size={config.data.batch_size:,}", _batch_bytes(config))
+
     # Data, and the model's own files, which no step changes.
     start = initialization.load_start(config)
     initialization.check_vocabulary(load_vocabulary(config), config, start)
@@ -115,6 +118,10 @@ def _train(
         num_tasks=len(batches.task_names),
     )
     shardings = step_fn.shardings
+    state_bytes = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step_fn.shapes)
+    )
+    _check_memory("the parameters and the optimizer state", state_bytes)
     key = jax.random.key(config.seed)
 
     # The starting point: own workdir, then init.checkpoint, then scratch.
@@ -126,10 +133,10 @@ def _train(
         keep_every_steps=config.checkpoint.keep_every_steps,
     )
     restored = checkpointer.restore(step_fn.shapes.params, step_fn.shapes.opt_state)
-    first_step = 0
+    first_step, before = 0, {}
     if restored is not None:
-        first_step, params, opt_state, position = restored
-        workdir_lib.check_position(position, batches, config)
+        first_step, params, opt_state, before = restored
+        workdir_lib.check_position(before, batches, config)
         logging.info("going on from step %d of %s", first_step, workdir)
     else:
         if start is not None:
@@ -153,6 +160,7 @@ def _train(
         logging.info("%s", line)
     writer = metrics.Writer(workdir, first_step, enabled=is_main)
     window = _window(config, batches, mesh)
+    window.restore(before.get("window", {}))
     bar = progress.Progress("Training", num_steps, first_step, enabled=is_main)
     position = {
         "mixture_hash": batches.mixture_hash,
@@ -163,6 +171,7 @@ def _train(
     watch = negatives.Watch(
         batches.task_names, all_hard_negatives=config.loss.all_hard_negatives
     )
+    guard.restore(before.get("skipped", {}))
     last: dict[str, float] = {}
 
     def finish(
@@ -202,8 +211,10 @@ def _train(
     def save(step: int) -> None:
         # What was logged up to here is on disk before the step counts as done.
         writer.flush()
+        # What the next line of metrics needs of the steps since the last one.
+        counters = {"window": window.state(), "skipped": guard.state()}
         with clock.within("checkpoint"):
-            checkpointer.save(step, state.params, state.opt_state, position)
+            checkpointer.save(step, state.params, state.opt_state, position | counters)
 
     step, is_interrupted = first_step, False
     try:
@@ -261,6 +272,27 @@ def _train(
     if first_step >= num_steps:
         logging.info("%s is finished: %d steps of %d", workdir, first_step, num_steps)
     return last
+
+
+def _batch_bytes(config: ml_collections.ConfigDict) -> int:
+    """Returns the least memory of a batch whose texts all have full length."""
+    passages = (1 + config.data.num_negatives) * config.data.passage_length
+    tokens = config.data.batch_size * (config.data.query_length + passages)
+    return 2 * 4 * tokens  # ids and segments
+
+
+def _check_memory(what: str, num_bytes: int) -> None:
+    """Refuses what the memory of a CPU host cannot hold.
+
+    A host promises more memory than it has, and ends a process that uses it; an
+    accelerator says itself that its memory is full.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.default_backend() == "cpu" and num_bytes > memory * jax.process_count():
+        raise ValueError(
+            f"{what}: needs {num_bytes / 2**30:,.1f} GiB, and this machine has "
+            f"{memory / 2**30:,.1f} GiB of memory; choose a smaller model or batch"
+        )
 
 
 def _is_evaluated(workdir: pathlib.Path, step: int) -> bool:

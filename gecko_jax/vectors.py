@@ -6,7 +6,6 @@ vectors/shard-00001.npz   ...
 """
 
 import itertools
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import embedding, files, progress, quantization
+from gecko_jax import checksums, embedding, files, progress, quantization
 
 _SETTINGS = "embeddings.json"
 _FIELDS = {
@@ -127,7 +126,7 @@ def embed_file(
 def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """Returns what `embed_file` wrote about the vectors of `folder`."""
     try:
-        return files.read_object(
+        return checksums.read_object(
             pathlib.Path(folder) / _SETTINGS,
             _FIELDS,
             remedy="remove the folder and embed again",
@@ -172,6 +171,7 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
             or len(loaded.ids) != expected
             or (loaded.vectors.dtype, loaded.vectors.shape)
             != (values.dtype, (expected, width))
+            or (loaded.ranges is None) == (precision == quantization.INT8)
             or not (shard == 0 or _are_equal(loaded.ranges, ranges))
         ):
             raise ValueError(
@@ -201,8 +201,7 @@ def _write_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         return
     if folder.is_dir() and any(folder.glob("shard-*")):
         raise ValueError(f"{folder}: shards without {_SETTINGS}; choose another folder")
-    with files.write_file(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    checksums.write_object(path, settings)
 
 
 def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
@@ -243,6 +242,11 @@ def _load_shard(path: pathlib.Path) -> _Shard | None:
     try:
         # numpy leaves a damaged file open that it opened itself.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
+            # What `embed_file` writes is not compressed, so that no array is larger
+            # than the file.
+            sizes = [member.file_size for member in shard.zip.infolist()]
+            if sum(sizes) > path.stat().st_size:
+                return None
             ids = shard["ids"]
             if ids.ndim != 1 or ids.dtype.kind != "U":
                 return None

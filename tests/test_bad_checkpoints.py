@@ -156,11 +156,11 @@ def test_a_damaged_model_is_not_exported(
     if kind == "folder":
         model_folder.save_model(tmp_path / "model", small_files)
         _halve(tmp_path / "model" / "model.safetensors")
-        source, message = tmp_path / "model", "not a whole safetensors file"
+        source, message = tmp_path / "model", "model.safetensors: damaged"
     else:
         for path in (workdir / "checkpoints" / "4" / "params").rglob("d/*"):
             _halve(path)
-        source, message = workdir, "this checkpoint cannot be read"
+        source, message = workdir, "this checkpoint is damaged"
     before = sorted(tmp_path.iterdir())
     output = tmp_path / "out"
     assert message in _fail(

@@ -1,9 +1,11 @@
 """The command line: its help teaches, its errors name the thing and the remedy."""
 
+import logging
 import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import samples
@@ -242,3 +244,44 @@ print("an error", file=sys.stderr)
         assert int(number) > 2
         assert name == b"\xff"
         assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            MemoryError("Unable to allocate 5.8 GiB"),
+            "out of memory (Unable to allocate",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore"),
+            "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes);",
+        ),
+    ],
+)
+def test_no_memory_is_one_line(gecko, monkeypatch, error, message):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_set_up_logging", fail)
+    status, out, err = gecko("data", "show", "--config=x")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"gecko data show: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_writers_of_a_failed_save_are_silent(capsys):
+    """Their error is raised where the save is waited for."""
+    closed = RuntimeError("Event loop is closed")
+    lost = types.SimpleNamespace(exc_type=RuntimeError, exc_value=closed)
+    cli._handle_lost_error(lost)
+    assert capsys.readouterr().err == ""
+    handler = cli._LogHandler()
+
+    def is_shown(path, level):
+        return handler.filter(logging.LogRecord("x", level, path, 1, "", (), None))
+
+    assert not is_shown("/site-packages/orbax/checkpoint/futures.py", logging.ERROR)
+    assert is_shown("/site-packages/orbax/checkpoint/futures.py", logging.WARNING)
+    assert is_shown("/site-packages/jax/x.py", logging.ERROR)
+    assert not is_shown("/site-packages/jax/x.py", logging.INFO)

@@ -103,7 +103,7 @@ def test_trim_removes_what_was_used_longest_ago(tmp_path, tiny_gecko):
     store.trim()
     left = _again(store, tiny_gecko, tmp_path)
     assert len(left) == 20
-    assert len(list(store.folder.iterdir())) == 4
+    assert len(list(store.folder.iterdir())) == 6
     for opened in (store, left):
         before = opened.num_encoded
         opened.encode(TEXTS[:10] + TEXTS[30:], **SIDE)

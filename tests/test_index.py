@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import samples
 
 from gecko_jax import embedding, index, quantization, vectors
 
@@ -142,6 +143,8 @@ def test_an_edited_file_is_named(tmp_path, name, before, after, message):
     path = tmp_path / "index" / name
     content = path.read_bytes()
     assert before.encode() in content
+    samples.forget_checksums(tmp_path / "index" / "index.json")
+    content = path.read_bytes()
     path.write_bytes(content.replace(before.encode(), after.encode()))
     with pytest.raises(ValueError, match=message) as error:
         index.load(tmp_path / "index")
@@ -223,6 +226,7 @@ def test_an_index_of_the_first_format_still_loads(tmp_path):
     built = index.Index(np.eye(3, dtype=np.float32), ["a", "b", "c"])
     built.save(tmp_path / "index")
     path = tmp_path / "index" / "index.json"
+    samples.forget_checksums(path)
     about = json.loads(path.read_text())
     del about["precision"]
     path.write_text(json.dumps(about | {"format_version": 1}))
@@ -233,5 +237,5 @@ def test_int8_codes_without_their_ranges_are_refused(tmp_path):
     codes = quantization.encode(np.eye(3, dtype=np.float32), "int8")
     index.Index(codes, ["a", "b", "c"]).save(tmp_path / "index")
     (tmp_path / "index" / "ranges.npy").unlink()
-    with pytest.raises(ValueError, match=r"ranges\.npy: missing or damaged"):
+    with pytest.raises(ValueError, match=r"ranges\.npy: missing"):
         index.load(tmp_path / "index")

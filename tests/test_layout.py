@@ -14,6 +14,7 @@ PACKAGE = ROOT / "gecko_jax"
 # Room -> floor. A folder is one room.
 FLOORS = {
     "blockwise": 0,
+    "checksums": 0,
     "chips": 0,
     "columns": 0,
     "config": 0,
@@ -31,6 +32,7 @@ FLOORS = {
     "numerics": 0,
     "packing": 0,
     "parameters": 0,
+    "platforms": 0,
     "plots": 0,
     "pretrained": 0,
     "progress": 0,

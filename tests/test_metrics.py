@@ -42,6 +42,28 @@ def test_a_window_has_means_over_steps_and_over_examples_of_a_task():
     assert speed == pytest.approx(16 / 6)
 
 
+def test_a_window_goes_on_in_another_process():
+    windows = [metrics.Window(("a", "b")), metrics.Window(("a", "b"))]
+    rng = np.random.default_rng(0)
+    for number in range(7):
+        tokens = int(rng.integers(1, 8))
+        values = step(rng.standard_normal(), rng.standard_normal(2), [number, 0])
+        for window in windows:
+            window.count(batch(tokens=tokens, slots=8, examples=4))
+            window.add(values)
+        # Through JSON, as a checkpoint has it.
+        state = json.loads(json.dumps(windows[1].state()))
+        windows[1] = metrics.Window(("a", "b"))
+        windows[1].restore(state)
+    left_alone, resumed = (window.means() for window in windows)
+    for name in ("loss", "loss/a", "padding_share"):
+        assert left_alone[name] == resumed[name]
+    # The speed is that of the process, which has seen no batch yet.
+    assert resumed["tokens_per_second"] == 0
+    windows[1].restore({})
+    assert windows[1].means() == {}
+
+
 def test_a_pause_is_not_training():
     window = metrics.Window(("a",))
     window.count(batch(tokens=8, slots=8, examples=4))
@@ -125,3 +147,12 @@ def test_utilisation_counts_the_tokens_of_texts_alone(monkeypatch):
     # Three tokens of queries and five of passages in two seconds.
     found = window.means()["model_flops_utilisation"]
     assert found == (3 * 3.0 + 5 * 5.0) / 2 / 100
+
+
+def test_a_full_disk_names_the_file_and_closes(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path, 0)
+    writer._file.close()
+    writer._file = open("/dev/full", "a")  # noqa: PTH123, SIM115
+    with pytest.raises(OSError, match=r"/dev/full: the metrics of step 1 .*make room"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import samples
 
 from gecko_jax import (
     checkpoints,
@@ -137,6 +138,7 @@ def test_a_missing_shard_is_named(small_files, tmp_path):
     lost.unlink()
     with pytest.raises(ValueError, match=rf"{lost.name}: missing; copy it"):
         model_folder.load_model(path)
+    samples.forget_checksums(path / "gecko.json")
     shutil.copy(path / sorted(path.glob("model-*"))[0].name, lost)
     with pytest.raises(ValueError, match=rf"{lost.name}: .* should be in this file"):
         model_folder.load_model(path)
@@ -157,6 +159,11 @@ def test_a_truncated_model_is_named(folder):
     path = folder / WEIGHTS
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(
+        ValueError, match=r"model\.safetensors: damaged .* bytes, not .*copy it again"
+    ):
+        model_folder.load_model(folder)
+    samples.forget_checksums(folder / "gecko.json")
+    with pytest.raises(
         ValueError, match=r"model\.safetensors: not a whole safetensors"
     ):
         model_folder.load_model(folder)
@@ -167,7 +174,7 @@ def test_a_truncated_checkpoint_is_named_with_the_remedy(workdir):
         if path.is_file() and path.stat().st_size:
             os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(
-        ValueError, match=r"4/params: this checkpoint.*truncated.*Remove"
+        ValueError, match=r"checkpoints/4: this checkpoint is damaged.*move .* away"
     ):
         model_folder.load_model(workdir)
 
@@ -192,7 +199,7 @@ def test_a_newer_format_is_refused(folder):
     [
         (model_folder.MODEL_JSON, "neither a training workdir nor a model folder"),
         (model_folder.VOCABULARY, r"vocabulary\.model is missing"),
-        (WEIGHTS, "no finished checkpoint yet"),
+        (WEIGHTS, r"model\.safetensors: missing; copy it again"),
     ],
 )
 def test_a_missing_file_is_named(folder, missing, message):

@@ -41,3 +41,14 @@ def test_as_many_in_a_row_as_allowed_are_skipped_and_counted(caplog):
 def test_a_gradient_counts_as_well():
     with pytest.raises(FloatingPointError, match=r"in the gradient.*tasks qa, sts\)"):
         _guard(0).is_finite(1, _values(grad_norm=np.inf))
+
+
+def test_a_resumed_run_goes_on_counting():
+    guard, resumed = _guard(1), _guard(1)
+    assert not guard.is_finite(1, _values(np.nan))
+    resumed.restore(guard.state())
+    assert resumed.total == 1
+    with pytest.raises(FloatingPointError):
+        resumed.is_finite(2, _values(np.nan))
+    resumed.restore({})
+    assert resumed.total == 0

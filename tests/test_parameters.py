@@ -1,5 +1,7 @@
 """Parameter trees: what does not fit a model is listed together."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -19,3 +21,9 @@ def test_parameters_of_another_size_are_listed_together(small_files):
     assert "  missing encoder/layers_0/attention/query/kernel (8, 8)" in lines
     assert "  unexpected encoder/layers_1/attention/query/kernel (8, 8)" in lines
     assert any("wrong shape" in line and "(3, 3)" in line for line in lines)
+
+
+def test_more_layers_than_parameters_are_refused_before_they_are_traced(small_files):
+    config = dataclasses.replace(small_files.encoder_config, num_layers=10**9)
+    with pytest.raises(ValueError, match=r"num_layers=1,000,000,000, and there"):
+        parameters.check(small_files.params, config, source="here")

@@ -162,6 +162,31 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     )
 
 
+def test_a_resumed_run_writes_the_metrics_of_one_left_alone(
+    cache, tmp_path, monkeypatch
+):
+    """Whichever step inside of a logging window it is killed at."""
+    use_one_device(monkeypatch)
+    config = build(
+        cache,
+        evaluation__every_steps=1,
+        train__log_every_steps=4,
+        checkpoint__every_steps=1,
+    )
+    train.train(config, tmp_path / "whole", lambda params, step: {})
+    for step in (2, 3, 4, 5, 6):
+        with pytest.raises(Killed):
+            train.train(config, tmp_path / "killed", kill_at(step))
+        assert checkpoints.latest_step(tmp_path / "killed") == step - 1
+    train.train(config, tmp_path / "killed", lambda params, step: {})
+    whole, killed = (
+        [line for line in metrics_of(tmp_path / name) if "loss" in line]
+        for name in ("whole", "killed")
+    )
+    assert [line["step"] for line in whole] == [4, 6]
+    assert whole == killed
+
+
 @pytest.mark.slow
 def test_changed_data_is_refused(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)

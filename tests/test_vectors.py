@@ -241,3 +241,14 @@ def test_a_folder_has_one_precision(tiny_gecko, source, folder):
     _embed(tiny_gecko, source, folder)
     with pytest.raises(ValueError, match="precision was 'float32' and is now 'int8'"):
         _embed(tiny_gecko, source, folder, precision="int8")
+
+
+def test_a_compressed_shard_is_not_unpacked(tiny_gecko, source, folder, monkeypatch):
+    """A member may unpack to any size: 5.8 GB of zeros are 6 MB on disk."""
+    vectors.embed_file(tiny_gecko, source, folder)
+    path = sorted(folder.glob("shard-*"))[0]
+    with path.open("wb") as file:
+        np.savez_compressed(file, ids=np.array(["a"]), vectors=np.zeros((10_000, 16)))
+    monkeypatch.setattr(np.lib.format, "read_array", None)  # Allocates.
+    with pytest.raises(ValueError, match=rf"{path.name}: missing or damaged"):
+        vectors.read_codes(folder)

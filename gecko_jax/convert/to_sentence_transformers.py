@@ -117,7 +117,10 @@ def save(
             )
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         _write_params(folder, model_files)
-        model_folder.write_model_json(folder, model_files)
+        weights = tensors.names(folder)
+        if config.projection:
+            weights += [f"2_Dense/{name}" for name in tensors.names(folder / "2_Dense")]
+        model_folder.write_model_json(folder, model_files, weights)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -17,7 +17,6 @@ and `write` takes the vectors, in that order or by `_id`.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,10 +25,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt32, UInt64
 
-from gecko_jax import files, inputs
+from gecko_jax import checksums, files, inputs
 from gecko_jax.data import features, jsonl
 
 SETTINGS = "teacher.json"
+_ARRAYS = ("keys", "rows", "vectors")
+_REMEDY = "make the folder again with `gecko data teach`"
 
 # Vectors that are in memory at once.
 _BLOCK = 4096
@@ -201,8 +202,11 @@ def write(
             "made_from_dim": width,
             "num_texts": len(keys),
             "sha256": files.sha256(path),
+            checksums.FILES: checksums.of_files(
+                temporary, [f"{name}.npy" for name in _ARRAYS]
+            ),
         }
-        (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        checksums.write_object(temporary / SETTINGS, settings)
     return settings
 
 
@@ -254,6 +258,13 @@ def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> 
     narrow.replace(path)
 
 
+def _open_array(path: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {_REMEDY}") from error
+
+
 class Teacher:
     """The vectors of a folder, looked up by example.
 
@@ -274,25 +285,23 @@ class Teacher:
         """
         path = pathlib.Path(folder)
         try:
-            self.facts = files.parse_json((path / SETTINGS).read_text())
-            self._keys, self._rows, self._vectors = (
-                np.load(path / f"{name}.npy", mmap_mode="r")
-                for name in ("keys", "rows", "vectors")
+            self.facts = checksums.read_object(
+                path / SETTINGS, {"dim": int, "sha256": str}, remedy=_REMEDY
             )
-            whole = len(self._keys) == len(self._rows) == len(self._vectors)
-            self.dim = int(self.facts["dim"])
-            whole &= self._vectors.shape[1] == self.dim
+            self._keys, self._rows, self._vectors = (
+                _open_array(path / f"{name}.npy") for name in _ARRAYS
+            )
         except FileNotFoundError:
             raise ValueError(
                 f"data.teacher={folder}: no vectors of a teacher here; make them with "
                 "`gecko data teach`"
             ) from None
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+        self.dim = self.facts["dim"]
+        size = (len(self._keys), self.dim)
+        if len(self._rows) != size[0] or self._vectors.shape != size:
             raise ValueError(
-                f"data.teacher={folder}: the files are damaged; make them again with "
-                "`gecko data teach`"
+                f"data.teacher={folder}: damaged (its arrays do not fit each other); "
+                f"{_REMEDY}"
             )
         if self.dim != dim:
             raise ValueError(

@@ -9,6 +9,7 @@ backend, at the largest dim, from which smaller ones are cut. Vectors are writte
 by chunk, so an interrupted run goes on.
 
     FOLDER/REVISION-FINGERPRINT/NUMBER.vectors.npy   float32, one row per text
+    FOLDER/REVISION-FINGERPRINT/NUMBER.json          their checksum
     FOLDER/REVISION-FINGERPRINT/NUMBER.keys.npy      written last: the shard is whole
 """
 
@@ -27,10 +28,10 @@ from absl import logging
 from jaxtyping import Float
 
 import gecko_jax
-from gecko_jax import embedding, files
+from gecko_jax import checksums, embedding, files
 
 _KEY_BYTES = 16
-_KEYS, _VECTORS = ".keys.npy", ".vectors.npy"
+_KEYS, _VECTORS, _CHECKSUMS = ".keys.npy", ".vectors.npy", ".json"
 
 
 class Store:
@@ -60,6 +61,7 @@ class Store:
         self._places: dict[bytes, tuple[int, int]] = {}
         self._shards: list[pathlib.Path] = []
         self._open: dict[int, np.ndarray] = {}
+        self._verified: set[int] = set()
         for path in sorted(self.folder.glob(f"*{_KEYS}")):
             try:
                 self._add(path, np.load(path))
@@ -93,6 +95,7 @@ class Store:
         """
         formatted = self._gecko.format_texts(texts, side=side, task=task, titles=titles)
         keys = [_key(text, max_length) for text in formatted]
+        self._verify({self._places[key][0] for key in keys if key in self._places})
         new = {key: n for n, key in enumerate(keys) if key not in self._places}
         positions = sorted(new.values())
         self.num_encoded += len(positions)
@@ -128,6 +131,7 @@ class Store:
             # Keys first: without them the vectors do not count as there.
             path.unlink(missing_ok=True)
             _vectors_of(path).unlink(missing_ok=True)
+            _checksums_of(path).unlink(missing_ok=True)
             total -= size
             self._forget(path)
 
@@ -135,9 +139,13 @@ class Store:
         name = f"{time.time_ns():020}-{os.getpid()}"
         array = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES)
         path = self.folder / f"{name}{_KEYS}"
-        for target, content in ((_vectors_of(path), vectors), (path, array)):
-            with files.write_file(target) as temporary, temporary.open("wb") as file:
-                np.save(file, content)
+        vectors_path = _vectors_of(path)
+        _save(vectors_path, vectors)
+        listed = checksums.of_files(self.folder, [vectors_path.name])
+        checksums.write_object(_checksums_of(path), {checksums.FILES: listed})
+        # A damaged key is found by no text, so keys need no checksum.
+        _save(path, array)
+        self._verified.add(len(self._shards))
         self._add(path, array)
 
     def _add(self, path: pathlib.Path, keys: np.ndarray) -> None:
@@ -149,6 +157,22 @@ class Store:
         self._open[shard] = vectors
         for row, key in enumerate(keys):
             self._places[key.tobytes()] = (shard, row)
+
+    def _verify(self, shards: set[int]) -> None:
+        """Forgets those of the shards whose vectors are damaged."""
+        for shard in sorted(shards - self._verified):
+            self._verified.add(shard)
+            path = self._shards[shard]
+            try:
+                checksums.read_object(
+                    _checksums_of(path), {}, remedy="its texts are encoded again"
+                )
+            except FileNotFoundError:
+                logging.info("%s: from before checksums", path)
+            except ValueError as error:
+                logging.warning("%s", error)
+                path.unlink(missing_ok=True)
+                self._forget(path)
 
     def _read(self, keys: Sequence[bytes]) -> Float[np.ndarray, "N E"]:
         places = np.array([self._places[key] for key in keys], np.int64).reshape(-1, 2)
@@ -165,6 +189,15 @@ class Store:
             gone = self._shards.index(path)
             self._open.pop(gone)
             self._places = {k: v for k, v in self._places.items() if v[0] != gone}
+
+
+def _save(path: pathlib.Path, array: np.ndarray) -> None:
+    with files.write_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def _checksums_of(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name.removesuffix(_KEYS) + _CHECKSUMS)
 
 
 def _vectors_of(path: pathlib.Path) -> pathlib.Path:

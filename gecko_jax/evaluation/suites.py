@@ -26,7 +26,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from gecko_jax import embedding, files, model, model_folder, sharding
+from gecko_jax import checksums, embedding, model, model_folder, sharding
 from gecko_jax.evaluation import (
     encoder,
     local_tasks,
@@ -325,12 +325,7 @@ def _claim(folder: pathlib.Path, about: dict[str, Any]) -> None:
     """Makes the folder one of this model's results, or refuses it."""
     path = folder / _ABOUT
     if path.exists():
-        try:
-            before = files.parse_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: damaged ({error}); choose another --output"
-            ) from error
+        before = checksums.read_object(path, {}, remedy="choose another --output")
         # Through JSON, as what was written went.
         now = json.loads(json.dumps(about))
         other = [key for key in now if before.get(key) != now[key]]
@@ -347,8 +342,7 @@ def _claim(folder: pathlib.Path, about: dict[str, Any]) -> None:
             f"{folder}: holds results, and no {_ABOUT} that says of which model; "
             "choose another --output"
         )
-    with files.write_file(path) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    checksums.write_object(path, about)
 
 
 def _explain(task: Any, error: Exception) -> str:

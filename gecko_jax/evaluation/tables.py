@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files, model_folder, quantization, wording
+from gecko_jax import checksums, files, model_folder, quantization, wording
 from gecko_jax.plots import quality
 
 # The task that stands for all queries, pairs or texts.
@@ -208,8 +207,7 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
     """Writes results.json, table.txt and quality.png; returns their paths."""
     folder = pathlib.Path(folder)
     paths = [folder / name for name in ("results.json", "table.txt", "quality.png")]
-    with files.write_file(paths[0]) as temporary:
-        temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n")
+    checksums.write_object(paths[0], results.to_dict())
     with files.write_file(paths[1]) as temporary:
         temporary.write_text(format_table(results) + "\n")
     with files.write_file(paths[2]) as temporary:
@@ -226,12 +224,15 @@ def read(path: str | os.PathLike) -> Results:
     Raises:
         ValueError: The file is missing or is no such results.
     """
+    path = pathlib.Path(path)
     try:
-        return Results.from_dict(files.parse_json(pathlib.Path(path).read_text()))
+        values = checksums.read_object(path, {}, remedy="evaluate again")
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
         ) from None
+    try:
+        return Results.from_dict(values)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: not the results.json of `gecko evaluate` ({error}); give that "
