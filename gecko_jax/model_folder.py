@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gecko_jax import (
@@ -201,7 +202,9 @@ def open_model(
             params = checkpoints.restore_params(path, step, _shardings(config, mesh))
         revision = f"{model_files.revision}-{step}"
     parameters.check(params, config, source=str(path))
-    return dataclasses.replace(model_files, params=params, step=step, revision=revision)
+    return dataclasses.replace(
+        model_files, params=require_finite(params), step=step, revision=revision
+    )
 
 
 def open_step(path: str | pathlib.Path, step: int) -> ModelFiles:
@@ -221,10 +224,31 @@ def open_step(path: str | pathlib.Path, step: int) -> ModelFiles:
     parameters.check(params, model_files.encoder_config, source=f"{path}, step {step}")
     return dataclasses.replace(
         model_files,
-        params=params,
+        params=require_finite(params),
         step=step,
         revision=f"{model_files.revision}-{step}",
     )
+
+
+def require_finite(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters, each of which is refused as it is read if not finite.
+
+    Parameters that are not `Tensor`s are already in memory and are checked now.
+
+    Raises:
+        ValueError: A parameter holds NaN or infinity; names it.
+    """
+    checked = {}
+    for name, leaf in parameters.flatten(params).items():
+        if isinstance(leaf, tensors.Tensor):
+            leaf = leaf.require_finite(name)
+        elif not jnp.isfinite(leaf).all():
+            raise ValueError(
+                f"{name}: not all weights are finite; the training diverged, take an "
+                "earlier checkpoint"
+            )
+        checked[name] = leaf
+    return parameters.unflatten(checked)
 
 
 def read_params(

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+from absl import logging
 
 from gecko_jax import model, model_folder, parameters, pretrained, tensors, text
 from gecko_jax import vocabulary as vocabulary_lib
@@ -30,6 +31,9 @@ from gecko_jax.convert import (
 
 # T5 was pre-trained on texts of this many tokens.
 _PRETRAINED_LENGTH = 512
+
+# Buckets of T5's relative bias, which end at a distance of 128 tokens.
+_T5_BUCKETS = 32
 
 # Where `gecko export --to t5x` keeps what T5X has no place for, beside `checkpoint_N`.
 _T5X_SETTINGS = "gecko"
@@ -54,9 +58,12 @@ def open_model(
     extra_ids: int = 0,
     query_length: int | None = None,
     passage_length: int | None = None,
+    relpos_max_distance: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> model_folder.ModelFiles:
     """Opens a model of any format; its parameters are read later, one at a time.
+
+    Reading a parameter that is not finite raises a ValueError that names it.
 
     Args:
         source: A path, a URL or a hub name.
@@ -64,6 +71,8 @@ def open_model(
         extra_ids: Sentinels after its pieces (T5: 100).
         query_length: Longest query in tokens; None is what the source says, or 512.
         passage_length: Longest passage in tokens; likewise.
+        relpos_max_distance: Distance in tokens from which on the relative bias is one
+            number, which T5X does not store; None is T5's 128.
         mesh: Where the parameters of a training workdir go.
 
     Raises:
@@ -71,6 +80,11 @@ def open_model(
     """
     source = str(source)
     found, place = find_format(source)
+    if relpos_max_distance is not None and found is not Format.T5X:
+        raise ValueError(
+            f"--relpos-max-distance={relpos_max_distance}: {source} is a "
+            f"{found.value} model, which holds the distance; leave it out"
+        )
     if found is Format.GECKO:
         opened = model_folder.open_model(place, mesh)
         if vocabulary is not None:
@@ -78,7 +92,9 @@ def open_model(
                 f"{source}: brings its own vocabulary; leave --vocabulary out"
             )
     elif found is Format.T5X:
-        opened = _open_t5x(kvstores.Folder(place), vocabulary, extra_ids)
+        opened = _open_t5x(
+            kvstores.Folder(place), vocabulary, extra_ids, relpos_max_distance
+        )
     else:
         opened = _open_hugging_face(
             pathlib.Path(place),
@@ -91,6 +107,7 @@ def open_model(
         opened, **{key: value for key, value in lengths.items() if value}
     )
     if found is not Format.GECKO:
+        _check_relative_bias(opened.encoder_config, source)
         parameters.check(
             opened.params,
             opened.encoder_config,
@@ -99,9 +116,21 @@ def open_model(
         )
         imported = {"source": source, "format": found.value}
         opened = dataclasses.replace(
-            opened, provenance={**opened.provenance, "imported": imported}
+            opened,
+            params=model_folder.require_finite(opened.params),
+            provenance={**opened.provenance, "imported": imported},
         )
     return opened
+
+
+def _check_relative_bias(config: model.EncoderConfig, source: str) -> None:
+    buckets, distance = config.relpos_num_buckets, config.relpos_max_distance
+    if buckets % 4 or distance <= buckets // 4:
+        raise ValueError(
+            f"{source}: a relative bias of {buckets} buckets up to a distance of "
+            f"{distance}; the buckets must be a multiple of 4, and a quarter of them "
+            "fewer than the distance (T5: 32 and 128)"
+        )
 
 
 def find_format(source: str) -> tuple[Format, str]:
@@ -187,6 +216,7 @@ def _folder_of(path: pathlib.Path) -> pathlib.Path:
 
 def _refuse(path: pathlib.Path) -> None:
     """Names what a folder is that cannot be read."""
+    from_hugging_face.refuse_adapter(path)
     if any(path.glob("*.index")) or any(path.glob("*.data-?????-of-?????")):
         raise ValueError(_tensorflow_fault(str(path)))
     from_hugging_face.refuse_pickle(path)
@@ -200,10 +230,18 @@ def _tensorflow_fault(path: str) -> str:
 
 
 def _open_t5x(
-    folder: kvstores.Folder, vocabulary: str | pathlib.Path | None, extra_ids: int
+    folder: kvstores.Folder,
+    vocabulary: str | pathlib.Path | None,
+    extra_ids: int,
+    relpos_max_distance: int | None,
 ) -> model_folder.ModelFiles:
     beside = pathlib.Path(folder.path).parent / _T5X_SETTINGS
     if vocabulary is None and (beside / model_folder.MODEL_JSON).exists():
+        if relpos_max_distance is not None:
+            raise ValueError(
+                f"--relpos-max-distance={relpos_max_distance}: {beside} holds the "
+                "distance; leave it out"
+            )
         params = from_t5x.open_params(folder)
         settings = model_folder.load_settings(beside)
         return dataclasses.replace(settings, params=parameters.unflatten(params))
@@ -217,6 +255,18 @@ def _open_t5x(
     proto = _read_vocabulary(vocabulary, extra_ids)
     params = from_t5x.open_params(folder)
     config = from_t5x.infer_config(params, folder.path)
+    if relpos_max_distance is not None:
+        config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
+    elif config.relpos_num_buckets != _T5_BUCKETS:
+        logging.warning(
+            "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
+            "the distance at which they end; %d tokens are taken, set "
+            "--relpos-max-distance to what the model was trained with",
+            folder.path,
+            config.relpos_num_buckets,
+            _T5_BUCKETS,
+            config.relpos_max_distance,
+        )
     tokenizer.check_size(
         proto, extra_ids, config.vocab_size, source=folder.path, is_given=True
     )
@@ -231,6 +281,7 @@ def _open_hugging_face(
     *,
     is_chain: bool,
 ) -> model_folder.ModelFiles:
+    from_hugging_face.refuse_adapter(folder)
     if is_chain and (folder / model_folder.MODEL_JSON).exists():
         return _open_own_export(folder)
     chain = None
@@ -238,6 +289,7 @@ def _open_hugging_face(
     if is_chain:
         chain = from_sentence_transformers.read_chain(folder)
         encoder = chain.encoder
+        from_hugging_face.refuse_adapter(encoder)
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
     params = from_hugging_face.open_params(encoder, config)
