@@ -171,7 +171,8 @@ class Gecko:
             description: Shows progress under this name.
 
         Raises:
-            ValueError: A text is empty (names its index), or `dim` is not trained.
+            ValueError: A text is empty (names its index), `dim` is not trained, or a
+                vector is not finite.
         """
         dim = self.check_dim(dim)
         texts = self.format_texts(texts, side=side, task=task, titles=titles)
@@ -190,6 +191,13 @@ class Gecko:
                     projected[start + positions] = vectors
                     done += len(positions)
                     bar.update(done)
+        finite = np.isfinite(projected).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"texts[{int(np.argmin(finite))}]: its vector is not finite; the "
+                f"weights of model {self.revision} are too large, take an earlier "
+                "checkpoint"
+            )
         return cut(projected, dim, self.files.encoder_config.l2_epsilon)
 
     def check_dim(self, dim: int | None) -> int:
