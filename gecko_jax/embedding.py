@@ -103,7 +103,8 @@ class Gecko:
     @property
     def task_descriptions(self) -> dict[str, str]:
         """Task names the model knows, and the text each puts before a query."""
-        return dict(self.files.text_format.task_descriptions)
+        text_format = self.files.text_format
+        return {**text_format.task_descriptions, **text_format.prompts}
 
     def encode_queries(
         self,
@@ -118,7 +119,8 @@ class Gecko:
         Args:
             texts: The queries, without any prefix.
             task: A name in `task_descriptions`, or a description in plain words; one
-                for all queries, or one for each.
+                for all queries, or one for each. A model with prompts writes its
+                prompt "query" before the queries of a task it does not know.
             dim: One of `dims`; None is the largest.
             description: Shows progress under this name.
         """

@@ -101,6 +101,7 @@ def open_model(
             vocabulary,
             extra_ids,
             is_chain=found is Format.SENTENCE_TRANSFORMERS,
+            is_length_given=bool(query_length and passage_length),
         )
     lengths = {"query_length": query_length, "passage_length": passage_length}
     opened = dataclasses.replace(
@@ -280,6 +281,7 @@ def _open_hugging_face(
     extra_ids: int,
     *,
     is_chain: bool,
+    is_length_given: bool,
 ) -> model_folder.ModelFiles:
     from_hugging_face.refuse_adapter(folder)
     if is_chain and (folder / model_folder.MODEL_JSON).exists():
@@ -310,13 +312,22 @@ def _open_hugging_face(
     )
     if chain is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
-        return _build(params, config, proto, extra_ids, length=length)
+        return _build(params, config, proto, extra_ids, lengths=(length, length))
+    lengths = (chain.query_length, chain.passage_length)
+    if None in lengths and not is_length_given:
+        logging.warning(
+            "%s: sets no max_seq_length, so sentence-transformers reads texts whole; "
+            "gecko_jax cuts them at %d tokens, set other lengths with `gecko import "
+            "--query-length --passage-length`",
+            folder,
+            _PRETRAINED_LENGTH,
+        )
     return _build(
         params,
         config,
         proto,
         extra_ids,
-        length=chain.max_length,
+        lengths=lengths,
         text_format=chain.text_format,
         truncate_dim=chain.truncate_dim,
     )
@@ -353,11 +364,11 @@ def _build(
     extra_ids: int,
     *,
     step: int = 0,
-    length: int | None = None,
+    lengths: tuple[int | None, int | None] = (None, None),
     text_format: text.TextFormat = PLAIN_FORMAT,
     truncate_dim: int | None = None,
 ) -> model_folder.ModelFiles:
-    length = length or _PRETRAINED_LENGTH
+    query_length, passage_length = (n or _PRETRAINED_LENGTH for n in lengths)
     width = config.embedding_dim
     dims = {width, min(truncate_dim or width, width)}
     return model_folder.ModelFiles(
@@ -367,8 +378,8 @@ def _build(
         vocabulary_proto=proto,
         extra_ids=extra_ids,
         mrl_dims=tuple(sorted(dims)),
-        query_length=length,
-        passage_length=length,
+        query_length=query_length,
+        passage_length=passage_length,
         step=step,
         revision="",
     )

@@ -168,11 +168,13 @@ def _read_sizes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for alias, name in _ALIASES.items():
         if alias in values and values[alias] != sizes.setdefault(name, values[alias]):
             faults.append(f"{name}={sizes[name]!r} and {alias}={values[alias]!r}")
-    faults += [
-        f"{name}={sizes.get(name)!r}, must be a whole number above 0"
+    wrong = [
+        f"{name}={sizes.get(name)!r}"
         for name in (*_SIZES, *sizes.keys() - set(_SIZES))
         if type(sizes.get(name)) is not int or sizes[name] < 1
     ]
+    if wrong:
+        faults.append(f"{', '.join(wrong)}, must be a whole number above 0")
     return sizes, faults
 
 

@@ -21,7 +21,7 @@ from gecko_jax import files, model, model_folder, parameters, tensors, vocabular
 from gecko_jax import text as text_lib
 from gecko_jax.convert import model_card, names, to_hugging_face_tokenizer
 
-QUERY, DOCUMENT = "query", "document"
+QUERY, DOCUMENT = text_lib.QUERY_PROMPT, text_lib.DOCUMENT_PROMPT
 MODULES = "modules.json"
 
 # What may lie in an export, as patterns.
@@ -127,6 +127,8 @@ def build_prompts(text_format: text_lib.TextFormat) -> dict[str, str]:
     Raises:
         ValueError: The format writes something after the text.
     """
+    if text_format.prompts:
+        return dict(text_format.prompts)
     tasks = {
         task: _prefix(text_format.query, task_description=description)
         for task, description in text_format.task_descriptions.items()
