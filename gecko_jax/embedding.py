@@ -30,7 +30,6 @@ from gecko_jax import (
     packing,
     progress,
     sharding,
-    vocabulary,
 )
 from gecko_jax import text as text_lib
 from gecko_jax.convert import formats
@@ -65,9 +64,7 @@ class Gecko:
                 that lie on a mesh stay there, and the work is shared over it.
             tokens_per_call: Tokens per device and call; None fits the backend.
         """
-        self.vocabulary = vocabulary.Vocabulary(
-            model_files.vocabulary_proto, model_files.extra_ids
-        )
+        self.vocabulary = model_files.build_vocabulary()
         vocab_size = model_files.encoder_config.vocab_size
         if self.vocabulary.size > vocab_size:
             raise ValueError(

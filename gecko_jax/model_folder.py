@@ -31,6 +31,7 @@ from gecko_jax import (
     sharding,
     tensors,
     text,
+    vocabulary,
 )
 from gecko_jax import config as config_lib
 
@@ -41,6 +42,7 @@ MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
 # What a model folder may hold, as patterns.
 FILES = (MODEL_JSON, VOCABULARY, f"model*{tensors.SUFFIX}*")
+_ADDED_TOKEN = {"content": str, "id": int, "single_word": bool, "normalized": bool}
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
     "model": config_lib.Rule(dict),
@@ -53,7 +55,18 @@ _RULES = {
     "step": config_lib.Rule(int),
     "revision": config_lib.Rule(str),
     "provenance": config_lib.Rule(dict),
+    "added_tokens": config_lib.Rule(
+        list,
+        "must be objects with content, id, single_word and normalized",
+        lambda tokens: all(
+            isinstance(token, dict)
+            and {key: type(value) for key, value in token.items()} == _ADDED_TOKEN
+            for token in tokens
+        ),
+    ),
 }
+# Keys that are left out where there is nothing to say.
+_OPTIONAL = {"added_tokens"}
 _VERSIONED = ("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy")
 
 
@@ -75,6 +88,8 @@ class ModelFiles:
         revision: Changes with the parameters; keys caches and indexes. Empty until
             an imported model is read, then made from its content.
         provenance: Free facts about the training (config, data, versions).
+        added_tokens: Tokens of an imported tokenizer that the SentencePiece model does
+            not know.
     """
 
     params: dict[str, Any]
@@ -88,6 +103,13 @@ class ModelFiles:
     step: int
     revision: str
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added_tokens: tuple[vocabulary.AddedToken, ...] = ()
+
+    def build_vocabulary(self) -> vocabulary.Vocabulary:
+        """Returns what cuts texts into tokens."""
+        return vocabulary.Vocabulary(
+            self.vocabulary_proto, self.extra_ids, self.added_tokens
+        )
 
 
 def save_model(
@@ -149,7 +171,7 @@ def write_model_json(folder: pathlib.Path, model_files: ModelFiles) -> None:
 
 def settings(model_files: ModelFiles) -> dict[str, Any]:
     """Returns all but the parameters and the vocabulary that decides an embedding."""
-    return {
+    values = {
         "model": model.config_to_dict(model_files.encoder_config),
         "text_format": model_files.text_format.to_dict(),
         "extra_ids": model_files.extra_ids,
@@ -157,6 +179,9 @@ def settings(model_files: ModelFiles) -> dict[str, Any]:
         "query_length": model_files.query_length,
         "passage_length": model_files.passage_length,
     }
+    added = [dataclasses.asdict(token) for token in model_files.added_tokens]
+    # Left out where empty, so that the revisions of other models stay as they were.
+    return values | ({"added_tokens": added} if added else {})
 
 
 def load_model(
@@ -317,9 +342,9 @@ def _name_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
     """Names a model that has no revision by everything that decides an embedding."""
     if model_files.revision:
         return model_files
-    vocabulary = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
+    proto = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
     content = json.dumps(
-        [settings(model_files), vocabulary, dict(sorted(digests.items()))],
+        [settings(model_files), proto, dict(sorted(digests.items()))],
         sort_keys=True,
     )
     revision = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -358,6 +383,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
         step=values["step"],
         revision=values["revision"],
         provenance=values["provenance"],
+        added_tokens=values.get("added_tokens", ()),
     )
 
 
@@ -385,7 +411,9 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             f"this gecko_jax reads {READABLE_VERSIONS}; upgrade gecko-jax"
         )
     # Folders of version 1 know nothing of the vocabulary's checksum.
-    optional = {"vocabulary_sha256"} if values["format_version"] == 1 else set()
+    optional = set(_OPTIONAL)
+    if values["format_version"] == 1:
+        optional.add("vocabulary_sha256")
     faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
     flat = config_lib.flatten(values)
     faults += config_lib.find_wrong_values(
@@ -400,6 +428,10 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             sizes["mlp_activations"] = tuple(sizes.get("mlp_activations", ()))
             values["model"] = model.EncoderConfig(**sizes)
             values["text_format"] = text.TextFormat.from_dict(values["text_format"])
+            values["added_tokens"] = tuple(
+                vocabulary.AddedToken(**token)
+                for token in values.get("added_tokens", ())
+            )
         except (TypeError, ValueError) as error:
             # TextFormat.__init__() got an unexpected keyword argument 'x'
             faults = [str(error)]

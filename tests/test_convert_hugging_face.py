@@ -354,7 +354,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, bad, 
         status, _, errors = gecko(
             "export", good, f"--output={tmp_path / kind}", f"--to={kind}"
         )
-        assert status and "weights are NaN or infinite" in errors, kind
+        assert status, kind
+        assert "weights are NaN or infinite" in errors, kind
         assert not (tmp_path / kind).exists()
 
 

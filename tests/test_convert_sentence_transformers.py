@@ -362,14 +362,6 @@ def test_a_file_of_another_kind_is_one_error(folder, path, content):
             },
             (40, 40),
         ),
-        # An empty file is passed over.
-        (
-            {
-                "sentence_bert_config.json": {},
-                "sentence_distilbert_config.json": {"max_seq_length": 50},
-            },
-            (50, 50),
-        ),
         (
             {
                 "sentence_bert_config.json": {"max_seq_length": None},
@@ -401,11 +393,17 @@ def test_texts_are_cut_where_sentence_transformers_cuts_them(
 ):
     (folder / "sentence_bert_config.json").unlink()
     for name, values in files.items():
-        write(folder / name, values)
+        write(folder / name, values | {"extra_ids": 0})
     opened = formats.open_model(folder)
     assert (opened.query_length, opened.passage_length) == (lengths or (512, 512))
     # A limit that nobody set is said aloud.
     assert ("cuts them at 512 tokens" in caplog.text) is (lengths is None)
+
+
+def test_a_file_without_settings_is_passed_over(folder):
+    write(folder / "sentence_bert_config.json", {})
+    write(folder / "sentence_distilbert_config.json", {"max_seq_length": 50})
+    assert formats.open_model(folder).query_length == 50
 
 
 def test_a_limit_of_the_config_counts_where_no_other_is_set(folder, caplog):

@@ -23,6 +23,20 @@ TEXTS = [
 ]
 
 
+WORDS = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+CLOSED = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}],
+    "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+}
+
+
+def _added(number, content, **options):
+    defaults = {"single_word": False, "lstrip": False, "rstrip": False}
+    defaults |= {"normalized": True, "special": False}
+    return {"id": number, "content": content, **defaults, **options}
+
+
 def _json(proto, extra_ids=0, *, normalizer=None):
     """Writes what transformers' converter does, without transformers."""
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
@@ -31,9 +45,14 @@ def _json(proto, extra_ids=0, *, normalizer=None):
     charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
     return {
         "added_tokens": [
-            {"id": number, "content": name, "special": True}
+            _added(number, name, normalized=False, special=True)
             for number, name in enumerate(["<pad>", "</s>", "<unk>"])
         ],
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "WhitespaceSplit"}, WORDS],
+        },
+        "post_processor": CLOSED,
         "normalizer": normalizer
         or {
             "type": "Sequence",
@@ -56,9 +75,10 @@ def test_the_model_is_written_again_from_json(tmp_path, extra_ids):
     proto = QUICKSTART.read_bytes()
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(_json(proto, extra_ids)))
-    written, found = tokenizer.read(tmp_path)
-    assert found == extra_ids
-    ours = vocabulary.Vocabulary(written, found)
+    found = tokenizer.read(tmp_path)
+    assert found.extra_ids == extra_ids
+    assert not found.added_tokens
+    ours = found.build()
     original = vocabulary.Vocabulary(proto, extra_ids)
     assert ours.size == original.size
     assert ours.encode(TEXTS) == original.encode(TEXTS)
@@ -81,9 +101,9 @@ def test_tokens_are_those_of_transformers(tmp_path, kept):
     theirs.save_pretrained(tmp_path)
     if kept == "tokenizer.json":
         (tmp_path / "spiece.model").unlink()
-    proto, extra_ids = tokenizer.read(tmp_path)
-    assert extra_ids == 5
-    ours = vocabulary.Vocabulary(proto, extra_ids)
+    found = tokenizer.read(tmp_path)
+    assert found.extra_ids == 5
+    ours = found.build()
     assert ours.encode(TEXTS) == theirs(TEXTS).input_ids
 
 
@@ -98,20 +118,21 @@ def test_tokens_are_those_of_transformers(tmp_path, kept):
                 "tokenizer_config.json": {
                     "added_tokens_decoder": {
                         "0": {"content": "<pad>"},
-                        "9": {"content": "<extra_id_0>"},
+                        "8000": {"content": "<extra_id_0>"},
                     }
                 }
             },
             1,
         ),
-        ({"tokenizer.json": {"added_tokens": [{"content": "<extra_id_0>"}]}}, 1),
+        ({"tokenizer.json": {"added_tokens": [_added(8_000, "<extra_id_0>")]}}, 1),
     ],
 )
 def test_sentinels_are_counted(tmp_path, files, expected):
     shutil.copy(QUICKSTART, tmp_path / "spiece.model")
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
-    assert tokenizer.read(tmp_path) == (QUICKSTART.read_bytes(), expected)
+    found = tokenizer.read(tmp_path)
+    assert found == tokenizer.Tokenizer(QUICKSTART.read_bytes(), expected)
 
 
 def test_pieces_that_are_sentinels_are_not_counted_twice(tmp_path):
@@ -119,7 +140,7 @@ def test_pieces_that_are_sentinels_are_not_counted_twice(tmp_path):
     proto = vocabulary.Vocabulary(QUICKSTART.read_bytes(), 100).full_proto
     (tmp_path / "spiece.model").write_bytes(proto)
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert tokenizer.read(tmp_path)[1] == 0
+    assert tokenizer.read(tmp_path).extra_ids == 0
 
 
 def test_other_tokenizers_are_refused(tmp_path):
@@ -133,17 +154,18 @@ def test_other_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="its normalizer has a step Lowercase"):
         tokenizer.read(tmp_path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a JSON object"):
         tokenizer.read(tmp_path)
 
 
 def test_too_few_ids_are_a_warning_for_a_folder_and_an_error_by_hand(caplog):
     proto = QUICKSTART.read_bytes()
     size = sentencepiece.SentencePieceProcessor(model_proto=proto).GetPieceSize()
-    tokenizer.check_size(proto, 0, size, source="m", is_given=True)
-    tokenizer.check_size(proto, 0, size + 127, source="m", is_given=True)
+    found = tokenizer.Tokenizer(proto, 0)
+    tokenizer.check_size(found, size, source="m", is_given=True)
+    tokenizer.check_size(found, size + 127, source="m", is_given=True)
     assert not caplog.text
-    tokenizer.check_size(proto, 0, size + 128, source="m", is_given=False)
+    tokenizer.check_size(found, size + 128, source="m", is_given=False)
     assert "8,000 ids (0 of them sentinels), and the table 8,128 rows" in caplog.text
     with pytest.raises(ValueError, match=r"sentinels with --extra-ids \(T5: 100\)"):
-        tokenizer.check_size(proto, 0, size + 128, source="m", is_given=True)
+        tokenizer.check_size(found, size + 128, source="m", is_given=True)

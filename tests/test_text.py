@@ -136,7 +136,6 @@ def test_prompts_stored_as_descriptions_are_no_longer_glued():
     [
         {"prompts": {"query": "a"}},
         {"prompts": PROMPTS, "query": "{text}"},
-        {"prompts": {"query": 3, "document": ""}, "query": "{text}"},
     ],
 )
 def test_prompts_need_both_sides_and_bare_templates(fields):

@@ -253,7 +253,7 @@ def _open_t5x(
             "with --extra-ids (extra_ids=). T5's is "
             "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model with 100"
         )
-    proto = _read_vocabulary(vocabulary, extra_ids)
+    found = tokenizer.Tokenizer(_read_vocabulary(vocabulary, extra_ids), extra_ids)
     params = from_t5x.open_params(folder)
     config = from_t5x.infer_config(params, folder.path)
     if relpos_max_distance is not None:
@@ -268,11 +268,8 @@ def _open_t5x(
             _T5_BUCKETS,
             config.relpos_max_distance,
         )
-    tokenizer.check_size(
-        proto, extra_ids, config.vocab_size, source=folder.path, is_given=True
-    )
-    step = from_t5x.step_of(folder)
-    return _build(params, config, proto, extra_ids, step=step)
+    tokenizer.check_size(found, config.vocab_size, source=folder.path, is_given=True)
+    return _build(params, config, found, step=from_t5x.step_of(folder))
 
 
 def _open_hugging_face(
@@ -301,18 +298,19 @@ def _open_hugging_face(
         )
     if vocabulary is not None:
         proto = _read_vocabulary(vocabulary, extra_ids)
+        found = tokenizer.Tokenizer(proto, extra_ids)
     else:
-        proto, extra_ids = tokenizer.read(encoder)
+        prompts = chain.text_format.prompts.values() if chain else ()
+        found = tokenizer.read(encoder, prompts)
     tokenizer.check_size(
-        proto,
-        extra_ids,
+        found,
         config.vocab_size,
         source=str(encoder),
         is_given=vocabulary is not None,
     )
     if chain is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
-        return _build(params, config, proto, extra_ids, lengths=(length, length))
+        return _build(params, config, found, lengths=(length, length))
     lengths = (chain.query_length, chain.passage_length)
     if None in lengths and not is_length_given:
         logging.warning(
@@ -325,8 +323,7 @@ def _open_hugging_face(
     return _build(
         params,
         config,
-        proto,
-        extra_ids,
+        found,
         lengths=lengths,
         text_format=chain.text_format,
         truncate_dim=chain.truncate_dim,
@@ -360,8 +357,7 @@ def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:
 def _build(
     params: Mapping[str, tensors.Tensor],
     config: model.EncoderConfig,
-    proto: bytes,
-    extra_ids: int,
+    found: tokenizer.Tokenizer,
     *,
     step: int = 0,
     lengths: tuple[int | None, int | None] = (None, None),
@@ -375,8 +371,9 @@ def _build(
         params=parameters.unflatten(params),
         encoder_config=config,
         text_format=text_format,
-        vocabulary_proto=proto,
-        extra_ids=extra_ids,
+        vocabulary_proto=found.proto,
+        extra_ids=found.extra_ids,
+        added_tokens=found.added_tokens,
         mrl_dims=tuple(sorted(dims)),
         query_length=query_length,
         passage_length=passage_length,

@@ -189,7 +189,7 @@ def _read_activations(values: Mapping[str, Any], source: str) -> tuple[str, ...]
     # A rule of its own: "gated-gelu" means gelu_new.
     spelled = "gated-gelu_new" if form == "gated-gelu" else str(form)
     gate, _, act = spelled.rpartition("-")
-    if gate not in ("", "gated"):
+    if not isinstance(form, str) or gate not in ("", "gated"):
         raise ValueError(
             f"{source}: feed_forward_proj={form!r}, must be an activation or "
             "'gated-' and an activation"

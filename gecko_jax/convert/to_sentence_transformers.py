@@ -64,7 +64,7 @@ def save(
     # Other people's models have a modules.json too.
     files.check_replaceable(path, [MODULES, model_folder.MODEL_JSON], _FILES)
     config = model_files.encoder_config
-    vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
+    vocab = model_files.build_vocabulary()
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
     folders = ["", *(f"{n}_{name}" for n, name in enumerate(modules[1:], start=1))]
     max_length = max(model_files.query_length, model_files.passage_length)
