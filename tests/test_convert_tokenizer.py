@@ -10,7 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 import gecko_jax
-from gecko_jax import vocabulary
+from gecko_jax import text, vocabulary
 from gecko_jax.convert import tokenizer
 
 QUICKSTART = pathlib.Path(gecko_jax.__file__).parent / "quickstart" / "vocabulary.model"
@@ -26,7 +26,11 @@ TEXTS = [
 WORDS = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
 CLOSED = {
     "type": "TemplateProcessing",
-    "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}],
+    "single": [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
     "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
 }
 
@@ -85,18 +89,22 @@ def test_the_model_is_written_again_from_json(tmp_path, extra_ids):
     assert ours.decode(ours.encode(TEXTS)[0]) == TEXTS[0]
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("kept", ["tokenizer.json", "spiece.model"])
-def test_tokens_are_those_of_transformers(tmp_path, kept):
-    import transformers
-
-    # As T5's, which never spells an unknown character in bytes.
+def _proto_without_bytes():
+    """As T5's, which never spells an unknown character in bytes."""
     model = sentencepiece_model_pb2.ModelProto.FromString(QUICKSTART.read_bytes())
     model.trainer_spec.byte_fallback = False
     for piece in model.pieces:
         if piece.type == piece.BYTE:
             piece.type = piece.UNUSED
-    (tmp_path / "spiece.model").write_bytes(model.SerializeToString())
+    return model.SerializeToString()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kept", ["tokenizer.json", "spiece.model"])
+def test_tokens_are_those_of_transformers(tmp_path, kept):
+    import transformers
+
+    (tmp_path / "spiece.model").write_bytes(_proto_without_bytes())
     theirs = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=5)
     theirs.save_pretrained(tmp_path)
     if kept == "tokenizer.json":
@@ -105,6 +113,241 @@ def test_tokens_are_those_of_transformers(tmp_path, kept):
     assert found.extra_ids == 5
     ours = found.build()
     assert ours.encode(TEXTS) == theirs(TEXTS).input_ids
+
+
+ADDED_TEXTS = [
+    *TEXTS,
+    "[QRY] what is a gecko",
+    "a [DOC] b",
+    "a[DOC]b [DOC][QRY]",
+    "foobarbaz word, foobarbazzes and afoobarbaz",
+    "[qry] [ＱＲＹ] the other theme",
+    "[QRY]",
+    " [QRY]  ",
+    "<special> x<special>y",
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    "added",
+    [
+        ["[QRY]", "[DOC]", "foobarbaz"],
+        [{"content": "[QRY]", "normalized": False}],
+        [{"content": "foobarbaz", "single_word": True}],
+        [{"content": "[DOC]", "lstrip": True, "rstrip": True}],
+        [{"content": "<special>", "special": True}],
+        # Of two that begin alike the longer one, and one that is a piece.
+        ["[QRY", "[QRY]", "the"],
+    ],
+)
+def test_added_tokens_are_those_of_transformers(tmp_path, added, beside):
+    import transformers
+
+    (tmp_path / "spiece.model").write_bytes(_proto_without_bytes())
+    theirs = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=5)
+    tokens = [
+        transformers.AddedToken(**token) if isinstance(token, dict) else token
+        for token in added
+    ]
+    theirs.add_tokens(tokens)
+    theirs.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    if not beside:
+        (tmp_path / "spiece.model").unlink()
+    found = tokenizer.read(tmp_path)
+    assert len(found.added_tokens) == len(added)
+    ours = found.build()
+    assert ours.size == len(theirs)
+    texts = [text.clean(t) for t in ADDED_TEXTS]
+    assert ours.encode(texts) == theirs(texts).input_ids
+    assert (
+        ours.encode(texts[5:6], 4)
+        == theirs(texts[5:6], max_length=4, truncation=True).input_ids
+    )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("prompt", ["</s> ", "a <unk>: ", "<extra_id_3>b", "<pad>"])
+def test_a_prompt_that_spells_a_reserved_token_is_read_as_there(tmp_path, prompt):
+    import transformers
+
+    (tmp_path / "spiece.model").write_bytes(_proto_without_bytes())
+    theirs = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=5)
+    theirs.save_pretrained(tmp_path)
+    texts = [prompt + "a </s> gecko <extra_id_0> x<extra_id_1>y"]
+    assert tokenizer.read(tmp_path, [prompt]).build().encode(texts) == (
+        theirs(texts).input_ids
+    )
+    # Other models read the same characters as text.
+    assert not tokenizer.read(tmp_path, ["query: "]).added_tokens
+    edit(tmp_path / "tokenizer_config.json", split_special_tokens=True)
+    assert not tokenizer.read(tmp_path, [prompt]).added_tokens
+
+
+def edit(path, **values):
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | values))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "tokenizer.json",
+            {"normalizer": {"type": "Lowercase"}},
+            "its normalizer has a step Lowercase",
+        ),
+        (
+            "tokenizer.json",
+            {
+                "normalizer": {
+                    "type": "Replace",
+                    "pattern": {"String": "cat"},
+                    "content": "dog",
+                }
+            },
+            "step Replace .*'cat'.*'dog'",
+        ),
+        (
+            "tokenizer.json",
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}]}},
+            "step NFD",
+        ),
+        (
+            "tokenizer.json",
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Digits", "individual_digits": True},
+                        WORDS,
+                    ],
+                }
+            },
+            "pre_tokenizer is Digits and Metaspace",
+        ),
+        ("tokenizer.json", {"pre_tokenizer": None}, "pre_tokenizer is none"),
+        (
+            "tokenizer.json",
+            {"pre_tokenizer": WORDS | {"prepend_scheme": "never"}},
+            "pre_tokenizer is Metaspace .*'never'",
+        ),
+        ("tokenizer.json", {"post_processor": None}, "post_processor writes nothing"),
+        (
+            "tokenizer.json",
+            {
+                "post_processor": CLOSED
+                | {"single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}]}
+            },
+            "post_processor writes <unk>",
+        ),
+        (
+            "tokenizer.json",
+            {"truncation": {"direction": "Left", "max_length": 9}},
+            "truncation cuts at the left",
+        ),
+        ("tokenizer.json", {"normalizer": 5}, "not the settings of a tokenizer"),
+        ("tokenizer.json", {"added_tokens": [5]}, "not the settings of a tokenizer"),
+        (
+            "tokenizer.json",
+            {"added_tokens": [_added(8_007, "[QRY]")]},
+            "the added tokens have the ids 8007; they must follow the 8,000 pieces",
+        ),
+        (
+            "tokenizer.json",
+            {"added_tokens": [_added(7, "</s>")]},
+            "token '</s>' has the id 7, and is piece 1",
+        ),
+        (
+            "tokenizer.json",
+            {"added_tokens": [_added(8_000, "[QRY]")], "pre_tokenizer": WORDS},
+            r"added tokens \('\[QRY\]'\) and the pre_tokenizer Metaspace",
+        ),
+        ("added_tokens.json", {"[QRY]": 9_000}, "the added tokens have the ids 9000"),
+        ("added_tokens.json", {"[QRY]": "x"}, "invalid literal"),
+        ("special_tokens_map.json", {"eos_token": "<eos>"}, "eos_token is '<eos>'"),
+        (
+            "special_tokens_map.json",
+            {"additional_special_tokens": ["[SEP]"]},
+            r"names the special token '\[SEP\]', which has an id in no file",
+        ),
+        (
+            "tokenizer_config.json",
+            {"cls_token": "[CLS]"},
+            r"'\[CLS\]', which has an id",
+        ),
+        ("tokenizer_config.json", {"eos_token": {"content": "x"}}, "eos_token is 'x'"),
+        (
+            "tokenizer_config.json",
+            {"truncation_side": "left"},
+            "truncation_side='left'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "AlbertTokenizer"},
+            "tokenizer_class='AlbertTokenizer': reads texts in a way of its own",
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, "must be str, is int"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"8000": {"content": "  "}}},
+            "needs a visible character",
+        ),
+    ],
+)
+def test_what_sentencepiece_does_not_is_refused(
+    tmp_path, name, values, message, beside
+):
+    """Whichever file lies beside."""
+    proto = QUICKSTART.read_bytes()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(_json(proto)))
+    edit(tmp_path / "tokenizer_config.json", model_max_length=512)
+    assert tokenizer.read(tmp_path).added_tokens == ()
+    if beside:
+        (tmp_path / "spiece.model").write_bytes(proto)
+    edit(tmp_path / name, **values)
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizer.read(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_two_vocabularies_side_by_side_are_refused(tmp_path):
+    proto = QUICKSTART.read_bytes()
+    values = _json(proto)
+    values["model"]["vocab"][500][0] = "▁other"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "spiece.model").write_bytes(proto)
+    with pytest.raises(ValueError, match=r"piece 500 is '▁other'.*do not belong toget"):
+        tokenizer.read(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(_json(proto, normalizer={"type": "Strip"}))
+    )
+    with pytest.raises(ValueError, match="not the pieces and the normalizer of spiece"):
+        tokenizer.read(tmp_path)
+
+
+def test_files_that_give_a_token_two_ids_are_refused(tmp_path):
+    shutil.copy(QUICKSTART, tmp_path / "spiece.model")
+    (tmp_path / "added_tokens.json").write_text('{"[QRY]": 8000}')
+    found = tokenizer.read(tmp_path)
+    assert found.added_tokens == (vocabulary.AddedToken("[QRY]", 8_000, False, True),)
+    decoder = {"8001": {"content": "[QRY]"}}
+    edit(tmp_path / "tokenizer_config.json", added_tokens_decoder=decoder)
+    with pytest.raises(ValueError, match=r"id 8000, and 8001 in tokenizer_config"):
+        tokenizer.read(tmp_path)
+
+
+def test_ids_are_compared_with_those_of_the_tokenizers_library(tmp_path, monkeypatch):
+    """The steps may be the usual ones, and the numbers still differ."""
+    proto = QUICKSTART.read_bytes()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(_json(proto)))
+    monkeypatch.setattr(vocabulary.Vocabulary, "encode", lambda self, texts: [[5]] * 99)
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=r"cuts 'a' into \[.*\], and its Sentence"):
+        tokenizer.read(tmp_path)
 
 
 @pytest.mark.parametrize(
