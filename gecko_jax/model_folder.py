@@ -56,7 +56,7 @@ _RULES = {
     "revision": config_lib.Rule(str),
     "provenance": config_lib.Rule(dict),
     "added_tokens": config_lib.Rule(
-        list,
+        tuple,
         "must be objects with content, id, single_word and normalized",
         lambda tokens: all(
             isinstance(token, dict)

@@ -212,6 +212,99 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, activation):
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def _write_theirs(folder, config, added=()):
+    """Writes a model of sentence-transformers whose tokenizer has added tokens."""
+    import torch
+    import transformers
+    from sentence_transformers import SentenceTransformer, models
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8_200, "d_model": 16, "d_kv": 8, "d_ff": 32}
+    config_t5 = transformers.T5Config(**sizes, num_layers=2, num_heads=2)
+    t5 = transformers.T5EncoderModel(config_t5)
+    with torch.no_grad():
+        for weights in t5.parameters():
+            weights.mul_(3.0)
+    plain = folder / "t5"
+    t5.save_pretrained(plain)
+    shutil.copy(QUICKSTART / "vocabulary.model", plain / "spiece.model")
+    tokenizer = transformers.T5Tokenizer.from_pretrained(plain, extra_ids=20)
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(plain)
+    (plain / "spiece.model").unlink()
+    theirs = SentenceTransformer(
+        modules=[
+            models.Transformer(str(plain), max_seq_length=64),
+            models.Pooling(16, pooling_mode="mean"),
+            models.Normalize(),
+        ],
+        device="cpu",
+    )
+    theirs.save_pretrained(str(folder / "st"))
+    write(folder / "st" / "config_sentence_transformers.json", config)
+    return SentenceTransformer(str(folder / "st"), device="cpu")
+
+
+def _assert_same_vectors(ours, theirs, tasks):
+    texts = ["a cat", "what do geckos eat [QRY] x", "a[QRY] {title} {text}"]
+    pairs = [
+        (ours.encode_queries(texts), theirs.encode_query(texts)),
+        (ours.encode_passages(texts), theirs.encode_document(texts)),
+    ]
+    pairs += [
+        (ours.encode_queries(texts, task=t), theirs.encode(texts, prompt_name=t))
+        for t in tasks
+    ]
+    # A task without a prompt has that of queries.
+    pairs += [
+        (ours.encode_queries(texts, task=t), theirs.encode_query(texts))
+        for t in ("semantic similarity", "qa")
+    ]
+    for found, expected in pairs:
+        assert np.sum(found * expected, axis=1).min() > 0.99999
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"prompts": {"query": "query: "}},
+        {"prompts": {"document": "passage: "}},
+        {"prompts": {"query": "q: ", "passage": "p: ", "corpus": "c: "}},
+        {"prompts": {"sts": "Represent: "}, "default_prompt_name": "sts"},
+        {
+            "prompts": {"query": "q: ", "document": "d: ", "sts": "Represent: "},
+            "default_prompt_name": "sts",
+        },
+        {
+            "prompts": {"query": "{title} </s>{text}: ", "document": "{a} <unk>b: "},
+            "default_prompt_name": "query",
+        },
+        {"prompts": {"query": "[QRY] ", "document": "[QRY]", "sts": "<extra_id_1>"}},
+        {"prompts": {"search result": "S: ", "query": "q: "}},
+    ],
+)
+def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, config):
+    """In the folder, after an import, and after an export to where it came from."""
+    from sentence_transformers import SentenceTransformer
+
+    from gecko_jax.convert import to_sentence_transformers
+
+    theirs = _write_theirs(tmp_path, config, ["[QRY]"])
+    tasks = [name for name in config.get("prompts", {}) if name != "search result"]
+    imported = formats.open_model(tmp_path / "st")
+    _assert_same_vectors(gecko_jax.load(tmp_path / "st"), theirs, tasks)
+    model_folder.save_model(tmp_path / "ours", imported)
+    ours = gecko_jax.load(tmp_path / "ours")
+    assert ours.files.text_format == imported.text_format
+    _assert_same_vectors(ours, theirs, tasks)
+    to_sentence_transformers.save(tmp_path / "back", imported)
+    back = SentenceTransformer(str(tmp_path / "back"), device="cpu")
+    _assert_same_vectors(ours, back, tasks)
+    _assert_same_vectors(gecko_jax.load(tmp_path / "back"), theirs, tasks)
+
+
 # What Gecko does not compute.
 
 
