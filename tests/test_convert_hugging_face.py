@@ -407,7 +407,7 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
         ),
         (
             {"relative_attention_max_distance": 8},
-            "32 buckets up to a distance of 8; the buckets must be a multiple of 4",
+            "32 buckets up to a distance of 8; the buckets must be even and at least",
         ),
     ],
 )

@@ -126,11 +126,11 @@ def open_model(
 
 def _check_relative_bias(config: model.EncoderConfig, source: str) -> None:
     buckets, distance = config.relpos_num_buckets, config.relpos_max_distance
-    if buckets % 4 or distance <= buckets // 4:
+    if buckets % 2 or buckets < 4 or distance <= buckets // 4:
         raise ValueError(
             f"{source}: a relative bias of {buckets} buckets up to a distance of "
-            f"{distance}; the buckets must be a multiple of 4, and a quarter of them "
-            "fewer than the distance (T5: 32 and 128)"
+            f"{distance}; the buckets must be even and at least 4, and a quarter "
+            "of them fewer than the distance (T5: 32 and 128)"
         )
 
 
