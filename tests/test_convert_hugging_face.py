@@ -1,6 +1,7 @@
 """Hugging Face folders: the encoder's own numbers, or one clear error."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -300,12 +301,10 @@ def test_every_config_gives_the_numbers_of_transformers(tmp_path, values):
     tokens = np.arange(2, 42)[None]
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).last_hidden_state.numpy()
-    found = model.DualEncoder(ours.encoder_config).apply(
-        {"params": ours.params},
-        tokens.astype(np.int32),
-        np.ones((1, 40), np.int32),
-        method="hidden_states",
-    )
+    encoder = model.DualEncoder(ours.encoder_config)
+    apply = jax.jit(functools.partial(encoder.apply, method="hidden_states"))
+    segments = np.ones((1, 40), np.int32)
+    found = apply({"params": ours.params}, tokens.astype(np.int32), segments)
     np.testing.assert_allclose(np.asarray(found), expected, atol=ATOL)
 
 
