@@ -33,7 +33,6 @@ from gecko_jax import (
     packing,
     progress,
     sharding,
-    vocabulary,
 )
 from gecko_jax import text as text_lib
 from gecko_jax.convert import formats
@@ -68,9 +67,7 @@ class Gecko:
                 that lie on a mesh stay there, and the work is shared over it.
             tokens_per_call: Tokens per device and call; None fits the backend.
         """
-        self.vocabulary = vocabulary.Vocabulary(
-            model_files.vocabulary_proto, model_files.extra_ids
-        )
+        self.vocabulary = model_files.build_vocabulary()
         vocab_size = model_files.encoder_config.vocab_size
         if self.vocabulary.size > vocab_size:
             raise ValueError(
@@ -106,7 +103,8 @@ class Gecko:
     @property
     def task_descriptions(self) -> dict[str, str]:
         """Task names the model knows, and the text each puts before a query."""
-        return dict(self.files.text_format.task_descriptions)
+        text_format = self.files.text_format
+        return {**text_format.task_descriptions, **text_format.prompts}
 
     def encode_queries(
         self,
@@ -121,7 +119,8 @@ class Gecko:
         Args:
             texts: The queries, without any prefix.
             task: A name in `task_descriptions`, or a description in plain words; one
-                for all queries, or one for each.
+                for all queries, or one for each. A model with prompts writes its
+                prompt "query" before the queries of a task it does not know.
             dim: One of `dims`; None is the largest.
             description: Shows progress under this name.
         """
@@ -176,7 +175,8 @@ class Gecko:
             description: Shows progress under this name.
 
         Raises:
-            ValueError: A text is empty (names its index), or `dim` is not trained.
+            ValueError: A text is empty (names its index), `dim` is not trained, or a
+                vector is not finite.
         """
         dim = self.check_dim(dim)
         texts = self.format_texts(texts, side=side, task=task, titles=titles)
@@ -210,7 +210,15 @@ class Gecko:
                     projected[first + positions] = vectors
                     done += len(positions)
                     bar.update(done)
-        vectors = cut(projected[: len(rows)], dim, self.files.encoder_config.l2_epsilon)
+        projected = projected[: len(rows)]
+        finite = np.isfinite(projected).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"texts[{int(np.argmin(finite[row_of]))}]: its vector is not finite; "
+                f"the weights of model {self.revision} are too large, take an earlier "
+                "checkpoint"
+            )
+        vectors = cut(projected, dim, self.files.encoder_config.l2_epsilon)
         return vectors if len(rows) == len(texts) else vectors[row_of]
 
     def check_dim(self, dim: int | None) -> int:

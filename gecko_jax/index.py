@@ -97,7 +97,8 @@ class Index:
         if not finite.all():
             bad = self.ids[int(np.argmin(finite))]
             raise ValueError(
-                f"the vector of {bad!r} is not finite; embed the passages again"
+                f"the vector of {bad!r} is not finite; embed the passages again with "
+                "a model whose weights are finite"
             )
 
     def __len__(self) -> int:
@@ -153,7 +154,10 @@ class Index:
                 f"them with dim={self.dim}"
             )
         if not np.isfinite(queries).all():
-            raise ValueError("a query's vector is not finite; encode it again")
+            raise ValueError(
+                "a query's vector is not finite; encode it again with a model whose "
+                "weights are finite"
+            )
         if k < 1:
             raise ValueError(f"k={k}: it must be at least 1")
         k = min(k, len(self))

@@ -135,7 +135,14 @@ def check_vocabulary(
         )
     if start is None:
         return
-    theirs = vocabulary.Vocabulary(start.vocabulary_proto, start.extra_ids)
+    if start.added_tokens:
+        contents = ", ".join(repr(token.content) for token in start.added_tokens[:5])
+        raise ValueError(
+            f"init.checkpoint={config.init.checkpoint}: its tokenizer has added tokens "
+            f"({contents}), which training does not cut out of texts; start from a "
+            "model without them"
+        )
+    theirs = start.build_vocabulary()
     if theirs.fingerprint != vocab.fingerprint:
         source = config.init.checkpoint
         file, first = f"{source}/{model_folder.VOCABULARY}", ""

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gecko_jax import (
@@ -32,6 +33,7 @@ from gecko_jax import (
     sharding,
     tensors,
     text,
+    vocabulary,
 )
 from gecko_jax import config as config_lib
 
@@ -42,6 +44,7 @@ MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
 # What a model folder may hold, as patterns.
 FILES = (MODEL_JSON, VOCABULARY, f"model*{tensors.SUFFIX}*")
+_ADDED_TOKEN = {"content": str, "id": int, "single_word": bool, "normalized": bool}
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
     "model": config_lib.Rule(dict),
@@ -54,8 +57,19 @@ _RULES = {
     "step": config_lib.Rule(int),
     "revision": config_lib.Rule(str),
     "provenance": config_lib.Rule(dict),
+    "added_tokens": config_lib.Rule(
+        tuple,
+        "must be objects with content, id, single_word and normalized",
+        lambda tokens: all(
+            isinstance(token, dict)
+            and {key: type(value) for key, value in token.items()} == _ADDED_TOKEN
+            for token in tokens
+        ),
+    ),
 }
 _COPY_AGAIN = "copy it again from where the model was made"
+# Keys that are left out where there is nothing to say.
+_OPTIONAL = {"added_tokens"}
 _VERSIONED = ("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy")
 
 
@@ -77,6 +91,8 @@ class ModelFiles:
         revision: Changes with the parameters; keys caches and indexes. Empty until
             an imported model is read, then made from its content.
         provenance: Free facts about the training (config, data, versions).
+        added_tokens: Tokens of an imported tokenizer that the SentencePiece model does
+            not know.
     """
 
     params: dict[str, Any]
@@ -90,6 +106,13 @@ class ModelFiles:
     step: int
     revision: str
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added_tokens: tuple[vocabulary.AddedToken, ...] = ()
+
+    def build_vocabulary(self) -> vocabulary.Vocabulary:
+        """Returns what cuts texts into tokens."""
+        return vocabulary.Vocabulary(
+            self.vocabulary_proto, self.extra_ids, self.added_tokens
+        )
 
 
 def save_model(
@@ -161,7 +184,7 @@ def write_model_json(
 
 def settings(model_files: ModelFiles) -> dict[str, Any]:
     """Returns all but the parameters and the vocabulary that decides an embedding."""
-    return {
+    values = {
         "model": model.config_to_dict(model_files.encoder_config),
         "text_format": model_files.text_format.to_dict(),
         "extra_ids": model_files.extra_ids,
@@ -169,6 +192,9 @@ def settings(model_files: ModelFiles) -> dict[str, Any]:
         "query_length": model_files.query_length,
         "passage_length": model_files.passage_length,
     }
+    added = [dataclasses.asdict(token) for token in model_files.added_tokens]
+    # Left out where empty, so that the revisions of other models stay as they were.
+    return values | ({"added_tokens": added} if added else {})
 
 
 def load_model(
@@ -214,7 +240,9 @@ def open_model(
             params = checkpoints.restore_params(path, step, _shardings(config, mesh))
         revision = f"{model_files.revision}-{step}"
     parameters.check(params, config, source=str(path))
-    return dataclasses.replace(model_files, params=params, step=step, revision=revision)
+    return dataclasses.replace(
+        model_files, params=require_finite(params), step=step, revision=revision
+    )
 
 
 def open_step(path: str | pathlib.Path, step: int) -> ModelFiles:
@@ -234,10 +262,31 @@ def open_step(path: str | pathlib.Path, step: int) -> ModelFiles:
     parameters.check(params, model_files.encoder_config, source=f"{path}, step {step}")
     return dataclasses.replace(
         model_files,
-        params=params,
+        params=require_finite(params),
         step=step,
         revision=f"{model_files.revision}-{step}",
     )
+
+
+def require_finite(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters, each of which is refused as it is read if not finite.
+
+    Parameters that are not `Tensor`s are already in memory and are checked now.
+
+    Raises:
+        ValueError: A parameter holds NaN or infinity; names it.
+    """
+    checked = {}
+    for name, leaf in parameters.flatten(params).items():
+        if isinstance(leaf, tensors.Tensor):
+            leaf = leaf.require_finite(name)
+        elif not jnp.isfinite(leaf).all():
+            raise ValueError(
+                f"{name}: not all weights are finite; the training diverged, take an "
+                "earlier checkpoint"
+            )
+        checked[name] = leaf
+    return parameters.unflatten(checked)
 
 
 def read_params(
@@ -306,9 +355,9 @@ def _name_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
     """Names a model that has no revision by everything that decides an embedding."""
     if model_files.revision:
         return model_files
-    vocabulary = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
+    proto = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
     content = json.dumps(
-        [settings(model_files), vocabulary, dict(sorted(digests.items()))],
+        [settings(model_files), proto, dict(sorted(digests.items()))],
         sort_keys=True,
     )
     revision = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -348,6 +397,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
         step=values["step"],
         revision=values["revision"],
         provenance=values["provenance"],
+        added_tokens=values.get("added_tokens", ()),
     )
 
 
@@ -377,7 +427,9 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     # `values` are turned into dataclasses below.
     written = copy.deepcopy(values)
     # Folders of version 1 know nothing of the vocabulary's checksum.
-    optional = {"vocabulary_sha256"} if values["format_version"] == 1 else set()
+    optional = set(_OPTIONAL)
+    if values["format_version"] == 1:
+        optional.add("vocabulary_sha256")
     faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
     flat = config_lib.flatten(values)
     faults += config_lib.find_wrong_values(
@@ -392,6 +444,10 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
             sizes["mlp_activations"] = tuple(sizes.get("mlp_activations", ()))
             values["model"] = model.EncoderConfig(**sizes)
             values["text_format"] = text.TextFormat.from_dict(values["text_format"])
+            values["added_tokens"] = tuple(
+                vocabulary.AddedToken(**token)
+                for token in values.get("added_tokens", ())
+            )
         except (TypeError, ValueError) as error:
             # TextFormat.__init__() got an unexpected keyword argument 'x'
             faults = [str(error)]

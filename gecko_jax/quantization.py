@@ -104,13 +104,21 @@ def encode(
             those of `vectors`.
 
     Raises:
-        ValueError: An unknown precision, or too few vectors to find ranges by.
+        ValueError: An unknown precision, too few vectors to find ranges by, or a vector
+            that is not finite, which a code of fewer bits could not show.
     """
     check_precision(precision)
     vectors = np.asarray(vectors, np.float32)
     dim = vectors.shape[1]
     if precision == FLOAT32:
         return Codes(vectors, precision, dim)
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"vectors[{int(np.argmin(finite))}]: the vector is not finite and has no "
+            f"{precision} code; embed the text again with a model whose weights are "
+            "finite"
+        )
     if precision == BINARY:
         return Codes(np.packbits(vectors > 0, axis=1), precision, dim)
     ranges = calibrate(vectors) if ranges is None else ranges

@@ -81,6 +81,41 @@ class Tensor:
         """Returns the matrix with its two axes swapped."""
         return Tensor(self.shape[::-1], lambda: self.read().T, self.source)
 
+    def require_finite(self, name: str) -> "Tensor":
+        """Returns the tensor, whose numbers are checked when they are read.
+
+        Args:
+            name: Name of the tensor for the error.
+
+        Raises:
+            ValueError: A number is NaN or infinite; raised when the tensor is read.
+        """
+
+        def read() -> np.ndarray:
+            array = self.read()
+            if not is_finite(array):
+                raise ValueError(_not_finite(name, array, self.source))
+            return array
+
+        return dataclasses.replace(self, read=read)
+
+
+def is_finite(array: Float[np.ndarray, "..."]) -> bool:
+    """Whether no number of an array is NaN or infinite."""
+    # The extremes need no memory, where `isfinite` allocates a byte for each number.
+    # A NaN passes through both.
+    return not array.size or bool(np.isfinite(array.min()) and np.isfinite(array.max()))
+
+
+def _not_finite(name: str, array: Float[np.ndarray, "..."], source: str) -> str:
+    count = int(np.count_nonzero(~np.isfinite(array)))
+    place = f" ({source})" if source else ""
+    return (
+        f"{name}{place}: {count:,} of {array.size:,} weights are NaN or infinite; the "
+        "model is damaged or its training diverged, take an earlier checkpoint or copy "
+        "it again"
+    )
+
 
 def num_values(shape: tuple[int, ...]) -> int:
     """Returns how many numbers a tensor of this shape holds."""
@@ -103,17 +138,7 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
     if (folder / f"{stem}{SUFFIX}").exists():
         return _open_file(files.member(folder, f"{stem}{SUFFIX}"))
     index = files.member(folder, f"{stem}{INDEX}")
-    try:
-        places = files.parse_json(index.read_text())["weight_map"]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder}: neither {stem}{SUFFIX} nor {index.name} here; copy the weights"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{index}: not an index of safetensors files; the file is damaged, copy it "
-            "again"
-        ) from None
+    places = _read_index(index, stem)
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if pathlib.PurePath(name).name != name:
@@ -135,6 +160,38 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
 def names(folder: pathlib.Path, stem: str = "model") -> list[str]:
     """Returns the names of the files that `write` wrote."""
     return sorted(path.name for path in folder.glob(f"{stem}*{SUFFIX}*"))
+
+
+def _read_index(index: pathlib.Path, stem: str) -> dict[str, str]:
+    """Returns the file that holds each tensor, by the tensor's name."""
+    damaged = "the file is damaged, copy it again"
+    try:
+        values = files.parse_json(index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{index.parent}: neither {stem}{SUFFIX} nor {index.name} here; copy the "
+            "weights"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{index}: not JSON ({error}); {damaged}") from None
+    places = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ValueError(
+            f"{index}: not an index of safetensors files, which has a weight_map from "
+            f"tensor to file; {damaged}"
+        )
+    for name, file in places.items():
+        if not isinstance(file, str):
+            raise ValueError(
+                f"{index}: weight_map[{name!r}] is {files.kind(file)}, not the name of "
+                f"a file; {damaged}"
+            )
+        if not file.isprintable() or not file.endswith(SUFFIX):
+            raise ValueError(
+                f"{index}: weight_map[{name!r}] is {file!r}, not the name of a "
+                f"{SUFFIX} file; {damaged}"
+            )
+    return places
 
 
 def has_tensors(folder: pathlib.Path, stem: str = "model") -> bool:

@@ -27,6 +27,13 @@ MAX_CHARACTERS = 200_000
 # The task of a query when none is named (section 3.1).
 DEFAULT_TASK = "search result"
 
+# Prompts that every `TextFormat.prompts` holds; the names are sentence-transformers'.
+QUERY_PROMPT, DOCUMENT_PROMPT = "query", "document"
+_BARE = "{text}"
+
+# Query template of imported models with several prompts, before `prompts` was a field.
+_OLD_PROMPTS = "{task_description}{text}"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:
@@ -39,6 +46,10 @@ class TextFormat:
         no_title: Stands for a title that is missing (EmbeddingGemma's convention).
         task_descriptions: Task name -> the paper's natural-language *t*.
         symmetric_tasks: Tasks whose passages are written in the query form.
+        prompts: Literal text before a text, in place of the templates: before queries
+            by the name of their task, before all other queries that of "query", before
+            passages that of "document". Empty where the templates decide. A model of
+            sentence-transformers has prompts, which no field may expand in.
     """
 
     query: str = "task: {task_description} | query: {text}"
@@ -46,8 +57,11 @@ class TextFormat:
     no_title: str = "none"
     task_descriptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     symmetric_tasks: tuple[str, ...] = ()
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        if self.prompts:
+            self._check_prompts()
         for template, field in (
             (self.query, "{task_description}"),
             (self.passage, "{title}"),
@@ -59,6 +73,25 @@ class TextFormat:
                     "most once, and no other field"
                 )
 
+    def _check_prompts(self) -> None:
+        if not all(
+            isinstance(part, str) for pair in self.prompts.items() for part in pair
+        ):
+            raise ValueError(
+                f"text format: prompts={dict(self.prompts)!r}, must be texts by name"
+            )
+        missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
+        if missing:
+            raise ValueError(
+                f"text format: prompts has no {' and no '.join(sorted(missing))}; add "
+                "it, '' for no prompt"
+            )
+        if (self.query, self.passage) != (_BARE, _BARE):
+            raise ValueError(
+                f"text format: prompts stand before a bare text, so query and passage "
+                f"must be {_BARE!r}, not {self.query!r} and {self.passage!r}"
+            )
+
     def describe(self, task: str) -> str:
         """Returns the description of a task name; any other text describes itself."""
         return self.task_descriptions.get(task, task)
@@ -67,17 +100,30 @@ class TextFormat:
         """Whether both sides of `task` are written in the query form."""
         return task in self.symmetric_tasks
 
-    def format_query(self, text: str, task: str) -> str:
+    def format_query(self, text: str, task: str, description: str | None = None) -> str:
         """Writes one query.
 
         Args:
             text: The raw query.
-            task: A name in `task_descriptions`, or a description in plain words.
+            task: A name in `task_descriptions` or `prompts`, or a description in plain
+                words. A format with prompts has no place for a description, and takes
+                the prompt of any query.
+            description: Stands in place of the task's description.
 
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        return _fill(self.query, task_description=self.describe(task), text=clean(text))
+        text = clean(text)
+        if self.prompts:
+            # What no task is named for must get the prompt of any query, even where a
+            # prompt is called "search result".
+            name = (
+                task if task in self.prompts and task != DEFAULT_TASK else QUERY_PROMPT
+            )
+            return _check_characters(self.prompts[name] + text)
+        if description is None:
+            description = self.describe(task)
+        return _fill(self.query, task_description=description, text=text)
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank stands for no title."""
@@ -86,30 +132,60 @@ class TextFormat:
         title = clean(title) if title and has_title else self.no_title
         if has_title and "{title}" not in self.passage:
             text = f"{title} {text}"
+        if self.prompts:
+            return _check_characters(self.prompts[DOCUMENT_PROMPT] + text)
         return _fill(self.passage, title=title, text=text)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
-        return dataclasses.asdict(self) | {
+        values = {
+            "query": self.query,
+            "passage": self.passage,
+            "no_title": self.no_title,
             "task_descriptions": dict(self.task_descriptions),
             "symmetric_tasks": list(self.symmetric_tasks),
         }
+        # Left out where empty: the format and its checksums are then those of old.
+        return values | ({"prompts": dict(self.prompts)} if self.prompts else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
-        """Inverse of `to_dict`."""
-        return cls(
-            **{
-                **values,
-                "task_descriptions": dict(values.get("task_descriptions", {})),
-                "symmetric_tasks": tuple(values.get("symmetric_tasks", ())),
+        """Inverse of `to_dict`; also reads how prompts were stored before."""
+        read = {
+            **values,
+            "task_descriptions": dict(values.get("task_descriptions", {})),
+            "symmetric_tasks": tuple(values.get("symmetric_tasks", ())),
+            "prompts": dict(values.get("prompts", {})),
+        }
+        passage = str(read.get("passage", ""))
+        prompts = read["task_descriptions"]
+        if (
+            read.get("query") == _OLD_PROMPTS
+            and DEFAULT_TASK in prompts
+            and passage.endswith(_BARE)
+            and "{title}" not in passage
+        ):
+            read |= {
+                "query": _BARE,
+                "passage": _BARE,
+                "task_descriptions": {},
+                "prompts": {
+                    **prompts,
+                    QUERY_PROMPT: prompts[DEFAULT_TASK],
+                    DOCUMENT_PROMPT: passage.removesuffix(_BARE),
+                },
             }
-        )
+        return cls(**read)
 
 
 def _fill(template: str, **fields: str) -> str:
     """Fills all fields in one pass: a title may itself hold "{text}"."""
-    filled = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
+    return _check_characters(
+        re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
+    )
+
+
+def _check_characters(filled: str) -> str:
     try:
         filled.encode()
     except UnicodeEncodeError as error:  # Python's mark of a byte that is no text.

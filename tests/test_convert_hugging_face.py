@@ -1,6 +1,7 @@
 """Hugging Face folders: the encoder's own numbers, or one clear error."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -196,7 +197,165 @@ def test_hidden_states_are_those_of_transformers(tmp_path, kind):
     np.testing.assert_allclose(found[real], expected[real], atol=ATOL)
 
 
+@pytest.mark.parametrize(
+    ("tables", "used"),
+    [
+        ({"shared": 0, "encoder.embed_tokens": 0}, 0),
+        ({"shared": 0, "encoder.embed_tokens": 1, "decoder.embed_tokens": 2}, 1),
+        ({"encoder.embed_tokens": 1, "decoder.embed_tokens": 2}, 1),
+        ({"shared": 3, "decoder.embed_tokens": 2}, 3),
+        ({"decoder.embed_tokens": 2}, 2),
+    ],
+)
+def test_the_table_is_the_one_that_transformers_takes(folder, tables, used):
+    """Of several tables the encoder's own, whatever the file holds besides."""
+    table = reference_params()["token_embedder/embedding"]
+
+    def change(weights):
+        weights.pop("shared.weight")
+        return weights | {f"{name}.weight": table + n for name, n in tables.items()}
+
+    rewrite(folder, change)
+    found = load_params(folder, None)
+    want = reference_params() | {"token_embedder/embedding": table + used}
+    assert_same(found, want)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("cls", ["T5", "MT5", "UMT5"])
+def test_transformers_takes_the_table_of_the_encoder(tmp_path, cls):
+    import safetensors.torch
+    import transformers
+
+    config = getattr(transformers, f"{cls}Config")(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
+    )
+    encoder = getattr(transformers, f"{cls}EncoderModel")
+    encoder(config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"] + 1
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    theirs = encoder.from_pretrained(tmp_path).encoder.embed_tokens.weight
+    ours = load_params(tmp_path)["token_embedder/embedding"]
+    np.testing.assert_array_equal(ours, theirs.detach().numpy())
+
+
+def test_a_model_with_a_head_keeps_its_encoder_under_a_prefix(folder):
+    rewrite(folder, lambda weights: {f"transformer.{k}": v for k, v in weights.items()})
+    assert_same(load_params(folder, None), reference_params())
+
+
+def test_sizes_may_have_their_second_names(folder):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["hidden_size"] = values.pop("d_model")
+    values["head_dim"] = values.pop("d_kv")
+    path.write_text(json.dumps(values))
+    assert_same(load_params(folder, None), reference_params())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dense_act_fn": "silu"},
+        {"dense_act_fn": "swish"},
+        {"dense_act_fn": "relu"},
+        {"dense_act_fn": "gelu_fast"},
+        {"dense_act_fn": "gelu_pytorch_tanh"},
+        {"dense_act_fn": "gelu_accurate"},
+        {"feed_forward_proj": "gated-silu", "dense_act_fn": "gelu_new"},
+        {"feed_forward_proj": "gated-relu"},
+        {"feed_forward_proj": "relu", "is_gated_act": True},
+        {"feed_forward_proj": "gated-gelu", "is_gated_act": False},
+        {"tie_word_embeddings": False, "scale_decoder_outputs": False},
+        {"relative_attention_max_distance": 20, "relative_attention_num_buckets": 8},
+        {"dropout_rate": 0.5, "num_decoder_layers": 7, "pad_token_id": 5},
+        {},
+    ],
+)
+def test_every_config_gives_the_numbers_of_transformers(tmp_path, values):
+    """Keys that are saved or edited, in any combination that can be computed."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 5, "d_ff": 24, "num_layers": 2}
+    config = transformers.T5Config(**sizes, num_heads=3, **values)
+    theirs = transformers.T5EncoderModel(config)
+    with torch.no_grad():
+        for weights in theirs.parameters():
+            weights.copy_(0.4 * torch.randn_like(weights))
+    theirs.save_pretrained(tmp_path)
+    # As the values were written, without what transformers adds when it saves.
+    path = tmp_path / "config.json"
+    kept = {
+        key: value
+        for key, value in json.loads(path.read_text()).items()
+        if key not in ("dense_act_fn", "is_gated_act", "feed_forward_proj")
+    }
+    path.write_text(json.dumps(kept | values))
+    theirs = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
+    ours = model_folder.read_params(formats.open_model(tmp_path, vocabulary=VOCABULARY))
+    tokens = np.arange(2, 42)[None]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).last_hidden_state.numpy()
+    encoder = model.DualEncoder(ours.encoder_config)
+    apply = jax.jit(functools.partial(encoder.apply, method="hidden_states"))
+    segments = np.ones((1, 40), np.int32)
+    found = apply({"params": ours.params}, tokens.astype(np.int32), segments)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=ATOL)
+
+
 # What cannot be read.
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_an_adapter_is_refused_with_the_lines_that_merge_it(folder, name, is_alone):
+    if is_alone:
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").unlink()
+    content = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "mine/base"})
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: an adapter \(PEFT.*merge_and_un"):
+        formats.open_model(folder)
+    if name.endswith(".json"):
+        with pytest.raises(ValueError, match=r"from_pretrained\('mine/base'\)"):
+            formats.open_model(folder)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, bad, gecko):
+    def change(weights):
+        table = weights["encoder.block.1.layer.1.DenseReluDense.wo.weight"].copy()
+        table[3, 2] = bad
+        return weights | {"encoder.block.1.layer.1.DenseReluDense.wo.weight": table}
+
+    good = tmp_path / "good"
+    model_folder.save_model(good, formats.open_model(folder))
+    rewrite(folder, change)
+    message = r"encoder/layers_1/mlp/wo/kernel .*: 1 of 384 weights are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        gecko_jax.load(folder)
+    with pytest.raises(ValueError, match=message):
+        model_folder.save_model(tmp_path / "out", formats.open_model(folder))
+    assert not (tmp_path / "out").exists()
+    # A folder of ours is refused likewise, whatever reads it.
+    path = good / "model.safetensors"
+    weights = safetensors.numpy.load_file(path)
+    weights["encoder/layers_1/mlp/wo/kernel"][2, 3] = bad
+    safetensors.numpy.save_file(weights, path)
+    with pytest.raises(ValueError, match=message):
+        gecko_jax.load(good)
+    for kind in ("gecko", "sentence-transformers", "t5x", "onnx"):
+        status, _, errors = gecko(
+            "export", good, f"--output={tmp_path / kind}", f"--to={kind}"
+        )
+        assert status, kind
+        assert "weights are NaN or infinite" in errors, kind
+        assert not (tmp_path / kind).exists()
 
 
 def test_truncated_weights_are_named(folder):
@@ -227,9 +386,28 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
         ),
         ({"is_decoder": True, "is_encoder_decoder": False}, "a decoder-only model"),
         ({"model_type": "bert"}, "model_type 'bert' has no T5 encoder"),
-        ({"feed_forward_proj": "gelu"}, "feed_forward_proj='gelu', must be one of"),
+        ({"is_decoder": True}, "a decoder-only model"),
+        ({"architectures": 5}, "architectures is a number, not a list"),
+        ({"model_type": ["t5"]}, r"model_type \['t5'\] has no T5 encoder"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config is set"),
+        ({"feed_forward_proj": "gated-x-y"}, "feed_forward_proj='gated-x-y', must be"),
+        ({"feed_forward_proj": ["relu"]}, r"feed_forward_proj=\['relu'\]"),
+        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu', this encoder has no such"),
+        ({"dense_act_fn": None}, "dense_act_fn=None, this encoder has no such"),
+        ({"is_gated_act": "yes"}, "is_gated_act is a string, must be true or false"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05, must be 1e-06"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon=1e-6, must be 1e-06"),
         ({"d_kv": None, "d_ff": 0}, "d_kv=None, d_ff=0, must be a whole number"),
+        ({"num_layers": True}, "num_layers=True, must be a whole number"),
+        ({"hidden_size": 17}, "d_model=16 and hidden_size=17"),
+        (
+            {"relative_attention_num_buckets": 32.0},
+            "relative_attention_num_buckets=32.0, must be a whole number",
+        ),
+        (
+            {"relative_attention_max_distance": 8},
+            "32 buckets up to a distance of 8; the buckets must be even and at least",
+        ),
     ],
 )
 def test_another_model_is_refused(folder, values, message):

@@ -89,7 +89,8 @@ def test_a_folder_without_dense_has_no_projection(folder, caplog):
             "query: a",
             "b",
         ),
-        ({"prompts": {"query": "q ", "passage": "p "}}, "q a", "q a", "p b"),
+        # `encode_document` always finds a prompt "document", if only an empty one.
+        ({"prompts": {"query": "q ", "passage": "p "}}, "q a", "q a", "b"),
         (
             {
                 "prompts": {"query": "Q: ", "document": "D: ", "docs": "Find docs: "},
@@ -101,10 +102,18 @@ def test_a_folder_without_dense_has_no_projection(folder, caplog):
         ),
         (
             {"prompts": {"docs": "Find: "}, "default_prompt_name": "docs"},
+            "a",
             "Find: a",
-            "Find: a",
-            "Find: b",
+            "b",
         ),
+        (
+            {"prompts": {"query": "{title}</s>{text}: ", "document": "{x} {text} "}},
+            "{title}</s>{text}: a",
+            "{title}</s>{text}: a",
+            "{x} {text} b",
+        ),
+        ({"prompts": {"query": None}}, "a", "a", "b"),
+        ({"prompts": None}, "a", "a", "b"),
         ({"prompts": {}}, "a", "a", "b"),
     ],
 )
@@ -203,6 +212,99 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, activation):
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def _write_theirs(folder, config, added=()):
+    """Writes a model of sentence-transformers whose tokenizer has added tokens."""
+    import torch
+    import transformers
+    from sentence_transformers import SentenceTransformer, models
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8_200, "d_model": 16, "d_kv": 8, "d_ff": 32}
+    config_t5 = transformers.T5Config(**sizes, num_layers=2, num_heads=2)
+    t5 = transformers.T5EncoderModel(config_t5)
+    with torch.no_grad():
+        for weights in t5.parameters():
+            weights.mul_(3.0)
+    plain = folder / "t5"
+    t5.save_pretrained(plain)
+    shutil.copy(QUICKSTART / "vocabulary.model", plain / "spiece.model")
+    tokenizer = transformers.T5Tokenizer.from_pretrained(plain, extra_ids=20)
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(plain)
+    (plain / "spiece.model").unlink()
+    theirs = SentenceTransformer(
+        modules=[
+            models.Transformer(str(plain), max_seq_length=64),
+            models.Pooling(16, pooling_mode="mean"),
+            models.Normalize(),
+        ],
+        device="cpu",
+    )
+    theirs.save_pretrained(str(folder / "st"))
+    write(folder / "st" / "config_sentence_transformers.json", config)
+    return SentenceTransformer(str(folder / "st"), device="cpu")
+
+
+def _assert_same_vectors(ours, theirs, tasks):
+    texts = ["a cat", "what do geckos eat [QRY] x", "a[QRY] {title} {text}"]
+    pairs = [
+        (ours.encode_queries(texts), theirs.encode_query(texts)),
+        (ours.encode_passages(texts), theirs.encode_document(texts)),
+    ]
+    pairs += [
+        (ours.encode_queries(texts, task=t), theirs.encode(texts, prompt_name=t))
+        for t in tasks
+    ]
+    # A task without a prompt has that of queries.
+    pairs += [
+        (ours.encode_queries(texts, task=t), theirs.encode_query(texts))
+        for t in ("semantic similarity", "qa")
+    ]
+    for found, expected in pairs:
+        assert np.sum(found * expected, axis=1).min() > 0.99999
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"prompts": {"query": "query: "}},
+        {"prompts": {"document": "passage: "}},
+        {"prompts": {"query": "q: ", "passage": "p: ", "corpus": "c: "}},
+        {"prompts": {"sts": "Represent: "}, "default_prompt_name": "sts"},
+        {
+            "prompts": {"query": "q: ", "document": "d: ", "sts": "Represent: "},
+            "default_prompt_name": "sts",
+        },
+        {
+            "prompts": {"query": "{title} </s>{text}: ", "document": "{a} <unk>b: "},
+            "default_prompt_name": "query",
+        },
+        {"prompts": {"query": "[QRY] ", "document": "[QRY]", "sts": "<extra_id_1>"}},
+        {"prompts": {"search result": "S: ", "query": "q: "}},
+    ],
+)
+def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, config):
+    """In the folder, after an import, and after an export to where it came from."""
+    from sentence_transformers import SentenceTransformer
+
+    from gecko_jax.convert import to_sentence_transformers
+
+    theirs = _write_theirs(tmp_path, config, ["[QRY]"])
+    tasks = [name for name in config.get("prompts", {}) if name != "search result"]
+    imported = formats.open_model(tmp_path / "st")
+    _assert_same_vectors(gecko_jax.load(tmp_path / "st"), theirs, tasks)
+    model_folder.save_model(tmp_path / "ours", imported)
+    ours = gecko_jax.load(tmp_path / "ours")
+    assert ours.files.text_format == imported.text_format
+    _assert_same_vectors(ours, theirs, tasks)
+    to_sentence_transformers.save(tmp_path / "back", imported)
+    back = SentenceTransformer(str(tmp_path / "back"), device="cpu")
+    _assert_same_vectors(ours, back, tasks)
+    _assert_same_vectors(gecko_jax.load(tmp_path / "back"), theirs, tasks)
+
+
 # What Gecko does not compute.
 
 
@@ -220,25 +322,196 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, activation):
             "pools by mean and max",
         ),
         ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pools by lasttoken"),
-        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is false"),
-        ("2_Dense/config.json", {"bias": True}, "activation Identity, bias True"),
+        (
+            "1_Pooling/config.json",
+            {"include_prompt": False},
+            "include_prompt=False: its mean leaves",
+        ),
+        (
+            "2_Dense/config.json",
+            {"bias": True},
+            "bias=True: Gecko's projection has no bias",
+        ),
         (
             "2_Dense/config.json",
             {"activation_function": "torch.nn.modules.activation.Tanh"},
-            "activation Tanh, bias False",
+            "activation_function='torch.nn.modules.activation.Tanh': Gecko",
         ),
         (
             "2_Dense/config.json",
             {"module_input_name": "token_embeddings"},
-            "module_input_name is 'token_embeddings'",
+            "module_input_name='token_embeddings': Gecko reads and writes",
         ),
-        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case is true"),
+        (
+            "sentence_bert_config.json",
+            {"do_lower_case": True},
+            "do_lower_case=True: Gecko leaves",
+        ),
         ("config.json", {"model_type": "mpnet"}, "model_type 'mpnet' has no T5"),
+        ("1_Pooling/config.json", {"pooling_mode": 5}, "pools by 5"),
+        (
+            "1_Pooling/config.json",
+            {"include_prompt": "no"},
+            "include_prompt='no': must",
+        ),
+        ("2_Dense/config.json", {"use_residual": True}, "has no residual"),
+        ("2_Dense/config.json", {"activation_function": 3}, "activation_function=3: m"),
+        (
+            "2_Dense/config.json",
+            # Code of the model's own, in whose place Tanh is computed there.
+            {"activation_function": "mine.Identity"},
+            "'mine.Identity': Gecko's projection has no activation",
+        ),
+        (
+            "3_Normalize/config.json",
+            {"module_input_name": "token_embeddings"},
+            "3_Normalize/config.json: module_input_name='token_embeddings'",
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": "64"}, "must be int, is str"),
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": 3},
+            "must be at least 8 tokens",
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": [64]}, "must be int, is list"),
+        (
+            "sentence_bert_config.json",
+            {"query_expansion": {"strategy": "fixed", "length": 32}},
+            "Gecko adds no tokens to a query",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"processing_kwargs": {"text": {"truncation": False}}},
+            "Gecko reads texts with no options",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"tokenizer_args": {"do_lower_case": True}},
+            "tokenizer_args sets do_lower_case, which Gecko does not follow",
+        ),
+        ("sentence_bert_config.json", {"model_args": 3}, "model_args is a number, not"),
+        (
+            "config_sentence_transformers.json",
+            {"truncate_dim": "8"},
+            "must be int, is s",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": ["a"]},
+            "must be dict, is list",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": 1},
+            "must be str",
+        ),
+        (
+            "tokenizer_config.json",
+            {"truncation_side": "left"},
+            "truncation_side='left'",
+        ),
     ],
 )
 def test_what_gecko_does_not_compute_is_refused(folder, path, values, message):
+    if not (folder / path).exists():
+        write(folder / path, {})
     edit(folder / path, **values)
     with pytest.raises(ValueError, match=message):
+        formats.open_model(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"a"', "{", "[[[", "\xff"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "modules.json",
+        "config.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.json",
+    ],
+)
+def test_a_file_of_another_kind_is_one_error(folder, path, content):
+    (folder / path).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=path.replace(".", r"\.")):
+        formats.open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "lengths"),
+    [
+        ({"sentence_bert_config.json": {"max_seq_length": 40}}, (40, 40)),
+        ({"sentence_roberta_config.json": {"max_seq_length": 50}}, (50, 50)),
+        ({"sentence_xlnet_config.json": {"max_seq_length": 50}}, (50, 50)),
+        (
+            {
+                "sentence_bert_config.json": {"max_seq_length": 40},
+                "sentence_roberta_config.json": {"max_seq_length": 50},
+            },
+            (40, 40),
+        ),
+        (
+            {
+                "sentence_bert_config.json": {"max_seq_length": None},
+                "tokenizer_config.json": {"model_max_length": 77},
+            },
+            (77, 77),
+        ),
+        (
+            {
+                "sentence_bert_config.json": {"max_seq_length": 99},
+                "tokenizer_config.json": {"model_max_length": 77},
+            },
+            (99, 99),
+        ),
+        (
+            {
+                "sentence_bert_config.json": {"query_length": 16},
+                "tokenizer_config.json": {"model_max_length": 77},
+            },
+            (16, 77),
+        ),
+        ({"tokenizer_config.json": {"model_max_length": 10**30}}, None),
+        ({"tokenizer_config.json": {"model_max_length": 1e30}}, None),
+        ({}, None),
+    ],
+)
+def test_texts_are_cut_where_sentence_transformers_cuts_them(
+    folder, files, lengths, caplog
+):
+    (folder / "sentence_bert_config.json").unlink()
+    for name, values in files.items():
+        write(folder / name, values | {"extra_ids": 0})
+    opened = formats.open_model(folder)
+    assert (opened.query_length, opened.passage_length) == (lengths or (512, 512))
+    # A limit that nobody set is said aloud.
+    assert ("cuts them at 512 tokens" in caplog.text) is (lengths is None)
+
+
+def test_a_file_without_settings_is_passed_over(folder):
+    write(folder / "sentence_bert_config.json", {})
+    write(folder / "sentence_distilbert_config.json", {"max_seq_length": 50})
+    assert formats.open_model(folder).query_length == 50
+
+
+def test_a_limit_of_the_config_counts_where_no_other_is_set(folder, caplog):
+    write(folder / "sentence_bert_config.json", {})
+    edit(folder / "config.json", max_position_embeddings=30)
+    assert formats.open_model(folder).query_length == 30
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 40})
+    assert formats.open_model(folder).query_length == 40
+    assert "512" not in caplog.text
+
+
+def test_modules_with_code_of_their_own_are_refused(folder):
+    path = folder / "modules.json"
+    path.write_text(path.read_text().replace("sentence_transformers.models.P", "my.P"))
+    with pytest.raises(ValueError, match=r"my\.Pooling is a module with code of its"):
         formats.open_model(folder)
 
 
@@ -269,8 +542,8 @@ def test_a_projection_in_a_pickle_is_refused(folder):
 def test_prompts_must_be_texts(folder):
     path = folder / "config_sentence_transformers.json"
     write(path, {"prompts": {"query": 3}})
-    with pytest.raises(ValueError, match="prompts must be texts by name"):
+    with pytest.raises(ValueError, match=r"prompts=.*: must be texts by name"):
         formats.open_model(folder)
-    write(path, {"prompts": {"query": "{text} "}})
-    with pytest.raises(ValueError, match=r"must hold \{text\} once"):
+    write(path, {"prompts": {"a": "b"}, "default_prompt_name": "c"})
+    with pytest.raises(ValueError, match="default_prompt_name='c', which is none of"):
         formats.open_model(folder)

@@ -63,6 +63,39 @@ def test_format_texts_writes_what_text_format_writes(symmetric):
         assert [n.encode() for n in negatives] == record["negatives"].tolist()
 
 
+@pytest.mark.parametrize(
+    ("task", "prompt"), [("qa", "query: "), ("sts", "as {text}: ")]
+)
+def test_prompts_of_an_imported_model_are_written_as_they_are(task, prompt):
+    """A task that it does not know is not glued before the text."""
+    load_seqio()
+    import tensorflow as tf
+
+    prompts = {"query": "query: ", "document": "{title} ", "sts": "as {text}: "}
+    text_format = text.TextFormat("{text}", "{text}", "", prompts=prompts)
+    (found,) = tasks.from_files(["x.jsonl"], [{task: 1}], text_format)
+    completed = tasks.complete_text_format(text_format, [found])
+    assert completed == text_format
+    record = {
+        "query": "what do geckos eat",
+        "task_description": "find answers",
+        "positive": "Insects.",
+        "title": "Food",
+        "negatives": ["Bread."],
+        "negative_titles": [""],
+    }
+    dataset = tf.data.Dataset.from_tensors(record)
+    forms = formatting.templates(completed, task)
+    (got,) = formatting.format_texts(dataset, forms).as_numpy_iterator()
+    assert got["query"].decode() == f"{prompt}what do geckos eat"
+    assert got["positive"] == b"{title} Food Insects."
+    assert got["negatives"].tolist() == [b"{title} Bread."]
+    pair = jsonl.parse("here", {"task": task, **record})
+    query, positive, negatives = formatting.write(completed, task, pair)
+    assert (query, positive) == (got["query"].decode(), got["positive"].decode())
+    assert [n.encode() for n in negatives] == got["negatives"].tolist()
+
+
 def test_quickstart_is_a_seqio_mixture():
     """The golden example of each bundled task, through seqio alone."""
     seqio = load_seqio()

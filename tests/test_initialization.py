@@ -142,6 +142,18 @@ def test_another_vocabulary_is_refused_with_the_way_to_get_it(hf):
     )
 
 
+def test_a_start_with_added_tokens_is_refused(hf):
+    """The pipeline would not cut them out of the texts."""
+    config = build(hf)
+    token = vocabulary.AddedToken("[QRY]", 40)
+    start = dataclasses.replace(
+        initialization.load_start(config), added_tokens=(token,)
+    )
+    vocab = vocabulary.Vocabulary(VOCABULARY.read_bytes())
+    with pytest.raises(ValueError, match=r"added tokens \('\[QRY\]'\), which training"):
+        initialization.check_vocabulary(vocab, config, start)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

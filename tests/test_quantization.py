@@ -96,3 +96,12 @@ def test_codes_are_those_of_sentence_transformers(vectors):
             vectors, "int8", calibration_embeddings=vectors.copy()
         ),
     )
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_code(vectors, precision, bad):
+    damaged = vectors.copy()
+    damaged[3, 1] = bad
+    with pytest.raises(ValueError, match=rf"vectors\[3\]: .* has no {precision} code"):
+        quantization.encode(damaged, precision)

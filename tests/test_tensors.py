@@ -1,5 +1,7 @@
 """Tensors on disk: what the safetensors library reads, one at a time."""
 
+import json
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -95,3 +97,43 @@ def test_another_stem_names_other_files(tmp_path):
     assert not tensors.has_tensors(tmp_path)
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
         tensors.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": 5}}, r"weight_map\['a'\] is a number, not the name of a"),
+        ({"weight_map": {"a": None}}, r"weight_map\['a'\] is null, not the name"),
+        ({"weight_map": {"a": ["x.safetensors"]}}, r"weight_map\['a'\] is a list"),
+        ({"weight_map": {"a": {}}}, r"weight_map\['a'\] is an object"),
+        ({"weight_map": {"a": ""}}, r"is '', not the name of a \.safetensors file"),
+        ({"weight_map": {"a": "x\0.safetensors"}}, r"is 'x\\x00\.safetensors', not"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "outside its folder"),
+        ({"weight_map": []}, "not an index of safetensors files"),
+        ({"weight_map": {}}, "not an index of safetensors files"),
+        ({"weight_map": None}, "not an index of safetensors files"),
+        ({}, "not an index of safetensors files"),
+        ([], "not an index of safetensors files"),
+        (5, "not an index of safetensors files"),
+    ],
+)
+def test_a_damaged_index_is_one_error(tmp_path, index, message):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message) as error:
+        tensors.read(tmp_path)
+    assert str(path) in str(error.value)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json: not JSON"):
+        tensors.read(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_named_when_it_is_read(bad):
+    array = np.array([[1, bad], [3, 4]], np.float32)
+    tensor = tensors.Tensor((2, 2), lambda: array, "file:a").require_finite("wo")
+    with pytest.raises(ValueError, match=r"wo \(file:a\): 1 of 4 weights are NaN"):
+        tensor.read()
+    with pytest.raises(ValueError, match="1 of 4"):
+        tensor.transpose().read()
+    assert tensors.is_finite(np.zeros((0, 3), np.float32))

@@ -83,3 +83,61 @@ def test_half_a_surrogate_pair_is_no_text():
     for query, task in (("caf\udce9", "docs"), ("cafe", "\udce9")):
         with pytest.raises(ValueError, match="no character; write it as UTF-8"):
             text.TextFormat().format_query(query, task)
+
+
+PROMPTS = {"query": "query: ", "document": "{title} </s>{text} ", "sts": "as {x}: "}
+PROMPTED = text.TextFormat("{text}", "{text}", "", prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("task", "written"),
+    [
+        ("sts", "as {x}: a cat"),
+        ("query", "query: a cat"),
+        ("search result", "query: a cat"),
+        ("semantic similarity", "query: a cat"),
+        ("qa", "query: a cat"),
+    ],
+)
+def test_prompts_are_literal_and_an_unknown_task_has_that_of_queries(task, written):
+    assert PROMPTED.format_query(" a\ncat", task) == written
+    assert PROMPTED.format_query("a cat", task, "find answers") == written
+
+
+def test_the_prompt_of_documents_stands_before_title_and_text():
+    assert PROMPTED.format_passage("b") == "{title} </s>{text} b"
+    assert PROMPTED.format_passage("b", "T") == "{title} </s>{text} T b"
+
+
+def test_prompts_survive_json_and_older_formats_stay_as_they_were():
+    assert text.TextFormat.from_dict(PROMPTED.to_dict()) == PROMPTED
+    assert "prompts" not in FORMAT.to_dict()
+
+
+def test_prompts_stored_as_descriptions_are_no_longer_glued():
+    """As imported models had them; what is known is written as before."""
+    stored = {
+        "query": "{task_description}{text}",
+        "passage": "passage: {text}",
+        "no_title": "",
+        "task_descriptions": {"sts": "Represent: ", "search result": "query: "},
+        "symmetric_tasks": ["sts"],
+    }
+    read = text.TextFormat.from_dict(stored)
+    assert read.format_query("a cat", "sts") == "Represent: a cat"
+    assert read.format_query("a cat", "search result") == "query: a cat"
+    assert read.format_query("a cat", "semantic similarity") == "query: a cat"
+    assert read.format_passage("b") == "passage: b"
+    assert read.is_symmetric("sts")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompts": {"query": "a"}},
+        {"prompts": PROMPTS, "query": "{text}"},
+    ],
+)
+def test_prompts_need_both_sides_and_bare_templates(fields):
+    with pytest.raises(ValueError, match="text format: prompts"):
+        text.TextFormat(**fields)

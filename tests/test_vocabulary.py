@@ -144,3 +144,43 @@ def test_training_names_the_bad_line(tmp_path):
     path.write_text('{"task": "t", "query": "a", "positive": "b"}\n{"task": "t"}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: no field 'query'"):
         pieces.train_vocabulary([path], tmp_path / "out.model", 300)
+
+
+def test_added_tokens_are_cut_out_and_the_rest_read_part_by_part(bundled):
+    added = (
+        vocabulary.AddedToken("[Q", 8_001),
+        vocabulary.AddedToken("[Q]", 8_000),
+        vocabulary.AddedToken("geck", 8_002, single_word=True),
+        vocabulary.AddedToken("[N]", 8_003, normalized=True),
+    )
+    extended = vocabulary.Vocabulary(bundled.model_proto, 0, added)
+    assert extended.size == bundled.size + 4
+    assert extended.fingerprint != bundled.fingerprint
+    assert extended != bundled
+    assert pickle.loads(pickle.dumps(extended)) == extended
+
+    def plain(text):
+        return bundled.encode([text])[0][:-1]
+
+    cases = {
+        "a [Q] b": [*plain("a"), 8_000, *plain("b")],
+        "[Q][Q a[Q]": [8_000, 8_001, *plain("a"), 8_000],
+        "geck, gecko": [8_002, *plain(", gecko")],
+        "x [Ｎ] [N]": [*plain("x"), 8_003, 8_003],
+        "no such token": plain("no such token"),
+    }
+    assert extended.encode(list(cases)) == [[*ids, 1] for ids in cases.values()]
+    assert extended.encode(["a [Q] b"], 3) == [[*plain("a"), 8_000, 1]]
+    assert extended.decode(extended.encode(["a [Q] b"])[0]) == "a [Q] b"
+    assert extended.encode(TEXTS) == bundled.encode(TEXTS)
+
+
+@pytest.mark.parametrize("number", [8_001, 9_000])
+def test_added_tokens_must_follow_the_pieces(bundled, number):
+    token = vocabulary.AddedToken("[Q]", number)
+    with pytest.raises(
+        ValueError, match=f"the ids {number}; they must follow the 8,000"
+    ):
+        vocabulary.Vocabulary(bundled.model_proto, 0, (token,))
+    with pytest.raises(ValueError, match="needs a visible character"):
+        vocabulary.AddedToken(" ", 8_000)

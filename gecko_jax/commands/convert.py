@@ -55,6 +55,12 @@ def add_parser(verbs: Any) -> None:
             type=parsing.length,
             help=f"longest {side} in tokens (the source's, or 512)",
         )
+    parser.add_argument(
+        "--relpos-max-distance",
+        type=parsing.positive,
+        metavar="TOKENS",
+        help="distance at which the relative bias ends; T5X does not store it (128)",
+    )
 
     parser = parsing.add_verb(verbs, "gecko export", _EXPORT, export)
     parser.add_argument(
@@ -100,6 +106,7 @@ def import_(options: argparse.Namespace) -> None:
         extra_ids=options.extra_ids,
         query_length=options.query_length,
         passage_length=options.passage_length,
+        relpos_max_distance=options.relpos_max_distance,
     )
     written = model_folder.save_model(options.output, opened)
     config = written.encoder_config

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+from absl import logging
 
 from gecko_jax import model, model_folder, parameters, pretrained, tensors, text
 from gecko_jax import vocabulary as vocabulary_lib
@@ -30,6 +31,9 @@ from gecko_jax.convert import (
 
 # T5 was pre-trained on texts of this many tokens.
 _PRETRAINED_LENGTH = 512
+
+# Buckets of T5's relative bias, which end at a distance of 128 tokens.
+_T5_BUCKETS = 32
 
 # Where `gecko export --to t5x` keeps what T5X has no place for, beside `checkpoint_N`.
 _T5X_SETTINGS = "gecko"
@@ -54,9 +58,12 @@ def open_model(
     extra_ids: int = 0,
     query_length: int | None = None,
     passage_length: int | None = None,
+    relpos_max_distance: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> model_folder.ModelFiles:
     """Opens a model of any format; its parameters are read later, one at a time.
+
+    Reading a parameter that is not finite raises a ValueError that names it.
 
     Args:
         source: A path, a URL or a hub name.
@@ -64,6 +71,8 @@ def open_model(
         extra_ids: Sentinels after its pieces (T5: 100).
         query_length: Longest query in tokens; None is what the source says, or 512.
         passage_length: Longest passage in tokens; likewise.
+        relpos_max_distance: Distance in tokens from which on the relative bias is one
+            number, which T5X does not store; None is T5's 128.
         mesh: Where the parameters of a training workdir go.
 
     Raises:
@@ -71,6 +80,11 @@ def open_model(
     """
     source = str(source)
     found, place = find_format(source)
+    if relpos_max_distance is not None and found is not Format.T5X:
+        raise ValueError(
+            f"--relpos-max-distance={relpos_max_distance}: {source} is a "
+            f"{found.value} model, which holds the distance; leave it out"
+        )
     if found is Format.GECKO:
         opened = model_folder.open_model(place, mesh)
         if vocabulary is not None:
@@ -78,19 +92,23 @@ def open_model(
                 f"{source}: brings its own vocabulary; leave --vocabulary out"
             )
     elif found is Format.T5X:
-        opened = _open_t5x(kvstores.Folder(place), vocabulary, extra_ids)
+        opened = _open_t5x(
+            kvstores.Folder(place), vocabulary, extra_ids, relpos_max_distance
+        )
     else:
         opened = _open_hugging_face(
             pathlib.Path(place),
             vocabulary,
             extra_ids,
             is_chain=found is Format.SENTENCE_TRANSFORMERS,
+            is_length_given=bool(query_length and passage_length),
         )
     lengths = {"query_length": query_length, "passage_length": passage_length}
     opened = dataclasses.replace(
         opened, **{key: value for key, value in lengths.items() if value}
     )
     if found is not Format.GECKO:
+        _check_relative_bias(opened.encoder_config, source)
         parameters.check(
             opened.params,
             opened.encoder_config,
@@ -99,9 +117,21 @@ def open_model(
         )
         imported = {"source": source, "format": found.value}
         opened = dataclasses.replace(
-            opened, provenance={**opened.provenance, "imported": imported}
+            opened,
+            params=model_folder.require_finite(opened.params),
+            provenance={**opened.provenance, "imported": imported},
         )
     return opened
+
+
+def _check_relative_bias(config: model.EncoderConfig, source: str) -> None:
+    buckets, distance = config.relpos_num_buckets, config.relpos_max_distance
+    if buckets % 2 or buckets < 4 or distance <= buckets // 4:
+        raise ValueError(
+            f"{source}: a relative bias of {buckets} buckets up to a distance of "
+            f"{distance}; the buckets must be even and at least 4, and a quarter "
+            "of them fewer than the distance (T5: 32 and 128)"
+        )
 
 
 def find_format(source: str) -> tuple[Format, str]:
@@ -187,6 +217,7 @@ def _folder_of(path: pathlib.Path) -> pathlib.Path:
 
 def _refuse(path: pathlib.Path) -> None:
     """Names what a folder is that cannot be read."""
+    from_hugging_face.refuse_adapter(path)
     if any(path.glob("*.index")) or any(path.glob("*.data-?????-of-?????")):
         raise ValueError(_tensorflow_fault(str(path)))
     from_hugging_face.refuse_pickle(path)
@@ -200,10 +231,18 @@ def _tensorflow_fault(path: str) -> str:
 
 
 def _open_t5x(
-    folder: kvstores.Folder, vocabulary: str | pathlib.Path | None, extra_ids: int
+    folder: kvstores.Folder,
+    vocabulary: str | pathlib.Path | None,
+    extra_ids: int,
+    relpos_max_distance: int | None,
 ) -> model_folder.ModelFiles:
     beside = pathlib.Path(folder.path).parent / _T5X_SETTINGS
     if vocabulary is None and (beside / model_folder.MODEL_JSON).exists():
+        if relpos_max_distance is not None:
+            raise ValueError(
+                f"--relpos-max-distance={relpos_max_distance}: {beside} holds the "
+                "distance; leave it out"
+            )
         params = from_t5x.open_params(folder)
         settings = model_folder.load_settings(beside)
         return dataclasses.replace(settings, params=parameters.unflatten(params))
@@ -214,14 +253,23 @@ def _open_t5x(
             "with --extra-ids (extra_ids=). T5's is "
             "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model with 100"
         )
-    proto = _read_vocabulary(vocabulary, extra_ids)
+    found = tokenizer.Tokenizer(_read_vocabulary(vocabulary, extra_ids), extra_ids)
     params = from_t5x.open_params(folder)
     config = from_t5x.infer_config(params, folder.path)
-    tokenizer.check_size(
-        proto, extra_ids, config.vocab_size, source=folder.path, is_given=True
-    )
-    step = from_t5x.step_of(folder)
-    return _build(params, config, proto, extra_ids, step=step)
+    if relpos_max_distance is not None:
+        config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
+    elif config.relpos_num_buckets != _T5_BUCKETS:
+        logging.warning(
+            "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
+            "the distance at which they end; %d tokens are taken, set "
+            "--relpos-max-distance to what the model was trained with",
+            folder.path,
+            config.relpos_num_buckets,
+            _T5_BUCKETS,
+            config.relpos_max_distance,
+        )
+    tokenizer.check_size(found, config.vocab_size, source=folder.path, is_given=True)
+    return _build(params, config, found, step=from_t5x.step_of(folder))
 
 
 def _open_hugging_face(
@@ -230,7 +278,9 @@ def _open_hugging_face(
     extra_ids: int,
     *,
     is_chain: bool,
+    is_length_given: bool,
 ) -> model_folder.ModelFiles:
+    from_hugging_face.refuse_adapter(folder)
     if is_chain and (folder / model_folder.MODEL_JSON).exists():
         return _open_own_export(folder)
     chain = None
@@ -238,6 +288,7 @@ def _open_hugging_face(
     if is_chain:
         chain = from_sentence_transformers.read_chain(folder)
         encoder = chain.encoder
+        from_hugging_face.refuse_adapter(encoder)
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
     params = from_hugging_face.open_params(encoder, config)
@@ -247,24 +298,33 @@ def _open_hugging_face(
         )
     if vocabulary is not None:
         proto = _read_vocabulary(vocabulary, extra_ids)
+        found = tokenizer.Tokenizer(proto, extra_ids)
     else:
-        proto, extra_ids = tokenizer.read(encoder)
+        prompts = chain.text_format.prompts.values() if chain else ()
+        found = tokenizer.read(encoder, prompts)
     tokenizer.check_size(
-        proto,
-        extra_ids,
+        found,
         config.vocab_size,
         source=str(encoder),
         is_given=vocabulary is not None,
     )
     if chain is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
-        return _build(params, config, proto, extra_ids, length=length)
+        return _build(params, config, found, lengths=(length, length))
+    lengths = (chain.query_length, chain.passage_length)
+    if None in lengths and not is_length_given:
+        logging.warning(
+            "%s: sets no max_seq_length, so sentence-transformers reads texts whole; "
+            "gecko_jax cuts them at %d tokens, set other lengths with `gecko import "
+            "--query-length --passage-length`",
+            folder,
+            _PRETRAINED_LENGTH,
+        )
     return _build(
         params,
         config,
-        proto,
-        extra_ids,
-        length=chain.max_length,
+        found,
+        lengths=lengths,
         text_format=chain.text_format,
         truncate_dim=chain.truncate_dim,
     )
@@ -297,26 +357,26 @@ def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:
 def _build(
     params: Mapping[str, tensors.Tensor],
     config: model.EncoderConfig,
-    proto: bytes,
-    extra_ids: int,
+    found: tokenizer.Tokenizer,
     *,
     step: int = 0,
-    length: int | None = None,
+    lengths: tuple[int | None, int | None] = (None, None),
     text_format: text.TextFormat = PLAIN_FORMAT,
     truncate_dim: int | None = None,
 ) -> model_folder.ModelFiles:
-    length = length or _PRETRAINED_LENGTH
+    query_length, passage_length = (n or _PRETRAINED_LENGTH for n in lengths)
     width = config.embedding_dim
     dims = {width, min(truncate_dim or width, width)}
     return model_folder.ModelFiles(
         params=parameters.unflatten(params),
         encoder_config=config,
         text_format=text_format,
-        vocabulary_proto=proto,
-        extra_ids=extra_ids,
+        vocabulary_proto=found.proto,
+        extra_ids=found.extra_ids,
+        added_tokens=found.added_tokens,
         mrl_dims=tuple(sorted(dims)),
-        query_length=length,
-        passage_length=length,
+        query_length=query_length,
+        passage_length=passage_length,
         step=step,
         revision="",
     )

@@ -14,23 +14,44 @@ from gecko_jax.convert import names
 
 _FAMILY = ("t5", "mt5", "umt5")
 
-# `feed_forward_proj` -> our activations. Their plain "gelu" is the erf form, which no
-# T5 checkpoint has; "gated-gelu" means the tanh form.
+# transformers' name of an activation -> ours. Its "gelu" is the exact form with erf,
+# which no published T5 has, and which this encoder does not compute.
 _ACTIVATIONS = {
-    "relu": ("relu",),
-    "silu": ("silu",),
-    "gelu_new": ("gelu",),
-    "gated-relu": ("relu", "linear"),
-    "gated-silu": ("silu", "linear"),
-    "gated-gelu": ("gelu", "linear"),
-    "gated-gelu_new": ("gelu", "linear"),
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_accurate": "gelu",
+    "gelu_python_tanh": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+}
+
+_SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
+
+# Second names of the sizes, which transformers reads too.
+_ALIASES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "head_dim": "d_kv",
 }
 
 # RMS norms add this in T5X and here; another value would change every vector.
 _NORM_EPSILON = 1e-6
 
-# Under these names two files hold the same table.
-_EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
+# Names of the one embedding table. Where a file holds several, transformers gives the
+# encoder the first of them.
+_EMBEDDING_NAMES = (
+    "encoder.embed_tokens.weight",
+    "shared.weight",
+    "decoder.embed_tokens.weight",
+)
+
+# Models with a head keep the encoder under this prefix.
+_HEAD_PREFIX = "transformer."
+
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin")
 
@@ -45,9 +66,13 @@ def open_params(
     """
     refuse_pickle(folder)
     theirs = {
-        name: tensor
+        name.removeprefix(_HEAD_PREFIX): tensor
         for name, tensor in tensors.read(folder).items()
-        if name.startswith(("shared.", "encoder."))
+    }
+    theirs = {
+        name: tensor
+        for name, tensor in theirs.items()
+        if name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES
     }
     params = {}
     for ours, (name, is_transposed) in names.hugging_face_names(config).items():
@@ -68,10 +93,16 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     values = read_json(path)
     kind = values.get("model_type")
-    names_there = [str(name) for name in values.get("architectures") or ()]
-    is_causal = any(re.search(r"ForCausalLM|LMHeadModel", n) for n in names_there)
-    lacks_encoder = values.get("is_decoder") and not values.get("is_encoder_decoder")
-    if is_causal or lacks_encoder:
+    architectures = values.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ValueError(
+            f"{path}: architectures is {files.kind(architectures)}, not a list; the "
+            "file is damaged, copy it again"
+        )
+    named = map(str, architectures)
+    is_causal = any(re.search(r"ForCausalLM|LMHeadModel", name) for name in named)
+    # transformers gives the encoder of such a config a causal mask.
+    if is_causal or values.get("is_decoder"):
         raise ValueError(
             f"{path}: a decoder-only model (model_type {kind!r}); Gecko needs an "
             f"encoder, take one of {', '.join(_FAMILY)}"
@@ -81,51 +112,125 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
             f"{path}: model_type {kind!r} has no T5 encoder; take one of "
             f"{', '.join(_FAMILY)}"
         )
+    if values.get("quantization_config"):
+        raise ValueError(
+            f"{path}: quantization_config is set; take the model without quantization"
+        )
     return values
 
 
 def encoder_config(values: Mapping[str, Any], source: str) -> model.EncoderConfig:
     """Returns sizes and settings out of a `config.json`; without a projection.
 
+    The other keys of transformers' T5Config do not reach the encoder: those of the
+    decoder (`num_decoder_layers`, `decoder_start_token_id`, `use_cache`,
+    `scale_decoder_outputs`, `tie_word_embeddings`), of training (`dropout_rate`,
+    `initializer_factor`, `classifier_dropout`) and of the tokenizer.
+
     Raises:
         ValueError: A key is missing, or has a value that this encoder cannot follow.
     """
-    activation = values.get("feed_forward_proj", "relu")
-    if activation not in _ACTIVATIONS:
+    sizes, faults = _read_sizes(values)
+    if faults:
         raise ValueError(
-            f"{source}: feed_forward_proj={activation!r}, must be one of "
-            f"{', '.join(_ACTIVATIONS)}"
+            f"{source}: {', '.join(faults)}; the file is damaged, copy it again"
         )
     epsilon = values.get("layer_norm_epsilon", _NORM_EPSILON)
     if epsilon != _NORM_EPSILON:
         raise ValueError(
-            f"{source}: layer_norm_epsilon={epsilon}, must be {_NORM_EPSILON} as T5's"
-        )
-    wanted = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
-    faults = [
-        f"{key}={values.get(key)!r}"
-        for key in wanted
-        if not isinstance(values.get(key), int) or values[key] < 1
-    ]
-    if faults:
-        raise ValueError(
-            f"{source}: {', '.join(faults)}, must be a whole number above 0; the file "
-            "is damaged, copy it again"
+            f"{source}: layer_norm_epsilon={epsilon}, must be {_NORM_EPSILON} as T5's; "
+            "no other value is computed here"
         )
     return model.EncoderConfig(
-        vocab_size=values["vocab_size"],
-        model_dim=values["d_model"],
-        num_layers=values["num_layers"],
-        num_heads=values["num_heads"],
-        head_dim=values["d_kv"],
-        mlp_dim=values["d_ff"],
-        mlp_activations=_ACTIVATIONS[activation],
+        vocab_size=sizes["vocab_size"],
+        model_dim=sizes["d_model"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        head_dim=sizes["d_kv"],
+        mlp_dim=sizes["d_ff"],
+        mlp_activations=_read_activations(values, source),
         shared_relative_bias=values["model_type"] != "umt5",
-        relpos_num_buckets=values.get("relative_attention_num_buckets", 32),
-        relpos_max_distance=values.get("relative_attention_max_distance", 128),
-        embedding_dim=values["d_model"],
+        relpos_num_buckets=sizes["relative_attention_num_buckets"],
+        relpos_max_distance=sizes["relative_attention_max_distance"],
+        embedding_dim=sizes["d_model"],
         projection=False,
     )
+
+
+def _read_sizes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the sizes by transformers' first name of each, and all their faults."""
+    sizes: dict[str, Any] = {
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    }
+    sizes |= {name: values.get(name) for name in (*sizes, *_SIZES) if name in values}
+    faults = []
+    for alias, name in _ALIASES.items():
+        if alias in values and values[alias] != sizes.setdefault(name, values[alias]):
+            faults.append(f"{name}={sizes[name]!r} and {alias}={values[alias]!r}")
+    wrong = [
+        f"{name}={sizes.get(name)!r}"
+        for name in (*_SIZES, *sizes.keys() - set(_SIZES))
+        if type(sizes.get(name)) is not int or sizes[name] < 1
+    ]
+    if wrong:
+        faults.append(f"{', '.join(wrong)}, must be a whole number above 0")
+    return sizes, faults
+
+
+def _read_activations(values: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    """Returns `mlp_activations`, as transformers finds them.
+
+    `feed_forward_proj` says "gelu_new" or "gated-silu"; `dense_act_fn` and
+    `is_gated_act`, which transformers derives from it and saves, take precedence.
+    """
+    is_first = values["model_type"] == "t5"
+    form = values.get("feed_forward_proj", "relu" if is_first else "gated-gelu")
+    # A rule of its own: "gated-gelu" means gelu_new.
+    spelled = "gated-gelu_new" if form == "gated-gelu" else str(form)
+    gate, _, act = spelled.rpartition("-")
+    if not isinstance(form, str) or gate not in ("", "gated"):
+        raise ValueError(
+            f"{source}: feed_forward_proj={form!r}, must be an activation or "
+            "'gated-' and an activation"
+        )
+    act = values.get("dense_act_fn", act)
+    is_gated = values.get("is_gated_act", gate == "gated")
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
+        key = "dense_act_fn" if "dense_act_fn" in values else "feed_forward_proj"
+        raise ValueError(
+            f"{source}: {key}={values.get(key)!r}, this encoder has no such "
+            f"activation; it must be one of {', '.join(_ACTIVATIONS)}"
+        )
+    if not isinstance(is_gated, bool):
+        raise ValueError(
+            f"{source}: is_gated_act is {files.kind(is_gated)}, must be true or false"
+        )
+    return (_ACTIVATIONS[act], "linear") if is_gated else (_ACTIVATIONS[act],)
+
+
+def refuse_adapter(folder: pathlib.Path) -> None:
+    """Refuses a folder that holds an adapter (PEFT, LoRA), alone or beside weights.
+
+    Raises:
+        ValueError: Names the file, and the lines that merge it.
+    """
+    for name in _ADAPTERS:
+        if not (folder / name).exists():
+            continue
+        base = "BASE MODEL"
+        if (folder / _ADAPTERS[0]).exists():
+            values = read_json(folder / _ADAPTERS[0])
+            base = values.get("base_model_name_or_path") or base
+        raise ValueError(
+            f"{folder / name}: an adapter (PEFT, LoRA), which changes the weights of "
+            "its base model and is not applied here; merge it with peft: `from peft "
+            "import PeftModel; from transformers import T5EncoderModel; "
+            f"PeftModel.from_pretrained(T5EncoderModel.from_pretrained({base!r}), "
+            f"{str(folder)!r}).merge_and_unload().save_pretrained('MERGED')`, copy the "
+            "other files of this folder into MERGED, without adapter_*, and name "
+            "MERGED here"
+        )
 
 
 def refuse_pickle(folder: pathlib.Path, stem: str = "model") -> None:

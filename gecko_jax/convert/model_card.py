@@ -214,7 +214,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("\n", "\\n")
 
 
 def _json(value: Any) -> str:

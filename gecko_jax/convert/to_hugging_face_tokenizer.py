@@ -25,6 +25,7 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from gecko_jax import vocabulary
@@ -69,12 +70,12 @@ def write_tokenizer(
     """
     tokenizer = build_tokenizer(vocab)
     _write_json(folder / "tokenizer.json", tokenizer)
+    reserved = [token for token in tokenizer["added_tokens"] if token["special"]]
     special = {
         f"{name}_token": token["content"]
-        for name, token in zip(
-            ("pad", "eos", "unk"), tokenizer["added_tokens"], strict=True
-        )
+        for name, token in zip(("pad", "eos", "unk"), reserved, strict=True)
     }
+    cuts_reserved = {t.id for t in vocab.added_tokens} & {t["id"] for t in reserved}
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -84,8 +85,8 @@ def write_tokenizer(
             "model_max_length": max_length,
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
-            # "</s>" in a text is text.
-            "split_special_tokens": True,
+            # "</s>" in a text is text, but where the model came with another habit.
+            "split_special_tokens": not cuts_reserved,
         },
     )
     _write_json(folder / "special_tokens_map.json", special)
@@ -122,6 +123,19 @@ def build_tokenizer(vocab: vocabulary.Vocabulary) -> dict[str, Any]:
         }
         for index in (vocab.pad_id, vocab.eos_id, spec.unk_id)
     ]
+    reserved_ids = {token["id"] for token in reserved}
+    added = [
+        # Looked for in the raw text alone: the normalizer below writes for the model.
+        reserved[0]
+        | {
+            "id": token.id,
+            "content": token.content,
+            "single_word": token.single_word,
+            "special": False,
+        }
+        for token in vocab.added_tokens
+        if token.id not in reserved_ids
+    ]
     eos = reserved[1]
     close = {"SpecialToken": {"id": eos["content"], "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -129,7 +143,7 @@ def build_tokenizer(vocab: vocabulary.Vocabulary) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": sorted(reserved, key=lambda token: token["id"]),
+        "added_tokens": sorted(reserved + added, key=lambda token: token["id"]),
         "normalizer": {
             "type": "Sequence",
             "normalizers": _normalizers(proto.normalizer_spec),
@@ -160,19 +174,28 @@ def build_tokenizer(vocab: vocabulary.Vocabulary) -> dict[str, Any]:
         "model": {
             "type": "Unigram",
             "unk_id": spec.unk_id,
-            "vocab": _scored_pieces(proto.pieces),
+            "vocab": _scored_pieces(proto.pieces, vocab.added_tokens),
             "byte_fallback": spec.byte_fallback,
         },
     }
 
 
-def _scored_pieces(pieces: Any) -> list[tuple[str, float]]:
-    """Returns the vocabulary; reserved pieces keep the "<" that no text has there."""
+def _scored_pieces(
+    pieces: Any, added_tokens: Sequence[vocabulary.AddedToken]
+) -> list[tuple[str, float]]:
+    """Returns the vocabulary; reserved pieces keep the "<" that no text has there.
+
+    A piece that is an added token has the token's name, by which the library finds its
+    id.
+    """
     matchable = (_NORMAL, _USER_DEFINED, _UNUSED)
-    return [
-        (p.piece.replace("<", " ") if p.type in matchable else p.piece, p.score)
-        for p in pieces
+    names = [
+        p.piece.replace("<", " ") if p.type in matchable else p.piece for p in pieces
     ]
+    for token in added_tokens:
+        if token.id < len(names):
+            names[token.id] = token.content
+    return [(name, p.score) for name, p in zip(names, pieces, strict=True)]
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:

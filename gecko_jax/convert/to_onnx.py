@@ -24,7 +24,6 @@ from gecko_jax import (
     model_folder,
     parameters,
     tensors,
-    vocabulary,
 )
 from gecko_jax.convert import to_hugging_face_tokenizer
 
@@ -67,7 +66,7 @@ def save(
     files.check_replaceable(path, [MODEL, model_folder.MODEL_JSON], others)
     config = model_files.encoder_config
     dim = dim or max(model_files.mrl_dims)
-    vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
+    vocab = model_files.build_vocabulary()
     max_length = max(model_files.query_length, model_files.passage_length)
     size = sum(
         4 * tensors.num_values(leaf.shape)

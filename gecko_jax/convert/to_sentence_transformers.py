@@ -21,7 +21,7 @@ from gecko_jax import files, model, model_folder, parameters, tensors, vocabular
 from gecko_jax import text as text_lib
 from gecko_jax.convert import model_card, names, to_hugging_face_tokenizer
 
-QUERY, DOCUMENT = "query", "document"
+QUERY, DOCUMENT = text_lib.QUERY_PROMPT, text_lib.DOCUMENT_PROMPT
 MODULES = "modules.json"
 
 # What may lie in an export, as patterns.
@@ -64,7 +64,7 @@ def save(
     # Other people's models have a modules.json too.
     files.check_replaceable(path, [MODULES, model_folder.MODEL_JSON], _FILES)
     config = model_files.encoder_config
-    vocab = vocabulary.Vocabulary(model_files.vocabulary_proto, model_files.extra_ids)
+    vocab = model_files.build_vocabulary()
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
     folders = ["", *(f"{n}_{name}" for n, name in enumerate(modules[1:], start=1))]
     max_length = max(model_files.query_length, model_files.passage_length)
@@ -130,6 +130,8 @@ def build_prompts(text_format: text_lib.TextFormat) -> dict[str, str]:
     Raises:
         ValueError: The format writes something after the text.
     """
+    if text_format.prompts:
+        return dict(text_format.prompts)
     tasks = {
         task: _prefix(text_format.query, task_description=description)
         for task, description in text_format.task_descriptions.items()

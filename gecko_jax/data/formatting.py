@@ -45,7 +45,7 @@ class Templates:
 def templates(text_format: text.TextFormat, task: str) -> Templates:
     """Returns the written forms of `task`; a symmetric task has one for both sides."""
     description = text_format.describe(task)
-    query = text_format.format_query(_TEXT_MARK, _TASK_MARK)
+    query = text_format.format_query(_TEXT_MARK, task, _TASK_MARK)
     if text_format.is_symmetric(task):
         return Templates(description, query, query, query)
     return Templates(
@@ -96,17 +96,16 @@ def write(
     For a look at some examples: TensorFlow is not needed.
     """
     own = pair.task_description
-    description = text.clean(own) if own.strip() else text_format.describe(task)
     # A description stands for itself, even when it is the name of a task.
-    plain = dataclasses.replace(text_format, task_descriptions={})
+    description = text.clean(own) if own.strip() else text_format.describe(task)
 
     def passage(content: str, title: str) -> str:
         if text_format.is_symmetric(task):
-            return plain.format_query(content, description)
-        return plain.format_passage(content, title)
+            return text_format.format_query(content, task, description)
+        return text_format.format_passage(content, title)
 
     return (
-        plain.format_query(pair.query, description),
+        text_format.format_query(pair.query, task, description),
         passage(pair.positive, pair.title),
         tuple(map(passage, pair.negatives, pair.negative_titles)),
     )

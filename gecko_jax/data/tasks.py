@@ -383,7 +383,8 @@ def complete_text_format(
     """Adds the tasks' descriptions to the format that goes with the checkpoint.
 
     A task is known both by its name and by the word its files use for it, as held-out
-    queries in the same layout do. Descriptions that are there already stay.
+    queries in the same layout do. Descriptions that are there already stay. A format
+    with prompts has no place for descriptions, and gets none.
     """
     descriptions: dict[str, str] = {}
     for task in tasks:
@@ -391,6 +392,8 @@ def complete_text_format(
     descriptions |= {task.name: task.task_description for task in tasks}
     symmetric = dict.fromkeys(text_format.symmetric_tasks)
     symmetric |= dict.fromkeys(task.name for task in tasks if task.symmetric)
+    if text_format.prompts:
+        descriptions = {}
     return dataclasses.replace(
         text_format,
         task_descriptions=descriptions | dict(text_format.task_descriptions),
