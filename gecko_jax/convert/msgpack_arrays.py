@@ -29,7 +29,7 @@ _ARRAY_CODES = (1, 3)  # Flax's extension types: an array, a scalar of numpy
 
 # Limits beyond any checkpoint: the tree of T5 XXL with its optimizer has some 50,000
 # objects, 12 levels deep.
-_MOST_OBJECTS = 1_000_000
+_MOST_OBJECTS = 300_000
 _MOST_NESTED = 64
 # Longest text or list that is read as a value, in bytes.
 _LONGEST_VALUE = 2**16
