@@ -217,26 +217,33 @@ def _model_class() -> Any:
         ) -> tuple[Array, Mapping[str, Any]]:
             """Returns the mean MRL loss of the batch, and clu metrics."""
             del flax_mutables
-            negatives = batch["negative_tokens"]
-            size, num, length = negatives.shape
+            size = batch["query_tokens"].shape[0]
             keys = [None, None, None]
             if dropout_rng is not None and self.module.config.dropout_rate:
                 keys = list(jax.random.split(_typed_key(dropout_rng), 3))
             queries = self._embed(params, batch["query_tokens"], keys[0])
             positives = self._embed(params, batch["positive_tokens"], keys[1])
-            flat = self._embed(params, negatives.reshape(size * num, length), keys[2])
+            negatives = None
+            negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
+            negative_mask = jnp.zeros((size, 0), bool)
+            if "negative_tokens" in batch:
+                _, num, length = batch["negative_tokens"].shape
+                flat = batch["negative_tokens"].reshape(size * num, length)
+                negatives = self._embed(params, flat, keys[2]).reshape(size, num, -1)
+                negative_id = batch["negative_id"]
+                negative_mask = batch["negative_mask"]
             ids = losses.BatchIds(
                 query_id=batch["query_id"],
                 passage_id=batch["passage_id"],
-                negative_id=batch["negative_id"],
-                negative_mask=batch["negative_mask"],
+                negative_id=negative_id,
+                negative_mask=negative_mask,
                 example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
                 negative_group=batch["negative_group"],
             )
             loss, terms = losses.mrl_loss(
                 queries,
                 positives,
-                flat.reshape(size, num, flat.shape[-1]),
+                negatives,
                 ids,
                 **self.loss_settings,
             )
