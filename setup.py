@@ -1,7 +1,7 @@
 """The package and its extras; the settings of the tools are in pyproject.toml.
 
-Lower bounds only: each is the oldest version that the tests run on. The package `t5x` is
-never listed: that name on PyPI is an empty, yanked package. The extra of that name
+Lower bounds only: each is the oldest version that the tests run on. The package `t5x`
+is never listed: that name on PyPI is an empty, yanked package. The extra of that name
 brings what t5x imports, and `requirements-t5x.txt` brings t5x from its repository.
 """
 

@@ -218,7 +218,9 @@ def test_dropout_draws_from_the_key_that_t5x_gives(adapted, batch):
 def test_a_missing_t5x_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "t5x", None)
     t5x_adapter._model_class.cache_clear()
-    with pytest.raises(ImportError, match=r"not installed.*--no-deps -r requirements-t5x"):
+    with pytest.raises(
+        ImportError, match=r"not installed.*--no-deps -r requirements-t5x"
+    ):
         t5x_adapter.build_model(CONFIG, None, **LOSS)
     t5x_adapter._model_class.cache_clear()
 

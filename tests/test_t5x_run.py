@@ -1,4 +1,4 @@
-"""The gin files of configs/t5x, run by t5x itself: train, import, export, start again."""
+"""The gin files of configs/t5x, run by t5x: train, import, export, train on."""
 
 import json
 import os
@@ -61,7 +61,12 @@ def _train(folder, gin_file, **macros):
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+        command,
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr

@@ -117,7 +117,7 @@ def infer_config(
             f"{source}: not the shapes of a T5 encoder: "
             + ", ".join(f"{name} {params[name].shape}" for name in giving)
         )
-    found = re.findall(r"encoder/layers_([0-9]{1,9})/", "\n".join(params))
+    found = re.findall(r"encoder/layers_([0-9]{1,18})/", "\n".join(params))
     layers = {int(number) for number in found}
     _check_layers(source, max(layers) + 1)
     absent = set(range(max(layers) + 1)) - layers

@@ -55,7 +55,7 @@ _SMALL_EXTENSIONS = {0xD4 + n: 2**n for n in range(5)}
 _UNUSED = 0xC1
 
 
-class _Damage(Exception):  # noqa: N818 - becomes a ValueError that names the file
+class _Damage(Exception):
     """What is wrong with the bytes at the position of the stream."""
 
 
@@ -131,7 +131,9 @@ class _Reader:
         if head.kind == "map":
             tree = self._read_map(head.size, is_wanted, path)
             is_chunked = tree.get(_CHUNKED) is True
-            return _join(f"{self._name}: {'/'.join(path)}", tree) if is_chunked else tree
+            return (
+                _join(f"{self._name}: {'/'.join(path)}", tree) if is_chunked else tree
+            )
         if head.kind == "extension":
             end = self._stream.tell() + 1 + head.size
             code = self._take(1)[0]
@@ -180,22 +182,27 @@ class _Reader:
         return head
 
     def _parse_head(self, byte: int) -> _Head:
-        def number(size: int) -> int:
-            return int.from_bytes(self._take(size), "big")
-
         if byte >> 4 == 0x8 or byte in _MAPS:
-            return _Head("map", number(_MAPS[byte]) if byte in _MAPS else byte & 0xF)
+            return _Head(
+                "map", self._take_size(_MAPS[byte]) if byte in _MAPS else byte & 0xF
+            )
         if byte >> 4 == 0x9 or byte in _LISTS:
-            return _Head("list", number(_LISTS[byte]) if byte in _LISTS else byte & 0xF)
+            return _Head(
+                "list", self._take_size(_LISTS[byte]) if byte in _LISTS else byte & 0xF
+            )
         if byte >> 5 == 0b101 or byte in _BYTES:
             return _Head(
-                "bytes", number(_BYTES[byte]) if byte in _BYTES else byte & 0x1F
+                "bytes",
+                self._take_size(_BYTES[byte]) if byte in _BYTES else byte & 0x1F,
             )
         if byte in _EXTENSIONS:
-            return _Head("extension", number(_EXTENSIONS[byte]))
+            return _Head("extension", self._take_size(_EXTENSIONS[byte]))
         if byte in _SMALL_EXTENSIONS:
             return _Head("extension", _SMALL_EXTENSIONS[byte])
         return _Head("bytes", _NUMBERS.get(byte, 0))
+
+    def _take_size(self, width: int) -> int:
+        return int.from_bytes(self._take(width), "big")
 
     def _take(self, size: int) -> bytes:
         taken = self._stream.read(size)
@@ -225,7 +232,12 @@ class _Reader:
         self._stream.seek(begin)
         try:
             return msgpack.unpackb(self._take(size), strict_map_key=False)
-        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+            msgpack.UnpackException,
+        ) as error:
             raise _Damage(f"no value of msgpack ({type(error).__name__})") from None
 
     def _read_array(self, path: tuple[str, ...], end: int) -> arrays.Array:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from gecko_jax import vocabulary
 from gecko_jax.data import load_seqio
 
-
 NEGATIVE_FEATURES = ("negative_tokens", "negative_mask", "negative_id")
 
 

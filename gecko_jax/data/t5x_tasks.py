@@ -14,7 +14,7 @@ from gecko_jax.data import mixtures, registration
 
 
 def _register() -> None:
-    for name, mixture in mixtures.MIXTURES.items():
+    for name in mixtures.MIXTURES:
         rows, _ = mixtures.describe(name)
         for row in map(mixtures.locate, rows):
             if row.files:
