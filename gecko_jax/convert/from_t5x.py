@@ -161,8 +161,8 @@ def newest(children: set[str]) -> str | None:
 def _check_layers(source: str, count: int) -> None:
     if count > _MOST_LAYERS:
         raise ValueError(
-            f"{source}: claims {count:,} layers, and at most {_MOST_LAYERS:,} are read; "
-            "the checkpoint is damaged, copy it again"
+            f"{source}: claims {count:,} layers, and at most {_MOST_LAYERS:,} are "
+            "read; the checkpoint is damaged, copy it again"
         )
 
 
@@ -245,8 +245,8 @@ def _mentions_placeholder(data: pathlib.Path | bytes) -> bool:
 
 def _early_orbax(folder: kvstores.Folder) -> ValueError:
     return ValueError(
-        f"{folder.path}: written by an early Orbax ({_PLACEHOLDER} entries), which only "
-        "that Orbax reads; restore and save it again with t5x"
+        f"{folder.path}: written by an early Orbax ({_PLACEHOLDER} entries), which "
+        "only that Orbax reads; restore and save it again with t5x"
     )
 
 

@@ -130,8 +130,8 @@ class Folder:
         chunk = tuple(array.chunk_layout.read_chunk.shape or ())
         if any(size > max(whole, 1) for size, whole in zip(chunk, shape, strict=True)):
             raise ValueError(
-                f"{place.path}: an array of shape {shape} in chunks of {chunk}; a chunk "
-                "cannot be larger than its array, copy the checkpoint again"
+                f"{place.path}: an array of shape {shape} in chunks of {chunk}; a "
+                "chunk cannot be larger than its array, copy the checkpoint again"
             )
         return arrays.Array(
             place.path, shape, dtype, lambda: _result(array.read(), place.path)
