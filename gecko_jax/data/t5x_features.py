@@ -65,11 +65,13 @@ def _converter_class() -> Any:
             self._num_negatives = num_negatives
             # t5x takes batches apart, at which TensorFlow 2.21 crashes where an array
             # has no entries: without negatives there are none of these features.
-            self.MODEL_FEATURES = {
+            features = {
                 name: feature
-                for name, feature in type(self).MODEL_FEATURES.items()
+                for name, feature in self.MODEL_FEATURES.items()
                 if num_negatives or name not in NEGATIVE_FEATURES
             }
+            # seqio reads the attribute of the instance.
+            self.MODEL_FEATURES = features  # pyright: ignore[reportAttributeAccessIssue]
             super().__init__(pack=False, **options)
 
         def _convert_features(
