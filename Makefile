@@ -116,7 +116,7 @@ test: $(VENV)/.test ## the fast tests, about fifteen minutes on 2 cores
 
 .PHONY: test-slow
 test-slow: $(VENV)/.test ## the fast tests and the slow ones
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network and not beam"
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network and not beam and not t5x"
 
 # A CPU build is enough: make test-torch TORCH=torch==2.13.0, or any that is there.
 TORCH ?= torch
@@ -142,6 +142,18 @@ test-beam: ## the tests on Apache Beam, in .venv-beam: it wants an older protobu
 	$(MAKE) VENV=.venv-beam .venv-beam/.beam
 	.venv-beam/bin/python -m pytest -q -m beam
 
+# t5x comes from git. Where git reaches no repository, name local checkouts:
+# make test-t5x T5X=/src/t5x AIRIO=/src/airio JESTIMATOR=/src/jestimator
+T5X ?= $(call from_git,t5x)
+AIRIO ?= $(call from_git,airio)
+JESTIMATOR ?= $(call from_git,jestimator)
+from_git = $(shell sed -n 's/^$(1) @ //p' requirements-t5x.txt)
+
+.PHONY: test-t5x
+test-t5x: ## the tests through t5x itself, in .venv-t5x: it comes from git
+	$(MAKE) VENV=.venv-t5x .venv-t5x/.t5x
+	.venv-t5x/bin/python -m pytest -q -m t5x
+
 # One stamp for each level of set-up, touched only when pip has finished.
 $(VENV)/.core: setup.py | $(VENV)/.python
 	$(call install,.)
@@ -166,6 +178,19 @@ $(VENV)/.beam: setup.py | $(VENV)/.python
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test,beam]" \
 		"sentencepiece<0.2.3"
 	@touch $@
+
+# Without requirements: airio pins a grain that is older than ours.
+$(VENV)/.t5x: setup.py requirements-t5x.txt | $(VENV)/.python
+	$(call install,$(T5X_EXTRAS))
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+		$(T5X) $(AIRIO) $(JESTIMATOR) || { \
+		echo "t5x comes from git, which failed for one of $(T5X) $(AIRIO)" \
+		"$(JESTIMATOR): check the network, or name local checkouts:" \
+		"make test-t5x T5X=/src/t5x AIRIO=/src/airio JESTIMATOR=/src/jestimator" \
+		>&2; exit 1; }
+	@touch $@
+
+T5X_EXTRAS := .[test,t5x]
 
 define install
 @echo "Setting up $(VENV) with gecko-jax$(1:.%=%): about 3.5 GB, some minutes, once"

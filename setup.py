@@ -1,8 +1,8 @@
 """The package and its extras; the settings of the tools are in pyproject.toml.
 
-Lower bounds only: each is the oldest version that the tests run on. `t5x` is
-never listed, not even as an extra: the name on PyPI is an empty, yanked package.
-Whoever wants t5x installs it from its repository.
+Lower bounds only: each is the oldest version that the tests run on. The package `t5x`
+is never listed: that name on PyPI is an empty, yanked package. The extra of that name
+brings what t5x imports, and `requirements-t5x.txt` brings t5x from its repository.
 """
 
 import pathlib
@@ -64,6 +64,15 @@ _EVAL = [
 _BEAM = [
     "apache-beam>=2.77",
     "google-crc32c>=1.9",
+]
+
+# What t5x imports. t5x itself comes from git: see requirements-t5x.txt.
+_T5X = [
+    "cached_property>=2.0",
+    "chex>=0.1.90",
+    "fiddle>=0.3.0",
+    "gin-config>=0.5.0",
+    "tensorboard>=2.20",
 ]
 
 _TEST = [
@@ -128,6 +137,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,
+        "t5x": _T5X,
         "fret": _FRET,
         "fret-local": _FRET_LOCAL,
         "llm-local": _LLM_LOCAL,

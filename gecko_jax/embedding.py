@@ -211,11 +211,10 @@ class Gecko:
                     done += len(positions)
                     bar.update(done)
         projected = projected[: len(rows)]
-        finite = np.isfinite(projected).all(axis=1)
+        finite = np.isfinite(projected).all(axis=1)[row_of]
         if not finite.all():
             raise ValueError(
-                f"texts[{int(np.argmin(finite[row_of]))}]: its vector is not finite; "
-                f"the weights of model {self.revision} are too large, take an earlier "
+                f"texts[{int(np.argmin(finite))}]: its vector is not finite; the weights  of model {self.revision} are too large, take an earlier "
                 "checkpoint"
             )
         vectors = cut(projected, dim, self.files.encoder_config.l2_epsilon)

@@ -1,42 +1,120 @@
-"""The dual encoder as a `t5x.models.BaseModel`, so that t5x's own trainer drives it.
+r"""The dual encoder as a `t5x.models.BaseModel`, so that t5x's own trainer drives it.
 
-In a gin file of t5x:
+    python -m t5x.train --gin_search_paths=configs \
+        --gin_file=t5x/quickstart.gin --gin.MODEL_DIR=\"runs/t5x\"
 
-    from gecko_jax import t5x_adapter
-    MODEL = @t5x_adapter.build_model()
-    t5x_adapter.build_model:
-        config = @model.EncoderConfig()
-        optimizer_def = @optimizers.Adafactor()
-        num_negatives = 1
-        mrl_dims = (256, 768)
-        mrl_weights = (1.0, 1.0)
-        temperature = 0.01
-        same_tower = True
-    partitioning.PjitPartitioner.logical_axis_rules =
-        @partitioning.standard_logical_axis_rules()
-    partitioning.standard_logical_axis_rules.additional_rules =
-        %t5x_adapter.LOGICAL_AXIS_RULES
+`configs/t5x/quickstart.gin` has every binding that a run needs, `configs/t5x/start.gin`
+those to start from a checkpoint, and `docs/t5x.md` explains them.
 
 The parameters have T5X's names already, so checkpoints of either trainer load into the
-other's model (`gecko import`, `gecko export --to t5x`). t5x comes from its repository
+other's model (`gecko import`, `gecko export --to=t5x`). t5x comes from its repository
 (`requirements-t5x.txt`): the name on PyPI is an empty package.
 """
 
 import functools
+import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import core as flax_core
 from flax.linen import partitioning
 from jaxtyping import Array, Float, Int
 
-from gecko_jax import losses, model, parameters
-from gecko_jax.data import t5x_features
+from gecko_jax import losses, model, model_folder, parameters
+from gecko_jax.convert import to_t5x
+from gecko_jax.data import registration, t5x_features
 
-# Beside t5x's standard rules: the width of the projection, as in t5x_retrieval.
+# Added to t5x's standard rules: the width of the projection, as in t5x_retrieval.
 LOGICAL_AXIS_RULES = (("affinity", None),)
+
+
+def logical_axis_rules() -> list[tuple[str, str | None]]:
+    """Returns t5x's standard rules and those of the projection, for a partitioner."""
+    from t5x import partitioning as t5x_partitioning
+
+    return list(
+        t5x_partitioning.standard_logical_axis_rules(
+            additional_rules=LOGICAL_AXIS_RULES
+        )
+    )
+
+
+def logical_factor_rules() -> Mapping[str, Any]:
+    """Returns t5x's standard rules and those of the projection, for its Adafactor."""
+    from t5x import adafactor
+
+    return flax_core.freeze(
+        {
+            **adafactor.standard_logical_factor_rules(),
+            "affinity": adafactor.FactorDim.COLUMN,
+        }
+    )
+
+
+def summarize_config(
+    model_dir: str,
+    summary_writer: Any,
+    step: int,
+    *,
+    t5x_model: Any,
+    mixture_or_task: Any,
+    task_feature_lengths: Mapping[str, int],
+) -> None:
+    """Writes t5x's summary of the config, and the settings that `gecko import` needs.
+
+    A T5X checkpoint holds parameters alone. `gecko/` in the `model_dir` keeps the text
+    format, the vocabulary, the sizes, the MRL dims and the lengths.
+
+    Args:
+        model_dir: Folder of the run.
+        summary_writer: See `t5x.gin_utils.summarize_gin_config`.
+        step: See there.
+        t5x_model: What `build_model` returns.
+        mixture_or_task: Name of what it trains on, registered by `data.registration`.
+        task_feature_lengths: Lengths of the texts, as t5x's data takes them.
+    """
+    from t5x import gin_utils
+
+    gin_utils.summarize_gin_config(model_dir, summary_writer, step)
+    if jax.process_index() == 0:
+        _write_settings(
+            epath.Path(model_dir) / to_t5x.SETTINGS,
+            t5x_model,
+            registration.describe(mixture_or_task),
+            task_feature_lengths,
+        )
+
+
+def _write_settings(
+    folder: Any,
+    t5x_model: Any,
+    registered: registration.Registered,
+    lengths: Mapping[str, int],
+) -> None:
+    settings = model_folder.ModelFiles(
+        params={},
+        encoder_config=t5x_model.module.config,
+        text_format=registered.text_format,
+        vocabulary_proto=registered.vocabulary_proto,
+        extra_ids=registered.extra_ids,
+        mrl_dims=tuple(t5x_model.loss_settings["mrl_dims"]),
+        query_length=lengths["query"],
+        passage_length=lengths["positive"],
+        # Those of a checkpoint come from the checkpoint.
+        step=0,
+        revision="",
+        provenance={"trained_by": "t5x"},
+    )
+    # A `model_dir` is a bucket more often than not.
+    with tempfile.TemporaryDirectory() as local:
+        model_folder.write_model_json(pathlib.Path(local), settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in pathlib.Path(local).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def build_model(
@@ -84,12 +162,12 @@ def build_model(
 @functools.cache
 def _model_class() -> Any:
     try:
-        # Not on PyPI, so not in the environment of the type checker.
-        import t5x.models as t5x_models  # pyright: ignore[reportMissingImports]
+        import t5x.models as t5x_models
     except ImportError as error:
         raise ImportError(
-            "t5x is not installed; `pip install -r requirements-t5x.txt` brings it "
-            "from its repository (the package of that name on PyPI is empty)"
+            f"t5x is not installed, or not all of it ({error}); `pip install "
+            "--no-deps -r requirements-t5x.txt` brings it from its repository (the "
+            "package of that name on PyPI is empty)"
         ) from error
     from clu import metrics as clu_metrics
 
@@ -106,7 +184,7 @@ def _model_class() -> Any:
             super().__init__(optimizer_def=optimizer_def)
             self.FEATURE_CONVERTER_CLS = feature_converter_cls
             self.module = model.DualEncoder(config)
-            self._loss_settings = loss_settings
+            self.loss_settings = loss_settings
 
         def get_initial_variables(
             self,
@@ -139,28 +217,35 @@ def _model_class() -> Any:
         ) -> tuple[Array, Mapping[str, Any]]:
             """Returns the mean MRL loss of the batch, and clu metrics."""
             del flax_mutables
-            negatives = batch["negative_tokens"]
-            size, num, length = negatives.shape
+            size = batch["query_tokens"].shape[0]
             keys = [None, None, None]
             if dropout_rng is not None and self.module.config.dropout_rate:
                 keys = list(jax.random.split(_typed_key(dropout_rng), 3))
             queries = self._embed(params, batch["query_tokens"], keys[0])
             positives = self._embed(params, batch["positive_tokens"], keys[1])
-            flat = self._embed(params, negatives.reshape(size * num, length), keys[2])
+            negatives = None
+            negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
+            negative_mask = jnp.zeros((size, 0), bool)
+            if "negative_tokens" in batch:
+                _, num, length = batch["negative_tokens"].shape
+                flat = batch["negative_tokens"].reshape(size * num, length)
+                negatives = self._embed(params, flat, keys[2]).reshape(size, num, -1)
+                negative_id = batch["negative_id"]
+                negative_mask = batch["negative_mask"]
             ids = losses.BatchIds(
                 query_id=batch["query_id"],
                 passage_id=batch["passage_id"],
-                negative_id=batch["negative_id"],
-                negative_mask=batch["negative_mask"],
+                negative_id=negative_id,
+                negative_mask=negative_mask,
                 example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
                 negative_group=batch["negative_group"],
             )
             loss, terms = losses.mrl_loss(
                 queries,
                 positives,
-                flat.reshape(size, num, flat.shape[-1]),
+                negatives,
                 ids,
-                **self._loss_settings,
+                **self.loss_settings,
             )
             full = terms[max(terms)]
             values = {

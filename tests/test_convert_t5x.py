@@ -20,10 +20,12 @@ import tensorstore
 import gecko_jax
 from gecko_jax import embedding, model, model_folder, parameters, sharding
 from gecko_jax.convert import formats, from_t5x, kvstores, msgpack_arrays
+from gecko_jax.data import tasks
 
 DATA = pathlib.Path(__file__).parent / "data"
 T5X = DATA / "t5x_tiny"
 VOCABULARY = DATA / "model_v1" / "vocabulary.model"
+QUICKSTART_VOCABULARY = tasks.QUICKSTART_VOCABULARY
 LEGACY = T5X / "legacy_f32" / "checkpoint_1000"
 ATOL = 2e-5  # T5X parity in float32
 
@@ -73,6 +75,7 @@ def write_legacy(
     target=None,
     optimizer=True,
     version=3,
+    step=7,
 ):
     """Writes a legacy checkpoint as t5x does; `bits` is its second age's bfloat16."""
     folder.mkdir(parents=True)
@@ -99,7 +102,7 @@ def write_legacy(
         for parent in parents:
             node = node[parent]
         node[last] = spec
-    state = {"step": np.int32(7)}
+    state = {"step": np.int32(step)}
     if optimizer:
         state["param_states"] = {"encoder": {"v": np.ones(3, np.float32)}}
     content = {"state": state, "target": tree | (target or {})}
@@ -285,7 +288,7 @@ def test_scanned_layers_are_taken_apart(tmp_path, inline):
 def test_the_newest_of_several_checkpoints_is_read(tmp_path):
     want = reference_params()
     write_legacy(tmp_path / "checkpoint_999", {k: v + 1 for k, v in want.items()})
-    write_legacy(tmp_path / "checkpoint_1000", want)
+    write_legacy(tmp_path / "checkpoint_1000", want, step=1000)
     (tmp_path / "checkpoint_2000.tmp-1700000000").mkdir()
     read, flat = load_params(tmp_path)
     assert read.step == 1000
@@ -360,7 +363,56 @@ def test_an_export_of_ours_keeps_its_settings(tmp_path):
     opened = model_folder.read_params(formats.open_model(tmp_path))
     assert_same(parameters.flatten(opened.params), reference_params())
     assert (opened.mrl_dims, opened.query_length) == ((4, 8), 9)
-    assert (opened.revision, opened.step) == ("ours-5", 5)
+    # t5x has trained on from step 5: step and revision are those of the parameters.
+    assert opened.step == 1000
+    assert opened.revision not in ("ours-5", plain.revision)
+    # The vocabulary it holds may be named; another one contradicts it.
+    named, _ = load_params(tmp_path)
+    assert named.mrl_dims == (4, 8)
+    assert named.revision == opened.revision
+    other = tmp_path / "other.model"
+    other.write_bytes(QUICKSTART_VOCABULARY.read_bytes())
+    with pytest.raises(ValueError, match=r"gecko: holds another vocabulary.*leave"):
+        formats.open_model(tmp_path, vocabulary=other)
+    with pytest.raises(ValueError, match=r"gecko: holds another vocabulary.*leave"):
+        formats.open_model(tmp_path, vocabulary=VOCABULARY, extra_ids=3)
+
+
+def test_what_t5x_trains_on_has_another_step_and_revision(tmp_path):
+    write_legacy(tmp_path / "checkpoint_5", reference_params(), step=5)
+    plain, _ = load_params(tmp_path)
+    (tmp_path / "gecko").mkdir()
+    model_folder.write_model_json(tmp_path / "gecko", plain)
+    same = model_folder.read_params(formats.open_model(tmp_path))
+    assert (same.revision, same.step) == (plain.revision, 5)
+    trained = {name: leaf + 1 for name, leaf in reference_params().items()}
+    write_legacy(tmp_path / "checkpoint_9", trained, step=9)
+    opened = model_folder.read_params(formats.open_model(tmp_path))
+    assert opened.step == 9
+    assert opened.revision != plain.revision
+
+
+def test_a_legacy_checkpoint_in_one_file_is_read(tmp_path, monkeypatch):
+    want = reference_params()
+    write_legacy(tmp_path / "c", want, inline=lambda name: True, step=12)
+    (tmp_path / "c" / "checkpoint").rename(tmp_path / "c" / "checkpoint_0")
+    for source in (tmp_path / "c" / "checkpoint_0", tmp_path / "c"):
+        read, flat = load_params(source)
+        assert_same(flat, want)
+        assert read.step == 12
+    monkeypatch.chdir(tmp_path / "c")
+    assert_same(load_params("../c/checkpoint_0")[1], want)
+
+
+@pytest.mark.parametrize("form", ["legacy_f32", "orbax_f32"])
+def test_a_path_may_lead_upwards(tmp_path, form, monkeypatch):
+    shutil.copytree(T5X / form, tmp_path / "m")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for source in ("../m", "../m/checkpoint_1000", "../m/checkpoint_1000/."):
+        read, flat = load_params(source)
+        assert_same(flat, reference_params())
+        assert read.step == 1000
 
 
 def test_a_bucket_is_asked_through_the_driver_for_buckets(monkeypatch):
@@ -529,6 +581,24 @@ def test_an_early_orbax_checkpoint_is_refused(tmp_path):
         load_params(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"_optimizer": {"target": {"encoder": {"x": "PLACEHOLDER://encoder.x"}}}},
+        {"optimizer": {"target": {"encoder": {"x": "PLACEHOLDER://encoder.x"}}}},
+    ],
+)
+def test_placeholders_are_named_wherever_they_lie(tmp_path, tree):
+    (tmp_path / "checkpoint").write_bytes(msgpack.packb(tree))
+    with pytest.raises(ValueError, match=r"early Orbax \(PLACEHOLDER://"):
+        load_params(tmp_path)
+    # A folder below, without the metadata that later ones have.
+    (tmp_path / "m" / "state").mkdir(parents=True)
+    (tmp_path / "checkpoint").rename(tmp_path / "m" / "state" / "checkpoint")
+    with pytest.raises(ValueError, match=r"early Orbax \(PLACEHOLDER://"):
+        load_params(tmp_path / "m")
+
+
 def test_another_msgpack_file_is_refused(tmp_path):
     (tmp_path / "checkpoint").write_bytes(msgpack.packb({"params": {"a": 1}}))
     with pytest.raises(ValueError, match=r"msgpack tree, but not T5X's.*params"):
@@ -573,8 +643,9 @@ def test_shapes_of_another_model_are_named():
 
 
 def test_steps_are_read_off_the_name():
-    assert from_t5x.step_of(kvstores.Folder("/x/checkpoint_12")) == 12
-    assert from_t5x.step_of(kvstores.Folder("/x/final")) == 0
+    assert from_t5x._step_of(kvstores.Folder("/x/checkpoint_12"), "checkpoint") == 12
+    assert from_t5x._step_of(kvstores.Folder("/x/final"), "checkpoint") == 0
+    assert from_t5x._step_of(kvstores.Folder("/x"), "checkpoint_3") == 3
     assert re.search(r"\d", from_t5x.newest({"checkpoint_2", "checkpoint_10"}))
     assert from_t5x.newest({"checkpoint_2", "checkpoint_10"}) == "checkpoint_10"
     assert from_t5x.newest({"checkpoint_9.tmp"}) is None

@@ -130,6 +130,16 @@ def test_large_arrays_are_cut_evenly():
     assert 32_128 % chunks[0] == 4_096 % chunks[1] == 0
 
 
+def test_an_export_may_lie_upwards(files, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    to_t5x.save(pathlib.Path("../m"), files)
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "checkpoint_1000",
+        "gecko",
+    }
+
+
 def test_a_folder_of_something_else_is_not_overwritten(files, tmp_path):
     (tmp_path / "checkpoint_999").mkdir()
     (tmp_path / "checkpoint_999" / "checkpoint").write_text("training")

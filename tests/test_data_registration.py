@@ -1,5 +1,7 @@
 """seqio's tasks: texts are written as the format says, and found by name."""
 
+import importlib
+
 import pytest
 
 from gecko_jax import text, vocabulary
@@ -133,3 +135,72 @@ def test_quickstart_is_a_seqio_mixture():
         sequence_length={"query": 8, "positive": 16}, split="train", shuffle=False
     )
     assert len(next(dataset.as_numpy_iterator())["positive"]) <= 16
+
+
+def test_a_mixture_keeps_the_ids_of_its_examples():
+    """seqio's mixtures drop what is not among the output features of a task."""
+    seqio = load_seqio()
+    registration.register("quickstart")
+    alone = seqio.get_mixture_or_task("quickstart_docs").get_dataset(
+        sequence_length=None, split="train", shuffle=False
+    )
+    mixed = seqio.get_mixture_or_task("quickstart").get_dataset(
+        sequence_length=None, split="train", shuffle=False
+    )
+    assert mixed.element_spec.keys() == alone.element_spec.keys() - {"place"}
+    for name in ("query_id", "passage_id", "negative_ids", "negative_group"):
+        assert mixed.element_spec[name] == alone.element_spec[name]
+    known = {tuple(row["query_id"]) for row in alone.as_numpy_iterator()}
+    found = {tuple(row["query_id"]) for row in mixed.take(40).as_numpy_iterator()}
+    assert found & known
+
+
+def test_the_validation_split_is_the_held_out_queries():
+    import json
+
+    seqio = load_seqio()
+    registration.register("quickstart")
+    task = seqio.get_mixture_or_task("quickstart_term")
+    assert set(task.splits) == {"train", "validation"}
+    rows = list(
+        task.get_dataset(
+            sequence_length=None, split="validation", shuffle=False
+        ).as_numpy_iterator()
+    )
+    pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
+    queries, passages, relevant = (
+        [json.loads(line) for line in (tasks.QUICKSTART / name).open()]
+        for name in ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
+    )
+    texts = {row["_id"]: row["text"] for row in (*queries, *passages)}
+    chosen = {row["_id"] for row in queries if row["task"] == "term"}
+    pairs = [
+        (texts[row["query-id"]], texts[row["corpus-id"]])
+        for row in relevant
+        if row["query-id"] in chosen
+    ]
+    assert len(rows) == len(pairs) == 56
+    for row, (query, positive) in zip(rows, pairs, strict=True):
+        decoded = pieces.decode(row["query"].tolist())
+        assert decoded == f"task: question answering | query: {text.clean(query)}"
+        passage = pieces.decode(row["positive"].tolist())
+        assert passage.endswith(text.clean(positive))
+
+
+def test_what_tasks_were_registered_with_can_be_described():
+    registration.register("quickstart")
+    found = registration.describe("quickstart")
+    assert found.text_format.task_descriptions["quickstart_code"] == "code retrieval"
+    assert found.vocabulary_proto == tasks.QUICKSTART_VOCABULARY.read_bytes()
+    assert found.extra_ids == 0
+    assert registration.describe("quickstart_term").text_format.describe(
+        "quickstart_term"
+    )
+
+
+def test_importing_the_module_for_t5x_registers_what_is_ready():
+    seqio = load_seqio()
+    importlib.import_module("gecko_jax.data.t5x_tasks")
+    assert "quickstart" in seqio.MixtureRegistry.names()
+    assert "quickstart_code" in seqio.TaskRegistry.names()
+    assert "gecko_academic" not in seqio.MixtureRegistry.names()

@@ -13,6 +13,7 @@ the hub. `docs/checkpoints.md` shows one command for each.
 import dataclasses
 import enum
 import pathlib
+import tempfile
 from collections.abc import Mapping
 
 import jax
@@ -92,9 +93,7 @@ def open_model(
                 f"{source}: brings its own vocabulary; leave --vocabulary out"
             )
     elif found is Format.T5X:
-        opened = _open_t5x(
-            kvstores.Folder(place), vocabulary, extra_ids, relpos_max_distance
-        )
+        opened = _open_t5x(place, vocabulary, extra_ids, relpos_max_distance)
     else:
         opened = _open_hugging_face(
             pathlib.Path(place),
@@ -145,6 +144,8 @@ def find_format(source: str) -> tuple[Format, str]:
     path = pathlib.Path(pretrained.find(source))
     if source.startswith("hf://") or not path.exists():
         path = hub.download(source)
+    if path.is_file() and _is_bare_t5x(str(path)):
+        return Format.T5X, str(path)
     if path.is_file():
         path = _folder_of(path)
     if (path / from_sentence_transformers.MODULES).exists():
@@ -175,7 +176,7 @@ def find_format(source: str) -> tuple[Format, str]:
 
 def _find_remote(source: str) -> str:
     folder = kvstores.Folder(source)
-    if _is_t5x(folder):
+    if _is_t5x(folder) or _is_bare_t5x(source):
         return source
     remedy = "check the address"
     if not source.startswith("gs://"):
@@ -199,8 +200,26 @@ def _is_t5x(folder: kvstores.Folder) -> bool:
         index = folder.read("checkpoint")
     if index is not None and index.lstrip().startswith(b"model_checkpoint_path"):
         raise ValueError(_tensorflow_fault(folder.path))
-    names = ("state/_METADATA", "_METADATA")
+    # The last is of an early Orbax, which is refused by name.
+    names = ("state/_METADATA", "_METADATA", "state/checkpoint")
     return index is not None or any(map(folder.has, names))
+
+
+def _is_bare_t5x(place: str) -> bool:
+    """Whether a path is a legacy checkpoint in one file, as t5x reads it."""
+    folder = kvstores.Folder(place)
+    if folder.name == "checkpoint" or not folder.name.startswith("checkpoint"):
+        return False
+    local = folder.parent.local_file(folder.name)
+    if local is None:
+        first = (folder.parent.read(folder.name) or b"")[:1]
+    elif local.is_file():
+        with local.open("rb") as file:
+            first = file.read(1)
+    else:
+        first = b""
+    # A small map of msgpack.
+    return bool(first) and 0x81 <= first[0] <= 0x8F
 
 
 def _folder_of(path: pathlib.Path) -> pathlib.Path:
@@ -231,31 +250,44 @@ def _tensorflow_fault(path: str) -> str:
 
 
 def _open_t5x(
-    folder: kvstores.Folder,
+    place: str,
     vocabulary: str | pathlib.Path | None,
     extra_ids: int,
     relpos_max_distance: int | None,
 ) -> model_folder.ModelFiles:
-    beside = pathlib.Path(folder.path).parent / _T5X_SETTINGS
-    if vocabulary is None and (beside / model_folder.MODEL_JSON).exists():
-        if relpos_max_distance is not None:
-            raise ValueError(
-                f"--relpos-max-distance={relpos_max_distance}: {beside} holds the "
-                "distance; leave it out"
-            )
-        params = from_t5x.open_params(folder)
-        settings = model_folder.load_settings(beside)
-        return dataclasses.replace(settings, params=parameters.unflatten(params))
-    if vocabulary is None:
+    folder, file = kvstores.Folder(place), "checkpoint"
+    model_dir = folder.parent
+    if not _is_t5x(folder):  # A bare file.
+        folder, file = model_dir, folder.name
+    settings = _read_t5x_settings(model_dir)
+    proto = None
+    if vocabulary is not None:
+        proto = _read_vocabulary(vocabulary, extra_ids)
+    elif settings is None:
         raise ValueError(
-            f"{folder.path}: a T5X checkpoint holds no vocabulary; name the "
+            f"{place}: a T5X checkpoint holds no vocabulary; name the "
             "SentencePiece file with --vocabulary (vocabulary=), and its sentinels "
             "with --extra-ids (extra_ids=). T5's is "
             "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model with 100"
         )
-    found = tokenizer.Tokenizer(_read_vocabulary(vocabulary, extra_ids), extra_ids)
-    params = from_t5x.open_params(folder)
-    config = from_t5x.infer_config(params, folder.path)
+    opened = from_t5x.open_checkpoint(folder, file)
+    if settings is not None:
+        if relpos_max_distance is not None:
+            raise ValueError(
+                f"--relpos-max-distance={relpos_max_distance}: {model_dir.path}/"
+                f"{_T5X_SETTINGS} holds the distance; leave it out"
+            )
+        _check_t5x_vocabulary(model_dir, settings, proto, extra_ids)
+        # t5x may have trained on: what names the parameters follows them.
+        return dataclasses.replace(
+            settings,
+            params=parameters.unflatten(opened.params),
+            step=opened.step,
+            revision="",
+        )
+    assert proto is not None  # No settings, so a vocabulary was named.
+    found = tokenizer.Tokenizer(proto, extra_ids)
+    config = from_t5x.infer_config(opened.params, place)
     if relpos_max_distance is not None:
         config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
     elif config.relpos_num_buckets != _T5_BUCKETS:
@@ -263,13 +295,52 @@ def _open_t5x(
             "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
             "the distance at which they end; %d tokens are taken, set "
             "--relpos-max-distance to what the model was trained with",
-            folder.path,
+            place,
             config.relpos_num_buckets,
             _T5_BUCKETS,
             config.relpos_max_distance,
         )
-    tokenizer.check_size(found, config.vocab_size, source=folder.path, is_given=True)
-    return _build(params, config, found, step=from_t5x.step_of(folder))
+    tokenizer.check_size(found, config.vocab_size, source=place, is_given=True)
+    return _build(opened.params, config, found, step=opened.step)
+
+
+def _read_t5x_settings(
+    model_dir: kvstores.Folder,
+) -> model_folder.ModelFiles | None:
+    """Returns what lies in `gecko/` of a `model_dir`, None where there is none."""
+    folder = model_dir / _T5X_SETTINGS
+    if not folder.has(model_folder.MODEL_JSON):
+        return None
+    local = folder.local_file("")
+    if local is not None:
+        return model_folder.load_settings(local)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in (model_folder.MODEL_JSON, model_folder.VOCABULARY):
+            content = folder.read(name)
+            if content is not None:
+                (pathlib.Path(copy) / name).write_bytes(content)
+        try:
+            return model_folder.load_settings(copy)
+        except ValueError as error:
+            raise ValueError(str(error).replace(copy, folder.path)) from None
+
+
+def _check_t5x_vocabulary(
+    model_dir: kvstores.Folder,
+    settings: model_folder.ModelFiles,
+    proto: bytes | None,
+    extra_ids: int,
+) -> None:
+    """Refuses a vocabulary that the settings beside the checkpoint contradict."""
+    if proto is None and not extra_ids:
+        return
+    is_same = proto in (None, settings.vocabulary_proto)
+    if not is_same or extra_ids not in (0, settings.extra_ids):
+        raise ValueError(
+            f"{model_dir.path}/{_T5X_SETTINGS}: holds another vocabulary, with "
+            f"{settings.extra_ids} sentinels; leave --vocabulary and --extra-ids out, "
+            "or move the folder away to import the parameters without its settings"
+        )
 
 
 def _open_hugging_face(

@@ -3,10 +3,12 @@
     checkpoint_1000/checkpoint                              legacy: a msgpack tree whose
     checkpoint_1000/target.encoder.encoder_norm.scale/      leaves are arrays, or name
                                                             a zarr folder beside it
+    checkpoint_0                                            legacy: such a tree alone
     checkpoint_1000/state/_METADATA                         Orbax (2023 on)
 
 Which leaves lie inline differs by age, so it is decided leaf by leaf. The decoder, the
-optimizer and everything else but encoder, embedder and projection are never read.
+optimizer and everything else but encoder, embedder, projection and step are never read.
+A checkpoint is untrusted: whatever it claims is checked before it is used.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gecko_jax import model, tensors
-from gecko_jax.convert import kvstores, msgpack_arrays, names
+from gecko_jax.convert import arrays, kvstores, msgpack_arrays, names
 
 _PARTS = ("token_embedder", "encoder", "projection_layer")
 
@@ -27,14 +29,40 @@ _PARTS = ("token_embedder", "encoder", "projection_layer")
 _RETRIEVAL_L2_EPSILON = 1e-6
 
 
-def open_params(folder: kvstores.Folder) -> dict[str, tensors.Tensor]:
-    """Opens the encoder of the checkpoint in a `checkpoint_N` folder.
+# More than any T5 has (XXL: 24).
+_MOST_LAYERS = 1_000
+
+# Names of parameters, and of the folders they lie in.
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
+
+_PLACEHOLDER = "PLACEHOLDER://"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is read of a checkpoint.
+
+    Attributes:
+        params: The encoder, by T5X's names; read later.
+        step: Optimizer updates behind it, as the checkpoint itself says.
+    """
+
+    params: dict[str, tensors.Tensor]
+    step: int
+
+
+def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
+    """Opens the encoder of the checkpoint in a folder.
+
+    Args:
+        folder: `checkpoint_N`, or the folder of a bare file.
+        file: The msgpack tree of the legacy form.
 
     Raises:
         ValueError: It is damaged, holds no encoder, or is none of the forms above.
     """
-    is_legacy = folder.has("checkpoint")
-    params, tops = (_open_legacy if is_legacy else _open_orbax)(folder)
+    is_orbax = folder.has("_METADATA") or not folder.has(file)
+    leaves, tops, step = _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
     if "encoder" not in tops and "decoder" in tops:
         raise ValueError(
             f"{folder.path}: a decoder-only model; Gecko needs an encoder, take a T5 "
@@ -43,9 +71,21 @@ def open_params(folder: kvstores.Folder) -> dict[str, tensors.Tensor]:
     if "encoder" not in tops:
         raise ValueError(
             f"{folder.path}: no `encoder` among its parameters "
-            f"({', '.join(sorted(tops))}); it is not a T5 checkpoint"
+            f"({', '.join(sorted(tops))[:200]}); it is not a T5 checkpoint"
         )
-    return _unstack(params)
+    params = _unstack(folder.path, leaves)
+    nested = [name for name in params if not _parents(name).isdisjoint(params)]
+    if nested:
+        raise ValueError(
+            f"{folder.path}: {nested[0]} lies under a name that is an array itself; "
+            "the checkpoint is damaged, copy it again"
+        )
+    return Checkpoint(params, _step_of(folder, file) if step is None else step)
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split("/")
+    return {"/".join(parts[:count]) for count in range(1, len(parts))}
 
 
 def infer_config(
@@ -77,7 +117,16 @@ def infer_config(
             f"{source}: not the shapes of a T5 encoder: "
             + ", ".join(f"{name} {params[name].shape}" for name in giving)
         )
-    layers = {int(n) for n in re.findall(r"encoder/layers_(\d+)/", "\n".join(params))}
+    found = re.findall(r"encoder/layers_([0-9]{1,18})/", "\n".join(params))
+    layers = {int(number) for number in found}
+    _check_layers(source, max(layers) + 1)
+    absent = set(range(max(layers) + 1)) - layers
+    if absent:
+        raise ValueError(
+            f"{source}: encoder/layers_{max(layers)} is there, and "
+            f"encoder/layers_{min(absent)} is not; a part of the checkpoint is "
+            "missing, copy it again"
+        )
     is_gated = "encoder/layers_0/mlp/wi_0/kernel" in params
     config = model.EncoderConfig(
         vocab_size=embedding[0],
@@ -103,43 +152,52 @@ def infer_config(
     )
 
 
-def step_of(folder: kvstores.Folder) -> int:
-    """Returns N of `checkpoint_N`, 0 for another name."""
-    match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
-    return int(match[1]) if match else 0
-
-
 def newest(children: set[str]) -> str | None:
     """Returns the newest whole checkpoint among the names of a `model_dir`."""
     steps = [int(m[1]) for c in children if (m := re.fullmatch(r"checkpoint_(\d+)", c))]
     return f"checkpoint_{max(steps)}" if steps else None
 
 
-def _open_legacy(
-    folder: kvstores.Folder,
-) -> tuple[dict[str, tensors.Tensor], set[str]]:
-    """Returns the parameters, and the names of all parts of the model."""
-    data: pathlib.Path | bytes | None = folder.local_file("checkpoint")
-    data = folder.read("checkpoint") if data is None else data
-    assert data is not None  # the caller has seen it
-    tree = msgpack_arrays.read(data, _is_wanted)
-    if _holds_placeholder(tree):
+def _check_layers(source: str, count: int) -> None:
+    if count > _MOST_LAYERS:
         raise ValueError(
-            f"{folder.path}: written by an early Orbax (PLACEHOLDER:// entries), which "
-            "only that Orbax reads; restore and save it again with t5x"
+            f"{source}: claims {count:,} layers, and at most {_MOST_LAYERS:,} are "
+            "read; the checkpoint is damaged, copy it again"
         )
-    target = tree.get("optimizer", tree).get("target")
+
+
+def _step_of(folder: kvstores.Folder, file: str) -> int:
+    """Returns N of `checkpoint_N`, 0 for another name."""
+    name = folder.name if file == "checkpoint" else file
+    match = re.fullmatch(r"checkpoint_([0-9]{1,18})", name)
+    return int(match[1]) if match else 0
+
+
+def _open_legacy(
+    folder: kvstores.Folder, file: str
+) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
+    """Returns the parameters, the names of all parts of the model, and the step."""
+    data: pathlib.Path | bytes | None = folder.local_file(file)
+    data = folder.read(file) if data is None else data
+    assert data is not None  # the caller has seen it
+    source = f"{folder.path}/{file}"
+    tree = msgpack_arrays.read(data, _is_wanted, source)
+    optimizer = tree.get("optimizer", tree)
+    target = optimizer.get("target") if isinstance(optimizer, dict) else None
+    parts = target if isinstance(target, dict) else {}
+    parts = {key: value for key, value in parts.items() if key in _PARTS}
+    if _holds_placeholder(parts) or (not parts and _mentions_placeholder(data)):
+        raise _early_orbax(folder)
     if not isinstance(target, dict):
         raise ValueError(
-            f"{folder.path}/checkpoint: a msgpack tree, but not T5X's: no "
-            f"optimizer/target among {', '.join(sorted(tree)) or 'nothing'}"
+            f"{source}: a msgpack tree, but not T5X's: no optimizer/target among "
+            f"{', '.join(sorted(tree))[:200] or 'nothing'}"
         )
-    parts = {key: value for key, value in target.items() if key in _PARTS}
     leaves = {
-        name: _open_leaf(folder, name, leaf)
-        for name, leaf in _flatten_specs(parts).items()
+        name: _open_leaf(folder, source, name, leaf)
+        for name, leaf in _flatten_specs(source, parts).items()
     }
-    return leaves, set(target)
+    return leaves, set(target), _read_step(optimizer)
 
 
 def _is_wanted(path: tuple[str, ...]) -> bool:
@@ -147,63 +205,115 @@ def _is_wanted(path: tuple[str, ...]) -> bool:
     keys = path[1:] if path[0] == "optimizer" else path
     if not keys:
         return True
-    # Of all that is passed over the name is kept, for errors.
+    if keys[0] == "state":
+        return len(keys) == 1 or keys[1:] == ("step",)
+    # Only the name is kept of all that is passed over, for errors.
     if keys[0] != "target":
         return len(path) == 1
     return len(keys) <= 2 or keys[1] in _PARTS
 
 
+def _read_step(optimizer: Mapping[str, Any]) -> int | None:
+    """Returns the step that a legacy tree holds, None where it holds none."""
+    state = optimizer.get("state")
+    step = state.get("step") if isinstance(state, dict) else optimizer.get("step")
+    if isinstance(step, arrays.Array):
+        return _as_step(step)
+    return step if type(step) is int and 0 <= step < 2**63 else None
+
+
+def _as_step(array: arrays.Array) -> int | None:
+    if array.shape not in ((), (1,)) or not np.issubdtype(array.dtype, np.integer):
+        return None
+    return max(0, int(array.read().reshape(-1)[0]))
+
+
 def _holds_placeholder(tree: Any) -> bool:
     if isinstance(tree, dict):
         return any(_holds_placeholder(value) for value in tree.values())
-    return isinstance(tree, str) and tree.startswith("PLACEHOLDER://")
+    return isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
 
 
-def _flatten_specs(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens to tensors and tensorstore specs, which are maps themselves."""
+def _mentions_placeholder(data: pathlib.Path | bytes) -> bool:
+    """Whether a file names arrays as early Orbax does, wherever in its tree."""
+    most = 2**26
+    if isinstance(data, bytes):
+        return _PLACEHOLDER.encode() in data[:most]
+    with data.open("rb") as stream:
+        return _PLACEHOLDER.encode() in stream.read(most)
+
+
+def _early_orbax(folder: kvstores.Folder) -> ValueError:
+    return ValueError(
+        f"{folder.path}: written by an early Orbax ({_PLACEHOLDER} entries), which "
+        "only that Orbax reads; restore and save it again with t5x"
+    )
+
+
+def _flatten_specs(
+    source: str, tree: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Flattens to arrays and tensorstore specs, which are maps themselves."""
     flat = {}
     for key, value in tree.items():
+        _check_name(source, prefix, key)
         if isinstance(value, dict) and "kvstore" not in value:
-            flat |= _flatten_specs(value, f"{prefix}{key}/")
+            flat |= _flatten_specs(source, value, f"{prefix}{key}/")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def _open_leaf(folder: kvstores.Folder, name: str, leaf: Any) -> tensors.Tensor:
-    if isinstance(leaf, tensors.Tensor):
-        return leaf
-    place = leaf.get("kvstore", {}).get("path") if isinstance(leaf, dict) else None
-    if not isinstance(place, str):
+def _check_name(source: str, prefix: str, key: str) -> None:
+    if not _NAME.fullmatch(key) or key in (".", ".."):
         raise ValueError(
-            f"{folder.path}/checkpoint: {name} is neither an array nor a tensorstore "
-            "spec; the file is damaged, copy it again"
+            f"{source}: {key[:80]!r} under {prefix or 'target'!r} is no name of a "
+            "parameter; the file is damaged, copy it again"
         )
-    parts = place.strip("/").split("/")
-    if place.startswith(("/", "\\")) or ".." in parts or ":" in place:
+
+
+def _open_leaf(
+    folder: kvstores.Folder, source: str, name: str, leaf: Any
+) -> tensors.Tensor:
+    if isinstance(leaf, arrays.Array):
+        return arrays.as_weights(leaf)
+    store = leaf.get("kvstore") if isinstance(leaf, dict) else None
+    place = store.get("path") if isinstance(store, dict) else None
+    metadata = leaf.get("metadata") if isinstance(leaf, dict) else None
+    metadata = {} if metadata is None else metadata
+    if not isinstance(place, str) or not isinstance(metadata, dict):
         raise ValueError(
-            f"{folder.path}/checkpoint: {name} lies at {place!r}, outside the "
-            "checkpoint; do not use this checkpoint"
+            f"{source}: {name} is neither an array nor a tensorstore spec; the file is "
+            "damaged, copy it again"
+        )
+    parts = place.removesuffix("/").split("/")
+    if not all(_NAME.fullmatch(part) and part not in (".", "..") for part in parts):
+        raise ValueError(
+            f"{source}: {name} lies at {place[:80]!r}, outside the checkpoint or "
+            "nowhere; do not use this checkpoint"
         )
     array = folder.open_array(place)
-    written = leaf.get("metadata", {}).get("shape", list(array.shape))
-    if list(array.shape) != list(written):
-        raise ValueError(
-            f"{folder.path}: {name} has the shape {array.shape}, and `checkpoint` says "
-            f"{tuple(written)}; these files are of two checkpoints, copy it again"
-        )
-    return array
+    if "shape" in metadata:
+        written = arrays.parse_shape(f"{source}: {name}", metadata["shape"])
+        if array.shape != written:
+            raise ValueError(
+                f"{folder.path}: {name} has the shape {array.shape}, and `checkpoint` "
+                f"says {written}; these files are of two checkpoints, copy it again"
+            )
+    return arrays.as_weights(array, bits_are_bfloat16=True)
 
 
 def _open_orbax(
     folder: kvstores.Folder,
-) -> tuple[dict[str, tensors.Tensor], set[str]]:
-    """Returns the parameters, and the names of all parts of the model."""
+) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
+    """Returns the parameters, the names of all parts of the model, and the step."""
     has_state = folder.has("state/_METADATA")
+    if not has_state and not folder.has("_METADATA"):
+        raise _early_orbax(folder)
     state = folder / "state" if has_state else folder
     metadata = kvstores.read_json(state, "_METADATA")
     is_database = state.has("manifest.ocdbt")
-    arrays = kvstores.ocdbt(state) if is_database else state
+    stored = kvstores.ocdbt(state) if is_database else state
     try:
         keys = [
             tuple(str(part["key"]) for part in entry["key_metadata"])
@@ -214,17 +324,35 @@ def _open_orbax(
             f"{state.path}/_METADATA: not the metadata of an Orbax tree; the file is "
             "damaged, copy it again"
         ) from None
-    keys = [key[1:] if key[0] == "optimizer" else key for key in keys]
-    keys = [key for key in keys if len(key) > 1 and key[0] == "target"]
-    found = {
-        "/".join(key[1:]): arrays.open_array(".".join(key))
-        for key in keys
-        if key[1] in _PARTS
-    }
-    return found, {key[1] for key in keys}
+    # Some trees begin with "optimizer", as in the legacy form.
+    placed = {key[1:] if key[:1] == ("optimizer",) else key: key for key in keys}
+    targets = {key: place for key, place in placed.items() if key[:1] == ("target",)}
+    found = {}
+    for key, place in targets.items():
+        if len(key) < 2 or key[1] not in _PARTS:
+            continue
+        for part in place:
+            _check_name(f"{state.path}/_METADATA", "/".join(key[:-1]), part)
+        array = stored.open_array(".".join(place))
+        found["/".join(key[1:])] = arrays.as_weights(array)
+    tops = {key[1] for key in targets if len(key) > 1}
+    return found, tops, _read_orbax_step(stored, placed)
 
 
-def _unstack(params: dict[str, tensors.Tensor]) -> dict[str, tensors.Tensor]:
+def _read_orbax_step(
+    stored: kvstores.Folder, placed: Mapping[tuple[str, ...], tuple[str, ...]]
+) -> int | None:
+    """Returns the step of an Orbax checkpoint, None where it is no array."""
+    for key in (("state", "step"), ("step",)):
+        name = ".".join(placed.get(key, ()))
+        if name and stored.has(f"{name}/.zarray"):
+            return _as_step(stored.open_array(name))
+    return None
+
+
+def _unstack(
+    source: str, params: dict[str, tensors.Tensor]
+) -> dict[str, tensors.Tensor]:
     """Gives every layer parameters of its own, and joins heads with their width.
 
     The scanned form (scalable_t5, umT5) has the layers of `encoder/encoder/...` on axis
@@ -247,7 +375,9 @@ def _unstack(params: dict[str, tensors.Tensor]) -> dict[str, tensors.Tensor]:
         if tail == name:
             flat[name] = _join_heads(name, stack)
             continue
-        for layer in range(stack.shape[1] if len(stack.shape) > 1 else 0):
+        count = stack.shape[1] if len(stack.shape) > 1 else 0
+        _check_layers(source, count)
+        for layer in range(count):
             ours = f"encoder/layers_{layer}/{tail}"
             flat[ours] = _join_heads(ours, cut_layer(name, layer))
     return flat

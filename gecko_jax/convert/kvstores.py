@@ -10,13 +10,16 @@ import pathlib
 import urllib.parse
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from gecko_jax import files, tensors
+from gecko_jax import files
+from gecko_jax.convert import arrays
 
 _REMOTE = ("gs://", "http://", "https://")
+
+# Size of the file that says what an array is, beyond any that is written.
+_MOST_METADATA_BYTES = 2**20
 
 # A few retries mend a hiccup; the defaults keep a machine without network waiting.
 _CONTEXT = {
@@ -37,26 +40,39 @@ class Folder:
         path: As the user wrote it, for errors.
     """
 
-    def __init__(self, path: str, spec: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        path: str,
+        spec: dict[str, Any] | None = None,
+        database_bytes: int | None = None,
+    ):
         """Names the folder; nothing is read yet.
 
         Args:
             path: A local path or a URL.
             spec: The tensorstore spec of the folder; None is made from the path.
+            database_bytes: Size of the database that the folder is inside of.
         """
         self.path = path.rstrip("/")
         self.spec = spec or _spec(self.path)
+        self._database_bytes = database_bytes
         self._store: ts.KvStore | None = None
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(
-            f"{self.path}/{name}", {**self.spec, "path": f"{self.spec['path']}{name}/"}
-        )
+        spec = {**self.spec, "path": f"{self.spec['path']}{name}/"}
+        return Folder(f"{self.path}/{name}", spec, self._database_bytes)
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition("/")[2]
+        """The last part of the path, with links and `..` followed."""
+        return self.spec["path"].rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Folder":
+        """The folder that this one lies in."""
+        outer = self.spec["path"].rstrip("/").rpartition("/")[0]
+        path = outer if self.spec["driver"] == "file" else self.path.rpartition("/")[0]
+        return Folder(path, {**self.spec, "path": f"{outer}/"})
 
     def read(self, name: str) -> bytes | None:
         """Returns the content of a file, or None where there is none."""
@@ -84,11 +100,11 @@ class Folder:
             return None
         return pathlib.Path(self.spec["path"]) / name
 
-    def open_array(self, name: str) -> tensors.Tensor:
+    def open_array(self, name: str) -> arrays.Array:
         """Opens the array in the folder `name`; its chunks are read later.
 
         Raises:
-            ValueError: There is no array there, or it does not hold floats.
+            ValueError: There is no array there, or it claims more than is stored.
         """
         place = self / name.strip("/")
         driver = self._array_driver(place)
@@ -106,27 +122,38 @@ class Folder:
             ),
             place.path,
         )
-        dtype = array.dtype.numpy_dtype
-        # The second age of T5X stores bfloat16 under the name of its bits.
-        is_bits = dtype == np.uint16
-        if not is_bits and not (
-            np.issubdtype(dtype, np.floating) or dtype == ml_dtypes.bfloat16
-        ):
-            raise ValueError(f"{place.path}: holds {dtype}, and weights must be floats")
+        shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+        # tensorstore aborts the process where memory ends.
+        arrays.parse_shape(place.path, shape)
+        arrays.check_size(place.path, shape, dtype, place._stored_bytes())
+        # A scalar has no shape of a chunk.
+        chunk = tuple(array.chunk_layout.read_chunk.shape or ())
+        if any(size > max(whole, 1) for size, whole in zip(chunk, shape, strict=True)):
+            raise ValueError(
+                f"{place.path}: an array of shape {shape} in chunks of {chunk}; a "
+                "chunk cannot be larger than its array, copy the checkpoint again"
+            )
+        return arrays.Array(
+            place.path, shape, dtype, lambda: _result(array.read(), place.path)
+        )
 
-        def read() -> np.ndarray:
-            numbers = _result(array.read(), place.path)
-            if is_bits:
-                numbers = numbers.view(ml_dtypes.bfloat16)
-            return np.asarray(numbers, np.float32)
-
-        return tensors.Tensor(tuple(array.shape), read, place.path)
+    def _stored_bytes(self) -> int | None:
+        """Returns the size of the files below; None where listing them is slow."""
+        local = self.local_file("")
+        return self._database_bytes if local is None else _total_bytes(local)
 
     def _array_driver(self, place: "Folder") -> str:
-        if place.has(".zarray"):
-            return "zarr"
-        if place.has("zarr.json"):
-            return "zarr3"
+        for name, driver in ((".zarray", "zarr"), ("zarr.json", "zarr3")):
+            local = place.local_file(name)
+            if local is not None and local.is_file():
+                if local.stat().st_size > _MOST_METADATA_BYTES:
+                    raise ValueError(
+                        f"{local}: {local.stat().st_size:,} bytes, and what an array "
+                        f"is takes at most {_MOST_METADATA_BYTES:,}; copy it again"
+                    )
+                return driver
+            if place.has(name):
+                return driver
         raise ValueError(
             f"{place.path}: neither .zarray nor zarr.json here; a part of the "
             "checkpoint is missing, copy it again"
@@ -149,7 +176,12 @@ class Folder:
 
 def ocdbt(folder: Folder) -> Folder:
     """Returns the folder inside the database that newer Orbax writes."""
-    return Folder(folder.path, {"driver": "ocdbt", "base": folder.spec, "path": ""})
+    local = folder.local_file("")
+    return Folder(
+        folder.path,
+        {"driver": "ocdbt", "base": folder.spec, "path": ""},
+        None if local is None else _total_bytes(local),
+    )
 
 
 def read_json(folder: Folder, name: str) -> Any:
@@ -176,7 +208,12 @@ def _spec(path: str) -> dict[str, Any]:
             "base_url": f"{parts.scheme}://{parts.netloc}",
             "path": f"{parts.path}/",
         }
-    return {"driver": "file", "path": f"{pathlib.Path(path).absolute()}/"}
+    # Resolved, for tensorstore refuses `..` in a path.
+    return {"driver": "file", "path": f"{pathlib.Path(path).resolve()}/"}
+
+
+def _total_bytes(path: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _result(future: Any, path: str) -> Any:

@@ -83,7 +83,7 @@ def _write_array(
     store = tensorstore.open(
         {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(folder / name)},
+            "kvstore": {"driver": "file", "path": str(folder.resolve() / name)},
             "metadata": metadata
             | {"dtype": "<f4", "fill_value": None, "dimension_separator": "."},
         },

@@ -24,6 +24,7 @@ from gecko_jax.data import tasks as tasks_lib
 # Examples read at once.
 _BLOCK = 256
 
+TEXTS = ("query", "positive", "negatives")
 _IDS = ("query_id", "passage_id", "negative_ids")
 
 
@@ -57,6 +58,67 @@ def register(
             mixture, list(zip((task.name for task in tasks), rates, strict=True))
         )
     return seqio.get_mixture_or_task(mixture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """What a checkpoint that was trained on registered tasks must keep of them.
+
+    Attributes:
+        text_format: How queries and passages are written, every task described.
+        vocabulary_proto: The serialized SentencePiece model, without sentinels.
+        extra_ids: Sentinels after its pieces.
+    """
+
+    text_format: text.TextFormat
+    vocabulary_proto: bytes
+    extra_ids: int
+
+
+def describe(provider: Any) -> Registered:
+    """Returns what tasks were registered with.
+
+    Args:
+        provider: A seqio Task or Mixture that `register` returns, or its name.
+
+    Raises:
+        ValueError: A task was registered elsewhere, or two of them do not agree.
+    """
+    seqio = load_seqio()
+    if isinstance(provider, str):
+        provider = seqio.get_mixture_or_task(provider)
+    tasks = seqio.get_subtasks(provider)
+    foreign = [t.name for t in tasks if not isinstance(t.source, _source_class())]
+    if foreign:
+        raise ValueError(
+            f"{provider.name}: the task {foreign[0]} is not one of gecko_jax; register "
+            "it with gecko_jax.data.registration.register_task"
+        )
+    formats = [task.source.text_format for task in tasks]
+    pieces = [task.output_features["query"].vocabulary for task in tasks]
+    descriptions: dict[str, str] = {}
+    symmetric: dict[str, None] = {}
+    for text_format in formats:
+        descriptions |= text_format.task_descriptions
+        symmetric |= dict.fromkeys(text_format.symmetric_tasks)
+    merged = [
+        dataclasses.replace(
+            text_format,
+            task_descriptions=descriptions,
+            symmetric_tasks=tuple(symmetric),
+        )
+        for text_format in formats
+    ]
+    if any(other != merged[0] for other in merged) or any(
+        other != pieces[0] for other in pieces
+    ):
+        raise ValueError(
+            f"{provider.name}: its tasks were registered with different text formats "
+            "or vocabularies; register all of them with the same"
+        )
+    path, extra_ids = pieces[0].sentencepiece_model_file, pieces[0].extra_ids
+    proto = vocabulary.load(path, extra_ids).model_proto
+    return Registered(merged[0], proto, extra_ids)
 
 
 def register_task(
@@ -93,7 +155,7 @@ def register_task(
         )
     return seqio.TaskRegistry.add(
         name,
-        source=_source_class()(task),
+        source=_source_class()(task, text_format),
         preprocessors=[
             functools.partial(formatting.format_texts, forms=forms),
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
@@ -102,13 +164,33 @@ def register_task(
             seqio.CacheDatasetPlaceholder(),
             restore,
         ],
-        output_features={
-            "query": seqio.Feature(pieces, add_eos=True),
-            "positive": seqio.Feature(pieces, add_eos=True),
-            "negatives": seqio.Feature(pieces, add_eos=True, rank=2),
-        },
+        output_features=_output_features(pieces),
         metric_fns=[],
     )
+
+
+def _output_features(pieces: Any) -> dict[str, Any]:
+    """Returns the features of every task: a mixture drops all others."""
+    seqio = load_seqio()
+    import tensorflow as tf
+
+    def text_feature(rank: int) -> Any:
+        return seqio.Feature(pieces, add_eos=True, rank=rank)
+
+    def number_feature(rank: int, dtype: Any) -> Any:
+        # Not tokens: the vocabulary hands them through, and its size is not used.
+        passed = seqio.PassThroughVocabulary(size=0)
+        return seqio.Feature(passed, add_eos=False, rank=rank, dtype=dtype)
+
+    return {
+        "query": text_feature(1),
+        "positive": text_feature(1),
+        "negatives": text_feature(2),
+        "query_id": number_feature(1, tf.uint32),
+        "passage_id": number_feature(1, tf.uint32),
+        "negative_ids": number_feature(2, tf.uint32),
+        "negative_group": number_feature(0, tf.int32),
+    }
 
 
 def flatten(dataset: Any) -> Any:
@@ -162,22 +244,29 @@ def _source_class() -> Any:
     seqio = load_seqio()
 
     class JsonlSource(seqio.DataSource):
-        """The examples of a task, in the order of its files and their lines."""
+        """The examples of a task, in the order of its files and their lines.
 
-        def __init__(self, task: tasks_lib.Task):
+        Attributes:
+            text_format: How the task writes texts.
+        """
+
+        def __init__(self, task: tasks_lib.Task, text_format: text.TextFormat):
+            self.text_format = text_format
             self._task = task
-            size = task.num_examples
-            super().__init__(
-                splits=("train",),
-                num_input_examples=None if size is None else {"train": size},
-            )
+            self._files = {"train": task.files}
+            if task.validation_files:
+                self._files["validation"] = task.validation_files
+            super().__init__(splits=tuple(self._files))
 
         @property
         def supports_arbitrary_sharding(self) -> bool:
             return False
 
+        def num_input_examples(self, split: str) -> int | None:
+            return self._task.num_examples if split == "train" else None
+
         def list_shards(self, split: str) -> Sequence[str]:
-            return self._task.files
+            return self._files[split]
 
         def get_dataset(
             self,
@@ -189,17 +278,18 @@ def _source_class() -> Any:
         ) -> Any:
             # The order is that of the lines, whatever is asked for: what training
             # shuffles are the numbers of the examples.
-            del split, shuffle, seed, options
-            chosen = range(len(self._task.files))
+            del shuffle, seed, options
+            paths = self._files[split]
+            chosen = range(len(paths))
             if shard_info is not None:
                 chosen = chosen[shard_info.index :: shard_info.num_shards]
-            return _dataset(self._task, chosen)
+            return _dataset(paths, self._task.source_task, chosen)
 
     return JsonlSource
 
 
-def _dataset(task: tasks_lib.Task, chosen: Sequence[int]) -> Any:
-    """Reads some of a task's files into a `tf.data.Dataset`."""
+def _dataset(paths: Sequence[str], source_task: str, chosen: Sequence[int]) -> Any:
+    """Reads some of a split's files into a `tf.data.Dataset`."""
     import tensorflow as tf
 
     strings = tf.TensorSpec((None,), tf.string)
@@ -229,15 +319,16 @@ def _dataset(task: tasks_lib.Task, chosen: Sequence[int]) -> Any:
 
     # One record at a time, a generator costs 2 ms of TensorFlow's for each.
     dataset = tf.data.Dataset.from_generator(
-        functools.partial(_column_blocks, task, chosen), output_signature=columns
+        functools.partial(_column_blocks, paths, source_task, chosen),
+        output_signature=columns,
     )
     return dataset.unbatch().map(drop_padding)
 
 
 def _column_blocks(
-    task: tasks_lib.Task, chosen: Sequence[int]
+    paths: Sequence[str], source_task: str, chosen: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yields the cleaned examples of some of a task's files, `_BLOCK` at a time.
+    """Yields the cleaned examples of some of a split's files, `_BLOCK` at a time.
 
     The place of an example is the number of its file, and its own among the task's
     examples there.
@@ -245,9 +336,7 @@ def _column_blocks(
     pairs = (
         ((file, number), pair)
         for file in chosen
-        for number, pair in enumerate(
-            jsonl.read_pairs(task.files[file], task.source_task)
-        )
+        for number, pair in enumerate(jsonl.read_pairs(paths[file], source_task))
     )
     while placed := list(itertools.islice(pairs, _BLOCK)):
         places, block = zip(*placed, strict=True)

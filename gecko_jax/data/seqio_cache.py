@@ -199,6 +199,9 @@ def _build(
     parts = seqio_task.source.list_shards("train")
     size = seqio_task.source.num_input_examples("train")
     num_shards = max(len(parts), -(-size // _SHARD))
+    # Ids have no tokens to count.
+    features = seqio_task.output_features
+    tokens = {name: features[name] for name in registration.TEXTS}
     examples = (
         pipeline
         | beam_utils.PreprocessTask(seqio_task, "train", setup_fn=register)
@@ -210,7 +213,7 @@ def _build(
     _ = examples | beam_utils.WriteExampleTfRecord(prefix, num_shards=num_shards)
     for transform, path in (
         (beam_utils.GetInfo(num_shards), seqio.get_cached_info_path),
-        (beam_utils.GetStats(seqio_task.output_features), seqio.get_cached_stats_path),
+        (beam_utils.GetStats(tokens), seqio.get_cached_stats_path),
     ):
         name = type(transform).__name__
         _ = (

@@ -15,13 +15,16 @@ from typing import Any, ClassVar
 from gecko_jax import vocabulary
 from gecko_jax.data import load_seqio
 
+NEGATIVE_FEATURES = ("negative_tokens", "negative_mask", "negative_id")
+
 
 def feature_converter(num_negatives: int) -> Any:
     """Returns the class that t5x makes its converter from.
 
     Args:
         num_negatives: Hard negatives of an example (G); the first G are taken, and
-            `negative_mask` says where an example has fewer.
+            `negative_mask` says where an example has fewer. With 0 there are none of
+            `NEGATIVE_FEATURES`.
     """
     return functools.partial(_converter_class(), num_negatives)
 
@@ -60,6 +63,15 @@ def _converter_class() -> Any:
                     "with `gecko train`, which packs"
                 )
             self._num_negatives = num_negatives
+            # t5x takes batches apart, at which TensorFlow 2.21 crashes where an array
+            # has no entries: without negatives there are none of these features.
+            features = {
+                name: feature
+                for name, feature in self.MODEL_FEATURES.items()
+                if num_negatives or name not in NEGATIVE_FEATURES
+            }
+            # seqio reads the attribute of the instance.
+            self.MODEL_FEATURES = features  # pyright: ignore[reportAttributeAccessIssue]
             super().__init__(pack=False, **options)
 
         def _convert_features(
@@ -83,7 +95,7 @@ def _converter_class() -> Any:
                 if isinstance(negatives, tf.RaggedTensor):
                     negatives = negatives.to_tensor(vocabulary.PAD_ID)
                 length = task_feature_lengths["negatives"]
-                return {
+                features = {
                     "query_tokens": close(
                         pad(example["query"], task_feature_lengths["query"])
                     ),
@@ -97,13 +109,14 @@ def _converter_class() -> Any:
                     "negative_id": pad(example["negative_ids"], num, 2),
                     "negative_group": example["negative_group"],
                 }
+                return {name: features[name] for name in self.MODEL_FEATURES}
 
             return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
         def get_model_feature_lengths(
             self, task_feature_lengths: Mapping[str, int]
         ) -> Mapping[str, int]:
-            return {
+            lengths = {
                 "query_tokens": task_feature_lengths["query"],
                 "positive_tokens": task_feature_lengths["positive"],
                 "negative_tokens": task_feature_lengths["negatives"],
@@ -113,5 +126,6 @@ def _converter_class() -> Any:
                 "negative_id": self._num_negatives,
                 "negative_group": 1,  # A scalar, whose length is not looked at.
             }
+            return {name: lengths[name] for name in self.MODEL_FEATURES}
 
     return DualEncoderFeatureConverter

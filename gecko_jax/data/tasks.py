@@ -39,6 +39,8 @@ class Task:
         published_size: Examples that the source's authors count, for planning; None
             where no page of theirs has been read.
         mine: Hard negatives are mined where a line has none.
+        validation_files: JSONL files of held-out examples, which become the seqio
+            split "validation"; `gecko train` does not read them.
     """
 
     name: str
@@ -54,14 +56,17 @@ class Task:
     restricted: str = ""
     published_size: int | None = None
     mine: bool = True
+    validation_files: tuple[str, ...] = ()
 
 
 _QUICKSTART_TRAIN = (str(QUICKSTART / "train.jsonl"),)
+_QUICKSTART_VALIDATION = (str(QUICKSTART / "validation.jsonl.gz"),)
 
 TASKS: tuple[Task, ...] = (
     Task(
         name="quickstart_docs",
         files=_QUICKSTART_TRAIN,
+        validation_files=_QUICKSTART_VALIDATION,
         source_task="docs",
         task_description="search result",
         licence="PostgreSQL, PSF-2.0, public domain",
@@ -70,6 +75,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="quickstart_wordnet",
         files=_QUICKSTART_TRAIN,
+        validation_files=_QUICKSTART_VALIDATION,
         source_task="wordnet",
         task_description="dictionary definition",
         licence="WordNet-3.0",
@@ -78,6 +84,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="quickstart_code",
         files=_QUICKSTART_TRAIN,
+        validation_files=_QUICKSTART_VALIDATION,
         source_task="code",
         task_description="code retrieval",
         licence="BSD-3-Clause, Apache-2.0",
@@ -87,6 +94,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="quickstart_term",
         files=_QUICKSTART_TRAIN,
+        validation_files=_QUICKSTART_VALIDATION,
         source_task="term",
         task_description="question answering",
         licence="public domain",
