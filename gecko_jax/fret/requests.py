@@ -176,8 +176,9 @@ class Budget:
         self._max_requests = max_requests
         self._max_cost = max_cost
         self._prices = (price_input, price_output)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._reserved = 0.0
+        self._num_reserved = 0
         self.requests = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -195,26 +196,40 @@ class Budget:
         """What was spent."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
-    def reserve(self, prompt_tokens: int, completion_tokens: int) -> float:
+    def reserve(
+        self, prompt_tokens: int, completion_tokens: int, *, waits: bool = False
+    ) -> float:
         """Counts a request that is about to be sent, and returns its highest price.
+
+        Args:
+            prompt_tokens: Most tokens that it may read.
+            completion_tokens: Most tokens that it may write.
+            waits: Where the limit would be passed, waits for the requests of other
+                threads, most of which cost less than their highest price.
 
         Raises:
             BudgetError: It would pass a limit.
         """
         price = self.price(prompt_tokens, completion_tokens)
         with self._lock:
-            if self._max_requests is not None and self.requests >= self._max_requests:
-                raise BudgetError(f"max_requests={self._max_requests:,} were sent")
-            if (
-                self._max_cost is not None
-                and self.cost + self._reserved + price > self._max_cost
-            ):
-                raise BudgetError(
-                    f"max_cost={self._max_cost:g}: {self.cost:.4f} is spent, and the "
-                    f"next request might cost {price:.4f}"
-                )
+            while True:
+                if (
+                    self._max_requests is not None
+                    and self.requests >= self._max_requests
+                ):
+                    raise BudgetError(f"max_requests={self._max_requests:,} were sent")
+                planned = self.cost + self._reserved + price
+                if self._max_cost is None or planned <= self._max_cost:
+                    break
+                if not waits or not self._num_reserved:
+                    raise BudgetError(
+                        f"max_cost={self._max_cost:g}: {self.cost:.4f} is spent, and "
+                        f"the next request might cost {price:.4f}"
+                    )
+                self._lock.wait()
             self.requests += 1
             self._reserved += price
+            self._num_reserved += 1
         return price
 
     def settle(
@@ -222,6 +237,11 @@ class Budget:
     ) -> None:
         """Replaces a reservation by what was used."""
         with self._lock:
-            self._reserved -= reserved
+            self._num_reserved -= 1
+            # Sums of floats leave a rest.
+            self._reserved = max(self._reserved - reserved, 0.0)
+            if not self._num_reserved:
+                self._reserved = 0.0
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
+            self._lock.notify_all()
