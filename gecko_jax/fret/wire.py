@@ -18,7 +18,7 @@ SCORING = ("echo", "echo_tokens", "forced", "none")
 
 # Above the first, a log-probability is not rounded but wrong; below the second, it is a
 # server's stand-in for minus infinity, such as -9999.0.
-_MOST_LOG_PROB, _LEAST_LOG_PROB = 1e-5, -1_000.0
+_MOST_LOG_PROB, _LEAST_LOG_PROB = 1e-5, -500.0
 # What rounding may add to a sum of probabilities.
 _SUM_TOLERANCE = 0.01
 # Of a server's token count; more is no count.
@@ -108,21 +108,19 @@ def match_labels(
         Malformed: A label is not among the tokens, or two labels share one; a token
             comes twice; the numbers are no probabilities of different tokens.
     """
-    total = math.fsum(math.exp(_number(value)) for _, value in pairs)
-    if total > 1 + _SUM_TOLERANCE:
-        raise Malformed(
-            "not_probabilities", f"the listed tokens have {total:.3f} together"
-        )
+    for _, value in pairs:
+        _number(value)
     chosen = [_label_tokens(pairs, label) for label in labels]
     if len({token for tokens in chosen for token in tokens}) < sum(map(len, chosen)):
         raise Malformed(
             "label_shared", f"one token begins two of {', '.join(map(repr, labels))}"
         )
-    numbers = []
-    for tokens in chosen:
-        highest = max(tokens.values())
-        total = sum(math.exp(value - highest) for value in tokens.values())
-        numbers.append(highest + math.log(total))
+    numbers = [
+        math.log(math.fsum(map(math.exp, tokens.values()))) for tokens in chosen
+    ]
+    total = math.fsum(map(math.exp, numbers))
+    if total > 1 + _SUM_TOLERANCE:
+        raise Malformed("not_probabilities", f"the labels have {total:.3f} together")
     return numbers
 
 
