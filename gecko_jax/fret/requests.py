@@ -16,9 +16,23 @@ import threading
 from typing import Any
 
 from gecko_jax import files
+from gecko_jax.fret import fields
 
 FOLDER = "requests"
 _MODEL = "model.json"
+
+_USAGE = {
+    "prompt_tokens": fields.COUNT,
+    "completion_tokens": fields.COUNT,
+    "requests": fields.COUNT,
+}
+# What each kind of request is answered with; see `llm`.
+ANSWERS = {
+    "generate": {"text": fields.TEXT, "is_cut": fields.FLAG},
+    "score": {"log_prob": fields.LOG_PROB, "num_tokens": fields.integer(1)},
+    "labels": {"log_probs": fields.list_of(fields.LOG_PROB, 1)},
+}
+_DAMAGED = "the log is damaged: remove the line, and its request is sent again"
 
 
 class RequestLog:
@@ -93,14 +107,26 @@ class RequestLog:
             with path.open("r+b") as file:
                 file.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):
+            place = f"{path}:{number}"
             try:
                 record = files.parse_json(line)
-                self._answers[record["key"]] = record["answer"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not an answer ({error}); the log is damaged: "
-                    "remove the line, and its request is sent again"
-                ) from error
+            except ValueError as error:
+                raise ValueError(f"{place}: not JSON ({error}); {_DAMAGED}") from None
+            key, answer = _read_answer(place, record, _DAMAGED)
+            self._answers[key] = answer
+
+
+def _read_answer(place: str, record: Any, remedy: str) -> tuple[str, dict[str, Any]]:
+    """Returns key and answer of a line of a request log."""
+    found = {"key": fields.NAME, "answer": fields.map_of(fields.ANY)}
+    fields.check(place, record, found, remedy)
+    answer = record["answer"]
+    for kinds in ANSWERS.values():
+        if kinds.keys() & answer.keys():
+            kinds = {**kinds, "usage": fields.object_of(_USAGE)}
+            fields.check(f"{place}: answer", answer, kinds, remedy, only=True)
+            return record["key"], answer
+    raise ValueError(f"{place}: an answer of no kind that is known; {remedy}")
 
 
 def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
@@ -124,21 +150,30 @@ def read_recording(
     """
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
+    remedy = "give the workdir of a run of `gecko fret run`, or its folder 'requests'"
+    path = root / _MODEL
     try:
-        about = files.parse_json((root / _MODEL).read_text())
-    except FileNotFoundError:
+        about = files.parse_json(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder}: no {_MODEL} here, so no recorded answers; give the workdir of "
-            "a run of `gecko fret run`, or its folder 'requests'"
+            f"{folder}: no {_MODEL} here, so no recorded answers; {remedy}"
         ) from None
-    answers = {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+    kinds = {
+        "name": fields.NAME,
+        "facts": fields.object_of({"model": fields.NAME, "backend": fields.NAME}),
+    }
+    fields.check(path, about, kinds, remedy)
+    answers: dict[str, dict[str, Any]] = {}
     paths = [*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]
     for path in sorted(paths):
-        for place, record in files.read_records(path):
-            try:
-                answers[record["key"]] = record["answer"]
-            except KeyError as error:
-                raise ValueError(f"{place}: no {error}; not a request log") from None
+        # Half of a character may be in a text: `llm` marks it.
+        for place, record in files.read_records(path, any_characters=True):
+            key, answer = _read_answer(
+                place, record, "not a line of a request log; remove it"
+            )
+            answers[key] = answer
     return about["name"], about["facts"], answers
 
 

@@ -115,9 +115,7 @@ def match_labels(
         raise Malformed(
             "label_shared", f"one token begins two of {', '.join(map(repr, labels))}"
         )
-    numbers = [
-        math.log(math.fsum(map(math.exp, tokens.values()))) for tokens in chosen
-    ]
+    numbers = [math.log(math.fsum(map(math.exp, tokens.values()))) for tokens in chosen]
     total = math.fsum(map(math.exp, numbers))
     if total > 1 + _SUM_TOLERANCE:
         raise Malformed("not_probabilities", f"the labels have {total:.3f} together")
