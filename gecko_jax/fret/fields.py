@@ -40,7 +40,10 @@ def integer(least: int, most: int = _MOST) -> Kind:
 
 
 def number(
-    least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
+    least: int | float = -math.inf,
+    most: int | float = math.inf,
+    *,
+    above: int | float = -math.inf,
 ) -> Kind:
     """Returns the kind of finite numbers in a range, without its lower end `above`."""
     parts = [

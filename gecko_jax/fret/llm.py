@@ -174,9 +174,11 @@ def from_record(
         return Generation(text, record["is_cut"], usage)
     if kind == "score" and "log_prob" in record:
         # Rounding may leave a little above 0.
-        return Score(min(record["log_prob"], 0.0), record["num_tokens"], usage)
+        return Score(min(float(record["log_prob"]), 0.0), record["num_tokens"], usage)
     if kind == "labels" and len(record.get("log_probs", ())) == len(body["labels"]):
-        return LabelScores(tuple(min(p, 0.0) for p in record["log_probs"]), usage)
+        return LabelScores(
+            tuple(min(float(p), 0.0) for p in record["log_probs"]), usage
+        )
     raise ValueError(
         f"recorded answer {key}: it has {', '.join(sorted(record))}, and is no answer "
         f"to a request of the kind {kind!r}; remove its line from the request log"

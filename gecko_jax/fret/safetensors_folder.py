@@ -189,7 +189,7 @@ def _read_config(place: str, settings: Mapping[str, Any]) -> decoder.DecoderConf
         "head_dim": head_dim,
         "mlp_dim": settings["intermediate_size"],
         "context_length": settings["max_position_embeddings"],
-        "norm_epsilon": settings["rms_norm_eps"],
+        "norm_epsilon": float(settings["rms_norm_eps"]),
         "rope_base": float(
             rope.get("rope_theta")
             or settings.get("rope_theta")
