@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, wording
 from gecko_jax.fret import fields
 
 # The token type of llama.cpp that text must not reach.
@@ -57,7 +57,8 @@ def _named(place: object) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        raise ValueError(f"{place}: not a tokenizer ({error}); {_REMEDY}") from error
+        told = wording.printable(str(error))
+        raise ValueError(f"{place}: not a tokenizer ({told}); {_REMEDY}") from error
 
 
 class _Tokenizers:

@@ -81,6 +81,11 @@ def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.name} or null", kind.holds, True)
 
 
+def nullable(kind: Kind) -> Kind:
+    """Returns the kind of a field that must be there and may be null."""
+    return Kind(f"{kind.name} or null", lambda v: v is None or kind.holds(v))
+
+
 def list_of(kind: Kind, least: int = 0) -> Kind:
     """Returns the kind of lists whose entries are of one kind."""
 
@@ -88,10 +93,7 @@ def list_of(kind: Kind, least: int = 0) -> Kind:
         return (
             isinstance(value, list)
             and len(value) >= least
-            and all(
-                kind.holds(entry) or (entry is None and kind.is_optional)
-                for entry in value
-            )
+            and all(map(kind.holds, value))
         )
 
     return Kind(f"a list of {kind.name}", holds)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from gecko_jax import wording
 from gecko_jax.fret import (
     decoder,
     decoder_settings,
@@ -88,7 +89,8 @@ class Gguf:
             reader = gguf.GGUFReader(self.path, "r")
         except Exception as error:  # A damaged file ends in any of a dozen of them.
             raise ValueError(
-                f"{self.path}: not a whole GGUF file ({error}); copy it again"
+                f"{self.path}: not a whole GGUF file "
+                f"({wording.printable(str(error))}); copy it again"
             ) from error
         self._fields: dict[str, Any] = dict(reader.fields)
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
@@ -124,7 +126,8 @@ class Gguf:
                 return self._fields[key].contents()
             except Exception as error:  # See above.
                 raise ValueError(
-                    f"{self.path}: {key} cannot be read ({error}); copy the file again"
+                    f"{self.path}: {key} cannot be read "
+                    f"({wording.printable(str(error))}); copy the file again"
                 ) from error
         if default is ...:
             raise ValueError(f"{self.path}: no setting {key}; copy the file again")

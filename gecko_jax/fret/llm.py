@@ -168,7 +168,8 @@ def from_record(
     Raises:
         ValueError: It answers another kind of request, or other labels.
     """
-    usage = Usage(**record["usage"])
+    used = record["usage"]
+    usage = Usage(used["prompt_tokens"], used["completion_tokens"], used["requests"])
     if kind == "generate" and "text" in record:
         text = wire.whole_characters(record["text"])
         return Generation(text, record["is_cut"], usage)

@@ -44,7 +44,7 @@ _DROPPED_FIELDS = {
     "detail": fields.optional(fields.TEXT),
     "usage": fields.optional(fields.map_of(fields.COUNT)),
 }
-_RANKS = fields.optional(fields.list_of(fields.integer(1)))
+_RANKS = fields.nullable(fields.list_of(fields.integer(1)))
 
 
 def kinds(stage: str, num_passages: int) -> dict[str, fields.Kind]:
@@ -75,8 +75,8 @@ def kinds(stage: str, num_passages: int) -> dict[str, fields.Kind]:
         },
         "retrieve": {
             "candidates": fields.list_of(passage, 2),
-            "scores": fields.list_of(fields.optional(fields.number()), 2),
-            "seed_rank": fields.optional(fields.integer(1)),
+            "scores": fields.list_of(fields.nullable(fields.number()), 2),
+            "seed_rank": fields.nullable(fields.integer(1)),
         },
         "likelihood": {
             "log_probs": fields.list_of(fields.LOG_PROB, 1),
@@ -90,7 +90,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, fields.Kind]:
         },
         "fuse": {
             "positive": passage,
-            "negative": fields.optional(passage),
+            "negative": fields.nullable(passage),
             "moved": fields.FLAG,
             "ranks": fields.object_of({"likelihood": _RANKS, "relevance": _RANKS}),
             "fused": fields.list_of(fields.number(), 2),
