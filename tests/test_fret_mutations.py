@@ -1,8 +1,8 @@
 """Files that were changed at random end in the right result or in one clear error.
 
 A seeded mutator changes JSON values, JSON text or bytes. Whatever reads them may
-return, or raise a `ValueError`; nothing else, soon, and without taking the memory that a
-file only claims to need.
+return, or raise a `ValueError`; nothing else, soon, and without taking the memory that
+a file only claims to need.
 """
 
 import copy
