@@ -73,7 +73,7 @@ NAME = Kind("text that is not empty", lambda v: isinstance(v, str) and bool(v))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 # Log-likelihoods are sums, so they have no lower bound.
 LOG_PROB = number(most=1e-5)
-ANY = Kind("anything", lambda _: True)
+OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 
 
 def optional(kind: Kind) -> Kind:

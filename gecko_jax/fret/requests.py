@@ -118,7 +118,7 @@ class RequestLog:
 
 def _read_answer(place: str, record: Any, remedy: str) -> tuple[str, dict[str, Any]]:
     """Returns key and answer of a line of a request log."""
-    found = {"key": fields.NAME, "answer": fields.map_of(fields.ANY)}
+    found = {"key": fields.NAME, "answer": fields.OBJECT}
     fields.check(place, record, found, remedy)
     answer = record["answer"]
     for kinds in ANSWERS.values():
