@@ -7,11 +7,11 @@ fails is a `Malformed` with the reason that failures are counted by.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gecko_jax import wording
+from gecko_jax.fret import alignments
 
 # Ways to score a continuation; see `docs/fret.md`.
 SCORING = ("echo", "echo_tokens", "forced", "none")
@@ -25,8 +25,6 @@ _SUM_TOLERANCE = 0.01
 _MOST_TOKENS = 1_000_000_000
 # So many equal numbers in a row do not come from a model.
 _FEWEST_EQUAL = 4
-# Ways to align the echoed tokens with the text that are tried at once.
-_MOST_ALIGNMENTS = 128
 
 
 class Malformed(Exception):
@@ -218,12 +216,15 @@ def align(
             f" {continuation}",
         )
     )
-    found = {
-        alignment
-        for head in heads
-        for tail in tails
-        for alignment in _alignments(tokens, head, tail, num_prompt_tokens)
-    }
+    try:
+        found = {
+            alignment
+            for head in heads
+            for tail in tails
+            for alignment in alignments.find(tokens, head, tail, num_prompt_tokens)
+        }
+    except ValueError as error:
+        raise Malformed("border", f"{error}; use echo_tokens") from None
     if len(found) == 1:
         return found.pop()
     if len(tokens) < 3:
@@ -237,65 +238,6 @@ def align(
     raise Malformed(
         "border", f"the echoed tokens {what}; they end in {last!r}; use echo_tokens"
     )
-
-
-def _alignments(
-    tokens: Sequence[str], head: str, tail: str, num_prompt_tokens: int | None
-) -> Iterator[tuple[int, int]]:
-    """Yields every (begin, end) of a continuation with which the tokens agree."""
-    border = len(head.encode("utf-8", "surrogatepass"))
-    text = (head + tail).encode("utf-8", "surrogatepass")
-    # (bytes spelled so far, the continuation's first token if it has begun)
-    states: set[tuple[int, int | None]] = {(0, None)}
-    for position, token in enumerate(tokens):
-        if position == 1:
-            states.add((0, None))  # After a special token.
-        if num_prompt_tokens in (None, position) and (border, None) in states:
-            states.add((border, position))
-        states = {
-            (after, begin)
-            for before, begin in states
-            for after in _spell(text, before, token)
-            if begin is not None or after <= border
-        }
-        if len(states) > _MOST_ALIGNMENTS:
-            raise Malformed("border", "too many split characters; use echo_tokens")
-        for after, begin in list(states):
-            if after == len(text):
-                states.discard((after, begin))
-                # We ask for one token more; some servers leave it out.
-                if begin is not None and position + 2 >= len(tokens):
-                    yield begin, position + 1
-        if not states and position:
-            return
-
-
-_BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")
-_SPLIT = "\N{REPLACEMENT CHARACTER}"
-
-
-def _spell(text: bytes, start: int, token: str) -> set[int]:
-    """Returns where a token may end that begins at `start`; empty if it does not."""
-    if match := _BYTES.fullmatch(token):
-        raw = bytes.fromhex(match[1].replace("\\x", ""))
-        return {start + len(raw)} if text.startswith(raw, start) else set()
-    first, *rest = token.split(_SPLIT)
-    ends = _spell_part(text, {start}, first)
-    for part in rest:
-        # One mark stands for a part of a character: one to three bytes above ASCII.
-        split = {
-            end + size
-            for end in ends
-            for size in (1, 2, 3)
-            if end + size <= len(text) and min(text[end : end + size]) > 127
-        }
-        ends = _spell_part(text, split, part)
-    return ends
-
-
-def _spell_part(text: bytes, starts: set[int], part: str) -> set[int]:
-    raw = part.encode("utf-8", "surrogatepass")
-    return {start + len(raw) for start in starts if text.startswith(raw, start)}
 
 
 def forced_body(prompt: Sequence[int], continuation: Sequence[int]) -> dict[str, Any]:
@@ -344,7 +286,9 @@ def read_forced(
 def _check_spelling(listed: Sequence[Mapping[str, Any]], text: str) -> None:
     """Compares the forced tokens with their text, where every one is shown whole."""
     tokens = [entry.get("token") for entry in listed]
-    if not all(isinstance(token, str) and _SPLIT not in token for token in tokens):
+    if not all(
+        isinstance(token, str) and alignments.SPLIT not in token for token in tokens
+    ):
         return
     spelled = "".join(map(str, tokens))
     # SentencePiece begins a text with a space of its own.
