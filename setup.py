@@ -40,7 +40,7 @@ _ONNX = ["onnx>=1.23"]
 _HUB = ["huggingface_hub>=1.0"]
 
 # FRet: the client of a language model's server.
-_FRET = ["httpx>=0.28"]
+_FRET = ["httpcore>=1.0.9"]
 
 # The same, and llama.cpp, for a model on this machine.
 _FRET_LOCAL = [*_FRET, "xllamacpp>=2026.10"]

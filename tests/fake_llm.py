@@ -103,7 +103,7 @@ class FakeServer:
                     zip(tokens, split(text), strict=True)
                 )
             head = [1] if body.get("add_special") and self.bos else []
-            return {"tokens": head + tokens, "count": len(tokens)}
+            return {"tokens": head + tokens, "count": len(head + tokens)}
         if path == "/completion":
             prompt = "".join(self.names.get(i, "") for i in body["prompt"])
             ids = [int(i) for i in re.findall(r"<\[(\d+)\]>", body["grammar"])]

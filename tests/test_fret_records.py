@@ -197,8 +197,21 @@ def test_a_stage_counts_its_records(tmp_path):
     stage = records.Stage(tmp_path, "generate", {"model": "m"})
     stage.begin()
     assert stage.done() is None
-    stage.write(0, [{"id": 0, "usage": {"requests": 2}}, {"id": 1, "dropped": "empty"}])
-    stage.write(1, [{"id": 2, "dropped": "empty"}, {"id": 3, "usage": {"requests": 1}}])
+    fields = {"task": "t", "query": "q", "prompt": "p@1", "model": "m", "shots": [0]}
+    stage.write(
+        0,
+        [
+            {"id": 0, **fields, "usage": {"requests": 2}},
+            {"id": 1, "dropped": "empty"},
+        ],
+    )
+    stage.write(
+        1,
+        [
+            {"id": 2, "dropped": "empty"},
+            {"id": 3, **fields, "usage": {"requests": 1}},
+        ],
+    )
     done = stage.finish(2)
     assert (done["records"], done["kept"], done["dropped"]) == (4, 2, {"empty": 2})
     assert done["usage"] == {"requests": 3}

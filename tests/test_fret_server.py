@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import threading
+import time
 
 import fake_llm
 import pytest
@@ -121,19 +122,23 @@ class FullDisk:
         return getattr(self.file, name)
 
 
+def _text_answer(text):
+    return llm.to_record(llm.Generation(text, False, llm.Usage(3, 2)))
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     path = tmp_path / "log.jsonl"
     with requests.RequestLog(path) as log:
-        log.put("a", {"text": "\ud800"})
+        log.put("a", _text_answer("\ud800"))
         whole, log._file = log._file, FullDisk(log._file)
         with pytest.raises(OSError, match=r"No space left.*every answer before"):
-            log.put("b", {})
+            log.put("b", _text_answer("b"))
         assert log.get("b") is None
         log._file = whole
-        log.put("c", {})
+        log.put("c", _text_answer("c"))
     with requests.RequestLog(path) as again:
-        assert again.get("a") == {"text": "\ud800"}
-        assert (again.get("b"), again.get("c")) == (None, {})
+        assert again.get("a") == _text_answer("\ud800")
+        assert (again.get("b"), again.get("c")) == (None, _text_answer("c"))
 
 
 def test_the_key_holds_whatever_changes_an_answer():
@@ -280,7 +285,6 @@ MISLEADING = {
     "positive": _above_zero,
     "border": _merged_border,
     "other": _other_text,
-    "no_usage": lambda choice, reply: reply.pop("usage"),
     "no_choice": lambda choice, reply: reply.pop("choices"),
 }
 REASONS = {
@@ -304,7 +308,10 @@ def test_a_reply_without_the_number_is_a_failure(case):
     ("change", "reason"),
     [
         (lambda c, r: c["logprobs"].update(top_logprobs=[{" Per": -1.0}]), "label_m"),
-        (lambda c, r: c["logprobs"].update(top_logprobs=[{"x": -1, "": 0}]), "label_m"),
+        (
+            lambda c, r: c["logprobs"].update(top_logprobs=[{"x": -1, "": -9}]),
+            "label_m",
+        ),
         (lambda c, r: c["logprobs"].update(top_logprobs=[]), "no_log_probs"),
         (lambda c, r: c.pop("logprobs"), "no_log_probs"),
         (lambda c, r: c["logprobs"].update(top_logprobs=[{" Per": "x"}]), "no_log"),
@@ -319,7 +326,8 @@ def test_labels_that_are_not_there_are_a_failure(change, reason):
 
 def test_a_character_cut_in_two_is_marked():
     reply = {"choices": [{"text": "a \ud83e\udd8e \ud83e", "finish_reason": "length"}]}
-    assert wire.read_generation(reply, chat=False) == ("a \U0001f98e \ufffd", True)
+    found = wire.read_generation(reply, False, "a")
+    assert found == ("a \U0001f98e \ufffd", True)
 
 
 def test_beginnings_of_a_label_are_added_up():
@@ -333,12 +341,56 @@ def test_beginnings_of_a_label_are_added_up():
     [
         (["ab", " c", " d"], 1),
         (["<s>", "ab", " c", " d"], 2),  # a special token before
-        (["a", "?", " c", " d"], 2),  # a character split in the prompt
-        (["ab", " c", "?"], 1),  # or in the continuation
+        (["ab", " c", " d", " and"], 1),  # the token that the server wrote
+        ([" ab", " c", " d"], 1),  # SentencePiece's space
     ],
 )
-def test_the_border_is_found_from_either_end(tokens, border):
-    assert wire.find_border(tokens, "ab", " c d") == border
+def test_the_border_is_where_the_texts_meet(tokens, border):
+    assert wire.align(tokens, "ab", " c d") == (border, border + 2)
+
+
+LIZARD = "\N{LIZARD}"
+BYTES = [f"bytes:\\x{byte:02x}" for byte in LIZARD.encode()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "continuation", "found"),
+    [
+        (["a ", "\ufffd", "\ufffd", " c", "."], f"a {LIZARD}", " c", (3, 4)),
+        (["a", " c ", "\ufffd", "\ufffd", "."], "a", f" c {LIZARD}", (1, 4)),
+        (["a ", *BYTES, " c", "."], f"a {LIZARD}", " c", (5, 6)),
+        (["a ", "", f"{LIZARD}", " c", "."], f"a {LIZARD}", " c", (3, 4)),
+    ],
+)
+def test_split_characters_are_aligned(tokens, prompt, continuation, found):
+    assert wire.align(tokens, prompt, continuation) == found
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["b", " c", " d"],  # another prompt
+        ["ab", " c", " e"],  # another continuation
+        ["ab", " c"],  # cut off at the end
+        ["b", " c", " d", "."],  # and at the beginning
+        ["<s>", "<s>", "ab", " c", " d"],
+        ["ab", " c", " d", ".", "."],  # more than we asked for
+        ["ab c", " d"],  # the border within a token
+        ["a", "b", "", " c", " d"],  # an empty token at the border: whose is it?
+    ],
+)
+def test_tokens_that_do_not_spell_the_texts_are_refused(tokens):
+    with pytest.raises(wire.Malformed):
+        wire.align(tokens, "ab", " c d")
+
+
+def test_alignment_takes_no_time_that_a_server_chooses():
+    text = LIZARD * 2_000
+    begin = time.monotonic()
+    for tokens in (["\ufffd"] * 8_000, ["\ufffd\ufffd"] * 4_000, [""] * 5_000):
+        with pytest.raises(wire.Malformed):
+            wire.align(tokens, text, text[:50])
+    assert time.monotonic() - begin < 5.0
 
 
 # --- What stops a run ---------------------------------------------------------------
@@ -461,7 +513,7 @@ def test_the_canary_passes_a_right_server(scoring):
                 if "logprobs" in c
                 else None
             ),
-            "shuffled|the same number",
+            "constant",
         ),
         (lambda c, r: c.pop("text"), "no_text"),
     ],

@@ -80,7 +80,7 @@ ROOMS_OF = {
     "transformers": set(),
     "sentence_transformers": set(),
     "argparse": {"cli", "commands"},
-    "httpx": {"fret"},
+    "httpcore": {"fret"},
     "apache_beam": {"data", "fret"},
 }
 
@@ -99,7 +99,7 @@ ONLY_INSIDE_FUNCTIONS = (
     "datasets",
     "huggingface_hub",
     "sklearn",
-    "httpx",
+    "httpcore",
     "gguf",
     "tokenizers",
     "apache_beam",

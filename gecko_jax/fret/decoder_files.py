@@ -72,10 +72,19 @@ def open_model(path: pathlib.Path) -> Opened:
         folder = safetensors_folder.SafetensorsFolder(path)
         names = safetensors_folder.NAMES[folder.architecture]
         tokenizer = decoder_tokenizer.from_folder(path)
-        return Opened(folder.config, tokenizer, names, folder.read)
-    file = gguf.Gguf(path)
-    tokenizer = decoder_tokenizer.from_gguf(file.setting, str(path))
-    return Opened(file.config, tokenizer, gguf.NAMES[file.architecture], file.read)
+        opened = Opened(folder.config, tokenizer, names, folder.read)
+    else:
+        file = gguf.Gguf(path)
+        names = gguf.NAMES[file.architecture]
+        tokenizer = decoder_tokenizer.from_gguf(file.setting, str(path))
+        opened = Opened(file.config, tokenizer, names, file.read)
+    # A lookup past the end of a table gives its last row, without an error.
+    if tokenizer.num_ids > opened.config.vocab_size:
+        raise ValueError(
+            f"{path}: a tokenizer of {tokenizer.num_ids:,} tokens, a model of "
+            f"{opened.config.vocab_size:,}; copy both from the same place"
+        )
+    return opened
 
 
 def name(path: pathlib.Path, dtype: str) -> str:

@@ -8,7 +8,27 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from gecko_jax.fret import decoder
+from gecko_jax.fret import decoder, fields
+
+# What a setting can be, by its name here. The limits are far beyond any model: they
+# keep a damaged file from being taken at its word.
+_WIDTH = fields.integer(1, 1 << 24)
+KINDS = {
+    "vocab_size": _WIDTH,
+    "model_dim": _WIDTH,
+    "num_layers": fields.integer(1, 4_096),
+    "num_heads": fields.integer(1, 65_536),
+    "num_kv_heads": fields.integer(1, 65_536),
+    "head_dim": fields.integer(2, 65_536),
+    "mlp_dim": _WIDTH,
+    "context_length": fields.integer(1, 1 << 31),
+    "norm_epsilon": fields.number(above=0),
+    "rope_base": fields.number(above=0),
+    "local_window": fields.integer(1, 1 << 31),
+    "global_every": fields.integer(1, 4_096),
+    "local_rope_base": fields.number(above=0),
+    "query_scalar": fields.number(above=0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +65,39 @@ def check_family(place: str, name: str, found: str, known: Collection[str]) -> N
         )
 
 
-def build(common: dict[str, Any], gemma: Gemma3 | None) -> decoder.DecoderConfig:
+def build(
+    place: str, common: dict[str, Any], gemma: Gemma3 | None
+) -> decoder.DecoderConfig:
     """Returns the decoder's settings.
 
     Args:
+        place: The file, for the error.
         common: Fields of `decoder.DecoderConfig` that both families have.
-        gemma: Of Gemma 3; None for the Llama family.
+        gemma: Settings of Gemma 3; None for the Llama family.
+
+    Raises:
+        ValueError: A setting is out of its range, or two contradict each other.
     """
+    values = common | (dataclasses.asdict(gemma) if gemma else {})
+    kinds = {name: kind for name, kind in KINDS.items() if name in values}
+    remedy = "copy the file again, or choose another model"
+    fields.check(place, values, kinds, remedy)
+    heads, kv_heads = common["num_heads"], common["num_kv_heads"]
+    if heads % kv_heads or common["head_dim"] % 2:
+        raise ValueError(
+            f"{place}: {heads} query heads for {kv_heads} key heads of the width "
+            f"{common['head_dim']}; the first must be a multiple of the second, and "
+            f"the width even: {remedy}"
+        )
+    factors = common["rope_factors"]
+    if factors is not None and (
+        len(factors) != common["head_dim"] // 2
+        or not all(0 < factor < float("inf") for factor in factors)
+    ):
+        raise ValueError(
+            f"{place}: {len(factors)} divisors of rotary frequencies; there must be "
+            f"{common['head_dim'] // 2}, all above 0: {remedy}"
+        )
     if gemma is None:
         return decoder.DecoderConfig(**common)
     return decoder.DecoderConfig(

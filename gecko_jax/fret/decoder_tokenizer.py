@@ -9,12 +9,13 @@ them (`<|im_end|>`) is read as the characters it is written with. A generated co
 token ends the text.
 """
 
-import functools
+import contextlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, wording
+from gecko_jax.fret import fields
 
 # The token type of llama.cpp that text must not reach.
 _CONTROL = 3
@@ -26,33 +27,65 @@ _CUTS_DIGITS = {"smollm": True, "gpt-2": False}
 _META = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
+_REMEDY = "copy it again, or choose another model"
+_HEADER = {
+    "model": fields.NAME,
+    "pre": fields.optional(fields.NAME),
+    "tokens": fields.list_of(fields.TEXT, 1),
+    "token_type": fields.list_of(fields.integer(0, 6), 1),
+    "merges": fields.optional(fields.list_of(fields.TEXT)),
+    "scores": fields.optional(fields.list_of(fields.number())),
+    "add_space_prefix": fields.optional(fields.FLAG),
+    "add_bos_token": fields.optional(fields.FLAG),
+    "bos_token_id": fields.optional(fields.COUNT),
+    "eos_token_id": fields.optional(fields.COUNT),
+}
+_TOKEN = fields.object_of(
+    {"id": fields.COUNT, "content": fields.TEXT, "special": fields.FLAG}
+)
+
+
+@contextlib.contextmanager
+def _named(place: object) -> Iterator[None]:
+    """Names the file in whatever a tokenizer's own library raises.
+
+    `tokenizers` raises bare exceptions, and panics of its Rust that no `except
+    Exception` sees; `sentencepiece` raises RuntimeError.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        told = wording.printable(str(error))
+        raise ValueError(f"{place}: not a tokenizer ({told}); {_REMEDY}") from error
+
+
 class _Tokenizers:
     """A tokenizer of the `tokenizers` package."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, place: object):
         tokenizer.encode_special_tokens = True  # as plain text
         self._tokenizer = tokenizer
+        self._place = place
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _named(self._place):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        with _named(self._place):
+            return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 class _SentencePiece:
-    """A SentencePiece model, loaded at first use."""
+    """A SentencePiece model."""
 
     def __init__(self, model_proto: bytes):
-        self._model_proto = model_proto
-
-    @functools.cached_property
-    def _processor(self) -> Any:
         import sentencepiece
 
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(self._model_proto)
-        return processor
+        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model_proto)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
@@ -67,6 +100,7 @@ class Tokenizer:
     Attributes:
         begin_id: Put before every prompt; None where the model was trained without.
         end_ids: Control tokens: each ends a generated text.
+        num_ids: Ids are below this number.
     """
 
     def __init__(
@@ -74,8 +108,10 @@ class Tokenizer:
         backend: _Tokenizers | _SentencePiece,
         begin_id: int | None,
         end_ids: frozenset[int],
+        num_ids: int,
     ):
         self._backend = backend
+        self.num_ids = num_ids
         self.begin_id = begin_id
         self.end_ids = end_ids
 
@@ -119,11 +155,17 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
     Raises:
         ValueError: It is of a kind that is not known here.
     """
-    model = setting("tokenizer.ggml.model")
-    pieces = setting("tokenizer.ggml.tokens")
-    kinds = setting("tokenizer.ggml.token_type")
+    header = {name: setting(f"tokenizer.ggml.{name}", None) for name in _HEADER}
+    fields.check(place, header, _HEADER, _REMEDY)
+    model, pieces, kinds = header["model"], header["tokens"], header["token_type"]
+    begin, end = header["bos_token_id"], header["eos_token_id"]
+    if len(kinds) != len(pieces) or max(begin or 0, end or 0) >= len(pieces):
+        raise ValueError(
+            f"{place}: {len(pieces):,} tokens, {len(kinds):,} types, and the ids "
+            f"{begin} and {end} of the first and the last; {_REMEDY}"
+        )
     if model == "gpt2":
-        cut = setting("tokenizer.ggml.pre", "gpt-2")
+        cut = header["pre"] or "gpt-2"
         if cut not in _CUTS_DIGITS:
             raise ValueError(
                 f"{place}: a tokenizer of the kind {cut!r}; from GGUF the in-process "
@@ -131,27 +173,30 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
                 "folder with tokenizer.json and *.safetensors"
             )
         backend = _byte_level_bpe(
-            pieces, setting("tokenizer.ggml.merges"), _CUTS_DIGITS[cut]
+            place, pieces, header["merges"] or [], _CUTS_DIGITS[cut]
         )
     elif model == "llama":
-        backend = _SentencePiece(
-            _sentencepiece_proto(
-                pieces,
-                setting("tokenizer.ggml.scores"),
-                kinds,
-                space_prefix=setting("tokenizer.ggml.add_space_prefix", True),
+        has_prefix = header["add_space_prefix"]
+        with _named(place):
+            backend = _SentencePiece(
+                _sentencepiece_proto(
+                    pieces,
+                    header["scores"] or [],
+                    kinds,
+                    space_prefix=True if has_prefix is None else has_prefix,
+                )
             )
-        )
     else:
         raise ValueError(
             f"{place}: a tokenizer of the model {model!r}; the in-process decoder "
             "knows gpt2 and llama: choose another model"
         )
-    add_begin = setting("tokenizer.ggml.add_bos_token", model == "llama")
-    begin = setting("tokenizer.ggml.bos_token_id", None) if add_begin else None
+    add_begin = header["add_bos_token"]
+    add_begin = model == "llama" if add_begin is None else add_begin
     ends = {number for number, kind in enumerate(kinds) if kind == _CONTROL}
-    end = setting("tokenizer.ggml.eos_token_id", None)
-    return Tokenizer(backend, begin, frozenset(ends | ({end} - {None})))
+    ends |= set() if end is None else {end}
+    first = begin if add_begin else None
+    return Tokenizer(backend, first, frozenset(ends), len(pieces))
 
 
 def from_folder(folder: pathlib.Path) -> Tokenizer:
@@ -168,26 +213,34 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
             f"{path}: no such file; copy it from where the model came, or give a .gguf "
             "file, which holds its tokenizer"
         )
-    try:
+    with _named(path):
         settings = files.parse_json(path.read_text(encoding="utf-8"))
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer ({error}); copy it again") from error
+        # What the tokenizer itself puts before an empty text.
+        added = tokenizer.encode("").ids
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    kinds = {"added_tokens": fields.list_of(_TOKEN)}
+    fields.check(path, settings, kinds, _REMEDY)
+    if not vocabulary or len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(f"{path}: no vocabulary, or an id of two tokens; {_REMEDY}")
     ends = {token["id"] for token in settings["added_tokens"] if token["special"]}
-    # What the tokenizer itself puts before an empty text.
-    added = tokenizer.encode("").ids
     begin = added[0] if added and added[0] in ends else None
-    return Tokenizer(_Tokenizers(tokenizer), begin, frozenset(ends))
+    num_ids = max(*vocabulary.values(), *ends, 0) + 1
+    return Tokenizer(_Tokenizers(tokenizer, path), begin, frozenset(ends), num_ids)
 
 
 def _byte_level_bpe(
-    pieces: Sequence[str], merges: Sequence[str], cuts_digits: bool
+    place: str, pieces: Sequence[str], merges: Sequence[str], cuts_digits: bool
 ) -> _Tokenizers:
     tokenizers = _import_tokenizers()
-    model = tokenizers.models.BPE(
-        vocab={piece: number for number, piece in enumerate(pieces)},
-        merges=[tuple(merge.split(" ", 1)) for merge in merges],
-    )
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    if len(vocabulary) < len(pieces) or any(len(pair) < 2 for pair in pairs):
+        raise ValueError(
+            f"{place}: two tokens are the same, or a merge is none; {_REMEDY}"
+        )
+    with _named(place):
+        model = tokenizers.models.BPE(vocab=vocabulary, merges=pairs)
     tokenizer = tokenizers.Tokenizer(model)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -196,7 +249,7 @@ def _byte_level_bpe(
         else [byte_level]
     )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return _Tokenizers(tokenizer)
+    return _Tokenizers(tokenizer, place)
 
 
 def _sentencepiece_proto(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gecko_jax import sharding
+from gecko_jax import sharding, wording
 from gecko_jax.fret import decoder
 
 # A name of `decoder` -> the name in a file; `{}` is the layer's number.
@@ -52,11 +52,9 @@ def check(
     Raises:
         ValueError: Lists missing, unexpected and wrong-shape tensors together.
     """
-    expected = {
-        name: file_shape(config, ours)
-        for ours, theirs in names(config, table).items()
-        for name in theirs
-    }
+    expected = {}
+    for ours, theirs in names(config, table).items():
+        expected |= dict.fromkeys(theirs, file_shape(config, ours))
     faults = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys() - set(ignored)),
@@ -72,8 +70,9 @@ def check(
         if found
     ]
     if listed:
+        told = wording.printable("; ".join(listed))
         raise ValueError(
-            f"{place}: its tensors are not those of its settings ({'; '.join(listed)});"
+            f"{place}: its tensors are not those of its settings ({told});"
             " copy the file again, or choose a model of the Llama or Gemma 3 family"
         )
 

@@ -40,7 +40,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
     stage.begin()
     path = stage.folder / OUTPUT
     done = stage.done()
-    if done and path.exists() and files.sha256(path) != done["sha256"]:
+    if done and path.exists() and files.sha256(path) != done.get("sha256"):
         raise ValueError(
             f"{path}: not as this run wrote it; move it away, and the same command "
             "writes it again"

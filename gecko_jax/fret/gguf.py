@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax.fret import decoder, decoder_settings, decoder_weights
+from gecko_jax import wording
+from gecko_jax.fret import (
+    decoder,
+    decoder_settings,
+    decoder_weights,
+    fields,
+    gguf_header,
+)
 
 _LLAMA: decoder_weights.Names = {
     "embedding": "token_embd.weight",
@@ -76,17 +83,19 @@ class Gguf:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file; give a .gguf file")
+        gguf_header.check(self.path)
         try:
             # With "r" the file is mapped, so that only what is used is read.
             reader = gguf.GGUFReader(self.path, "r")
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
+        except Exception as error:  # A damaged file ends in any of a dozen of them.
             raise ValueError(
-                f"{self.path}: not a whole GGUF file ({error}); copy it again"
+                f"{self.path}: not a whole GGUF file "
+                f"({wording.printable(str(error))}); copy it again"
             ) from error
         self._fields: dict[str, Any] = dict(reader.fields)
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
         self._dequantize: Callable[..., np.ndarray] = gguf.dequantize
-        self.architecture: str = self.setting("general.architecture")
+        self.architecture: str = self._typed("general.architecture", fields.NAME)
         decoder_settings.check_family(
             str(self.path), "architecture", self.architecture, NAMES
         )
@@ -113,10 +122,24 @@ class Gguf:
         if "{}" in key:
             key = key.format(self.architecture)
         if key in self._fields:
-            return self._fields[key].contents()
+            try:
+                return self._fields[key].contents()
+            except Exception as error:  # See above.
+                raise ValueError(
+                    f"{self.path}: {key} cannot be read "
+                    f"({wording.printable(str(error))}); copy the file again"
+                ) from error
         if default is ...:
             raise ValueError(f"{self.path}: no setting {key}; copy the file again")
         return default
+
+    def _typed(self, key: str, kind: fields.Kind, default: Any = ...) -> Any:
+        value = self.setting(key, default)
+        if default is None and value is None:
+            return None
+        remedy = "copy the file again, or choose another model"
+        fields.check(self.path, {key: value}, {key: kind}, remedy)
+        return value
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
         """Returns a tensor, not quantized any more, as `decoder_weights.load` wants."""
@@ -136,24 +159,34 @@ class Gguf:
         return values
 
     def _read_config(self) -> decoder.DecoderConfig:
-        setting = self.setting
-        num_heads = int(setting("{}.attention.head_count"))
-        model_dim = int(setting("{}.embedding_length"))
-        num_layers = int(setting("{}.block_count"))
-        head_dim = int(setting("{}.attention.key_length", model_dim // num_heads))
+        kinds = decoder_settings.KINDS
+
+        def whole(key: str, name: str, default: Any = ...) -> int:
+            return self._typed(f"{{}}.{key}", kinds[name], default)
+
+        num_heads = whole("attention.head_count", "num_heads")
+        model_dim = whole("embedding_length", "model_dim")
+        num_layers = whole("block_count", "num_layers")
+        head_dim = whole("attention.key_length", "head_dim", model_dim // num_heads)
+        tokens = fields.list_of(fields.TEXT)
+        embedding = self._tensors.get("token_embd.weight")
         common = {
-            "vocab_size": int(self._tensors["token_embd.weight"].shape[1])
-            if "token_embd.weight" in self._tensors
-            else len(setting("tokenizer.ggml.tokens")),
+            "vocab_size": int(embedding.shape[1])
+            if embedding is not None and len(embedding.shape) == 2
+            else len(self._typed("tokenizer.ggml.tokens", tokens)),
             "model_dim": model_dim,
             "num_layers": num_layers,
             "num_heads": num_heads,
-            "num_kv_heads": int(setting("{}.attention.head_count_kv", num_heads)),
+            "num_kv_heads": whole("attention.head_count_kv", "num_kv_heads", num_heads),
             "head_dim": head_dim,
-            "mlp_dim": int(setting("{}.feed_forward_length")),
-            "context_length": int(setting("{}.context_length")),
-            "norm_epsilon": float(setting("{}.attention.layer_norm_rms_epsilon")),
-            "rope_base": float(setting("{}.rope.freq_base", 10_000.0)),
+            "mlp_dim": whole("feed_forward_length", "mlp_dim"),
+            "context_length": whole("context_length", "context_length"),
+            "norm_epsilon": self._typed(
+                "{}.attention.layer_norm_rms_epsilon", kinds["norm_epsilon"]
+            ),
+            "rope_base": float(
+                self._typed("{}.rope.freq_base", kinds["rope_base"], 10_000.0)
+            ),
             "rope_factors": self._read_rope_factors(head_dim),
             "tied": "output.weight" not in self._tensors,
         }
@@ -162,17 +195,18 @@ class Gguf:
             is_27b = num_layers == _GEMMA3_27B_LAYERS
             gemma = decoder_settings.Gemma3(
                 query_scalar=model_dim / num_heads if is_27b else head_dim,
-                local_window=int(setting("{}.attention.sliding_window")),
+                local_window=whole("attention.sliding_window", "local_window"),
                 global_every=_GEMMA3_GLOBAL_EVERY,
                 local_rope_base=_GEMMA3_LOCAL_ROPE_BASE,
             )
-        return decoder_settings.build(common, gemma)
+        return decoder_settings.build(str(self.path), common, gemma)
 
     def _read_rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
         if _ROPE_FACTORS in self._tensors:
-            return tuple(self.read(_ROPE_FACTORS).tolist())
-        kind = self.setting("{}.rope.scaling.type", "none")
+            return tuple(np.ravel(self.read(_ROPE_FACTORS)).tolist())
+        kind = self._typed("{}.rope.scaling.type", fields.NAME, "none")
         if kind == "none":
             return None
-        factor = self.setting("{}.rope.scaling.factor", None)
+        above_zero = fields.number(above=0)
+        factor = self._typed("{}.rope.scaling.factor", above_zero, None)
         return decoder_settings.linear_rope(str(self.path), kind, factor, head_dim)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from gecko_jax.fret import requests
+from gecko_jax.fret import requests, wire
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,26 +149,41 @@ def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) ->
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-# What a request log holds of an answer, and how it is read back.
-KINDS: Mapping[str, type] = {
-    "generate": Generation,
-    "score": Score,
-    "labels": LabelScores,
-}
-
-
 def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
     """Returns plain values that JSON can hold."""
     return dataclasses.asdict(answer)
 
 
-def from_record(kind: str, record: Mapping[str, Any]) -> Any:
-    """Inverse of `to_record`."""
-    values = dict(record)
-    values["usage"] = Usage(**values["usage"])
-    if kind == "labels":
-        values["log_probs"] = tuple(values["log_probs"])
-    return KINDS[kind](**values)
+def from_record(
+    kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
+) -> Any:
+    """Returns the answer that `to_record` wrote.
+
+    Args:
+        kind: "generate", "score" or "labels".
+        record: Checked by the log that it is from.
+        body: The request.
+        key: The request's, for the error.
+
+    Raises:
+        ValueError: It answers another kind of request, or other labels.
+    """
+    used = record["usage"]
+    usage = Usage(used["prompt_tokens"], used["completion_tokens"], used["requests"])
+    if kind == "generate" and "text" in record:
+        text = wire.whole_characters(record["text"])
+        return Generation(text, record["is_cut"], usage)
+    if kind == "score" and "log_prob" in record:
+        # Rounding may leave a little above 0.
+        return Score(min(float(record["log_prob"]), 0.0), record["num_tokens"], usage)
+    if kind == "labels" and len(record.get("log_probs", ())) == len(body["labels"]):
+        return LabelScores(
+            tuple(min(float(p), 0.0) for p in record["log_probs"]), usage
+        )
+    raise ValueError(
+        f"recorded answer {key}: it has {', '.join(sorted(record))}, and is no answer "
+        f"to a request of the kind {kind!r}; remove its line from the request log"
+    )
 
 
 class CachedModel:
@@ -239,12 +254,12 @@ class CachedModel:
         if new:
             self._ask(kind, list(distinct.values()), new, keep)
         answers = []
-        for key in keys:
+        for key, body in zip(keys, bodies, strict=True):
             record = self.log.get(key)
             answers.append(
                 failures.get(key, Failure("not_asked"))
                 if record is None
-                else from_record(kind, record)
+                else from_record(kind, record, body, key)
             )
         return answers
 
@@ -272,11 +287,12 @@ def recorded(folder: str | os.PathLike) -> CachedModel:
     ) -> None:
         for number in new:
             body = bodies[number]
-            record = answers.get(request_key(kind, facts, body))
+            key = request_key(kind, facts, body)
+            record = answers.get(key)
             if record is None:
                 detail = body["prompt"][-80:]
                 keep(number, Failure("not_recorded", f"no answer to ...{detail!r}"))
             else:
-                keep(number, from_record(kind, record))
+                keep(number, from_record(kind, record, body, key))
 
     return CachedModel(name, facts, ask)

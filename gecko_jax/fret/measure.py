@@ -220,12 +220,11 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
             sizes.append(len(row["candidates"]))
             ranks: dict[str, Any] = {}
             if row["id"] in likelihoods:
-                ranks["QL"] = fusion.ranks(likelihoods[row["id"]]["log_probs"])
+                log_probs = likelihoods[row["id"]]["log_probs"]
+                ranks["QL"] = fusion.ranks(stages.of_candidates(log_probs, row))
+            record, kind = relevances[row["id"]], config.fuse.relevance
             ranks["RC"] = fusion.ranks(
-                [
-                    fusion.relevance_score(log_probs, grades, config.fuse.relevance)
-                    for log_probs in relevances[row["id"]]["label_log_probs"]
-                ]
+                stages.relevance_scores(record, row, grades, kind)
             )
             if "QL" in ranks:
                 fused = fusion.fuse(ranks["QL"], ranks["RC"], both)

@@ -88,9 +88,13 @@ class Source:
         done = stage.done()
         assert done is not None
         self.num_shards = done["shards"]
-        self.store = stages.Passages(
-            [record for s in range(self.num_shards) for record in stage.read(s)]
-        )
+        found = [record for s in range(self.num_shards) for record in stage.read(s)]
+        if [record["id"] for record in found] != list(range(len(found))):
+            raise ValueError(
+                f"{stage.folder}: its passages are not numbered from 0 on; a shard was "
+                "changed: restore it, or begin again in another workdir"
+            )
+        self.store = stages.Passages(found)
         self.embed: records.Stage | None = None
         if config.retrieve.model:
             facts = {
@@ -355,6 +359,8 @@ class Pipeline:
             self.source.workdir / self._folder,
             name,
             {"code": CODE_VERSION[name], **facts},
+            seeds=self.shards,
+            num_passages=len(self.source.store),
         )
 
     def _generate(self, shard: int) -> list[stages.Record]:

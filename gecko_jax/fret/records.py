@@ -17,14 +17,86 @@ import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gecko_jax import files
+from gecko_jax.fret import fields
 
 DROPPED = "dropped"  # A record with this field goes no further; it holds the reason.
 LOCKS = ".locks"  # Folder of a workdir; holds nothing that is worth keeping.
 _FACTS, _DONE = "stage.json", ".done.json"
+
+_DONE_FIELDS = {
+    "stage": fields.NAME,
+    "hash": fields.NAME,
+    "shards": fields.COUNT,
+    "records": fields.COUNT,
+    "kept": fields.COUNT,
+    DROPPED: fields.map_of(fields.COUNT),
+    "usage": fields.map_of(fields.COUNT),
+    "bytes": fields.list_of(fields.COUNT),
+    "sha256": fields.optional(fields.NAME),  # The exported file.
+}
+# Every record has an id; one that was dropped has nothing else that is read again.
+_DROPPED_FIELDS = {
+    DROPPED: fields.NAME,
+    "detail": fields.optional(fields.TEXT),
+    "usage": fields.optional(fields.map_of(fields.COUNT)),
+}
+_RANKS = fields.nullable(fields.list_of(fields.integer(1)))
+
+
+def kinds(stage: str, num_passages: int) -> dict[str, fields.Kind]:
+    """Returns the fields of a stage's records that were not dropped.
+
+    Args:
+        stage: Name of the stage.
+        num_passages: Passages of the run, which other records name by their number.
+    """
+    passage = fields.integer(0, num_passages - 1)
+    usage = {"usage": fields.map_of(fields.COUNT)}
+    return {
+        "passages": {
+            "title": fields.TEXT,
+            "text": fields.NAME,
+            **dict.fromkeys(
+                ("source", "source_id", "licence", "license", "src", "url"),
+                fields.optional(fields.TEXT),
+            ),
+        },
+        "generate": {
+            "task": fields.NAME,
+            "query": fields.NAME,
+            "prompt": fields.NAME,
+            "model": fields.NAME,
+            "shots": fields.list_of(fields.COUNT),
+            **usage,
+        },
+        "retrieve": {
+            "candidates": fields.list_of(passage, 2),
+            "scores": fields.list_of(fields.nullable(fields.number()), 2),
+            "seed_rank": fields.nullable(fields.integer(1)),
+        },
+        "likelihood": {
+            "log_probs": fields.list_of(fields.LOG_PROB, 1),
+            "generic_log_prob": fields.optional(fields.LOG_PROB),
+            "num_tokens": fields.integer(1),
+            **usage,
+        },
+        "relevance": {
+            "label_log_probs": fields.list_of(fields.list_of(fields.LOG_PROB, 2), 1),
+            **usage,
+        },
+        "fuse": {
+            "positive": passage,
+            "negative": fields.nullable(passage),
+            "moved": fields.FLAG,
+            "ranks": fields.object_of({"likelihood": _RANKS, "relevance": _RANKS}),
+            "fused": fields.list_of(fields.number(), 2),
+            "information": fields.optional(fields.number()),
+        },
+    }.get(stage, {})
 
 
 class Stage:
@@ -43,9 +115,23 @@ class Stage:
         name: str,
         facts: Mapping[str, Any],
         suffix: str = ".jsonl",
+        seeds: Sequence[Sequence[int]] | None = None,
+        num_passages: int = 0,
     ):
-        """Names the folder; `begin` makes it."""
+        """Names the folder; `begin` makes it.
+
+        Args:
+            workdir: Where the folder lies.
+            name: Name of the stage, and of its folder.
+            facts: See the class.
+            suffix: How its shards' names end.
+            seeds: The seed passages of each shard, by which records are known; None
+                for any.
+            num_passages: Passages of the run; 0 while they are made.
+        """
         self.name = name
+        self._seeds = seeds
+        self._kinds = kinds(name, num_passages)
         self._suffix = suffix
         self.folder = workdir / name
         self.facts = json.loads(json.dumps(facts, default=list))
@@ -78,7 +164,7 @@ class Stage:
         if not path.exists():
             return
         try:
-            before = files.parse_json(path.read_text())
+            before = files.parse_json(path.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); remove the folder, or restore the file"
@@ -100,9 +186,35 @@ class Stage:
         return self.shard_path(shard).exists()
 
     def read(self, shard: int) -> list[dict[str, Any]]:
-        """Returns the records of a finished shard, dropped ones among them."""
+        """Returns the records of a finished shard, dropped ones among them.
+
+        Raises:
+            ValueError: A record is not as the stage writes it.
+        """
         path = self.shard_path(shard)
-        return [record for _, record in files.read_records(path)]
+        remedy = (
+            "the shard was changed: restore it, or remove "
+            f"{self.folder} and the folders of the stages after it, which the same "
+            "command makes anew"
+        )
+        identity = {"id": fields.COUNT}
+        seeds = None if self._seeds is None else set(self._seeds[shard])
+        result: dict[int, dict[str, Any]] = {}
+        for place, record in files.read_records(path):
+            found = _DROPPED_FIELDS if DROPPED in record else self._kinds
+            fields.check(place, record, identity | found, remedy)
+            number = record["id"]
+            if number in result or (seeds is not None and number not in seeds):
+                raise ValueError(f"{place}: id {number} is not of this shard; {remedy}")
+            if self.name == "retrieve" and DROPPED not in record:
+                chosen = record["candidates"]
+                if number not in chosen or len({*chosen}) < len(chosen):
+                    raise ValueError(
+                        f"{place}: the candidates lack the seed, or one comes twice; "
+                        f"{remedy}"
+                    )
+            result[number] = record
+        return list(result.values())
 
     def write(self, shard: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes a shard whole."""
@@ -152,20 +264,21 @@ class Stage:
             ValueError: It is damaged, or a shard is not as long as it was.
         """
         path = self.folder / _DONE
+        remedy = "remove it, and the same command writes it again"
         try:
-            done = files.parse_json(path.read_text())
+            done = files.parse_json(path.read_text("utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(
-                f"{path}: not JSON ({error}); remove it, and the same command writes "
-                "it again"
-            ) from None
-        if not isinstance(done, dict) or not isinstance(done.get("bytes"), list):
-            raise ValueError(
-                f"{path}: not what a stage ends with; remove it, and the same command "
-                "writes it again"
-            )
+            raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+        fields.check(path, done, _DONE_FIELDS, remedy)
+        # An export counts its rows, and has no shards.
+        if (
+            done["stage"] != self.name
+            or done["shards"] != len(done["bytes"])
+            or done["kept"] != done["records"] - sum(done[DROPPED].values())
+        ):
+            raise ValueError(f"{path}: its counts contradict each other; {remedy}")
         for shard, size in enumerate(done["bytes"]):
             found = self.shard_path(shard)
             there = found.stat().st_size if found.exists() else 0

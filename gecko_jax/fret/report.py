@@ -115,19 +115,26 @@ def _count_ranks(facts: Facts, record: dict[str, Any], found: dict[str, Any]) ->
         facts.ranks.setdefault(name, Counter())[rank] += 1
 
     candidates = found["candidates"]
-    seed = candidates.index(record["id"])
+    seed = stages.position(found, record["id"])
+    for values in (record["fused"], *record["ranks"].values()):
+        if values is not None:
+            stages.of_candidates(values, found)
     count("seed, by retrieval", found["seed_rank"] or len(candidates) + 1)
     for name, title in (("likelihood", "QL"), ("relevance", "RC")):
         if record["ranks"][name] is not None:
             count(f"seed, by {title}", record["ranks"][name][seed])
     count("seed, fused", int(fusion.ranks(record["fused"])[seed]))
-    count("positive, by retrieval", candidates.index(record["positive"]) + 1)
+    count("positive, by retrieval", stages.position(found, record["positive"]) + 1)
     if record["negative"] is not None:
-        count("negative, by retrieval", candidates.index(record["negative"]) + 1)
+        count("negative, by retrieval", stages.position(found, record["negative"]) + 1)
     first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
     if first is not None and second is not None:
         facts.agreements.append(kendall(first, second))
-        facts.same_first += first.index(1) == second.index(1)
+        facts.same_first += _best(first) == _best(second)
+
+
+def _best(ranks: Sequence[int]) -> int:
+    return int(np.argmin(ranks))
 
 
 def kendall(first: Sequence[int], second: Sequence[int]) -> float:
@@ -253,7 +260,9 @@ def _costs(passes: pipeline.Pipeline) -> str:
         usage = done["usage"] if done else {}
         if not usage:
             continue
-        numbers = [usage[n] for n in ("requests", "prompt_tokens", "completion_tokens")]
+        numbers = [
+            usage.get(n, 0) for n in ("requests", "prompt_tokens", "completion_tokens")
+        ]
         totals += numbers
         lines.append(_cost_row(step.stage.name, numbers, prices))
     lines.append(_cost_row("together", totals.tolist(), prices))

@@ -16,9 +16,23 @@ import threading
 from typing import Any
 
 from gecko_jax import files
+from gecko_jax.fret import fields
 
 FOLDER = "requests"
 _MODEL = "model.json"
+
+_USAGE = {
+    "prompt_tokens": fields.COUNT,
+    "completion_tokens": fields.COUNT,
+    "requests": fields.COUNT,
+}
+# What each kind of request is answered with; see `llm`.
+ANSWERS = {
+    "generate": {"text": fields.TEXT, "is_cut": fields.FLAG},
+    "score": {"log_prob": fields.LOG_PROB, "num_tokens": fields.integer(1)},
+    "labels": {"log_probs": fields.list_of(fields.LOG_PROB, 1)},
+}
+_DAMAGED = "the log is damaged: remove the line, and its request is sent again"
 
 
 class RequestLog:
@@ -93,14 +107,26 @@ class RequestLog:
             with path.open("r+b") as file:
                 file.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):
+            place = f"{path}:{number}"
             try:
                 record = files.parse_json(line)
-                self._answers[record["key"]] = record["answer"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not an answer ({error}); the log is damaged: "
-                    "remove the line, and its request is sent again"
-                ) from error
+            except ValueError as error:
+                raise ValueError(f"{place}: not JSON ({error}); {_DAMAGED}") from None
+            key, answer = _read_answer(place, record, _DAMAGED)
+            self._answers[key] = answer
+
+
+def _read_answer(place: str, record: Any, remedy: str) -> tuple[str, dict[str, Any]]:
+    """Returns key and answer of a line of a request log."""
+    found = {"key": fields.NAME, "answer": fields.OBJECT}
+    fields.check(place, record, found, remedy)
+    answer = record["answer"]
+    for kinds in ANSWERS.values():
+        if kinds.keys() & answer.keys():
+            kinds = {**kinds, "usage": fields.object_of(_USAGE)}
+            fields.check(f"{place}: answer", answer, kinds, remedy, only=True)
+            return record["key"], answer
+    raise ValueError(f"{place}: an answer of no kind that is known; {remedy}")
 
 
 def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
@@ -124,21 +150,30 @@ def read_recording(
     """
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
+    remedy = "give the workdir of a run of `gecko fret run`, or its folder 'requests'"
+    path = root / _MODEL
     try:
-        about = files.parse_json((root / _MODEL).read_text())
-    except FileNotFoundError:
+        about = files.parse_json(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder}: no {_MODEL} here, so no recorded answers; give the workdir of "
-            "a run of `gecko fret run`, or its folder 'requests'"
+            f"{folder}: no {_MODEL} here, so no recorded answers; {remedy}"
         ) from None
-    answers = {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+    kinds = {
+        "name": fields.NAME,
+        "facts": fields.object_of({"model": fields.NAME, "backend": fields.NAME}),
+    }
+    fields.check(path, about, kinds, remedy)
+    answers: dict[str, dict[str, Any]] = {}
     paths = [*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]
     for path in sorted(paths):
-        for place, record in files.read_records(path):
-            try:
-                answers[record["key"]] = record["answer"]
-            except KeyError as error:
-                raise ValueError(f"{place}: no {error}; not a request log") from None
+        # Half of a character may be in a text: `llm` marks it.
+        for place, record in files.read_records(path, any_characters=True):
+            key, answer = _read_answer(
+                place, record, "not a line of a request log; remove it"
+            )
+            answers[key] = answer
     return about["name"], about["facts"], answers
 
 
@@ -176,8 +211,9 @@ class Budget:
         self._max_requests = max_requests
         self._max_cost = max_cost
         self._prices = (price_input, price_output)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._reserved = 0.0
+        self._num_reserved = 0
         self.requests = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -195,26 +231,40 @@ class Budget:
         """What was spent."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
-    def reserve(self, prompt_tokens: int, completion_tokens: int) -> float:
+    def reserve(
+        self, prompt_tokens: int, completion_tokens: int, *, waits: bool = False
+    ) -> float:
         """Counts a request that is about to be sent, and returns its highest price.
+
+        Args:
+            prompt_tokens: Most tokens that it may read.
+            completion_tokens: Most tokens that it may write.
+            waits: Where the limit would be passed, waits for the requests of other
+                threads, most of which cost less than their highest price.
 
         Raises:
             BudgetError: It would pass a limit.
         """
         price = self.price(prompt_tokens, completion_tokens)
         with self._lock:
-            if self._max_requests is not None and self.requests >= self._max_requests:
-                raise BudgetError(f"max_requests={self._max_requests:,} were sent")
-            if (
-                self._max_cost is not None
-                and self.cost + self._reserved + price > self._max_cost
-            ):
-                raise BudgetError(
-                    f"max_cost={self._max_cost:g}: {self.cost:.4f} is spent, and the "
-                    f"next request might cost {price:.4f}"
-                )
+            while True:
+                if (
+                    self._max_requests is not None
+                    and self.requests >= self._max_requests
+                ):
+                    raise BudgetError(f"max_requests={self._max_requests:,} were sent")
+                planned = self.cost + self._reserved + price
+                if self._max_cost is None or planned <= self._max_cost:
+                    break
+                if not waits or not self._num_reserved:
+                    raise BudgetError(
+                        f"max_cost={self._max_cost:g}: {self.cost:.4f} is spent, and "
+                        f"the next request might cost {price:.4f}"
+                    )
+                self._lock.wait()
             self.requests += 1
             self._reserved += price
+            self._num_reserved += 1
         return price
 
     def settle(
@@ -222,6 +272,11 @@ class Budget:
     ) -> None:
         """Replaces a reservation by what was used."""
         with self._lock:
-            self._reserved -= reserved
+            self._num_reserved -= 1
+            # Sums of floats leave a rest.
+            self._reserved = max(self._reserved - reserved, 0.0)
+            if not self._num_reserved:
+                self._reserved = 0.0
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
+            self._lock.notify_all()

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Num
 
 from gecko_jax import files
-from gecko_jax.fret import decoder, decoder_settings, decoder_weights
+from gecko_jax.fret import decoder, decoder_settings, decoder_weights, fields
 
 _LLAMA: decoder_weights.Names = {
     "embedding": "model.embed_tokens.weight",
@@ -38,6 +38,56 @@ NAMES: dict[str, decoder_weights.Names] = {
     },
 }
 
+_KINDS = decoder_settings.KINDS
+_ABOVE_ZERO = fields.number(above=0)
+_ROPE = {
+    "rope_type": fields.optional(fields.NAME),
+    "type": fields.optional(fields.NAME),
+    "rope_theta": fields.optional(_ABOVE_ZERO),
+    "factor": fields.optional(_ABOVE_ZERO),
+    "original_max_position_embeddings": fields.optional(_ABOVE_ZERO),
+    "low_freq_factor": fields.optional(fields.number()),
+    "high_freq_factor": fields.optional(fields.number()),
+}
+_OPTIONAL_ROPE = fields.optional(
+    fields.object_of(
+        _ROPE
+        | {
+            "full_attention": fields.optional(fields.object_of(_ROPE)),
+            "sliding_attention": fields.optional(fields.object_of(_ROPE)),
+        }
+    )
+)
+_OPTIONAL_FLAG = fields.optional(fields.FLAG)
+_SETTINGS = {
+    "vocab_size": _KINDS["vocab_size"],
+    "hidden_size": _KINDS["model_dim"],
+    "num_hidden_layers": _KINDS["num_layers"],
+    "num_attention_heads": _KINDS["num_heads"],
+    "num_key_value_heads": fields.optional(_KINDS["num_kv_heads"]),
+    "head_dim": fields.optional(_KINDS["head_dim"]),
+    "intermediate_size": _KINDS["mlp_dim"],
+    "max_position_embeddings": _KINDS["context_length"],
+    "rms_norm_eps": _KINDS["norm_epsilon"],
+    "rope_theta": fields.optional(_ABOVE_ZERO),
+    "rope_parameters": _OPTIONAL_ROPE,
+    "rope_scaling": _OPTIONAL_ROPE,
+    "tie_word_embeddings": fields.FLAG,
+    "attention_bias": _OPTIONAL_FLAG,
+    "mlp_bias": _OPTIONAL_FLAG,
+    "use_bidirectional_attention": _OPTIONAL_FLAG,
+    "attn_logit_softcapping": fields.optional(fields.number()),
+    "final_logit_softcapping": fields.optional(fields.number()),
+}
+_GEMMA_SETTINGS = {
+    "query_pre_attn_scalar": _KINDS["query_scalar"],
+    "sliding_window": _KINDS["local_window"],
+    "sliding_window_pattern": fields.optional(_KINDS["global_every"]),
+    "_sliding_window_pattern": fields.optional(_KINDS["global_every"]),
+    "rope_local_base_freq": fields.optional(_ABOVE_ZERO),
+    "layer_types": fields.optional(fields.list_of(fields.TEXT)),
+}
+
 
 class SafetensorsFolder:
     """An open folder: settings, and tensors by name.
@@ -57,8 +107,11 @@ class SafetensorsFolder:
         import safetensors
 
         self.path = pathlib.Path(path)
-        settings = _read_json(self.path / "config.json")
-        self.architecture: str = settings.get("model_type", "unknown")
+        place = self.path / "config.json"
+        remedy = "copy it again, or choose another model"
+        settings = _read_json(place)
+        fields.check(place, settings, {"model_type": fields.NAME}, remedy)
+        self.architecture: str = settings["model_type"]
         decoder_settings.check_family(
             str(self.path), "model_type", self.architecture, NAMES
         )
@@ -74,14 +127,12 @@ class SafetensorsFolder:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 self._files[name] = opened
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
-        try:
-            self.config: decoder.DecoderConfig = _read_config(
-                {"tie_word_embeddings": _LLAMA["output"] not in shapes} | settings
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"{self.path}/config.json: no {error}; copy the file again"
-            ) from error
+        settings = {"tie_word_embeddings": _LLAMA["output"] not in shapes} | settings
+        kinds = _SETTINGS
+        if self.architecture == "gemma3_text":
+            kinds = kinds | _GEMMA_SETTINGS
+        fields.check(place, settings, kinds, remedy)
+        self.config: decoder.DecoderConfig = _read_config(str(place), settings)
         ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
         if self.config.tied:
             ignored.add(_LLAMA["output"])
@@ -109,24 +160,24 @@ class SafetensorsFolder:
         return values
 
 
-def _read_config(settings: Mapping[str, Any]) -> decoder.DecoderConfig:
+def _read_config(place: str, settings: Mapping[str, Any]) -> decoder.DecoderConfig:
     is_gemma = settings["model_type"] == "gemma3_text"
     model_dim, num_heads = settings["hidden_size"], settings["num_attention_heads"]
     head_dim = settings.get("head_dim") or model_dim // num_heads
     # transformers 5 keeps one set of rotary settings per kind of layer.
     rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    local_rope = rope.get("sliding_attention", {})
-    rope = rope.get("full_attention", rope)
+    local_rope = rope.get("sliding_attention") or {}
+    rope = rope.get("full_attention") or rope
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if settings.get(key):
             raise ValueError(
-                f"config.json: {key}={settings[key]}; the in-process decoder has no "
+                f"{place}: {key}={settings[key]}; the in-process decoder has no "
                 "such thing: serve this model and give the server's address"
             )
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if settings.get(key) is not None:
             raise ValueError(
-                f"config.json: {key}={settings[key]}; the in-process decoder caps no "
+                f"{place}: {key}={settings[key]}; the in-process decoder caps no "
                 "logits: serve this model and give the server's address"
             )
     common = {
@@ -138,13 +189,13 @@ def _read_config(settings: Mapping[str, Any]) -> decoder.DecoderConfig:
         "head_dim": head_dim,
         "mlp_dim": settings["intermediate_size"],
         "context_length": settings["max_position_embeddings"],
-        "norm_epsilon": settings["rms_norm_eps"],
+        "norm_epsilon": float(settings["rms_norm_eps"]),
         "rope_base": float(
             rope.get("rope_theta")
             or settings.get("rope_theta")
             or (1e6 if is_gemma else 1e4)
         ),
-        "rope_factors": _rope_factors(rope, settings, head_dim),
+        "rope_factors": _rope_factors(place, rope, settings, head_dim),
         "tied": settings["tie_word_embeddings"],
     }
     gemma = None
@@ -152,17 +203,17 @@ def _read_config(settings: Mapping[str, Any]) -> decoder.DecoderConfig:
         gemma = decoder_settings.Gemma3(
             query_scalar=float(settings["query_pre_attn_scalar"]),
             local_window=settings["sliding_window"],
-            global_every=_global_every(settings),
+            global_every=_global_every(place, settings),
             local_rope_base=float(
                 local_rope.get("rope_theta")
                 or settings.get("rope_local_base_freq")
                 or 1e4
             ),
         )
-    return decoder_settings.build(common, gemma)
+    return decoder_settings.build(place, common, gemma)
 
 
-def _global_every(settings: Mapping[str, Any]) -> int:
+def _global_every(place: str, settings: Mapping[str, Any]) -> int:
     """Returns of how many layers one is global; `layer_types` must say the same."""
     every = (
         settings.get("sliding_window_pattern")
@@ -176,14 +227,14 @@ def _global_every(settings: Mapping[str, Any]) -> int:
     ]
     if kinds is not None and kinds != expected:
         raise ValueError(
-            f"config.json: layer_types are not {every - 1} local ones and a global one "
+            f"{place}: layer_types are not {every - 1} local ones and a global one "
             "in turn, which is all that the in-process decoder knows"
         )
     return every
 
 
 def _rope_factors(
-    rope: Mapping[str, Any], settings: Mapping[str, Any], head_dim: int
+    place: str, rope: Mapping[str, Any], settings: Mapping[str, Any], head_dim: int
 ) -> tuple[float, ...] | None:
     """Returns what divides each rotary frequency; None for nothing."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -191,10 +242,17 @@ def _rope_factors(
         return None
     if kind != "llama3":
         factor = rope.get("factor")
-        return decoder_settings.linear_rope("config.json", kind, factor, head_dim)
+        return decoder_settings.linear_rope(place, kind, factor, head_dim)
     base = float(rope.get("rope_theta") or settings.get("rope_theta") or 1e4)
-    factor, original = rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    names = ("factor", "original_max_position_embeddings")
+    names += ("low_freq_factor", "high_freq_factor")
+    absent = [name for name in names if rope.get(name) is None]
+    factor, original, low, high = (rope.get(name) or 0 for name in names)
+    if absent or low >= high:
+        told = f"no {', '.join(absent)}" if absent else f"not {low} below {high}"
+        raise ValueError(
+            f"{place}: Llama 3's rotary scaling with {told}; copy the file again"
+        )
     factors = []
     for pair in range(head_dim // 2):
         turns = original * base ** (-2 * pair / head_dim) / (2 * math.pi)

@@ -228,16 +228,15 @@ def fuse(
             if number not in likelihoods:
                 result.append({"id": number, records.DROPPED: "no_likelihood"})
                 continue
-            ranks["likelihood"] = fusion.ranks(likelihoods[number]["log_probs"])
+            ranks["likelihood"] = fusion.ranks(
+                of_candidates(likelihoods[number]["log_probs"], row)
+            )
         if settings.relevance_weight:
             if number not in relevances:
                 result.append({"id": number, records.DROPPED: "no_relevance"})
                 continue
             ranks["relevance"] = fusion.ranks(
-                [
-                    fusion.relevance_score(log_probs, grades, settings.relevance)
-                    for log_probs in relevances[number]["label_log_probs"]
-                ]
+                relevance_scores(relevances[number], row, grades, settings.relevance)
             )
         fused = fusion.fuse(ranks["likelihood"], ranks["relevance"], settings)
         seed_position = candidates.index(number)
@@ -270,9 +269,64 @@ def kept(found: Sequence[Record]) -> list[Record]:
     return [record for record in found if records.DROPPED not in record]
 
 
+class _ById(dict[int, Record]):
+    """Records by their id, which names one that is missing."""
+
+    def __missing__(self, number: int) -> Record:
+        raise _strangers(number, "one stage has no record of it")
+
+
 def by_id(found: Sequence[Record]) -> dict[int, Record]:
     """Returns the records that were not dropped, by their id."""
-    return {record["id"]: record for record in kept(found)}
+    return _ById((record["id"], record) for record in kept(found))
+
+
+def of_candidates(values: Sequence[Any], row: Record) -> Sequence[Any]:
+    """Returns values of which each candidate of a row has one.
+
+    Raises:
+        ValueError: There are more or fewer.
+    """
+    if len(values) != len(row["candidates"]):
+        told = f"{len(values)} numbers for {len(row['candidates'])} candidates"
+        raise _strangers(row["id"], told)
+    return values
+
+
+def position(row: Record, number: int) -> int:
+    """Returns the place of a passage among a row's candidates.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if number not in row["candidates"]:
+        raise _strangers(row["id"], f"passage {number} is not among its candidates")
+    return row["candidates"].index(number)
+
+
+def relevance_scores(
+    record: Record, row: Record, grades: Sequence[int], kind: str
+) -> list[float]:
+    """Returns one number for each candidate of a row; see `fusion.relevance_score`.
+
+    Args:
+        record: Of relevance.
+        row: Of retrieve.
+        grades: Grades of the labels.
+        kind: "log_prob" or "log_odds".
+    """
+    listed = of_candidates(record["label_log_probs"], row)
+    if any(len(log_probs) != len(grades) for log_probs in listed):
+        raise _strangers(row["id"], f"not every candidate has {len(grades)} labels")
+    return [fusion.relevance_score(found, grades, kind) for found in listed]
+
+
+def _strangers(number: int, why: str) -> ValueError:
+    return ValueError(
+        f"seed passage {number}: the records of two stages do not belong together "
+        f"({why}); a shard was changed: restore it, or remove its folder and those of "
+        "the stages after it, and the same command makes them anew"
+    )
 
 
 def is_error(record: Mapping[str, Any]) -> bool:
