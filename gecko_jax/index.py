@@ -22,14 +22,14 @@ file, and are read for the passages that are shown.
 
 import dataclasses
 import functools
-import io
+
+import itertools
 import json
 import os
 import pathlib
-import re
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,17 @@ _FIELDS = {
     "precision": quantization.PRECISIONS,
     "revision": str,
 }
-# How `Index.save` begins a line: the id, then the name of the next field.
-_LINE = re.compile(rb'\{"_id": "([^"\\]*)"(?:\}|, "(title|text)": ")')
+# How `Index.save` writes a line: what is before and after the id, before the text that
+# comes after a title, and at the end.
+_BEGIN = b'{"_id": "'
+_AFTER_ID = (
+    ((), b'"}\n'),
+    (("text",), b'", "text": "'),
+    (("title",), b'", "title": "'),
+)
 _BETWEEN, _END = b'", "text": "', b'"}\n'
+# Bytes of lines that are looked at together.
+_READ_BYTES = 1 << 18
 
 
 class Index:
@@ -108,8 +116,7 @@ class Index:
         self.titles = titles
         self.texts = texts
         self.revision = revision
-        self._rows = {identity: row for row, identity in enumerate(self.ids)}
-        if len(self._rows) != len(self.ids):
+        if len(set(self.ids)) != len(self.ids):
             twice = next(i for r, i in enumerate(self.ids) if self._rows[i] != r)
             raise ValueError(f"id {twice!r} comes twice; ids must differ")
         row = _first_not_finite(self.codes.values)
@@ -122,6 +129,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {identity: row for row, identity in enumerate(self.ids)}
 
     @property
     def dim(self) -> int:
@@ -415,45 +426,59 @@ def _read_passages(
     sizes = [0]
     fields: tuple[str, ...] | None = None
     try:
-        file = path.open("rb")
+        file = path.open("rb", buffering=1 << 20)
     except OSError as error:
         raise _damaged(path, error) from error
     with file:
-        for line in file:
-            try:
-                identity, names = _read_head(line)
+        while lines := file.readlines(_READ_BYTES):
+            for number, (found, names) in enumerate(_heads(path, len(ids), lines)):
                 if names != fields and fields is not None:
-                    raise ValueError(
-                        f"fields {names}, where lines before have {fields}"
+                    raise _damaged(
+                        f"{path}:{len(sizes) + number}",
+                        f"fields {names}, where lines before have {fields}",
                     )
-            except ValueError as error:
-                raise _damaged(f"{path}:{len(sizes)}", error) from error
-            fields = names
-            ids.append(identity)
-            sizes.append(len(line))
+                fields = names
+                ids += found
+            sizes += map(len, lines)
         return ids, fields or (), _Lines(path, file, np.cumsum(sizes))
 
 
-def _read_head(line: bytes) -> tuple[str, tuple[str, ...]]:
-    """Returns the id of a line, and the names of its other fields."""
-    known = _LINE.match(line)
-    if known is not None:
-        identity, name = known.groups()
-        if name is None and len(line) == known.end() + 1:
-            return identity.decode(), ()
-        if name == b"text" and line.endswith(_END):
-            return identity.decode(), ("text",)
-        if name == b"title" and line.endswith(_END):
-            both = _BETWEEN in line
-            return identity.decode(), ("title", "text") if both else ("title",)
-    record = files.parse_json(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"{files.kind(record)}, not an object")
-    names = tuple(name for name in ("title", "text") if name in record)
-    for name in ("_id", *names):
-        if not isinstance(record.get(name), str):
-            raise ValueError(f"{name} is {files.kind(record.get(name))}")
-    return record["_id"], names
+def _heads(
+    path: pathlib.Path, before: int, lines: Sequence[bytes]
+) -> Iterator[tuple[list[str], tuple[str, ...]]]:
+    """Yields ids and the names of the other fields: of all lines, or line by line."""
+    ends = [line.find(b'"', len(_BEGIN)) for line in lines]
+    names, after = next(
+        ((n, a) for n, a in _AFTER_ID if lines[0].startswith(a, ends[0])), ((), b"")
+    )
+    have_text = {False}
+    if names == ("title",):
+        have_text = set(map(bytes.__contains__, lines, itertools.repeat(_BETWEEN)))
+    ids = b"\n".join(
+        [line[len(_BEGIN) : end] for line, end in zip(lines, ends, strict=True)]
+    )
+    if (
+        after
+        and len(have_text) == 1
+        and all(map(bytes.startswith, lines, itertools.repeat(_BEGIN)))
+        and all(map(bytes.startswith, lines, itertools.repeat(after), ends))
+        and all(map(bytes.endswith, lines, itertools.repeat(_END)))
+        and b"\\" not in ids
+    ):
+        yield ids.decode().split("\n"), (*names, "text") if True in have_text else names
+        return
+    for number, line in enumerate(lines, start=before + 1):
+        try:
+            record = files.parse_json(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"{files.kind(record)}, not an object")
+            names = tuple(name for name in ("title", "text") if name in record)
+            for name in ("_id", *names):
+                if not isinstance(record.get(name), str):
+                    raise ValueError(f"{name} is {files.kind(record.get(name))}")
+        except ValueError as error:
+            raise _damaged(f"{path}:{number}", error) from error
+        yield [record["_id"]], names
 
 
 class _Lines:
@@ -463,7 +488,7 @@ class _Lines:
     """
 
     def __init__(
-        self, path: pathlib.Path, file: io.BufferedReader, starts: Int[np.ndarray, " S"]
+        self, path: pathlib.Path, file: IO[bytes], starts: Int[np.ndarray, " S"]
     ):
         self._path = path
         self._starts = starts

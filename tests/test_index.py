@@ -239,7 +239,9 @@ def test_int8_codes_without_their_ranges_are_refused(tmp_path):
         index.load(tmp_path / "index")
 
 
-def test_a_text_is_read_when_it_is_shown(tmp_path):
+@pytest.mark.parametrize("read_bytes", [1, 60, 1 << 22])
+def test_a_text_is_read_when_it_is_shown(tmp_path, monkeypatch, read_bytes):
+    monkeypatch.setattr(index, "_READ_BYTES", read_bytes)
     path = tmp_path / "index"
     titles, texts = ['a "quoted" title', ""], ['with \\ and "x", "text": "y"', "é\n"]
     odd = ['id "1"', "é"]
