@@ -22,7 +22,6 @@ file, and are read for the passages that are shown.
 
 import dataclasses
 import functools
-
 import itertools
 import json
 import os

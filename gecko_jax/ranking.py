@@ -11,12 +11,13 @@ those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from gecko_jax import wording
+from gecko_jax import words as words_lib
 
 
 def ndcg_at_k(
@@ -101,12 +102,12 @@ class Bm25:
         import bm25s
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # It tells every step.
-        words = _tokenize(passages)
+        terms = _terms(passages)
         self._size = len(passages)
         self._retriever = None
-        if any(words):  # Else nothing but stop words: there is nothing to index.
+        if any(terms):  # Else nothing but stop words: there is nothing to index.
             self._retriever = bm25s.BM25()
-            self._retriever.index(words, show_progress=False)
+            self._retriever.index(terms, show_progress=False)
 
     def search(
         self, queries: Sequence[str], k: int
@@ -115,7 +116,7 @@ class Bm25:
 
         Passages that share no word with the query never appear, so there may be fewer.
         """
-        for query in _tokenize(queries):
+        for query in _terms(queries):
             known = self._retriever.get_tokens_ids(query) if self._retriever else []
             if not known or self._retriever is None:
                 yield np.empty(0, np.int64), np.empty(0, np.float32)
@@ -126,17 +127,17 @@ class Bm25:
             yield best, scores[best]
 
 
-def _tokenize(texts: Sequence[str]) -> Any:
-    import bm25s
+def _terms(texts: Sequence[str]) -> list[list[str]]:
+    """Returns what each text is searched by, without English stop words, stemmed."""
     import Stemmer
+    from bm25s import stopwords
 
-    return bm25s.tokenize(
-        list(texts),
-        stopwords="en",
-        stemmer=Stemmer.Stemmer("english"),
-        return_ids=False,
-        show_progress=False,
-    )
+    stop_words = frozenset(stopwords.STOPWORDS_EN)
+    stemmer = Stemmer.Stemmer("english")
+    return [
+        stemmer.stemWords([t for t in words_lib.terms(text) if t not in stop_words])
+        for text in texts
+    ]
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from gecko_jax import words
 from gecko_jax.fret import answers, prompts
 
 KINDS = ("generate", "generate_for_task", "likelihood", "relevance")
@@ -253,7 +254,7 @@ def test_any_answer_is_a_clean_query_or_rejected(bundled, answer, is_cut):
     for found in (task, query):
         assert "\n" not in found
         assert not any(m.lower() in found.lower() for m in prompt.markers)
-    assert RULES.min_words <= len(answers._words(query)) <= RULES.max_words
+    assert RULES.min_words <= len(words.words(query)) <= RULES.max_words
     assert prompt.neutralize(query) == query
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from gecko_jax import ranking
+from gecko_jax import ranking, words
 from gecko_jax.evaluation import texts as evaluation_texts
 from gecko_jax.fret import fusion, minhash, passages, records
 
@@ -120,7 +120,7 @@ def test_signatures_estimate_the_resemblance():
 
 def test_signatures_never_change():
     # What is dropped decides every later record: a change here is a new CODE_VERSION.
-    entries = minhash.signature(minhash.shingles(minhash.words(GOOD), 3))
+    entries = minhash.signature(minhash.shingles(words.words(GOOD), 3))
     assert entries[:3].tolist() == [91446792, 735418930, 920565559]
 
 
