@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gecko_jax import text, vocabulary
-from gecko_jax.data import formatting, jsonl, load_seqio, mixtures
+from gecko_jax.data import classification, formatting, jsonl, load_seqio, mixtures
 from gecko_jax.data import tasks as tasks_lib
 
 # Examples read at once.
@@ -251,6 +251,8 @@ def _column_blocks(
     )
     while placed := list(itertools.islice(pairs, _BLOCK)):
         places, block = zip(*placed, strict=True)
+        if task.unique_ids:
+            block = tuple(map(classification.append_id, block))
         # At least one column: TensorFlow 2.21 crashes when it unbatches none.
         widest = max(1, *(len(pair.negatives) for pair in block))
 

@@ -39,6 +39,8 @@ class Task:
         published_size: Examples that the source's authors count, for planning; None
             where no page of theirs has been read.
         mine: Hard negatives are mined where a line has none.
+        unique_ids: Texts of examples with a negative group end with its number, see
+            `classification.append_id`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task:
     restricted: str = ""
     published_size: int | None = None
     mine: bool = True
+    unique_ids: bool = False
 
 
 _QUICKSTART_TRAIN = (str(QUICKSTART / "train.jsonl"),)
