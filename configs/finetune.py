@@ -66,6 +66,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.num_negatives = 1  # eq. 3
     config.data.packing = True  # several texts share a row; results do not change
     config.data.one_task_per_batch = False
+    # Classification triples: one id ends all three texts (section 3.3), which makes
+    # in-batch negatives trivial; False masks them instead (ours).
+    config.data.unique_ids = False
     config.data.cache_dir = "~/.cache/gecko_jax"  # tokenized examples, by content
     config.data.prepared_dir = "~/.cache/gecko_jax/prepared"  # by `gecko data prepare`
     config.data.teacher = ""  # vectors of `gecko data teach`, for embedding matching

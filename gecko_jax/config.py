@@ -124,6 +124,7 @@ SCHEMA: dict[str, Rule] = {
     "data.one_task_per_batch": _SWITCH,
     "data.cache_dir": Rule(str, "must name a folder", bool),
     "data.prepared_dir": Rule(str, "must name a folder", bool),
+    "data.unique_ids": _SWITCH,
     "data.teacher": _TEXT,
     "data.teacher_dim": _COUNT,
     "model.vocab_size": _between(1, 2**24),
@@ -213,7 +214,7 @@ SCHEMA: dict[str, Rule] = {
 
 
 # Keys that older configs lack, with the value that gives what those runs computed.
-ADDED_KEYS: dict[str, Any] = {"model.attention": "xla"}
+ADDED_KEYS: dict[str, Any] = {"data.unique_ids": False, "model.attention": "xla"}
 
 
 EVALUATION_SCHEMA: dict[str, Rule] = {
@@ -383,6 +384,11 @@ def _faults_of_teacher(flat: Mapping[str, Any]) -> list[str]:
             f"loss.matching_weight={weight}, data.teacher={teacher!r}, "
             f"data.teacher_dim={dim}: embedding matching needs all three, a run "
             "without it none of them"
+        )
+    if teacher and flat["data.unique_ids"]:
+        faults.append(
+            f"data.unique_ids=True, data.teacher={teacher!r}: a teacher's vectors are "
+            "those of texts without ids; turn one of them off"
         )
     if dim > width:
         faults.append(

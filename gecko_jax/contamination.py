@@ -10,30 +10,28 @@ it shares a run of `COMMON_WORDS` words with one. Evaluation texts shorter than 
 count as one run, from `LEAST_WORDS` words on: shorter ones are shared by chance.
 
 The run is GPT-3's (Brown et al. 2020, appendix C: from 8 to 13 words, and 13 for long
-sets). Han characters and kana have no spaces between words and count as a word each; of
-other scripts without spaces, such as Thai, little more than equal texts is found.
+sets). In scripts without spaces a run has as many characters as make that many words
+(`words.count`): 13 in Chinese, 26 of Japanese kana, 39 in Thai.
 """
 
 import dataclasses
 import functools
 import hashlib
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int, UInt64
+
+from gecko_jax import words
 
 COMMON_WORDS = 13
 LEAST_WORDS = 6
 
-_NO_SPACES = "\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
-
-# A run is known by the sum of its words' hashes, each times the factor of its place.
-# Odd factors lose nothing modulo 2^64.
-_rng = np.random.Generator(np.random.PCG64(20200528))
-_FACTORS = _rng.integers(0, 1 << 63, COMMON_WORDS, dtype=np.uint64) * np.uint64(2) + 1
+# A run is known by the sum of its words' hashes, each times a power of this number by
+# its place. An odd number has an inverse modulo 2^64, so that a difference of two sums
+# over the text is that of a run wherever it begins.
+_FACTOR = 0x9E3779B97F4A7C15
+_INVERSE = pow(_FACTOR, -1, 1 << 64)
 # The "length" under which whole texts are kept.
 _WHOLE = 0
 
@@ -57,14 +55,9 @@ class Match:
     shared: str
 
 
-def words(content: str) -> list[str]:
-    """Returns the words by which texts are compared."""
-    return _WORD.findall(unicodedata.normalize("NFKC", content).lower())
-
-
 def content_hash(content: str) -> int:
     """Returns 64 bits by which texts of the same words are known."""
-    return _hash(" ".join(words(content)) or content)
+    return _hash(" ".join(words.words(content)) or content)
 
 
 class Contamination:
@@ -77,7 +70,7 @@ class Contamination:
         """Starts without a set; `find` then finds nothing."""
         self._texts: list[tuple[int, str, str]] = []
         self._sets: list[str] = []
-        # Length of a run -> (hashes of runs, the text they are of).
+        # Length of a run in `words.units` -> (hashes of runs, the text they are of).
         self._added: dict[int, list[tuple[np.ndarray, int]]] = {}
         self._tables: dict[int, tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -92,15 +85,16 @@ class Contamination:
             self._sets.append(name)
         self._tables = None
         for identity, content in texts:
-            found = words(content)
+            found = words.words(content)
             if not found:
                 continue
             number = len(self._texts)
             self._texts.append((self._sets.index(name), side, identity))
             self._keep(_WHOLE, _whole(found), number)
-            length = min(len(found), COMMON_WORDS)
-            if length >= LEAST_WORDS:
-                self._keep(length, dict(_runs(found))[length], number)
+            runs = _Runs(found)
+            if runs.length >= LEAST_WORDS * words.UNITS_PER_WORD:
+                length = min(runs.length, COMMON_WORDS * words.UNITS_PER_WORD)
+                self._keep(length, runs.hashes(length), number)
 
     def holds(self, content: str) -> bool:
         """Whether `content` is or shares a text of any set."""
@@ -122,18 +116,19 @@ class Contamination:
     def _matches(self, content: str) -> Iterator[Match]:
         if self._tables is None:
             self._tables = {n: self._sort(added) for n, added in self._added.items()}
-        found = words(content)
+        found = words.words(content)
         if not found or not self._tables:
             return
-        for length, hashes in ((_WHOLE, _whole(found)), *reversed(list(_runs(found)))):
-            if length not in self._tables:
-                continue
+        runs = _Runs(found)
+        for length in (_WHOLE, *sorted(self._tables.keys() - {_WHOLE}, reverse=True)):
+            hashes = runs.hashes(length) if length else _whole(found)
             known, numbers = self._tables[length]
             places = np.searchsorted(known, hashes)
             inside = np.minimum(places, len(known) - 1)
             for begin in np.flatnonzero(known[inside] == hashes).tolist():
                 place = int(places[begin])
-                shared = " ".join(found[begin : begin + length] if length else found)
+                end = runs.ends(length)[begin] if length else len(found)
+                shared = " ".join(found[begin:end])
                 while place < len(known) and known[place] == hashes[begin]:
                     number, side, identity = self._texts[numbers[place]]
                     name = self._sets[number]
@@ -171,11 +166,33 @@ def _whole(found: Sequence[str]) -> UInt64[np.ndarray, " 1"]:
     return np.array([_hash(" ".join(found))], np.uint64)
 
 
-def _runs(found: Sequence[str]) -> Iterator[tuple[int, UInt64[np.ndarray, " S"]]]:
-    """Yields (length, hashes of all runs of so many words), the shortest first."""
-    hashes = np.array([_hash_word(word) for word in found], np.uint64)
-    total = np.zeros(len(found) + 1, np.uint64)
-    for place in range(min(COMMON_WORDS, len(found))):
-        total = total[:-1] + hashes[place:] * _FACTORS[place]
-        if place + 1 >= LEAST_WORDS:
-            yield place + 1, total
+class _Runs:
+    """The runs of a text that have at least some length, one from each word on."""
+
+    def __init__(self, found: Sequence[str]):
+        size = len(found)
+        # Numpy multiplies modulo 2^64.
+        powers, inverses = (
+            np.multiply.accumulate(np.array([1] + [factor] * size, np.uint64))
+            for factor in (_FACTOR, _INVERSE)
+        )
+        hashes = np.array([_hash_word(word) for word in found], np.uint64)
+        self._inverses = inverses
+        self._sums = np.append(np.uint64(0), np.cumsum(hashes * powers[:size]))
+        self._lengths = np.append(0, np.cumsum([words.units(word) for word in found]))
+
+    @property
+    def length(self) -> int:
+        """Length of the text, in `words.units`."""
+        return int(self._lengths[-1])
+
+    def ends(self, length: int) -> Int[np.ndarray, " S"]:
+        """Returns where the runs end, each at the first word that makes it so long."""
+        ends = np.searchsorted(self._lengths, self._lengths + length)
+        return ends[ends < len(self._lengths)]
+
+    def hashes(self, length: int) -> UInt64[np.ndarray, " S"]:
+        """Returns the hashes of the runs, equal for runs of the same words."""
+        ends = self.ends(length)
+        begins = np.arange(len(ends))
+        return (self._sums[ends] - self._sums[begins]) * self._inverses[begins]

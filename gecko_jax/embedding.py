@@ -211,11 +211,12 @@ class Gecko:
                     done += len(positions)
                     bar.update(done)
         projected = projected[: len(rows)]
-        finite = np.isfinite(projected).all(axis=1)[row_of]
+        finite = np.all(np.isfinite(projected), axis=1)[row_of]
         if not finite.all():
             raise ValueError(
-                f"texts[{int(np.argmin(finite))}]: its vector is not finite; the weights "
-                f"of model {self.revision} are too large, take an earlier checkpoint"
+                f"texts[{int(np.argmin(finite))}]: its vector is not finite; the "
+                f"weights of model {self.revision} are too large, take an earlier "
+                "checkpoint"
             )
         vectors = cut(projected, dim, self.files.encoder_config.l2_epsilon)
         return vectors if len(rows) == len(texts) else vectors[row_of]

@@ -12,6 +12,7 @@ first, compared as a string ("p9" before "p10"). `tie_order` gives that order.
     nDCG@10   (2 / log2(3)) / (2 / log2(2) + 1 / log2(3)) = 0.480
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from gecko_jax import wording
+from gecko_jax import wording, words
 
 
 def ndcg_at_k(
@@ -135,49 +136,64 @@ def best_positions(scores: Float[np.ndarray, " P"], k: int) -> Int[np.ndarray, "
 
 
 class Bm25:
-    """BM25 over a corpus (bm25s, English stemmer), built once for many queries."""
+    """BM25 over a corpus (bm25s, English stemmer), built once for many queries.
+
+    Terms are those of `words.terms`. Terms of one letter, as in "R" or "C++", have an
+    index of their own, whose scores are added: formulas and code are full of them, and
+    would seem longer than they are.
+    """
 
     def __init__(self, passages: Sequence[str]):
         """Indexes the passages; a title belongs in front of its text."""
         import bm25s
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # It tells every step.
-        words = _tokenize(passages)
-        self._size = len(passages)
-        self._retriever = None
-        if any(words):  # Else nothing but stop words: there is nothing to index.
-            self._retriever = bm25s.BM25()
-            self._retriever.index(words, show_progress=False)
+        self._retrievers: list[bm25s.BM25 | None] = []
+        for terms in zip(*map(_terms, passages), strict=True):
+            retriever = None
+            if any(terms):  # Else nothing but stop words: there is nothing to index.
+                retriever = bm25s.BM25()
+                retriever.index(list(terms), show_progress=False)
+            self._retrievers.append(retriever)
 
     def search(
         self, queries: Sequence[str], k: int
     ) -> Iterator[tuple[Int[np.ndarray, " T"], Float[np.ndarray, " T"]]]:
         """Yields positions and scores of the k best passages, query by query.
 
-        Passages that share no word with the query never appear, so there may be fewer.
+        Passages that share no term with the query never appear, so there may be fewer.
         """
-        for query in _tokenize(queries):
-            known = self._retriever.get_tokens_ids(query) if self._retriever else []
-            if not known or self._retriever is None:
+        for query in queries:
+            parts = []
+            for retriever, terms in zip(self._retrievers, _terms(query), strict=True):
+                known = retriever.get_tokens_ids(terms) if retriever else []
+                if known and retriever:
+                    parts.append(retriever.get_scores_from_ids(known))
+            if not parts:
                 yield np.empty(0, np.int64), np.empty(0, np.float32)
                 continue
-            scores = np.asarray(self._retriever.get_scores_from_ids(known), np.float32)
+            scores = np.asarray(sum(parts), np.float32)
             best = best_positions(scores, k)
             best = best[scores[best] > 0]
             yield best, scores[best]
 
 
-def _tokenize(texts: Sequence[str]) -> Any:
-    import bm25s
-    import Stemmer
+def _terms(text: str) -> tuple[list[str], list[str]]:
+    """Returns the stems of the longer terms of a text, and its terms of one letter."""
+    stop_words, stemmer = _english()
+    long, short = [], []
+    for term in words.terms(text):
+        if term not in stop_words:
+            (short if len(term) == 1 else long).append(term)
+    return stemmer.stemWords(long), short
 
-    return bm25s.tokenize(
-        list(texts),
-        stopwords="en",
-        stemmer=Stemmer.Stemmer("english"),
-        return_ids=False,
-        show_progress=False,
-    )
+
+@functools.cache
+def _english() -> tuple[frozenset[str], Any]:
+    import Stemmer
+    from bm25s import stopwords
+
+    return frozenset(stopwords.STOPWORDS_EN), Stemmer.Stemmer("english")
 
 
 @runtime_checkable

@@ -165,6 +165,21 @@ def test_keys_must_fit_each_other(override, message):
         config_lib.check(config)
 
 
+def test_a_teacher_knows_no_texts_with_unique_ids():
+    overrides = {
+        "data.unique_ids": True,
+        "data.teacher": "vectors",
+        "data.teacher_dim": 64,
+        "loss.matching_weight": 1.0,
+    }
+    words = [f"--config.{name}={value}" for name, value in overrides.items()]
+    config = flags.load(f"{ROOT / 'configs/prefinetune.py'}:local", words)
+    with pytest.raises(ValueError, match=r"unique_ids=True, data\.teacher='vectors'"):
+        config_lib.check(config)
+    config.data.unique_ids = False
+    config_lib.check(config)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

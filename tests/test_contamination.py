@@ -63,15 +63,25 @@ def test_without_sets_or_words_nothing_is_known():
     assert not known(LONG).holds("")
 
 
-def test_scripts_without_spaces_are_read_by_character():
-    text = "東京タワーは東京都港区芝公園にある電波塔である。"
-    assert contamination.words("東京2塔 Tower") == ["東", "京", "2", "塔", "tower"]
-    assert known(text).holds(f"これは{text[4:17]}という")
-    assert not known(text).holds(f"これは{text[4:16]}という")
+# Characters that make 13 words: one each, two (kana) or three.
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("东京铁塔是位于日本东京都港区芝公园的一座电波塔", 13),
+        ("ひらがなだけでかかれたながいぶんしょうをここにおいておきます", 26),
+        ("กขคงจฉชซฌญฎฏฐฑฒณดตถทธนบปผฝพฟภมยรลวศษสหฬอฮกคจชดตบ", 39),
+    ],
+)
+def test_a_run_has_as_many_characters_as_make_thirteen_words(text, length):
+    assert known(text).holds(f"x {text[2 : length + 2]} x")
+    assert known(text).holds(f"{text[-1]}{text[2 : length + 2]}{text[0]}")
+    assert not known(text).holds(f"x {text[2 : length + 1]} x")
+    # A short text counts whole, from 6 words on.
+    assert known(text[: length // 2]).holds(f"{text[-1]}{text[: length // 2]}{text[0]}")
+    assert not known(text[: length // 3]).holds(f"{text[-1]}{text[: length // 3]}")
 
 
 def test_forms_of_a_character_are_one():
-    assert contamination.words("ﬁne Ｇecko") == ["fine", "gecko"]
     assert contamination.content_hash("A gecko!") == contamination.content_hash(
         "a GECKO"
     )

@@ -161,3 +161,16 @@ def test_files_without_a_line_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             mining.mine_negatives(files, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_negatives_are_found_in_scripts_without_spaces(tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    pairs = [("壁虎吃什么", "大多数壁虎吃昆虫"), ("壁虎住哪里", "壁虎住在温暖的地方")]
+    source.write_text(
+        "".join(
+            json.dumps({"task": "zh", "query": query, "positive": positive}) + "\n"
+            for query, positive in pairs
+        )
+    )
+    summary = mining.mine_negatives([source], tmp_path / "triples.jsonl")
+    assert (summary.mined, summary.short) == (2, 0)

@@ -1,6 +1,7 @@
 """The pipeline: what a step holds is a pure function of (mixture, seed, step)."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -10,10 +11,13 @@ import time
 
 import numpy as np
 import pytest
+import samples
 
 from gecko_jax import flags, text, vocabulary, workdir
 from gecko_jax.data import (
     cache,
+    classification,
+    formatting,
     mixtures,
     pipeline,
     summary,
@@ -464,3 +468,57 @@ def test_summary_shows_a_mixture(open_batches):
         first["examples"][0]["query"] == "task: search result | query: docs question 0"
     )
     assert len(first["examples"]) == 2
+
+
+def test_unique_ids_end_the_texts_of_classification_triples(open_batches, tmp_path):
+    """With `data.unique_ids` the texts are those the paper makes (section 3.3)."""
+    paths, opened = {}, {}
+    for kind in classification.UNIQUE_IDS:
+        paths[kind] = tmp_path / f"{kind}.jsonl"
+        triples, _ = samples.split(
+            classification.triples(samples.LABELLED, unique_ids=kind)
+        )
+        if kind == "mask":  # Groups count from 1, the numbers of the paper's from 0.
+            triples = [t | {"negative_group": t["negative_group"] - 1} for t in triples]
+            triples[0] |= {"negative_group": 9}
+        else:
+            for name in ("query", "positive"):
+                triples[0][name] = triples[0][name].removesuffix(" 0") + " 9"
+            triples[0]["negatives"] = [
+                content.removesuffix(" 0") + " 9" for content in triples[0]["negatives"]
+            ]
+        lines = [json.dumps({"task": "labels", **triple}) for triple in triples]
+        paths[kind].write_text("\n".join(lines))
+        opened[kind] = open_batches(
+            files=(str(paths[kind]),), batch_size=4, unique_ids=kind == "mask"
+        )
+    for step in range(3):
+        assert_same(opened["mask"].batch(step), opened["text"].batch(step))
+    batch = opened["mask"].batch(0)
+    assert not batch["negative_group"].any()
+    masked = open_batches(files=(str(paths["mask"]),), batch_size=4)
+    assert set(masked.batch(0)["negative_group"]) == {9, 1, 2, 3}
+    assert masked.mixture_hash != opened["mask"].mixture_hash
+    # Without ids the facts say nothing of them: caches and runs from before go on.
+    assert "unique_ids" not in masked.facts
+    assert opened["mask"].facts["unique_ids"] is True
+
+
+def test_without_unique_ids_caches_keep_their_keys(pairs, folder):
+    pieces = vocabulary.load(tasks.QUICKSTART_VOCABULARY)
+    source = cache.summarize_source(str(pairs), folder)
+    task = tasks.Task("docs", (str(pairs),), "docs", "search result")
+    facts = {
+        "version": 1,
+        "max_tokens": cache.MAX_TOKENS,
+        "source_task": "docs",
+        "sources": [source.sha256],
+        "templates": dataclasses.asdict(
+            formatting.templates(text.TextFormat(), "docs")
+        ),
+        "vocabulary": pieces.fingerprint,
+    }
+    expected = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    assert cache.key(task, [source], text.TextFormat(), pieces) == expected
+    with_ids = dataclasses.replace(task, unique_ids=True)
+    assert cache.key(with_ids, [source], text.TextFormat(), pieces) != expected

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from gecko_jax import words
 from gecko_jax.fret import answers, prompts
 
 KINDS = ("generate", "generate_for_task", "likelihood", "relevance")
@@ -221,6 +222,28 @@ def test_answers_are_read_or_rejected(bundled, answer, expected):
         assert error.value.reason == expected
 
 
+@pytest.mark.parametrize(
+    ("query", "passage", "reason"),
+    [
+        ("壁虎吃什么", "大多数壁虎吃昆虫", None),
+        ("ヤモリは何を食べる", "ヤモリの多くは昆虫を食べて暮らす", None),
+        ("ตุ๊กแกกินอะไร", "ตุ๊กแกส่วนใหญ่กินแมลง", None),
+        ("壁虎", "大多数壁虎吃昆虫", "too_short"),
+        ("ヤモリ", "ヤモリの多くは昆虫を食べて暮らす", "too_short"),
+        ("壁虎和其他爬行动物每天都吃什么东西", "", "too_long"),
+        ("大多数壁虎吃什么", "大多数壁虎吃昆虫", "copied_passage"),
+    ],
+)
+def test_queries_in_scripts_without_spaces_have_words(bundled, query, passage, reason):
+    prompt = bundled["generate_for_task"]
+    options = {"task": "t", "passage": passage, "shots": [0], "is_cut": False}
+    if reason is None:
+        assert answers.parse(f" {query}\n", prompt, RULES, **options) == ("t", query)
+    else:
+        with pytest.raises(answers.Rejected, match=reason):
+            answers.parse(f" {query}\n", prompt, RULES, **options)
+
+
 def test_with_a_task_given_the_answer_is_the_query(bundled):
     prompt = bundled["generate_for_task"]
     assert _parse(prompt, " geckos can climb\nmore", "t") == ("t", "geckos can climb")
@@ -253,13 +276,22 @@ def test_any_answer_is_a_clean_query_or_rejected(bundled, answer, is_cut):
     for found in (task, query):
         assert "\n" not in found
         assert not any(m.lower() in found.lower() for m in prompt.markers)
-    assert RULES.min_words <= len(answers._words(query)) <= RULES.max_words
+    assert RULES.min_words <= words.count(words.words(query)) <= RULES.max_words
     assert prompt.neutralize(query) == query
 
 
 @pytest.mark.parametrize(
     ("words", "source", "length"),
-    [("a b c", "x a b y b c", 2), ("a b", "ab", 0), ("a", "a", 1), ("", "a", 0)],
+    [
+        ("a b c", "x a b y b c", 2),
+        ("a b", "ab", 0),
+        ("a", "a", 1),
+        ("", "a", 0),
+        # Two letters of kana are a word, three of Thai.
+        ("カ タ カ ナ の 話", "カ タ カ ナ だ 話", 2),
+        ("ก ข ค a b", "ก ข ค x a b", 2),
+        ("a ก ข ค b", "ก ข ค", 1),
+    ],
 )
 def test_longest_copy(words, source, length):
     assert answers.longest_copy(words.split(), source.split()) == length

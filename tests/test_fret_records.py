@@ -1,12 +1,13 @@
 """Passages are cleaned and each kept once; ranks become triples by the formula."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
-from gecko_jax import ranking
+from gecko_jax import ranking, words
 from gecko_jax.evaluation import texts as evaluation_texts
 from gecko_jax.fret import fusion, minhash, passages, records
 
@@ -45,6 +46,26 @@ def test_a_bad_passage_is_counted_under_its_reason(tmp_path, record, reason):
     kept, dropped = read(tmp_path, {"text": GOOD}, {"text": LONG}, record)
     assert [row["text"] for row in kept] == [GOOD, LONG]
     assert dropped == {reason: 1}
+
+
+def test_passages_of_scripts_without_spaces_have_words(tmp_path):
+    rules = dataclasses.replace(RULES, min_words=10)
+    long = (
+        "壁虎可以在光滑的墙壁和天花板上行走，因为脚趾上有数百万根细毛。",
+        "ヤモリは壁や天井を歩くことができる。足の裏に細かい毛があるためである。",
+        "ตุ๊กแกสามารถเดินบนกำแพงและเพดานได้เพราะมีขนเล็กๆที่เท้า",
+        "ກັບແກ້ສາມາດຍ່າງເທິງຝາແລະເພດານໄດ້ຍ້ອນມີຂົນນ້ອຍຢູ່ຕີນ",
+        "តុកកែអាចដើរលើជញ្ជាំងនិងពិដានដោយសាររោមតូចៗនៅជើង",
+        "အိမ်မြှောင်သည်နံရံနှင့်မျက်နှာကြက်ပေါ်တွင်လမ်းလျှောက်နိုင်သည်။ခြေထောက်တွင်အမွှေးငယ်များရှိသည်။",
+    )
+    short = ({"text": "壁虎"}, {"text": "ตุ๊กแก"}, {"text": "ヤモリは歩く"})
+    near = {"text": long[0].replace("数百万", "数千万")}
+    rules = dataclasses.replace(rules, near_duplicate=0.6)
+    kept, dropped = read(
+        tmp_path, *({"text": t} for t in long), *short, near, rules=rules
+    )
+    assert [row["text"] for row in kept] == list(long)
+    assert dropped == {"too_short": 3, "near_duplicate": 1}
 
 
 def test_what_is_kept_keeps_its_source(tmp_path):
@@ -120,7 +141,7 @@ def test_signatures_estimate_the_resemblance():
 
 def test_signatures_never_change():
     # What is dropped decides every later record: a change here is a new CODE_VERSION.
-    entries = minhash.signature(minhash.shingles(minhash.words(GOOD), 3))
+    entries = minhash.signature(minhash.shingles(words.words(GOOD), 3))
     assert entries[:3].tolist() == [91446792, 735418930, 920565559]
 
 

@@ -31,7 +31,7 @@ def _loop(queries, corpus, k):
 @pytest.mark.parametrize("block_rows", [4, 7, 50, 64])
 @pytest.mark.parametrize("k", [1, 5, 50])
 def test_blocks_find_what_the_definition_finds(monkeypatch, block_rows, k):
-    monkeypatch.setattr(index, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(index, "CPU_BLOCK_ROWS", block_rows)
     monkeypatch.setattr(index, "BLOCK_QUERIES", 3)
     queries, corpus = _random(7, seed=1), _random(50)
     scores, ids = index.Index(corpus, _ids(50)).search(queries, k)
@@ -41,7 +41,7 @@ def test_blocks_find_what_the_definition_finds(monkeypatch, block_rows, k):
 
 
 def test_the_earlier_of_equal_passages_wins_over_blocks(monkeypatch):
-    monkeypatch.setattr(index, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(index, "CPU_BLOCK_ROWS", 4)
     corpus = np.tile(_random(1), (11, 1))
     _, ids = index.Index(corpus, _ids(11)).search(corpus[:2], 6)
     assert ids == [_ids(6)] * 2
@@ -134,6 +134,8 @@ def test_a_missing_or_cut_file_is_named(tmp_path, name, change):
         ("passages.jsonl", '"p3"', "[3]", r"passages\.jsonl:4: .*_id is a list"),
         ("passages.jsonl", '"text": "t3"', '"text": 3', r"jsonl:4: .*text is a number"),
         ("passages.jsonl", '"p3"', '"p2"', "index: .*'p2' comes twice"),
+        ("passages.jsonl", ', "text": "t3"', "", r"jsonl:4: .*lines before have"),
+        ("passages.jsonl", '{"_id": "p3"', '{"_id" "p3"', r"jsonl:4: missing or"),
         ("vectors.npy", "{'descr'", "{('escr'", r"vectors\.npy: missing or damaged"),
     ],
 )
@@ -239,3 +241,68 @@ def test_int8_codes_without_their_ranges_are_refused(tmp_path):
     (tmp_path / "index" / "ranges.npy").unlink()
     with pytest.raises(ValueError, match=r"ranges\.npy: missing"):
         index.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("read_bytes", [1, 60, 1 << 22])
+def test_a_text_is_read_when_it_is_shown(tmp_path, monkeypatch, read_bytes):
+    monkeypatch.setattr(index, "_READ_BYTES", read_bytes)
+    path = tmp_path / "index"
+    titles, texts = ['a "quoted" title', ""], ['with \\ and "x", "text": "y"', "é\n"]
+    odd = ['id "1"', "é"]
+    index.Index(_random(2), odd, titles=titles, texts=texts).save(path)
+    loaded = index.load(path)
+    assert (loaded.ids, list(loaded.titles), loaded.texts[:]) == (odd, titles, texts)
+    # An index written in its place is another one's.
+    index.Index(_random(2), odd, texts=["no", "no"]).save(path)
+    assert loaded.text("é") == "é\n"
+
+    lines = (path / "passages.jsonl").read_text().replace('"text"', '"text": 1, "b"')
+    (path / "passages.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match=r"passages\.jsonl:1: missing or damaged"):
+        index.load(path)
+    (path / "passages.jsonl").write_text(lines.replace('"text": 1', '"text": "1'))
+    with pytest.raises(ValueError, match=r"passages\.jsonl:1: missing or damaged"):
+        index.load(path).text(odd[0])
+
+
+@pytest.mark.parametrize("precision", quantization.PRECISIONS)
+@pytest.mark.parametrize("offset", [0, 4])
+def test_blocks_stay_between_searches_and_are_held_once(monkeypatch, precision, offset):
+    monkeypatch.setattr(index, "CPU_BLOCK_ROWS", 64)
+    memory = np.empty(300 * 64 * 4 + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    corpus = memory[start : start + 300 * 64 * 4].view(np.float32).reshape(300, 64)
+    corpus[...] = _random(300, 64)
+    built = index.Index(quantization.encode(corpus, precision), _ids(300))
+    queries = _random(3, 64, seed=1)
+    first = built.search(queries, 9)
+    blocks = built._resident
+    again = built.search(queries, 9)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert first[1] == again[1]
+    assert built._resident is blocks
+    # All but the last block, which may begin anywhere, are read in place.
+    for number, block in enumerate(blocks[:-1]):
+        here = built.codes.values[64 * number :].ctypes.data
+        assert block.unsafe_buffer_pointer() == here
+
+
+def test_vectors_too_large_for_the_device_are_sent_with_each_search(monkeypatch):
+    monkeypatch.setattr(index, "CPU_BLOCK_ROWS", 7)
+    queries, built = _random(3, seed=1), index.Index(_random(50), _ids(50))
+    expected = built.search(queries, 9)
+    built._resident = None
+    monkeypatch.setattr(index, "_fits_on_device", lambda unused: False)
+    scores, ids = built.search(queries, 9)
+    assert built._resident is None
+    np.testing.assert_array_equal(scores, expected[0])
+    assert ids == expected[1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 256, 257])
+def test_any_number_of_queries_is_answered(count):
+    queries, corpus = _random(count, seed=1), _random(40)
+    scores, positions = index.Index(corpus, _ids(40)).search_positions(queries, 3)
+    expected, expected_positions = _loop(queries, corpus, 3)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    np.testing.assert_array_equal(positions, expected_positions)

@@ -19,6 +19,7 @@ FLOORS = {
     "columns": 0,
     "config": 0,
     "contamination": 0,
+    "words": 0,
     "instructions": 0,
     "files": 0,
     "hlo": 0,

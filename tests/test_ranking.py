@@ -164,3 +164,37 @@ def test_bm25_survives_a_corpus_of_stop_words():
     assert ranking.bm25_rankings(["cat"], ["the", "of the"], ["a", "b"]) == [[]]
     with pytest.raises(ValueError, match="one id each"):
         ranking.bm25_rankings(["cat"], ["the"], ["a", "b"])
+
+
+# Each passage answers the query in its place, in scripts without spaces.
+WITHOUT_SPACES = (
+    ("壁虎吃什么", "大多数壁虎吃昆虫，例如蟋蟀和飞蛾。"),
+    ("猫", "家里的猫整天睡觉。"),
+    ("東京タワーの高さ", "東京タワーは高さ333メートルの電波塔である。"),
+    ("ヤモリは何を食べる", "ヤモリの多くは昆虫を食べて暮らす。"),
+    ("ตุ๊กแกกินอะไร", "ตุ๊กแกส่วนใหญ่กินแมลงเป็นอาหาร"),
+    ("ເມືອງຫຼວງຂອງລາວ", "ວຽງຈັນແມ່ນເມືອງຫຼວງຂອງປະເທດ"),
+    ("រាជធានីកម្ពុជា", "ភ្នំពេញគឺជារាជធានីនៃប្រទេស"),
+    ("မြန်မာနိုင်ငံမြို့တော်", "နေပြည်တော်သည်မြို့တော်ဖြစ်သည်"),
+)
+
+
+def test_bm25_finds_in_scripts_without_spaces():
+    queries, passages = zip(*WITHOUT_SPACES, strict=True)
+    found = ranking.bm25_rankings(
+        queries, passages, [str(n) for n in range(len(passages))]
+    )
+    assert [ranked[0] for ranked in found] == [str(n) for n in range(len(passages))]
+
+
+@pytest.mark.parametrize(
+    ("query", "best"), [("C++", "1"), ("R", "2"), ("error 5", "0")]
+)
+def test_bm25_counts_words_of_one_letter(query, best):
+    passages = [
+        "The error has number 5.",
+        "Learn C++ soon.",
+        "Plots in R.",
+        "An error.",
+    ]
+    assert ranking.bm25_rankings([query], passages, list("0123"))[0][0] == best

@@ -57,6 +57,7 @@ def cache(options: argparse.Namespace) -> None:
         text_format=initialization.text_format(start, config.data.text_format),
         cache_dir=output,
         prepared_dir=config.data.prepared_dir,
+        unique_ids=config.data.unique_ids,
     )
     job = seqio_cache.Job(
         chosen.text_format,

@@ -1,6 +1,7 @@
 """What `gecko data show` counts: `--stats` and `--decontaminate`."""
 
 import argparse
+import dataclasses
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -71,8 +72,9 @@ def _collect(config: Any, tasks: Sequence[Any], drawn: Any) -> Any:
     from gecko_jax import train as training
     from gecko_jax.data import features, statistics
 
+    ids = {"unique_ids": config.data.unique_ids}
     return statistics.collect(
-        tasks,
+        [dataclasses.replace(task, **ids) for task in tasks],
         drawn,
         vocabulary=training.load_vocabulary(config),
         text_format=text.TextFormat(),

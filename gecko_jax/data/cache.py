@@ -86,6 +86,10 @@ def key(
         "templates": dataclasses.asdict(formatting.templates(text_format, task.name)),
         "vocabulary": pieces.fingerprint,
     }
+    if (
+        task.unique_ids
+    ):  # Else the key is that of caches from before there was a choice.
+        facts["unique_ids"] = True
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

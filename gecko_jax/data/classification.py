@@ -9,14 +9,18 @@ Two texts of a batch that share a label must not be each other's negatives. The 
 appends one unique id to the three texts of a triple, which makes the in-batch negatives
 trivial (section 3.3): `unique_ids="text"`. `unique_ids="mask"` leaves the texts as they
 are and gives each triple a `negative_group` of its own, which the loss masks by.
+Prepared sets have the mask; `data.unique_ids=True` turns it into the paper's text when
+the examples are read (`append_id`).
 """
 
+import dataclasses
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from gecko_jax import text as text_lib
 from gecko_jax import wording
-from gecko_jax.data import preprocessors
+from gecko_jax.data import jsonl, preprocessors
 
 UNIQUE_IDS = ("mask", "text")
 
@@ -94,11 +98,10 @@ def _triple(
     number: int, query: str, positive: str, negative: str, unique_ids: str
 ) -> dict[str, Any]:
     if unique_ids == "text":
-        mark = f" {number}"
         return {
-            "query": query + mark,
-            "positive": positive + mark,
-            "negatives": [negative + mark],
+            "query": _mark(query, number),
+            "positive": _mark(positive, number),
+            "negatives": [_mark(negative, number)],
         }
     return {
         "query": query,
@@ -107,6 +110,37 @@ def _triple(
         # Group 0 is everyone's, so the first triple has group 1.
         "negative_group": number + 1,
     }
+
+
+def _mark(content: str, number: int) -> str:
+    return f"{content} {number}"
+
+
+def append_id(pair: jsonl.Pair) -> jsonl.Pair:
+    """Writes the negative group of an example at the end of its texts (section 3.3).
+
+    {"query": "loved it", "positive": "great fun", "negatives": ["dull"],
+     "negative_group": 7}
+    -> {"query": "loved it 7", "positive": "great fun 7", "negatives": ["dull 7"]}
+
+    The example is then of group 0, whose examples are each other's in-batch negatives,
+    and its texts have content ids of their own. An example of group 0 stays as it is.
+    """
+    number = pair.negative_group
+    if not number:
+        return pair
+    query, positive = _mark(pair.query, number), _mark(pair.positive, number)
+    negatives = tuple(_mark(negative, number) for negative in pair.negatives)
+    return dataclasses.replace(
+        pair,
+        query=query,
+        positive=positive,
+        negatives=negatives,
+        query_id=text_lib.content_id(query),
+        passage_id=text_lib.content_id(positive),
+        negative_ids=tuple(map(text_lib.content_id, negatives)),
+        negative_group=0,
+    )
 
 
 def one_true_column(

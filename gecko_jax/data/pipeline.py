@@ -96,6 +96,7 @@ class Batches:
         prepared_dir: str | os.PathLike = mixtures.PREPARED,
         teacher: str | os.PathLike = "",
         teacher_dim: int = 0,
+        unique_ids: bool = False,
     ):
         """Opens the caches of the mixture, building those that are not there.
 
@@ -119,6 +120,8 @@ class Batches:
             prepared_dir: Where `gecko data prepare` put the sets of the mixture.
             teacher: Folder of a teacher's vectors, or "" for none.
             teacher_dim: Their width.
+            unique_ids: Append an id to the texts of classification triples, instead of
+                masking by it; see `classification.append_id`.
 
         Raises:
             ValueError: An unknown mixture, a bad file or line, an impossible size.
@@ -151,6 +154,7 @@ class Batches:
             text_format=text_format,
             cache_dir=cache_dir,
             prepared_dir=prepared_dir,
+            unique_ids=unique_ids,
         )
         self.tasks, self.text_format = chosen.tasks, chosen.text_format
         self.readers = [
@@ -195,6 +199,8 @@ class Batches:
                 )
             },
         }
+        if unique_ids:
+            self.facts["unique_ids"] = True
         self._teacher = None
         if teacher:
             self._teacher = teacher_lib.Teacher(teacher, teacher_dim)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gecko_jax import text, vocabulary
-from gecko_jax.data import formatting, jsonl, load_seqio, mixtures
+from gecko_jax.data import classification, formatting, jsonl, load_seqio, mixtures
 from gecko_jax.data import tasks as tasks_lib
 
 # Examples read at once.
@@ -283,12 +283,12 @@ def _source_class() -> Any:
             chosen = range(len(paths))
             if shard_info is not None:
                 chosen = chosen[shard_info.index :: shard_info.num_shards]
-            return _dataset(paths, self._task.source_task, chosen)
+            return _dataset(paths, self._task, chosen)
 
     return JsonlSource
 
 
-def _dataset(paths: Sequence[str], source_task: str, chosen: Sequence[int]) -> Any:
+def _dataset(paths: Sequence[str], task: tasks_lib.Task, chosen: Sequence[int]) -> Any:
     """Reads some of a split's files into a `tf.data.Dataset`."""
     import tensorflow as tf
 
@@ -319,14 +319,14 @@ def _dataset(paths: Sequence[str], source_task: str, chosen: Sequence[int]) -> A
 
     # One record at a time, a generator costs 2 ms of TensorFlow's for each.
     dataset = tf.data.Dataset.from_generator(
-        functools.partial(_column_blocks, paths, source_task, chosen),
+        functools.partial(_column_blocks, paths, task, chosen),
         output_signature=columns,
     )
     return dataset.unbatch().map(drop_padding)
 
 
 def _column_blocks(
-    paths: Sequence[str], source_task: str, chosen: Sequence[int]
+    paths: Sequence[str], task: tasks_lib.Task, chosen: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Yields the cleaned examples of some of a split's files, `_BLOCK` at a time.
 
@@ -336,10 +336,12 @@ def _column_blocks(
     pairs = (
         ((file, number), pair)
         for file in chosen
-        for number, pair in enumerate(jsonl.read_pairs(paths[file], source_task))
+        for number, pair in enumerate(jsonl.read_pairs(paths[file], task.source_task))
     )
     while placed := list(itertools.islice(pairs, _BLOCK)):
         places, block = zip(*placed, strict=True)
+        if task.unique_ids:
+            block = tuple(map(classification.append_id, block))
         # At least one column: TensorFlow 2.21 crashes when it unbatches none.
         widest = max(1, *(len(pair.negatives) for pair in block))
 

@@ -42,8 +42,12 @@ def select(
     text_format: text.TextFormat,
     cache_dir: str | os.PathLike,
     prepared_dir: str | os.PathLike = mixtures.PREPARED,
+    unique_ids: bool = False,
 ) -> Selection:
     """Finds the tasks of a mixture or of files, reading new sources through once.
+
+    With `unique_ids` the texts of classification triples end with an id, see
+    `classification.append_id`.
 
     Raises:
         ValueError: An unknown mixture, a bad file or line, a task without a line.
@@ -56,6 +60,7 @@ def select(
     text_format = tasks_lib.complete_text_format(text_format, tasks)
     sized, sources, keys = [], [], []
     for task in tasks:
+        task = dataclasses.replace(task, unique_ids=unique_ids)
         found = [cache.summarize_source(path, folder) for path in task.files]
         size = sum(source.examples.get(task.source_task, 0) for source in found)
         if not size:

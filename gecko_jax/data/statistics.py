@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gecko_jax import contamination, progress, text, vocabulary
-from gecko_jax.data import features, formatting, jsonl, mixtures
+from gecko_jax.data import classification, features, formatting, jsonl, mixtures
 from gecko_jax.data import tasks as tasks_lib
 
 # What may come twice of an example.
@@ -195,6 +195,8 @@ def _tokenize(
 ) -> list[features.Example]:
     examples = []
     for pair in progress.track(pairs, f"Tokenizing a sample of {task.name}"):
+        if task.unique_ids:
+            pair = classification.append_id(pair)
         query, positive, negatives = formatting.write(text_format, task.name, pair)
         tokens = [np.array(t) for t in pieces.encode([query, positive, *negatives])]
         examples.append(

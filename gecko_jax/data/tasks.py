@@ -41,6 +41,8 @@ class Task:
         mine: Hard negatives are mined where a line has none.
         validation_files: JSONL files of held-out examples, which become the seqio
             split "validation"; `gecko train` does not read them.
+        unique_ids: Texts of examples with a negative group end with its number, see
+            `classification.append_id`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Task:
     published_size: int | None = None
     mine: bool = True
     validation_files: tuple[str, ...] = ()
+    unique_ids: bool = False
 
 
 _QUICKSTART_TRAIN = (str(QUICKSTART / "train.jsonl"),)

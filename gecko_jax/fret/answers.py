@@ -7,13 +7,12 @@ mended that would change what the model said.
 """
 
 import dataclasses
-import re
 import unicodedata
 from collections.abc import Sequence
 
+from gecko_jax import words as words_lib
 from gecko_jax.fret import prompts
 
-_WORD = re.compile(r"\w+")
 _QUOTES = "\"'`“”‘’«»*"
 # The most that a task description may be, in words and characters.
 _MAX_TASK_WORDS, _MAX_TASK_CHARACTERS = 8, 60
@@ -79,7 +78,7 @@ def parse(
             raise Rejected("no_query")
         task = _clean(lines[0]).lower().rstrip(".:")
         lines[1] = lines[1].removeprefix(marker)
-        if not 0 < len(_words(task)) <= _MAX_TASK_WORDS:
+        if not 0 < words_lib.count(words_lib.words(task)) <= _MAX_TASK_WORDS:
             raise Rejected("no_task")
         if len(task) > _MAX_TASK_CHARACTERS:
             raise Rejected("no_task")
@@ -100,40 +99,38 @@ def _check(
     passage: str,
     shots: Sequence[int],
 ) -> None:
-    words = _words(query)
+    words = words_lib.words(query)
+    num_words = words_lib.count(words)
     if "\ufffd" in query:
         raise Rejected("not_text")
     if any(marker.lower() in query.lower() for marker in prompt.markers):
         raise Rejected("marker")
     if prompt.neutralize(query or "-") != (query or "-"):
         raise Rejected("special_token")
-    if len(words) < rules.min_words:
+    if num_words < rules.min_words:
         raise Rejected("too_short")
-    if len(words) > rules.max_words:
+    if num_words > rules.max_words:
         raise Rejected("too_long")
-    copied = {" ".join(_words(prompt.examples[shot]["query"])) for shot in shots}
+    copied = {
+        " ".join(words_lib.words(prompt.examples[shot]["query"])) for shot in shots
+    }
     if " ".join(words) in copied:
         raise Rejected("copied_example")
     run = rules.max_copied_words
-    if run and longest_copy(words, _words(passage)) > run:
+    if run and longest_copy(words, words_lib.words(passage)) > run:
         raise Rejected("copied_passage")
 
 
 def longest_copy(words: Sequence[str], source: Sequence[str]) -> int:
-    """Returns the length of the longest run of `words` that `source` holds too."""
-    best = 0
+    """Returns how many words the longest run has that `source` holds too."""
+    best = end = 0
     text = f" {' '.join(source)} "
     for begin in range(len(words)):
-        while (
-            begin + best < len(words)
-            and f" {' '.join(words[begin : begin + best + 1])} " in text
-        ):
-            best += 1
+        end = max(begin, end)
+        while end < len(words) and f" {' '.join(words[begin : end + 1])} " in text:
+            end += 1
+        best = max(best, words_lib.count(words[begin:end]))
     return best
-
-
-def _words(content: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", content).lower())
 
 
 def _clean(line: str) -> str:

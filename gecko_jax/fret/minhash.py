@@ -11,24 +11,19 @@ version to the next, for what is dropped decides every later record.
 """
 
 import hashlib
-import re
 
 import numpy as np
 from jaxtyping import UInt32, UInt64
 
+from gecko_jax import words
+
 SHINGLE_WORDS = 3
 SIZE = 128
 _BANDS, _ROWS = 16, 8
-_WORD = re.compile(r"\w+")
 
 _rng = np.random.Generator(np.random.PCG64(20240329))
 _FACTORS = _rng.integers(1, 1 << 32, SIZE, dtype=np.uint64)
 _OFFSETS = _rng.integers(0, 1 << 32, SIZE, dtype=np.uint64)
-
-
-def words(text: str) -> list[str]:
-    """Returns the words of a text, in lower case."""
-    return _WORD.findall(text.lower())
 
 
 def shingles(tokens: list[str], length: int) -> UInt64[np.ndarray, " S"]:
@@ -54,7 +49,7 @@ def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
 
 def text_signature(text: str) -> UInt32[np.ndarray, " H"]:
     """Returns the signature of a text's runs of words."""
-    return signature(shingles(words(text), SHINGLE_WORDS))
+    return signature(shingles(words.words(text), SHINGLE_WORDS))
 
 
 def resemblance(

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import contamination, files, inputs, progress, text, wording
+from gecko_jax import contamination, files, inputs, progress, text, wording, words
 from gecko_jax.fret import minhash
 
 _KEPT_FIELDS = ("licence", "license", "src", "url")
@@ -138,7 +138,7 @@ def clean(
         return "binary"
     record["text"] = text.clean(body)
     record["title"] = text.clean(title) if title.strip() else ""
-    if len(minhash.words(record["text"])) < rules.min_words:
+    if words.count(words.words(record["text"])) < rules.min_words:
         return "too_short"
     if known.holds(f"{record['title']} {record['text']}"):
         return "evaluation_set"

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gecko_jax import files
+from gecko_jax import files, words
 from gecko_jax.fret import charts, fusion, pipeline, requests, run, stages
 
 OUTPUT = "report.html"
@@ -95,9 +95,9 @@ def gather(passes: pipeline.Pipeline, num_rows: int) -> Facts:
             facts.rows += 1
             facts.moved += record["moved"]
             facts.tasks[query["task"]] += 1
-            facts.query_words.append(len(query["query"].split()))
-            words = len(source.store.texts[record["id"]][1].split())
-            facts.passage_words.append(words)
+            facts.query_words.append(words.count(words.words(query["query"])))
+            seed = source.store.texts[record["id"]][1]
+            facts.passage_words.append(words.count(words.words(seed)))
             _count_ranks(facts, record, found)
             # Each row is as likely to be shown as any other.
             row = {"record": record, "query": query, "found": found}
