@@ -110,27 +110,31 @@ pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR ad
 		"FIRST_CONFIG=$(FIRST_CONFIG)" "SECOND_CONFIG=$(SECOND_CONFIG)" \
 		"FIRST=$(FIRST)" "SECOND=$(SECOND)"
 
+# Tests of one file share what they have compiled, and so one process.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, about fifteen minutes on 2 cores
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.test ## the fast tests, about twelve minutes on 2 cores
+	$(PYTEST)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.test ## the fast tests and the slow ones
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu and not torch and not network and not beam and not t5x"
+	$(PYTEST) -m "not gpu and not tpu and not torch and not network and not beam and not t5x"
 
 # A CPU build is enough: make test-torch TORCH=torch==2.13.0, or any that is there.
 TORCH ?= torch
 
 .PHONY: test-torch
 test-torch: $(VENV)/.torch ## the tests against PyTorch libraries, and inside mteb
-	$(BIN)/python -m pytest -q -m "torch and not slow"
+	$(PYTEST) -m "torch and not slow"
 
 .PHONY: check
 check: $(VENV)/.dev ## formatting, lint, types and the fast tests: what must pass
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 .PHONY: format
 format: $(VENV)/.dev ## format the code and mend what lint can mend

@@ -82,6 +82,7 @@ _TEST = [
     *_LLM_LOCAL,
     "scikit-learn>=1.6",
     "pytest>=9.0",
+    "pytest-xdist>=3.8",
     "beartype>=0.22",
     "hypothesis>=6.150",
     "pyarrow>=20.0",

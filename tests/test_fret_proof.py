@@ -73,7 +73,7 @@ def test_every_row_trains_on_its_triples_from_the_same_start(made):
 
 def test_judges_rank_judged_queries_and_ask_once(tmp_path):
     ((task, one),) = fret_proof.retrieval_sets(argparse.Namespace(data="quickstart"))
-    few = one.limit(6, 0)
+    few = one.limit(24, 0)
     with fake_llm.FakeServer() as fake:
         config = fret_runs.load(fret_runs.write_corpus(tmp_path), fake.url)
         for _ in range(2):
@@ -82,7 +82,7 @@ def test_judges_rank_judged_queries_and_ask_once(tmp_path):
             ) as source:
                 found = fret_proof.rerank(source, few, task, tmp_path / "log")
         assert not fret_runs.repeated(fake)
-    assert found["judged"] <= found["queries"] == 6
+    assert found["judged"] <= found["queries"] == 24
     assert found["ndcg"].keys() == {"retrieval", "QL", "RC", "RRF"}
     # The fake finds a query likely whose words the passage holds, as BM25 does.
     assert found["ndcg"]["QL"] > 0.3

@@ -256,6 +256,7 @@ def test_a_text_is_read_when_it_is_shown(tmp_path, monkeypatch, read_bytes):
     index.Index(_random(2), odd, texts=["no", "no"]).save(path)
     assert loaded.text("é") == "é\n"
 
+    samples.forget_checksums(path / "index.json")
     lines = (path / "passages.jsonl").read_text().replace('"text"', '"text": 1, "b"')
     (path / "passages.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=r"passages\.jsonl:1: missing or damaged"):

@@ -61,7 +61,7 @@ def test_a_run_goes_on_that_began_before_a_key_was_added(tmp_path):
     now = ml_collections.ConfigDict(values)
     for key, value in config_lib.ADDED_KEYS.items():
         group, _, name = key.partition(".")
-        now.setdefault(group, ml_collections.ConfigDict())[name] = value
+        now[group] = {**now.get(group, {}), name: value}
     workdir.check_config(tmp_path, now)
     now.model.attention = "cudnn"
     with pytest.raises(ValueError, match=r"model\.attention: was 'xla', is 'cudnn'"):
