@@ -17,7 +17,7 @@ _VERSION = re.search(
     flags=re.MULTILINE,
 ).group(1)
 
-# What training from token caches, encoding, search and checkpoints need. The file is for
+# What training from token caches, encoding, search and checkpoints need. It serves
 # `pip install --no-deps . && pip install -r requirements-light.txt`.
 _LIGHT = [
     line

@@ -156,18 +156,29 @@ def _of_json(content: Mapping[str, Any]) -> str:
 def of_arrays(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Returns the digests of arrays; all processes of a run must call this together.
 
-    An array that is sharded over a mesh is digested there, and every process gets the
-    digest of the whole array, which is the same on any mesh.
+    A digest is a sum over elements, so that every device digests the shards it holds,
+    with their positions in the whole array, and the sums are added up: first in each
+    process, then once over all of them. It is the same on any mesh.
     """
     import jax
+    from jax.experimental import multihost_utils
 
-    digests = {
-        name: _digest_on_device(array)
-        if isinstance(array, jax.Array)
-        else of_host_array(np.asarray(array))
-        for name, array in arrays.items()
-    }
-    return {name: int(digest) for name, digest in jax.device_get(digests).items()}
+    is_first = jax.process_index() == 0
+    parts: dict[str, list[Any]] = {}
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array):
+            parts[name] = [
+                _digest_shard(shard.data, shard.index, array.shape)
+                for shard in array.addressable_shards
+                if shard.replica_id == 0
+            ]
+        else:
+            parts[name] = [of_host_array(np.asarray(array))] if is_first else []
+    found = jax.device_get(parts)
+    sums = np.array([sum(map(int, found[name])) % 2**32 for name in parts], np.uint32)
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint64)
+    return {name: int(total) % 2**32 for name, total in zip(parts, sums, strict=True)}
 
 
 def of_host_array(array: np.ndarray) -> int:
@@ -197,24 +208,31 @@ def _build_digest() -> Any:
     import jax
     import jax.numpy as jnp
 
-    def digest(array: Any) -> Any:
-        if array.dtype == jnp.bool_:
-            array = array.astype(jnp.uint8)
-        size = min(array.dtype.itemsize, 4)
-        words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * size}"))
+    @functools.partial(jax.jit, static_argnames="shape")
+    def digest(shard: Any, starts: Any, *, shape: tuple[int, ...]) -> Any:
+        if shard.dtype == jnp.bool_:
+            shard = shard.astype(jnp.uint8)
+        size = min(shard.dtype.itemsize, 4)
+        words = jax.lax.bitcast_convert_type(shard, jnp.dtype(f"uint{8 * size}"))
         words = words.astype(jnp.uint32)
+        # Of 8 bytes, both halves: one more axis, which is never split.
+        whole = (*shape, *words.shape[shard.ndim :])
         position = jnp.zeros(words.shape, jnp.uint32)
         stride = 1
         for axis in reversed(range(words.ndim)):
             index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+            if axis < shard.ndim:
+                index += starts[axis]
             position += index * np.uint32(stride * _POSITION % 2**32)
-            stride *= words.shape[axis]
+            stride *= whole[axis]
         words = (words ^ position) * np.uint32(_MIX_1)
         words = (words ^ (words >> np.uint32(15))) * np.uint32(_MIX_2)
         return jnp.sum(words, dtype=jnp.uint32)
 
-    return jax.jit(digest)
+    return digest
 
 
-def _digest_on_device(array: Any) -> Any:
-    return _build_digest()(array)
+def _digest_shard(shard: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> Any:
+    """Returns the sum of a shard, which lies at `index` of an array of this shape."""
+    starts = np.array([part.start or 0 for part in index], np.uint32)
+    return _build_digest()(shard, starts, shape=shape)

@@ -292,6 +292,15 @@ def test_the_digest_of_an_array_is_the_same_on_any_mesh():
     assert digests == {checksums.of_host_array(array)}
 
 
+def test_each_array_has_its_own_digest_in_any_order():
+    arrays = {"b": np.arange(6.0, dtype=np.float32), "a": np.ones(3, np.float32)}
+    alone = {name: checksums.of_host_array(array) for name, array in arrays.items()}
+    assert len(set(alone.values())) == 2
+    on_device = {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+    assert checksums.of_arrays(on_device) == alone
+    assert checksums.of_arrays({**arrays, "b": on_device["b"]}) == alone
+
+
 def test_every_flip_and_every_swap_changes_the_digest():
     array = ARRAYS[0]
     digest = checksums.of_host_array(array)
