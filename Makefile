@@ -110,6 +110,31 @@ pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR ad
 		"FIRST_CONFIG=$(FIRST_CONFIG)" "SECOND_CONFIG=$(SECOND_CONFIG)" \
 		"FIRST=$(FIRST)" "SECOND=$(SECOND)"
 
+# A table of token vectors, distilled from a sentence encoder. TEACHER is a folder of
+# all-MiniLM-L6-v2, T5_VOCABULARY T5's SentencePiece model. DATA=DIR adds the permissive
+# pairs of a data folder. A second run continues where the first stopped.
+DISTILLED := runs/distilled
+TEACHER :=
+T5_VOCABULARY :=
+DISTIL :=
+
+.PHONY: distilled
+distilled: $(VENV)/.torch ## distil a table of token vectors: minutes on a GPU, hours on a CPU
+	@test -n "$(TEACHER)" -a -n "$(T5_VOCABULARY)" || { \
+		echo "name the teacher and the vocabulary: make distilled TEACHER=DIR" \
+		"T5_VOCABULARY=FILE" >&2; exit 1; }
+	test -e $(DISTILLED)/text/text.json || $(BIN)/python benchmarks/text.py \
+		$(if $(DATA),--data=$(DATA)) --output=$(DISTILLED)/text
+	test -e $(DISTILLED)/tables/relate_pairs.safetensors || \
+		$(BIN)/python benchmarks/distil.py --text=$(DISTILLED)/text \
+		--teacher=$(TEACHER) --vocabulary=$(T5_VOCABULARY) \
+		--output=$(DISTILLED)/tables $(DISTIL)
+	$(BIN)/python benchmarks/distilled.py $(DISTILLED)/tables --variant=relate_pairs \
+		--vocabulary=$(T5_VOCABULARY) --output=$(DISTILLED)/model
+	$(GECKO) evaluate quickstart \
+		$(if $(DATA),$(dir $(wildcard $(DATA)/eval/test/*/corpus.jsonl))) \
+		--model=$(DISTILLED)/model --beside=mini --output=$(DISTILLED)/evaluation
+
 # Tests of one file share what they have compiled, and so one process.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

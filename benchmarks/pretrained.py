@@ -20,7 +20,6 @@ description of its task.
 
 import argparse
 import collections
-import dataclasses
 import datetime
 import json
 import pathlib
@@ -32,6 +31,7 @@ from typing import Any
 
 import measured
 import quality_data
+import text_licences
 
 from gecko_jax import config as config_lib
 from gecko_jax import (
@@ -45,54 +45,7 @@ from gecko_jax import (
 )
 from gecko_jax.data import mining
 
-SOURCES = pathlib.Path(__file__).with_name("pretrained_sources.json")
 CARD = pathlib.Path(__file__).with_name("pretrained_card.md")
-# Code of others inside a package, under licences that the package's does not name.
-THIRD_PARTY = re.compile(r"/(_vendor|extern|externals)/")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sources:
-    """What is known of licences.
-
-    Attributes:
-        permissive: Those that let a model be passed on.
-        licences: Source (`source`) -> its licence.
-        reasons: Of sources that are left out: why.
-    """
-
-    permissive: frozenset[str]
-    licences: dict[str, str]
-    reasons: dict[str, str]
-
-    @classmethod
-    def load(cls) -> "Sources":
-        """Reads the table."""
-        values = json.loads(SOURCES.read_text())
-        return cls(
-            frozenset(values["permissive"]), values["licences"], values["left_out"]
-        )
-
-    def judge(self, row: dict[str, Any]) -> tuple[str, str]:
-        """Returns the licence of a row, and why it is left out; either may be ""."""
-        name = source(row)
-        licence = row.get("licence") or self.licences.get(name, "")
-        if not licence:
-            return "", self.reasons.get(name, "licence not known")
-        if licence not in self.permissive:
-            return licence, f"{licence} does not let it"
-        if THIRD_PARTY.search(row["src"]):
-            return "", "third-party code inside a package"
-        return licence, ""
-
-
-def source(row: dict[str, Any]) -> str:
-    """Returns the name of a row's source: "a/" of a/b.py, "term:jargon" of jargon.
-
-    A source without files is one of its task: there may be a package called jargon.
-    """
-    name, slash, _ = row["src"].partition("/")
-    return name + slash if slash else f"{row['task']}:{name}"
 
 
 def main() -> None:
@@ -135,13 +88,13 @@ def write_text(options: argparse.Namespace) -> None:
     if options.data:
         folders |= quality_data.judged_folders(options.data)
     known = quality_data.held_out(folders)
-    table = Sources.load()
+    table = text_licences.Sources.load()
     kept: dict[tuple[str, str, str], int] = collections.Counter()
     left_out: dict[tuple[str, str, str], int] = collections.Counter()
 
     def rows() -> Iterator[dict[str, Any]]:
         seen = set()
-        for row in progress.track(read(options.data), "Choosing text"):
+        for row in progress.track(text_licences.read(options.data), "Choosing text"):
             licence, reason = table.judge(row)
             texts = row["query"], row["positive"]
             if not reason and any(known.holds(side) for side in texts):
@@ -149,10 +102,10 @@ def write_text(options: argparse.Namespace) -> None:
             if not reason and texts in seen:
                 reason = "comes twice"
             if reason:
-                left_out[row["task"], source(row), reason] += 1
+                left_out[row["task"], text_licences.source(row), reason] += 1
                 continue
             seen.add(texts)
-            kept[row["task"], source(row), licence] += 1
+            kept[row["task"], text_licences.source(row), licence] += 1
             row["licence"] = licence
             if len(seen) % 2:
                 row["task_description"] = text.DEFAULT_TASK
@@ -178,22 +131,6 @@ def write_text(options: argparse.Namespace) -> None:
         reasons[reason] += count
     for reason, count in reasons.most_common():
         print(f"  left out   {count:>8,}  {reason}")
-
-
-def read(data: pathlib.Path | None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of the bundled corpus, then those of a data folder."""
-    paths = [quality_data.QUICKSTART / "train.jsonl"]
-    if data:
-        paths.append(data / "train.jsonl.gz")
-    for path in paths:
-        for place, row in files.read_records(path):
-            if "passage" in row:
-                row["positive"] = row.pop("passage")
-            names = ("task", "query", "positive", "src", "licence")
-            row = {name: row[name] for name in names if name in row}
-            if missing := {"task", "query", "positive", "src"} - row.keys():
-                raise SystemExit(f"{place}: no field {min(missing)!r}")
-            yield row
 
 
 def counts(found: dict[tuple[str, str, str], int], what: str) -> list[dict[str, Any]]:

@@ -5,10 +5,12 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
+import sentencepiece
 
 from gecko_jax import config as config_lib
-from gecko_jax import flags
+from gecko_jax import embedding, flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -222,9 +224,49 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
 def test_only_text_whose_licence_lets_it_trains_what_comes_along(
     benchmarks, row, judged
 ):
-    import pretrained
+    import text_licences
 
-    licence, reason = pretrained.Sources.load().judge({"task": "code", **row})
+    licence, reason = text_licences.Sources.load().judge({"task": "code", **row})
     assert licence == judged[0]
     assert reason.startswith(judged[1])
     assert bool(reason) == bool(judged[1])
+
+
+def test_every_package_of_text_has_a_permissive_licence_and_its_evidence(benchmarks):
+    import text
+    import text_licences
+
+    permissive = text_licences.Sources.load().permissive
+    packages = json.loads(text.SOURCES.read_text())
+    for entries in packages.values():
+        for name, entry in entries.items():
+            assert entry["licence"] in permissive, name
+            assert entry["evidence"], name
+    # Its prose is under CC-BY-SA-4.0, the rest of the package is not.
+    assert packages["deb"]["rust-doc"]["skip"] == ["*/embedded-book/*"]
+
+
+def test_a_skipped_part_of_a_package_is_not_read(benchmarks, tmp_path):
+    import text_readers
+
+    for part in ("book", "embedded-book"):
+        (tmp_path / "doc" / part).mkdir(parents=True)
+        page = f"<h2>About {part}</h2><p>This is a long passage about the {part}.</p>"
+        (tmp_path / "doc" / part / "index.html").write_text(page)
+    rows = text_readers.read_package(tmp_path, "html", ["*/embedded-book/*"])
+    assert list(rows) == [("About book", "This is a long passage about the book.")]
+
+
+def test_a_distilled_table_becomes_a_bag_of_weighted_tokens(benchmarks, tiny_files):
+    import distilled
+
+    rows = tiny_files.encoder_config.vocab_size
+    table = np.random.default_rng(0).normal(size=(rows, 8)).astype(np.float32)
+    proto = tiny_files.vocabulary_proto
+    gecko = embedding.Gecko(distilled.to_model(table, proto, [4, 8], 0, {}))
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    tokens = [*pieces.EncodeAsIds("a small lizard"), pieces.eos_id()]
+    expected = table[tokens].sum(0)
+    expected /= np.linalg.norm(expected)
+    vector = gecko.encode_queries(["a small lizard"])[0]
+    np.testing.assert_allclose(vector, expected, atol=1e-5)
