@@ -26,6 +26,7 @@ import numpy as np
 from gecko_jax import (
     checkpoints,
     checksums,
+    fields,
     files,
     model,
     parameters,
@@ -44,6 +45,23 @@ MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
 # What a model folder may hold, as patterns.
 FILES = (MODEL_JSON, VOCABULARY, f"model*{tensors.SUFFIX}*")
+# What training writes about itself, and cards and averages read; there may be more.
+_PROVENANCE = {
+    "tasks": fields.optional(
+        fields.map_of(
+            fields.object_of(
+                {
+                    "licence": fields.optional(fields.TEXT),
+                    "num_examples": fields.optional(fields.COUNT),
+                }
+            )
+        )
+    ),
+    "config": fields.optional(
+        fields.object_of({"loss": fields.optional(fields.OBJECT)})
+    ),
+    "started_from": fields.optional(fields.TEXT),
+}
 _ADDED_TOKEN = {"content": str, "id": int, "single_word": bool, "normalized": bool}
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
@@ -56,7 +74,12 @@ _RULES = {
     "passage_length": config_lib.SCHEMA["data.passage_length"],
     "step": config_lib.Rule(int),
     "revision": config_lib.Rule(str),
-    "provenance": config_lib.Rule(dict),
+    "provenance": config_lib.Rule(
+        dict,
+        "must hold tasks with their licences and sizes, config and started_from as "
+        "training writes them, or none of them",
+        lambda facts: not fields.faults(facts, _PROVENANCE),
+    ),
     "added_tokens": config_lib.Rule(
         tuple,
         "must be objects with content, id, single_word and normalized",

@@ -22,6 +22,7 @@ FLOORS = {
     "words": 0,
     "instructions": 0,
     "files": 0,
+    "fields": 0,
     "hlo": 0,
     "interruption": 0,
     "inputs": 0,

@@ -108,7 +108,8 @@ def format_table(results: Results, width: int = 100) -> str:
     from rich import console
 
     buffer = io.StringIO()
-    screen = console.Console(file=buffer, width=width)
+    # A name may look like markup.
+    screen = console.Console(file=buffer, width=width, markup=False, emoji=False)
     for name in dict.fromkeys(row.set for row in results.rows):
         rows = [row for row in results.rows if row.set == name]
         screen.print(_build_table(results, name, rows))
@@ -128,10 +129,12 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     unit = METRICS[metrics[0]][1]
     has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
     num_passages = results.about.get("num_passages", {}).get(name)
-    title = f"{name}: {overall[0].count:,} {unit}"
+    title = f"{wording.printable(name)}: {overall[0].count:,} {unit}"
     title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
     captions = ["under a task: nDCG@10 of its queries"] if tasks else []
-    captions += [f"{row.label}: {row.note}" for row in overall if row.note]
+    captions += [
+        wording.printable(f"{row.label}: {row.note}") for row in overall if row.note
+    ]
     if num_own := results.about.get("num_own_left_out", {}).get(name):
         left_out = wording.counted(num_own, "passage")
         captions.append(f"left out of rankings: {left_out} with the id of the query")
@@ -149,7 +152,7 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     for metric in metrics:
         built.add_column(METRICS[metric][0], justify="right", no_wrap=True)
     for task in tasks:
-        built.add_column(task, justify="right", style="dim")
+        built.add_column(wording.printable(task), justify="right", style="dim")
     for label in dict.fromkeys(row.label for row in overall):
         for row in overall:
             if row.label != label:
@@ -160,7 +163,7 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
                 if (other.label, other.dim) == (label, row.dim) and other.task != ALL
             }
             built.add_row(
-                label,
+                wording.printable(label),
                 str(row.dim or ""),
                 *([_bytes(row)] if has_codes else []),
                 *(f"{row.metrics[metric]:.3f}" for metric in metrics),

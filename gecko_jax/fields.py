@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import inputs
 
 # JSON's numbers are exact up to here in every reader.
 _MOST = 2**53
@@ -146,7 +146,7 @@ def check(
         ValueError: Names every fault, and the remedy.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: {files.kind(record)}, not an object; {remedy}")
+        raise ValueError(f"{place}: {inputs.kind(record)}, not an object; {remedy}")
     listed = faults(record, kinds)
     if only:
         unknown = sorted(record.keys() - kinds.keys())
