@@ -6,10 +6,14 @@ claims to need.
 """
 
 import copy
+import io
 import json
 import resource
 import time
 import warnings
+import zipfile
+
+import numpy as np
 
 HOSTILE = (
     "x\n\n---\nlicense: mit\n---\n# INJECTED\n<script>alert(1)</script> "
@@ -113,3 +117,77 @@ def end_well(act, what, errors=(ValueError,), seconds=5.0):
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert after - before < 1 << 20, what  # KiB: 1 GiB
     return result
+
+
+def mutate_array(content, rng):
+    """An .npy whose header claims another shape or type, or whose bytes differ."""
+    if rng.random() < 0.4:
+        return mutate_bytes(content, rng)
+    header = {
+        "descr": rng.choice(
+            ("<f4", "<f8", "|O", "<U9", "|S5", "<M8[s]", "<c16", "|V8")
+        ),
+        "fortran_order": rng.random() < 0.5,
+        "shape": rng.choice(
+            ((), (0,), (3,), (1, 16), (9, 16), (2**31, 16), (2**62, 4), (9, 2, 8))
+        ),
+    }
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + content[128:]
+
+
+def mutate_archive(content, rng):
+    """An .npz with a mutant for a member, a member less, or one packed very small."""
+    kind = rng.random()
+    if kind < 0.3:
+        return mutate_bytes(content, rng)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(list(members))
+    if kind < 0.4:
+        del members[name]
+    elif kind < 0.5:
+        members[name] += bytes(1 << 24)
+    else:
+        members[name] = mutate_array(members[name], rng)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def mutate_tensors(content, rng):
+    """A safetensors file with another header, or other bytes."""
+    size = int.from_bytes(content[:8], "little")
+    if rng.random() < 0.3:
+        return mutate_bytes(content[: 8 + size], rng) + content[8 + size :]
+    header = json.loads(content[8 : 8 + size])
+    names = [name for name in header if name != "__metadata__"]
+    name = rng.choice(names)
+    kind = rng.random()
+    if kind < 0.4:
+        other = rng.choice((*names, "", "a/b", "../x", "encoder", HOSTILE, "x" * 5_000))
+        header[other] = header.pop(name)
+    else:
+        header = mutate(header, rng)
+    encoded = json.dumps(header).encode()
+    size = rng.choice((len(encoded),) * 9 + (2**40,))
+    return size.to_bytes(8, "little") + encoded + content[8 + size :]
+
+
+def mutate_file(path, rng):
+    """Replaces a file by a mutant of it."""
+    content = path.read_bytes()
+    if path.suffix in (".json", ".jsonl"):
+        text = content.decode()
+        change = mutate_lines(text, rng) if path.suffix == ".jsonl" else None
+        path.write_text(change or mutate_text(json.loads(text), rng))
+        return
+    change = {
+        ".npy": mutate_array,
+        ".npz": mutate_archive,
+        ".safetensors": mutate_tensors,
+    }.get(path.suffix, mutate_bytes)
+    path.write_bytes(change(content, rng))
