@@ -127,7 +127,7 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """Returns what `embed_file` wrote about the vectors of `folder`."""
     try:
         return checksums.read_object(
-            pathlib.Path(folder) / _SETTINGS,
+            files.member(pathlib.Path(folder), _SETTINGS),
             _FIELDS,
             remedy="remove the folder and embed again",
             # Folders made before there was a choice do not name it.
@@ -205,7 +205,7 @@ def _write_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-    return folder / f"shard-{shard:05}.npz"
+    return files.member(folder, f"shard-{shard:05}.npz")
 
 
 class _Shard(NamedTuple):

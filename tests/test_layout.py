@@ -31,6 +31,7 @@ FLOORS = {
     "metrics": 0,
     "model": 0,
     "nonfinite": 2,
+    "npy": 0,
     "numerics": 0,
     "packing": 0,
     "parameters": 0,

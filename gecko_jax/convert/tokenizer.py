@@ -21,7 +21,7 @@ from typing import Any
 from absl import logging
 
 from gecko_jax import config as config_lib
-from gecko_jax import model_folder, text, vocabulary
+from gecko_jax import files, model_folder, text, vocabulary
 from gecko_jax.convert import from_hugging_face
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
@@ -116,7 +116,9 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> Tokenizer:
     path = folder / _TOKENIZER
     values = _read_if_there(path)
     names = (model_folder.VOCABULARY, *_SPIECE)
-    spiece = next((folder / n for n in names if (folder / n).is_file()), None)
+    spiece = next(
+        (files.member(folder, n) for n in names if (folder / n).is_file()), None
+    )
     try:
         if values:
             _check_steps(values, path)
