@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gecko_jax import fields as fields_lib
-from gecko_jax import inputs
+from gecko_jax import inputs, wording
 from gecko_jax import text as text_format
 
 # What JSON calls a value.
@@ -377,6 +377,11 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
         ValueError: It lies outside of the folder. A link may lead from a snapshot of
             the hub's cache into that cache.
     """
+    if wording.printable(name) != name:
+        raise ValueError(
+            f"{folder}: it names {name!r}, which holds characters that no name of a "
+            "file has; copy the folder again"
+        )
     path = folder / name
     place, root = path.resolve(), folder.resolve()
     for parent in root.parents:

@@ -454,18 +454,15 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     if values["format_version"] == 1:
         optional.add("vocabulary_sha256")
     faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
-    flat = config_lib.flatten(values)
-    faults += config_lib.find_wrong_values(
-        {key: flat.get(key, value) for key, value in values.items()}, _RULES
-    )
-    faults += config_lib.find_wrong_values(
-        flat, {k: rule for k, rule in config_lib.SCHEMA.items() if k[:6] == "model."}
-    )
+    faults += config_lib.find_wrong_values(_with_tuples(values), _RULES)
+    if isinstance(values.get("model"), dict):
+        # Not flattened: an object in place of a number would get another key.
+        sizes = _with_tuples(values["model"], "model.")
+        faults += config_lib.find_wrong_values(sizes, config_lib.SCHEMA)
     if not faults:
         sizes = values["model"]
         try:
-            sizes["mlp_activations"] = tuple(sizes.get("mlp_activations", ()))
-            values["model"] = model.EncoderConfig(**sizes)
+            values["model"] = model.EncoderConfig(**_with_tuples(sizes))
             values["text_format"] = text.TextFormat.from_dict(values["text_format"])
             values["added_tokens"] = tuple(
                 vocabulary.AddedToken(**token)
@@ -490,6 +487,13 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
         )
     checksums.check_object(path / MODEL_JSON, written, _COPY_AGAIN)
     return values
+
+
+def _with_tuples(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        prefix + key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
 
 
 def versions() -> dict[str, str]:

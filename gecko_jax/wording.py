@@ -18,6 +18,8 @@ from typing import Any
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]"
 )
+# Characters of a line of a message.
+_LONGEST = 4_000
 # What can begin markup of Markdown, or HTML, within a line.
 _MARKUP = re.compile(r"[\\`*_<>\[\]#|~&]")
 # Without a backslash: simple readers of HTML and of links pass over those.
@@ -55,9 +57,14 @@ def message(text: str) -> str:
     A name in it may hold line breaks. The indentation keeps what follows them from
     looking like a message of its own.
     """
-    first, *others = map(printable, text.rstrip().split("\n"))
+    first, *others = map(_shortened, text.rstrip().split("\n"))
     indented = (line if line.startswith("  ") else f"  {line}" for line in others)
     return "\n".join([first, *indented])
+
+
+def _shortened(line: str) -> str:
+    shown = printable(line)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} [...]"
 
 
 def json_line(value: Any) -> str:

@@ -14,7 +14,10 @@ import mutations
 import numpy as np
 import pytest
 import samples
+import test_convert_tokenizer
+from sentencepiece import sentencepiece_model_pb2
 
+import gecko_jax
 from gecko_jax import (
     checkpoints,
     embedding,
@@ -26,11 +29,12 @@ from gecko_jax import (
     vectors,
     workdir,
 )
-from gecko_jax.convert import formats, model_card, to_sentence_transformers
+from gecko_jax.convert import formats, model_card, tokenizer
 from gecko_jax.data import cache, features, jsonl, prepare, seqio_cache, teacher
 from gecko_jax.evaluation import sets, store, suites, tables
 
 DATA = pathlib.Path(__file__).parent / "data"
+TRAINED = pathlib.Path(gecko_jax.__file__).parent / "quickstart" / "vocabulary.model"
 VOCABULARY = DATA / "model_v1" / "vocabulary.model"
 
 
@@ -105,11 +109,25 @@ def _chain(folder, _):
     return _import(folder), [*contents, "2_Dense/*"]
 
 
-def _tokenizer(folder, tiny_files):
-
-    to_sentence_transformers.save(folder, tiny_files)
-    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-    return _import(folder), [name for name in names if (folder / name).exists()]
+def _tokenizer(folder, _):
+    folder.mkdir()
+    trained = sentencepiece_model_pb2.ModelProto.FromString(TRAINED.read_bytes())
+    del trained.pieces[400:]
+    values = test_convert_tokenizer._json(trained.SerializeToString())
+    added = {str(token["id"]): token for token in values["added_tokens"]}
+    contents = {
+        "tokenizer.json": values,
+        "tokenizer_config.json": {
+            "tokenizer_class": "T5Tokenizer",
+            "eos_token": "</s>",
+            "model_max_length": 512,
+            "added_tokens_decoder": added,
+        },
+        "special_tokens_map.json": {"eos_token": {"content": "</s>"}},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+    return lambda: tokenizer.read(folder), list(contents)
 
 
 def _index(precision):
@@ -211,8 +229,14 @@ def _half_prepared(folder, _):
 
     with pytest.MonkeyPatch.context() as patch:
         # As if it were killed before its last step.
-        patch.setattr(pathlib.Path, "rename", _kill)
-        patch.setattr(pathlib.Path, "unlink", _kill)
+        remove = pathlib.Path.unlink
+        patch.setattr(
+            pathlib.Path,
+            "unlink",
+            lambda path, **options: (
+                _kill() if path.name.startswith("pairs-") else remove(path, **options)
+            ),
+        )
         with pytest.raises(KeyboardInterrupt):
             read()
     assert kept.is_dir()
@@ -335,7 +359,7 @@ def _store(folder, tiny_files):
     return read, ["*/*.npy", "*/*.json"]
 
 
-def _kill(*_, **__):
+def _kill():
     raise KeyboardInterrupt
 
 
@@ -344,7 +368,7 @@ FOLDERS = {
     "model": (_model, 40),
     "Hugging Face": (_hugging_face, 40),
     "sentence-transformers": (_chain, 16),
-    "tokenizer": (_tokenizer, 20),
+    "tokenizer": (_tokenizer, 40),
     "index": (_index("float32"), 40),
     "int8 index": (_index("int8"), 40),
     "vectors": (_vectors, 60),
@@ -371,7 +395,7 @@ ERRORS = (ValueError, OSError)
 def test_mutants_are_read_or_refused(name, tmp_path, small_files, tiny_files):
     build, count = FOLDERS[name]
     folder = tmp_path / "folder"
-    is_tiny = name in ("tokenizer", "vectors", "board", "store")
+    is_tiny = name in ("vectors", "board", "store")
     read, patterns = build(folder, tiny_files if is_tiny else small_files)
     paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     assert len(paths) >= len(patterns)

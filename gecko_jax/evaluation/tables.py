@@ -170,14 +170,14 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     metrics = [metric for metric in METRICS if metric in scored]
     unit = METRICS[metrics[0]][1]
     has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
-    num_passages = results.about.get("num_passages", {}).get(name)
+    num_passages = (results.about.get("num_passages") or {}).get(name)
     title = f"{wording.printable(name)}: {overall[0].count:,} {unit}"
     title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
     captions = ["under a task: nDCG@10 of its queries"] if tasks else []
     captions += [
         wording.printable(f"{row.label}: {row.note}") for row in overall if row.note
     ]
-    if num_own := results.about.get("num_own_left_out", {}).get(name):
+    if num_own := (results.about.get("num_own_left_out") or {}).get(name):
         left_out = wording.counted(num_own, "passage")
         captions.append(f"left out of rankings: {left_out} with the id of the query")
     built = table.Table(
