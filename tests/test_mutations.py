@@ -4,6 +4,7 @@ A folder of ours is changed as a folder of an earlier version, which has no chec
 the checksums would find every change before the readers behind them see it.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -415,3 +416,78 @@ def test_mutants_are_read_or_refused(name, tmp_path, small_files, tiny_files):
             mutations.end_well(read, what, ERRORS)
             shutil.rmtree(folder)
             shutil.copytree(good, folder)
+
+
+# Readers of folders, each of which opens all of its files by name.
+LINKED = ("index", "int8 index", "vectors", "teacher", "cache", "tokenizer")
+LINKED += ("Hugging Face", "sentence-transformers")
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_out_of_a_folder_is_refused(name, tmp_path, small_files, tiny_files):
+    folder = tmp_path / "folder"
+    made_from = tiny_files if name == "vectors" else small_files
+    read, patterns = FOLDERS[name][0](folder, made_from)
+    read()
+    for path in [p for pattern in patterns for p in folder.glob(pattern)]:
+        outside = tmp_path / "outside"
+        path.rename(outside)
+        path.symlink_to(outside)
+        with pytest.raises(ValueError, match=f"{path.name}: leads out of its folder"):
+            read()
+        path.unlink()
+        outside.rename(path)
+
+
+def test_a_module_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+    read, _ = _chain(tmp_path / "folder", None)
+    (tmp_path / "folder" / "2_Dense").rename(tmp_path / "outside")
+    (tmp_path / "folder" / "2_Dense").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="2_Dense: leads out of its folder"):
+        read()
+
+
+def _shape(card):
+    """What a reader of Markdown makes of a card: its headings, rows and fences."""
+    begins = ("#", "|", "```", "---", "<")
+    return [line[:1] for line in card.splitlines() if line.startswith(begins)]
+
+
+def test_no_text_of_gecko_json_is_markup_in_a_card(tmp_path, small_files):
+    folder = tmp_path / "folder"
+    _model(folder, small_files)
+    path = folder / "gecko.json"
+    values = json.loads(path.read_text())
+    values = {k: v for k, v in values.items() if k not in ("files", "xxh128")}
+    values["provenance"]["imported"] = {"source": "s", "format": "f"}
+    path.write_text(json.dumps(values))
+
+    def card():
+        opened = model_folder.load_model(folder)
+        prompts = {"query": "q: ", opened.text_format.no_title: "p: "}
+        names = {"config_sentence_transformers.json": {"prompts": prompts}}
+        return model_card.write(opened, CONTENTS | names)
+
+    expected = _shape(card())
+    written = 0
+    for place in list(mutations.places(values))[1:]:
+        changed = copy.deepcopy(values)
+        parent = changed
+        for step in place[:-1]:
+            parent = parent[step]
+        if isinstance(parent[place[-1]], str):
+            parent[place[-1]] = mutations.HOSTILE
+        elif place[0] == "provenance" and len(place) > 2:
+            parent[mutations.HOSTILE] = parent.pop(place[-1])
+        else:
+            continue
+        path.write_text(json.dumps(changed))
+        try:
+            found = card()
+        except ValueError:
+            continue
+        written += "INJECTED" in found
+        assert _shape(found) == expected, place
+        for markup in ("<script", "](javascript", "\x1b", "\x9b", "\u202e"):
+            assert markup not in found, place
+    assert written > 6

@@ -40,9 +40,13 @@ _SENTINEL = r"▁?<extra_id_(\d+)>"
 # Those that read a text as SentencePiece does, or as `tokenizer.json` says.
 _CLASSES = ("T5", "MT5", "PreTrained", "TokenizersBackend", "SentencePieceBackend")
 _DAMAGED = "the file is damaged, copy it again"
+# SentencePiece takes no half of a surrogate pair.
+_CONTENT = fields.Kind(
+    "text", lambda v: isinstance(v, str) and not re.search(r"[\ud800-\udfff]", v)
+)
 # A token that a file lists with its id.
 _TOKEN = {
-    "content": fields.TEXT,
+    "content": _CONTENT,
     "special": fields.optional(fields.FLAG),
     "single_word": fields.optional(fields.FLAG),
     "normalized": fields.optional(fields.FLAG),
@@ -403,10 +407,11 @@ def _read_listed(
         fields.check(f"{source}, an added token", entry, _TOKEN, _DAMAGED)
         content = entry["content"]
         is_special = bool(entry.get("special", content in special))
+        read_id = _read_id(number, content, source)
         try:
             token = vocabulary.AddedToken(
                 content,
-                _read_id(number, content, source),
+                read_id,
                 bool(entry.get("single_word", False)),
                 # transformers' rule for a token that says nothing.
                 bool(entry.get("normalized", not is_special)),
@@ -430,7 +435,7 @@ def _read_listed(
 
 
 def _read_id(number: Any, content: str, source: pathlib.Path) -> int:
-    """Returns the id of an added token, which is a key of one file: a text of digits."""
+    """Returns the id of an added token; as a key of JSON, it is a text of digits."""
     is_digits = isinstance(number, str) and number.isdecimal() and len(number) < 16
     if not is_digits and not fields.COUNT.holds(number):
         raise ValueError(
@@ -458,10 +463,10 @@ def _named(
                 continue
             for entry in entries:
                 content = entry if isinstance(entry, str) else entry["content"]
-                if not isinstance(content, str):
+                if not _CONTENT.holds(content):
                     raise ValueError(
-                        f"{path}: {key} holds {files.kind(content)}, not the text of a "
-                        f"token; {_DAMAGED}"
+                        f"{path}: {key} holds {files.kind(content)} that is not the "
+                        f"text of a token; {_DAMAGED}"
                     )
                 found.append((content, path))
     return found
