@@ -17,7 +17,7 @@ def open_array(
     kinds: str,
     *,
     remedy: str,
-) -> Shaped[np.ndarray, "..."]:
+) -> Shaped[np.memmap, "..."]:
     """Maps the array of a file into memory.
 
     Args:

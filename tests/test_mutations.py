@@ -367,8 +367,8 @@ def _kill():
 # Name -> what makes a folder and how it is read, and mutants of each file.
 FOLDERS = {
     "model": (_model, 40),
-    "Hugging Face": (_hugging_face, 40),
-    "sentence-transformers": (_chain, 16),
+    "Hugging Face": (_hugging_face, 25),
+    "sentence-transformers": (_chain, 10),
     "tokenizer": (_tokenizer, 40),
     "index": (_index("float32"), 40),
     "int8 index": (_index("int8"), 40),

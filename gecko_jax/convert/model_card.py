@@ -234,5 +234,7 @@ def _json(value: Any) -> str:
 
 
 def _json_block(value: Any) -> str:
-    """Returns JSON for a fenced block, where a string can hold no tag of HTML."""
-    return json.dumps(value, indent=2).replace("<", "\\u003c")
+    """Returns JSON for a fenced block, where a string holds no HTML and no link."""
+    written = json.dumps(value, indent=2)
+    # Both come inside of strings only, where JSON has escapes for them.
+    return written.replace("<", "\\u003c").replace("](", "]\\u0028")

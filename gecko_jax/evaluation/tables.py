@@ -107,24 +107,16 @@ class Results:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Results":
         """Inverse of `to_dict`, of values that have the fields of results.json."""
-        rows = (
-            {
+        rows = []
+        for row in values["rows"]:
+            given: dict[str, Any] = {
                 key: value
                 for key, value in row.items()
                 if key == "dim" or value is not None
             }
-            for row in values["rows"]
-        )
-        return cls(
-            tuple(
-                Row(
-                    **row
-                    | {"metrics": {k: float(v) for k, v in row["metrics"].items()}}
-                )
-                for row in rows
-            ),
-            dict(values["about"]),
-        )
+            given["metrics"] = {key: float(v) for key, v in row["metrics"].items()}
+            rows.append(Row(**given))
+        return cls(tuple(rows), dict(values["about"]))
 
     def check_model(self, model_files: model_folder.ModelFiles) -> "Results":
         """Returns itself; raises ValueError if the scores are of another model."""
