@@ -13,6 +13,7 @@ negatives are mined, and some 100 bytes a line where they are not.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -309,10 +310,9 @@ def _mine(
 
 
 def _read_counts(note: pathlib.Path) -> list[int]:
-    try:
+    counts: Any = None
+    with contextlib.suppress(ValueError):
         counts = files.parse_json(note.read_text("utf-8"))
-    except ValueError:
-        counts = None
     if not _COUNTS.holds(counts) or len(counts) != 2:
         raise ValueError(
             f"{note}: not two numbers of lines; {_BEGIN_AGAIN.format(note.parent)}"
