@@ -75,7 +75,7 @@ def write_object(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 def read_object(
     path: pathlib.Path,
-    fields: Mapping[str, type | tuple[Any, ...]],
+    fields: Mapping[str, files.Field],
     *,
     remedy: str,
     defaults: Mapping[str, Any] | None = None,

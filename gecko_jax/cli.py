@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 import gecko_jax
+from gecko_jax import wording
 from gecko_jax.commands import (
     average,
     compile,
@@ -115,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if debug:
             raise
-        print(f"{command}: error: {_describe(error)}", file=sys.stderr)
+        print(f"{command}: error: {wording.message(_describe(error))}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         # How XLA says that a device, or the host, has no memory left.
         if debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = str(error).strip().splitlines()[0]
+        first = wording.printable(str(error).strip().splitlines()[0])
         print(
             f"{command}: error: out of memory ({first[:300]}); choose a smaller model, "
             "batch or train.microbatch_size",
@@ -191,7 +192,8 @@ class _LogHandler(standard_logging.Handler):
         level = record.levelname.lower() + ": "
         # sys.stderr is looked up now: an open progress bar puts its own in place.
         print(
-            f"{time} {'' if level == 'info: ' else level}{record.getMessage()}",
+            f"{time} {'' if level == 'info: ' else level}"
+            f"{wording.message(record.getMessage())}",
             file=sys.stderr,
         )
 

@@ -136,7 +136,10 @@ SCHEMA: dict[str, Rule] = {
     "model.mlp_activations": Rule(
         tuple,
         "must hold one or two of " + ", ".join(layers.ACTIVATIONS),
-        lambda v: 1 <= len(v) <= 2 and all(name in layers.ACTIVATIONS for name in v),
+        lambda v: (
+            1 <= len(v) <= 2
+            and all(isinstance(n, str) and n in layers.ACTIVATIONS for n in v)
+        ),
     ),
     "model.shared_relative_bias": _SWITCH,
     "model.relpos_num_buckets": Rule(
@@ -144,7 +147,7 @@ SCHEMA: dict[str, Rule] = {
         "must be even and in [4, 65,536]",
         lambda v: 4 <= v <= 2**16 and v % 2 == 0,
     ),
-    "model.relpos_max_distance": _POSITIVE,
+    "model.relpos_max_distance": _between(1, 2**24),
     "model.embedding_dim": _WIDTH,
     "model.projection": _SWITCH,
     "model.dropout_rate": _SHARE,
@@ -201,7 +204,12 @@ SCHEMA: dict[str, Rule] = {
     "mesh.rules": Rule(
         tuple,
         "must be pairs of a logical axis and a mesh axis, several, or None",
-        lambda v: all(len(rule) == 2 and isinstance(rule[0], str) for rule in v),
+        lambda v: all(
+            isinstance(rule, list | tuple)
+            and len(rule) == 2
+            and isinstance(rule[0], str)
+            for rule in v
+        ),
     ),
     "checkpoint.every_steps": _POSITIVE,
     "checkpoint.every_minutes": _COUNT,

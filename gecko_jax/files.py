@@ -23,11 +23,20 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gecko_jax import inputs
+from gecko_jax import fields as fields_lib
+from gecko_jax import inputs, wording
 from gecko_jax import text as text_format
 
 # What JSON calls a value.
 kind = inputs.kind
+
+# What a field of an object that this package wrote must hold.
+Field = type | tuple[Any, ...] | fields_lib.Kind
+_KINDS = {
+    int: fields_lib.integer(1),
+    str: fields_lib.TEXT,
+    dict: fields_lib.OBJECT,
+}
 
 # Of JSON: the deepest of ours, a config, has three levels.
 _MOST_NESTED = 50
@@ -206,7 +215,7 @@ def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) 
 
 def read_object(
     path: str | os.PathLike,
-    fields: Mapping[str, type | tuple[Any, ...]],
+    fields: Mapping[str, Field],
     *,
     remedy: str,
     defaults: Mapping[str, Any] | None = None,
@@ -215,8 +224,8 @@ def read_object(
 
     Args:
         path: The file.
-        fields: What the object must have: a type, or one of some values. An `int` is
-            1 or more.
+        fields: What the object must have: a kind of `fields`, a type, or one of some
+            values. An `int` is 1 or more.
         remedy: What to do about a file that is something else.
         defaults: Fields that older files lack.
 
@@ -232,20 +241,17 @@ def read_object(
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {kind(found)}, not an object; {remedy}")
     found = {**(defaults or {}), **found}
-    faults = [
-        f"{name} is {json.dumps(found[name])[:80]}" if name in found else f"no {name}"
-        for name, wanted in fields.items()
-        if name not in found or not _is_as(found[name], wanted)
-    ]
+    kinds = {name: _kind_of(wanted) for name, wanted in fields.items()}
+    faults = fields_lib.faults(found, kinds)
     if faults:
         raise ValueError(f"{path}: damaged or edited ({', '.join(faults)}); {remedy}")
     return found
 
 
-def _is_as(value: Any, wanted: type | tuple[Any, ...]) -> bool:
+def _kind_of(wanted: Field) -> fields_lib.Kind:
     if isinstance(wanted, tuple):
-        return value in wanted
-    return type(value) is wanted and (wanted is not int or value >= 1)
+        return fields_lib.one_of(*wanted)
+    return wanted if isinstance(wanted, fields_lib.Kind) else _KINDS[wanted]
 
 
 class TextRecord(NamedTuple):
@@ -356,9 +362,26 @@ def member(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file of a folder, which may be missing.
 
     Raises:
-        ValueError: It is a folder or a device, or lies outside of the folder. A link
-            may lead from a snapshot of the hub's cache into that cache.
+        ValueError: It is a folder or a device, or lies outside of the folder.
     """
+    path = inside(folder, name)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file; put the file itself there")
+    return path
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the path of what a folder holds, a file or a folder, or may hold.
+
+    Raises:
+        ValueError: It lies outside of the folder. A link may lead from a snapshot of
+            the hub's cache into that cache.
+    """
+    if wording.printable(name) != name:
+        raise ValueError(
+            f"{folder}: it names {name!r}, which holds characters that no name of a "
+            "file has; copy the folder again"
+        )
     path = folder / name
     place, root = path.resolve(), folder.resolve()
     for parent in root.parents:
@@ -368,8 +391,6 @@ def member(folder: pathlib.Path, name: str) -> pathlib.Path:
         raise ValueError(
             f"{path}: leads out of its folder, to {place}; put the file itself there"
         )
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a file; put the file itself there")
     return path
 
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from gecko_jax import checksums, embedding, files, quantization, wording
+from gecko_jax import checksums, embedding, files, npy, quantization, wording
 from gecko_jax import vectors as vectors_lib
 
 # 1 had float32 only.
@@ -324,7 +324,7 @@ def load(folder: str | os.PathLike) -> Index:
     path = pathlib.Path(folder)
     try:
         about = checksums.read_object(
-            path / _ABOUT,
+            files.member(path, _ABOUT),
             _FIELDS,
             remedy=_REMEDY,
             defaults={"precision": quantization.FLOAT32},
@@ -340,11 +340,13 @@ def load(folder: str | os.PathLike) -> Index:
         )
     precision, dim = about["precision"], about["dim"]
     shape = (about["num_passages"], quantization.width(precision, dim))
-    values = _read_array(path / _VECTORS, shape, quantization.dtype(precision))
+    values = _read_array(
+        files.member(path, _VECTORS), shape, quantization.dtype(precision)
+    )
     ranges = None
     if precision == quantization.INT8:
-        ranges = _read_array(path / _RANGES, (2, dim), np.float32)
-    ids, fields, lines = _read_passages(path / _PASSAGES)
+        ranges = _read_array(files.member(path, _RANGES), (2, dim), np.float32)
+    ids, fields, lines = _read_passages(files.member(path, _PASSAGES))
     if len(ids) != shape[0]:
         counted = wording.counted(len(ids), "line")
         raise _damaged(path / _PASSAGES, f"{counted}, not {shape[0]:,}")
@@ -363,11 +365,10 @@ def load(folder: str | os.PathLike) -> Index:
 def _read_array(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Reads an array of the folder into memory that XLA:CPU can use in place."""
     try:
-        found = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # Of a damaged header, numpy raises many kinds.
+        kind = np.dtype(dtype).str[1:]
+        found = npy.open_array(path, shape, kind, remedy=_REMEDY)
+    except OSError as error:
         raise _damaged(path, error) from error
-    if found.shape != shape or found.dtype != dtype:
-        raise _damaged(path, f"{found.dtype}{found.shape}, not {shape}")
     if not found.flags.c_contiguous:
         return _align(found)
     array = _empty_aligned(shape, dtype)

@@ -26,6 +26,7 @@ import numpy as np
 from gecko_jax import (
     checkpoints,
     checksums,
+    fields,
     files,
     model,
     parameters,
@@ -44,6 +45,23 @@ MODEL_JSON = "gecko.json"
 VOCABULARY = "vocabulary.model"
 # What a model folder may hold, as patterns.
 FILES = (MODEL_JSON, VOCABULARY, f"model*{tensors.SUFFIX}*")
+# What training writes about itself, and cards and averages read; there may be more.
+_PROVENANCE = {
+    "tasks": fields.optional(
+        fields.map_of(
+            fields.object_of(
+                {
+                    "licence": fields.optional(fields.TEXT),
+                    "num_examples": fields.optional(fields.COUNT),
+                }
+            )
+        )
+    ),
+    "config": fields.optional(
+        fields.object_of({"loss": fields.optional(fields.OBJECT)})
+    ),
+    "started_from": fields.optional(fields.TEXT),
+}
 _ADDED_TOKEN = {"content": str, "id": int, "single_word": bool, "normalized": bool}
 # What gecko.json must hold; the sizes of `model` obey the config's own rules.
 _RULES = {
@@ -56,7 +74,12 @@ _RULES = {
     "passage_length": config_lib.SCHEMA["data.passage_length"],
     "step": config_lib.Rule(int),
     "revision": config_lib.Rule(str),
-    "provenance": config_lib.Rule(dict),
+    "provenance": config_lib.Rule(
+        dict,
+        "must hold tasks with their licences and sizes, config and started_from as "
+        "training writes them, or none of them",
+        lambda facts: not fields.faults(facts, _PROVENANCE),
+    ),
     "added_tokens": config_lib.Rule(
         tuple,
         "must be objects with content, id, single_word and normalized",
@@ -431,18 +454,15 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
     if values["format_version"] == 1:
         optional.add("vocabulary_sha256")
     faults = [f"{key}: missing" for key in _RULES.keys() - optional - values.keys()]
-    flat = config_lib.flatten(values)
-    faults += config_lib.find_wrong_values(
-        {key: flat.get(key, value) for key, value in values.items()}, _RULES
-    )
-    faults += config_lib.find_wrong_values(
-        flat, {k: rule for k, rule in config_lib.SCHEMA.items() if k[:6] == "model."}
-    )
+    faults += config_lib.find_wrong_values(_with_tuples(values), _RULES)
+    if isinstance(values.get("model"), dict):
+        # Not flattened: an object in place of a number would get another key.
+        sizes = _with_tuples(values["model"], "model.")
+        faults += config_lib.find_wrong_values(sizes, config_lib.SCHEMA)
     if not faults:
         sizes = values["model"]
         try:
-            sizes["mlp_activations"] = tuple(sizes.get("mlp_activations", ()))
-            values["model"] = model.EncoderConfig(**sizes)
+            values["model"] = model.EncoderConfig(**_with_tuples(sizes))
             values["text_format"] = text.TextFormat.from_dict(values["text_format"])
             values["added_tokens"] = tuple(
                 vocabulary.AddedToken(**token)
@@ -467,6 +487,13 @@ def _read_model_json(path: pathlib.Path) -> dict[str, Any]:
         )
     checksums.check_object(path / MODEL_JSON, written, _COPY_AGAIN)
     return values
+
+
+def _with_tuples(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        prefix + key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from absl import logging
 
+from gecko_jax import wording
+
 T = TypeVar("T")
 
 # Elsewhere than on a terminal: seconds between two log lines.
@@ -56,7 +58,7 @@ class Progress:
             start: Steps finished earlier; the rate does not count them.
             enabled: False shows nothing, as on every process but the first.
         """
-        self._description = description
+        self._description = description = wording.printable(description)
         self._total = total
         self._start = self._step = start
         self._text = ""
@@ -75,7 +77,7 @@ class Progress:
         """Moves to `step` finished steps; `text` is shown beside them."""
         self._step = step
         self._first = self._first or (step, time.monotonic())
-        self._text = text or self._text
+        self._text = wording.printable(text) or self._text
         if not self._open:
             return
         if self._task is not None:
@@ -150,13 +152,14 @@ def _open_bar(description: str, total: int | None, start: int) -> Any:
 
     if _display is None:
         _display = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            # A name of a file may look like rich's markup.
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[text]}"),
+            progress.TextColumn("{task.fields[text]}", markup=False),
             console=console.Console(stderr=True),
         )
         _display.start()

@@ -20,6 +20,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from gecko_jax import fields
+
 # Longer inputs are always a mistake in the data (a whole file in one field): the
 # encoder reads a few hundred tokens of it.
 MAX_CHARACTERS = 200_000
@@ -33,6 +35,15 @@ _BARE = "{text}"
 
 # Query template of imported models with several prompts, before `prompts` was a field.
 _OLD_PROMPTS = "{task_description}{text}"
+
+_FIELDS = {
+    "query": fields.optional(fields.TEXT),
+    "passage": fields.optional(fields.TEXT),
+    "no_title": fields.optional(fields.TEXT),
+    "task_descriptions": fields.optional(fields.map_of(fields.TEXT)),
+    "symmetric_tasks": fields.optional(fields.list_of(fields.TEXT)),
+    "prompts": fields.optional(fields.map_of(fields.TEXT)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +161,19 @@ class TextFormat:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
-        """Inverse of `to_dict`; also reads how prompts were stored before."""
-        read = {
-            **values,
-            "task_descriptions": dict(values.get("task_descriptions", {})),
-            "symmetric_tasks": tuple(values.get("symmetric_tasks", ())),
-            "prompts": dict(values.get("prompts", {})),
+        """Inverse of `to_dict`; also reads how prompts were stored before.
+
+        Raises:
+            ValueError: A field is unknown, or is not what `to_dict` writes.
+        """
+        fields.check("text_format", values, _FIELDS, "restore it", only=True)
+        read = {name: value for name, value in values.items() if value is not None}
+        read |= {
+            "task_descriptions": dict(read.get("task_descriptions", {})),
+            "symmetric_tasks": tuple(read.get("symmetric_tasks", ())),
+            "prompts": dict(read.get("prompts", {})),
         }
-        passage = str(read.get("passage", ""))
+        passage = read.get("passage", "")
         prompts = read["task_descriptions"]
         if (
             read.get("query") == _OLD_PROMPTS

@@ -127,7 +127,7 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """Returns what `embed_file` wrote about the vectors of `folder`."""
     try:
         return checksums.read_object(
-            pathlib.Path(folder) / _SETTINGS,
+            files.member(pathlib.Path(folder), _SETTINGS),
             _FIELDS,
             remedy="remove the folder and embed again",
             # Folders made before there was a choice do not name it.
@@ -158,10 +158,22 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
     num_texts, dim = settings["num_texts"], settings["dim"]
     precision = settings["precision"]
     width = quantization.width(precision, dim)
+    num_shards = -(-num_texts // settings["shard_rows"])
+    num_bytes = num_texts * width * np.dtype(quantization.dtype(precision)).itemsize
+    # Before anything of the size that the settings claim is allocated.
+    for shard in range(num_shards):
+        path = _shard_path(folder, shard)
+        if not path.exists():
+            raise _lost(path, shard, num_shards)
+        num_bytes -= path.stat().st_size
+    if num_bytes > 0:
+        raise ValueError(
+            f"{folder}: its shards hold less than the {num_texts:,} texts that "
+            f"{_SETTINGS} names; remove the folder and embed again"
+        )
     values = np.empty((num_texts, width), quantization.dtype(precision))
     ranges = None
     ids: list[str] = []
-    num_shards = -(-num_texts // settings["shard_rows"])
     for shard in range(num_shards):
         path = _shard_path(folder, shard)
         expected = min(settings["shard_rows"], num_texts - len(ids))
@@ -174,10 +186,7 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
             or (loaded.ranges is None) == (precision == quantization.INT8)
             or not (shard == 0 or _are_equal(loaded.ranges, ranges))
         ):
-            raise ValueError(
-                f"{path}: missing or damaged (shard {shard + 1} of {num_shards}); run "
-                "the same `gecko embed` again, which makes only what is missing"
-            )
+            raise _lost(path, shard, num_shards)
         values[len(ids) : len(ids) + expected] = loaded.vectors
         ranges = loaded.ranges
         ids.extend(loaded.ids)
@@ -204,8 +213,15 @@ def _write_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     checksums.write_object(path, settings)
 
 
+def _lost(path: pathlib.Path, shard: int, num_shards: int) -> ValueError:
+    return ValueError(
+        f"{path}: missing or damaged (shard {shard + 1} of {num_shards}); run the same "
+        "`gecko embed` again, which makes only what is missing"
+    )
+
+
 def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-    return folder / f"shard-{shard:05}.npz"
+    return files.member(folder, f"shard-{shard:05}.npz")
 
 
 class _Shard(NamedTuple):
@@ -247,9 +263,14 @@ def _load_shard(path: pathlib.Path) -> _Shard | None:
             sizes = [member.file_size for member in shard.zip.infolist()]
             if sum(sizes) > path.stat().st_size:
                 return None
-            ids = shard["ids"]
+            ids, vectors, ranges = (
+                shard.get(name) for name in ("ids", "vectors", "ranges")
+            )
             if ids.ndim != 1 or ids.dtype.kind != "U":
                 return None
-            return _Shard(ids.tolist(), shard["vectors"], shard.get("ranges"))
+            # A member that is no array comes as its bytes.
+            if not isinstance(vectors, np.ndarray) or isinstance(ranges, bytes):
+                return None
+            return _Shard(ids.tolist(), vectors, ranges)
     except Exception:  # Of a damaged file, numpy and zipfile raise many kinds.
         return None

@@ -8,6 +8,7 @@ import time
 
 import flax.serialization
 import msgpack
+import mutations
 import numpy as np
 import pytest
 
@@ -228,23 +229,6 @@ def test_memory_is_a_limit(inline, monkeypatch):
         _read(T5X / "legacy_f32" / "checkpoint_1000")
 
 
-def _mutate_bytes(random_, content):
-    content = bytearray(content)
-    kind = random_.randrange(4)
-    if kind == 0 and content:
-        for _ in range(random_.choice((1, 1, 2, 8))):
-            content[random_.randrange(len(content))] = random_.randrange(256)
-    elif kind == 1:
-        del content[random_.randrange(len(content) + 1) :]
-    elif kind == 2:
-        begin = random_.randrange(len(content) + 1)
-        content[begin:begin] = random_.randbytes(random_.randrange(1, 9))
-    else:
-        begin = random_.randrange(len(content) + 1)
-        del content[begin : begin + random_.randrange(1, 9)]
-    return bytes(content)
-
-
 VALUES = (
     *(None, True, -1, 2**63, 1.5, float("nan"), "", "text", "layers_7", b"\xff"),
     *([], [[]], [2**40], {}, {"kvstore": {}}, {"a": {"b": []}}, 10**6 * "x"),
@@ -253,7 +237,7 @@ VALUES = (
 )
 
 
-def _mutate_tree(random_, content):
+def _mutate_tree(content, random_):
     """Replaces a field, a key, or a part of the array of a leaf."""
     tree = msgpack.unpackb(content, strict_map_key=False)
     node = tree
@@ -302,8 +286,8 @@ def test_mutants_of_a_file_are_read_or_refused(inline, expected):
     outcomes = []
     for seed in range(120):
         random_ = random.Random(seed)
-        mutate = _mutate_tree if seed % 2 else _mutate_bytes
-        inline.write_bytes(mutate(random_, content))
+        mutate = _mutate_tree if seed % 2 else mutations.mutate_bytes
+        inline.write_bytes(mutate(content, random_))
         outcomes.append(_check(inline.parent, expected, seed))
     assert outcomes.count("error") > 30
 
@@ -320,7 +304,7 @@ def test_mutants_of_a_folder_are_read_or_refused(form, tmp_path, expected):
         random_ = random.Random(seed)
         path = random_.choice(about if seed % 3 else paths)
         content = path.read_bytes()
-        path.write_bytes(_mutate_bytes(random_, content))
+        path.write_bytes(mutations.mutate_bytes(content, random_))
         outcomes.append(_check(folder, expected, seed))
         path.write_bytes(content)
     assert "error" in outcomes

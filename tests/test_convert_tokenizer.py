@@ -267,7 +267,7 @@ def edit(path, **values):
             r"added tokens \('\[QRY\]'\) and the pre_tokenizer Metaspace",
         ),
         ("added_tokens.json", {"[QRY]": 9_000}, "the added tokens have the ids 9000"),
-        ("added_tokens.json", {"[QRY]": "x"}, "invalid literal"),
+        ("added_tokens.json", {"[QRY]": "x"}, "not a whole number"),
         ("special_tokens_map.json", {"eos_token": "<eos>"}, "eos_token is '<eos>'"),
         (
             "special_tokens_map.json",

@@ -152,7 +152,7 @@ def test_vectors_come_from_npy_or_json_lines(pairs, tmp_path):
         json.dumps({"_id": texts[0].id, "vector": "much"})
     )
     for name, message in (
-        ("short.npy", r"shape is \(8, 6\), and there are 9 texts"),
+        ("short.npy", r"holds float32 \(8, 6\), not .* \[9, any\]\); it needs a row"),
         ("short.jsonl", f"no vector for 1 of 9 texts, such as `_id` '{texts[0].id}'"),
         ("other.jsonl", "none of the texts"),
         ("words.jsonl", "list of numbers"),

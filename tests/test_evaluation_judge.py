@@ -297,7 +297,9 @@ def test_results_of_another_model_are_refused(results, tiny_files):
 
 def test_a_file_that_is_no_results_is_refused(tmp_path):
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"not the results\.json"):
+    with pytest.raises(
+        ValueError, match=r"no rows, no about\); give the results\.json"
+    ):
         evaluation.read(tmp_path / "r.json")
     with pytest.raises(ValueError, match="no such file"):
         evaluation.read(tmp_path / "none.json")

@@ -4,6 +4,7 @@ import json
 
 import fake_llm
 import fret_runs
+import mutations
 import pytest
 
 from gecko_jax import config as config_lib
@@ -51,3 +52,18 @@ def test_rare_tasks_are_search_results(corpus, tmp_path):
     described = {t["task_description"] for t in triples}
     assert len(described) == 3
     assert len({t["task"] for t in triples} - {export.OTHER_TASK}) <= 1
+
+
+def test_a_licence_is_no_markup_in_the_card(corpus, tmp_path):
+    lines = [
+        json.loads(line) | {"licence": mutations.HOSTILE} for line in corpus.open()
+    ]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with fake_llm.FakeServer() as fake:
+        config = fret_runs.load(corpus, fake.url)
+        config.llm.licence = mutations.HOSTILE
+        run_lib.run(config, tmp_path / "run")
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert card.count("INJECTED") >= 2
+    for markup in ("\n# INJECTED", "<script", "](javascript", "\x1b", "\x9b"):
+        assert markup not in card

@@ -5,7 +5,6 @@ return, or raise a `ValueError`; nothing else, soon, and without taking the memo
 a file only claims to need.
 """
 
-import copy
 import dataclasses
 import json
 import random
@@ -17,6 +16,7 @@ import time
 import fake_llm
 import fret_runs
 import pytest
+from mutations import end_well, mutate, mutate_text
 
 from gecko_jax.fret import (
     decoder_files,
@@ -31,72 +31,6 @@ from gecko_jax.fret import (
 )
 from gecko_jax.fret import run as run_lib
 from tests import tiny_decoder
-
-ODD = (
-    *(None, True, False, 0, -1, 1, 2.5, -0.0, 10**400, -(10**400), 2**63, 1e308),
-    *(float("nan"), float("inf"), float("-inf"), "", "x", "\ud800", "\x1b[31m"),
-    *([], [None], [[]], {}, {"a": 1}, [0] * 50, "9" * 5_000),
-)
-
-
-def places(value, path=()):
-    """Every place within a JSON value."""
-    yield path
-    if isinstance(value, dict):
-        for name, part in value.items():
-            yield from places(part, (*path, name))
-    elif isinstance(value, list):
-        for number, part in enumerate(value[:4]):
-            yield from places(part, (*path, number))
-
-
-def mutate(value, rng):
-    """A copy with one change."""
-    value = copy.deepcopy(value)
-    path = rng.choice(list(places(value))[1:] or [()])
-    if not path:
-        return rng.choice(ODD)
-    parent = value
-    for step in path[:-1]:
-        parent = parent[step]
-    kind = rng.random()
-    if kind < 0.2:
-        del parent[path[-1]]
-    elif kind < 0.3 and isinstance(parent, list):
-        parent.append(copy.deepcopy(parent[path[-1]]))
-    elif kind < 0.3:
-        parent["unknown"] = rng.choice(ODD)
-    elif kind < 0.4 and type(parent[path[-1]]) in (int, float):
-        parent[path[-1]] *= rng.choice((-1, 2, 1_000, 10**12))
-    else:
-        parent[path[-1]] = rng.choice(ODD)
-    return value
-
-
-def mutate_text(value, rng):
-    """JSON text with one change of its value, or now and then of its characters."""
-    kind = rng.random()
-    text = json.dumps(mutate(value, rng) if kind < 0.85 else value)
-    if kind >= 0.95:
-        return text[: rng.randrange(len(text))]
-    if kind >= 0.9:
-        place = rng.randrange(len(text))
-        return text[:place] + rng.choice('{}[]",:0x') + text[place + 1 :]
-    return text if kind < 0.87 else "[" * 5_000 + text + "]" * 5_000
-
-
-def end_well(act, what):
-    """Runs `act`, which may return or raise a ValueError that explains itself."""
-    begin, told, result = time.monotonic(), "an error without words", None
-    try:
-        result = act()
-    except ValueError as error:
-        told = str(error)
-    assert told, what
-    assert "\x1b" not in told, what
-    assert time.monotonic() - begin < 5.0, what
-    return result
-
 
 # --- Answers ------------------------------------------------------------------------
 

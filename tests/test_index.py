@@ -127,16 +127,26 @@ def test_a_missing_or_cut_file_is_named(tmp_path, name, change):
 @pytest.mark.parametrize(
     ("name", "before", "after", "message"),
     [
-        ("index.json", '"dim": 6', '"dim": "6"', r'index\.json.*dim is "6"'),
-        ("index.json", '"dim": 6', '"dim": 0', r"index\.json.*dim is 0"),
+        (
+            "index.json",
+            '"dim": 6',
+            '"dim": "6"',
+            r'index\.json.*dim must be .*, not "6"',
+        ),
+        ("index.json", '"dim": 6', '"dim": 0', r"index\.json.*dim must be .*, not 0"),
         ("index.json", '"revision"', '"version"', r"index\.json.*no revision"),
-        ("index.json", '"float32"', '"float31"', r'index\.json.*is "float31"'),
+        (
+            "index.json",
+            '"float32"',
+            '"float31"',
+            r'index\.json.*must be .*, not "float31"',
+        ),
         ("passages.jsonl", '"p3"', "[3]", r"passages\.jsonl:4: .*_id is a list"),
         ("passages.jsonl", '"text": "t3"', '"text": 3', r"jsonl:4: .*text is a number"),
         ("passages.jsonl", '"p3"', '"p2"', "index: .*'p2' comes twice"),
         ("passages.jsonl", ', "text": "t3"', "", r"jsonl:4: .*lines before have"),
         ("passages.jsonl", '{"_id": "p3"', '{"_id" "p3"', r"jsonl:4: missing or"),
-        ("vectors.npy", "{'descr'", "{('escr'", r"vectors\.npy: missing or damaged"),
+        ("vectors.npy", "{'descr'", "{('escr'", r"vectors\.npy: damaged"),
     ],
 )
 def test_an_edited_file_is_named(tmp_path, name, before, after, message):

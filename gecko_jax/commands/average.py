@@ -67,8 +67,8 @@ def average(options: argparse.Namespace) -> None:
     )
     for model, cosine in zip(done.inputs, (None, *done.cosines), strict=True):
         near = "" if cosine is None else f", cosine {cosine:.4f} with the one before"
-        print(f"{model['weight']:.3f}  {averaging.describe(model)}{near}")
-    print(
+        parsing.say(f"{model['weight']:.3f}  {averaging.describe(model)}{near}")
+    parsing.say(
         f"{options.output}: {options.method} of {len(done.inputs)} models, revision "
         f"{done.model_files.revision}. Load it with gecko_jax.load({options.output!r})"
     )

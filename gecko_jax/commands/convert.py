@@ -112,7 +112,7 @@ def import_(options: argparse.Namespace) -> None:
     config = written.encoder_config
     leaves = parameters.flatten(written.params).values()
     size = sum(tensors.num_values(leaf.shape) for leaf in leaves)
-    print(
+    parsing.say(
         f"{options.output}: {size / 1e6:,.1f}M parameters, {config.num_layers} layers, "
         f"{config.embedding_dim} dims, revision {written.revision}. Load it with "
         f"gecko_jax.load({options.output!r})"
@@ -156,12 +156,12 @@ def export(options: argparse.Namespace) -> None:
         model_folder.save_model(output, model_files, dtype=options.dtype)
         use = f"gecko_jax.load({options.output!r})"
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(
+    parsing.say(
         f"{output}: step {model_files.step} of {options.model}, {size / 1e6:,.1f} MB. "
         f"Load it with {use}"
     )
     if options.push:
-        print(to_hub.push(output, options.push))
+        parsing.say(to_hub.push(output, options.push))
 
 
 def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> None:

@@ -179,30 +179,32 @@ def show(options: argparse.Namespace) -> None:
     )
     found = summary.summarize(batches, options.count)
     batch = batches.batch(0)
-    print(
+    parsing.say(
         f"{wording.counted(found['num_examples'], 'example')}, "
         f"{config.data.batch_size:,} a step; mixture {found['mixture_hash']}"
     )
     for task in found["tasks"]:
-        print(
-            f"\n{task['name']}: {wording.counted(task['num_examples'], 'example')}, "
-            f"{task['rate']:.1%} of the mixture; licence {task['licence']}"
+        parsing.say(
+            f"\n{wording.printable(task['name'])}: "
+            f"{wording.counted(task['num_examples'], 'example')}, "
+            f"{task['rate']:.1%} of the mixture; licence "
+            f"{wording.printable(task['licence'])}"
         )
         if task["touches"]:
-            print(f"  may hold texts of {', '.join(task['touches'])}")
+            parsing.say(f"  may hold texts of {', '.join(task['touches'])}")
         for example in task["examples"]:
-            print()
+            parsing.say()
             _print_text("query", example["query"], len(example["query_tokens"]))
             _print_text(
                 "positive", example["positive"], len(example["positive_tokens"])
             )
             for negative in example["negatives"]:
                 _print_text("negative", negative)
-    print("\nThe first batch:")
+    parsing.say("\nThe first batch:")
     for side in ("query", "passage"):
         used = batch[f"{side}_segment_ids"] > 0
         rows, length = used.shape
-        print(
+        parsing.say(
             f"  {side}: {wording.counted(rows, 'row')} of {length} tokens, "
             f"{1 - used.mean():.0%} padding, "
             f"{wording.counted(len(batch[f'{side}_index']), 'text')}"
@@ -231,7 +233,7 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
             strict=True,
         )
     )
-    print(
+    parsing.say(
         f"{name}: {wording.counted(len(tasks), 'task')}, temperature "
         f"{drawn.temperature:g}, cap {drawn.cap or 'none'}; rates are ours, "
         "among the tasks of known size"
@@ -240,19 +242,19 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
         state = "" if task.files else "; not prepared"
         count = wording.counted(size, "example") if size else "unknown size"
         rate = f"{share[task.name]:.1%}" if task.name in share else "-"
-        print(f"\n{task.name}: {count}, {rate}; licence {task.licence}{state}")
+        parsing.say(f"\n{task.name}: {count}, {rate}; licence {task.licence}{state}")
         form = ", symmetric" if task.symmetric else ""
-        print(f"  {task.source or 'JSONL'}; t = {task.task_description!r}{form}")
+        parsing.say(f"  {task.source or 'JSONL'}; t = {task.task_description!r}{form}")
         if task.restricted:
-            print(f"  restricted: {task.restricted}")
+            parsing.say(f"  restricted: {task.restricted}")
         if task.touches:
-            print(f"  may hold texts of {', '.join(task.touches)}")
+            parsing.say(f"  may hold texts of {', '.join(task.touches)}")
 
 
 def _print_text(name: str, text: str, tokens: int | None = None) -> None:
     note = f" ({wording.counted(tokens, 'token')})" if tokens is not None else ""
     body = wording.printable(textwrap.shorten(text, 400, placeholder=" ..."))
-    print(
+    parsing.say(
         textwrap.fill(
             f"{name}{note}: {body}",
             width=88,
@@ -267,7 +269,7 @@ def vocabulary(options: argparse.Namespace) -> None:
     from gecko_jax.data import pieces
 
     trained = pieces.train_vocabulary(options.files, options.output, options.size)
-    print(
+    parsing.say(
         f"{options.output}: {trained.size:,} pieces, fingerprint "
         f"{trained.fingerprint}. Use it with --config.data.vocabulary={options.output}"
     )
@@ -310,7 +312,7 @@ def prepare(options: argparse.Namespace) -> None:
         skip_top=options.skip_top,
         build=build,
     )
-    print(
+    parsing.say(
         f"{options.output}: {wording.counted(summary.examples, 'example')}, "
         f"{wording.counted(summary.mined, 'negative')} mined. Train on them with "
         f"--config.data.files={options.output}"
@@ -318,12 +320,12 @@ def prepare(options: argparse.Namespace) -> None:
     if summary.short:
         below = f" below the best {options.skip_top:,}" if options.skip_top else ""
         shares = "" if options.model else " that shares a word with the query"
-        print(
+        parsing.say(
             f"fewer than {options.negatives} for {summary.short:,} of them: their task "
             f"has no other passage left{shares}{below}"
         )
     elif not summary.mined:
-        print(
+        parsing.say(
             f"each has {options.negatives} already, and what a line has is kept; give "
             "the pairs without them, or ask for more with --negatives"
         )
@@ -340,14 +342,14 @@ def _prepare_set(task: Any, options: argparse.Namespace) -> None:
         tfds_data_dir=options.tfds_data_dir,
         negatives=options.negatives,
     )
-    print(
+    parsing.say(
         f"{summary.folder}: {wording.counted(summary.examples, 'example')}; licence "
         f"{task.licence}"
     )
     for reason, count in sorted(summary.dropped.items(), key=lambda item: -item[1]):
-        print(f"  left out {count:,}: {reason}")
+        parsing.say(f"  left out {count:,}: {reason}")
     if task.mine and summary.without_negative:
-        print(
+        parsing.say(
             f"  {summary.without_negative:,} have fewer hard negatives than "
             f"{options.negatives}"
         )

@@ -72,8 +72,8 @@ def cache(options: argparse.Namespace) -> None:
             for name, n in stats.items()
             if name.endswith("_tokens") and not name.endswith("_max_tokens")
         )
-        print(
+        parsing.say(
             f"{folder}: {wording.counted(stats['examples'], 'example')}, "
             f"{wording.counted(tokens, 'token')}"
         )
-    print(f"Train on them with --config.data.cache_dir={options.output}")
+    parsing.say(f"Train on them with --config.data.cache_dir={options.output}")

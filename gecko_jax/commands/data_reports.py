@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gecko_jax import flags, wording
+from gecko_jax.commands import parsing
 
 # Upper ends of the bins of a histogram, in tokens; one more holds all longer texts.
 _BINS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -35,7 +36,7 @@ def report(options: argparse.Namespace) -> None:
         config_lib.check(config)
     tasks, drawn, missing = _resolve(options, config)
     if missing:
-        print(f"Not prepared, and left out: {', '.join(missing)}")
+        parsing.say(f"Not prepared, and left out: {', '.join(missing)}")
     if options.stats:
         _print_stats(_collect(config, tasks, drawn), options.output)
     if options.decontaminate:
@@ -99,7 +100,7 @@ def _print_stats(found: Any, output: str | None) -> None:
     total = sum(task.num_examples for task in found.tasks)
     sampled = sum(task.num_sampled for task in found.tasks)
     whole = "all" if sampled == total else f"a random sample of {sampled:,}"
-    print(
+    parsing.say(
         f"{wording.counted(len(found.tasks), 'task')}, "
         f"{wording.counted(total, 'line')}; tokens are those of {whole}"
     )
@@ -129,9 +130,9 @@ def _print_stats(found: Any, output: str | None) -> None:
             "tokens lost",
             f"≤{_BINS[0]} to >{_BINS[-1]}",
         ]
-        print(f"\n{'queries' if side == 'query' else 'passages'}, in tokens:")
+        parsing.say(f"\n{'queries' if side == 'query' else 'passages'}, in tokens:")
         _print_table(header, rows)
-    print(
+    parsing.say(
         f"\nshare of padding in {found.num_batches} batches drawn from the sample (the "
         f"config has data.packing={shape.packing}):"
     )
@@ -143,7 +144,7 @@ def _print_stats(found: Any, output: str | None) -> None:
             for name, packing in (("one text a row", False), ("packed", True))
         ],
     )
-    print("\nlines whose text stands on an earlier line of the task:")
+    parsing.say("\nlines whose text stands on an earlier line of the task:")
     header = ["task", "query", "positive", "pair"]
     _print_table(
         header,
@@ -160,7 +161,7 @@ def _print_stats(found: Any, output: str | None) -> None:
         ],
     )
     if found.overlaps:
-        print("\ndifferent texts that two tasks share:")
+        parsing.say("\ndifferent texts that two tasks share:")
         _print_table(
             ["tasks", *header[1:]],
             [
@@ -169,12 +170,12 @@ def _print_stats(found: Any, output: str | None) -> None:
             ],
         )
     else:
-        print("\nno two tasks share a query or a positive")
+        parsing.say("\nno two tasks share a query or a positive")
     for task in found.tasks:
         if task.descriptions:
             shown = list(task.descriptions.items())[:_DESCRIPTIONS]
             lines = wording.counted(sum(task.descriptions.values()), "line")
-            print(
+            parsing.say(
                 f"\n{task.name}: task descriptions of their own on {lines}, "
                 f"{len(task.descriptions):,} in all: "
                 + ", ".join(f"{name!r} {count:,}" for name, count in shown)
@@ -190,7 +191,7 @@ def _print_stats(found: Any, output: str | None) -> None:
                 shape.passage_length,
                 temporary,
             )
-        print(f"\n{output}: the lengths of each task")
+        parsing.say(f"\n{output}: the lengths of each task")
 
 
 def _histogram(lengths: Any) -> str:
@@ -207,13 +208,14 @@ def _histogram(lengths: Any) -> str:
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints columns of equal width: the first to the left, numbers to the right."""
+    rows = [[wording.printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = [
             cell.ljust(width) if not place else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  ".join(["", *cells]).rstrip())
+        parsing.say("  ".join(["", *cells]).rstrip())
 
 
 def _read_sets(names: Sequence[str]) -> Any:
@@ -226,7 +228,7 @@ def _print_contamination(tasks: Sequence[Any], known: Any, count: int) -> None:
     from gecko_jax import contamination
     from gecko_jax.data import decontamination
 
-    print(
+    parsing.say(
         f"\ntexts of {', '.join(known.sets)} in the tasks' lines: the same words, "
         f"or {contamination.COMMON_WORDS} in a row (a whole text from "
         f"{contamination.LEAST_WORDS} on)"
@@ -245,17 +247,17 @@ def _print_contamination(tasks: Sequence[Any], known: Any, count: int) -> None:
         for name, found in report.shared.items()
     ]
     if rows:
-        print("\nlines that hold a text of a set, and what that is there:")
+        parsing.say("\nlines that hold a text of a set, and what that is there:")
         header = ["task", "lines", "set", "with a hit", "same text", "a text that is"]
         _print_table(header, rows)
     for report in reports:
         if not report.shared:
-            print(
+            parsing.say(
                 f"\n{report.task}: none in {wording.counted(report.num_lines, 'line')}"
             )
         for hit in report.examples:
             how = "the same text" if hit.match.is_same else "words in a row"
             body = textwrap.shorten(hit.match.shared, 200, placeholder=" ...")
-            print(f"\n{report.task}, {hit.place}: the {hit.part} holds")
-            print(f"  {hit.match.side} {hit.match.id} of {hit.match.set}, {how}:")
-            print(textwrap.indent(textwrap.fill(body, width=84), "    "))
+            parsing.say(f"\n{report.task}, {hit.place}: the {hit.part} holds")
+            parsing.say(f"  {hit.match.side} {hit.match.id} of {hit.match.set}, {how}:")
+            parsing.say(textwrap.indent(textwrap.fill(body, width=84), "    "))

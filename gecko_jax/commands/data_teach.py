@@ -65,7 +65,7 @@ def teach(options: argparse.Namespace) -> None:
         with files.write_file(options.texts) as temporary, temporary.open("w") as file:
             for text in texts:
                 file.write(json.dumps(text.to_dict(), ensure_ascii=False) + "\n")
-        print(
+        parsing.say(
             f"{options.texts}: {wording.counted(len(texts), 'text')}. Embed each line, "
             "and give the vectors to the same command with --vectors"
         )
@@ -81,7 +81,7 @@ def teach(options: argparse.Namespace) -> None:
         made_by=options.model or options.vectors,
         dim=options.dim,
     )
-    print(
+    parsing.say(
         f"{options.output}: {wording.counted(settings['num_texts'], 'vector')} of "
         f"{wording.counted(settings['dim'], 'dim')}. Train towards them with "
         f"--config.data.teacher={options.output} "

@@ -71,7 +71,7 @@ def embed(options: argparse.Namespace) -> None:
     )
     settings = vectors.read_settings(folder)
     size = quantization.bytes_per_vector(options.precision, settings["dim"])
-    print(
+    parsing.say(
         f"{folder}: {wording.counted(settings['num_texts'], 'vector')} of "
         f"{wording.counted(settings['dim'], 'dim')}, "
         f"{options.precision}, {wording.counted(size, 'byte')} each"
@@ -84,7 +84,7 @@ def index(options: argparse.Namespace) -> None:
 
     built = index_lib.from_embeddings(options.vectors)
     built.save(options.output)
-    print(
+    parsing.say(
         f"{options.output}: an index of {wording.counted(len(built), 'text')}, "
         f"{built.codes.precision}, "
         f"{wording.counted(built.codes.bytes_per_vector, 'byte')} each"

@@ -95,10 +95,10 @@ def evaluate(options: argparse.Namespace) -> None:
         beside={name: embedding.load(name) for name in options.beside},
     )
     width = shutil.get_terminal_size((120, 24)).columns
-    print(evaluation.format_table(results, max(width, 80)))
+    parsing.say(evaluation.format_table(results, max(width, 80)))
     if options.output:
         for path in evaluation.save(results, options.output):
-            print(path)
+            parsing.say(path)
 
 
 def _evaluate_suites(options: argparse.Namespace) -> None:
@@ -129,9 +129,9 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
     model = embedding.load(options.model)
     name = pathlib.Path(options.model).resolve().name
     board = suites.run(model, config, options.output, name)
-    print(scoreboard.format_board(board))
+    parsing.say(scoreboard.format_board(board))
     for path in scoreboard.save(board, options.output):
-        print(path)
+        parsing.say(path)
     if board.failures:
         count = len({task.name for tasks in board.suites.values() for task in tasks})
         raise ValueError(

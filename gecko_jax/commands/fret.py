@@ -159,25 +159,27 @@ def plan(options: argparse.Namespace) -> None:
     from gecko_jax.fret import measure
 
     found = measure.plan(config, pathlib.Path(options.workdir), options.sample)
-    print(
+    parsing.say(
         f"{wording.counted(found.passages, 'passage')}; {found.kept:.0%} of the sample "
         f"gave a query ({wording.counted(found.sample, 'request')} sent to find out)\n"
     )
-    print(f"{'':12}{'requests':>14}{'tokens in':>16}{'tokens out':>14}{'hours':>10}")
+    parsing.say(
+        f"{'':12}{'requests':>14}{'tokens in':>16}{'tokens out':>14}{'hours':>10}"
+    )
     for kind in found.kinds:
-        print(
+        parsing.say(
             f"{kind.name:12}{kind.requests:>14,}"
             f"{kind.requests * kind.prompt_tokens:>16,.0f}"
             f"{kind.requests * kind.completion_tokens:>14,.0f}"
             f"{kind.requests * kind.seconds / 3600:>10,.2f}"
         )
     total = sum(kind.requests for kind in found.kinds)
-    print(
+    parsing.say(
         f"\n{wording.counted(total, 'request')}, {found.hours:,.2f} hours, cost "
         f"{found.cost:,.2f}"
     )
     if not config.llm.price_input and not config.llm.price_output:
-        print("Without prices: set llm.price_input, llm.price_output for a cost")
+        parsing.say("Without prices: set llm.price_input, llm.price_output for a cost")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -196,19 +198,19 @@ def run(options: argparse.Namespace) -> None:
             beam_options=options.beam,
         )
     _print_stages(summary.stages)
-    print(
+    parsing.say(
         f"\nThis call: {wording.counted(budget.requests, 'request')}, "
         f"{wording.counted(budget.prompt_tokens, 'token')} read, "
         f"{budget.completion_tokens:,} written, cost {budget.cost:,.4f}"
     )
     if summary.stopped:
-        print(f"Stopped: {summary.stopped}. The same command goes on")
+        parsing.say(f"Stopped: {summary.stopped}. The same command goes on")
     elif summary.output:
-        print(
+        parsing.say(
             f"{summary.output}: train on it with --config.data.files={summary.output}"
         )
     else:
-        print("The stages asked for are made, or in the hands of other workers")
+        parsing.say("The stages asked for are made, or in the hands of other workers")
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -220,13 +222,15 @@ def calibrate(options: argparse.Namespace) -> None:
     budget = run_lib.open_budget(config, options.max_requests, options.max_cost)
     with _stop_at_termination():
         found = measure.calibrate(config, pathlib.Path(options.workdir), budget=budget)
-    print(f"{found.seeds} held-out seeds, {found.candidates:.1f} candidates each\n")
+    parsing.say(
+        f"{found.seeds} held-out seeds, {found.candidates:.1f} candidates each\n"
+    )
     for name, value in found.mrr.items():
         error = found.standard_error.get(name)
         spread = f" ± {error:.3f}" if error is not None else ""
-        print(f"{name:10} MRR {value:.3f}{spread}")
+        parsing.say(f"{name:10} MRR {value:.3f}{spread}")
     for warning in found.warnings:
-        print(f"\nwarning: {warning}")
+        parsing.say(f"\nwarning: {warning}")
 
 
 def bootstrap(options: argparse.Namespace) -> None:
@@ -247,7 +251,7 @@ def bootstrap(options: argparse.Namespace) -> None:
     )
     config_lib.check(training)
     train.train(training, options.output)
-    print(
+    parsing.say(
         f"{options.output}: trained on {wording.counted(count, 'pair')}; retrieve with "
         f"--config.retrieve.model={options.output}"
     )
@@ -258,7 +262,7 @@ def report(options: argparse.Namespace) -> None:
     config = _load(options)
     from gecko_jax.fret import report as report_lib
 
-    print(report_lib.write(config, pathlib.Path(options.workdir), options.rows))
+    parsing.say(report_lib.write(config, pathlib.Path(options.workdir), options.rows))
 
 
 def _print_stages(found: dict[str, dict[str, Any]]) -> None:
@@ -267,7 +271,7 @@ def _print_stages(found: dict[str, dict[str, Any]]) -> None:
             why = ", ".join(
                 f"{count:,} {why}" for why, count in done["dropped"].items()
             )
-            print(
+            parsing.say(
                 f"{name:11}{done['kept']:>10,} of {done['records']:,}"
                 f"{f'; dropped: {why}' if why else ''}"
             )

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gecko_jax import wording
+
 
 class UsageError(Exception):
     """A command line that cannot be understood."""
@@ -27,7 +29,8 @@ class Parser(argparse.ArgumentParser):
         if "arguments are required" in message:
             # A misspelt option is missing too, but the spelling is what to tell.
             self.refuse_unknown(self._arguments)
-        raise UsageError(f"{self.prog}: error: {message}\nSee {self.prog} --help")
+        told = wording.message(message)
+        raise UsageError(f"{self.prog}: error: {told}\nSee {self.prog} --help")
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
         """Raises for the first option that this parser does not have."""
@@ -130,6 +133,11 @@ def add_prepared_dir(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where prepared sets lie (~/.cache/gecko_jax/prepared)",
     )
+
+
+def say(text: object = "") -> None:
+    """Prints what a verb has done, with a mark in place of each escape code."""
+    print(wording.lines(str(text)))
 
 
 def path(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import shutil
 import sys
 import textwrap
@@ -64,7 +63,7 @@ def search(options: argparse.Namespace) -> None:
                 for s, i in zip(scores[row], ids[row], strict=True)
             ]
             if options.json:
-                print(json.dumps({"query": query, "hits": hits}, ensure_ascii=False))
+                print(wording.json_line({"query": query, "hits": hits}))
             else:
                 _print_hits(query, hits)
         if sys.stdout is not None:  # Closed.
@@ -92,7 +91,7 @@ def _answer_lines(answer: Callable[[list[str]], None]) -> None:
 
 
 def _tell(error: ValueError | str) -> None:
-    print(f"gecko search: {error}", file=sys.stderr)
+    print(f"gecko search: {wording.message(str(error))}", file=sys.stderr)
 
 
 def _read_lines() -> Iterator[tuple[str, str]]:

@@ -29,6 +29,9 @@ _ACTIVATIONS = {
 
 _SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
 
+# No size of a model is near this; larger ones are damage, and never allocated.
+_MOST = 2**24
+
 # Second names of the sizes, which transformers reads too.
 _ALIASES = {
     "hidden_size": "d_model",
@@ -171,10 +174,13 @@ def _read_sizes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     wrong = [
         f"{name}={sizes.get(name)!r}"
         for name in (*_SIZES, *sizes.keys() - set(_SIZES))
-        if type(sizes.get(name)) is not int or sizes[name] < 1
+        if type(sizes.get(name)) is not int or not 0 < sizes[name] <= _MOST
     ]
     if wrong:
-        faults.append(f"{', '.join(wrong)}, must be a whole number above 0")
+        faults.append(
+            f"{', '.join(wrong)[:300]}, must be a whole number above 0 and at most "
+            f"{_MOST:,}"
+        )
     return sizes, faults
 
 
@@ -258,6 +264,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is missing or damaged.
     """
+    path = files.member(path.parent, path.name)
     try:
         values = files.parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

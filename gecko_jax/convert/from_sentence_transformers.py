@@ -225,7 +225,7 @@ def add_projection(
 
 
 def _read_modules(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    path = folder / MODULES
+    path = files.member(folder, MODULES)
     try:
         modules = files.parse_json(path.read_text(encoding="utf-8"))
         modules = sorted(modules, key=lambda module: module["idx"])
@@ -255,7 +255,7 @@ def _read_modules(folder: pathlib.Path) -> dict[str, pathlib.Path]:
                 f"{path}: it names the folder {str(inside)!r}, outside its own; do not "
                 "use this model"
             )
-    return {kind: folder / place for kind, place in found}
+    return {kind: files.inside(folder, str(place)) for kind, place in found}
 
 
 def _check_pooling(path: pathlib.Path) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gecko_jax import model_folder
+from gecko_jax import model_folder, wording
 
 
 def write(
@@ -64,7 +64,7 @@ def _introduction(model_files: model_folder.ModelFiles) -> str:
         "2024): one T5 encoder for queries and passages, the mean of its hidden states"
         f"{', a projection' if config.projection else ''}, length 1. Made with "
         "gecko_jax; revision "
-        f"`{model_files.revision}`, step {model_files.step:,}.\n\n"
+        f"{wording.markdown_code(model_files.revision)}, step {model_files.step:,}.\n\n"
         f"- {config.num_layers} layers of width {config.model_dim}, "
         f"{config.vocab_size:,} tokens, vectors of {config.embedding_dim} entries\n"
         f"- prefixes trained to stand alone (MRL): {dims}"
@@ -106,10 +106,15 @@ def _format(
     model_files: model_folder.ModelFiles, prompts: Mapping[str, str], max_length: int
 ) -> str:
     text_format = model_files.text_format
-    rows = [f"| `{name}` | `{_escape(text)}` |" for name, text in prompts.items()]
+    rows = [
+        f"| {wording.markdown_code(name, in_table=True)} | "
+        f"{wording.markdown_code(text, in_table=True)} |"
+        for name, text in prompts.items()
+    ]
     if "{title}" in text_format.passage:
         written = text_format.passage.replace("{title}", "TITLE")
-        written = f"`{written.replace('{text}', 'TEXT')}`, with `prompt=''`"
+        written = wording.markdown_code(written.replace("{text}", "TEXT"))
+        written = f"{written}, with `prompt=''`"
     else:
         written = "`TITLE TEXT`"
     lengths = (
@@ -120,7 +125,7 @@ def _format(
         if model_files.query_length != model_files.passage_length
         else f"Texts are cut to {max_length} tokens, as in training."
     )
-    symmetric = ", ".join(f"`{task}`" for task in text_format.symmetric_tasks)
+    symmetric = ", ".join(map(wording.markdown_code, text_format.symmetric_tasks))
     parts = [
         "## Prompts\n\nWhat stands before a text belongs to the model; scores fall "
         "without it.",
@@ -144,8 +149,8 @@ def _training(model_files: model_folder.ModelFiles) -> str:
     tasks: Mapping[str, Any] = provenance.get("tasks") or {}
     if tasks:
         rows = [
-            f"| {name} | {facts.get('num_examples', 0):,} | "
-            f"{facts.get('licence') or 'not stated'} |"
+            f"| {wording.markdown(name)} | {facts.get('num_examples') or 0:,} | "
+            f"{wording.markdown(facts.get('licence') or 'not stated')} |"
             for name, facts in tasks.items()
         ]
         parts.append(
@@ -154,21 +159,28 @@ def _training(model_files: model_folder.ModelFiles) -> str:
     config = provenance.get("config") or {}
     loss = config.get("loss")
     if loss:
-        listed = ", ".join(f"`{key}={_json(value)}`" for key, value in loss.items())
+        listed = ", ".join(
+            wording.markdown_code(f"{key}={_json(value)}")
+            for key, value in loss.items()
+        )
         parts.append(f"Loss: {listed}.")
     if provenance.get("started_from"):
-        parts.append(f"Training started from `{provenance['started_from']}`.")
+        started = wording.markdown_code(str(provenance["started_from"]))
+        parts.append(f"Training started from {started}.")
     if config:
         parts.append(
             "<details><summary>The whole config</summary>\n\n```json\n"
-            f"{json.dumps(config, indent=2)}\n```\n\n</details>"
+            f"{_json_block(config)}\n```\n\n</details>"
         )
     others = {
         key: value
         for key, value in provenance.items()
         if key not in ("tasks", "config", "started_from")
     }
-    parts += [f"- {key}: `{_json(value)}`" for key, value in others.items()]
+    parts += [
+        f"- {wording.markdown(key)}: {wording.markdown_code(_json(value))}"
+        for key, value in others.items()
+    ]
     if not parts:
         parts = ["Nothing about the training is known."]
     return "## Training\n\n" + "\n\n".join(parts)
@@ -183,11 +195,11 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
         found = [row for row in rows if row["set"] == name]
         metrics = list(dict.fromkeys(m for row in found for m in row["metrics"]))
         table = [
-            ["system", "dims", *metrics],
+            ["system", "dims", *map(wording.markdown, metrics)],
             ["---"] * (len(metrics) + 2),
             *(
                 [
-                    row["system"],
+                    wording.markdown(row["system"]),
                     str(row["dim"] or ""),
                     *(
                         f"{row['metrics'][m]:.3f}" if m in row["metrics"] else ""
@@ -198,9 +210,13 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
             ),
         ]
         count = found[0]["count"]
-        parts.append(f"### {name}\n\n{count:,} queries or pairs.\n\n{_table(table)}")
+        parts.append(
+            f"### {wording.markdown(name)}\n\n{count:,} queries or pairs.\n\n"
+            f"{_table(table)}"
+        )
     about = scores.get("about", {})
-    evaluated = f"Revision `{about.get('revision')}`, as `gecko evaluate` prints it."
+    revision = wording.markdown_code(str(about.get("revision")))
+    evaluated = f"Revision {revision}, as `gecko evaluate` prints it."
     return "\n\n".join(["## Scores", evaluated, *parts])
 
 
@@ -213,9 +229,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "\\n")
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _json_block(value: Any) -> str:
+    """Returns JSON for a fenced block, where a string holds no HTML and no link."""
+    written = json.dumps(value, indent=2)
+    # Both come inside of strings only, where JSON has escapes for them.
+    return written.replace("<", "\\u003c").replace("](", "]\\u0028")

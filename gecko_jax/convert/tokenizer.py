@@ -21,7 +21,7 @@ from typing import Any
 from absl import logging
 
 from gecko_jax import config as config_lib
-from gecko_jax import model_folder, text, vocabulary
+from gecko_jax import fields, files, model_folder, text, vocabulary
 from gecko_jax.convert import from_hugging_face
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
@@ -39,6 +39,19 @@ _SENTINEL = r"▁?<extra_id_(\d+)>"
 
 # Those that read a text as SentencePiece does, or as `tokenizer.json` says.
 _CLASSES = ("T5", "MT5", "PreTrained", "TokenizersBackend", "SentencePieceBackend")
+_DAMAGED = "the file is damaged, copy it again"
+# SentencePiece takes no half of a surrogate pair.
+_CONTENT = fields.Kind(
+    "text", lambda v: isinstance(v, str) and not re.search(r"[\ud800-\udfff]", v)
+)
+# A token that a file lists with its id.
+_TOKEN = {
+    "content": _CONTENT,
+    "special": fields.optional(fields.FLAG),
+    "single_word": fields.optional(fields.FLAG),
+    "normalized": fields.optional(fields.FLAG),
+}
+_SCORE = fields.number()
 _CONFIG_RULES = {
     "tokenizer_class": config_lib.Rule(
         str,
@@ -116,7 +129,9 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> Tokenizer:
     path = folder / _TOKENIZER
     values = _read_if_there(path)
     names = (model_folder.VOCABULARY, *_SPIECE)
-    spiece = next((folder / n for n in names if (folder / n).is_file()), None)
+    spiece = next(
+        (files.member(folder, n) for n in names if (folder / n).is_file()), None
+    )
     try:
         if values:
             _check_steps(values, path)
@@ -254,7 +269,7 @@ def _read_pieces(
         )
     for entry in model["vocab"]:
         is_pair = isinstance(entry, list) and len(entry) == 2
-        if not is_pair or not isinstance(entry[0], str):
+        if not (is_pair and isinstance(entry[0], str) and _SCORE.holds(entry[1])):
             raise ValueError(
                 f"{path}: model.vocab holds {str(entry)[:80]}, not a piece and its "
                 "score; the file is damaged, copy it again"
@@ -389,12 +404,14 @@ def _read_listed(
     listed: dict[str, _Listed] = {}
 
     def add(entry: Mapping[str, Any], number: Any, source: pathlib.Path) -> None:
+        fields.check(f"{source}, an added token", entry, _TOKEN, _DAMAGED)
         content = entry["content"]
         is_special = bool(entry.get("special", content in special))
+        read_id = _read_id(number, content, source)
         try:
             token = vocabulary.AddedToken(
                 content,
-                int(number),
+                read_id,
                 bool(entry.get("single_word", False)),
                 # transformers' rule for a token that says nothing.
                 bool(entry.get("normalized", not is_special)),
@@ -417,6 +434,17 @@ def _read_listed(
     return listed
 
 
+def _read_id(number: Any, content: str, source: pathlib.Path) -> int:
+    """Returns the id of an added token; as a key of JSON, it is a text of digits."""
+    is_digits = isinstance(number, str) and number.isdecimal() and len(number) < 16
+    if not is_digits and not fields.COUNT.holds(number):
+        raise ValueError(
+            f"{source}: the id of the token {content!r} is not a whole number from 0; "
+            f"{_DAMAGED}"
+        )
+    return int(number)
+
+
 def _named(
     folder: pathlib.Path, config: Mapping[str, Any]
 ) -> list[tuple[str, pathlib.Path]]:
@@ -435,6 +463,11 @@ def _named(
                 continue
             for entry in entries:
                 content = entry if isinstance(entry, str) else entry["content"]
+                if not _CONTENT.holds(content):
+                    raise ValueError(
+                        f"{path}: {key} holds {files.kind(content)} that is not the "
+                        f"text of a token; {_DAMAGED}"
+                    )
                 found.append((content, path))
     return found
 
@@ -527,6 +560,12 @@ def _compare(
             error,
         )
         return
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # A panic of the library is no `Exception`.
+        raise ValueError(
+            f"{path}: the tokenizers library fails on it ({error}); {_DAMAGED}"
+        ) from None
     theirs.no_truncation()
     theirs.no_padding()
     theirs.encode_special_tokens = is_split
@@ -544,7 +583,13 @@ def _compare(
     # As Gecko reads them: its cleaning is part of the model here.
     probes = [text.clean(probe) for probe in probes]
     for probe, ours in zip(probes, vocab.encode(probes), strict=True):
-        found = theirs.encode(probe).ids
+        try:
+            found = theirs.encode(probe).ids
+        except Exception as error:  # the library raises no narrower kind
+            raise ValueError(
+                f"{path}: the tokenizers library cannot cut {probe!r} into tokens "
+                f"({error}); {_DAMAGED}"
+            ) from None
         if found == ours or _are_equally_good(vocab, found, ours):
             continue
         raise ValueError(

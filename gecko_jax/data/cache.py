@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from gecko_jax import checksums, files, progress, text, vocabulary
+from gecko_jax import checksums, fields, files, npy, progress, text, vocabulary
 from gecko_jax.data import (
     features,
     formatting,
@@ -46,6 +46,8 @@ BLOCK = 256
 
 _RECORDS, _ORDER = "records.array_record", "order.npy"
 _REMEDY = "delete the folder, and it will be built again"
+# What is known of a source file: its tasks, with the number of their lines.
+_EXAMPLES = fields.map_of(fields.COUNT)
 
 # Raised whenever the records, or what is written in them, change.
 _VERSION = 1
@@ -65,6 +67,8 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
     if note.exists():
         remedy = "delete it, and the source is read through again"
         examples = checksums.read_object(note, {}, remedy=remedy)
+        if not _EXAMPLES.holds(examples):
+            raise ValueError(f"{note}: not {_EXAMPLES.name} for each task; {remedy}")
         return jsonl.FileSummary(digest, examples)
     summary = jsonl.summarize(path)
     checksums.write_object(note, summary.examples)
@@ -227,15 +231,20 @@ class Reader:
         self._path = folder / _RECORDS
         try:
             info = checksums.read_object(
-                folder / "info.json", {"num_examples": int}, remedy=_REMEDY
+                files.member(folder, "info.json"),
+                {"num_examples": int},
+                remedy=_REMEDY,
             )
             # Records are read singly, in shuffled order: reading ahead and threads of
             # its own only cost time (1.4 against 0.65 ms for 24 records).
             self._reader = array_record_module.ArrayRecordReader(
                 str(self._path), options="readahead_buffer_size:0,max_parallelism:1"
             )
-            order = folder / _ORDER
-            self._order = np.load(order, mmap_mode="r") if order.exists() else None
+            order = files.member(folder, _ORDER)
+            self._order = None
+            if order.exists():
+                shape = (info["num_examples"],)
+                self._order = npy.open_array(order, shape, "i8", remedy=_REMEDY)
         except RuntimeError as error:
             raise self._damage(error) from error
         if len(self) != info["num_examples"]:
@@ -260,6 +269,11 @@ class Reader:
         places = list(numbers)
         if self._order is not None:
             places = self._order[places].tolist()
+            if places and not 0 <= min(places) <= max(places) < len(self):
+                raise ValueError(
+                    f"{self._path.with_name(_ORDER)}: damaged (it names an example "
+                    f"that is not there); {_REMEDY}"
+                )
         try:
             return self._reader.read(places)
         except RuntimeError as error:

@@ -13,6 +13,7 @@ negatives are mined, and some 100 bytes a line where they are not.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -24,7 +25,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import files, progress
+from gecko_jax import fields, files, progress
 from gecko_jax.data import jsonl, mining, preprocessors, sources
 from gecko_jax.data import tasks as tasks_lib
 
@@ -37,7 +38,15 @@ _PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
 # Raised whenever what a part holds changes.
 _VERSION = 2
 
-_FIELDS = {"facts": dict, "examples": int, "dropped": dict}
+_DROPPED = fields.map_of(fields.COUNT)
+_FIELDS = {
+    "facts": dict,
+    "examples": int,
+    "dropped": _DROPPED,
+    "without_negative": fields.COUNT,
+}
+_COUNTS = fields.list_of(fields.COUNT)
+_BEGIN_AGAIN = "delete the folder {} and run again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +171,7 @@ def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
     note = work / "facts.json"
     # Where nothing was read yet, as of a source that has been mended, all is open.
     if any(work.glob("pairs-*")):
-        if json.loads(note.read_text()) != facts:
+        if files.read_object(note, {}, remedy=_BEGIN_AGAIN.format(work)) != facts:
             raise ValueError(
                 f"{work}: was begun from another source, or by other settings, or the "
                 "source has changed since; delete it and run again"
@@ -186,7 +195,11 @@ def _write_pairs(
     """
     done = work / "pairs-done.json"
     if done.exists():
-        facts = json.loads(done.read_text())
+        facts = files.read_object(
+            done,
+            {"parts": fields.COUNT, "dropped": _DROPPED},
+            remedy=_BEGIN_AGAIN.format(work),
+        )
         return facts["parts"], facts["dropped"]
     dropped: collections.Counter[str] = collections.Counter()
     records = sources.read(location, tfds_data_dir=tfds_data_dir)
@@ -291,9 +304,20 @@ def _mine(
             )
             with files.write_file(note) as temporary:
                 temporary.write_text(json.dumps([len(pairs), bare]))
-        counts.append(json.loads(note.read_text()))
+        counts.append(_read_counts(note))
     examples, short = zip(*counts, strict=True)
     return sum(examples), sum(short)
+
+
+def _read_counts(note: pathlib.Path) -> list[int]:
+    counts: Any = None
+    with contextlib.suppress(ValueError):
+        counts = files.parse_json(note.read_text("utf-8"))
+    if not _COUNTS.holds(counts) or len(counts) != 2:
+        raise ValueError(
+            f"{note}: not two numbers of lines; {_BEGIN_AGAIN.format(note.parent)}"
+        )
+    return counts
 
 
 def _all_pairs(num_parts: int, work: pathlib.Path) -> Iterator[jsonl.Pair]:

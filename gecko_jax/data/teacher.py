@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt32, UInt64
 
-from gecko_jax import checksums, files, inputs
+from gecko_jax import checksums, files, inputs, npy
 from gecko_jax.data import features, jsonl
 
 SETTINGS = "teacher.json"
@@ -114,19 +114,15 @@ def read_vectors(
     files.check_is_file(path)
     if str(path).endswith(".npy"):
         try:
-            vectors = np.load(path, mmap_mode="r")
+            vectors = npy.open_array(
+                pathlib.Path(path),
+                (len(texts), None),
+                "f2 f4 f8 i1 i2 i4 i8",
+                remedy="it needs a row of numbers for each line of --texts, written "
+                "with numpy.save",
+            )
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; check the path") from None
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: not an .npy of numbers ({error}); write the array with "
-                "numpy.save"
-            ) from None
-        if vectors.ndim != 2 or len(vectors) != len(texts):
-            raise ValueError(
-                f"{path}: its shape is {vectors.shape}, and there are {len(texts):,} "
-                "texts; it needs a row for each line of --texts"
-            )
         for first in range(0, len(vectors), _BLOCK):
             yield vectors[first : first + _BLOCK]
         return
@@ -140,7 +136,7 @@ def read_vectors(
             )
         try:
             found[row] = np.asarray(record.get("vector"), np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found[row] = np.zeros(0, np.float32)
         first = next(iter(found.values()))
         if found[row].ndim != 1 or not first.size or found[row].shape != first.shape:
@@ -258,13 +254,6 @@ def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> 
     narrow.replace(path)
 
 
-def _open_array(path: pathlib.Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: damaged ({error}); {_REMEDY}") from error
-
-
 class Teacher:
     """The vectors of a folder, looked up by example.
 
@@ -283,26 +272,31 @@ class Teacher:
         Raises:
             ValueError: It is not there, damaged, or of another width.
         """
-        path = pathlib.Path(folder)
+        path = self._folder = pathlib.Path(folder)
         try:
             self.facts = checksums.read_object(
-                path / SETTINGS, {"dim": int, "sha256": str}, remedy=_REMEDY
+                files.member(path, SETTINGS),
+                {"dim": int, "sha256": str},
+                remedy=_REMEDY,
             )
+            self.dim = self.facts["dim"]
+            shapes = ((None,), (None,), (None, self.dim))
             self._keys, self._rows, self._vectors = (
-                _open_array(path / f"{name}.npy") for name in _ARRAYS
+                npy.open_array(
+                    files.member(path, f"{name}.npy"), shape, kind, remedy=_REMEDY
+                )
+                for name, shape, kind in zip(
+                    _ARRAYS, shapes, ("u8", "i8", "f2"), strict=True
+                )
             )
         except FileNotFoundError:
             raise ValueError(
                 f"data.teacher={folder}: no vectors of a teacher here; make them with "
                 "`gecko data teach`"
             ) from None
-        self.dim = self.facts["dim"]
-        size = (len(self._keys), self.dim)
-        if len(self._rows) != size[0] or self._vectors.shape != size:
-            raise ValueError(
-                f"data.teacher={folder}: damaged (its arrays do not fit each other); "
-                f"{_REMEDY}"
-            )
+        sizes = {len(self._keys), len(self._rows), len(self._vectors)}
+        if len(sizes) > 1 or 0 in sizes:
+            raise self._damage("its arrays do not fit each other")
         if self.dim != dim:
             raise ValueError(
                 f"data.teacher={folder}: its vectors have {self.dim} dims, and "
@@ -315,8 +309,14 @@ class Teacher:
         place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         found = self._keys[place] == keys
         vectors = np.zeros((len(keys), self.dim), np.float16)
-        vectors[found] = self._vectors[self._rows[place[found]]]
+        rows = self._rows[place[found]]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._vectors):
+            raise self._damage("rows.npy names a row that is not there")
+        vectors[found] = self._vectors[rows]
         return vectors
+
+    def _damage(self, fault: str) -> ValueError:
+        return ValueError(f"data.teacher={self._folder}: damaged ({fault}); {_REMEDY}")
 
     def features(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files
+from gecko_jax import files, wording
 
 MTEB_V1, MTEB_V2 = "MTEB(eng, v1)", "MTEB(eng, v2)"
 NANOBEIR, MIRACL = "NanoBEIR", "MIRACL"
@@ -129,7 +129,8 @@ def format_board(board: Board) -> str:
     from rich import console
 
     buffer = io.StringIO()
-    screen = console.Console(file=buffer, width=_MAX_WIDTH)
+    # A name may look like markup.
+    screen = console.Console(file=buffer, width=_MAX_WIDTH, markup=False, emoji=False)
     for name, tasks in board.suites.items():
         known = name in (MTEB_V1, MTEB_V2, NANOBEIR, MIRACL)
         build = _build_suite if known else _build_tasks
@@ -137,7 +138,10 @@ def format_board(board: Board) -> str:
     lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
     if board.failures:
         lines += [f"did not run ({len(board.failures)}):"]
-        lines += [f"  {name}: {reason}" for name, reason in board.failures.items()]
+        lines += [
+            f"  {wording.printable(name)}: {wording.message(reason)}"
+            for name, reason in board.failures.items()
+        ]
     return "\n".join(lines).strip()
 
 
@@ -148,7 +152,9 @@ def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
     if len(set(kinds)) > 1:
         sizes[_MEAN_OF_TYPES] = len(tasks)
     partly = any(len(task.scores) < len(board.dims) for task in tasks)
-    built = _start(name, "a/b: over a of its b tasks" if partly else None)
+    built = _start(
+        wording.printable(name), "a/b: over a of its b tasks" if partly else None
+    )
     built.add_column("mean over", no_wrap=True)
     built.add_column("tasks", justify="right")
     for dim in board.dims:
@@ -175,7 +181,7 @@ def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
 
 
 def _build_tasks(board: Board, name: str, tasks: Sequence[Task]) -> Any:
-    built = _start(name, None)
+    built = _start(wording.printable(name), None)
     built.add_column("task")
     built.add_column("type")
     built.add_column("metric")
@@ -184,9 +190,7 @@ def _build_tasks(board: Board, name: str, tasks: Sequence[Task]) -> Any:
     for task in tasks:
         scores = [task.scores.get(dim) for dim in board.dims]
         built.add_row(
-            task.name,
-            task.kind,
-            task.metric,
+            *map(wording.printable, (task.name, task.kind, task.metric)),
             *("" if score is None else f"{100 * score:.2f}" for score in scores),
         )
     return built

@@ -28,9 +28,10 @@ from absl import logging
 from jaxtyping import Float
 
 import gecko_jax
-from gecko_jax import checksums, embedding, files
+from gecko_jax import checksums, embedding, files, npy
 
 _KEY_BYTES = 16
+_REMEDY = "its texts are encoded again"
 _KEYS, _VECTORS, _CHECKSUMS = ".keys.npy", ".vectors.npy", ".json"
 
 
@@ -64,8 +65,9 @@ class Store:
         self._verified: set[int] = set()
         for path in sorted(self.folder.glob(f"*{_KEYS}")):
             try:
-                self._add(path, np.load(path))
-            except (ValueError, EOFError, OSError) as error:
+                keys = npy.open_array(path, (None, _KEY_BYTES), "u1", remedy=_REMEDY)
+                self._add(path, np.array(keys))
+            except (ValueError, OSError) as error:
                 logging.warning(
                     "%s: left out, its texts are encoded again: %s", path, error
                 )
@@ -149,9 +151,8 @@ class Store:
         self._add(path, array)
 
     def _add(self, path: pathlib.Path, keys: np.ndarray) -> None:
-        vectors = np.load(_vectors_of(path), mmap_mode="r")
-        if vectors.shape != (len(keys), self._gecko.dims[-1]):
-            raise ValueError(f"vectors of shape {vectors.shape} for {len(keys)} keys")
+        shape = (len(keys), self._gecko.dims[-1])
+        vectors = npy.open_array(_vectors_of(path), shape, "f4", remedy=_REMEDY)
         shard = len(self._shards)
         self._shards.append(path)
         self._open[shard] = vectors
@@ -164,9 +165,7 @@ class Store:
             self._verified.add(shard)
             path = self._shards[shard]
             try:
-                checksums.read_object(
-                    _checksums_of(path), {}, remedy="its texts are encoded again"
-                )
+                checksums.read_object(_checksums_of(path), {}, remedy=_REMEDY)
             except FileNotFoundError:
                 logging.info("%s: from before checksums", path)
             except ValueError as error:

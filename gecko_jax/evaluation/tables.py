@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import checksums, files, model_folder, quantization, wording
+from gecko_jax import checksums, fields, files, model_folder, quantization, wording
 from gecko_jax.plots import quality
 
 # The task that stands for all queries, pairs or texts.
@@ -31,6 +31,30 @@ METRICS: dict[str, tuple[str, str]] = {
     "mrr_at_10": ("MRR@10", "queries"),
     "spearman": ("Spearman", "pairs"),
     "accuracy": ("accuracy", "texts"),
+}
+
+
+_COUNTS = fields.optional(fields.map_of(fields.COUNT))
+_ROW = {
+    "set": fields.TEXT,
+    "system": fields.TEXT,
+    "dim": fields.nullable(fields.integer(1)),
+    "task": fields.TEXT,
+    "count": fields.COUNT,
+    "metrics": fields.map_of(fields.number(-1, 1), fields.one_of(*METRICS)),
+    "precision": fields.optional(fields.one_of(*quantization.PRECISIONS)),
+    "note": fields.optional(fields.TEXT),
+}
+# What results.json must hold; there may be more.
+_FIELDS = {
+    "rows": fields.list_of(fields.object_of(_ROW, only=True)),
+    "about": fields.object_of(
+        {
+            "revision": fields.optional(fields.TEXT),
+            "num_passages": _COUNTS,
+            "num_own_left_out": _COUNTS,
+        }
+    ),
 }
 
 
@@ -82,8 +106,17 @@ class Results:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Results":
-        """Inverse of `to_dict`."""
-        return cls(tuple(Row(**row) for row in values["rows"]), dict(values["about"]))
+        """Inverse of `to_dict`, of values that have the fields of results.json."""
+        rows = []
+        for row in values["rows"]:
+            given: dict[str, Any] = {
+                key: value
+                for key, value in row.items()
+                if key == "dim" or value is not None
+            }
+            given["metrics"] = {key: float(v) for key, v in row["metrics"].items()}
+            rows.append(Row(**given))
+        return cls(tuple(rows), dict(values["about"]))
 
     def check_model(self, model_files: model_folder.ModelFiles) -> "Results":
         """Returns itself; raises ValueError if the scores are of another model."""
@@ -108,7 +141,8 @@ def format_table(results: Results, width: int = 100) -> str:
     from rich import console
 
     buffer = io.StringIO()
-    screen = console.Console(file=buffer, width=width)
+    # A name may look like markup.
+    screen = console.Console(file=buffer, width=width, markup=False, emoji=False)
     for name in dict.fromkeys(row.set for row in results.rows):
         rows = [row for row in results.rows if row.set == name]
         screen.print(_build_table(results, name, rows))
@@ -124,15 +158,18 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
 
     overall = [row for row in rows if row.task == ALL]
     tasks = list(dict.fromkeys(row.task for row in rows if row.task != ALL))
-    metrics = [metric for metric in METRICS if metric in overall[0].metrics]
+    scored = {metric for row in overall for metric in row.metrics}
+    metrics = [metric for metric in METRICS if metric in scored]
     unit = METRICS[metrics[0]][1]
     has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
-    num_passages = results.about.get("num_passages", {}).get(name)
-    title = f"{name}: {overall[0].count:,} {unit}"
+    num_passages = (results.about.get("num_passages") or {}).get(name)
+    title = f"{wording.printable(name)}: {overall[0].count:,} {unit}"
     title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
     captions = ["under a task: nDCG@10 of its queries"] if tasks else []
-    captions += [f"{row.label}: {row.note}" for row in overall if row.note]
-    if num_own := results.about.get("num_own_left_out", {}).get(name):
+    captions += [
+        wording.printable(f"{row.label}: {row.note}") for row in overall if row.note
+    ]
+    if num_own := (results.about.get("num_own_left_out") or {}).get(name):
         left_out = wording.counted(num_own, "passage")
         captions.append(f"left out of rankings: {left_out} with the id of the query")
     built = table.Table(
@@ -149,25 +186,29 @@ def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
     for metric in metrics:
         built.add_column(METRICS[metric][0], justify="right", no_wrap=True)
     for task in tasks:
-        built.add_column(task, justify="right", style="dim")
+        built.add_column(wording.printable(task), justify="right", style="dim")
     for label in dict.fromkeys(row.label for row in overall):
         for row in overall:
             if row.label != label:
                 continue
             by_task = {
-                other.task: other.metrics["ndcg_at_10"]
+                other.task: other.metrics.get("ndcg_at_10")
                 for other in rows
                 if (other.label, other.dim) == (label, row.dim) and other.task != ALL
             }
             built.add_row(
-                label,
+                wording.printable(label),
                 str(row.dim or ""),
                 *([_bytes(row)] if has_codes else []),
-                *(f"{row.metrics[metric]:.3f}" for metric in metrics),
-                *(f"{by_task[task]:.3f}" for task in tasks),
+                *(_score(row.metrics.get(metric)) for metric in metrics),
+                *(_score(by_task.get(task)) for task in tasks),
                 style="bold" if label == MODEL else None,
             )
     return built
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _bytes(row: Row) -> str:
@@ -196,6 +237,7 @@ def _means(results: Results) -> list[Row]:
             metrics={
                 name: float(np.mean([row.metrics[name] for row in rows]))
                 for name in rows[0].metrics
+                if all(name in row.metrics for row in rows)
             },
             precision=precision,
         )
@@ -226,15 +268,22 @@ def read(path: str | os.PathLike) -> Results:
     """
     path = pathlib.Path(path)
     try:
-        values = checksums.read_object(path, {}, remedy="evaluate again")
+        values = checksums.read_object(
+            path,
+            _FIELDS,
+            remedy="give the results.json of `gecko evaluate`, or evaluate again",
+        )
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
         ) from None
-    try:
-        return Results.from_dict(values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not the results.json of `gecko evaluate` ({error}); give that "
-            "file, or evaluate again"
-        ) from error
+    results = Results.from_dict(values)
+    for name in dict.fromkeys(row.set for row in results.rows):
+        if not any(
+            row.metrics for row in results.rows if (row.set, row.task) == (name, ALL)
+        ):
+            raise ValueError(
+                f"{path}: the set {name!r} has no row with the scores of all its "
+                "queries; evaluate again"
+            )
+    return results

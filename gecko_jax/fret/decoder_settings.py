@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from gecko_jax.fret import decoder, fields
+from gecko_jax import fields
+from gecko_jax.fret import decoder
 
 # What a setting can be, by its name here. The limits are far beyond any model: they
 # keep a damaged file from being taken at its word.

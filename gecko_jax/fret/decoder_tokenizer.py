@@ -14,8 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files, wording
-from gecko_jax.fret import fields
+from gecko_jax import fields, files, wording
 
 # The token type of llama.cpp that text must not reach.
 _CONTROL = 3

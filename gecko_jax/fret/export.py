@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import files, wording
 from gecko_jax.fret import pipeline, records, stages
 
 OUTPUT = "fret.jsonl"
@@ -157,17 +157,26 @@ def _card(
         "",
         f"- triples: {num_rows:,}; the positive is not the seed in "
         f"{num_moved / num_rows:.1%} of them",
-        f"- generator: {json.dumps(source.model_facts)}, licence of its output: "
-        f"{config.llm.licence or 'not stated'}",
-        f"- retriever: {config.retrieve.model or 'BM25'}, "
+        f"- generator: {wording.markdown(json.dumps(source.model_facts))}, licence of "
+        f"its output: {wording.markdown(config.llm.licence or 'not stated')}",
+        f"- retriever: {wording.markdown(config.retrieve.model or 'BM25')}, "
         f"{config.retrieve.num_candidates} candidates",
         f"- seed: {config.seed}; hash of the fused records: {passes.fuse.hash}",
         "- prompts: "
-        + ", ".join(f"{p.name} version {p.version} ({p.sha256[:12]})" for p in used),
-        f"- kept clear of: {', '.join(config.passages.decontaminate) or 'nothing'}",
+        + ", ".join(
+            f"{wording.markdown(f'{p.name} version {p.version}')} ({p.sha256[:12]})"
+            for p in used
+        ),
+        "- kept clear of: "
+        + (
+            ", ".join(map(wording.markdown, config.passages.decontaminate)) or "nothing"
+        ),
         "- licences of the texts (positives, hard negatives, and the passages that the "
         "model read): "
-        + ", ".join(f"{name} {count:,}" for name, count in licences.most_common()),
+        + ", ".join(
+            f"{wording.markdown(name)} {count:,}"
+            for name, count in licences.most_common()
+        ),
         "",
         "| stage | records | kept | dropped |",
         "|---|---|---|---|",
@@ -176,7 +185,8 @@ def _card(
         done = stage.done()
         if done is not None and done["records"]:
             why = ", ".join(
-                f"{count} {name}" for name, count in done["dropped"].items()
+                f"{count} {wording.markdown(name)}"
+                for name, count in done["dropped"].items()
             )
             lines.append(
                 f"| {stage.name} | {done['records']:,} | {done['kept']:,} | {why} |"

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import wording
+from gecko_jax import fields, wording
 from gecko_jax.fret import (
     decoder,
     decoder_settings,
     decoder_weights,
-    fields,
     gguf_header,
 )
 

@@ -20,8 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import files
-from gecko_jax.fret import fields
+from gecko_jax import fields, files
 
 DROPPED = "dropped"  # A record with this field goes no further; it holds the reason.
 LOCKS = ".locks"  # Folder of a workdir; holds nothing that is worth keeping.

@@ -15,8 +15,7 @@ import pathlib
 import threading
 from typing import Any
 
-from gecko_jax import files
-from gecko_jax.fret import fields
+from gecko_jax import fields, files
 
 FOLDER = "requests"
 _MODEL = "model.json"

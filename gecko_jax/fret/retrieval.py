@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import files
+from gecko_jax import files, npy
+
+_REMEDY = "remove it, and the same command makes it again"
 
 
 class GeckoRetriever:
@@ -83,10 +85,7 @@ def read_vectors(paths: Sequence[pathlib.Path]) -> Float[np.ndarray, "P D"]:
     parts = []
     for path in paths:
         try:
-            parts.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path}: missing or damaged ({error}); remove it, and the same "
-                "command makes it again"
-            ) from error
+            parts.append(npy.open_array(path, (None, None), "f4", remedy=_REMEDY))
+        except OSError as error:
+            raise ValueError(f"{path}: missing ({error}); {_REMEDY}") from error
     return np.concatenate(parts)

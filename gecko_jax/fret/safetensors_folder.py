@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
-from gecko_jax import files
-from gecko_jax.fret import decoder, decoder_settings, decoder_weights, fields
+from gecko_jax import fields, files
+from gecko_jax.fret import decoder, decoder_settings, decoder_weights
 
 _LLAMA: decoder_weights.Names = {
     "embedding": "model.embed_tokens.weight",

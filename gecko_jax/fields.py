@@ -8,11 +8,12 @@ cut or swapped since. A value of another kind is named, before anything works wi
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax import inputs
 
 # JSON's numbers are exact up to here in every reader.
 _MOST = 2**53
@@ -76,6 +77,12 @@ LOG_PROB = number(most=1e-5)
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 
 
+def one_of(*values: Any) -> Kind:
+    """Returns the kind of some values, each of which has its type."""
+    name = f"one of {', '.join(map(str, values))}"
+    return Kind(name, lambda v: any(type(v) is type(w) and v == w for w in values))
+
+
 def optional(kind: Kind) -> Kind:
     """Returns the kind of a field that may be absent or null."""
     return Kind(f"{kind.name} or null", kind.holds, True)
@@ -99,30 +106,47 @@ def list_of(kind: Kind, least: int = 0) -> Kind:
     return Kind(f"a list of {kind.name}", holds)
 
 
-def map_of(kind: Kind) -> Kind:
-    """Returns the kind of objects with any names, whose values are of one kind."""
+def map_of(kind: Kind, names: Kind = TEXT) -> Kind:
+    """Returns the kind of objects whose values, and names, are each of one kind."""
     return Kind(
         f"an object of {kind.name}",
-        lambda v: isinstance(v, dict) and all(map(kind.holds, v.values())),
+        lambda v: (
+            isinstance(v, dict)
+            and all(map(kind.holds, v.values()))
+            and all(map(names.holds, v))
+        ),
     )
 
 
-def object_of(kinds: Mapping[str, Kind]) -> Kind:
-    """Returns the kind of objects with these fields, and others if they like."""
+def object_of(kinds: Mapping[str, Kind], *, only: bool = False) -> Kind:
+    """Returns the kind of objects with these fields, and others unless `only`."""
     return Kind(
         f"an object with {', '.join(kinds)}",
-        lambda v: isinstance(v, dict) and not faults(v, kinds),
+        lambda v: (
+            isinstance(v, dict)
+            and not faults(v, kinds)
+            and not (only and v.keys() - kinds.keys())
+        ),
     )
 
 
 def faults(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
     """Returns what is wrong with a record, field by field."""
     return [
-        f"{name} must be {kind.name}" if name in record else f"no {name}"
+        f"{name} must be {kind.name}, not {_shown(record[name])}"
+        if name in record
+        else f"no {name}"
         for name, kind in kinds.items()
         if not (record.get(name) is None and kind.is_optional)
         and not (name in record and kind.holds(record[name]))
     ]
+
+
+def _shown(value: Any) -> str:
+    """Returns the begin of a value, or what it is where it holds others."""
+    if isinstance(value, dict | list):
+        return inputs.kind(value)
+    return json.dumps(value)[:80]
 
 
 def check(
@@ -146,7 +170,7 @@ def check(
         ValueError: Names every fault, and the remedy.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: {files.kind(record)}, not an object; {remedy}")
+        raise ValueError(f"{place}: {inputs.kind(record)}, not an object; {remedy}")
     listed = faults(record, kinds)
     if only:
         unknown = sorted(record.keys() - kinds.keys())

@@ -1,0 +1,50 @@
+"""Arrays in .npy files, mapped into memory once their headers are checked.
+
+A header only claims a shape and a type. Nothing of the claimed size is allocated: a
+file that is shorter than its header claims cannot be mapped.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+
+
+def open_array(
+    path: pathlib.Path,
+    shape: Sequence[int | None],
+    kinds: str,
+    *,
+    remedy: str,
+) -> Shaped[np.memmap, "..."]:
+    """Maps the array of a file into memory.
+
+    Args:
+        path: The file.
+        shape: The size of each dimension, None for any.
+        kinds: What numpy may call its type without the order of its bytes, such as
+            "f4" or "f2 f4 f8".
+        remedy: What to do about a file that is something else.
+
+    Raises:
+        OSError: There is no file, or it cannot be read.
+        ValueError: It is no whole .npy file, or holds another array.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # Of a damaged header, numpy raises many kinds.
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: damaged ({first}); {remedy}") from error
+    fits = len(array.shape) == len(shape) and all(
+        wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=True)
+    )
+    if not fits or array.dtype.str[1:] not in kinds.split():
+        sizes = ", ".join("any" if size is None else f"{size:,}" for size in shape)
+        raise ValueError(
+            f"{path}: damaged (it holds {array.dtype} {array.shape}, not {kinds} "
+            f"[{sizes}]); {remedy}"
+        )
+    return array
