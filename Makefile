@@ -28,7 +28,7 @@ endif
 .PHONY: help
 help: ## this list
 	@echo "gecko_jax: Gecko text embeddings in JAX. Targets:"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
 		awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
 

@@ -37,6 +37,10 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 # What a shell reports of a process that Ctrl-C has ended.
 _INTERRUPTED = 130
 
+# What Ctrl-C ended. XLA's threads may still work for its frames, and crash when these
+# are freed: they stay until the process ends.
+_interrupts: list[KeyboardInterrupt] = []
+
 _DESCRIPTION = """\
 Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
 
@@ -104,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
+        _interrupts.append(interrupt)
         message = (
             str(interrupt) or "interrupted; the same command goes on from what is saved"
         )

@@ -169,7 +169,7 @@ def read_records(
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{place}: not JSON ({error.msg} at column {error.colno}); each line "
-                "must be one JSON object"
+                "must be one JSON object, unless the file's name ends in .txt"
             ) from error
         except ValueError as error:
             raise ValueError(

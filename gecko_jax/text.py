@@ -124,27 +124,27 @@ class TextFormat:
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        text = clean(text)
+        raw, text = text, clean(text)
         if self.prompts:
             # What no task is named for must get the prompt of any query, even where a
             # prompt is called "search result".
             name = (
                 task if task in self.prompts and task != DEFAULT_TASK else QUERY_PROMPT
             )
-            return _check_characters(self.prompts[name] + text)
+            return _check_characters(_join(self.prompts[name], raw, text))
         if description is None:
             description = self.describe(task)
         return _fill(self.query, task_description=description, text=text)
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank stands for no title."""
-        text = clean(text)
+        raw, text = text, clean(text)
         has_title = bool(title and title.strip())
         title = clean(title) if title and has_title else self.no_title
         if has_title and "{title}" not in self.passage:
-            text = f"{title} {text}"
+            raw = text = f"{title} {text}"
         if self.prompts:
-            return _check_characters(self.prompts[DOCUMENT_PROMPT] + text)
+            return _check_characters(_join(self.prompts[DOCUMENT_PROMPT], raw, text))
         return _fill(self.passage, title=title, text=text)
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,6 +199,15 @@ def _fill(template: str, **fields: str) -> str:
     return _check_characters(
         re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
     )
+
+
+def _join(prompt: str, raw: str, cleaned: str) -> str:
+    """Writes a prompt before a text, whose leading whitespace keeps them apart.
+
+    Cleaning drops it, but sentence-transformers joins the two as they are.
+    """
+    space = " " if prompt and raw[:1].isspace() else ""
+    return f"{prompt}{space}{cleaned}"
 
 
 def _check_characters(filled: str) -> str:

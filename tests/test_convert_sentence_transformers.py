@@ -9,7 +9,7 @@ import pytest
 
 import gecko_jax
 from gecko_jax import embedding, model_folder, parameters, text
-from gecko_jax.convert import formats, names
+from gecko_jax.convert import formats, names, to_sentence_transformers
 
 DATA = pathlib.Path(__file__).parent / "data"
 HF = DATA / "t5x_tiny" / "hf"
@@ -125,9 +125,25 @@ def test_prompts_become_the_text_format(folder, config, query, named, passage):
     assert text_format.format_passage("b", None) == passage
 
 
-def test_the_dim_it_is_cut_to_counts_as_trained(folder):
+def test_the_dim_it_is_cut_to_stays_the_default(folder, tmp_path):
     write(folder / "config_sentence_transformers.json", {"truncate_dim": 4})
-    assert formats.open_model(folder).mrl_dims == (4, 8)
+    opened = formats.open_model(folder)
+    assert opened.mrl_dims == (4,)
+    to_sentence_transformers.save(tmp_path / "out", opened)
+    settings = json.loads(
+        (tmp_path / "out" / "config_sentence_transformers.json").read_text()
+    )
+    assert settings["truncate_dim"] == 4
+
+
+def test_leading_whitespace_keeps_a_prompt_and_a_text_apart(folder):
+    prompts = {"prompts": {"query": "query:", "document": "text: "}}
+    write(folder / "config_sentence_transformers.json", prompts)
+    text_format = formats.open_model(folder).text_format
+    for lead in (" ", "\n", "\u00a0", "\u3000"):
+        assert text_format.format_query(f"{lead}a  b", "x") == "query: a b"
+    assert text_format.format_query("a b", "x") == "query:a b"
+    assert text_format.format_passage(" a", None).split() == ["text:", "a"]
 
 
 def test_an_export_of_ours_keeps_its_settings(folder, tiny_files):

@@ -437,7 +437,6 @@ def _build(
 ) -> model_folder.ModelFiles:
     query_length, passage_length = (n or _PRETRAINED_LENGTH for n in lengths)
     width = config.embedding_dim
-    dims = {width, min(truncate_dim or width, width)}
     return model_folder.ModelFiles(
         params=parameters.unflatten(params),
         encoder_config=config,
@@ -445,7 +444,8 @@ def _build(
         vocabulary_proto=found.proto,
         extra_ids=found.extra_ids,
         added_tokens=found.added_tokens,
-        mrl_dims=tuple(sorted(dims)),
+        # `encode` gives the largest, as sentence-transformers gives `truncate_dim`.
+        mrl_dims=(min(truncate_dim or width, width),),
         query_length=query_length,
         passage_length=passage_length,
         step=step,

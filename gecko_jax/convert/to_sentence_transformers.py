@@ -54,7 +54,7 @@ def save(
         path: The folder.
         model_files: The model.
         truncate_dim: The dim that `encode` gives there unless told otherwise; None is
-            the whole width.
+            the largest that was trained.
         scores: Results of `gecko evaluate`, for the model card.
 
     Raises:
@@ -64,6 +64,8 @@ def save(
     # Other people's models have a modules.json too.
     files.check_replaceable(path, [MODULES, model_folder.MODEL_JSON], _FILES)
     config = model_files.encoder_config
+    if max(model_files.mrl_dims) < config.embedding_dim:
+        truncate_dim = truncate_dim or max(model_files.mrl_dims)
     vocab = model_files.build_vocabulary()
     modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
     folders = ["", *(f"{n}_{name}" for n, name in enumerate(modules[1:], start=1))]
