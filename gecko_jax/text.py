@@ -206,7 +206,8 @@ def _join(prompt: str, raw: str, cleaned: str) -> str:
 
     Cleaning drops it, but sentence-transformers joins the two as they are.
     """
-    space = " " if prompt and raw[:1].isspace() else ""
+    is_apart = not prompt or prompt[-1].isspace() or not raw[:1].isspace()
+    space = "" if is_apart else " "
     return f"{prompt}{space}{cleaned}"
 
 
