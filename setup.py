@@ -78,7 +78,7 @@ _T5X = [
 _TEST = [
     *_ONNX,
     *_HUB,
-    *_FRET,
+    *_FRET_LOCAL,
     *_LLM_LOCAL,
     "scikit-learn>=1.6",
     "pytest>=9.0",

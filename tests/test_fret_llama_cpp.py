@@ -16,7 +16,6 @@ NAME = "SmolLM2-135M-Instruct"
 @pytest.fixture(name="parameters")
 def _parameters(tmp_path, monkeypatch):
     """Runs the recipe up to the server, with a tiny model in the place of SmolLM2."""
-    pytest.importorskip("xllamacpp")
     tiny_decoder.write_gguf(tmp_path / f"{NAME}.Q4_1.gguf")
     spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     real = importlib.util.find_spec
