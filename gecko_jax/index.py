@@ -20,8 +20,10 @@ A loaded index holds the vectors and the ids in memory. Titles and texts stay in
 file, and are read for the passages that are shown.
 """
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -346,7 +348,8 @@ def load(folder: str | os.PathLike) -> Index:
     ranges = None
     if precision == quantization.INT8:
         ranges = _read_array(files.member(path, _RANGES), (2, dim), np.float32)
-    ids, fields, lines = _read_passages(files.member(path, _PASSAGES))
+    with _paused_collector():
+        ids, fields, lines = _read_passages(files.member(path, _PASSAGES))
     if len(ids) != shape[0]:
         counted = wording.counted(len(ids), "line")
         raise _damaged(path / _PASSAGES, f"{counted}, not {shape[0]:,}")
@@ -360,6 +363,18 @@ def load(folder: str | os.PathLike) -> Index:
         )
     except ValueError as error:
         raise _damaged(path, error) from error
+
+
+@contextlib.contextmanager
+def _paused_collector() -> Iterator[None]:
+    """Keeps Python's collector from walking all objects again for each thousand ids."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _read_array(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
