@@ -6,12 +6,12 @@ hashes, and holds a hash of its own content:
     {..., "files": {"vectors.npy": {"bytes": 1152, "xxh128": "99aa..."}}, "xxh128": ...}
 
 The hash is XXH3 of 128 bits, which `xxh128sum FILE` prints too. It guards against
-faults of disks and copies, not against people: it reads 27 GiB/s on a CPU where SHA-256
-reads 1.7 and CRC-32 3.0 (`benchmarks/checksums.py`).
+faults of disks and copies, not against people: it is ten times as fast as SHA-256 and
+four times as fast as CRC-32 (`benchmarks/checksums.py`).
 
 Arrays of a training state have digests that do not depend on how they are sharded:
 each element is mixed with its position, and the results are summed modulo 2^32. A
-device computes its part where the array lies, and XLA adds the parts up.
+device computes its part where the array lies, and the processes add the parts up.
 """
 
 import functools
