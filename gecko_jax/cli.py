@@ -184,11 +184,11 @@ class _LogHandler(standard_logging.Handler):
     def filter(self, record: standard_logging.LogRecord) -> bool:
         is_ours = f"{os.sep}gecko_jax{os.sep}" in record.pathname
         # Each of its threads logs the error of a save, which is raised as well.
-        is_told = f"{os.sep}orbax{os.sep}" in record.pathname and (
+        is_repeated = f"{os.sep}orbax{os.sep}" in record.pathname and (
             record.levelno >= standard_logging.ERROR
         )
         is_shown = is_ours or (
-            record.levelno >= standard_logging.WARNING and not is_told
+            record.levelno >= standard_logging.WARNING and not is_repeated
         )
         return self.debug or is_shown
 

@@ -16,6 +16,27 @@ def forget_checksums(path):
     path.write_text(json.dumps(values))
 
 
+def write_cache(folder):
+    """Writes the records of a token cache, whose order is not that of the file."""
+    import numpy as np
+    from array_record.python import array_record_module
+
+    from gecko_jax.data import cache, features
+
+    folder.mkdir()
+    writer = array_record_module.ArrayRecordWriter(
+        str(folder / "records.array_record"), "group_size:1"
+    )
+    for i in range(5):
+        ids = np.asarray([i, i], np.uint32)
+        example = features.Example(
+            np.arange(i + 1), np.arange(9), (np.arange(3),), ids, ids, ids[None], 0
+        )
+        writer.write(cache.encode(example))
+    writer.close()
+    np.save(folder / "order.npy", np.asarray([4, 2, 0, 1, 3]))
+
+
 TABLE = {task.name: task for task in tasks.TASKS if task.source}
 
 

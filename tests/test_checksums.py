@@ -22,7 +22,7 @@ from gecko_jax import (
     sharding,
     vectors,
 )
-from gecko_jax.data import cache, features, teacher
+from gecko_jax.data import cache, teacher
 from gecko_jax.evaluation import tables
 
 FLIPS = 12
@@ -109,20 +109,7 @@ def _teacher(folder, _):
 
 
 def _cache(folder, _):
-    from array_record.python import array_record_module
-
-    folder.mkdir()
-    writer = array_record_module.ArrayRecordWriter(
-        str(folder / "records.array_record"), "group_size:1"
-    )
-    for i in range(5):
-        ids = np.asarray([i, i], np.uint32)
-        example = features.Example(
-            np.arange(i + 1), np.arange(9), (np.arange(3),), ids, ids, ids[None], 0
-        )
-        writer.write(cache.encode(example))
-    writer.close()
-    np.save(folder / "order.npy", np.asarray([4, 2, 0, 1, 3]))
+    samples.write_cache(folder)
     listed = checksums.of_files(folder, ["order.npy"])
     info = {"task": "t", "num_examples": 5, checksums.FILES: listed}
     checksums.write_object(folder / "info.json", info)

@@ -31,7 +31,7 @@ from gecko_jax import (
     workdir,
 )
 from gecko_jax.convert import formats, model_card, tokenizer
-from gecko_jax.data import cache, features, jsonl, prepare, seqio_cache, teacher
+from gecko_jax.data import cache, jsonl, prepare, seqio_cache, teacher
 from gecko_jax.evaluation import sets, store, suites, tables
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -165,20 +165,7 @@ def _teacher(folder, _):
 
 
 def _cache(folder, _):
-    from array_record.python import array_record_module
-
-    folder.mkdir()
-    writer = array_record_module.ArrayRecordWriter(
-        str(folder / "records.array_record"), "group_size:1"
-    )
-    for i in range(5):
-        ids = np.asarray([i, i], np.uint32)
-        example = features.Example(
-            np.arange(i + 1), np.arange(9), (np.arange(3),), ids, ids, ids[None], 0
-        )
-        writer.write(cache.encode(example))
-    writer.close()
-    np.save(folder / "order.npy", np.asarray([4, 2, 0, 1, 3]))
+    samples.write_cache(folder)
     (folder / "info.json").write_text(json.dumps({"task": "t", "num_examples": 5}))
     return lambda: cache.Reader(folder).records(range(5)), ["info.json", "order.npy"]
 
