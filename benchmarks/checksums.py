@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from gecko_jax import checksums
+from gecko_jax.io import checksums
 
 
 def main() -> None:

@@ -25,8 +25,10 @@ import time
 
 import side_by_side
 
-from gecko_jax import chips, model, text, vocabulary
-from gecko_jax.data import cache, features, jsonl, pipeline, registration, tasks
+from gecko_jax.data import cache, features, jsonl, pipeline, registration, task_table
+from gecko_jax.models import dual_encoder
+from gecko_jax.parallel import chips
+from gecko_jax.text import text_formats, vocabularies
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = ("padding", "stages", "step", "sbert")
@@ -52,9 +54,9 @@ def open_batches(
     return pipeline.Batches(
         mixture="quickstart",
         files=options.files,
-        vocabulary=vocabulary.load(options.vocabulary, options.extra_ids),
+        vocabulary=vocabularies.load(options.vocabulary, options.extra_ids),
         vocabulary_path=options.vocabulary,
-        text_format=text.TextFormat(),
+        text_format=text_formats.TextFormat(),
         batch_size=batch_size or options.batch_size,
         query_length=LENGTHS["query"],
         passage_length=LENGTHS["passage"],
@@ -109,8 +111,8 @@ def stages(options: argparse.Namespace) -> None:
     wall = time.perf_counter() - began
     print(f"{'iterate, by the clock':34}{delivered / wall:12,.0f}")
 
-    config = model.EncoderConfig(**model.PRESETS["base"])
-    flops = model.flops_per_token(config, LENGTHS["passage"]) * size / count
+    config = dual_encoder.EncoderConfig(**dual_encoder.PRESETS["base"])
+    flops = dual_encoder.flops_per_token(config, LENGTHS["passage"]) * size / count
     print(
         f"\nNeeded by `base`, {flops / 1e9:.1f} GFLOPs an example of {size / count:.0f}"
         " tokens, without padding"
@@ -215,8 +217,9 @@ def train_worker(options: argparse.Namespace, packing: bool) -> None:
     import jax
     import numpy as np
 
-    from gecko_jax import flags, sharding
-    from gecko_jax import step as step_lib
+    from gecko_jax.cli import flags
+    from gecko_jax.parallel import sharding
+    from gecko_jax.training import train_step
 
     config = flags.load(str(ROOT / "configs/prefinetune.py") + ":local")
     with config.unlocked():
@@ -228,14 +231,14 @@ def train_worker(options: argparse.Namespace, packing: bool) -> None:
         options, packing=packing, batch_size=TRAINED_BATCH, row_multiple=1
     )
     mesh = sharding.build_mesh(devices=jax.devices()[:1])
-    built = step_lib.build(
+    built = train_step.build(
         config,
         mesh,
         num_segments=batches.num_segments,
         num_tasks=len(batches.task_names),
     )
-    params = model.init_params(built.encoder.config, jax.random.key(0))
-    state = step_lib.TrainState(params, built.tx.init(params), np.int32(0))
+    params = dual_encoder.init_params(built.encoder.config, jax.random.key(0))
+    state = train_step.TrainState(params, built.tx.init(params), np.int32(0))
     state = jax.device_put(state, built.shardings)
     key = jax.random.key(0)
 
@@ -272,8 +275,8 @@ def sbert_worker(options: argparse.Namespace) -> None:
     import torch
     from sentence_transformers.sentence_transformer import data_collator
 
-    text_format = text.TextFormat()
-    files = options.files or [str(tasks.QUICKSTART / "train.jsonl")]
+    text_format = text_formats.TextFormat()
+    files = options.files or [str(task_table.QUICKSTART / "train.jsonl")]
     pairs = [pair for file in files for pair in jsonl.read_pairs(file)]
     dataset = datasets.Dataset.from_dict(
         {
@@ -281,7 +284,9 @@ def sbert_worker(options: argparse.Namespace) -> None:
             "positive": [text_format.format_passage(p.positive) for p in pairs],
         }
     )
-    config = model.EncoderConfig(**model.PRESETS["mini"] | {"vocab_size": 32_128})
+    config = dual_encoder.EncoderConfig(
+        **dual_encoder.PRESETS["mini"] | {"vocab_size": 32_128}
+    )
     with tempfile.TemporaryDirectory() as folder:
         built = baseline.build(
             config, pathlib.Path(options.vocabulary), LENGTHS["passage"], folder
@@ -309,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--files", action="append", default=[], help="JSONL of pairs")
-    parser.add_argument("--vocabulary", default=str(tasks.QUICKSTART_VOCABULARY))
+    parser.add_argument("--vocabulary", default=str(task_table.QUICKSTART_VOCABULARY))
     parser.add_argument("--extra-ids", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=2_048)
     parser.add_argument("--tokenized", type=int, default=4_000, help="examples of it")

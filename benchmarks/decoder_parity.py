@@ -17,8 +17,8 @@ import tempfile
 import llama_cpp
 import numpy as np
 
-from gecko_jax.data import tasks
-from gecko_jax.fret import decoder_files, local
+from gecko_jax.data import task_table
+from gecko_jax.llm import decoder_files, local
 
 ODD_TEXTS = (
     "<|im_end|> \n\n\t x  y   z 12345 ½ naïve 日本語 🦎 'll don't I'M\r\n",
@@ -53,7 +53,7 @@ def write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def compare(what: str, path: pathlib.Path, model: local.LocalModel) -> None:
     """Prints a line per comparison."""
-    lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
+    lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // 16]]
     shots, asked = records[:2], records[2:14]
     server = llama_cpp.LlamaCpp(str(path), threads=1)

@@ -22,7 +22,9 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import numpy as safetensors
 
-from gecko_jax import model, model_folder, parameters, text
+from gecko_jax.formats import model_folder, parameters
+from gecko_jax.models import dual_encoder
+from gecko_jax.text import text_formats
 
 
 def main():
@@ -78,11 +80,11 @@ def to_model(
     # The longest row stays below the common length, so that the square root exists.
     table = table * (0.99 * length / np.linalg.norm(table, axis=1).max())
     rest = np.sqrt(width - np.sum(np.square(table), axis=1, keepdims=True))
-    config = model.EncoderConfig(
+    config = dual_encoder.EncoderConfig(
         vocab_size=rows, model_dim=width, num_layers=0, num_heads=1, head_dim=1,
         mlp_dim=1, embedding_dim=dim,
     )  # fmt: skip
-    shapes, _ = model.abstract_params(config)
+    shapes, _ = dual_encoder.abstract_params(config)
     flat: dict[str, np.ndarray] = {
         name: np.zeros(leaf.shape, np.float32)
         for name, leaf in parameters.flatten(shapes).items()
@@ -93,7 +95,7 @@ def to_model(
     return model_folder.ModelFiles(
         params=parameters.unflatten(flat),
         encoder_config=config,
-        text_format=text.TextFormat(query="{text}", passage="{text}"),
+        text_format=text_formats.TextFormat(query="{text}", passage="{text}"),
         vocabulary_proto=vocabulary,
         extra_ids=0,
         mrl_dims=tuple(dims),

@@ -32,12 +32,12 @@ LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
 
 def passages(number: int) -> list[str]:
     """Returns real passages of mixed lengths, as training formats them."""
-    from gecko_jax import text
-    from gecko_jax.data import tasks
+    from gecko_jax.data import task_table
+    from gecko_jax.text import text_formats
 
-    lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
+    lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][:: max(len(lines) // number, 1)]
-    text_format = text.TextFormat()
+    text_format = text_formats.TextFormat()
     return [text_format.format_passage(r["positive"]) for r in records[:number]]
 
 
@@ -45,15 +45,16 @@ def make(size: str, scratch: pathlib.Path) -> None:
     """Writes `sbert/`, of random weights, and `gecko/`, its import."""
     import sbert as baseline
 
-    from gecko_jax import cli, model
-    from gecko_jax.data import tasks
+    from gecko_jax.cli import entry
+    from gecko_jax.data import task_table
+    from gecko_jax.models import dual_encoder
 
-    config = model.EncoderConfig(**model.PRESETS[size])
+    config = dual_encoder.EncoderConfig(**dual_encoder.PRESETS[size])
     parts = scratch / "parts"
-    built = baseline.build(config, tasks.QUICKSTART_VOCABULARY, LENGTH, str(parts))
+    built = baseline.build(config, task_table.QUICKSTART_VOCABULARY, LENGTH, str(parts))
     built.save(str(scratch / "sbert"))
     output = f"--output={scratch / 'gecko'}"
-    status = cli.main(["import", str(scratch / "sbert"), output])
+    status = entry.main(["import", str(scratch / "sbert"), output])
     if status:
         sys.exit(status)
 
@@ -62,7 +63,7 @@ def gecko(scratch: pathlib.Path, options: argparse.Namespace) -> None:
     """Serves rounds of `Gecko.encode_passages`."""
     import jax
 
-    from gecko_jax import embedding
+    from gecko_jax.inference import embedding
 
     files = embedding.load(scratch / "gecko").files
     config = dataclasses.replace(files.encoder_config, dtype=options.dtype)

@@ -55,10 +55,10 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     import jax
     import llama_cpp
 
-    from gecko_jax.data import tasks
-    from gecko_jax.fret import decoder_files, local
+    from gecko_jax.data import task_table
+    from gecko_jax.llm import decoder_files, local
 
-    lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
+    lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // (pairs + SHOTS)]]
 
     def ask(record: dict) -> str:

@@ -32,10 +32,12 @@ import quality_data
 import quality_scores
 import side_by_side
 
-from gecko_jax import files, flags, progress, ranking
+from gecko_jax.cli import flags
 from gecko_jax.evaluation import judgements
-from gecko_jax.fret import fusion, requests, retrieval, settings, stages
-from gecko_jax.fret import run as run_lib
+from gecko_jax.fret import fusion, retrieval, runs, settings, stages
+from gecko_jax.inference import ranking
+from gecko_jax.io import progress, writing
+from gecko_jax.llm import request_log
 
 # Table 3: fuse.positive, fuse.negative.
 ROWS = {
@@ -128,7 +130,7 @@ def work(
         "machine": measured.machine(),
         "peak_gib": side_by_side.host_peak(),
     }
-    with files.write_file(path) as temporary:
+    with writing.write_file(path) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -136,30 +138,30 @@ def make_triples(
     config: ml_collections.ConfigDict, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Runs FRet, and chooses the triples of every row from what it judged."""
-    from gecko_jax.fret import bootstrap
+    from gecko_jax.fret import bootstrapping
 
     workdir = options.output / "fret"
     with measured.timed(workdir):
-        summary = run_lib.run(config, workdir)
-    pairs, num_pairs = bootstrap.write_pairs(config, workdir)
+        summary = runs.run(config, workdir)
+    pairs, num_pairs = bootstrapping.write_pairs(config, workdir)
     shutil.copy(pairs, triples_path(START, options))
     found: dict[str, dict[int, str]] = {}
     for name, (positive, negative) in ROWS.items():
         # All but the choice is there already: the model is not asked again.
         again = options.output / "chosen" / name.replace(", ", "-")
         shutil.rmtree(again, ignore_errors=True)
-        unlike = ("fuse", "export", requests.FOLDER, "calibration", "bootstrap")
+        unlike = ("fuse", "export", request_log.FOLDER, "calibration", "bootstrap")
         shutil.copytree(workdir, again, ignore=shutil.ignore_patterns(*unlike))
         chosen = ml_collections.ConfigDict(config)
         chosen.fuse.positive, chosen.fuse.negative = positive, negative
-        output = run_lib.run(chosen, again).output
+        output = runs.run(chosen, again).output
         assert output is not None
         lines = output.read_text().splitlines(keepends=True)
         found[name] = {json.loads(line)["seed"]: line for line in lines}
     # A row may drop a query whose positive tells it too little: then all drop it.
     common = set.intersection(*(set(lines) for lines in found.values()))
     for name, lines in found.items():
-        with files.write_file(triples_path(name, options)) as temporary:
+        with writing.write_file(triples_path(name, options)) as temporary:
             temporary.write_text("".join(lines[n] for n in sorted(common)))
     positives = [
         [json.loads(found[name][n])["positive"] for n in sorted(common)]
@@ -198,9 +200,9 @@ def judge(
 
     found = measure.calibrate(config, options.output / "fret")
     reranked = {}
-    budget = run_lib.open_budget(config)
-    with run_lib.prepare(
-        config, options.output / "fret", budget, run_lib.open_model
+    budget = runs.open_budget(config)
+    with runs.prepare(
+        config, options.output / "fret", budget, runs.open_model
     ) as source:
         for task, one in retrieval_sets(options):
             few = one.limit(options.judged, 0)
@@ -256,14 +258,14 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
         range(0, len(rows), _QUERIES_AT_ONCE), f"Judging {task}"
     ):
         block = rows[start : start + _QUERIES_AT_ONCE]
-        with requests.RequestLog(log / f"likelihood-{start:05}.jsonl") as answers:
+        with request_log.RequestLog(log / f"likelihood-{start:05}.jsonl") as answers:
             source.model.log = answers
             judged["QL"] |= stages.by_id(
                 stages.likelihood(
                     block, queries, store, source.model, prompts.likelihood, ""
                 )
             )
-        with requests.RequestLog(log / f"relevance-{start:05}.jsonl") as answers:
+        with request_log.RequestLog(log / f"relevance-{start:05}.jsonl") as answers:
             source.model.log = answers
             judged["RC"] |= stages.by_id(
                 stages.relevance(block, queries, store, source.model, prompts.relevance)
@@ -311,13 +313,13 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Trains one model, and scores it on the judged queries."""
-    from gecko_jax import embedding
-    from gecko_jax import train as train_lib
+    from gecko_jax.inference import embedding
+    from gecko_jax.training import loop
 
     workdir = model_path(name, seed, options)
     config = training_config(name, seed, options)
     with measured.timed(workdir):
-        train_lib.train(config, workdir)
+        loop.train(config, workdir)
     model = embedding.load(str(workdir))
 
     def rank(found: Any, task: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gecko_jax import files, wording
+from gecko_jax.io import wording, writing
 
 # Where the page has them; what was between these lines before is replaced.
 BEGIN, END = "<!-- fret_proof: begin -->", "<!-- fret_proof: end -->"
@@ -28,7 +28,7 @@ def write(folder: pathlib.Path, path: pathlib.Path, names: Sequence[str]) -> Non
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     parts = [BEGIN, *render(folder, names), END]
-    with files.write_file(path) as temporary:
+    with writing.write_file(path) as temporary:
         temporary.write_text(before + "\n".join(parts) + after)
 
 

@@ -37,11 +37,13 @@ def make(form: str, folder: pathlib.Path) -> int:
     import numpy as np
     import safetensors.numpy
 
-    from gecko_jax import model, parameters
-    from gecko_jax.convert import names
+    from gecko_jax.formats import names, parameters
+    from gecko_jax.models import dual_encoder
 
-    config = model.EncoderConfig(**model.PRESETS["base"], projection=False)
-    shapes = parameters.flatten(model.abstract_params(config)[0])
+    config = dual_encoder.EncoderConfig(
+        **dual_encoder.PRESETS["base"], projection=False
+    )
+    shapes = parameters.flatten(dual_encoder.abstract_params(config)[0])
     rng = np.random.default_rng(0)
     params = {
         name: rng.standard_normal(leaf.shape, np.float32)
@@ -126,14 +128,14 @@ def _peak_bytes() -> int:
 def convert(verb: str, form: str, source: str, output: str) -> None:
     """Runs `gecko import` or `gecko export` here and prints what it took."""
     before = _peak_bytes()
-    from gecko_jax import cli
+    from gecko_jax.cli import entry
 
     began = time.perf_counter()
     # Rows of the table without an id of the bundled vocabulary do not matter here.
     settings = [f"--vocabulary={VOCABULARY}", "--extra-ids=24064"]
     if verb == "export":
         settings = [f"--to={form}"]
-    status = cli.main([verb, source, f"--output={output}", *settings])
+    status = entry.main([verb, source, f"--output={output}", *settings])
     seconds = time.perf_counter() - began
     rise = _peak_bytes() - before
     if status:

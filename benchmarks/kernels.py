@@ -40,7 +40,7 @@ def loss(batch_size: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from gecko_jax import losses
+    from gecko_jax.losses import contrastive
 
     keys = jax.random.split(jax.random.key(0), 3)
     queries, positives, negatives = (
@@ -48,7 +48,7 @@ def loss(batch_size: int) -> dict[str, float]:
     )
     numbers = jnp.arange(3 * batch_size, dtype=jnp.uint32).reshape(3, batch_size)
     query_id, passage_id, negative_id = jnp.stack([numbers, numbers], axis=-1)
-    ids = losses.BatchIds(
+    ids = contrastive.BatchIds(
         query_id=query_id,
         passage_id=passage_id,
         negative_id=negative_id[:, None],
@@ -58,7 +58,7 @@ def loss(batch_size: int) -> dict[str, float]:
     )
 
     def total(parts: Any) -> Any:
-        return losses.mrl_loss(
+        return contrastive.mrl_loss(
             *parts,
             ids,
             mrl_dims=(256, WIDTH),
@@ -82,14 +82,14 @@ def loss(batch_size: int) -> dict[str, float]:
 
 def search(num_passages: int) -> dict[str, float]:
     """Times searches for one query and for 256."""
-    from gecko_jax import index
+    from gecko_jax.inference import vector_index
 
     rng = np.random.default_rng(0)
     # A million vectors are drawn; more are those again, which costs the search no less.
     drawn = rng.standard_normal((min(num_passages, 1_000_000), DIM), np.float32)
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     vectors = np.resize(drawn, (num_passages, DIM))
-    built = index.Index(vectors, [str(row) for row in range(num_passages)])
+    built = vector_index.Index(vectors, [str(row) for row in range(num_passages)])
     queries = rng.standard_normal((256, DIM), np.float32)
     found = {}
     for number in (1, 256):

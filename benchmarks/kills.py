@@ -41,7 +41,7 @@ def start(workdir: pathlib.Path, shared: pathlib.Path) -> subprocess.Popen:
 
 
 def newest_step(workdir: pathlib.Path) -> int:
-    from gecko_jax import metrics
+    from gecko_jax.training import metrics
 
     lines = metrics.read(workdir / metrics.METRICS)
     return max((int(line["step"]) for line in lines), default=0)
@@ -67,7 +67,7 @@ def state(workdir: pathlib.Path) -> dict[str, bytes]:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    from gecko_jax import metrics
+    from gecko_jax.training import metrics
 
     found = {}
     for item in ("params", "opt_state"):

@@ -28,7 +28,8 @@ def measure(devices, batch_size: int) -> dict[str, int]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from gecko_jax import losses, sharding
+    from gecko_jax.losses import contrastive
+    from gecko_jax.parallel import sharding
 
     mesh = sharding.build_mesh(devices=devices)
     spec = PartitionSpec(sharding.BATCH_AXES)
@@ -37,7 +38,7 @@ def measure(devices, batch_size: int) -> dict[str, int]:
         place = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct((batch_size, *dims), dtype, sharding=place)
 
-    ids = losses.BatchIds(
+    ids = contrastive.BatchIds(
         query_id=shape(2, dtype=jnp.uint32),
         passage_id=shape(2, dtype=jnp.uint32),
         negative_id=shape(1, 2, dtype=jnp.uint32),
@@ -48,7 +49,7 @@ def measure(devices, batch_size: int) -> dict[str, int]:
 
     def gradient(queries, positives, negatives, ids):
         def total(parts):
-            return losses.mrl_loss(
+            return contrastive.mrl_loss(
                 *parts,
                 ids,
                 mrl_dims=(256, 768),
@@ -84,10 +85,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[32_768, 65_536])
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from gecko_jax import compile as compile_lib
+    from gecko_jax.compile import aot
 
     before = {}
-    with compile_lib.topology_devices(options.topology) as devices:
+    with aot.topology_devices(options.topology) as devices:
         for batch_size in options.batches:
             found = measure(devices, batch_size)
             parts = [

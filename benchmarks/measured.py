@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from gecko_jax import wording
+from gecko_jax.io import wording
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -88,10 +88,12 @@ def measure(
     """Returns the loss of each query, embeddings, and what is kept of gradients."""
     import jax
 
-    from gecko_jax import gradients, model, sharding
     from gecko_jax.data import features
+    from gecko_jax.models import dual_encoder
+    from gecko_jax.parallel import sharding
+    from gecko_jax.training import gradients
 
-    config = model.EncoderConfig(
+    config = dual_encoder.EncoderConfig(
         vocab_size=VOCABULARY,
         model_dim=256,
         num_layers=4,
@@ -107,9 +109,9 @@ def measure(
         QUERY, PASSAGE, 1, packing=packed, microbatch_rows=MICROBATCH
     )
     batch = features.convert(draw_examples(), shape)
-    encoder = model.DualEncoder(config)
+    encoder = dual_encoder.DualEncoder(config)
     mesh = sharding.build_mesh(devices=jax.devices()[:1])
-    shapes, axes = model.abstract_params(config)
+    shapes, axes = dual_encoder.abstract_params(config)
     shardings = sharding.param_shardings(shapes, axes, mesh, sharding.RULES)
     params = jax.device_put(draw_params(shapes), shardings)
     loss_and_gradients = gradients.build(
@@ -128,12 +130,12 @@ def measure(
 
     def embed(params: Any, batch: Any) -> Any:
         sides = [
-            model.embed_texts(
+            dual_encoder.embed_texts(
                 encoder, params, batch, side, num_segments=shape.num_segments
             )
             for side in gradients.SIDES
         ]
-        return model.normalize(jax.numpy.concatenate(sides))
+        return dual_encoder.normalize(jax.numpy.concatenate(sides))
 
     with jax.default_matmul_precision(precision):
         loss, _, grads = jax.jit(loss_and_gradients)(params, batch, jax.random.key(0))

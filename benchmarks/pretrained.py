@@ -33,17 +33,11 @@ import measured
 import quality_data
 import text_licences
 
-from gecko_jax import config as config_lib
-from gecko_jax import (
-    contamination,
-    files,
-    model_folder,
-    parameters,
-    progress,
-    tensors,
-    text,
-)
+import gecko_jax.config
 from gecko_jax.data import mining
+from gecko_jax.formats import model_folder, parameters, tensors
+from gecko_jax.io import progress, writing
+from gecko_jax.text import overlap, text_formats
 
 CARD = pathlib.Path(__file__).with_name("pretrained_card.md")
 
@@ -108,7 +102,7 @@ def write_text(options: argparse.Namespace) -> None:
             kept[row["task"], text_licences.source(row), licence] += 1
             row["licence"] = licence
             if len(seen) % 2:
-                row["task_description"] = text.DEFAULT_TASK
+                row["task_description"] = text_formats.DEFAULT_TASK
             yield row
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -118,7 +112,7 @@ def write_text(options: argparse.Namespace) -> None:
         "left_out": counts(left_out, "reason"),
         "clear_of": list(known.sets),
     }
-    with files.write_file(options.output / "text.json") as temporary:
+    with writing.write_file(options.output / "text.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     by_task = collections.Counter()
     for (task, *_), count in kept.items():
@@ -207,9 +201,9 @@ def write_card(options: argparse.Namespace) -> None:
         ),
         left_out=table(["task and reason", "pairs"], left_out.items()),
         clear_of=", ".join(f"`{name}`" for name in chosen["clear_of"]),
-        common=contamination.COMMON_WORDS,
+        common=overlap.COMMON_WORDS,
     )
-    with files.write_folder(options.output) as folder:
+    with writing.write_folder(options.output) as folder:
         for path in held:
             shutil.copyfile(path, folder / path.name)
         (folder / "README.md").write_text(card)
@@ -229,7 +223,7 @@ def make_command(settings: Sequence[str], has_data: bool) -> str:
 
 def refuse_paths(provenance: Mapping[str, Any]) -> None:
     """Refuses a model that would carry the paths of a machine along."""
-    for key, value in config_lib.flatten(provenance).items():
+    for key, value in gecko_jax.config.flatten(provenance).items():
         values = value if isinstance(value, tuple) else (value,)
         for path in values:
             if isinstance(path, str) and path.startswith("/"):
@@ -259,7 +253,7 @@ def scores_table(results: Any, dims: Sequence[int]) -> str:
 def stages_table(stages: Sequence[pathlib.Path]) -> str:
     """Returns the keys that tell the stages apart, one stage a column."""
     flat = [
-        config_lib.flatten(json.loads((stage / "config.json").read_text()))
+        gecko_jax.config.flatten(json.loads((stage / "config.json").read_text()))
         for stage in stages
     ]
     lines = [[f"`{key}`", *(one[key] for one in flat)] for key in STAGE_KEYS]

@@ -39,7 +39,7 @@ import quality_teacher
 import side_by_side
 from quality_rows import GROUPS, ROWS, VOCABULARY_SIZE
 
-from gecko_jax import files
+from gecko_jax.io import writing
 
 # What the rows of a table are made with unless told otherwise.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -175,7 +175,7 @@ def make_row(name: str, seed: int, options: argparse.Namespace) -> None:
         "peak_gib": side_by_side.host_peak(),
         **facts,
     }
-    with files.write_file(row_path(name, seed, options)) as temporary:
+    with writing.write_file(row_path(name, seed, options)) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
     print(f"{row_path(name, seed, options)}: made")
 

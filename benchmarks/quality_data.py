@@ -16,8 +16,9 @@ from typing import Any
 
 import measured
 
-from gecko_jax import contamination, files
 from gecko_jax.evaluation import sets
+from gecko_jax.io import reading
+from gecko_jax.text import overlap
 
 QUICKSTART = measured.ROOT / "gecko_jax" / "quickstart"
 CLASSES = ("mask", "text")
@@ -138,7 +139,7 @@ def choose(data: Data) -> list[dict[str, Any]]:
     def draw(record: dict[str, Any]) -> bytes:
         return hashlib.blake2b(json.dumps(record, sort_keys=True).encode()).digest()
 
-    records = [record for _, record in files.read_records(data.train)]
+    records = [record for _, record in reading.read_records(data.train)]
     if data.subset > len(records):
         raise SystemExit(
             f"--subset={data.subset}: {data.train} has {len(records):,} pairs; "
@@ -160,7 +161,7 @@ def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
     known = held_out(judged_folders(data.train.parent))
     records = [
         record
-        for _, record in files.read_records(data.classes / "train.jsonl")
+        for _, record in reading.read_records(data.classes / "train.jsonl")
         if not known.holds(record["text"])
     ]
     group = 0
@@ -180,12 +181,12 @@ def judged_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return {f"{path.parent.name}/{path.name}": path for path in found}
 
 
-def held_out(folders: Mapping[str, pathlib.Path]) -> contamination.Contamination:
+def held_out(folders: Mapping[str, pathlib.Path]) -> overlap.Contamination:
     """Returns the queries, judged passages and test texts that no training may see.
 
     Passages that no query is judged by are distractors, training text among them.
     """
-    known = contamination.Contamination()
+    known = overlap.Contamination()
     for name, folder in folders.items():
         for found in sets.load(folder):
             if isinstance(found, sets.ClassificationSet):

@@ -14,7 +14,7 @@ import quality_scores
 import quality_teacher
 from quality_rows import Row
 
-from gecko_jax import ranking
+from gecko_jax.inference import ranking
 
 
 def configs(
@@ -24,8 +24,8 @@ def configs(
 
     Rows that differ in the second stage alone share the first.
     """
-    from gecko_jax import config as config_lib
-    from gecko_jax import flags
+    import gecko_jax.config
+    from gecko_jax.cli import flags
 
     work = options.output / "work"
     ready = quality_data.prepared(data, options.output, row.vocabulary_size)
@@ -70,7 +70,9 @@ def configs(
             config.data.teacher_dim = quality_teacher.DIM
         if made:
             config.init.checkpoint = str(made[-1][1])
-        digest = hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(gecko_jax.config.to_json(config).encode()).hexdigest()[
+            :12
+        ]
         made.append((config, work / f"{stage}-{digest}"))
     return made[0][0], made[1][0], made[0][1], made[1][1]
 
@@ -138,8 +140,10 @@ def gecko(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Trains both stages; scores all dims, half and a quarter, trained or not."""
-    from gecko_jax import checkpoints, embedding, train
     from gecko_jax.evaluation import classification, judge, sets
+    from gecko_jax.formats import checkpoints
+    from gecko_jax.inference import embedding
+    from gecko_jax.training import loop
 
     *both, first, second = configs(row, data, seed, options)
     seconds = 0.0
@@ -149,7 +153,7 @@ def gecko(
         # Rows that differ in the second stage alone share the first.
         if checkpoints.latest_step(workdir) != config.train.num_steps:
             with measured.timed(workdir):
-                train.train(config, workdir)
+                loop.train(config, workdir)
         seconds += measured.spent(workdir)
     model = embedding.load(str(average(second, both[-1], row.averaged)))
     dims = [both[-1].loss.mrl_dims[-1] // part for part in (4, 2, 1)]
@@ -177,9 +181,9 @@ def gecko(
 
 def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
     """Writes triples whose hard negatives the model of a run has found."""
-    from gecko_jax import embedding
     from gecko_jax.data import mining
     from gecko_jax.fret import retrieval
+    from gecko_jax.inference import embedding
 
     path = mined_path(workdir, skip_top)
     if not path.exists():
@@ -189,7 +193,7 @@ def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
 
 def average(workdir: pathlib.Path, config: Any, number: int) -> pathlib.Path:
     """Averages the last checkpoints of a run into a model; of none, the run itself."""
-    from gecko_jax import averaging, checkpoints
+    from gecko_jax.formats import averaging, checkpoints
 
     if not number:
         return workdir

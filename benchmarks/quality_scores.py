@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import quality_data
 
-from gecko_jax import ranking
+from gecko_jax.inference import ranking
 
 
 def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, float]]]:
@@ -55,7 +55,7 @@ def by_dim(
     found: Any, queries: np.ndarray, corpus: np.ndarray, dims: Sequence[int]
 ) -> dict[str, Any]:
     """Returns the rankings at every dim, by the cosine of the prefixes."""
-    from gecko_jax import embedding
+    from gecko_jax.inference import embedding
 
     return {
         str(dim): rankings(

@@ -7,7 +7,7 @@ from typing import Any
 
 import quality_plot
 
-from gecko_jax import files
+from gecko_jax.io import writing
 
 _HEAD = """\
 # Results
@@ -102,7 +102,7 @@ def write(
                     _panels(lines, rows), picture, has_base=lines[0][0] == names[0]
                 )
                 parts.append(f"\n![Mean and spread of each row]({picture.name})")
-    with files.write_file(path) as temporary:
+    with writing.write_file(path) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
 
 

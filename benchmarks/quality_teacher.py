@@ -26,7 +26,7 @@ def encode(
     """
     from sentence_transformers import SentenceTransformer
 
-    from gecko_jax import progress
+    from gecko_jax.io import progress
 
     model = SentenceTransformer(name)
     model.max_seq_length = length or model.max_seq_length
@@ -41,10 +41,10 @@ def encode(
 
 def teach(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the vectors of all texts of a JSONL file, for embedding matching."""
-    from gecko_jax.data import teacher
+    from gecko_jax.data import teacher_vectors
 
-    texts = list(teacher.list_texts([path]))
+    texts = list(teacher_vectors.list_texts([path]))
     texts_, titles = [one.text for one in texts], [one.title for one in texts]
     blocks = encode(name, texts_, titles, LENGTH)
     keys = [one.key for one in texts]
-    teacher.write(folder, keys, blocks, made_by=name, dim=DIM)
+    teacher_vectors.write(folder, keys, blocks, made_by=name, dim=DIM)

@@ -19,9 +19,10 @@ RECIPES = ("paper", "modern")
 
 def rows(chip: str, utilisation: float, length: float) -> list[list[str]]:
     """Returns the table: a row for each size and recipe."""
-    from gecko_jax import chips, flags
-    from gecko_jax import config as config_lib
-    from gecko_jax import step as step_lib
+    import gecko_jax.config
+    from gecko_jax.cli import flags
+    from gecko_jax.parallel import chips
+    from gecko_jax.training import train_step
 
     speed = chips.CHIPS[chip].flops_per_second * utilisation
     found = []
@@ -30,8 +31,8 @@ def rows(chip: str, utilisation: float, length: float) -> list[list[str]]:
             stages = []
             for stage in ("prefinetune", "finetune"):
                 config = flags.load(f"{ROOT / 'configs' / stage}.py:{size},{recipe}")
-                config_lib.check(config)
-                flops = step_lib.model_flops(config, length)
+                gecko_jax.config.check(config)
+                flops = train_step.model_flops(config, length)
                 stages.append(flops * config.train.num_steps)
             hours = [flops / speed / 3600 for flops in stages]
             found.append(
@@ -48,7 +49,9 @@ def rows(chip: str, utilisation: float, length: float) -> list[list[str]]:
 def main() -> None:
     """Prints the table in Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--chip", default="v5e", help="of gecko_jax.chips (v5e)")
+    parser.add_argument(
+        "--chip", default="v5e", help="of gecko_jax.parallel.chips (v5e)"
+    )
     parser.add_argument(
         "--utilisation", type=float, default=0.4, help="of its peak, assumed (0.4)"
     )

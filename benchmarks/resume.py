@@ -72,7 +72,7 @@ def finish(running: list[subprocess.Popen], expected: int = 0) -> None:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-    from gecko_jax import metrics
+    from gecko_jax.training import metrics
 
     return {
         int(line["step"]): float(line["loss"])
@@ -95,7 +95,7 @@ def main() -> None:
     sys.path.insert(0, str(small_runs.ROOT))
     import numpy as np
 
-    from gecko_jax import checkpoints
+    from gecko_jax.formats import checkpoints
 
     with tempfile.TemporaryDirectory() as folder:
         whole, stopped = (

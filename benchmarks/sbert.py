@@ -6,11 +6,14 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer, models
 
-from gecko_jax import model
+from gecko_jax.models import dual_encoder
 
 
 def build(
-    config: model.EncoderConfig, vocabulary: pathlib.Path, length: int, folder: str
+    config: dual_encoder.EncoderConfig,
+    vocabulary: pathlib.Path,
+    length: int,
+    folder: str,
 ) -> SentenceTransformer:
     """Returns a fresh model of these sizes with the same vocabulary.
 

@@ -10,9 +10,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
-from gecko_jax import config as config_lib
-from gecko_jax import files, text
-from gecko_jax import step as step_lib
+import gecko_jax.config
+from gecko_jax.io import reading
+from gecko_jax.text import text_formats
+from gecko_jax.training import train_step
 
 
 def train(
@@ -31,7 +32,7 @@ def train(
     random = np.random.default_rng(seed)
     first = stages[0]
     built = sbert.build(
-        config_lib.encoder_config(first),
+        gecko_jax.config.encoder_config(first),
         pathlib.Path(first.data.vocabulary),
         first.data.passage_length,
         str(folder),
@@ -39,7 +40,7 @@ def train(
     built.train()
     seconds = 0.0
     for config in stages:
-        lines = [record for _, record in files.read_records(config.data.files[0])]
+        lines = [record for _, record in reading.read_records(config.data.files[0])]
         loss = losses.MatryoshkaLoss(
             built,
             losses.CachedMultipleNegativesRankingLoss(
@@ -49,7 +50,7 @@ def train(
             ),
             list(config.loss.mrl_dims),
         )
-        schedule, _ = step_lib.build_optimizer(config)
+        schedule, _ = train_step.build_optimizer(config)
         settings = config.optimizer
         tokens = built[0].auto_model.get_input_embeddings().weight
         others = [weight for weight in built.parameters() if weight is not tokens]
@@ -85,7 +86,7 @@ def _endless(random: np.random.Generator, number: int) -> Any:
 
 def _columns(built: Any, batch: list[dict[str, Any]], config: Any) -> list[Any]:
     """Returns tokens of queries, positives and, where all have one, hard negatives."""
-    text_format = text.TextFormat()
+    text_format = text_formats.TextFormat()
     columns = [
         [text_format.format_query(line["query"], line["task"]) for line in batch],
         [
@@ -114,7 +115,7 @@ def encode(
     built: SentenceTransformer, found: Any, tasks: list[str], config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the vectors of queries and passages, in the format of training."""
-    text_format = text.TextFormat()
+    text_format = text_formats.TextFormat()
     built.max_seq_length = config.data.query_length
     queries = built.encode(
         [

@@ -25,13 +25,13 @@ import jax
 import measured
 import numpy as np
 
-from gecko_jax import index, quantization
+from gecko_jax.inference import quantization, vector_index
 
 OURS, FAISS = "gecko_jax.index", "faiss-cpu IndexFlatIP"
 
 _LOAD = r"""
 import json, re, sys, time
-from gecko_jax import index
+from gecko_jax.inference import vector_index as index
 def peak():
     status = open("/proc/self/status").read()
     return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
@@ -66,7 +66,7 @@ def take_turns(
         )
 
 
-def load(built: index.Index, rounds: int) -> None:
+def load(built: vector_index.Index, rounds: int) -> None:
     """Saves the index, and prints what loading it takes in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "index"
@@ -111,7 +111,7 @@ def main() -> None:
     ids = [f"passage-{row}" for row in range(options.passages)]
     texts = [f"The text of passage {row}. " * 8 for row in range(options.passages)]
     ours = {
-        precision: index.Index(
+        precision: vector_index.Index(
             quantization.encode(vectors, precision), ids, texts=texts
         )
         for precision in quantization.PRECISIONS

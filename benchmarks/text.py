@@ -34,9 +34,9 @@ import text_licences
 import text_readers
 from text_readers import Row
 
-from gecko_jax import files
-from gecko_jax import words as words_lib
 from gecko_jax.evaluation import sets
+from gecko_jax.io import reading, writing
+from gecko_jax.text import word_rule
 
 SOURCES = pathlib.Path(__file__).with_name("text_sources.json")
 # A row that shares a run of this many words with a judged text is left out. A judged
@@ -98,7 +98,7 @@ def gather(options: argparse.Namespace) -> None:
         ],
         "clear_of": list(dict.fromkeys(known.sets)),
     }
-    with files.write_file(options.output / "text.json") as temporary:
+    with writing.write_file(options.output / "text.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -118,7 +118,7 @@ class Judged:
         """Adds the texts of a set."""
         self.sets.append(name)
         for content in texts:
-            words = words_lib.words(content)
+            words = word_rule.words(content)
             self._texts.add(" ".join(words))
             length = min(len(words), RUNS[-1])
             if length >= RUNS[0]:
@@ -128,7 +128,7 @@ class Judged:
 
     def holds(self, content: str) -> bool:
         """Whether a text equals a judged text or shares a run of words with it."""
-        words = words_lib.words(content)
+        words = word_rule.words(content)
         if " ".join(words) in self._texts:
             return True
         return any(
@@ -154,7 +154,7 @@ def judged(options: argparse.Namespace) -> Judged:
                 passages = zip(found.passage_ids, found.texts, strict=True)
                 known.add(name, [text for p, text in passages if p in relevant])
     for path in options.judged:
-        rows = [row for _, row in files.read_records(path)]
+        rows = [row for _, row in reading.read_records(path)]
         for side in ("sentence1", "sentence2"):
             known.add(path.stem, [row[side] for row in rows])
     return known

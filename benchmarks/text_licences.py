@@ -15,7 +15,7 @@ from typing import Any
 
 import quality_data
 
-from gecko_jax import files
+from gecko_jax.io import reading
 
 SOURCES = pathlib.Path(__file__).with_name("pretrained_sources.json")
 # Code of others inside a package, under licences that the package's does not name.
@@ -72,7 +72,7 @@ def read(data: pathlib.Path | None) -> Iterator[dict[str, Any]]:
     if data:
         paths.append(data / "train.jsonl.gz")
     for path in paths:
-        for place, row in files.read_records(path):
+        for place, row in reading.read_records(path):
             if "passage" in row:
                 row["positive"] = row.pop("passage")
             names = ("task", "query", "positive", "src", "licence")

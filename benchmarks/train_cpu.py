@@ -29,20 +29,23 @@ def gecko() -> None:
     import jax
     import numpy as np
 
-    from gecko_jax import flags, model, sharding, text, train
-    from gecko_jax import step as step_lib
+    from gecko_jax.cli import flags
+    from gecko_jax.models import dual_encoder
+    from gecko_jax.parallel import sharding
+    from gecko_jax.text import text_formats
+    from gecko_jax.training import loop, train_step
 
     config = flags.load(str(ROOT / "configs/prefinetune.py") + ":local")
-    batches = train.build_batches(config, text_format=text.TextFormat())
+    batches = loop.build_batches(config, text_format=text_formats.TextFormat())
     mesh = sharding.build_mesh()
-    step = step_lib.build(
+    step = train_step.build(
         config,
         mesh,
         num_segments=batches.num_segments,
         num_tasks=len(batches.task_names),
     )
-    params = model.init_params(step.encoder.config, jax.random.key(0))
-    state = step_lib.TrainState(params, step.tx.init(params), np.int32(0))
+    params = dual_encoder.init_params(step.encoder.config, jax.random.key(0))
+    state = train_step.TrainState(params, step.tx.init(params), np.int32(0))
     state = jax.device_put(state, step.shardings)
     stream = batches.iterate(0)
     key = jax.random.key(0)
@@ -67,15 +70,16 @@ def sbert() -> None:
     import torch
     from sentence_transformers.sentence_transformer import losses
 
-    from gecko_jax import config as config_lib
-    from gecko_jax import flags, text
-    from gecko_jax.data import tasks
+    import gecko_jax.config
+    from gecko_jax.cli import flags
+    from gecko_jax.data import task_table
+    from gecko_jax.text import text_formats
 
     config = flags.load(str(ROOT / "configs/prefinetune.py") + ":local")
     with tempfile.TemporaryDirectory() as folder:
         built = baseline.build(
-            config_lib.encoder_config(config),
-            tasks.QUICKSTART_VOCABULARY,
+            gecko_jax.config.encoder_config(config),
+            task_table.QUICKSTART_VOCABULARY,
             config.data.passage_length,
             folder,
         )
@@ -86,9 +90,9 @@ def sbert() -> None:
         list(config.loss.mrl_dims),
     )
     optimizer = torch.optim.AdamW(built.parameters(), lr=1e-3, weight_decay=0.0)
-    lines = (tasks.QUICKSTART / "train.jsonl").read_text().splitlines()
+    lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    text_format = text.TextFormat()
+    text_format = text_formats.TextFormat()
     pairs = itertools.cycle(
         [
             (

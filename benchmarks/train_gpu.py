@@ -53,8 +53,10 @@ def gecko_variant(
     import jax
     import numpy as np
 
-    from gecko_jax import chips, flags, model, sharding
-    from gecko_jax import step as step_lib
+    from gecko_jax.cli import flags
+    from gecko_jax.models import dual_encoder
+    from gecko_jax.parallel import chips, sharding
+    from gecko_jax.training import train_step
 
     keys = {
         "data.batch_size": options.batch,
@@ -70,17 +72,17 @@ def gecko_variant(
     )
     mesh = sharding.build_mesh(devices=jax.devices()[:1])
     note(f"{options.size} on {jax.devices()[0].device_kind}")
-    step = step_lib.build(config, mesh, num_segments=1, num_tasks=1)
+    step = train_step.build(config, mesh, num_segments=1, num_tasks=1)
     init = jax.jit(
-        lambda key: model.init_params(step.encoder.config, key),
+        lambda key: dual_encoder.init_params(step.encoder.config, key),
         out_shardings=step.shardings.params,
     )
     params = init(jax.random.key(0))
     opt_state = jax.jit(step.tx.init, out_shardings=step.shardings.opt_state)(params)
-    state = step_lib.TrainState(params, opt_state, np.int32(0))
+    state = train_step.TrainState(params, opt_state, np.int32(0))
     rng = np.random.default_rng(0)
     batch = {}
-    for name, leaf in step_lib.abstract_batch(config, mesh).items():
+    for name, leaf in train_step.abstract_batch(config, mesh).items():
         if name.endswith("_tokens"):
             batch[name] = rng.integers(2, config.model.vocab_size, leaf.shape, np.int32)
         elif name.endswith("_index") and name != "task_index":
@@ -120,7 +122,7 @@ def gecko_variant(
         "loss": float(summary["loss"]),
     }
     if chip is not None:
-        flops = step_lib.model_flops(config) / seconds
+        flops = train_step.model_flops(config) / seconds
         found["model_flops_utilisation"] = flops / chip.flops_per_second
     if memory is not None:
         parts = memory.temp_size_in_bytes + memory.argument_size_in_bytes
@@ -159,10 +161,10 @@ def sbert(options: argparse.Namespace) -> None:
             "--only=gecko does without"
         ) from error
 
-    from gecko_jax import model as gecko_model
+    from gecko_jax.models import dual_encoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = gecko_model.PRESETS[options.size]
+    sizes = dual_encoder.PRESETS[options.size]
     config = transformers.T5Config(
         vocab_size=sizes["vocab_size"],
         d_model=sizes["model_dim"],

@@ -27,7 +27,7 @@ class StoppedHalfway(Exception):
 
 def load_config(num_steps: int) -> Any:
     """Returns the demo's first stage, with this cache and number of steps."""
-    from gecko_jax import flags
+    from gecko_jax.cli import flags
 
     keys = {
         "data.cache_dir": CACHE,
@@ -46,7 +46,9 @@ def measure(num_steps: int) -> dict[str, Any]:
     """Trains in two halves, then embeds and searches."""
     import jax
 
-    from gecko_jax import embedding, evaluation, index, train
+    from gecko_jax import evaluation
+    from gecko_jax.inference import embedding, vector_index
+    from gecko_jax.training import loop
 
     config = load_config(num_steps)
 
@@ -57,13 +59,13 @@ def measure(num_steps: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(StoppedHalfway):
-            train.train(config, folder, stop)
+            loop.train(config, folder, stop)
         saved = sorted(
             path.name for path in pathlib.Path(folder, "checkpoints").iterdir()
         )
         began = time.perf_counter()
         evaluate = evaluation.build_callback(config, folder)
-        metrics = train.train(config, folder, evaluate)
+        metrics = loop.train(config, folder, evaluate)
         seconds = time.perf_counter() - began
         model = embedding.load(folder)
         lines = (ROOT / "gecko_jax/quickstart/corpus.jsonl").read_text().splitlines()
@@ -71,7 +73,7 @@ def measure(num_steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         vectors = model.encode_passages([record["text"] for record in records])
         embed_seconds = time.perf_counter() - began
-    built = index.Index(vectors, [record["_id"] for record in records])
+    built = vector_index.Index(vectors, [record["_id"] for record in records])
     scores, _ = built.search(vectors[:100], 1)
     found = {
         "device": jax.devices()[0].device_kind,
@@ -86,9 +88,10 @@ def measure(num_steps: int) -> dict[str, Any]:
 
 def build() -> None:
     """Tokenizes the bundled pairs into the cache."""
-    from gecko_jax import text, train
+    from gecko_jax.text import text_formats
+    from gecko_jax.training import loop
 
-    train.build_batches(load_config(4), text_format=text.TextFormat())
+    loop.build_batches(load_config(4), text_format=text_formats.TextFormat())
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ The paper gives no hyperparameters: numbers without a source are ours.
 
 import ml_collections
 
-from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
+from gecko_jax.models import dual_encoder
+from gecko_jax.parallel import sharding
 
 # Batch, rows of a microbatch, and chips along fsdp, for `xl`. The compiler has proved
 # v5e-16 and v5e-256 (docs/performance.md); the others are estimates, to be proved.
@@ -75,7 +76,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.teacher_dim = 0  # their dims
 
     config.model = ml_collections.ConfigDict(
-        model.config_to_dict(model.EncoderConfig(**model.PRESETS[arg.size]))
+        dual_encoder.config_to_dict(
+            dual_encoder.EncoderConfig(**dual_encoder.PRESETS[arg.size])
+        )
     )
     config.model.mlp_activations = ("gelu", "linear")
     config.model.dropout_rate = 0.1  # T5

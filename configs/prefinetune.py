@@ -18,8 +18,9 @@ without a source are ours.
 
 import ml_collections
 
-from gecko_jax import model, sharding
 from gecko_jax.config import parse_arg
+from gecko_jax.models import dual_encoder
+from gecko_jax.parallel import sharding
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -58,7 +59,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.teacher_dim = 0  # their dims
 
     config.model = ml_collections.ConfigDict(
-        model.config_to_dict(model.EncoderConfig(**model.PRESETS[arg.size]))
+        dual_encoder.config_to_dict(
+            dual_encoder.EncoderConfig(**dual_encoder.PRESETS[arg.size])
+        )
     )
     config.model.mlp_activations = ("gelu", "linear")
     config.model.dropout_rate = 0.1  # T5

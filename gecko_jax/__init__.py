@@ -10,16 +10,43 @@
 The import is light: neither JAX nor TensorFlow is loaded until they are needed.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from gecko_jax import numerics, platforms
+from gecko_jax.parallel import numerics, platforms
 
 if TYPE_CHECKING:
-    from gecko_jax.embedding import load
+    from gecko_jax import config, losses, models
+    from gecko_jax.evaluation.judge import evaluate
+    from gecko_jax.inference import vector_index as index
+    from gecko_jax.inference.embedding import Gecko, load
+    from gecko_jax.training.loop import train
 
-__all__ = ["__version__", "load"]
+__all__ = [
+    "Gecko",
+    "__version__",
+    "config",
+    "evaluate",
+    "index",
+    "load",
+    "losses",
+    "models",
+    "train",
+]
 
 __version__ = "0.1.0"
+
+# Public name -> its module and, unless it is the module itself, its name there.
+_MENU = {
+    "Gecko": ("inference.embedding", "Gecko"),
+    "config": ("config", None),
+    "evaluate": ("evaluation.judge", "evaluate"),
+    "index": ("inference.vector_index", None),
+    "load": ("inference.embedding", "load"),
+    "losses": ("losses", None),
+    "models": ("models", None),
+    "train": ("training.loop", "train"),
+}
 
 # Must come before JAX starts its backend, so before anything else of ours.
 numerics.set_cpu_flags()
@@ -27,8 +54,8 @@ platforms.skip_absent_tpu()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from gecko_jax import embedding
-
-        return embedding.load
-    raise AttributeError(f"module 'gecko_jax' has no attribute {name!r}")
+    if name not in _MENU:
+        raise AttributeError(f"module 'gecko_jax' has no attribute {name!r}")
+    module, attribute = _MENU[name]
+    imported = importlib.import_module(f"gecko_jax.{module}")
+    return imported if attribute is None else getattr(imported, attribute)

@@ -14,9 +14,9 @@ def run() -> NoReturn:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     # Only now: this takes a tenth of a second, in which Ctrl-C may come.
-    from gecko_jax import cli
+    from gecko_jax.cli import entry
 
-    cli.run()
+    entry.run()
 
 
 def _prepare_streams() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from gecko_jax import layers, model
+from gecko_jax.models import dual_encoder, t5
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
@@ -36,7 +36,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
         name, _, value = word.partition("=")
         if not value and isinstance(defaults.get(name), bool):
             values[name] = True
-        elif not value and "size" in defaults and name in model.PRESETS:
+        elif not value and "size" in defaults and name in dual_encoder.PRESETS:
             values["size"] = name
         elif value and name in defaults and not isinstance(defaults[name], bool):
             try:
@@ -53,7 +53,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
                 for key, default in defaults.items()
                 if not isinstance(default, bool)
             ]
-            sizes = list(model.PRESETS) if "size" in defaults else []
+            sizes = list(dual_encoder.PRESETS) if "size" in defaults else []
             raise ValueError(
                 f"config argument {word!r} is unknown; known are "
                 f"{', '.join(words + sizes + pairs)}"
@@ -135,10 +135,10 @@ SCHEMA: dict[str, Rule] = {
     "model.mlp_dim": _WIDTH,
     "model.mlp_activations": Rule(
         tuple,
-        "must hold one or two of " + ", ".join(layers.ACTIVATIONS),
+        "must hold one or two of " + ", ".join(t5.ACTIVATIONS),
         lambda v: (
             1 <= len(v) <= 2
-            and all(isinstance(n, str) and n in layers.ACTIVATIONS for n in v)
+            and all(isinstance(n, str) and n in t5.ACTIVATIONS for n in v)
         ),
     ),
     "model.shared_relative_bias": _SWITCH,
@@ -151,11 +151,11 @@ SCHEMA: dict[str, Rule] = {
     "model.embedding_dim": _WIDTH,
     "model.projection": _SWITCH,
     "model.dropout_rate": _SHARE,
-    "model.dtype": _one_of(*layers.DTYPES),
+    "model.dtype": _one_of(*t5.DTYPES),
     "model.scan_layers": _SWITCH,
-    "model.remat": _one_of(*layers.REMAT_POLICIES),
+    "model.remat": _one_of(*t5.REMAT_POLICIES),
     "model.l2_epsilon": _ABOVE_ZERO,
-    "model.attention": _one_of(*layers.ATTENTIONS),
+    "model.attention": _one_of(*t5.ATTENTIONS),
     "init.checkpoint": _TEXT,
     "init.token_weights": _one_of("none", "idf"),
     "init.align_steps": _COUNT,
@@ -437,9 +437,9 @@ def to_json(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
 
 
-def encoder_config(config: ml_collections.ConfigDict) -> model.EncoderConfig:
+def encoder_config(config: ml_collections.ConfigDict) -> dual_encoder.EncoderConfig:
     """Returns the `model` group as the dataclass that the model takes."""
-    return model.EncoderConfig(**config.model.to_dict())
+    return dual_encoder.EncoderConfig(**config.model.to_dict())
 
 
 def _is_kind(value: Any, kind: type) -> bool:

@@ -26,7 +26,7 @@ atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _COMPILED)
 
 # Importing the package sets XLA's flag for right numbers on CPU.
-from gecko_jax import numerics  # noqa: E402
+from gecko_jax.parallel import numerics  # noqa: E402
 
 # A shell starts what it puts in the background with Ctrl-C ignored, and the processes
 # of tests would inherit that.
@@ -43,10 +43,12 @@ def tiny_files():
     """Files of a small, untrained model with the bundled vocabulary."""
     import pathlib
 
-    from gecko_jax import model, model_folder, text
+    from gecko_jax.formats import model_folder
+    from gecko_jax.models import dual_encoder
+    from gecko_jax.text import text_formats
 
     quickstart = pathlib.Path(__file__).parents[1] / "gecko_jax" / "quickstart"
-    config = model.EncoderConfig(
+    config = dual_encoder.EncoderConfig(
         vocab_size=8_064,
         model_dim=16,
         num_layers=2,
@@ -56,9 +58,11 @@ def tiny_files():
         embedding_dim=16,
     )
     return model_folder.ModelFiles(
-        params=jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0)),
+        params=jax.jit(dual_encoder.init_params, static_argnums=0)(
+            config, jax.random.key(0)
+        ),
         encoder_config=config,
-        text_format=text.TextFormat(
+        text_format=text_formats.TextFormat(
             task_descriptions={"docs": "search result", "sts": "semantic similarity"},
             symmetric_tasks=("sts",),
         ),
@@ -75,7 +79,7 @@ def tiny_files():
 @pytest.fixture(scope="session")
 def tiny_gecko(tiny_files):
     """The model of `tiny_files`, ready to encode."""
-    from gecko_jax import embedding
+    from gecko_jax.inference import embedding
 
     return embedding.Gecko(tiny_files)
 
@@ -83,7 +87,7 @@ def tiny_gecko(tiny_files):
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_files, tmp_path_factory):
     """The folder of `tiny_files`, to be read and not changed."""
-    from gecko_jax import model_folder
+    from gecko_jax.formats import model_folder
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     model_folder.save_model(folder, tiny_files)
@@ -93,10 +97,10 @@ def tiny_folder(tiny_files, tmp_path_factory):
 @pytest.fixture
 def gecko(capsys):
     """Runs a command line in this process: its status, output and errors."""
-    from gecko_jax import cli
+    from gecko_jax.cli import entry
 
     def run(*arguments):
-        status = cli.main(list(map(str, arguments)))
+        status = entry.main(list(map(str, arguments)))
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 
@@ -108,9 +112,9 @@ def small_files(tiny_files):
     """A model small enough to be written often; of another size than `tiny_files`."""
     import jax
 
-    from gecko_jax import model
+    from gecko_jax.models import dual_encoder
 
-    config = model.EncoderConfig(
+    config = dual_encoder.EncoderConfig(
         vocab_size=32,
         model_dim=8,
         num_layers=1,
@@ -119,7 +123,9 @@ def small_files(tiny_files):
         mlp_dim=8,
         embedding_dim=8,
     )
-    params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(1))
+    params = jax.jit(dual_encoder.init_params, static_argnums=0)(
+        config, jax.random.key(1)
+    )
     return dataclasses.replace(
         tiny_files, params=params, encoder_config=config, mrl_dims=(4, 8)
     )
@@ -131,7 +137,7 @@ def workdir(small_files, tmp_path):
     import jax
     import numpy as np
 
-    from gecko_jax import checkpoints, model_folder
+    from gecko_jax.formats import checkpoints, model_folder
 
     path = tmp_path / "run"
     path.mkdir()

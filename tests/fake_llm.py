@@ -15,7 +15,7 @@ import re
 import threading
 import zlib
 
-from gecko_jax.fret import canary
+from gecko_jax.llm import canary
 
 _TOKEN = re.compile(r"\s*\w+|\s*[^\w\s]|\s+")
 _FLUENT = canary._FLUENT.split()

@@ -6,9 +6,9 @@ import random
 
 import fake_llm
 
-from gecko_jax import flags
+from gecko_jax.cli import flags
 from gecko_jax.fret import records
-from gecko_jax.fret import requests as requests_lib
+from gecko_jax.llm import request_log
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORDS = (
@@ -56,7 +56,7 @@ def contents(workdir):
         path.relative_to(workdir).as_posix(): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
         if path.is_file()
-        and not {requests_lib.FOLDER, records.LOCKS} & set(path.parts)
+        and not {request_log.FOLDER, records.LOCKS} & set(path.parts)
         and path.name != "config.json"
         and path.suffix != ".tmp"  # of a process that was killed
     }

@@ -3,9 +3,7 @@
 import gzip
 import json
 
-from gecko_jax.data import (
-    tasks,
-)
+from gecko_jax.data import task_table
 
 
 def forget_checksums(path):
@@ -37,7 +35,7 @@ def write_cache(folder):
     np.save(folder / "order.npy", np.asarray([4, 2, 0, 1, 3]))
 
 
-TABLE = {task.name: task for task in tasks.TASKS if task.source}
+TABLE = {task.name: task for task in task_table.TASKS if task.source}
 
 
 NLI = [

@@ -5,12 +5,14 @@ import pathlib
 import jax
 import pytest
 
-from gecko_jax import config as config_lib
-from gecko_jax import flags, model, sharding
-from gecko_jax import step as step_lib
+import gecko_jax.config
+from gecko_jax.cli import flags
+from gecko_jax.models import dual_encoder
+from gecko_jax.parallel import sharding
+from gecko_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
-SIZES = tuple(model.PRESETS)
+SIZES = tuple(dual_encoder.PRESETS)
 ARGUMENTS = ("", "local", *SIZES, *(f"{size},local" for size in SIZES))
 FINETUNE = ("fret", "fret,local", "xl,fret")
 RECIPES = tuple(
@@ -22,12 +24,14 @@ RECIPES = tuple(
 
 
 def test_arguments_are_words_and_pairs():
-    values = config_lib.parse_arg("xl,local,rate=3", size="mini", local=False, rate=1)
+    values = gecko_jax.config.parse_arg(
+        "xl,local,rate=3", size="mini", local=False, rate=1
+    )
     assert values.to_dict() == {"size": "xl", "local": True, "rate": 3}
     with pytest.raises(ValueError, match=r"'giant' is unknown.*local.*xxl"):
-        config_lib.parse_arg("giant", size="mini", local=False)
+        gecko_jax.config.parse_arg("giant", size="mini", local=False)
     with pytest.raises(ValueError, match="rate must be int"):
-        config_lib.parse_arg("rate=x", rate=1)
+        gecko_jax.config.parse_arg("rate=x", rate=1)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +44,13 @@ def test_arguments_are_words_and_pairs():
 )
 def test_every_config_is_sound_and_traces(name, argument):
     config = flags.load(f"{ROOT / 'configs' / name}.py:{argument}")
-    config_lib.check(config)
+    gecko_jax.config.check(config)
     config.model.num_layers = 2  # they are all alike, and tracing 24 takes long
     config.data.batch_size = 8
     config.train.microbatch_size = min(config.train.microbatch_size, 8)
-    mesh = sharding.build_mesh(**step_lib.mesh_sizes(config))
-    step = step_lib.build(config, mesh, num_segments=16, num_tasks=3)
-    batch = step_lib.abstract_batch(config, mesh)
+    mesh = sharding.build_mesh(**train_step.mesh_sizes(config))
+    step = train_step.build(config, mesh, num_segments=16, num_tasks=3)
+    batch = train_step.abstract_batch(config, mesh)
     after, metrics = jax.eval_shape(step.run, step.shapes, batch, jax.random.key(0))
     assert jax.tree.map(lambda a: a.shape, after) == jax.tree.map(
         lambda a: a.shape, step.shapes
@@ -58,7 +62,7 @@ def test_every_hardware_has_a_batch_that_its_chips_can_split():
     file = f"{ROOT / 'configs/finetune.py'}"
     for name in ("v5e-8", "v5e-16", "v5e-256", "v5p-128", "h100", "h200"):
         config = flags.load(f"{file}:xl,hardware={name}")
-        config_lib.check(config)
+        gecko_jax.config.check(config)
         chips = config.mesh.data * config.mesh.fsdp
         assert config.data.batch_size % config.train.microbatch_size == 0
         assert config.train.microbatch_size % chips == 0
@@ -120,7 +124,7 @@ def test_all_faults_are_told_at_once():
     config.model.dropout_rate = 1.5
     config.train = {**config.train.to_dict(), "num_steps": "many"}
     with pytest.raises(ValueError, match="the config has faults") as error:
-        config_lib.check(config)
+        gecko_jax.config.check(config)
     message = str(error.value)
     assert "data.bach_size=3: unknown key; did you mean data.batch_size?" in message
     assert "loss.temperature: missing" in message
@@ -162,7 +166,7 @@ def test_keys_must_fit_each_other(override, message):
     overrides = [f"--config.{override}", "--config.init.checkpoint=somewhere"]
     config = flags.load(f"{ROOT / 'configs/finetune.py'}:local", overrides)
     with pytest.raises(ValueError, match=message):
-        config_lib.check(config)
+        gecko_jax.config.check(config)
 
 
 def test_a_teacher_knows_no_texts_with_unique_ids():
@@ -175,9 +179,9 @@ def test_a_teacher_knows_no_texts_with_unique_ids():
     words = [f"--config.{name}={value}" for name, value in overrides.items()]
     config = flags.load(f"{ROOT / 'configs/prefinetune.py'}:local", words)
     with pytest.raises(ValueError, match=r"unique_ids=True, data\.teacher='vectors'"):
-        config_lib.check(config)
+        gecko_jax.config.check(config)
     config.data.unique_ids = False
-    config_lib.check(config)
+    gecko_jax.config.check(config)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +199,12 @@ def test_faults_of_an_evaluation_are_told(overrides, message):
     overrides = [f"--config.{override}" for override in overrides]
     config = flags.load(f"{ROOT / 'configs/evaluate.py'}:v1", overrides)
     with pytest.raises(ValueError, match=message):
-        config_lib.check_evaluation(config)
+        gecko_jax.config.check_evaluation(config)
 
 
 def test_an_evaluation_knows_its_keys():
     config = flags.load(f"{ROOT / 'configs/evaluate.py'}:local").unlock()
-    config_lib.check_evaluation(config)
+    gecko_jax.config.check_evaluation(config)
     config.task = "STS12"
     with pytest.raises(ValueError, match="task='STS12': unknown key; did you mean tas"):
-        config_lib.check_evaluation(config)
+        gecko_jax.config.check_evaluation(config)

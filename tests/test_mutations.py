@@ -19,22 +19,25 @@ import test_convert_tokenizer
 from sentencepiece import sentencepiece_model_pb2
 
 import gecko_jax
-from gecko_jax import (
+from gecko_jax.data import cache, jsonl, prepare, seqio_cache, teacher_vectors
+from gecko_jax.evaluation import mteb_suites, sets, tables, vector_store
+from gecko_jax.formats import (
     checkpoints,
-    embedding,
-    index,
-    metrics,
+    detection,
+    model_card,
     model_folder,
+    tokenizer,
+)
+from gecko_jax.inference import (
+    embedding,
     quantization,
     ranking,
-    vectors,
-    workdir,
+    vector_files,
+    vector_index,
 )
-from gecko_jax.convert import formats, model_card, tokenizer
-from gecko_jax.data import cache, jsonl, prepare, seqio_cache, teacher
-from gecko_jax.evaluation import sets, store, suites, tables
+from gecko_jax.training import metrics, workdirs
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parent / "testdata"
 TRAINED = pathlib.Path(gecko_jax.__file__).parent / "quickstart" / "vocabulary.model"
 VOCABULARY = DATA / "model_v1" / "vocabulary.model"
 
@@ -71,7 +74,7 @@ def _hugging_face(folder, _):
 
 
 def _import(folder):
-    return lambda: model_folder.read_params(formats.open_model(folder))
+    return lambda: model_folder.read_params(detection.open_model(folder))
 
 
 def _chain(folder, _):
@@ -137,10 +140,10 @@ def _index(precision):
         array = rng.standard_normal((9, 16), dtype=np.float32)
         codes = quantization.encode(array, precision)
         ids = [f"p{i}" for i in range(9)]
-        index.Index(codes, ids, titles=ids, texts=ids, revision="r").save(folder)
+        vector_index.Index(codes, ids, titles=ids, texts=ids, revision="r").save(folder)
 
         def read():
-            loaded = index.load(folder)
+            loaded = vector_index.load(folder)
             _, found = loaded.search(array[:2], 3)
             return [loaded.text(one) for row in found for one in row]
 
@@ -153,15 +156,21 @@ def _vectors(folder, tiny_files):
     source = folder.parent / "texts.txt"
     source.write_text("one text\nanother text\na third\n")
     gecko = embedding.Gecko(tiny_files)
-    vectors.embed_file(gecko, source, folder, precision="int8", shard_rows=2)
-    return lambda: index.from_embeddings(folder), ["embeddings.json", "shard-00000.npz"]
+    vector_files.embed_file(gecko, source, folder, precision="int8", shard_rows=2)
+    return lambda: vector_index.from_embeddings(folder), [
+        "embeddings.json",
+        "shard-00000.npz",
+    ]
 
 
 def _teacher(folder, _):
     blocks = [np.random.default_rng(0).standard_normal((7, 4), dtype=np.float32)]
-    teacher.write(folder, [9, 3, 5, 1, 7, 2, 8], blocks, made_by="test")
+    teacher_vectors.write(folder, [9, 3, 5, 1, 7, 2, 8], blocks, made_by="test")
     keys = np.arange(10, dtype=np.uint64)
-    return lambda: teacher.Teacher(folder, 4).look_up(keys), ["teacher.json", "*.npy"]
+    return lambda: teacher_vectors.Teacher(folder, 4).look_up(keys), [
+        "teacher.json",
+        "*.npy",
+    ]
 
 
 def _cache(folder, _):
@@ -189,9 +198,9 @@ def _results(folder, _):
 
 def _board(folder, tiny_files):
     gecko = embedding.Gecko(tiny_files)
-    about = suites._describe(gecko, "n", {"query_length": 64})
-    suites._claim(folder, about)
-    return lambda: suites._claim(folder, about) or True, ["*.json"]
+    about = mteb_suites._describe(gecko, "n", {"query_length": 64})
+    mteb_suites._claim(folder, about)
+    return lambda: mteb_suites._claim(folder, about) or True, ["*.json"]
 
 
 def _prepared(folder, _):
@@ -266,13 +275,13 @@ def _workdir(folder, small_files):
 
 
 def _config(folder, _):
-    from gecko_jax import config as config_lib
-    from gecko_jax import flags
+    import gecko_jax.config
+    from gecko_jax.cli import flags
 
     config = flags.load("configs/finetune.py:local", [], flags.TRAIN)
     folder.mkdir()
-    (folder / workdir.CONFIG).write_text(config_lib.to_json(config))
-    return lambda: workdir.check_config(folder, config) or True, [workdir.CONFIG]
+    (folder / workdirs.CONFIG).write_text(gecko_jax.config.to_json(config))
+    return lambda: workdirs.check_config(folder, config) or True, [workdirs.CONFIG]
 
 
 def _metrics(folder, _):
@@ -318,16 +327,16 @@ def _teacher_vectors(folder, _):
     path = samples.write_lines(
         folder / "pairs.jsonl", {"task": "t", "query": "q", "positive": "p"}
     )
-    texts = list(teacher.list_texts([path]))
+    texts = list(teacher_vectors.list_texts([path]))
     np.save(folder / "vectors.npy", np.eye(len(texts), 4, dtype=np.float32))
     lines = [{"_id": text.id, "vector": [1.0, 0.0]} for text in texts]
     samples.write_lines(folder / "vectors.jsonl", *lines)
 
     def read():
         for name in ("vectors.npy", "vectors.jsonl"):
-            blocks = teacher.read_vectors(folder / name, texts)
+            blocks = teacher_vectors.read_vectors(folder / name, texts)
             keys = [text.key for text in texts]
-            teacher.write(folder.parent / "t", keys, blocks, made_by="test")
+            teacher_vectors.write(folder.parent / "t", keys, blocks, made_by="test")
         return True
 
     return read, ["vectors.*"]
@@ -338,7 +347,7 @@ def _store(folder, tiny_files):
     texts = ["one", "two", "three"]
 
     def read():
-        opened = store.Store(folder, gecko, 1.0)
+        opened = vector_store.Store(folder, gecko, 1.0)
         found = opened.encode(texts, side="query", max_length=16)
         assert np.isfinite(found).all()
         return found

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from gecko_jax import checkpoints, model, model_folder, parameters
+from gecko_jax.formats import checkpoints, model_folder, parameters
+from gecko_jax.models import dual_encoder
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "notebook.md"
@@ -53,7 +54,7 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
                 "negatives": [f"there is no such number as {i + 100}"],
             }
             file.write(json.dumps(record) + "\n")
-    sizes = model.config_to_dict(tiny_files.encoder_config)
+    sizes = dual_encoder.config_to_dict(tiny_files.encoder_config)
     real = str(ROOT / "configs" / "finetune.py")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "finetune.py").write_text(

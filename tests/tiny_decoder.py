@@ -6,10 +6,10 @@ import pathlib
 import jax
 import numpy as np
 
-from gecko_jax import sharding
-from gecko_jax.fret import decoder
+from gecko_jax.models import transformer
+from gecko_jax.parallel import sharding
 
-LLAMA = decoder.DecoderConfig(
+LLAMA = transformer.DecoderConfig(
     vocab_size=300,
     model_dim=16,
     num_layers=2,
@@ -22,7 +22,7 @@ LLAMA = decoder.DecoderConfig(
     rope_base=10_000.0,
 )
 # All that Gemma 3 adds, with windows shorter than the texts of the tests.
-GEMMA = decoder.DecoderConfig(
+GEMMA = transformer.DecoderConfig(
     vocab_size=300,
     model_dim=16,
     num_layers=3,
@@ -45,7 +45,7 @@ GEMMA = decoder.DecoderConfig(
 
 
 @functools.cache
-def params(config: decoder.DecoderConfig, seed: int = 0) -> dict:
+def params(config: transformer.DecoderConfig, seed: int = 0) -> dict:
     """Random parameters; norms are near one, logits some units apart."""
     rng = np.random.default_rng(seed)
 
@@ -53,7 +53,7 @@ def params(config: decoder.DecoderConfig, seed: int = 0) -> dict:
         noise = rng.standard_normal(shape, np.float32)
         return 1 + 0.2 * noise if "norm" in path[-1].key else 0.4 * noise
 
-    shapes = decoder.param_shapes(config)
+    shapes = transformer.param_shapes(config)
     return jax.tree.map_with_path(
         draw, shapes, is_leaf=lambda node: isinstance(node, tuple)
     )
@@ -78,7 +78,7 @@ def pieces() -> tuple[list[str], list[str]]:
 def write_gguf(
     path: pathlib.Path,
     kinds: dict[str, str] | None = None,
-    config: decoder.DecoderConfig = LLAMA,
+    config: transformer.DecoderConfig = LLAMA,
 ) -> pathlib.Path:
     """Writes the Llama of this file as llama.cpp's converter would.
 
@@ -125,7 +125,7 @@ def write_gguf(
     return path
 
 
-def _tensors(config: decoder.DecoderConfig) -> dict[str, np.ndarray]:
+def _tensors(config: transformer.DecoderConfig) -> dict[str, np.ndarray]:
     """Tensors by llama.cpp's names, in its layout."""
     tree = params(LLAMA)
     found = {

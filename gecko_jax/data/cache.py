@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from gecko_jax import checksums, fields, files, npy, progress, text, vocabulary
 from gecko_jax.data import (
     features,
     formatting,
@@ -35,8 +34,10 @@ from gecko_jax.data import (
     load_seqio,
     registration,
     seqio_cache,
+    task_table,
 )
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.io import checksums, field_rules, npy, progress, reading, writing
+from gecko_jax.text import text_formats, vocabularies
 
 # Tokens kept of a text, so that the lengths of a run can change without a new cache.
 MAX_TOKENS = 2048
@@ -47,7 +48,7 @@ BLOCK = 256
 _RECORDS, _ORDER = "records.array_record", "order.npy"
 _REMEDY = "delete the folder, and it will be built again"
 # What is known of a source file: its tasks, with the number of their lines.
-_EXAMPLES = fields.map_of(fields.COUNT)
+_EXAMPLES = field_rules.map_of(field_rules.COUNT)
 
 # Raised whenever the records, or what is written in them, change.
 _VERSION = 1
@@ -60,7 +61,7 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
         ValueError: The file is missing, empty or holds a bad line.
     """
     try:
-        digest = files.sha256(path)
+        digest = reading.sha256(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check data.files") from None
     note = cache_dir / "sources" / f"{digest}.json"
@@ -76,10 +77,10 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
 
 
 def key(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     sources: Sequence[jsonl.FileSummary],
-    text_format: text.TextFormat,
-    pieces: vocabulary.Vocabulary,
+    text_format: text_formats.TextFormat,
+    pieces: vocabularies.Vocabulary,
 ) -> str:
     """Returns 16 hex digits that change with whatever the task's tokens depend on."""
     facts = {
@@ -98,9 +99,9 @@ def key(
 
 
 def build(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     cache_key: str,
-    text_format: text.TextFormat,
+    text_format: text_formats.TextFormat,
     vocabulary_path: str,
     extra_ids: int,
     cache_dir: pathlib.Path,
@@ -124,7 +125,7 @@ def build(
 
 
 def _write(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     folder: pathlib.Path,
     dataset: Any,
     stored: pathlib.Path | None,
@@ -141,7 +142,7 @@ def _write(
     wanted = task.num_examples
     blocks = dataset.ragged_batch(BLOCK).with_options(fused)
     places: list[np.ndarray] = []
-    with files.write_folder(folder) as temporary:
+    with writing.write_folder(folder) as temporary:
         path = str(temporary / _RECORDS)
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
         for example in progress.track(
@@ -199,7 +200,7 @@ def examples(
                 positive=features.trim(positives[row], MAX_TOKENS),
                 negatives=tuple(
                     # seqio pads the negatives of an example to one length.
-                    features.trim(tokens[tokens != vocabulary.PAD_ID], MAX_TOKENS)
+                    features.trim(tokens[tokens != vocabularies.PAD_ID], MAX_TOKENS)
                     for tokens in negatives[row]
                 ),
                 query_id=query_ids[row],
@@ -231,7 +232,7 @@ class Reader:
         self._path = folder / _RECORDS
         try:
             info = checksums.read_object(
-                files.member(folder, "info.json"),
+                writing.member(folder, "info.json"),
                 {"num_examples": int},
                 remedy=_REMEDY,
             )
@@ -240,7 +241,7 @@ class Reader:
             self._reader = array_record_module.ArrayRecordReader(
                 str(self._path), options="readahead_buffer_size:0,max_parallelism:1"
             )
-            order = files.member(folder, _ORDER)
+            order = writing.member(folder, _ORDER)
             self._order = None
             if order.exists():
                 shape = (info["num_examples"],)

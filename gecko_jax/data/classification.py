@@ -18,9 +18,9 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gecko_jax import text as text_lib
-from gecko_jax import wording
 from gecko_jax.data import jsonl, preprocessors
+from gecko_jax.io import wording
+from gecko_jax.text import text_formats
 
 UNIQUE_IDS = ("mask", "text")
 
@@ -136,9 +136,9 @@ def append_id(pair: jsonl.Pair) -> jsonl.Pair:
         query=query,
         positive=positive,
         negatives=negatives,
-        query_id=text_lib.content_id(query),
-        passage_id=text_lib.content_id(positive),
-        negative_ids=tuple(map(text_lib.content_id, negatives)),
+        query_id=text_formats.content_id(query),
+        passage_id=text_formats.content_id(positive),
+        negative_ids=tuple(map(text_formats.content_id, negatives)),
         negative_group=0,
     )
 

@@ -8,9 +8,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from gecko_jax import contamination, progress
-from gecko_jax.data import jsonl
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import jsonl, task_table
+from gecko_jax.io import progress
+from gecko_jax.text import overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Hit:
 
     place: str
     part: str
-    match: contamination.Match
+    match: overlap.Match
 
 
 @dataclasses.dataclass
@@ -67,8 +67,8 @@ class Report:
 
 
 def find(
-    tasks: Sequence[tasks_lib.Task],
-    known: contamination.Contamination,
+    tasks: Sequence[task_table.Task],
+    known: overlap.Contamination,
     num_examples: int = 2,
 ) -> list[Report]:
     """Reads every file through; returns a report of each task.

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from gecko_jax import packing, vocabulary
+from gecko_jax.text import packing, vocabularies
 
 # Texts that may share a row, whatever its length. The model pools each segment of every
 # row, so a large number costs memory for rows that hold few texts.
@@ -102,7 +102,7 @@ def trim(tokens: np.ndarray, length: int) -> np.ndarray:
     if len(tokens) <= length:
         return tokens
     kept = np.array(tokens[:length])
-    kept[-1] = vocabulary.EOS_ID
+    kept[-1] = vocabularies.EOS_ID
     return kept
 
 
@@ -218,7 +218,7 @@ def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Ro
     tokens = np.zeros((rows, length), np.int32)
     segment_ids = np.zeros((rows, length), np.int32)
     index = np.zeros((len(texts), 2), np.int32)
-    lone_eos = np.array([vocabulary.EOS_ID], np.int32)
+    lone_eos = np.array([vocabularies.EOS_ID], np.int32)
     for row, numbers in enumerate(members):
         filled = 0
         for segment, number in enumerate(numbers):

@@ -19,8 +19,8 @@ import dataclasses
 import re
 from typing import Any
 
-from gecko_jax import text
 from gecko_jax.data import jsonl
+from gecko_jax.text import text_formats
 
 # Private-use characters: no real text holds them, and `text.clean` leaves them alone.
 _TEXT_MARK = "\ue000"
@@ -42,7 +42,7 @@ class Templates:
     titled_passage: str
 
 
-def templates(text_format: text.TextFormat, task: str) -> Templates:
+def templates(text_format: text_formats.TextFormat, task: str) -> Templates:
     """Returns the written forms of `task`; a symmetric task has one for both sides."""
     description = text_format.describe(task)
     query = text_format.format_query(_TEXT_MARK, task, _TASK_MARK)
@@ -89,7 +89,7 @@ def format_texts(dataset: Any, forms: Templates) -> Any:
 
 
 def write(
-    text_format: text.TextFormat, task: str, pair: jsonl.Pair
+    text_format: text_formats.TextFormat, task: str, pair: jsonl.Pair
 ) -> tuple[str, str, tuple[str, ...]]:
     """Returns query, positive and negatives of one example, as `format_texts` does.
 
@@ -97,7 +97,7 @@ def write(
     """
     own = pair.task_description
     # A description stands for itself, even when it is the name of a task.
-    description = text.clean(own) if own.strip() else text_format.describe(task)
+    description = text_formats.clean(own) if own.strip() else text_format.describe(task)
 
     def passage(content: str, title: str) -> str:
         if text_format.is_symmetric(task):

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files
 from gecko_jax.data import jsonl
+from gecko_jax.io import reading
 
 # As `gecko fret run` names them.
 TRIPLES, CARD = "fret.jsonl", "README.md"
@@ -56,7 +56,7 @@ def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
                 f"{export}: it has no {name}; give the folder `export` of a finished "
                 "`gecko fret run`"
             )
-    digest = files.sha256(export / TRIPLES)
+    digest = reading.sha256(export / TRIPLES)
     data_dir = str(pathlib.Path(data_dir).expanduser())
     builder = _builder_class()(export=str(export), data_dir=data_dir)
     builder.download_and_prepare()
@@ -96,7 +96,7 @@ def _builder_class() -> Any:
                 supervised_keys=("query", "positive"),
                 citation=_CITATION,
                 metadata=tfds.core.MetadataDict(
-                    sha256=files.sha256(self._export / TRIPLES)
+                    sha256=reading.sha256(self._export / TRIPLES)
                 ),
             )
 

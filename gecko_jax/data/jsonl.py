@@ -31,7 +31,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import files, inputs, text, wording
+from gecko_jax.io import inputs, reading, wording
+from gecko_jax.text import text_formats
 
 _ONE_POSITIVE = ("positive", "passage")
 _INT32 = range(-(2**31), 2**31)
@@ -86,7 +87,7 @@ def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pai
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], Pair]]:
     """Yields (place, record as read, example) of every line."""
-    for place, record in files.read_records(path):
+    for place, record in reading.read_records(path):
         yield place, record, parse(place, record)
 
 
@@ -101,7 +102,7 @@ def summarize(path: str | os.PathLike) -> FileSummary:
         raise ValueError(
             f"{path}: the file is empty; give it lines with task, query and positive"
         )
-    return FileSummary(files.sha256(path), dict(examples))
+    return FileSummary(reading.sha256(path), dict(examples))
 
 
 def parse(place: str, record: dict[str, Any]) -> Pair:
@@ -131,11 +132,12 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         title=title,
         negatives=negatives,
         negative_titles=tuple(t or "" for t in titles) or ("",) * len(negatives),
-        query_id=_hash("query_id", query_id) or text.content_id(query),
-        passage_id=_hash("passage_id", given[0]) or text.content_id(positive, title),
+        query_id=_hash("query_id", query_id) or text_formats.content_id(query),
+        passage_id=_hash("passage_id", given[0])
+        or text_formats.content_id(positive, title),
         negative_ids=tuple(
             _hash("passage_id", given[number + 1])
-            or text.content_id(negative, titles[number] if titles else None)
+            or text_formats.content_id(negative, titles[number] if titles else None)
             for number, negative in enumerate(negatives)
         ),
         negative_group=group,
@@ -153,16 +155,16 @@ def _one_of(place: str, record: dict[str, Any], *names: str) -> None:
 def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise ValueError(
-            f"{place}: field {name!r} is {files.kind(value)}; it must be a string"
+            f"{place}: field {name!r} is {inputs.kind(value)}; it must be a string"
         )
     if not may_be_empty and not value.strip():
         raise ValueError(
             f"{place}: field {name!r} is empty; give it text or drop the line"
         )
-    if len(value) > text.MAX_CHARACTERS:
+    if len(value) > text_formats.MAX_CHARACTERS:
         raise ValueError(
             f"{place}: field {name!r} has {len(value):,} characters; at most "
-            f"{text.MAX_CHARACTERS:,} are allowed: split it into passages"
+            f"{text_formats.MAX_CHARACTERS:,} are allowed: split it into passages"
         )
     try:
         value.encode()
@@ -195,7 +197,7 @@ def _negatives(place: str, record: dict[str, Any]) -> tuple[str, ...]:
         return ()
     if not isinstance(negatives, list):
         raise ValueError(
-            f"{place}: field 'negatives' is {files.kind(negatives)}; it must be a "
+            f"{place}: field 'negatives' is {inputs.kind(negatives)}; it must be a "
             "list of strings (or use 'negative' for one string)"
         )
     return tuple(

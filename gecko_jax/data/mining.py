@@ -23,9 +23,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import files as files_lib
-from gecko_jax import progress, ranking, text
 from gecko_jax.data import jsonl
+from gecko_jax.inference import ranking
+from gecko_jax.io import progress, writing
+from gecko_jax.text import text_formats
 
 _Id = tuple[int, int]
 
@@ -148,7 +149,7 @@ class Answers:
             (pair.passage_id, *pair.negative_ids),
             strict=True,
         ):
-            self._texts.setdefault(given, set()).add(text.content_id(body))
+            self._texts.setdefault(given, set()).add(text_formats.content_id(body))
         first, second = map(self._root, _query_keys(pair))
         self._query[first] = second
         positives = self._positives.setdefault(second, set())
@@ -199,7 +200,7 @@ class Corpus:
                 pair.given_ids,
                 strict=True,
             ):
-                self._passages.setdefault(text.content_id(passage[0]), passage)
+                self._passages.setdefault(text_formats.content_id(passage[0]), passage)
         self._ids = list(self._passages)
         self._retriever = build(
             [(title, body) for body, title, _ in self._passages.values()], task
@@ -219,7 +220,10 @@ class Corpus:
         while block := list(itertools.islice(pairs, _BLOCK)):
             excluded = []
             for pair in block:
-                own = {text.content_id(body) for body in (pair.query, *pair.negatives)}
+                own = {
+                    text_formats.content_id(body)
+                    for body in (pair.query, *pair.negatives)
+                }
                 excluded.append(own | self._answers.of(pair))
             depth = num_negatives + skip_top + max(map(len, excluded))
             found = self._retriever.search(
@@ -242,7 +246,7 @@ def write_lines(
     output: str | os.PathLike, records: Iterable[Mapping[str, Any]]
 ) -> None:
     """Writes JSON lines, compressed if the name ends in `.gz`; whole or not at all."""
-    with files_lib.write_file(output) as temporary, temporary.open("wb") as raw:
+    with writing.write_file(output) as temporary, temporary.open("wb") as raw:
         # Without a name and a time: equal lines give equal bytes.
         packed = (
             gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
@@ -257,7 +261,7 @@ def write_lines(
 
 
 def _query_keys(pair: jsonl.Pair) -> tuple[_Id, _Id]:
-    return pair.query_id, text.content_id(pair.query)
+    return pair.query_id, text_formats.content_id(pair.query)
 
 
 def extend(

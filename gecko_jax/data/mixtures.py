@@ -11,7 +11,7 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import task_table
 
 # Where `gecko data prepare` puts sets, unless it is told another place.
 PREPARED = "~/.cache/gecko_jax/prepared"
@@ -63,7 +63,7 @@ _CLASSIFICATION = (
     "civil_comments_toxicity",
 )
 _ACADEMIC = ("natural_questions", "hotpotqa", "fever", "medmcqa", "snli", "mnli")
-_MIRACL = tuple(t.name for t in tasks_lib.TASKS if t.name.startswith("miracl_"))
+_MIRACL = tuple(t.name for t in task_table.TASKS if t.name.startswith("miracl_"))
 
 MIXTURES: Mapping[str, Mixture] = {
     "quickstart": Mixture(
@@ -100,7 +100,7 @@ MIXTURES: Mapping[str, Mixture] = {
 
 def resolve(
     mixture: str, prepared_dir: str | os.PathLike = PREPARED
-) -> tuple[tuple[tasks_lib.Task, ...], Mixture]:
+) -> tuple[tuple[task_table.Task, ...], Mixture]:
     """Returns the tasks of a mixture, or of one task's name, with their files.
 
     Raises:
@@ -117,9 +117,9 @@ def resolve(
     return tuple(located), found
 
 
-def describe(mixture: str) -> tuple[tuple[tasks_lib.Task, ...], Mixture]:
+def describe(mixture: str) -> tuple[tuple[task_table.Task, ...], Mixture]:
     """Returns the rows of a mixture, or of one task's name, prepared or not."""
-    table = {task.name: task for task in tasks_lib.TASKS}
+    table = {task.name: task for task in task_table.TASKS}
     if mixture in MIXTURES:
         found = MIXTURES[mixture]
     elif mixture in table:
@@ -133,8 +133,8 @@ def describe(mixture: str) -> tuple[tuple[tasks_lib.Task, ...], Mixture]:
 
 
 def locate(
-    task: tasks_lib.Task, prepared_dir: str | os.PathLike = PREPARED
-) -> tasks_lib.Task:
+    task: task_table.Task, prepared_dir: str | os.PathLike = PREPARED
+) -> task_table.Task:
     """Returns the row with the files that `prepare` wrote, or none."""
     if not task.source:
         return task

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
-from gecko_jax import files as files_lib
-from gecko_jax import text, vocabulary
 from gecko_jax.data import jsonl
+from gecko_jax.io import writing
+from gecko_jax.text import text_formats, vocabularies
 
 # A fixed number, not the machine's: the pieces depend on it in the last digits.
 _THREADS = 8
@@ -23,7 +23,7 @@ def train_vocabulary(
     *,
     character_coverage: float = 0.9999,
     max_texts: int = 2_000_000,
-) -> vocabulary.Vocabulary:
+) -> vocabularies.Vocabulary:
     """Trains a unigram vocabulary with byte fallback and T5's reserved ids.
 
     Args:
@@ -58,13 +58,13 @@ def train_vocabulary(
             vocab_size=size,
             model_type="unigram",
             byte_fallback=True,
-            pad_id=vocabulary.PAD_ID,
-            eos_id=vocabulary.EOS_ID,
+            pad_id=vocabularies.PAD_ID,
+            eos_id=vocabularies.EOS_ID,
             unk_id=2,
             bos_id=-1,
             character_coverage=character_coverage,
             # Bytes; longer texts would be skipped.
-            max_sentence_length=4 * text.MAX_CHARACTERS,
+            max_sentence_length=4 * text_formats.MAX_CHARACTERS,
             input_sentence_size=max_texts,
             shuffle_input_sentence=True,
             num_threads=_THREADS,
@@ -76,8 +76,8 @@ def train_vocabulary(
         raise ValueError(_explain(str(error), size)) from error
     if broken:
         raise broken[0]
-    trained = vocabulary.Vocabulary(model.getvalue())
-    with files_lib.write_file(output) as temporary:
+    trained = vocabularies.Vocabulary(model.getvalue())
+    with writing.write_file(output) as temporary:
         temporary.write_bytes(trained.model_proto)
     return trained
 
@@ -101,7 +101,7 @@ def _texts(files: Sequence[str | os.PathLike]) -> Iterator[str]:
         for record in jsonl.read_pairs(path):
             for content in (record.query, record.title, record.positive):
                 if content:
-                    yield text.clean(content)
+                    yield text_formats.clean(content)
 
 
 def _explain(message: str, size: int) -> str:

@@ -37,10 +37,16 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import text
-from gecko_jax import vocabulary as vocabulary_lib
-from gecko_jax.data import cache, features, formatting, mixtures, prefetch, selection
-from gecko_jax.data import teacher as teacher_lib
+from gecko_jax.data import (
+    cache,
+    features,
+    formatting,
+    mixtures,
+    prefetch,
+    selection,
+    teacher_vectors,
+)
+from gecko_jax.text import text_formats, vocabularies
 
 # Examples that are read for the weights of tokens, and the least such weight.
 _IDF_EXAMPLES = 100_000
@@ -80,9 +86,9 @@ class Batches:
         *,
         mixture: str,
         files: Sequence[str | os.PathLike],
-        vocabulary: vocabulary_lib.Vocabulary,
+        vocabulary: vocabularies.Vocabulary,
         vocabulary_path: str | os.PathLike,
-        text_format: text.TextFormat,
+        text_format: text_formats.TextFormat,
         batch_size: int,
         query_length: int,
         passage_length: int,
@@ -129,7 +135,7 @@ class Batches:
         _check_sizes(
             batch_size, query_length, passage_length, num_negatives, row_multiple, seed
         )
-        if vocabulary_lib.load(vocabulary_path, vocabulary.extra_ids) != vocabulary:
+        if vocabularies.load(vocabulary_path, vocabulary.extra_ids) != vocabulary:
             raise ValueError(
                 f"{vocabulary_path}: is not the vocabulary given beside it; give the "
                 "file that the vocabulary was loaded from"
@@ -203,7 +209,7 @@ class Batches:
             self.facts["unique_ids"] = True
         self._teacher = None
         if teacher:
-            self._teacher = teacher_lib.Teacher(teacher, teacher_dim)
+            self._teacher = teacher_vectors.Teacher(teacher, teacher_dim)
             self.facts["teacher"] = self._teacher.facts["sha256"]
         digest = hashlib.sha256(json.dumps(self.facts).encode())
         self.mixture_hash = digest.hexdigest()[:16]

@@ -25,9 +25,8 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import fields, files, progress
-from gecko_jax.data import jsonl, mining, preprocessors, sources
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import jsonl, mining, preprocessors, sources, task_table
+from gecko_jax.io import field_rules, progress, reading, writing
 
 # Lines of a part.
 PART = 50_000
@@ -38,14 +37,14 @@ _PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
 # Raised whenever what a part holds changes.
 _VERSION = 2
 
-_DROPPED = fields.map_of(fields.COUNT)
+_DROPPED = field_rules.map_of(field_rules.COUNT)
 _FIELDS = {
     "facts": dict,
     "examples": int,
     "dropped": _DROPPED,
-    "without_negative": fields.COUNT,
+    "without_negative": field_rules.COUNT,
 }
-_COUNTS = fields.list_of(fields.COUNT)
+_COUNTS = field_rules.list_of(field_rules.COUNT)
 _BEGIN_AGAIN = "delete the folder {} and run again"
 
 
@@ -67,7 +66,7 @@ class Summary:
 
 
 def prepare(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     prepared_dir: str | os.PathLike,
     *,
     source: str = "",
@@ -103,7 +102,7 @@ def prepare(
     if negatives != 1:
         facts["negatives"] = negatives
     if note.exists():
-        found = files.read_object(
+        found = reading.read_object(
             note,
             _FIELDS,
             remedy="delete the folder and prepare again",
@@ -127,7 +126,7 @@ def prepare(
             f"{f' (left out: {reasons})' if reasons else ''}; check the split"
         )
     examples, short = _mine(task, num_parts, work, negatives)
-    with files.write_file(work / "prepared.json") as temporary:
+    with writing.write_file(work / "prepared.json") as temporary:
         temporary.write_text(
             json.dumps(
                 {
@@ -147,7 +146,7 @@ def prepare(
     return Summary(target, examples, dropped, short)
 
 
-def _location(task: tasks_lib.Task, source: str) -> str:
+def _location(task: task_table.Task, source: str) -> str:
     if source or ":" in task.source:
         return source or task.source
     if not task.source:
@@ -162,7 +161,7 @@ def _location(task: tasks_lib.Task, source: str) -> str:
     )
 
 
-def _facts(task: tasks_lib.Task, location: str, part: int) -> dict[str, Any]:
+def _facts(task: task_table.Task, location: str, part: int) -> dict[str, Any]:
     return {"version": _VERSION, "task": task.name, "source": location, "part": part}
 
 
@@ -171,18 +170,18 @@ def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
     note = work / "facts.json"
     # Where nothing was read yet, as of a source that has been mended, all is open.
     if any(work.glob("pairs-*")):
-        if files.read_object(note, {}, remedy=_BEGIN_AGAIN.format(work)) != facts:
+        if reading.read_object(note, {}, remedy=_BEGIN_AGAIN.format(work)) != facts:
             raise ValueError(
                 f"{work}: was begun from another source, or by other settings, or the "
                 "source has changed since; delete it and run again"
             )
         return
-    with files.write_file(note) as temporary:
+    with writing.write_file(note) as temporary:
         temporary.write_text(json.dumps(facts))
 
 
 def _write_pairs(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     location: str,
     work: pathlib.Path,
     tfds_data_dir: str | None,
@@ -195,9 +194,9 @@ def _write_pairs(
     """
     done = work / "pairs-done.json"
     if done.exists():
-        facts = files.read_object(
+        facts = reading.read_object(
             done,
-            {"parts": fields.COUNT, "dropped": _DROPPED},
+            {"parts": field_rules.COUNT, "dropped": _DROPPED},
             remedy=_BEGIN_AGAIN.format(work),
         )
         return facts["parts"], facts["dropped"]
@@ -211,13 +210,13 @@ def _write_pairs(
             mining.write_lines(path, block)
             logging.info("%s: %d lines in %s", task.name, len(block), path.name)
         number += 1
-    with files.write_file(done) as temporary:
+    with writing.write_file(done) as temporary:
         temporary.write_text(json.dumps({"parts": number, "dropped": dropped}))
     return number, dict(dropped)
 
 
 def _lines(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     location: str,
     records: Iterator[dict[str, Any]],
     dropped: collections.Counter[str],
@@ -250,7 +249,7 @@ def _lines(
 
 
 def _preprocess(
-    task: tasks_lib.Task, location: str, records: Iterator[dict[str, Any]]
+    task: task_table.Task, location: str, records: Iterator[dict[str, Any]]
 ) -> Iterator[dict[str, Any] | preprocessors.Drop]:
     """Runs the task's preprocessor; its errors name the record they are about."""
     if task.preprocessor is None:
@@ -274,7 +273,7 @@ def _preprocess(
 
 
 def _mine(
-    task: tasks_lib.Task, num_parts: int, work: pathlib.Path, wanted: int
+    task: task_table.Task, num_parts: int, work: pathlib.Path, wanted: int
 ) -> tuple[int, int]:
     """Mines the negatives that lines lack; returns all lines and those left short."""
     counts = []
@@ -302,7 +301,7 @@ def _mine(
                 len(pair.negatives) + len(found) < wanted
                 for pair, found in zip(pairs, mined, strict=True)
             )
-            with files.write_file(note) as temporary:
+            with writing.write_file(note) as temporary:
                 temporary.write_text(json.dumps([len(pairs), bare]))
         counts.append(_read_counts(note))
     examples, short = zip(*counts, strict=True)
@@ -312,7 +311,7 @@ def _mine(
 def _read_counts(note: pathlib.Path) -> list[int]:
     counts: Any = None
     with contextlib.suppress(ValueError):
-        counts = files.parse_json(note.read_text("utf-8"))
+        counts = reading.parse_json(note.read_text("utf-8"))
     if not _COUNTS.holds(counts) or len(counts) != 2:
         raise ValueError(
             f"{note}: not two numbers of lines; {_BEGIN_AGAIN.format(note.parent)}"

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gecko_jax import files, inputs
+from gecko_jax.io import inputs
 
 Record = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ def text(record: Record, name: str) -> str:
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
         raise ValueError(
-            f"field {name!r} is {files.kind(value)}, and must be text; check that it "
+            f"field {name!r} is {inputs.kind(value)}, and must be text; check that it "
             "is the right set and version"
         )
     return _CONTROL.sub("", value).strip()
@@ -76,7 +76,7 @@ def number(record: Record, name: str) -> int | float | None:
         isinstance(value, bool) or not isinstance(value, int | float)
     ):
         raise ValueError(
-            f"field {name!r} is {files.kind(value)}, and must be a number; check that "
+            f"field {name!r} is {inputs.kind(value)}, and must be a number; check that "
             "it is the right set and version"
         )
     return value

@@ -17,9 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import text, vocabulary
-from gecko_jax.data import classification, formatting, jsonl, load_seqio, mixtures
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import (
+    classification,
+    formatting,
+    jsonl,
+    load_seqio,
+    mixtures,
+    task_table,
+)
+from gecko_jax.text import text_formats, vocabularies
 
 # Examples read at once.
 _BLOCK = 256
@@ -31,9 +37,9 @@ _IDS = ("query_id", "passage_id", "negative_ids")
 def register(
     mixture: str = "quickstart",
     *,
-    vocabulary_path: str | os.PathLike = tasks_lib.QUICKSTART_VOCABULARY,
+    vocabulary_path: str | os.PathLike = task_table.QUICKSTART_VOCABULARY,
     extra_ids: int = 0,
-    text_format: text.TextFormat | None = None,
+    text_format: text_formats.TextFormat | None = None,
     prepared_dir: str | os.PathLike = mixtures.PREPARED,
 ) -> Any:
     """Registers a mixture of the table under its own name, for use through seqio.
@@ -46,8 +52,8 @@ def register(
     """
     seqio = load_seqio()
     tasks, weights = mixtures.resolve(mixture, prepared_dir)
-    text_format = tasks_lib.complete_text_format(
-        text_format or text.TextFormat(), tasks
+    text_format = task_table.complete_text_format(
+        text_format or text_formats.TextFormat(), tasks
     )
     for task in tasks:
         register_task(task, text_format, vocabulary_path, extra_ids, task.name)
@@ -70,7 +76,7 @@ class Registered:
         extra_ids: Sentinels after its pieces.
     """
 
-    text_format: text.TextFormat
+    text_format: text_formats.TextFormat
     vocabulary_proto: bytes
     extra_ids: int
 
@@ -117,13 +123,13 @@ def describe(provider: Any) -> Registered:
             "or vocabularies; register all of them with the same"
         )
     path, extra_ids = pieces[0].sentencepiece_model_file, pieces[0].extra_ids
-    proto = vocabulary.load(path, extra_ids).model_proto
+    proto = vocabularies.load(path, extra_ids).model_proto
     return Registered(merged[0], proto, extra_ids)
 
 
 def register_task(
-    task: tasks_lib.Task,
-    text_format: text.TextFormat,
+    task: task_table.Task,
+    text_format: text_formats.TextFormat,
     vocabulary_path: str | os.PathLike,
     extra_ids: int = 0,
     name: str | None = None,
@@ -138,7 +144,7 @@ def register_task(
         name: In seqio's registry; by default the task's and a hash of the rest.
     """
     seqio = load_seqio()
-    model = vocabulary.load(vocabulary_path, extra_ids)
+    model = vocabularies.load(vocabulary_path, extra_ids)
     forms = formatting.templates(text_format, task.name)
     if name is None:
         facts = json.dumps([dataclasses.asdict(task), dataclasses.asdict(forms)])
@@ -250,7 +256,7 @@ def _source_class() -> Any:
             text_format: How the task writes texts.
         """
 
-        def __init__(self, task: tasks_lib.Task, text_format: text.TextFormat):
+        def __init__(self, task: task_table.Task, text_format: text_formats.TextFormat):
             self.text_format = text_format
             self._task = task
             self._files = {"train": task.files}
@@ -288,7 +294,7 @@ def _source_class() -> Any:
     return JsonlSource
 
 
-def _dataset(paths: Sequence[str], task: tasks_lib.Task, chosen: Sequence[int]) -> Any:
+def _dataset(paths: Sequence[str], task: task_table.Task, chosen: Sequence[int]) -> Any:
     """Reads some of a split's files into a `tf.data.Dataset`."""
     import tensorflow as tf
 
@@ -326,7 +332,7 @@ def _dataset(paths: Sequence[str], task: tasks_lib.Task, chosen: Sequence[int]) 
 
 
 def _column_blocks(
-    paths: Sequence[str], task: tasks_lib.Task, chosen: Sequence[int]
+    paths: Sequence[str], task: task_table.Task, chosen: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Yields the cleaned examples of some of a split's files, `_BLOCK` at a time.
 
@@ -369,4 +375,4 @@ def _column_blocks(
 
 
 def _clean(content: str) -> str:
-    return text.clean(content) if content.strip() else ""
+    return text_formats.clean(content) if content.strip() else ""

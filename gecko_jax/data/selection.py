@@ -9,10 +9,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from gecko_jax import text
-from gecko_jax import vocabulary as vocabulary_lib
-from gecko_jax.data import cache, mixtures
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import cache, mixtures, task_table
+from gecko_jax.text import text_formats, vocabularies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +25,9 @@ class Selection:
         keys: Of each task's cache.
     """
 
-    tasks: tuple[tasks_lib.Task, ...]
+    tasks: tuple[task_table.Task, ...]
     mixture: mixtures.Mixture
-    text_format: text.TextFormat
+    text_format: text_formats.TextFormat
     sources: tuple[tuple[str, ...], ...]
     keys: tuple[str, ...]
 
@@ -38,8 +36,8 @@ def select(
     *,
     mixture: str,
     files: Sequence[str | os.PathLike],
-    vocabulary: vocabulary_lib.Vocabulary,
-    text_format: text.TextFormat,
+    vocabulary: vocabularies.Vocabulary,
+    text_format: text_formats.TextFormat,
     cache_dir: str | os.PathLike,
     prepared_dir: str | os.PathLike = mixtures.PREPARED,
     unique_ids: bool = False,
@@ -57,7 +55,7 @@ def select(
         tasks, drawn = tasks_of_files(files, text_format, folder)
     else:
         tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-    text_format = tasks_lib.complete_text_format(text_format, tasks)
+    text_format = task_table.complete_text_format(text_format, tasks)
     sized, sources, keys = [], [], []
     for task in tasks:
         task = dataclasses.replace(task, unique_ids=unique_ids)
@@ -76,9 +74,9 @@ def select(
 
 def tasks_of_files(
     files: Sequence[str | os.PathLike],
-    text_format: text.TextFormat,
+    text_format: text_formats.TextFormat,
     cache_dir: pathlib.Path,
-) -> tuple[tuple[tasks_lib.Task, ...], mixtures.Mixture]:
+) -> tuple[tuple[task_table.Task, ...], mixtures.Mixture]:
     """Returns the tasks of a user's own files, and their mixture by size.
 
     Raises:
@@ -86,7 +84,7 @@ def tasks_of_files(
     """
     paths = [os.fspath(path) for path in files]
     summaries = [cache.summarize_source(path, cache_dir) for path in paths]
-    tasks = tasks_lib.from_files(
+    tasks = task_table.from_files(
         paths, [summary.examples for summary in summaries], text_format
     )
     return tasks, mixtures.Mixture(tuple(task.name for task in tasks))

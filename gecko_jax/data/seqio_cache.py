@@ -21,9 +21,9 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import files, text
-from gecko_jax.data import load_seqio, registration
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import load_seqio, registration, task_table
+from gecko_jax.io import reading, writing
+from gecko_jax.text import text_formats
 
 _COMPLETED = "COMPLETED"
 
@@ -31,18 +31,18 @@ _COMPLETED = "COMPLETED"
 _SHARD = 50_000
 
 
-def task_name(task: tasks_lib.Task, key: str) -> str:
+def task_name(task: task_table.Task, key: str) -> str:
     """Returns the task's name in seqio's registry, given the key of its cache."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task.name)[:64]}:{key}"
 
 
-def folder(task: tasks_lib.Task, key: str, cache_dir: pathlib.Path) -> pathlib.Path:
+def folder(task: task_table.Task, key: str, cache_dir: pathlib.Path) -> pathlib.Path:
     """Returns where the task's cache is or would be."""
     return cache_dir.joinpath("seqio", *task_name(task, key).split(":"))
 
 
 def find(
-    task: tasks_lib.Task, key: str, cache_dir: pathlib.Path
+    task: task_table.Task, key: str, cache_dir: pathlib.Path
 ) -> pathlib.Path | None:
     """Returns the folder of the task's finished cache, None where there is no cache.
 
@@ -65,7 +65,7 @@ def find(
     remedy = (
         "delete the folder, and run `gecko data cache` again or let training tokenize"
     )
-    info = files.read_object(
+    info = reading.read_object(
         found / "info.train.json", {"num_shards": int}, remedy=remedy
     )
     num_shards = info["num_shards"]
@@ -135,14 +135,14 @@ class Job:
         pipeline_options: Of Apache Beam, such as ("--runner=DirectRunner",).
     """
 
-    text_format: text.TextFormat
+    text_format: text_formats.TextFormat
     vocabulary_path: str
     extra_ids: int
     pipeline_options: Sequence[str] = ()
 
 
 def write(
-    task: tasks_lib.Task, key: str, job: Job, cache_dir: pathlib.Path
+    task: task_table.Task, key: str, job: Job, cache_dir: pathlib.Path
 ) -> tuple[pathlib.Path, dict[str, int]]:
     """Tokenizes a task with Apache Beam, unless its finished cache is there.
 
@@ -173,7 +173,7 @@ def write(
             list(job.pipeline_options)
         )
         logging.info("Caching %s in %s", task.name, target)
-        with files.write_folder(target) as temporary:
+        with writing.write_folder(target) as temporary:
             with beam.Pipeline(options=options) as pipeline:
                 _build(pipeline, register(), register, temporary, beam, beam_utils)
             (temporary / _COMPLETED).touch()

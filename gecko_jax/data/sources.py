@@ -17,8 +17,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gecko_jax import files, inputs, qrels
 from gecko_jax.data import load_seqio
+from gecko_jax.io import inputs, qrels, reading
+from gecko_jax.text import text_files
 
 _ENDINGS = {
     ".jsonl": "jsonl",
@@ -116,7 +117,7 @@ def _paths(pattern: str) -> list[Any]:
     if not found:
         raise ValueError(f"{pattern}: no such file; check the path of the source")
     for path in found:
-        files.check_is_file(path)
+        reading.check_is_file(path)
     return found
 
 
@@ -243,7 +244,7 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
     corpus, questions, judged_path = _beir_files(folder)
     wanted = qrels.load(judged_path)
     # Texts without a visible character pass here: `passage_lists` counts them.
-    queries = {q.id: q for q in files.read_texts(questions, allow_empty=True)}
+    queries = {q.id: q for q in text_files.read_texts(questions, allow_empty=True)}
     for query, judged in wanted.items():
         if query not in queries:
             place = next(iter(judged.values())).place
@@ -257,7 +258,7 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
     near = {qrels.other_spelling(passage) for passage in used}
     passages: dict[str, dict[str, Any]] = {}
     others: set[str] = set()
-    for passage in files.read_texts(corpus, allow_empty=True):
+    for passage in text_files.read_texts(corpus, allow_empty=True):
         if passage.id in used:
             passages[passage.id] = {
                 "docid": passage.id,
@@ -290,7 +291,7 @@ def _beir_files(folder: str) -> tuple[Any, Any, Any]:
         ("queries.jsonl",),
         ("qrels/train.tsv", "qrels/train.jsonl"),
     )
-    found = [files.find(root, *either) for either in names]
+    found = [reading.find(root, *either) for either in names]
     for path, either in zip(found, names, strict=True):
         if path is None:
             raise ValueError(
@@ -301,7 +302,7 @@ def _beir_files(folder: str) -> tuple[Any, Any, Any]:
 
 
 _READERS: dict[str, _Reader] = {
-    "jsonl": files.read_records,
+    "jsonl": reading.read_records,
     "parquet": _read_parquet,
     "tfrecord": _read_tfrecord,
     "arrayrecord": _read_arrayrecord,

@@ -21,9 +21,16 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from gecko_jax import contamination, progress, text, vocabulary
-from gecko_jax.data import classification, features, formatting, jsonl, mixtures
-from gecko_jax.data import tasks as tasks_lib
+from gecko_jax.data import (
+    classification,
+    features,
+    formatting,
+    jsonl,
+    mixtures,
+    task_table,
+)
+from gecko_jax.io import progress
+from gecko_jax.text import overlap, text_formats, vocabularies
 
 # What may come twice of an example.
 PARTS = ("query", "positive", "pair")
@@ -99,21 +106,21 @@ class _Read:
             self.sample.append(pair)
         elif (place := self.draw.randrange(self.num_examples)) < sample:
             self.sample[place] = pair
-        query = contamination.content_hash(pair.query)
-        positive = contamination.content_hash(pair.positive)
-        whole = contamination.content_hash(f"{query} {positive}")
+        query = overlap.content_hash(pair.query)
+        positive = overlap.content_hash(pair.positive)
+        whole = overlap.content_hash(f"{query} {positive}")
         for part, value in zip(PARTS, (query, positive, whole), strict=True):
             self.hashes[part].append(value)
         if pair.task_description.strip():
-            self.descriptions[text.clean(pair.task_description)] += 1
+            self.descriptions[text_formats.clean(pair.task_description)] += 1
 
 
 def collect(
-    tasks: Sequence[tasks_lib.Task],
+    tasks: Sequence[task_table.Task],
     drawn: mixtures.Mixture,
     *,
-    vocabulary: vocabulary.Vocabulary,
-    text_format: text.TextFormat,
+    vocabulary: vocabularies.Vocabulary,
+    text_format: text_formats.TextFormat,
     shape: features.Shape,
     batch_size: int,
     one_task_per_batch: bool,
@@ -134,7 +141,7 @@ def collect(
     Raises:
         ValueError: A bad line, or a task without one.
     """
-    text_format = tasks_lib.complete_text_format(text_format, tasks)
+    text_format = task_table.complete_text_format(text_format, tasks)
     read = _read(tasks, sample)
     weights = drawn.rates(
         [task.name for task in tasks], [found.num_examples for found in read]
@@ -170,7 +177,7 @@ def collect(
     )
 
 
-def _read(tasks: Sequence[tasks_lib.Task], sample: int) -> list[_Read]:
+def _read(tasks: Sequence[task_table.Task], sample: int) -> list[_Read]:
     """Reads every file through, once for all its tasks."""
     read = {task.name: _Read(random.Random(task.name)) for task in tasks}
     for path in dict.fromkeys(path for task in tasks for path in task.files):
@@ -188,10 +195,10 @@ def _read(tasks: Sequence[tasks_lib.Task], sample: int) -> list[_Read]:
 
 
 def _tokenize(
-    task: tasks_lib.Task,
+    task: task_table.Task,
     pairs: Sequence[jsonl.Pair],
-    pieces: vocabulary.Vocabulary,
-    text_format: text.TextFormat,
+    pieces: vocabularies.Vocabulary,
+    text_format: text_formats.TextFormat,
 ) -> list[features.Example]:
     examples = []
     for pair in progress.track(pairs, f"Tokenizing a sample of {task.name}"):

@@ -12,8 +12,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from gecko_jax import vocabulary
 from gecko_jax.data import load_seqio
+from gecko_jax.text import vocabularies
 
 NEGATIVE_FEATURES = ("negative_tokens", "negative_mask", "negative_id")
 
@@ -87,13 +87,13 @@ def _converter_class() -> Any:
             def close(tokens: Any) -> Any:
                 # seqio's trimming takes the EOS of a long text away.
                 is_last = tf.range(tokens.shape[-1]) == tokens.shape[-1] - 1
-                is_full = is_last & (tokens != vocabulary.PAD_ID)
-                return tf.where(is_full, vocabulary.EOS_ID, tokens)
+                is_full = is_last & (tokens != vocabularies.PAD_ID)
+                return tf.where(is_full, vocabularies.EOS_ID, tokens)
 
             def convert(example: dict[str, Any]) -> dict[str, Any]:
                 negatives = example["negatives"]
                 if isinstance(negatives, tf.RaggedTensor):
-                    negatives = negatives.to_tensor(vocabulary.PAD_ID)
+                    negatives = negatives.to_tensor(vocabularies.PAD_ID)
                 length = task_feature_lengths["negatives"]
                 features = {
                     "query_tokens": close(

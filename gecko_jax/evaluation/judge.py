@@ -19,17 +19,11 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import (
-    embedding,
-    index,
-    instructions,
-    model,
-    model_folder,
-    quantization,
-    ranking,
-    vocabulary,
-)
-from gecko_jax.evaluation import classification, judgements, sets, tables
+from gecko_jax.evaluation import classification, instructions, judgements, sets, tables
+from gecko_jax.formats import model_folder
+from gecko_jax.inference import embedding, quantization, ranking, vector_index
+from gecko_jax.models import dual_encoder
+from gecko_jax.text import vocabularies
 
 # Judged to this rank by recall, the deepest of the metrics.
 DEPTH = 100
@@ -186,13 +180,13 @@ def _rank(
     k = DEPTH + 1
     first, number_of = ranking.distinct_rows(codes.values)
     if len(first) == len(ids):
-        return index.Index(codes, ids).search(queries, k)[1]
+        return vector_index.Index(codes, ids).search(queries, k)[1]
     members: list[list[str]] = [[] for _ in first]
     for identity, number in zip(ids, number_of, strict=True):
         if len(members[number]) < k:
             members[number].append(identity)
     codes = dataclasses.replace(codes, values=codes.values[first])
-    built = index.Index(codes, [group[0] for group in members])
+    built = vector_index.Index(codes, [group[0] for group in members])
     ranked = []
     for scores, numbers in zip(*built.search_positions(queries, k), strict=True):
         hits = [
@@ -292,7 +286,7 @@ def _judge_bm25(found: sets.RetrievalSet) -> list[tables.Row]:
 
 
 def bag_of_words_baseline(
-    vocab: vocabulary.Vocabulary,
+    vocab: vocabularies.Vocabulary,
     found: sets.RetrievalSet,
     *,
     dim: int,
@@ -372,7 +366,7 @@ def _score(
 
 def _untrained(gecko: embedding.Gecko) -> embedding.Gecko:
     config = gecko.files.encoder_config
-    init = jax.jit(functools.partial(model.init_params, config))
+    init = jax.jit(functools.partial(dual_encoder.init_params, config))
     return embedding.Gecko(
         dataclasses.replace(
             gecko.files, params=init(jax.random.key(0)), revision="untrained"

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 
 from absl import logging
 
-from gecko_jax import text, wording
 from gecko_jax.evaluation import sets
+from gecko_jax.io import wording
+from gecko_jax.text import text_formats
 
 # Sets whose task in mteb ignores identical ids, by the names of mteb and of BEIR, in
 # lower case and without punctuation.
@@ -118,8 +119,8 @@ def find_own(found: sets.RetrievalSet) -> frozenset[str]:
             continue
         row = rows[query]
         title, body = found.titles[row], found.texts[row]
-        same = {text.clean(body), text.clean(f"{title} {body}")}
-        if ignores_own or text.clean(content) in same:
+        same = {text_formats.clean(body), text_formats.clean(f"{title} {body}")}
+        if ignores_own or text_formats.clean(content) in same:
             own.append(query)
     return frozenset(own)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax import embedding, wording
-from gecko_jax.evaluation import encoder, judge, judgements, sets
+from gecko_jax.evaluation import judge, judgements, mteb_encoder, sets
+from gecko_jax.inference import embedding
+from gecko_jax.io import wording
 
 # mteb's type, its class, and its main metric.
 _TYPES: Mapping[type, tuple[Any, str, str]] = {
@@ -108,11 +109,11 @@ def _rows(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
         "text": found.texts,
     }
     if symmetric:
-        corpus[encoder.TASK_COLUMN] = [tasks[0]] * len(found.texts)
+        corpus[mteb_encoder.TASK_COLUMN] = [tasks[0]] * len(found.texts)
     queries = {
         "id": found.query_ids,
         "text": found.queries,
-        encoder.TASK_COLUMN: tasks,
+        mteb_encoder.TASK_COLUMN: tasks,
     }
     return {
         "default": {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import files, wording
+from gecko_jax.io import wording, writing
 
 MTEB_V1, MTEB_V2 = "MTEB(eng, v1)", "MTEB(eng, v2)"
 NANOBEIR, MIRACL = "NanoBEIR", "MIRACL"
@@ -219,6 +219,6 @@ def save(board: Board, folder: str | os.PathLike) -> list[pathlib.Path]:
     paths = [pathlib.Path(folder) / name for name in ("results.json", "table.txt")]
     contents = (json.dumps(board.to_dict(), indent=2), format_board(board))
     for path, content in zip(paths, contents, strict=True):
-        with files.write_file(path) as temporary:
+        with writing.write_file(path) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
     return paths

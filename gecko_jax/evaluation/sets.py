@@ -27,7 +27,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax import columns, files, inputs, qrels, wording
+from gecko_jax.io import columns, inputs, qrels, reading, wording
+from gecko_jax.text import text_files
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 
@@ -199,7 +200,7 @@ def _load_placed(
 
 def _load_one(path: pathlib.Path) -> EvaluationSet | None:
     if path.is_dir():
-        if files.find(path, "corpus.jsonl"):
+        if reading.find(path, "corpus.jsonl"):
             return _load_retrieval(path)
         parts = [_find_table(path, split) for split in _SPLITS]
         if all(parts):
@@ -218,7 +219,9 @@ def _load_one(path: pathlib.Path) -> EvaluationSet | None:
 def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
     passages = []
     num_empty = 0
-    for record in files.read_texts(_need(folder, "corpus.jsonl"), allow_empty=True):
+    for record in text_files.read_texts(
+        _need(folder, "corpus.jsonl"), allow_empty=True
+    ):
         if record.text.strip():
             passages.append(record)
         else:  # Some BEIR corpora have passages of nothing; none can be found.
@@ -227,10 +230,10 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
         logging.warning("%s: %d passages without text are left out", folder, num_empty)
     if not passages:
         raise ValueError(f"{folder}/corpus.jsonl: an empty corpus; it needs passages")
-    queries = list(files.read_texts(_need(folder, "queries.jsonl")))
+    queries = list(text_files.read_texts(_need(folder, "queries.jsonl")))
     known = {query.id for query in queries}
     in_corpus = {passage.id for passage in passages}
-    judged_path = files.find(folder, *_QRELS)
+    judged_path = reading.find(folder, *_QRELS)
     if judged_path is None:
         raise ValueError(
             f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
@@ -338,7 +341,7 @@ def _read_labelled(
 
 
 def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
-    path = files.find(folder, name)
+    path = reading.find(folder, name)
     if path is None:
         raise ValueError(
             f"{folder}: no {name}; a retrieval set needs corpus.jsonl, queries.jsonl "
@@ -348,7 +351,7 @@ def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _find_table(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
-    return files.find(folder, f"{stem}.jsonl", f"{stem}.tsv")
+    return reading.find(folder, f"{stem}.jsonl", f"{stem}.tsv")
 
 
 def _stem(path: pathlib.Path) -> str:

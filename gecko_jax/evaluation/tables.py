@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import checksums, fields, files, model_folder, quantization, wording
+from gecko_jax.formats import model_folder
+from gecko_jax.inference import quantization
+from gecko_jax.io import checksums, field_rules, wording, writing
 from gecko_jax.plots import quality
 
 # The task that stands for all queries, pairs or texts.
@@ -34,23 +36,25 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 
 
-_COUNTS = fields.optional(fields.map_of(fields.COUNT))
+_COUNTS = field_rules.optional(field_rules.map_of(field_rules.COUNT))
 _ROW = {
-    "set": fields.TEXT,
-    "system": fields.TEXT,
-    "dim": fields.nullable(fields.integer(1)),
-    "task": fields.TEXT,
-    "count": fields.COUNT,
-    "metrics": fields.map_of(fields.number(-1, 1), fields.one_of(*METRICS)),
-    "precision": fields.optional(fields.one_of(*quantization.PRECISIONS)),
-    "note": fields.optional(fields.TEXT),
+    "set": field_rules.TEXT,
+    "system": field_rules.TEXT,
+    "dim": field_rules.nullable(field_rules.integer(1)),
+    "task": field_rules.TEXT,
+    "count": field_rules.COUNT,
+    "metrics": field_rules.map_of(
+        field_rules.number(-1, 1), field_rules.one_of(*METRICS)
+    ),
+    "precision": field_rules.optional(field_rules.one_of(*quantization.PRECISIONS)),
+    "note": field_rules.optional(field_rules.TEXT),
 }
 # What results.json must hold; there may be more.
 _FIELDS = {
-    "rows": fields.list_of(fields.object_of(_ROW, only=True)),
-    "about": fields.object_of(
+    "rows": field_rules.list_of(field_rules.object_of(_ROW, only=True)),
+    "about": field_rules.object_of(
         {
-            "revision": fields.optional(fields.TEXT),
+            "revision": field_rules.optional(field_rules.TEXT),
             "num_passages": _COUNTS,
             "num_own_left_out": _COUNTS,
         }
@@ -250,9 +254,9 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
     folder = pathlib.Path(folder)
     paths = [folder / name for name in ("results.json", "table.txt", "quality.png")]
     checksums.write_object(paths[0], results.to_dict())
-    with files.write_file(paths[1]) as temporary:
+    with writing.write_file(paths[1]) as temporary:
         temporary.write_text(format_table(results) + "\n")
-    with files.write_file(paths[2]) as temporary:
+    with writing.write_file(paths[2]) as temporary:
         # The picture compares systems; codes of one are in the table.
         exact = [r for r in results.rows if r.precision == quantization.FLOAT32]
         shown = dataclasses.replace(results, rows=tuple(exact) or results.rows)

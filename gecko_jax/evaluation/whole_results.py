@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from gecko_jax import files
+from gecko_jax.io import writing
 
 # Facts about the runs, to which mteb adds those of each task.
 _RUNS = "run_settings.jsonl"
@@ -36,7 +36,7 @@ def build_cache(mteb: Any, folder: str | os.PathLike) -> Any:
                 staged.save_to_cache(task_result, model_name, *arguments, **settings)
                 rest = [path for path in source.parent.iterdir() if path != source]
                 for path in (*rest, source):
-                    with files.write_file(target.with_name(path.name)) as temporary:
+                    with writing.write_file(target.with_name(path.name)) as temporary:
                         shutil.copy(path, temporary)
 
     return WholeResults(folder)

@@ -10,8 +10,8 @@ import dataclasses
 import unicodedata
 from collections.abc import Sequence
 
-from gecko_jax import words as words_lib
 from gecko_jax.fret import prompts
+from gecko_jax.text import word_rule
 
 _QUOTES = "\"'`“”‘’«»*"
 # The most that a task description may be, in words and characters.
@@ -78,7 +78,7 @@ def parse(
             raise Rejected("no_query")
         task = _clean(lines[0]).lower().rstrip(".:")
         lines[1] = lines[1].removeprefix(marker)
-        if not 0 < words_lib.count(words_lib.words(task)) <= _MAX_TASK_WORDS:
+        if not 0 < word_rule.count(word_rule.words(task)) <= _MAX_TASK_WORDS:
             raise Rejected("no_task")
         if len(task) > _MAX_TASK_CHARACTERS:
             raise Rejected("no_task")
@@ -99,8 +99,8 @@ def _check(
     passage: str,
     shots: Sequence[int],
 ) -> None:
-    words = words_lib.words(query)
-    num_words = words_lib.count(words)
+    words = word_rule.words(query)
+    num_words = word_rule.count(words)
     if "\ufffd" in query:
         raise Rejected("not_text")
     if any(marker.lower() in query.lower() for marker in prompt.markers):
@@ -112,12 +112,12 @@ def _check(
     if num_words > rules.max_words:
         raise Rejected("too_long")
     copied = {
-        " ".join(words_lib.words(prompt.examples[shot]["query"])) for shot in shots
+        " ".join(word_rule.words(prompt.examples[shot]["query"])) for shot in shots
     }
     if " ".join(words) in copied:
         raise Rejected("copied_example")
     run = rules.max_copied_words
-    if run and longest_copy(words, words_lib.words(passage)) > run:
+    if run and longest_copy(words, word_rule.words(passage)) > run:
         raise Rejected("copied_passage")
 
 
@@ -129,7 +129,7 @@ def longest_copy(words: Sequence[str], source: Sequence[str]) -> int:
         end = max(begin, end)
         while end < len(words) and f" {' '.join(words[begin : end + 1])} " in text:
             end += 1
-        best = max(best, words_lib.count(words[begin:end]))
+        best = max(best, word_rule.count(words[begin:end]))
     return best
 
 

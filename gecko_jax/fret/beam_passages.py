@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import text
-from gecko_jax.evaluation import texts
+from gecko_jax.evaluation import set_texts
 from gecko_jax.fret import minhash, passages, records
+from gecko_jax.text import text_formats
 
 _COUNTS = ".counts.json"
 _KEPT = "kept"
@@ -149,7 +149,7 @@ def _build(
 @functools.cache
 def _known(decontaminate: tuple[str, ...]) -> Any:
     """Reads the evaluation sets once a worker."""
-    return texts.read(decontaminate)
+    return set_texts.read(decontaminate)
 
 
 def _read(
@@ -167,7 +167,7 @@ def _by_text(
     place, (record, _) = found
     body = record["text"]
     signature = minhash.text_signature(body).tobytes() if is_signed else b""
-    return text.content_id(body), (place, signature)
+    return text_formats.content_id(body), (place, signature)
 
 
 def _by_band(signed: _Signed) -> list[tuple[bytes, _Signed]]:

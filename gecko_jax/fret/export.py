@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from gecko_jax import files, wording
 from gecko_jax.fret import pipeline, records, stages
+from gecko_jax.io import reading, wording, writing
 
 OUTPUT = "fret.jsonl"
 OTHER_TASK = "search result"
@@ -40,7 +40,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
     stage.begin()
     path = stage.folder / OUTPUT
     done = stage.done()
-    if done and path.exists() and files.sha256(path) != done.get("sha256"):
+    if done and path.exists() and reading.sha256(path) != done.get("sha256"):
         raise ValueError(
             f"{path}: not as this run wrote it; move it away, and the same command "
             "writes it again"
@@ -50,7 +50,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
         num_rows = num_moved = 0
         licences: Counter[str] = Counter()
         digest = hashlib.sha256()
-        with files.write_file(path) as temporary, temporary.open("wb") as lines:
+        with writing.write_file(path) as temporary, temporary.open("wb") as lines:
             for triple, moved in _triples(passes, tasks):
                 line = records.to_line(triple).encode()
                 lines.write(line)
@@ -68,7 +68,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 "was dropped and why"
             )
         card = _card(passes, num_rows, num_moved, licences)
-        with files.write_file(stage.folder / "README.md") as temporary:
+        with writing.write_file(stage.folder / "README.md") as temporary:
             temporary.write_text(card)
         stage.finish(0, records=num_rows, moved=num_moved, sha256=digest.hexdigest())
     return path
@@ -77,7 +77,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
 def write_pairs(passes: pipeline.Pipeline, path: pathlib.Path) -> int:
     """Writes (task, query, seed passage) of every query; returns their number."""
     number, tasks = 0, _common_tasks(passes)
-    with files.write_file(path) as temporary, temporary.open("w") as lines:
+    with writing.write_file(path) as temporary, temporary.open("w") as lines:
         for shard in range(len(passes.shards)):
             for record in stages.kept(passes.generate.read(shard)):
                 title, body = passes.source.store.texts[record["id"]]

@@ -14,7 +14,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gecko_jax.fret import fusion, llm, pipeline, requests, run, settings, stages
+from gecko_jax.fret import fusion, pipeline, runs, settings, stages
+from gecko_jax.llm import protocol, request_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +63,16 @@ def plan(
     workdir: pathlib.Path,
     sample: int,
     *,
-    budget: requests.Budget | None = None,
-    connect: Callable[..., llm.CachedModel] | None = None,
+    budget: request_log.Budget | None = None,
+    connect: Callable[..., protocol.CachedModel] | None = None,
 ) -> Plan:
     """Prices a run by `sample` requests of each kind.
 
     Raises:
         ValueError: Nothing is held out to ask about, or the model does not answer.
     """
-    budget = budget or run.open_budget(config)
-    with run.prepare(config, workdir, budget, connect or run.open_model) as source:
+    budget = budget or runs.open_budget(config)
+    with runs.prepare(config, workdir, budget, connect or runs.open_model) as source:
         return _plan(config, source, sample, budget)
 
 
@@ -79,9 +80,9 @@ def _plan(
     config: ml_collections.ConfigDict,
     source: pipeline.Source,
     sample: int,
-    budget: requests.Budget,
+    budget: request_log.Budget,
 ) -> Plan:
-    passes = run.main_pipeline(source)
+    passes = runs.main_pipeline(source)
     seeds = sum(map(len, passes.shards))
     chosen = _held_out(config, source)[:sample]
     num_candidates = min(config.retrieve.num_candidates, len(source.store))
@@ -92,10 +93,10 @@ def _plan(
         """Asks, and keeps how long it took."""
         nonlocal took
         if config.llm.weights:  # The first call compiles, which a run does once.
-            model.log = requests.RequestLog(None)
+            model.log = request_log.RequestLog(None)
             ask()
         # How the model answers now is measured: nothing comes from a log.
-        model.log = requests.RequestLog(None)
+        model.log = request_log.RequestLog(None)
         began = time.monotonic()
         found = ask()
         took = time.monotonic() - began
@@ -175,8 +176,8 @@ def calibrate(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     *,
-    budget: requests.Budget | None = None,
-    connect: Callable[..., llm.CachedModel] | None = None,
+    budget: request_log.Budget | None = None,
+    connect: Callable[..., protocol.CachedModel] | None = None,
 ) -> Calibration:
     """Ranks the candidates of held-out seeds by each judge and by their fusion.
 
@@ -186,10 +187,10 @@ def calibrate(
         ValueError: Nothing is held out, or no query of it passed.
         requests.BudgetError: The limit is reached; what was answered is kept.
     """
-    budget = budget or run.open_budget(config)
-    with run.prepare(config, workdir, budget, connect or run.open_model) as source:
+    budget = budget or runs.open_budget(config)
+    with runs.prepare(config, workdir, budget, connect or runs.open_model) as source:
         _held_out(config, source)
-        passes = run.calibration_pipeline(source)
+        passes = runs.calibration_pipeline(source)
         passes.run("relevance")
         return read_calibration(passes)
 
@@ -280,7 +281,7 @@ def _warnings(
 def _held_out(
     config: ml_collections.ConfigDict, source: pipeline.Source
 ) -> Sequence[int]:
-    chosen = run.held_out(config, len(source.store))
+    chosen = runs.held_out(config, len(source.store))
     if not chosen:
         raise ValueError(
             f"calibrate.num_seeds={config.calibrate.num_seeds} of {len(source.store)} "

@@ -15,7 +15,7 @@ import hashlib
 import numpy as np
 from jaxtyping import UInt32, UInt64
 
-from gecko_jax import words
+from gecko_jax.text import word_rule
 
 SHINGLE_WORDS = 3
 SIZE = 128
@@ -49,7 +49,7 @@ def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
 
 def text_signature(text: str) -> UInt32[np.ndarray, " H"]:
     """Returns the signature of a text's runs of words."""
-    return signature(shingles(words.words(text), SHINGLE_WORDS))
+    return signature(shingles(word_rule.words(text), SHINGLE_WORDS))
 
 
 def resemblance(

@@ -5,7 +5,7 @@
      "text": "Geckos ...", "licence": "CC0-1.0"}
 
 A passage that breaks a rule is counted under its reason; a file that cannot be read is
-an error. Texts of evaluation sets are known as `gecko_jax.contamination` says.
+an error. Texts of evaluation sets are known as `gecko_jax.text.overlap` says.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import contamination, files, inputs, progress, text, wording, words
 from gecko_jax.fret import minhash
+from gecko_jax.io import inputs, progress, wording
+from gecko_jax.text import overlap, text_files, text_formats, word_rule
 
 _KEPT_FIELDS = ("licence", "license", "src", "url")
 
@@ -42,7 +43,7 @@ class Rules:
 
 
 def read(
-    paths: Sequence[str | os.PathLike], rules: Rules, known: contamination.Contamination
+    paths: Sequence[str | os.PathLike], rules: Rules, known: overlap.Contamination
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Returns the passages that are kept, numbered, and the others by reason.
 
@@ -66,7 +67,7 @@ def read(
         reason = clean(record, rules, known)
         if reason is None:
             # A text under another title would be a doubtful negative.
-            content = text.content_id(record["text"])
+            content = text_formats.content_id(record["text"])
             if content in seen:
                 reason = "duplicate"
             elif rules.near_duplicate and near.find(record["text"]) is not None:
@@ -103,7 +104,7 @@ def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """
     name = wording.file_name(pathlib.Path(path).name)
     ids = inputs.UniqueIds()
-    for place, record in files.read_texts_or_records(path, any_characters=True):
+    for place, record in text_files.read_texts_or_records(path, any_characters=True):
         identity = inputs.id_field(place, record, "_id", "id", default="")
         if identity:
             ids.add(place, identity)
@@ -119,7 +120,7 @@ def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 
 def clean(
-    record: dict[str, Any], rules: Rules, known: contamination.Contamination
+    record: dict[str, Any], rules: Rules, known: overlap.Contamination
 ) -> str | None:
     """Cleans title and text in place; returns why the passage is not kept.
 
@@ -136,9 +137,9 @@ def clean(
         return "too_long"
     if _is_binary(title + body):
         return "binary"
-    record["text"] = text.clean(body)
-    record["title"] = text.clean(title) if title.strip() else ""
-    if words.count(words.words(record["text"])) < rules.min_words:
+    record["text"] = text_formats.clean(body)
+    record["title"] = text_formats.clean(title) if title.strip() else ""
+    if word_rule.count(word_rule.words(record["text"])) < rules.min_words:
         return "too_short"
     if known.holds(f"{record['title']} {record['text']}"):
         return "evaluation_set"

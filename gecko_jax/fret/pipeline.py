@@ -15,17 +15,12 @@ from typing import Any
 
 import ml_collections
 
-from gecko_jax import config as config_lib
-from gecko_jax import contamination as contamination_lib
-from gecko_jax import files, progress, ranking
-from gecko_jax.fret import (
-    llm,
-    records,
-    requests,
-    retrieval,
-    settings,
-    stages,
-)
+import gecko_jax.config
+from gecko_jax.fret import records, retrieval, settings, stages
+from gecko_jax.inference import ranking
+from gecko_jax.io import progress, writing
+from gecko_jax.llm import protocol, request_log
+from gecko_jax.text import overlap
 
 # Raised whenever what a stage writes for the same input changes.
 CODE_VERSION = {
@@ -70,9 +65,9 @@ class Source:
         config: ml_collections.ConfigDict,
         workdir: pathlib.Path,
         stage: records.Stage,
-        contamination: contamination_lib.Contamination,
+        contamination: overlap.Contamination,
         model_facts: dict[str, Any],
-        connect: Callable[[], llm.CachedModel],
+        connect: Callable[[], protocol.CachedModel],
     ):
         """Reads the finished passages; the model is asked for when it is needed."""
         self.config = config
@@ -82,7 +77,7 @@ class Source:
         self.prompts = settings.Prompts(config)
         self.model_facts = model_facts
         self._connect = connect
-        self._model: llm.CachedModel | None = None
+        self._model: protocol.CachedModel | None = None
         self._gecko: Any = None
         self._retriever: ranking.Retriever | None = None
         done = stage.done()
@@ -113,7 +108,7 @@ class Source:
             self._model.close()
 
     @property
-    def model(self) -> llm.CachedModel:
+    def model(self) -> protocol.CachedModel:
         """The language model, connected and checked at the first use."""
         if self._model is None:
             self._model = self._connect()
@@ -123,7 +118,7 @@ class Source:
     def gecko(self) -> Any:
         """The initial embedding model."""
         if self._gecko is None:
-            from gecko_jax import embedding
+            from gecko_jax.inference import embedding
 
             self._gecko = embedding.load(self.config.retrieve.model)
         return self._gecko
@@ -272,8 +267,8 @@ class Pipeline:
         for step in steps:
             step.stage.begin()
         if not self._folder:
-            with files.write_file(self.source.workdir / "config.json") as temporary:
-                temporary.write_text(config_lib.to_json(self.source.config))
+            with writing.write_file(self.source.workdir / "config.json") as temporary:
+                temporary.write_text(gecko_jax.config.to_json(self.source.config))
         while True:
             moved = False
             for step in steps:
@@ -335,9 +330,9 @@ class Pipeline:
         if name not in _LLM_STAGES:
             made = step.make(shard)
         else:
-            root = self.source.workdir / requests.FOLDER / self._folder / name
+            root = self.source.workdir / request_log.FOLDER / self._folder / name
             model = self.source.model
-            with requests.RequestLog(root / f"shard-{shard:05}.jsonl") as log:
+            with request_log.RequestLog(root / f"shard-{shard:05}.jsonl") as log:
                 model.log = log
                 made = step.make(shard)
         if made is None:

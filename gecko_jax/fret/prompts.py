@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import text
+from gecko_jax.text import text_formats
 
 FOLDER = pathlib.Path(__file__).parent / "prompt_files"
 
@@ -132,7 +132,7 @@ class Prompt:
 
     def neutralize(self, content: str) -> str:
         """Returns one line that holds neither a marker nor a special token."""
-        line = text.clean(_INVISIBLE.sub(" ", content))
+        line = text_formats.clean(_INVISIBLE.sub(" ", content))
         line = _SPECIAL.sub(lambda match: f"{match[0]} ", line)
         for marker in self.markers:
             broken = f"{marker[:-1]} {marker[-1]}"

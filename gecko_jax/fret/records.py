@@ -20,80 +20,84 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gecko_jax import fields, files
+from gecko_jax.io import field_rules, reading, writing
 
 DROPPED = "dropped"  # A record with this field goes no further; it holds the reason.
 LOCKS = ".locks"  # Folder of a workdir; holds nothing that is worth keeping.
 _FACTS, _DONE = "stage.json", ".done.json"
 
 _DONE_FIELDS = {
-    "stage": fields.NAME,
-    "hash": fields.NAME,
-    "shards": fields.COUNT,
-    "records": fields.COUNT,
-    "kept": fields.COUNT,
-    DROPPED: fields.map_of(fields.COUNT),
-    "usage": fields.map_of(fields.COUNT),
-    "bytes": fields.list_of(fields.COUNT),
-    "sha256": fields.optional(fields.NAME),  # The exported file.
+    "stage": field_rules.NAME,
+    "hash": field_rules.NAME,
+    "shards": field_rules.COUNT,
+    "records": field_rules.COUNT,
+    "kept": field_rules.COUNT,
+    DROPPED: field_rules.map_of(field_rules.COUNT),
+    "usage": field_rules.map_of(field_rules.COUNT),
+    "bytes": field_rules.list_of(field_rules.COUNT),
+    "sha256": field_rules.optional(field_rules.NAME),  # The exported file.
 }
 # Every record has an id; one that was dropped has nothing else that is read again.
 _DROPPED_FIELDS = {
-    DROPPED: fields.NAME,
-    "detail": fields.optional(fields.TEXT),
-    "usage": fields.optional(fields.map_of(fields.COUNT)),
+    DROPPED: field_rules.NAME,
+    "detail": field_rules.optional(field_rules.TEXT),
+    "usage": field_rules.optional(field_rules.map_of(field_rules.COUNT)),
 }
-_RANKS = fields.nullable(fields.list_of(fields.integer(1)))
+_RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 
 
-def kinds(stage: str, num_passages: int) -> dict[str, fields.Kind]:
+def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
     """Returns the fields of a stage's records that were not dropped.
 
     Args:
         stage: Name of the stage.
         num_passages: Passages of the run, which other records name by their number.
     """
-    passage = fields.integer(0, num_passages - 1)
-    usage = {"usage": fields.map_of(fields.COUNT)}
+    passage = field_rules.integer(0, num_passages - 1)
+    usage = {"usage": field_rules.map_of(field_rules.COUNT)}
     return {
         "passages": {
-            "title": fields.TEXT,
-            "text": fields.NAME,
+            "title": field_rules.TEXT,
+            "text": field_rules.NAME,
             **dict.fromkeys(
                 ("source", "source_id", "licence", "license", "src", "url"),
-                fields.optional(fields.TEXT),
+                field_rules.optional(field_rules.TEXT),
             ),
         },
         "generate": {
-            "task": fields.NAME,
-            "query": fields.NAME,
-            "prompt": fields.NAME,
-            "model": fields.NAME,
-            "shots": fields.list_of(fields.COUNT),
+            "task": field_rules.NAME,
+            "query": field_rules.NAME,
+            "prompt": field_rules.NAME,
+            "model": field_rules.NAME,
+            "shots": field_rules.list_of(field_rules.COUNT),
             **usage,
         },
         "retrieve": {
-            "candidates": fields.list_of(passage, 2),
-            "scores": fields.list_of(fields.nullable(fields.number()), 2),
-            "seed_rank": fields.nullable(fields.integer(1)),
+            "candidates": field_rules.list_of(passage, 2),
+            "scores": field_rules.list_of(
+                field_rules.nullable(field_rules.number()), 2
+            ),
+            "seed_rank": field_rules.nullable(field_rules.integer(1)),
         },
         "likelihood": {
-            "log_probs": fields.list_of(fields.LOG_PROB, 1),
-            "generic_log_prob": fields.optional(fields.LOG_PROB),
-            "num_tokens": fields.integer(1),
+            "log_probs": field_rules.list_of(field_rules.LOG_PROB, 1),
+            "generic_log_prob": field_rules.optional(field_rules.LOG_PROB),
+            "num_tokens": field_rules.integer(1),
             **usage,
         },
         "relevance": {
-            "label_log_probs": fields.list_of(fields.list_of(fields.LOG_PROB, 2), 1),
+            "label_log_probs": field_rules.list_of(
+                field_rules.list_of(field_rules.LOG_PROB, 2), 1
+            ),
             **usage,
         },
         "fuse": {
             "positive": passage,
-            "negative": fields.nullable(passage),
-            "moved": fields.FLAG,
-            "ranks": fields.object_of({"likelihood": _RANKS, "relevance": _RANKS}),
-            "fused": fields.list_of(fields.number(), 2),
-            "information": fields.optional(fields.number()),
+            "negative": field_rules.nullable(passage),
+            "moved": field_rules.FLAG,
+            "ranks": field_rules.object_of({"likelihood": _RANKS, "relevance": _RANKS}),
+            "fused": field_rules.list_of(field_rules.number(), 2),
+            "information": field_rules.optional(field_rules.number()),
         },
     }.get(stage, {})
 
@@ -150,7 +154,7 @@ class Stage:
         self.compare()
         path = self.folder / _FACTS
         if not path.exists():
-            with files.write_file(path) as temporary:
+            with writing.write_file(path) as temporary:
                 temporary.write_text(json.dumps(self.facts, indent=2) + "\n")
 
     def compare(self) -> None:
@@ -163,7 +167,7 @@ class Stage:
         if not path.exists():
             return
         try:
-            before = files.parse_json(path.read_text("utf-8"))
+            before = reading.parse_json(path.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); remove the folder, or restore the file"
@@ -196,12 +200,12 @@ class Stage:
             f"{self.folder} and the folders of the stages after it, which the same "
             "command makes anew"
         )
-        identity = {"id": fields.COUNT}
+        identity = {"id": field_rules.COUNT}
         seeds = None if self._seeds is None else set(self._seeds[shard])
         result: dict[int, dict[str, Any]] = {}
-        for place, record in files.read_records(path):
+        for place, record in reading.read_records(path):
             found = _DROPPED_FIELDS if DROPPED in record else self._kinds
-            fields.check(place, record, identity | found, remedy)
+            field_rules.check(place, record, identity | found, remedy)
             number = record["id"]
             if number in result or (seeds is not None and number not in seeds):
                 raise ValueError(f"{place}: id {number} is not of this shard; {remedy}")
@@ -218,7 +222,7 @@ class Stage:
     def write(self, shard: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes a shard whole."""
         with (
-            files.write_file(self.shard_path(shard)) as temporary,
+            writing.write_file(self.shard_path(shard)) as temporary,
             temporary.open("w", encoding="utf-8") as lines,
         ):
             for record in records:
@@ -252,7 +256,7 @@ class Stage:
             **facts,
         }
         done["kept"] = done["records"] - sum(done["dropped"].values())
-        with files.write_file(self.folder / _DONE) as temporary:
+        with writing.write_file(self.folder / _DONE) as temporary:
             temporary.write_text(json.dumps(done, indent=2, default=list) + "\n")
         return done
 
@@ -265,12 +269,12 @@ class Stage:
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"
         try:
-            done = files.parse_json(path.read_text("utf-8"))
+            done = reading.parse_json(path.read_text("utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-        fields.check(path, done, _DONE_FIELDS, remedy)
+        field_rules.check(path, done, _DONE_FIELDS, remedy)
         # An export counts its rows, and has no shards.
         if (
             done["stage"] != self.name

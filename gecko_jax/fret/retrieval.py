@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax import files, npy
+from gecko_jax.io import npy, writing
 
 _REMEDY = "remove it, and the same command makes it again"
 
@@ -23,12 +23,12 @@ class GeckoRetriever:
     """Exact search over the vectors of a checkpoint; the query is written "t q"."""
 
     def __init__(self, gecko: Any, vectors: Float[np.ndarray, "P D"]):
-        """Takes a `gecko_jax.embedding.Gecko` and the passages' vectors."""
-        from gecko_jax import index
+        """Takes a `gecko_jax.inference.embedding.Gecko` and the passages' vectors."""
+        from gecko_jax.inference import vector_index
 
         self._gecko = gecko
         numbers = [str(number) for number in range(len(vectors))]
-        self._index = index.Index(vectors, numbers, revision=gecko.revision)
+        self._index = vector_index.Index(vectors, numbers, revision=gecko.revision)
 
     def search(
         self, queries: Sequence[str], tasks: Sequence[str], k: int
@@ -72,7 +72,7 @@ def write_vectors(
         [title for title, _ in passages],
         dim=dim or None,
     )
-    with files.write_file(path) as temporary, temporary.open("wb") as file:
+    with writing.write_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, vectors)
 
 

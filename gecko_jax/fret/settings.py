@@ -7,11 +7,12 @@ from typing import Any
 
 import ml_collections
 
-from gecko_jax import config as config_lib
-from gecko_jax import text
-from gecko_jax.fret import answers, fusion, llm, passages, prompts, server, wire
+import gecko_jax.config
+from gecko_jax.fret import answers, fusion, passages, prompts
+from gecko_jax.llm import protocol, server, wire
+from gecko_jax.text import text_formats
 
-_Rule = config_lib.Rule
+_Rule = gecko_jax.config.Rule
 
 
 def _one_of(*names: str) -> _Rule:
@@ -33,8 +34,8 @@ SCHEMA: dict[str, _Rule] = {
     "passages.min_words": _POSITIVE,
     "passages.max_characters": _Rule(
         int,
-        f"must be 1 to {text.MAX_CHARACTERS}",
-        lambda v: 1 <= v <= text.MAX_CHARACTERS,
+        f"must be 1 to {text_formats.MAX_CHARACTERS}",
+        lambda v: 1 <= v <= text_formats.MAX_CHARACTERS,
     ),
     "passages.near_duplicate": _SHARE,
     "passages.limit": _COUNT,
@@ -99,9 +100,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
-    flat = config_lib.flatten(config)
-    config_lib.refuse(
-        config_lib.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
+    flat = gecko_jax.config.flatten(config)
+    gecko_jax.config.refuse(
+        gecko_jax.config.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
     )
 
 
@@ -177,9 +178,11 @@ def query_rules(config: ml_collections.ConfigDict) -> answers.Rules:
     )
 
 
-def sampling(config: ml_collections.ConfigDict, prompt: prompts.Prompt) -> llm.Sampling:
+def sampling(
+    config: ml_collections.ConfigDict, prompt: prompts.Prompt
+) -> protocol.Sampling:
     """Returns how queries are drawn."""
-    return llm.Sampling(
+    return protocol.Sampling(
         config.generate.temperature,
         config.generate.top_p,
         config.generate.max_tokens,

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax import contamination as contamination_lib
-from gecko_jax import ranking
-from gecko_jax.fret import answers, fusion, llm, prompts, records
+from gecko_jax.fret import answers, fusion, prompts, records
+from gecko_jax.inference import ranking
+from gecko_jax.llm import protocol
+from gecko_jax.text import overlap
 
 Record = dict[str, Any]
 
@@ -51,11 +52,11 @@ _FEW_SHOT, _NEGATIVE = 1, 2
 def generate(
     numbers: Sequence[int],
     store: Passages,
-    model: llm.LanguageModel,
+    model: protocol.LanguageModel,
     prompt: prompts.Prompt,
     rules: answers.Rules,
-    sampling: llm.Sampling,
-    contamination: contamination_lib.Contamination,
+    sampling: protocol.Sampling,
+    contamination: overlap.Contamination,
     *,
     shots: int,
     seed: int,
@@ -87,7 +88,7 @@ def generate(
     for row, answer in zip(rows, model.generate(texts, seeds, sampling), strict=True):
         passage, task = row.pop("passage"), row.pop("task", None)
         row |= {"prompt": f"{prompt.name}@{prompt.version}", "model": model.name}
-        if isinstance(answer, llm.Failure):
+        if isinstance(answer, protocol.Failure):
             result.append(row | _error(answer))
             continue
         row |= {"raw": answer.text, "usage": _usage(answer.usage)}
@@ -137,7 +138,7 @@ def likelihood(
     rows: Sequence[Record],
     queries: Mapping[int, Record],
     store: Passages,
-    model: llm.LanguageModel,
+    model: protocol.LanguageModel,
     prompt: prompts.Prompt,
     generic_passage: str,
 ) -> list[Record]:
@@ -179,7 +180,7 @@ def relevance(
     rows: Sequence[Record],
     queries: Mapping[int, Record],
     store: Passages,
-    model: llm.LanguageModel,
+    model: protocol.LanguageModel,
     prompt: prompts.Prompt,
 ) -> list[Record]:
     """Scores every candidate by RC(q, p) = log LLM(label | q, p, P_RC), each label."""
@@ -336,7 +337,7 @@ def is_error(record: Mapping[str, Any]) -> bool:
 
 def _number(answer: Any, name: str) -> Any:
     """Returns a rounded number of an answer; None where there is none."""
-    if isinstance(answer, llm.Failure):
+    if isinstance(answer, protocol.Failure):
         return None
     value = getattr(answer, name)
     if isinstance(value, tuple):
@@ -346,18 +347,18 @@ def _number(answer: Any, name: str) -> Any:
 
 def _total(answers_of_row: Sequence[Any]) -> Record:
     """Returns the tokens of a row, and the first failure if there is one."""
-    usages = [a.usage for a in answers_of_row if not isinstance(a, llm.Failure)]
-    fields: Record = {"usage": _usage(sum(usages, llm.Usage(0, 0, 0)))}
-    failed = [a for a in answers_of_row if isinstance(a, llm.Failure)]
+    usages = [a.usage for a in answers_of_row if not isinstance(a, protocol.Failure)]
+    fields: Record = {"usage": _usage(sum(usages, protocol.Usage(0, 0, 0)))}
+    failed = [a for a in answers_of_row if isinstance(a, protocol.Failure)]
     return fields | _error(failed[0]) if failed else fields
 
 
-def _error(failure: llm.Failure) -> Record:
+def _error(failure: protocol.Failure) -> Record:
     detail = {"detail": failure.detail[:300]} if failure.detail else {}
     return {records.DROPPED: f"error_{failure.reason}", **detail}
 
 
-def _usage(usage: llm.Usage) -> dict[str, int]:
+def _usage(usage: protocol.Usage) -> dict[str, int]:
     return {
         "requests": usage.requests,
         "prompt_tokens": usage.prompt_tokens,

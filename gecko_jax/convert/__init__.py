@@ -1,1 +1,0 @@
-"""Checkpoints of other libraries in, checkpoints for other libraries out."""

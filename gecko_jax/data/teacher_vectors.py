@@ -1,0 +1,353 @@
+"""Vectors that a teacher made of the training texts, for embedding matching.
+
+A folder beside the data, which any encoder can fill and every run maps into memory:
+
+    teacher.json   what made the vectors, how many there are, how wide
+    keys.npy       uint64 [N], sorted: side, task and content of a text, as one number
+    rows.npy       int64 [N], the row of each key in
+    vectors.npy    float16 [N, T], normalized
+
+A text is listed once for each side and task it occurs with, since a teacher may be told
+the task. `list_texts` gives the texts of JSONL files in a fixed order:
+
+    {"_id": "00b1...", "side": "query", "task": "docs", "text": "sort a list", ...}
+
+and `write` takes the vectors, in that order or by `_id`.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt32, UInt64
+
+from gecko_jax.data import features, jsonl
+from gecko_jax.io import checksums, inputs, npy, reading, writing
+
+SETTINGS = "teacher.json"
+_ARRAYS = ("keys", "rows", "vectors")
+_REMEDY = "make the folder again with `gecko data teach`"
+
+# Vectors that are in memory at once.
+_BLOCK = 4096
+
+# Of a unit vector: what is shorter came from no encoder.
+_LEAST_LENGTH = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text to embed, as `side` and `task` have it."""
+
+    key: int
+    side: str
+    task: str
+    text: str
+    title: str
+
+    @property
+    def id(self) -> str:
+        """The key as `_id` has it, in hex."""
+        return f"{self.key:016x}"
+
+    def to_dict(self) -> dict[str, str]:
+        """Returns a line of `gecko data teach --texts`."""
+        fields = {"side": self.side, "task": self.task, "text": self.text}
+        return {"_id": self.id, **fields, "title": self.title}
+
+
+def keys_of(
+    side: str, task: str, ids: UInt32[np.ndarray, "N 2"]
+) -> UInt64[np.ndarray, " N"]:
+    """Returns the keys of texts with these content ids."""
+    salt = hashlib.blake2b(f"{side}\n{task}".encode(), digest_size=8).digest()
+    words = ids.astype(np.uint64)
+    return (words[:, 0] << np.uint64(32) | words[:, 1]) ^ np.frombuffer(salt, np.uint64)
+
+
+def list_texts(paths: Sequence[str | os.PathLike]) -> Iterator[Text]:
+    """Yields each text of JSONL files once for each side and task.
+
+    Raises:
+        ValueError: A file or a line of it is bad.
+    """
+    seen: set[int] = set()
+    for path in paths:
+        for pair in jsonl.read_pairs(path):
+            passages = zip(
+                (pair.positive, *pair.negatives),
+                (pair.title, *pair.negative_titles),
+                (pair.passage_id, *pair.negative_ids),
+                strict=True,
+            )
+            found = [("query", pair.query, "", pair.query_id)]
+            found += [("passage", *passage) for passage in passages]
+            for side, text, title, content in found:
+                ids = np.asarray([content], np.uint32)
+                key = int(keys_of(side, pair.task, ids)[0])
+                if key not in seen:
+                    seen.add(key)
+                    yield Text(key, side, pair.task, text, title)
+
+
+def read_vectors(
+    path: str | os.PathLike, texts: Sequence[Text]
+) -> Iterator[Float[np.ndarray, "_ T"]]:
+    """Yields the vectors of texts in their order, in blocks.
+
+    Args:
+        path: An .npy with a row for each text, or JSON lines with `_id` and `vector`.
+        texts: As `list_texts` gives them.
+
+    Raises:
+        ValueError: The file does not fit the texts.
+    """
+    if str(path).endswith(".npz"):
+        raise ValueError(
+            f"{path}: an .npz, which is an archive of arrays; write its array of "
+            "vectors with numpy.save, and give that .npy"
+        )
+    reading.check_is_file(path)
+    if str(path).endswith(".npy"):
+        try:
+            vectors = npy.open_array(
+                pathlib.Path(path),
+                (len(texts), None),
+                "f2 f4 f8 i1 i2 i4 i8",
+                remedy="it needs a row of numbers for each line of --texts, written "
+                "with numpy.save",
+            )
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; check the path") from None
+        for first in range(0, len(vectors), _BLOCK):
+            yield vectors[first : first + _BLOCK]
+        return
+    rows = {text.id: row for row, text in enumerate(texts)}
+    found: dict[int, np.ndarray] = {}
+    for place, record in reading.read_records(path):
+        row = rows.get(inputs.id_field(place, record, "_id"))
+        if row is None:
+            raise ValueError(
+                f"{place}: `_id` {record['_id']!r} is none of the texts of these files"
+            )
+        try:
+            found[row] = np.asarray(record.get("vector"), np.float32)
+        except (TypeError, ValueError, OverflowError):
+            found[row] = np.zeros(0, np.float32)
+        first = next(iter(found.values()))
+        if found[row].ndim != 1 or not first.size or found[row].shape != first.shape:
+            raise ValueError(
+                f"{place}: field 'vector' must be a list of numbers, as many as in the "
+                "lines before"
+            )
+    if len(found) < len(texts):
+        lost = next(text for row, text in enumerate(texts) if row not in found)
+        raise ValueError(
+            f"{path}: no vector for {len(texts) - len(found):,} of {len(texts):,} "
+            f"texts, such as `_id` {lost.id!r}"
+        )
+    for first in range(0, len(texts), _BLOCK):
+        yield np.stack(
+            [found[row] for row in range(len(texts))[first : first + _BLOCK]]
+        )
+
+
+def write(
+    folder: str | os.PathLike,
+    keys: Sequence[int],
+    blocks: Iterable[Float[np.ndarray, "_ T"]],
+    *,
+    made_by: str,
+    dim: int = 0,
+) -> dict[str, Any]:
+    """Writes the folder, whole or not at all.
+
+    Args:
+        folder: Where.
+        keys: Of the texts, in the order of the vectors.
+        blocks: The vectors, of any length but 0; normalized here.
+        made_by: The teacher's name, for people.
+        dim: Project to so many dims, those that keep the inner products of these
+            vectors best (their leading right singular vectors); 0 for all.
+
+    Returns:
+        What the folder's JSON holds.
+
+    Raises:
+        ValueError: Vectors that are missing, one too many, not finite or of no length.
+    """
+    writing.check_replaceable(folder, [SETTINGS], ["*.npy"])
+    with writing.write_folder(folder) as temporary:
+        path = temporary / "vectors.npy"
+        width, moment = _write_vectors(path, blocks, len(keys))
+        if dim > width:
+            raise ValueError(f"dim={dim}: the teacher's vectors have {width}")
+        if dim and dim < width:
+            _project(path, moment, dim)
+        order = np.argsort(np.asarray(keys, np.uint64), kind="stable")
+        np.save(temporary / "keys.npy", np.asarray(keys, np.uint64)[order])
+        np.save(temporary / "rows.npy", order.astype(np.int64))
+        settings = {
+            "format_version": 1,
+            "made_by": made_by,
+            "dim": dim or width,
+            "made_from_dim": width,
+            "num_texts": len(keys),
+            "sha256": reading.sha256(path),
+            checksums.FILES: checksums.of_files(
+                temporary, [f"{name}.npy" for name in _ARRAYS]
+            ),
+        }
+        checksums.write_object(temporary / SETTINGS, settings)
+    return settings
+
+
+def _write_vectors(
+    path: pathlib.Path, blocks: Iterable[Any], number: int
+) -> tuple[int, Float[np.ndarray, "T T"]]:
+    """Writes the vectors; returns their width and the sum of their outer products."""
+    vectors, moment, done = None, None, 0
+    for block in blocks:
+        block = np.asarray(block, np.float32)
+        lengths = np.linalg.norm(block, axis=1, keepdims=True)
+        wrong = ~np.isfinite(lengths[:, 0]) | (lengths[:, 0] < _LEAST_LENGTH)
+        if wrong.any():
+            raise ValueError(
+                f"vector {done + int(np.argmax(wrong)):,} of the teacher is zero or "
+                "not finite; embed that text again"
+            )
+        if vectors is None:
+            shape = (number, block.shape[1])
+            vectors = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            moment = np.zeros((block.shape[1], block.shape[1]))
+        if done + len(block) > number:
+            raise ValueError(
+                f"more vectors than the {number:,} texts; was the file made from other "
+                "texts?"
+            )
+        unit = block / lengths
+        vectors[done : done + len(block)] = unit
+        moment += unit.T.astype(np.float64) @ unit
+        done += len(block)
+    if done < number or vectors is None or moment is None:
+        raise ValueError(
+            f"{done:,} vectors for {number:,} texts; embed the list to its end"
+        )
+    vectors.flush()
+    return vectors.shape[1], moment
+
+
+def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> None:
+    leading = np.linalg.eigh(moment)[1][:, ::-1][:, :dim].astype(np.float32)
+    whole = np.load(path, mmap_mode="r")
+    narrow = path.with_name("narrow.npy")
+    vectors = np.lib.format.open_memmap(narrow, "w+", np.float16, (len(whole), dim))
+    for first in range(0, len(whole), _BLOCK):
+        part = np.asarray(whole[first : first + _BLOCK], np.float32) @ leading
+        lengths = np.linalg.norm(part, axis=1, keepdims=True)
+        vectors[first : first + _BLOCK] = part / np.maximum(lengths, _LEAST_LENGTH)
+    vectors.flush()
+    narrow.replace(path)
+
+
+class Teacher:
+    """The vectors of a folder, looked up by example.
+
+    Attributes:
+        dim: Width of the vectors.
+        facts: What the folder says of itself.
+    """
+
+    def __init__(self, folder: str | os.PathLike, dim: int):
+        """Maps the folder into memory.
+
+        Args:
+            folder: What `write` wrote.
+            dim: The width that the config promises.
+
+        Raises:
+            ValueError: It is not there, damaged, or of another width.
+        """
+        path = self._folder = pathlib.Path(folder)
+        try:
+            self.facts = checksums.read_object(
+                writing.member(path, SETTINGS),
+                {"dim": int, "sha256": str},
+                remedy=_REMEDY,
+            )
+            self.dim = self.facts["dim"]
+            shapes = ((None,), (None,), (None, self.dim))
+            self._keys, self._rows, self._vectors = (
+                npy.open_array(
+                    writing.member(path, f"{name}.npy"), shape, kind, remedy=_REMEDY
+                )
+                for name, shape, kind in zip(
+                    _ARRAYS, shapes, ("u8", "i8", "f2"), strict=True
+                )
+            )
+        except FileNotFoundError:
+            raise ValueError(
+                f"data.teacher={folder}: no vectors of a teacher here; make them with "
+                "`gecko data teach`"
+            ) from None
+        sizes = {len(self._keys), len(self._rows), len(self._vectors)}
+        if len(sizes) > 1 or 0 in sizes:
+            raise self._damage("its arrays do not fit each other")
+        if self.dim != dim:
+            raise ValueError(
+                f"data.teacher={folder}: its vectors have {self.dim} dims, and "
+                f"data.teacher_dim={dim}; set that to {self.dim}, or make others with "
+                f"--dim={dim}"
+            )
+
+    def look_up(self, keys: UInt64[np.ndarray, " N"]) -> Float[np.ndarray, "N T"]:
+        """Returns the vector of each key, zeros where there is none."""
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        found = self._keys[place] == keys
+        vectors = np.zeros((len(keys), self.dim), np.float16)
+        rows = self._rows[place[found]]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._vectors):
+            raise self._damage("rows.npy names a row that is not there")
+        vectors[found] = self._vectors[rows]
+        return vectors
+
+    def _damage(self, fault: str) -> ValueError:
+        return ValueError(f"data.teacher={self._folder}: damaged ({fault}); {_REMEDY}")
+
+    def features(
+        self,
+        examples: Sequence[features.Example],
+        source_tasks: Sequence[str],
+        choices: Sequence[Sequence[int]],
+        num_negatives: int,
+    ) -> dict[str, np.ndarray]:
+        """Returns the features of a batch that are named in `losses.TeacherVectors`.
+
+        Args:
+            examples: The examples of the step, in order.
+            source_tasks: What the field `task` of each example's line holds.
+            choices: Which of its negatives each example uses.
+            num_negatives: Of each query (G); missing ones are zeros.
+        """
+        queries, passages, negatives = [], [], []
+        for example, task, chosen in zip(examples, source_tasks, choices, strict=True):
+            queries.append(keys_of("query", task, example.query_id[None]))
+            passages.append(keys_of("passage", task, example.passage_id[None]))
+            negatives.append(
+                keys_of("passage", task, example.negative_ids[list(chosen)])
+            )
+        size = len(examples)
+        of_negatives = np.zeros((size, num_negatives, self.dim), np.float16)
+        rows = np.repeat(np.arange(size), [len(keys) for keys in negatives])
+        columns = np.concatenate([np.arange(len(keys)) for keys in negatives])
+        if num_negatives:
+            of_negatives[rows, columns] = self.look_up(np.concatenate(negatives))
+        return {
+            "query_teacher": self.look_up(np.concatenate(queries)),
+            "passage_teacher": self.look_up(np.concatenate(passages)),
+            "negative_teacher": of_negatives,
+        }

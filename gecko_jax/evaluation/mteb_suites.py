@@ -1,0 +1,391 @@
+"""Suites: whole benchmarks, single tasks and local sets, run by `mteb` itself.
+
+    board = suites.run(embedding.load("runs/finetune"), config, "results")
+    print(scoreboard.format_board(board))
+
+A task is encoded once and judged at every dim. Its result is written as mteb writes it
+(`OUTPUT/results/MODEL/REVISION/TASK.json`, each dim a model of its own), so that an
+interrupted run goes on, and that mteb's own tools read the folder:
+
+    mteb.ResultCache("results").load_results().to_dataframe()
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import logging as standard_logging
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+
+from gecko_jax.evaluation import (
+    local_tasks,
+    mteb_encoder,
+    scoreboard,
+    sets,
+    vector_store,
+    whole_results,
+)
+from gecko_jax.formats import model_folder
+from gecko_jax.inference import embedding
+from gecko_jax.io import checksums
+from gecko_jax.models import dual_encoder
+from gecko_jax.parallel import sharding
+
+# How a scoreboard calls what is in no suite.
+TASKS, LOCAL = "single tasks", "local sets"
+
+# Name of a suite -> the tasks, where mteb has no benchmark of that name.
+_ALONE = {scoreboard.MIRACL: ("MIRACLRetrieval",)}
+
+# Says what model the results in a folder are of.
+_ABOUT, _RESULTS = "evaluation.json", "results"
+
+# Texts in a batch of mteb's DataLoader. No result depends on it: see `encoder`.
+_LOADER_BATCH = 1_024
+
+
+def run(
+    gecko: embedding.Gecko,
+    config: ml_collections.ConfigDict,
+    output: str | os.PathLike,
+    name: str,
+) -> scoreboard.Board:
+    """Runs what a config asks for; goes on where an earlier run stopped.
+
+    A task that cannot run, such as one whose data set cannot be downloaded, is told in
+    one line and passed over.
+
+    Args:
+        gecko: The model.
+        config: See `configs/evaluate.py`; checked by `config.check_evaluation`.
+        output: Folder of the results.
+        name: Of the model, used when the config has none.
+
+    Raises:
+        ImportError: mteb is not installed.
+        ValueError: The output is of another model, or a task, dim or set is wrong.
+    """
+    mteb = _import_mteb()
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes: evaluation runs in one, on all devices "
+            "of its machine; start it on one machine"
+        )
+    dims = tuple(sorted({gecko.check_dim(dim) for dim in config.dims or gecko.dims}))
+    gecko = _share(gecko, config.mesh)
+    chosen = _choose(mteb, gecko, config)
+    lengths = {
+        "query_length": config.query_length or gecko.files.query_length,
+        "passage_length": config.passage_length or gecko.files.passage_length,
+    }
+    name = config.name or f"gecko-jax/{name}"
+    about = _describe(gecko, name, lengths)
+    _claim(pathlib.Path(output), about)
+    vectors = vector_store.Store(config.cache.folder, gecko, config.cache.max_gib)
+    encoders = [
+        mteb_encoder.Encoder(
+            gecko,
+            vectors,
+            dim=dim,
+            name=name if dim == gecko.dims[-1] else f"{name}-{dim}",
+            **lengths,
+        )
+        for dim in dims
+    ]
+    with _quiet():
+        runner = Runner(
+            mteb, encoders, whole_results.build_cache(mteb, output), vectors
+        )
+        suites = {
+            suite: [runner.run(task) for task in _track(suite, tasks)]
+            for suite, tasks in chosen.items()
+        }
+    versions = model_folder.versions() | {"mteb": mteb.__version__}
+    return scoreboard.Board(
+        about={**about, "backend": jax.default_backend(), "versions": versions},
+        dims=dims,
+        suites=suites,
+        failures=runner.failures,
+    )
+
+
+class Runner:
+    """Runs tasks at every dim, and keeps the reasons of those that did not run.
+
+    Attributes:
+        failures: Name of a task -> why it did not run.
+    """
+
+    def __init__(
+        self,
+        mteb: Any,
+        encoders: Sequence[mteb_encoder.Encoder],
+        cache: Any,
+        vectors: vector_store.Store,
+    ):
+        """Takes the model at every dim, mteb's cache of results, and the vectors."""
+        self.failures: dict[str, str] = {}
+        self._mteb = mteb
+        self._encoders = encoders
+        self._cache = cache
+        self._vectors = vectors
+        self._reached = False
+
+    def run(self, task: Any) -> scoreboard.Task:
+        """Runs what is missing of a task, and returns its scores."""
+        metadata = task.metadata
+        name = metadata.name
+        scores: dict[int, float] = {}
+        begin = time.monotonic()
+        try:
+            if name not in self.failures:  # It may be in several suites.
+                waiting = [e for e in self._encoders if not self._load(task, e)]
+                self._run(task, waiting)
+                for one in self._encoders:
+                    scores[one.dim] = float(self._load(task, one).get_score())
+                shown = " ".join(f"{100 * score:.2f}" for score in scores.values())
+                seconds = f"{time.monotonic() - begin:.0f} s"
+                note = seconds if waiting else "from an earlier run"
+                logging.info("%s: %s (%s)", name, shown, note)
+        # Any fault of any data set or of mteb: the others must go on.
+        except Exception as error:
+            self.failures[name] = _explain(task, error)
+            logging.warning("%s did not run: %s", name, self.failures[name])
+            logging.debug("%s", name, exc_info=True)
+        return scoreboard.Task(name, metadata.type, metadata.main_score, scores)
+
+    def _run(self, task: Any, encoders: Sequence[mteb_encoder.Encoder]) -> None:
+        if not encoders:
+            return
+        if task.is_aggregate:  # Its parts first, each at every dim, then their mean.
+            for part in task.metadata.tasks:
+                self._run(part, [e for e in encoders if not self._load(part, e)])
+        elif not task.data_loaded:
+            self._reach_hub()
+            task.load_data()
+            try:
+                self._run(task, encoders)
+            finally:
+                task.unload_data()
+            return
+        for one in encoders:
+            self._mteb.evaluate(
+                one,
+                task,
+                cache=self._cache,
+                overwrite_strategy=self._strategy(task, one),
+                encode_kwargs={
+                    "batch_size": _LOADER_BATCH,
+                    "show_progress_bar": False,
+                },
+                show_progress_bar=False,
+                co2_tracker=False,
+                # A data set that is gone is a fault like any other.
+                public_only=False,
+            )
+        self._vectors.trim()
+
+    def _load(self, task: Any, one: mteb_encoder.Encoder) -> Any:
+        """Returns the task's whole result if it is there, else None."""
+        found = self._read(task, one)
+        if found is None or found.get_missing_evaluations(task):
+            return None
+        return found.validate_and_filter_scores(task)
+
+    def _strategy(self, task: Any, one: mteb_encoder.Encoder) -> str:
+        # mteb would take up a whole result of other data: a local file that changed.
+        path = self._cache.get_task_result_path(task.metadata.name, one.mteb_model_meta)
+        is_other = path.exists() and self._read(task, one) is None
+        return "always" if is_other else "only-missing"
+
+    def _read(self, task: Any, one: mteb_encoder.Encoder) -> Any:
+        """Returns what mteb has saved of the task, None for nothing of this data."""
+        meta = one.mteb_model_meta
+        try:
+            found = self._cache.load_task_result(task.metadata.name, meta)
+        except (ValueError, KeyError) as error:
+            path = self._cache.get_task_result_path(task.metadata.name, meta)
+            raise ValueError(
+                f"{path}: damaged ({_first_line(error)}); remove it to run the task "
+                "again"
+            ) from error
+        if found is None or task.is_aggregate:
+            return found
+        return found if found.dataset_revision == task.metadata.revision else None
+
+    def _reach_hub(self) -> None:
+        """Without network, spares every data set the long wait for the hub.
+
+        Data sets that were downloaded before still load.
+        """
+        if self._reached:
+            return
+        self._reached = True
+        import huggingface_hub
+        from datasets import config as datasets_config
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            return
+        try:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
+        # What is raised depends on the HTTP library behind.
+        except Exception as error:
+            logging.warning(
+                "%s cannot be reached (%s): only data sets that are on this machine "
+                "can be used",
+                constants.ENDPOINT,
+                _first_line(error),
+            )
+            constants.HF_HUB_OFFLINE = True
+            datasets_config.HF_HUB_OFFLINE = True
+
+
+def _import_mteb() -> Any:
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError(
+            'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
+        ) from error
+    if not hasattr(mteb, "ResultCache"):
+        raise ImportError(
+            "this mteb is older than 2.0; install a newer one with "
+            'pip install "gecko-jax[eval]"'
+        )
+    return mteb
+
+
+def _choose(
+    mteb: Any, gecko: embedding.Gecko, config: ml_collections.ConfigDict
+) -> dict[str, list[Any]]:
+    """Returns the tasks of each suite, in order of their names."""
+    chosen: dict[str, list[Any]] = {}
+    for suite in config.suites:
+        if suite in _ALONE:
+            tasks = [mteb.get_task(name) for name in _ALONE[suite]]
+        else:
+            tasks = list(mteb.get_benchmark(suite).tasks)
+        chosen[suite] = sorted(tasks, key=lambda task: task.metadata.name)
+    if config.tasks:
+        chosen[TASKS] = [_get_task(mteb, name) for name in config.tasks]
+    if config.folders:
+        found = [one for path in config.folders for one in sets.load(path)]
+        names = [one.name for one in found]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"folders: two sets are called {twice[0]!r}, and their results would "
+                "be one file; rename one"
+            )
+        chosen[LOCAL] = [local_tasks.build(gecko, one) for one in found]
+    return chosen
+
+
+def _get_task(mteb: Any, name: str) -> Any:
+    try:
+        return mteb.get_task(name)
+    except KeyError:
+        known = [task.metadata.name for task in mteb.get_tasks()]
+        near = difflib.get_close_matches(name, known)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"tasks: mteb has no task {name!r}{hint}") from None
+
+
+def _share(gecko: embedding.Gecko, mesh: ml_collections.ConfigDict) -> embedding.Gecko:
+    """Puts the parameters on a mesh of all devices, which then share the work."""
+    built = sharding.build_mesh(**mesh.to_dict())
+    if built.size == 1:
+        return gecko
+    shapes, axes = dual_encoder.abstract_params(gecko.files.encoder_config)
+    shardings = sharding.param_shardings(shapes, axes, built)
+    params = jax.device_put(gecko.files.params, shardings)
+    return embedding.Gecko(dataclasses.replace(gecko.files, params=params))
+
+
+def _describe(
+    gecko: embedding.Gecko, name: str, lengths: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "model": name,
+        "revision": gecko.revision,
+        "step": gecko.files.step,
+        "dtype": gecko.files.encoder_config.dtype,
+        **lengths,
+        "text_format": gecko.files.text_format.to_dict(),
+    }
+
+
+def _claim(folder: pathlib.Path, about: dict[str, Any]) -> None:
+    """Makes the folder one of this model's results, or refuses it."""
+    path = folder / _ABOUT
+    if path.exists():
+        before = checksums.read_object(path, {}, remedy="choose another --output")
+        # Through JSON, as what was written went.
+        now = json.loads(json.dumps(about))
+        other = [key for key in now if before.get(key) != now[key]]
+        if other:
+            key = "revision" if "revision" in other else other[0]
+            raise ValueError(
+                f"{folder}: holds results with {key} {before.get(key)!r}, and this "
+                f"model has {now[key]!r}: they must not be mixed; choose another "
+                "--output"
+            )
+        return
+    if (folder / _RESULTS).exists():
+        raise ValueError(
+            f"{folder}: holds results, and no {_ABOUT} that says of which model; "
+            "choose another --output"
+        )
+    checksums.write_object(path, about)
+
+
+def _explain(task: Any, error: Exception) -> str:
+    # What `datasets` raises when there is neither a copy nor a network.
+    if isinstance(error, ConnectionError):
+        path = (task.metadata.dataset or {}).get("path", "")
+        what = "its data sets are" if task.is_aggregate else f"its data set {path} is"
+        return f"{what} not on this machine and cannot be downloaded"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _track(suite: str, tasks: Sequence[Any]) -> Iterator[Any]:
+    for number, task in enumerate(tasks, start=1):
+        logging.info("%s, %d of %d: %s", suite, number, len(tasks), task.metadata.name)
+        yield task
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back the bars and notes of mteb and what it uses; faults are raised."""
+    import datasets
+
+    notes = [standard_logging.getLogger(name) for name in ("mteb", "datasets")]
+    before = [logger.level for logger in notes]
+    had_bars = not datasets.are_progress_bars_disabled()
+    try:
+        for logger in notes:
+            logger.setLevel(standard_logging.ERROR)
+        datasets.disable_progress_bars()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(notes, before, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()

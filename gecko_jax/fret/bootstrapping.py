@@ -1,0 +1,82 @@
+"""Bootstrap: the initial retriever, trained on (query, seed passage) (section 3.2).
+
+In-batch negatives only. What it finds are the candidates of the next round:
+
+    gecko fret run --until=generate ...
+    gecko fret bootstrap --output=runs/initial ...
+    gecko fret run --config.retrieve.model=runs/initial ...
+"""
+
+import pathlib
+
+import ml_collections
+
+from gecko_jax.fret import export, pipeline, runs
+from gecko_jax.io import wording
+from gecko_jax.llm import request_log
+
+PAIRS = "pairs.jsonl"
+
+
+def write_pairs(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> tuple[pathlib.Path, int]:
+    """Writes the pairs of a run whose queries are generated.
+
+    Returns:
+        The file, and how many pairs it holds.
+
+    Raises:
+        ValueError: The queries are not there yet, or are those of other settings.
+    """
+    source = runs.prepare(config, workdir, request_log.Budget(), runs.open_model)
+    passes: pipeline.Pipeline = runs.main_pipeline(source)
+    passes.generate.begin()
+    if passes.generate.done() is None:
+        raise ValueError(
+            f"{passes.generate.folder}: not finished; run `gecko fret run "
+            "--until=generate` with this config first"
+        )
+    path = workdir / "bootstrap" / PAIRS
+    return path, export.write_pairs(passes, path)
+
+
+def training_config(
+    config: ml_collections.ConfigDict,
+    pairs: pathlib.Path,
+    num_pairs: int,
+    *,
+    batch_size: int | None = None,
+    num_steps: int | None = None,
+) -> ml_collections.ConfigDict:
+    """Returns a pre-finetuning config that trains on the pairs.
+
+    Args:
+        config: Of `configs/prefinetune.py`.
+        pairs: What `write_pairs` wrote.
+        num_pairs: Their number.
+        batch_size: Examples of a step; None is the config's.
+        num_steps: Of training; None is the config's.
+
+    Raises:
+        ValueError: The config has hard negatives, or batches that no pairs fill.
+    """
+    if config.data.num_negatives:
+        raise ValueError(
+            f"data.num_negatives={config.data.num_negatives}: the initial retriever "
+            "has in-batch negatives only; give configs/prefinetune.py"
+        )
+    config = ml_collections.ConfigDict(config)
+    config.data.files = (str(pairs),)
+    config.data.batch_size = batch_size or config.data.batch_size
+    if num_steps:
+        config.train.num_steps = num_steps
+        warmup = config.optimizer.warmup_steps
+        config.optimizer.warmup_steps = min(warmup, num_steps // 10)
+    if num_pairs < config.data.batch_size:
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size}: more than the "
+            f"{wording.counted(num_pairs, 'pair')} there; lower it with --batch-size, "
+            "or generate more queries"
+        )
+    return config.lock()

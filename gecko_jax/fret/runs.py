@@ -1,0 +1,246 @@
+"""A run: raw passages become training triples in a workdir (section 3.2).
+
+    passages/ generate/ [embed/] retrieve/ likelihood/ relevance/ fuse/   shards
+    requests/             the answers of the language model, as they came
+    export/fret.jsonl     the triples; export/README.md says what they are
+    config.json           the settings
+
+Killed at any moment and started again, it ends with the same bytes, and what was
+answered is not asked again.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from gecko_jax.evaluation import set_texts
+from gecko_jax.fret import beam_passages, export, passages, pipeline, records, settings
+from gecko_jax.io import reading
+from gecko_jax.llm import canary, in_process, protocol, request_log, server
+from gecko_jax.text import overlap
+
+# What "quickstart" stands for: passages, and the answers of a model about some of them.
+_QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
+_HELD_OUT = 3  # Purpose of the randomness; see `stages.row_rng`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a call did.
+
+    Attributes:
+        stages: What `.done.json` of each finished stage holds.
+        budget: What this call sent.
+        stopped: Why it ended early; "" if it did not.
+        output: The exported file; None if there is none yet.
+    """
+
+    stages: dict[str, dict[str, Any]]
+    budget: request_log.Budget
+    stopped: str
+    output: pathlib.Path | None
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    budget: request_log.Budget | None = None,
+    worker: tuple[int, int] = (0, 1),
+    until: str = "export",
+    connect: Callable[..., protocol.CachedModel] | None = None,
+    beam_options: Sequence[str] | None = None,
+) -> Summary:
+    """Runs the stages that are missing, and exports.
+
+    Args:
+        config: See `configs/fret.py`.
+        workdir: Of the run; shared by all of its workers.
+        budget: What may be sent; None sets no limit.
+        worker: (i, n): see `Pipeline.run`.
+        until: The last stage, or "export".
+        connect: Gives the model for (config, budget); None is `open_model`.
+        beam_options: Of Apache Beam, which then makes the passages; None does without.
+
+    Raises:
+        ValueError: A bad setting, file or answer; the workdir was begun otherwise.
+        OSError: The server is gone, or the disk is full. What was answered is kept.
+    """
+    budget = budget or open_budget(config)
+    stopped = ""
+    connect = connect or open_model
+    with prepare(config, workdir, budget, connect, beam_options) as source:
+        passes = main_pipeline(source)
+        try:
+            if until != "passages":
+                passes.run("fuse" if until == "export" else until, worker)
+        except request_log.BudgetError as error:
+            stopped = str(error)
+    steps = [source.stage, *(step.stage for step in passes.steps)]
+    done = {stage.name: stage.done() for stage in steps}
+    output = None
+    if until == "export" and done["fuse"]:
+        output = export.export(passes)
+    finished = {name: found for name, found in done.items() if found}
+    return Summary(finished, budget, stopped, output)
+
+
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    budget: request_log.Budget,
+    connect: Callable[..., protocol.CachedModel],
+    beam_options: Sequence[str] | None = None,
+) -> pipeline.Source:
+    """Checks the config, makes the passages, and returns what the pipelines share."""
+    settings.check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    contamination = set_texts.read(config.passages.decontaminate)
+    stage = _passages(config, workdir, contamination, beam_options)
+    facts = _model_facts(config)
+    name = facts.pop("name")
+
+    def open_and_check() -> protocol.CachedModel:
+        model = connect(config, budget)
+        request_log.write_model(workdir, name, facts)
+        return model
+
+    return pipeline.Source(config, workdir, stage, contamination, facts, open_and_check)
+
+
+def open_budget(
+    config: ml_collections.ConfigDict,
+    max_requests: int | None = None,
+    max_cost: int | float | None = None,
+) -> request_log.Budget:
+    """Returns a budget with the prices of the config."""
+    return request_log.Budget(
+        max_requests, max_cost, config.llm.price_input, config.llm.price_output
+    )
+
+
+def open_model(
+    config: ml_collections.ConfigDict, budget: request_log.Budget
+) -> protocol.CachedModel:
+    """Returns the recorded model, or that of this process, or that of the server.
+
+    The last is trusted once the canary has sung.
+    """
+    if config.llm.recording:
+        return protocol.recorded(_recording(config))
+    if config.llm.weights:
+        return in_process.open_model(
+            config.llm.weights,
+            config.llm.dtype,
+            config.llm.tensor,
+            config.llm.compilation_cache,
+            budget,
+        )
+    model = server.connect(settings.server_settings(config), budget)
+    try:
+        canary.check(
+            model,
+            scores=config.llm.scoring != "none" and not config.llm.chat,
+            labels=bool(config.fuse.relevance_weight),
+        )
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
+    """Returns the seeds that calibrate the judges and stay out of the run."""
+    count = min(config.calibrate.num_seeds, num_passages // 5)
+    rng = np.random.default_rng([config.seed, _HELD_OUT])
+    return sorted(rng.permutation(num_passages)[:count].tolist())
+
+
+def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
+    """Returns the pass over all passages that are not held out."""
+    out = set(held_out(source.config, len(source.store)))
+    rows = source.config.passages.shard_rows
+    shards = [
+        [n for n in range(s, min(s + rows, len(source.store))) if n not in out]
+        for s in range(0, len(source.store), rows)
+    ]
+    return pipeline.Pipeline(source, shards, "", {"held_out": len(out)})
+
+
+def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
+    """Returns the pass over the held-out passages, scored by both judges."""
+    chosen = held_out(source.config, len(source.store))
+    rows = source.config.passages.shard_rows
+    shards = [chosen[s : s + rows] for s in range(0, len(chosen), rows)]
+    return pipeline.Pipeline(
+        source, shards, "calibration", {"seeds": len(chosen)}, scores_all=True
+    )
+
+
+def _passages(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    contamination: overlap.Contamination,
+    beam_options: Sequence[str] | None,
+) -> records.Stage:
+    """Returns the finished stage of passages; one worker makes it, others wait."""
+    paths = [
+        _QUICKSTART / "train.jsonl" if path == "quickstart" else path
+        for path in config.passages.files
+    ]
+    for path in map(pathlib.Path, paths):
+        if not path.is_file():
+            raise ValueError(f"passages.files: {path}: no such file; check the path")
+    rules = settings.passage_rules(config)
+    facts = {
+        "code": pipeline.CODE_VERSION["passages"],
+        "files": {pathlib.Path(path).name: reading.sha256(path) for path in paths},
+        "decontaminate": config.passages.decontaminate,
+        "rules": dataclasses.asdict(rules),
+        "shard_rows": config.passages.shard_rows,
+    }
+    stage = records.Stage(workdir, "passages", facts)
+    stage.begin()
+    while stage.done() is None:
+        with records.try_lock(workdir / records.LOCKS / "passages.lock") as got:
+            if got and stage.done() is None and beam_options is not None:
+                beam_passages.write(
+                    paths,
+                    rules,
+                    config.passages.decontaminate,
+                    stage,
+                    config.passages.shard_rows,
+                    beam_options,
+                )
+            elif got and stage.done() is None:
+                kept, dropped = passages.read(paths, rules, contamination)
+                rows = config.passages.shard_rows
+                starts = range(0, len(kept), rows)
+                for shard, start in enumerate(starts):
+                    stage.write(shard, kept[start : start + rows])
+                total = len(kept) + sum(dropped.values())
+                stage.finish(len(starts), records=total, dropped=dropped)
+        if not got:
+            time.sleep(0.2)
+    return stage
+
+
+def _recording(config: ml_collections.ConfigDict) -> pathlib.Path:
+    found = config.llm.recording
+    return _QUICKSTART / "recording" if found == "quickstart" else pathlib.Path(found)
+
+
+def _model_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    if config.llm.recording:
+        name, facts, _ = request_log.read_recording(_recording(config))
+        return facts | {"name": name}
+    if config.llm.weights:
+        found = in_process.facts(config.llm.weights, config.llm.dtype)
+        return found | {"name": found["model"]}
+    found = settings.server_settings(config)
+    return server.facts(found) | {"name": server.name(found)}

@@ -1,0 +1,191 @@
+"""What runs on the device for a batch: a prefix, scores, and sampled tokens.
+
+Each function is compiled once per shape; `local` keeps the shapes few.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from gecko_jax.models import transformer
+
+# Tokens that are drawn between two looks at what they spell.
+STEPS = 16
+
+# Halvings of an interval of log-probabilities 100 nats wide: to float32's precision.
+_HALVINGS = 32
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def compute_prefix(
+    params: dict[str, Any],
+    config: transformer.DecoderConfig,
+    tokens: Int[Array, " S"],
+    positions: Int[Array, " S"],
+) -> transformer.KeyValues:
+    """Returns keys and values that any number of rows may share."""
+    _, own = transformer.extend(params, config, tokens[None], positions[None])
+    return transformer.KeyValues(own.keys[:, 0], own.values[:, 0], positions)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read(
+    params: dict[str, Any],
+    config: transformer.DecoderConfig,
+    prefix: transformer.KeyValues | None,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+) -> Float[Array, "B L M"]:
+    """Returns the hidden states of rows behind their prefix."""
+    return transformer.extend(params, config, tokens, positions, prefix)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score(
+    params: dict[str, Any],
+    config: transformer.DecoderConfig,
+    hidden: Float[Array, "B L M"],
+    rows: Int[Array, " T"],
+    columns: Int[Array, " T"],
+    targets: Int[Array, "T Y"],
+) -> Float[Array, "T Y"]:
+    """Returns log-probabilities of targets after the tokens at [rows, columns].
+
+    Apart from `read`, so that T does not multiply the shapes that compile slowly.
+    """
+    # Only these meet the output head, which is larger than all layers together.
+    return transformer.token_log_probs(params, config, hidden[rows, columns], targets)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
+def start(
+    params: dict[str, Any],
+    config: transformer.DecoderConfig,
+    prefix: transformer.KeyValues | None,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    num_slots: int,
+) -> tuple[Float[Array, "B M"], transformer.KeyValues]:
+    """Reads prompts.
+
+    Returns:
+        The hidden state at the end of each prompt, and a cache with `num_slots` free
+        slots behind the prompts.
+    """
+    hidden, own = transformer.extend(params, config, tokens, positions, prefix)
+    is_text = positions != transformer.PAD_POSITION
+    last = jnp.sum(is_text, axis=1) - 1
+    slots = ((0, 0), (0, num_slots))
+    room = ((0, 0), *slots, (0, 0), (0, 0))
+    cache = transformer.KeyValues(
+        jnp.pad(own.keys, room),
+        jnp.pad(own.values, room),
+        jnp.pad(positions, slots, constant_values=transformer.PAD_POSITION),
+    )
+    return hidden[jnp.arange(hidden.shape[0]), last], cache
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "is_greedy", "is_nucleus"),
+    donate_argnames="cache",
+)
+def decode(
+    params: dict[str, Any],
+    config: transformer.DecoderConfig,
+    prefix: transformer.KeyValues | None,
+    cache: transformer.KeyValues,
+    hidden: Float[Array, "B M"],
+    positions: Int[Array, " B"],
+    slot: Int[Array, ""],
+    keys: UInt32[Array, "B 2"],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+    *,
+    is_greedy: bool,
+    is_nucleus: bool,
+) -> tuple[Int[Array, "B steps"], transformer.KeyValues, Float[Array, "B M"]]:
+    """Draws `STEPS` tokens for every row.
+
+    Args:
+        params: Of the decoder.
+        config: The decoder.
+        prefix: What all rows share.
+        cache: What each row has read and drawn; given away.
+        hidden: Hidden state of each row's last token.
+        positions: Of each row's next token.
+        slot: Of the cache where the next tokens go.
+        keys: Randomness of each row; with a position it decides a draw.
+        temperature: Divides the logits; unused when greedy.
+        top_p: Share of the probability that may be drawn; unused unless nucleus.
+        is_greedy: Takes the likeliest token.
+        is_nucleus: Leaves out the unlikely ones.
+
+    Returns:
+        The tokens, the cache with them, and the hidden state of the last.
+    """
+
+    def step(carry: tuple, number: Array) -> tuple[tuple, Array]:
+        hidden, cache = carry
+        logits = transformer.next_logits(params, config, hidden)
+        here = positions + number
+        if is_greedy:
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            token = _draw(logits / temperature, keys, here, top_p, is_nucleus)
+        drawn, own = transformer.extend(
+            params, config, token[:, None], here[:, None], prefix, cache
+        )
+        write = jax.lax.dynamic_update_slice_in_dim
+        cache = transformer.KeyValues(
+            write(cache.keys, own.keys, slot + number, axis=2),
+            write(cache.values, own.values, slot + number, axis=2),
+            write(cache.positions, own.positions, slot + number, axis=1),
+        )
+        return (drawn[:, 0], cache), token
+
+    (hidden, cache), tokens = jax.lax.scan(step, (hidden, cache), jnp.arange(STEPS))
+    return tokens.T, cache, hidden
+
+
+def _draw(
+    logits: Float[Array, "B V"],
+    keys: UInt32[Array, "B 2"],
+    positions: Int[Array, " B"],
+    top_p: Float[Array, ""],
+    is_nucleus: bool,
+) -> Int[Array, " B"]:
+    """Draws from each row by its own key, so that no row depends on another."""
+    if is_nucleus:
+        logits = jnp.where(is_in_nucleus(logits, top_p), logits, -jnp.inf)
+
+    def noise(key: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
+        return jax.random.gumbel(key, (logits.shape[1],), jnp.float32)
+
+    return jnp.argmax(logits + jax.vmap(noise)(keys, positions), axis=-1)
+
+
+def is_in_nucleus(
+    logits: Float[Array, "B V"], top_p: Float[Array, ""]
+) -> Array:  # Bool[Array, "B V"]
+    """Whether a token is of the fewest whose probabilities reach `top_p`.
+
+    The least log-probability among them is found by halving, which a CPU does faster
+    than sorting a vocabulary.
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        kept = jnp.where(log_probs >= middle, jnp.exp(log_probs), 0.0)
+        is_enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
+        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+
+    high = jnp.max(log_probs, axis=-1, keepdims=True)
+    low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (high - 100.0, high))
+    return log_probs >= low

@@ -1,0 +1,315 @@
+r"""The dual encoder as a `t5x.models.BaseModel`, so that t5x's own trainer drives it.
+
+    python -m t5x.train --gin_search_paths=configs \
+        --gin_file=t5x/quickstart.gin --gin.MODEL_DIR=\"runs/t5x\"
+
+`configs/t5x/quickstart.gin` has every binding that a run needs, `configs/t5x/start.gin`
+those to start from a checkpoint, and `docs/t5x.md` explains them.
+
+The parameters have T5X's names already, so checkpoints of either trainer load into the
+other's model (`gecko import`, `gecko export --to=t5x`). t5x comes from its repository
+(`requirements-t5x.txt`): the name on PyPI is an empty package.
+"""
+
+import functools
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import core as flax_core
+from flax.linen import partitioning
+from jaxtyping import Array, Float, Int
+
+from gecko_jax.data import registration, t5x_features
+from gecko_jax.formats import model_folder, parameters, to_t5x
+from gecko_jax.losses import contrastive
+from gecko_jax.models import dual_encoder
+
+# Added to t5x's standard rules: the width of the projection, as in t5x_retrieval.
+LOGICAL_AXIS_RULES = (("affinity", None),)
+
+
+def logical_axis_rules() -> list[tuple[str, str | None]]:
+    """Returns t5x's standard rules and those of the projection, for a partitioner."""
+    from t5x import partitioning as t5x_partitioning
+
+    return list(
+        t5x_partitioning.standard_logical_axis_rules(
+            additional_rules=LOGICAL_AXIS_RULES
+        )
+    )
+
+
+def logical_factor_rules() -> Mapping[str, Any]:
+    """Returns t5x's standard rules and those of the projection, for its Adafactor."""
+    from t5x import adafactor
+
+    return flax_core.freeze(
+        {
+            **adafactor.standard_logical_factor_rules(),
+            "affinity": adafactor.FactorDim.COLUMN,
+        }
+    )
+
+
+def summarize_config(
+    model_dir: str,
+    summary_writer: Any,
+    step: int,
+    *,
+    t5x_model: Any,
+    mixture_or_task: Any,
+    task_feature_lengths: Mapping[str, int],
+) -> None:
+    """Writes t5x's summary of the config, and the settings that `gecko import` needs.
+
+    A T5X checkpoint holds parameters alone. `gecko/` in the `model_dir` keeps the text
+    format, the vocabulary, the sizes, the MRL dims and the lengths.
+
+    Args:
+        model_dir: Folder of the run.
+        summary_writer: See `t5x.gin_utils.summarize_gin_config`.
+        step: See there.
+        t5x_model: What `build_model` returns.
+        mixture_or_task: Name of what it trains on, registered by `data.registration`.
+        task_feature_lengths: Lengths of the texts, as t5x's data takes them.
+    """
+    from t5x import gin_utils
+
+    gin_utils.summarize_gin_config(model_dir, summary_writer, step)
+    if jax.process_index() == 0:
+        _write_settings(
+            epath.Path(model_dir) / to_t5x.SETTINGS,
+            t5x_model,
+            registration.describe(mixture_or_task),
+            task_feature_lengths,
+        )
+
+
+def _write_settings(
+    folder: Any,
+    t5x_model: Any,
+    registered: registration.Registered,
+    lengths: Mapping[str, int],
+) -> None:
+    settings = model_folder.ModelFiles(
+        params={},
+        encoder_config=t5x_model.module.config,
+        text_format=registered.text_format,
+        vocabulary_proto=registered.vocabulary_proto,
+        extra_ids=registered.extra_ids,
+        mrl_dims=tuple(t5x_model.loss_settings["mrl_dims"]),
+        query_length=lengths["query"],
+        passage_length=lengths["positive"],
+        # Those of a checkpoint come from the checkpoint.
+        step=0,
+        revision="",
+        provenance={"trained_by": "t5x"},
+    )
+    # A `model_dir` is a bucket more often than not.
+    with tempfile.TemporaryDirectory() as local:
+        model_folder.write_model_json(pathlib.Path(local), settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in pathlib.Path(local).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def build_model(
+    config: dual_encoder.EncoderConfig,
+    optimizer_def: Any,
+    *,
+    num_negatives: int = 0,
+    mrl_dims: tuple[int, ...],
+    mrl_weights: tuple[float, ...],
+    temperature: float,
+    **switches: bool,
+) -> Any:
+    """Returns a `t5x.models.BaseModel`.
+
+    The batch is what `data.t5x_features` makes of a seqio task. t5x's microbatches
+    would leave each microbatch its own in-batch negatives only: keep
+    `num_microbatches` at None.
+
+    Args:
+        config: Sizes and settings of the encoder.
+        optimizer_def: One of `t5x.optimizers`.
+        num_negatives: Hard negatives per query (G).
+        mrl_dims: See `losses.mrl_loss`.
+        mrl_weights: See `losses.mrl_loss`.
+        temperature: See `losses.contrastive_loss`.
+        **switches: Other keyword arguments of `losses.contrastive_loss`.
+
+    Raises:
+        ImportError: t5x is not installed; says from where.
+    """
+    loss_settings = {
+        "mrl_dims": tuple(mrl_dims),
+        "mrl_weights": tuple(mrl_weights),
+        "temperature": temperature,
+        **switches,
+    }
+    return _model_class()(
+        config,
+        optimizer_def,
+        loss_settings,
+        t5x_features.feature_converter(num_negatives),
+    )
+
+
+@functools.cache
+def _model_class() -> Any:
+    try:
+        import t5x.models as t5x_models
+    except ImportError as error:
+        raise ImportError(
+            f"t5x is not installed, or not all of it ({error}); `pip install "
+            "--no-deps -r requirements-t5x.txt` brings it from its repository (the "
+            "package of that name on PyPI is empty)"
+        ) from error
+    from clu import metrics as clu_metrics
+
+    class GeckoModel(t5x_models.BaseModel):
+        """What t5x asks of a model, answered by `model` and `losses`."""
+
+        def __init__(
+            self,
+            config: dual_encoder.EncoderConfig,
+            optimizer_def: Any,
+            loss_settings: Mapping[str, Any],
+            feature_converter_cls: Any,
+        ):
+            super().__init__(optimizer_def=optimizer_def)
+            self.FEATURE_CONVERTER_CLS = feature_converter_cls
+            self.module = dual_encoder.DualEncoder(config)
+            self.loss_settings = loss_settings
+
+        def get_initial_variables(
+            self,
+            rng: Any,
+            input_shapes: Mapping[str, Any],
+            input_types: Mapping[str, Any] | None = None,
+        ) -> Any:
+            """Returns `params`, and their logical axes as t5x wants them."""
+            del input_shapes, input_types  # No parameter depends on them.
+            config = self.module.config
+            axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
+            return flax_core.freeze(
+                {
+                    "params": dual_encoder.init_params(config, _typed_key(rng)),
+                    "params_axes": parameters.unflatten(
+                        {
+                            f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
+                            for name, spec in axes.items()
+                        }
+                    ),
+                }
+            )
+
+        def loss_fn(
+            self,
+            params: Any,
+            batch: Mapping[str, Array],
+            dropout_rng: Any,
+            flax_mutables: Any = None,
+        ) -> tuple[Array, Mapping[str, Any]]:
+            """Returns the mean MRL loss of the batch, and clu metrics."""
+            del flax_mutables
+            size = batch["query_tokens"].shape[0]
+            keys = [None, None, None]
+            if dropout_rng is not None and self.module.config.dropout_rate:
+                keys = list(jax.random.split(_typed_key(dropout_rng), 3))
+            queries = self._embed(params, batch["query_tokens"], keys[0])
+            positives = self._embed(params, batch["positive_tokens"], keys[1])
+            negatives = None
+            negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
+            negative_mask = jnp.zeros((size, 0), bool)
+            if "negative_tokens" in batch:
+                _, num, length = batch["negative_tokens"].shape
+                flat = batch["negative_tokens"].reshape(size * num, length)
+                negatives = self._embed(params, flat, keys[2]).reshape(size, num, -1)
+                negative_id = batch["negative_id"]
+                negative_mask = batch["negative_mask"]
+            ids = contrastive.BatchIds(
+                query_id=batch["query_id"],
+                passage_id=batch["passage_id"],
+                negative_id=negative_id,
+                negative_mask=negative_mask,
+                example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
+                negative_group=batch["negative_group"],
+            )
+            loss, terms = contrastive.mrl_loss(
+                queries,
+                positives,
+                negatives,
+                ids,
+                **self.loss_settings,
+            )
+            full = terms[max(terms)]
+            values = {
+                "loss": loss,
+                "accuracy": full.accuracy,
+                "positive_similarity": full.positive_similarity,
+                **{f"loss_{dim}": terms[dim].loss for dim in terms},
+            }
+            mask = ids.example_mask
+            metrics = {
+                name: clu_metrics.Average.from_model_output(value, mask=mask)
+                for name, value in values.items()
+            }
+            count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
+            return jnp.sum(loss) / count, metrics
+
+        def score_batch(
+            self,
+            params: Any,
+            batch: Mapping[str, Array],
+            return_intermediates: bool = False,
+            flax_mutables: Any = None,
+        ) -> Float[Array, " B"]:
+            """Returns the cosine of each query and its positive."""
+            del return_intermediates, flax_mutables
+            queries, positives = (
+                dual_encoder.normalize(
+                    self._embed(params, batch[f"{side}_tokens"], None)
+                )
+                for side in ("query", "positive")
+            )
+            return jnp.sum(queries * positives, axis=-1)
+
+        def predict_batch_with_aux(
+            self,
+            params: Any,
+            batch: Mapping[str, Array],
+            rng: Any = None,
+            flax_mutables: Any = None,
+        ) -> tuple[Float[Array, "B D"], Mapping[str, Array]]:
+            """Returns the normalized embeddings of the queries, at full width."""
+            del rng, flax_mutables
+            queries = self._embed(params, batch["query_tokens"], None)
+            epsilon = self.module.config.l2_epsilon
+            return dual_encoder.normalize(queries, epsilon), {}
+
+        def _embed(
+            self, params: Any, tokens: Int[Array, "B L"], key: Any
+        ) -> Float[Array, "B D"]:
+            keys = None if key is None else jax.random.split(key, tokens.shape[0])
+            rows: Any = self.module.apply(
+                {"params": flax_core.unfreeze(params)},
+                tokens,
+                (tokens > 0).astype(jnp.int32),
+                dropout_keys=keys,
+            )
+            return rows[:, 0]
+
+    return GeckoModel
+
+
+def _typed_key(key: Any) -> Any:
+    """Returns a new-style key; t5x hands over the two words of an old one."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)

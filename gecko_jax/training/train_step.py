@@ -1,0 +1,289 @@
+"""One update of the train state: `train_step`, and all that it is compiled from.
+
+`build` is what `train` runs and what `compile` proves: model, optimizer, the place of
+every array, and the jitted step.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+import gecko_jax.config
+from gecko_jax.data import features
+from gecko_jax.models import dual_encoder
+from gecko_jax.parallel import sharding
+from gecko_jax.training import gradients, optimizer
+
+
+class TrainState(NamedTuple):
+    """What a step changes: parameters, optimizer state, number of updates."""
+
+    params: Any
+    opt_state: Any
+    step: Any
+
+
+class Step(NamedTuple):
+    """A train step for one config and mesh.
+
+    Attributes:
+        encoder: The model.
+        schedule: Step -> learning rate.
+        tx: The optimizer.
+        shapes: The train state's shapes, with their shardings.
+        shardings: Of the train state.
+        run: (state, batch, key) -> (state, metrics); takes over the state given.
+    """
+
+    encoder: dual_encoder.DualEncoder
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+    shapes: TrainState
+    shardings: TrainState
+    run: Any  # what `jax.jit` returns
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, Array],
+    key: Key[Array, ""],
+    *,
+    loss_and_gradients: gradients.LossAndGradients,
+    tx: optax.GradientTransformation,
+    num_tasks: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update on one global batch.
+
+    Args:
+        state: Donated.
+        batch: Model features, see `gecko_jax.data.pipeline`.
+        key: Randomness of the run; the step is folded in.
+        loss_and_gradients: See `gradients.build`.
+        tx: The optimizer.
+        num_tasks: Length of the per-task sums.
+
+    Returns:
+        The next state, unchanged but for the step when the loss or a gradient is not
+        finite, and metrics: means over the batch, and sums per task.
+    """
+    key = jax.random.fold_in(key, state.step)
+    row_loss, terms, grads = loss_and_gradients(state.params, batch, key)
+    mask = batch["example_mask"].astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    loss = jnp.sum(row_loss) / count
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    proposed = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        proposed,
+        (state.params, state.opt_state),
+    )
+
+    full = terms[max(terms)]
+    means = {
+        "accuracy": full.accuracy,
+        "positive_similarity": full.positive_similarity,
+        "negative_similarity": full.negative_similarity,
+        **{f"loss_{dim}": terms[dim].loss for dim in terms},
+    }
+    for name in ("spread", "matching"):
+        if getattr(full, name) is not None:
+            means[name] = getattr(full, name)
+    by_task = functools.partial(
+        jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
+    )
+    summary = {name: jnp.sum(value) / count for name, value in means.items()} | {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "task_loss_sum": by_task(row_loss),
+        "task_count": by_task(mask),
+    }
+    return TrainState(params, opt_state, state.step + 1), summary
+
+
+def build(
+    config: ml_collections.ConfigDict, mesh: Mesh, *, num_segments: int, num_tasks: int
+) -> Step:
+    """Builds the step of a config on a mesh; nothing is compiled yet.
+
+    Args:
+        config: The training config.
+        mesh: The devices.
+        num_segments: Texts a row may hold.
+        num_tasks: Tasks of the mixture.
+
+    Raises:
+        ValueError: The batch cannot be split over the mesh, or a rule is wrong.
+    """
+    microbatch_size = config.train.microbatch_size
+    sharding.check_batch(config.data.batch_size, microbatch_size, mesh)
+    sharding.check_rules(config.mesh.rules)
+    encoder_config = gecko_jax.config.encoder_config(config)
+    encoder = dual_encoder.DualEncoder(encoder_config)
+    schedule, tx = build_optimizer(config)
+    shapes, logical_axes = dual_encoder.abstract_params(encoder_config)
+    params = sharding.param_shardings(shapes, logical_axes, mesh, config.mesh.rules)
+    opt_shapes = jax.eval_shape(tx.init, shapes)
+    opt_state = sharding.state_shardings(opt_shapes, shapes, params, mesh)
+    everywhere = sharding.replicated(mesh)
+    shardings = TrainState(params, opt_state, everywhere)
+    step_shape = jax.ShapeDtypeStruct((), jnp.int32)
+    run = functools.partial(
+        train_step,
+        loss_and_gradients=gradients.build(
+            encoder,
+            mesh,
+            params,
+            num_segments=num_segments,
+            microbatch_size=microbatch_size,
+            loss_settings=config.loss.to_dict(),
+        ),
+        tx=tx,
+        num_tasks=num_tasks,
+    )
+    return Step(
+        encoder,
+        schedule,
+        tx,
+        _with_shardings(TrainState(shapes, opt_shapes, step_shape), shardings),
+        shardings,
+        jax.jit(
+            run,
+            in_shardings=(shardings, None, None),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        ),
+    )
+
+
+def build_optimizer(
+    config: ml_collections.ConfigDict,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Returns the schedule and the optimizer that a config names."""
+    settings = config.optimizer
+    schedule = optimizer.build_schedule(
+        settings.schedule,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        num_steps=config.train.num_steps,
+    )
+    tx = optimizer.build_optimizer(
+        settings.name,
+        schedule,
+        token_rate=settings.token_rate,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+    )
+    return schedule, tx
+
+
+def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the sizes in `config.mesh`, as `sharding.build_mesh` takes them."""
+    return {name: size for name, size in config.mesh.items() if name != "rules"}
+
+
+def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape:
+    """Returns the sizes of the batches of a config on a mesh."""
+    data = config.data
+    return features.Shape(
+        data.query_length,
+        data.passage_length,
+        data.num_negatives,
+        data.packing,
+        row_multiple=sharding.num_batch_shards(mesh),
+        microbatch_rows=config.train.microbatch_size,
+        teacher_dim=data.teacher_dim,
+    )
+
+
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """Returns shapes and shardings of a batch whose texts all have full length."""
+    sizes = features.largest(config.data.batch_size, batch_shape(config, mesh))
+    shapes = {
+        name: jax.ShapeDtypeStruct(dims, dtype) for name, (dims, dtype) in sizes.items()
+    }
+    return _with_shardings(shapes, sharding.batch_shardings(shapes, mesh))
+
+
+def row_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Returns the tokens of a row of each side: with packing those of the longer."""
+    lengths: dict[str, int] = {
+        side: config.data[f"{side}_length"] for side in gradients.SIDES
+    }
+    if config.data.packing:
+        return dict.fromkeys(lengths, max(lengths.values()))
+    return lengths
+
+
+def model_flops(config: ml_collections.ConfigDict, mean_length: float = 1.0) -> float:
+    """Returns the FLOPs of a step: the model's own, without what is computed again.
+
+    Args:
+        config: The training config.
+        mean_length: Of texts, as a share of the longest; 1 is the most there can be.
+    """
+    encoder_config = gecko_jax.config.encoder_config(config)
+    texts = {
+        "query": config.data.batch_size,
+        "passage": config.data.batch_size * (1 + config.data.num_negatives),
+    }
+    return sum(
+        texts[side]
+        * config.data[f"{side}_length"]
+        * mean_length
+        * dual_encoder.flops_per_token(encoder_config, config.data[f"{side}_length"])
+        for side in gradients.SIDES
+    )
+
+
+def describe(config: ml_collections.ConfigDict, step: Step, mesh: Mesh) -> list[str]:
+    """Returns lines for people: what a step is, and what a chip holds of the model."""
+    data, loss = config.data, config.loss
+    params = step.shapes.params
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    device = mesh.devices.flat[0]
+    in_batch = data.batch_size - 1
+    hard = data.num_negatives * (data.batch_size if loss.all_hard_negatives else 1)
+    passages = data.batch_size * (1 + data.num_negatives)
+    tokens = data.batch_size * data.query_length + passages * data.passage_length
+    microbatch = config.train.microbatch_size
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    of_microbatch = (
+        f"microbatches of {microbatch:,} rows, "
+        f"{microbatch // sharding.num_batch_shards(mesh)} a device"
+        if microbatch
+        else "no microbatches"
+    )
+    flops = f" and {model_flops(config):.3g} FLOPs" if config.model.num_layers else ""
+    lines = [
+        f"{num_params / 1e6:,.1f}M parameters on {mesh.size} x {device.device_kind} "
+        f"({shape})",
+        f"batch {data.batch_size:,}: each query against {in_batch:,} in-batch, "
+        f"{in_batch * loss.same_tower:,} same-tower, {hard:,} hard negatives; "
+        f"{of_microbatch}",
+        f"at most {tokens:,} tokens{flops} a step",
+    ]
+    if mesh.size > 1:
+        lines += sharding.describe(params, step.shardings.params)
+    return lines
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        shapes,
+        shardings,
+    )

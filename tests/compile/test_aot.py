@@ -1,0 +1,213 @@
+"""Proofs for TPU topologies: names, counts, and the loop that waits for nobody."""
+
+import contextlib
+import pathlib
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gecko_jax.cli import flags
+from gecko_jax.compile import aot, hlo
+from gecko_jax.parallel import sharding
+from gecko_jax.training import train_step
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5e:4x4", "v5e:4x4"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v4-8", "v4:2x2x1"),
+        ("v6e-4", "v6e:2x2"),
+    ],
+)
+def test_names_of_the_cloud_are_those_of_the_compiler(name, topology):
+    assert aot.parse_topology(name) == topology
+
+
+@pytest.mark.parametrize("name", ["v5e:3x3", "v7:2x2", "v5litepod-3", "v5e", ""])
+def test_an_unknown_topology_is_told_with_those_that_are(name):
+    with pytest.raises(ValueError, match=r"known are v5e:\{2x2,.*v5litepod-16"):
+        aot.parse_topology(name)
+
+
+def test_flops_of_a_scan_and_of_recomputation_are_counted():
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    def total(weights, x):
+        return jax.lax.scan(jax.checkpoint(layer), x, weights)[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1)))(
+        jnp.ones((3, 8, 8)), jnp.ones((4, 8))
+    )
+    # Forward, again, and two products backward, in each of three layers.
+    assert aot.count_flops(jaxpr) == 3 * 4 * (2 * 4 * 8 * 8)
+
+
+def _step(microbatch_size, **sizes):
+    keys = {
+        "data.batch_size": 32,
+        "data.query_length": 8,
+        "data.passage_length": 8,
+        "data.packing": False,
+        "model.vocab_size": 64,
+        "model.model_dim": 16,
+        "model.num_heads": 2,
+        "model.head_dim": 8,
+        "model.mlp_dim": 16,
+        "model.embedding_dim": 8,
+        "model.scan_layers": True,
+        "model.remat": "full",
+        "loss.mrl_dims": "(8,)",
+        "loss.mrl_weights": "(1.0,)",
+        "train.microbatch_size": microbatch_size,
+        **{f"mesh.{name}": size for name, size in sizes.items()},
+    }
+    config = flags.load(
+        f"{ROOT / 'configs/finetune.py'}:local",
+        [f"--config.{key}={value}" for key, value in keys.items()],
+    )
+    mesh = sharding.build_mesh(**train_step.mesh_sizes(config))
+    step = train_step.build(config, mesh, num_segments=1, num_tasks=1)
+    batch = train_step.abstract_batch(config, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.run.trace(step.shapes, batch, key), config
+
+
+def _in_microbatch_loop(traced):
+    quickly = {"xla_backend_optimization_level": 0}
+    program = hlo.Program(traced.lower().compile(quickly).as_text())
+    found = program.collectives()
+    assert found
+    loops = [loop for one in found for loop in one.loops]
+    return sum(map(aot._is_microbatch_loop, loops))
+
+
+def test_no_microbatch_waits_for_another_device():
+    traced, config = _step(8, data=2, fsdp=4)
+    assert _in_microbatch_loop(traced) == 0
+    # Layers run three times forward: for the embeddings, to begin the backward pass,
+    # and in it (remat); and backward for twice as much. The loss comes on top.
+    flops = aot.count_flops(traced.jaxpr)
+    model = train_step.model_flops(config)
+    assert 5 / 3 * model < flops < 2 * model
+
+
+@pytest.mark.slow
+def test_a_split_over_heads_does_wait_in_the_loop():
+    traced, _ = _step(8, data=2, fsdp=2, tensor=2)
+    assert _in_microbatch_loop(traced) > 0
+
+
+def _report(rows, tensor, gib, memory_seconds, compute_seconds):
+    return aot.Report(
+        topology="v5e:2x2",
+        num_slices=1,
+        num_devices=4,
+        mesh={"data": 1, "fsdp": 4 // tensor, "tensor": tensor},
+        settings={"rows": rows},
+        batch_size=64,
+        hbm_bytes=16.0 * 2**30,
+        argument_bytes=0,
+        temporary_bytes=0,
+        peak_bytes=round(gib * 2**30),
+        flops=2.0,
+        model_flops=1.0,
+        memory_bytes=0.0,
+        collectives={},
+        in_microbatch_loop=0,
+        compute_seconds=compute_seconds,
+        memory_seconds=memory_seconds,
+        link_seconds=0.0,
+        compile_seconds=0.0,
+    )
+
+
+@pytest.mark.parametrize("base_gib", [2, 20])
+def test_a_search_tries_what_can_be_faster_and_recommends_what_fits(
+    monkeypatch, base_gib
+):
+    tried = []
+
+    def compile_step(config, topology):
+        tensor, remat = config.mesh.tensor, config.model.remat
+        assert config.mesh.fsdp == 4 // tensor
+        rows = config.train.microbatch_size // config.mesh.fsdp
+        tried.append((tensor, remat, rows))
+        gib = {"full": 1, "dots": 2, "none": 9}[remat] * rows / tensor
+        gib += base_gib / tensor
+        if gib > 16:
+            raise MemoryError("too large")
+        compute = {"full": 5.0, "dots": 4.5, "none": 4.0}[remat]
+        return _report(rows, tensor, gib, 16.0 / rows, compute)
+
+    monkeypatch.setattr(aot, "compile_step", compile_step)
+    monkeypatch.setattr(
+        aot,
+        "topology_devices",
+        lambda topology: contextlib.nullcontext([None] * 4),
+    )
+    config = flags.load(f"{ROOT / 'configs/finetune.py'}:local", [])
+    reports = list(aot.search(config, "v5e:2x2"))
+    best = aot.recommend(reports)
+    assert best is not None
+    if base_gib == 2:
+        # With four rows compute bounds the step, and "none" fits with one alone.
+        series = [(1, "full", rows) for rows in (1, 2, 4)]
+        series += [(1, "dots", rows) for rows in (1, 2, 4)]
+        assert tried == [*series, (1, "none", 1), (1, "none", 2)]
+        assert (best.mesh["tensor"], best.roofline_seconds) == (1, 4.5)
+    else:
+        assert [one for one in tried if one[0] == 1] == [
+            (1, remat, 1) for remat in ("full", "dots", "none")
+        ]
+        assert best.mesh["tensor"] == 2
+
+
+@pytest.mark.parametrize(("topology", "joined"), [("v4-32", True), ("v5p-8", False)])
+def test_the_cores_of_a_v4_are_one_device(monkeypatch, topology, joined):
+    from jax.experimental import topologies
+
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    monkeypatch.setattr(
+        topologies,
+        "get_topology_desc",
+        lambda **options: types.SimpleNamespace(devices=[options]),
+    )
+    with aot.topology_devices(topology) as (options,):
+        assert (options.get("chip_config_name") == "megacore") == joined
+
+
+def test_a_libtpu_that_another_process_holds_is_told(monkeypatch):
+    from jax.experimental import topologies
+
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError("ABORTED: lockfile")
+
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    told = pytest.raises(ValueError, match=r"v5e:2x2: .*any other process.*lockfile")
+    with told, aot.topology_devices("v5e:2x2"):
+        pass
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_topology():
+    pytest.importorskip("libtpu", reason="needs gecko-jax[tpu]; .ci/run compiles one")
+    _, config = _step(16, data=1, fsdp=4)
+    report = aot.compile_step(config, "v5e:2x2")
+    assert report.in_microbatch_loop == 0
+    assert 0 < report.argument_bytes + report.temporary_bytes <= report.peak_bytes
+    assert report.spare_share > 0.9
+    assert report.collectives["all-gather"]["bytes"] > 0
+    assert 0 < report.model_flops_utilisation < 1
+    assert aot.recommend([report]) == report
+    assert "nothing was run" in aot.describe(report)[-1]

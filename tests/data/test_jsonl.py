@@ -1,0 +1,178 @@
+"""Every good record is read as documented; every bad one is one clear error."""
+
+import gzip
+import json
+
+import pytest
+
+from gecko_jax.data import jsonl, task_table
+from gecko_jax.text import text_formats
+
+GOOD = {"task": "docs", "query": "sort a list", "positive": "sorted() returns"}
+
+
+def write(path, *records):
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_golden_example(tmp_path):
+    record = {
+        **GOOD,
+        "title": "Sorting",
+        "negatives": ["reverse()", "append()"],
+        "negative_titles": ["Lists", ""],
+        "negative_group": 3,
+        "task_description": "search result",
+        "licence": "passed over",
+    }
+    (pair,) = jsonl.read_pairs(write(tmp_path / "a.jsonl", record))
+    assert pair == jsonl.Pair(
+        task="docs",
+        task_description="search result",
+        query="sort a list",
+        positive="sorted() returns",
+        title="Sorting",
+        negatives=("reverse()", "append()"),
+        negative_titles=("Lists", ""),
+        query_id=text_formats.content_id("sort a list"),
+        passage_id=text_formats.content_id("sorted() returns", "Sorting"),
+        negative_ids=(
+            text_formats.content_id("reverse()", "Lists"),
+            text_formats.content_id("append()"),
+        ),
+        negative_group=3,
+        given_ids=(None, None, None),
+    )
+
+
+def test_aliases_mean_the_same(tmp_path):
+    other = {"task": "docs", "query": "sort a list", "passage": "sorted() returns"}
+    path = write(
+        tmp_path / "a.jsonl",
+        {**GOOD, "negatives": ["reverse()"]},
+        {**other, "negative": "reverse()"},
+    )
+    first, second = jsonl.read_pairs(path)
+    assert first == second
+
+
+def test_gzip_tasks_and_blank_lines(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = [json.dumps(GOOD), "", json.dumps({**GOOD, "task": "code"})]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    assert [pair.task for pair in jsonl.read_pairs(path)] == ["docs", "code"]
+    assert [pair.task for pair in jsonl.read_pairs(path, "code")] == ["code"]
+    assert jsonl.summarize(path).examples == {"docs": 1, "code": 1}
+
+
+def test_given_ids_replace_content_ids(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {**GOOD, "query_id": 7, "passage_id": 7},
+        {**GOOD, "query": "other", "query_id": "7", "negatives": ["x", "y"]}
+        | {"negative_ids": [7, None]},
+    )
+    first, second = jsonl.read_pairs(path)
+    assert first.query_id == second.query_id
+    assert first.query_id != first.passage_id
+    assert second.passage_id == text_formats.content_id(GOOD["positive"])
+    assert second.negative_ids == (first.passage_id, text_formats.content_id("y"))
+
+
+BAD = {
+    "not JSON": ('{"task": "docs", ', "not JSON"),
+    "not an object": ('["docs"]', "a list; each line must be one JSON object"),
+    "no task": ({"query": "a", "positive": "b"}, "no field 'task'"),
+    "no query": ({"task": "t", "positive": "b"}, "no field 'query'"),
+    "null query": ({**GOOD, "query": None}, "field 'query' is null or NaN"),
+    "no positive": (
+        {"task": "t", "query": "a"},
+        r"no field 'positive' or 'passage' \(it has query, task\)",
+    ),
+    "empty": ({**GOOD, "query": ""}, "field 'query' is empty"),
+    "whitespace": ({**GOOD, "positive": " \n\t\u3000"}, "field 'positive' is empty"),
+    "number": ({**GOOD, "query": 3}, "field 'query' is a number; it must be a string"),
+    "both names": ({**GOOD, "passage": "x"}, "'positive' and 'passage' mean the same"),
+    "both negatives": (
+        {**GOOD, "negative": "x", "negatives": ["y"]},
+        "'negatives' and 'negative' mean the same",
+    ),
+    "negatives text": ({**GOOD, "negatives": "x"}, "must be a list of strings"),
+    "negatives dict": ({**GOOD, "negatives": {"a": 1}}, "must be a list of strings"),
+    "negative number": (
+        {**GOOD, "negatives": ["x", 1]},
+        r"'negatives\[1\]' is a number",
+    ),
+    "negative empty": ({**GOOD, "negatives": [" "]}, r"'negatives\[0\]' is empty"),
+    "titles": (
+        {**GOOD, "negatives": ["x"], "negative_titles": ["a", "b"]},
+        "'negative_titles' is 2 items; it must be a list with one item for each "
+        "negative, 1 in all",
+    ),
+    "title number": ({**GOOD, "title": 3}, "field 'title' is a number"),
+    "group": ({**GOOD, "negative_group": "a"}, "'negative_group' is 'a'; it must be a"),
+    "large group": ({**GOOD, "negative_group": 2**31}, "at most 32 bits"),
+    "id": ({**GOOD, "query_id": 1.5}, "'query_id' is 1.5; an id must be a string or a"),
+    "too long": (
+        {**GOOD, "positive": "word " * 500_000},
+        r"'positive' has 2,500,000 characters; at most 200,000 are allowed: split",
+    ),
+    "surrogate": ('{"task": "t", "query": "\\ud800", "positive": "b"}', "surrogate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lines_are_one_clear_error(tmp_path, case):
+    record, message = BAD[case]
+    path = write(tmp_path / "bad.jsonl", GOOD, record, GOOD)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:2: .*{message}"):
+        list(jsonl.read_pairs(path))
+
+
+def test_bad_files_are_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl: no such file"):
+        jsonl.summarize(tmp_path / "none.jsonl")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
+        jsonl.summarize(empty)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(json.dumps(GOOD).encode() + b'\n{"query": "\xe9"}')
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8"):
+        jsonl.summarize(latin)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress((json.dumps(GOOD) + "\n").encode() * 999)[:-20])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz:\d+: not a whole gzip"):
+        jsonl.summarize(cut)
+
+
+def test_bundled_corpus_is_whole():
+    summary = jsonl.summarize(task_table.QUICKSTART / "train.jsonl")
+    table = {
+        task.source_task: task.num_examples for task in task_table.TASKS if task.files
+    }
+    assert summary.examples == table
+    assert sum(f.stat().st_size for f in task_table.QUICKSTART.iterdir()) < 3_000_000
+
+    def read(name):
+        lines = (task_table.QUICKSTART / name).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    corpus, queries, train = map(read, ("corpus.jsonl", "queries.jsonl", "train.jsonl"))
+    for row in (*train, *corpus, *queries):
+        assert row["src"]
+        assert row["licence"]
+    passages = {row["_id"]: row["text"] for row in corpus}
+    judged = read("qrels.jsonl")
+    assert {row["query-id"] for row in judged} == {row["_id"] for row in queries}
+    trained = {text_formats.clean(row["positive"]) for row in train}
+    asked = {text_formats.clean(row["query"]) for row in train}
+    assert not trained & {
+        text_formats.clean(passages[row["corpus-id"]]) for row in judged
+    }
+    assert not asked & {text_formats.clean(row["text"]) for row in queries}
+    notice = (task_table.QUICKSTART / "NOTICE").read_text(encoding="utf-8")
+    for source in {row["src"].split("/")[0] for row in (*train, *corpus)}:
+        assert (source if not source.startswith("wn30") else "wn30-*") in notice

@@ -1,0 +1,202 @@
+"""seqio's tasks: texts are written as the format says, and found by name."""
+
+import importlib
+
+import pytest
+
+from gecko_jax.data import formatting, jsonl, load_seqio, registration, task_table
+from gecko_jax.text import text_formats, vocabularies
+
+TRICKY = [
+    ("plain", ""),
+    ("  spaces\u3000and\nlines ", "a  title"),
+    ("e\u0301 decomposed {title} {text} | query:", " \t"),
+]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_format_texts_writes_what_text_format_writes(symmetric):
+    """Golden examples of the preprocessor, and the one truth beside them."""
+    load_seqio()
+    import tensorflow as tf
+
+    text_format = text_formats.TextFormat(
+        task_descriptions={"qa": "question answering", "docs": "search result"},
+        symmetric_tasks=("qa",) if symmetric else (),
+    )
+    forms = formatting.templates(text_format, "qa")
+    # The last is the name of a task, and stands for itself all the same.
+    own = ["", "fact checking", "docs"]
+    dataset = tf.data.Dataset.from_tensor_slices(
+        {
+            "query": [text_formats.clean(body) for body, _ in TRICKY],
+            "task_description": own,
+            "positive": [text_formats.clean(body) for body, _ in TRICKY],
+            "title": [" ".join(title.split()) for _, title in TRICKY],
+            "negatives": [["wrong", "bad"]] * 3,
+            "negative_titles": [["", "T"]] * 3,
+        }
+    )
+    got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
+    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
+        said = said or "question answering"
+        query = f"task: {said} | query: {text_formats.clean(body)}"
+        passage = query if symmetric else text_format.format_passage(body, title)
+        assert record["query"].decode() == query
+        assert record["positive"].decode() == passage
+    golden = [b"title: none | text: wrong", b"title: T | text: bad"]
+    if symmetric:
+        golden = [b"task: question answering | query: " + n for n in (b"wrong", b"bad")]
+    assert got[0]["negatives"].tolist() == golden
+    assert got[0].keys() == {"query", "positive", "negatives"}
+    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
+        line = {"task": "x", "query": body, "positive": body, "title": title}
+        line |= {"negatives": ["wrong", "bad"], "negative_titles": ["", "T"]}
+        pair = jsonl.parse("here", {**line, "task_description": f" {said} "})
+        query, positive, negatives = formatting.write(text_format, "qa", pair)
+        assert query == record["query"].decode()
+        assert positive == record["positive"].decode()
+        assert [n.encode() for n in negatives] == record["negatives"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt"), [("qa", "query: "), ("sts", "as {text}: ")]
+)
+def test_prompts_of_an_imported_model_are_written_as_they_are(task, prompt):
+    """A task that it does not know is not glued before the text."""
+    load_seqio()
+    import tensorflow as tf
+
+    prompts = {"query": "query: ", "document": "{title} ", "sts": "as {text}: "}
+    text_format = text_formats.TextFormat("{text}", "{text}", "", prompts=prompts)
+    (found,) = task_table.from_files(["x.jsonl"], [{task: 1}], text_format)
+    completed = task_table.complete_text_format(text_format, [found])
+    assert completed == text_format
+    record = {
+        "query": "what do geckos eat",
+        "task_description": "find answers",
+        "positive": "Insects.",
+        "title": "Food",
+        "negatives": ["Bread."],
+        "negative_titles": [""],
+    }
+    dataset = tf.data.Dataset.from_tensors(record)
+    forms = formatting.templates(completed, task)
+    (got,) = formatting.format_texts(dataset, forms).as_numpy_iterator()
+    assert got["query"].decode() == f"{prompt}what do geckos eat"
+    assert got["positive"] == b"{title} Food Insects."
+    assert got["negatives"].tolist() == [b"{title} Bread."]
+    pair = jsonl.parse("here", {"task": task, **record})
+    query, positive, negatives = formatting.write(completed, task, pair)
+    assert (query, positive) == (got["query"].decode(), got["positive"].decode())
+    assert [n.encode() for n in negatives] == got["negatives"].tolist()
+
+
+def test_quickstart_is_a_seqio_mixture():
+    """The golden example of each bundled task, through seqio alone."""
+    seqio = load_seqio()
+    assert registration.register("quickstart") is registration.register("quickstart")
+    assert seqio.get_mixture_or_task("quickstart").num_input_examples("train") == 3828
+    pieces = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
+    golden = {
+        "quickstart_docs": (
+            "task: search result | query: PostgreSQL: Arrays",
+            "title: none | text: 8.15.1. Declaration of Array Types",
+        ),
+        "quickstart_wordnet": (
+            "task: dictionary definition | query: omphaloskepsis, navel-gazing",
+            "title: none | text: literally, the contemplation of one's navel",
+        ),
+        "quickstart_code": (
+            "task: code retrieval | query: Create node positions using :mod:`pydot`",
+            'title: none | text: def pydot_layout(G, prog="neato", root=None):',
+        ),
+        "quickstart_term": (
+            "task: question answering | query: What is B5?",
+            "title: none | text: [common] Abbreviation for “Babylon 5”",
+        ),
+    }
+    for name, (query, positive) in golden.items():
+        dataset = seqio.get_mixture_or_task(name).get_dataset(
+            sequence_length=None, split="train", shuffle=False
+        )
+        record = next(dataset.take(1).as_numpy_iterator())
+        assert pieces.decode(record["query"].tolist()).startswith(query)
+        assert pieces.decode(record["positive"].tolist()).startswith(positive)
+        assert record["query"][-1] == record["positive"][-1] == 1
+    mixture = seqio.get_mixture_or_task("quickstart")
+    dataset = mixture.get_dataset(
+        sequence_length={"query": 8, "positive": 16}, split="train", shuffle=False
+    )
+    assert len(next(dataset.as_numpy_iterator())["positive"]) <= 16
+
+
+def test_a_mixture_keeps_the_ids_of_its_examples():
+    """seqio's mixtures drop what is not among the output features of a task."""
+    seqio = load_seqio()
+    registration.register("quickstart")
+    alone = seqio.get_mixture_or_task("quickstart_docs").get_dataset(
+        sequence_length=None, split="train", shuffle=False
+    )
+    mixed = seqio.get_mixture_or_task("quickstart").get_dataset(
+        sequence_length=None, split="train", shuffle=False
+    )
+    assert mixed.element_spec.keys() == alone.element_spec.keys() - {"place"}
+    for name in ("query_id", "passage_id", "negative_ids", "negative_group"):
+        assert mixed.element_spec[name] == alone.element_spec[name]
+    known = {tuple(row["query_id"]) for row in alone.as_numpy_iterator()}
+    found = {tuple(row["query_id"]) for row in mixed.take(40).as_numpy_iterator()}
+    assert found & known
+
+
+def test_the_validation_split_is_the_held_out_queries():
+    import json
+
+    seqio = load_seqio()
+    registration.register("quickstart")
+    task = seqio.get_mixture_or_task("quickstart_term")
+    assert set(task.splits) == {"train", "validation"}
+    rows = list(
+        task.get_dataset(
+            sequence_length=None, split="validation", shuffle=False
+        ).as_numpy_iterator()
+    )
+    pieces = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
+    queries, passages, relevant = (
+        [json.loads(line) for line in (task_table.QUICKSTART / name).open()]
+        for name in ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
+    )
+    texts = {row["_id"]: row["text"] for row in (*queries, *passages)}
+    chosen = {row["_id"] for row in queries if row["task"] == "term"}
+    pairs = [
+        (texts[row["query-id"]], texts[row["corpus-id"]])
+        for row in relevant
+        if row["query-id"] in chosen
+    ]
+    assert len(rows) == len(pairs) == 56
+    for row, (query, positive) in zip(rows, pairs, strict=True):
+        decoded = pieces.decode(row["query"].tolist())
+        assert (
+            decoded == f"task: question answering | query: {text_formats.clean(query)}"
+        )
+        passage = pieces.decode(row["positive"].tolist())
+        assert passage.endswith(text_formats.clean(positive))
+
+
+def test_what_tasks_were_registered_with_can_be_described():
+    registration.register("quickstart")
+    found = registration.describe("quickstart")
+    assert found.text_format.task_descriptions["quickstart_code"] == "code retrieval"
+    assert found.vocabulary_proto == task_table.QUICKSTART_VOCABULARY.read_bytes()
+    assert found.extra_ids == 0
+    assert registration.describe("quickstart_term").text_format.describe(
+        "quickstart_term"
+    )
+
+
+def test_importing_the_module_for_t5x_registers_what_is_ready():
+    seqio = load_seqio()
+    importlib.import_module("gecko_jax.data.t5x_tasks")
+    assert "quickstart" in seqio.MixtureRegistry.names()
+    assert "quickstart_code" in seqio.TaskRegistry.names()
+    assert "gecko_academic" not in seqio.MixtureRegistry.names()

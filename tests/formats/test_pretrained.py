@@ -1,0 +1,80 @@
+"""Models that come along: found by name wherever a model is named."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from gecko_jax.cli import flags
+from gecko_jax.data import task_table
+from gecko_jax.formats import detection, model_folder, pretrained
+from gecko_jax.inference import embedding
+from gecko_jax.text import vocabularies
+from gecko_jax.training import initialization
+
+ROOT = pathlib.Path(__file__).parents[2]
+MOST_BYTES = 20e6
+
+
+@pytest.fixture
+def named(tiny_files, tmp_path, monkeypatch):
+    """A model that comes along as "tiny", in a folder of its own, and none here."""
+    model_folder.save_model(tmp_path / "shipped" / "tiny", tiny_files)
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "shipped")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "shipped" / "tiny"
+
+
+def test_a_name_opens_the_model_that_comes_along(named, tiny_files):
+    assert pretrained.names() == ("tiny",)
+    assert embedding.load("tiny").revision == tiny_files.revision
+    assert model_folder.open_model("tiny").revision == tiny_files.revision
+    assert detection.find_format("tiny") == (detection.Format.GECKO, str(named))
+    assert task_table.vocabulary_path("tiny") == str(named / "vocabulary.model")
+
+
+def test_other_sources_stay_as_they_are(named):
+    for source in ("runs/tiny", "tiny.model", "./tiny", "owner/tiny"):
+        assert pretrained.find(source) == source
+    assert task_table.vocabulary_path("tiny.model") == "tiny.model"
+
+
+def test_a_path_that_exists_goes_before_a_name(named, tiny_files, tmp_path):
+    mine = dataclasses.replace(tiny_files, revision="mine")
+    model_folder.save_model(tmp_path / "here" / "tiny", mine)
+    assert embedding.load("tiny").revision == "mine"
+
+
+def test_a_folder_that_hides_a_model_is_told(named, tmp_path):
+    (tmp_path / "here" / "tiny").mkdir()
+    with pytest.raises(ValueError, match=r"this folder hides the model .* 'tiny'"):
+        embedding.load("tiny")
+
+
+def test_training_names_the_vocabulary_of_a_model_that_comes_along(named, tiny_files):
+    config = flags.load(f"{ROOT / 'configs' / 'finetune.py'}:local")
+    config.init.checkpoint = "tiny"
+    config.data.vocabulary = "other.model"
+    other = vocabularies.Vocabulary(tiny_files.vocabulary_proto, extra_ids=3)
+    with pytest.raises(ValueError, match=r"set data.vocabulary=tiny and data.extra"):
+        initialization.check_vocabulary(other, config, tiny_files)
+
+
+def test_what_comes_along_is_small_and_whole():
+    assert pretrained.names() == ("mini",)
+    for name in pretrained.names():
+        folder = pretrained.FOLDER / name
+        files = {path.name: path.stat().st_size for path in folder.iterdir()}
+        assert sum(files.values()) < MOST_BYTES
+        card = (folder / "README.md").read_text()
+        model = embedding.load(name)
+        assert model.revision in card
+        # As the README has it.
+        queries = model.encode_queries(
+            ["how do I sort a list in Python", "a small lizard"], task="search result"
+        )
+        passages = model.encode_passages(
+            ["Lists have a sort() method.", "Any of various small tropical lizards."]
+        )
+        assert (queries @ passages.T).argmax(axis=1).tolist() == [0, 1]

@@ -1,0 +1,84 @@
+"""Uploads, with a hub that is a list of calls."""
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from gecko_jax.formats import to_hub
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Puts a hub in place that notes what is asked of it."""
+    made = []
+
+    class Api:
+        def whoami(self):
+            made.append("whoami")
+            return {"name": "me"}
+
+    def create_repo(repo_id, **settings):
+        made.append(("create_repo", repo_id, settings))
+
+    def upload_folder(**settings):
+        made.append(("upload_folder", settings))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    return made
+
+
+def test_a_folder_is_uploaded_whole(calls, tmp_path):
+    to_hub.check("my-lab/my-gecko")
+    assert calls == ["whoami"]
+    url = to_hub.push(tmp_path, "my-lab/my-gecko")
+    assert url == "https://huggingface.co/my-lab/my-gecko"
+    assert calls[1] == ("create_repo", "my-lab/my-gecko", {"exist_ok": True})
+    name, settings = calls[2]
+    assert name == "upload_folder"
+    assert settings["repo_id"] == "my-lab/my-gecko"
+    assert settings["folder_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gecko", "a/b/c", "a b/c", "", "/x"])
+def test_a_name_must_be_a_repository(calls, name):
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        to_hub.check(name)
+    assert calls == []
+
+
+def test_nobody_logged_in_is_told(calls, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match=r"not logged in.*hf auth login"):
+        to_hub.check("a/b")
+    assert calls == []
+
+
+def test_offline_is_told(calls, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        to_hub.check("a/b")
+    assert calls == []
+
+
+def test_a_hub_out_of_reach_is_told_in_one_line(calls, monkeypatch):
+    class Unreachable:
+        def whoami(self):
+            raise ConnectionError("no route\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
+    with pytest.raises(OSError, match="no route") as error:
+        to_hub.check("a/b")
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_upload_says_how_to_go_on(calls, monkeypatch, tmp_path):
+    def upload_folder(**_):
+        raise RuntimeError("403")
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    with pytest.raises(OSError, match=r"not uploaded \(403\).*hf upload a/b"):
+        to_hub.push(tmp_path, "a/b")

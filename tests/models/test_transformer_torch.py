@@ -1,0 +1,113 @@
+"""The same models in Hugging Face transformers, from the folders that it saves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gecko_jax.llm import decoder_weights, safetensors_folder
+from gecko_jax.models import transformer
+from tests import tiny_decoder
+
+pytestmark = pytest.mark.torch
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _llama(**settings):
+    import transformers
+
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=3, **settings)
+    return transformers.LlamaForCausalLM(config)
+
+
+def _gemma(**settings):
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        **SIZES,
+        num_hidden_layers=7,
+        sliding_window=9,
+        query_pre_attn_scalar=20,
+        **settings,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _save(model, folder):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            scale = 0.3 if "norm" in name else 0.2
+            noise = torch.randn(weight.shape, generator=generator) * scale
+            # Norms of Llama are near one as they are, of Gemma with the one they add.
+            is_llama_norm = "norm" in name and model.config.model_type == "llama"
+            weight.copy_(noise + (1 if is_llama_norm else 0))
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: _llama(tie_word_embeddings=True),
+        lambda: _llama(tie_word_embeddings=False, rope_parameters=LLAMA_3_ROPE),
+        lambda: _gemma(),
+        lambda: _gemma(
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                    "rope_theta": 1e6,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        ),
+    ],
+    ids=["llama", "llama3", "gemma3", "gemma3-scaled"],
+)
+def test_log_probs_equal_those_of_transformers(build, tmp_path):
+    import torch
+
+    theirs = _save(build(), tmp_path)
+    folder = safetensors_folder.SafetensorsFolder(tmp_path)
+    table = safetensors_folder.NAMES[folder.architecture]
+    mesh = tiny_decoder.mesh()
+    params = decoder_weights.load(
+        folder.read, folder.config, table, dtype=np.float32, mesh=mesh
+    )
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 60))
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens)).logits
+    expected = torch.log_softmax(logits.double(), dim=-1).numpy()
+    positions = jnp.broadcast_to(jnp.arange(60, dtype=jnp.int32), (2, 60))
+
+    @jax.jit
+    def log_probs(params, tokens):
+        hidden, _ = transformer.extend(params, folder.config, tokens, positions)
+        logits = transformer.next_logits(params, folder.config, hidden.reshape(120, 32))
+        return jax.nn.log_softmax(logits)
+
+    found = log_probs(params, jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_allclose(found, expected.reshape(120, 300), atol=1e-4, rtol=0)
