@@ -32,10 +32,6 @@ REMAT_POLICIES = ("none", "full", "dots")
 ATTENTIONS = ("xla", "cudnn")
 DTYPES = ("float32", "bfloat16")
 
-# Of what a fresh layer adds to the residual, a tenth of T5X's: an untrained encoder is
-# nearly the bag of its tokens, which is where training from scratch best begins.
-RESIDUAL_INIT_SCALE = 0.1
-
 # Where the encoder's parameters hold all layers as one, for a scan.
 _STACKED = "layers"
 
@@ -92,6 +88,7 @@ class EncoderConfig:
     remat: str = "none"
     l2_epsilon: float = 1e-12
     attention: str = "xla"
+    residual_init_scale: float = 0.1
 
     def __post_init__(self):
         # JSON and ml_collections hand over lists; a hashable config is needed.
@@ -256,7 +253,7 @@ class Attention(nn.Module):
             weights = jax.nn.softmax(logits + bias, axis=-1)
             weights = dropout(weights, config.dropout_rate, dropout_keys).astype(dtype)
             mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
-        init = nn.initializers.normal(RESIDUAL_INIT_SCALE * joined**-0.5)
+        init = nn.initializers.normal(config.residual_init_scale * joined**-0.5)
         out = Dense(config.model_dim, ("joined_kv", "embed"), init, dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], joined))
 
@@ -310,7 +307,7 @@ class Mlp(nn.Module):
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
         hidden = dropout(hidden, config.dropout_rate, dropout_keys)
-        init = nn.initializers.normal(RESIDUAL_INIT_SCALE * config.mlp_dim**-0.5)
+        init = nn.initializers.normal(config.residual_init_scale * config.mlp_dim**-0.5)
         wo = Dense(config.model_dim, ("mlp", "embed"), init, dtype, name="wo")
         return wo(hidden)
 

@@ -125,8 +125,8 @@ def check_position(
     if saved.get("loss") != _loss_name(loss):
         before, now = saved.get("loss"), _loss_name(loss)
         raise ValueError(
-            f"loss: the checkpoint was trained with {before or 'config.loss'}, not with "
-            f"{now or 'config.loss'}; pass the same loss, or start in a new workdir"
+            f"loss: the checkpoint was trained with {before or 'config.loss'}, not "
+            f"with {now or 'config.loss'}; pass the same loss, or use a new workdir"
         )
     mixture_hash, facts = saved.get("mixture_hash"), saved.get("mixture", {})
     if not isinstance(mixture_hash, str) or not isinstance(facts, Mapping):
