@@ -1,19 +1,14 @@
-"""Loads a config file and applies overrides of its keys from the command line.
+"""Config flags: loads `--config`, and applies `--config.GROUP.KEY` as absl does.
 
     --config=configs/finetune.py:local --config.data.batch_size=512
 
-The text after the colon is the argument of the file's `get_config`. Each override is
-parsed as the type of the value that it replaces. An unknown key is an error that
-suggests similar keys.
+Each override is parsed as the type of the value that it replaces. From Python, use
+`gecko_jax.config.load`.
 """
 
 import argparse
-import difflib
-import importlib.util
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import ml_collections
 from absl import flags
@@ -41,24 +36,18 @@ def load(
         ValueError: The file or a key does not exist, the config is of another kind, or
             a value does not have the type of its key.
     """
-    config = _load_file(argument)
+    from gecko_jax import config as configs  # Imports JAX.
+
+    config = configs.load_file(argument)
     if kind and kind[0] not in config:
         raise ValueError(
             f"{argument}: this config is for another verb (it has no `{kind[0]}`); "
             f"use {kind[1]} or a copy of it"
         )
-    keys = list(_keys(config))
+    keys = list(configs.flatten(config))
     for override in overrides:
         key = re.sub(r"^--(no)?config\.|=.*$", "", override, flags=re.DOTALL)
-        members = [name for name in keys if name.startswith(f"{key}.")]
-        if members:
-            raise ValueError(
-                f"--config.{key} is a group; set one of its keys: {', '.join(members)}"
-            )
-        if key not in keys:
-            raise ValueError(
-                f"--config.{key}: no such key in {argument}{nearest(key, keys)}"
-            )
+        configs.check_key(key, keys, argument)
     values = flags.FlagValues()
     command = ["gecko", *overrides]
     config_flags.DEFINE_config_dict(
@@ -76,12 +65,10 @@ def load_checked(
 ) -> ml_collections.ConfigDict:
     """Loads the config of a verb's options and checks it before any work begins."""
     config = load(options.config, options.overrides, kind)
-    from gecko_jax import config as config_checks
+    from gecko_jax import config as configs
 
-    if kind == EVALUATE:
-        config_checks.check_evaluation(config)
-    else:
-        config_checks.check(config)
+    check = configs.check_evaluation if kind == EVALUATE else configs.check
+    check(config)
     return config
 
 
@@ -103,56 +90,6 @@ def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
             others.append(argument)
         needs_value = False
     return overrides, others
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns `; did you mean ...?` with up to three similar names, or ""."""
-    names = list(names)
-    last = name.rpartition(".")[2]
-    leaves = {n: n.rpartition(".")[2] for n in names}
-    # First the right key in the wrong group, then a misspelling of the whole name, an
-    # abbreviation, and a misspelling of the last part.
-    matches = [n for n in names if leaves[n] == last]
-    matches = matches or difflib.get_close_matches(name, names, cutoff=0.75)
-    matches = matches or [n for n in names if len(name) > 2 and n.startswith(name)]
-    close = difflib.get_close_matches(last, leaves.values(), n=1, cutoff=0.75)
-    matches = matches or [n for n in names if leaves[n] in close]
-    return f"; did you mean {' or '.join(matches[:3])}?" if matches else ""
-
-
-def _load_file(argument: str) -> ml_collections.ConfigDict:
-    name, colon, rest = argument.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"--config={argument}: file {path} not found; the configs are in configs/ "
-            "of the repository, and the path is relative to the current folder"
-        )
-    specification = importlib.util.spec_from_file_location("gecko_config", path)
-    if specification is None or specification.loader is None:
-        raise ValueError(f"--config={argument}: {path} is not a Python file")
-    module: Any = importlib.util.module_from_spec(specification)
-    try:
-        specification.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError("the file defines no function get_config(arg)")
-        config = module.get_config(rest) if colon else module.get_config()
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise ValueError("get_config must return an ml_collections.ConfigDict")
-    except Exception as error:  # The code of the file may raise anything.
-        reason = str(error)
-        if not isinstance(error, ValueError | ImportError):
-            reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--config={argument}: {reason}") from error
-    return config.lock()
-
-
-def _keys(config: ml_collections.ConfigDict, prefix: str = "") -> Iterable[str]:
-    for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _describe(message: str) -> str:

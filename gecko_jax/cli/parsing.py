@@ -1,11 +1,11 @@
 """Argument parser, common options and value types that all verbs share."""
 
 import argparse
+import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from gecko_jax.cli import flags
 from gecko_jax.io import wording
 
 
@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
             if re.match(r"--(no)?config\.", name):
                 self.error(f"{name}: this verb takes no config")
             if name.startswith("-") and name not in self._option_string_actions:
-                similar = flags.nearest(name, self._option_string_actions)
+                similar = _similar(name, self._option_string_actions)
                 self.error(f"unknown option {name}{similar}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
             option = action.metavar or "/".join(action.option_strings) or action.dest
             self.error(
                 f"{option} {value!r}: must be one of {', '.join(names)}"
-                f"{flags.nearest(str(value), names)}"
+                f"{_similar(str(value), names)}"
             )
 
 
@@ -133,6 +133,11 @@ def add_prepared_dir(parser: Parser) -> None:
     """Adds `--prepared-dir`."""
     default = "~/.cache/gecko_jax/prepared"
     parser.option("--prepared-dir", "folder of prepared data sets", "DIR", default)
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def say(text: object = "") -> None:

@@ -75,7 +75,7 @@ def test_an_invalid_key_or_value_is_one_line(gecko, config_file, override, messa
 
 
 def test_a_missing_config_is_an_error():
-    with pytest.raises(ValueError, match=r"file nowhere\.py not found"):
+    with pytest.raises(ValueError, match=r"no file nowhere\.py"):
         flags.load("nowhere.py:local")
 
 
