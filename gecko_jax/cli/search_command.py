@@ -12,9 +12,16 @@ from gecko_jax.cli import parsing
 from gecko_jax.io import reading, wording
 
 _SEARCH = """\
-Searches an index. Without a QUERY it reads queries from standard input, one per line.
+Searches an index, or files and folders of texts. Without a QUERY it reads queries from
+standard input, one per line.
+
+--texts takes JSON lines (.jsonl), one text per line (.txt) and prose (.md, .rst), and
+folders of these. The first search embeds them; the next ones use the cache. --hybrid
+fuses the ranking with that of BM25 (reciprocal rank fusion), which finds rare words and
+names better.
 
 examples:
+  gecko search "how do plants make food" --texts notes/ --hybrid
   gecko search --model=runs/finetune --index=index "how do plants make food"
   gecko search --model=runs/finetune --index=index --count=3 "first" "second"
   gecko search --model=runs/finetune --index=index < queries.txt > hits.jsonl --json"""
@@ -25,8 +32,11 @@ def add_parser(verbs: Any) -> None:
     parser = parsing.add_verb(verbs, "gecko search", _SEARCH, search)
     add = parser.option
     add("queries", "query, in quotes", str, nargs="*", metavar="QUERY")
-    parsing.add_model(parser)
-    add("--index", "output of `gecko index`", "DIR", required=True)
+    text = "workdir of a run, exported folder, or mini (the bundled model)"
+    add("--model", text, "DIR", "mini")
+    add("--index", "output of `gecko index`", "DIR")
+    add("--texts", "files or folders to search instead of an index", "PATH", nargs="+")
+    add("--hybrid", "fuse with BM25", bool)
     text = "name or description of the task (default: search result)"
     add("--task", text, str, metavar="TASK")
     add("--count", "results per query", parsing.positive, 5)
@@ -40,18 +50,32 @@ def search(options: argparse.Namespace) -> None:
             "no QUERY, and standard input is closed; give queries in quotes, or "
             "redirect a file of queries with < queries.txt"
         )
+    if bool(options.index) == bool(options.texts):
+        raise ValueError("--index, --texts: give one of them")
     from gecko_jax.inference import embedding, vector_index
 
     model = embedding.load(options.model)
-    index = vector_index.load(options.index)
+    if options.texts:
+        from gecko_jax.inference import cached_index
+
+        index = cached_index.open_index(model, options.texts)
+    else:
+        index = vector_index.load(options.index)
     index.check_model(model)
+    hybrid_index = None
+    if options.hybrid:
+        from gecko_jax.inference import hybrid
+
+        hybrid_index = hybrid.HybridIndex(index)
 
     def answer(queries: list[str]) -> None:
         task = options.task or embedding.DEFAULT_TASK
         vectors = model.encode_queries(queries, task, dim=index.dim)
-        for query, scores, ids in zip(
-            queries, *index.search(vectors, options.count), strict=True
-        ):
+        if hybrid_index is None:
+            results = index.search(vectors, options.count)
+        else:
+            results = hybrid_index.search(queries, vectors, options.count)
+        for query, scores, ids in zip(queries, *results, strict=True):
             hits = [
                 {"id": i, "score": round(float(score), 4), "text": index.text(i)}
                 for score, i in zip(scores, ids, strict=True)

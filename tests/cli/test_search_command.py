@@ -45,6 +45,43 @@ def test_search_answers_every_query_in_order(gecko, tiny_folder, index_folder):
         assert scores == sorted(scores, reverse=True)
 
 
+def test_search_reads_files_and_folders_and_caches_their_index(
+    gecko, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.md").write_text("Small lizards climb\nwalls.\n\nArrays of any type.\n")
+    (notes / "b.txt").write_text("The shortest path in a graph.\n")
+    command = ("search", "shortest graph", "--json", f"--model={tiny_folder}")
+    command += ("--hybrid", "--texts", str(notes))
+    status, out, err = gecko(*command)
+    assert status == 0
+    assert "Embedding" in err
+    (answer,) = map(json.loads, out.splitlines())
+    ids = [hit["id"] for hit in answer["hits"]]
+    assert sorted(ids) == [f"{notes}/a.md:1", f"{notes}/a.md:4", f"{notes}/b.txt:1"]
+    # The words decide: the model is untrained.
+    assert ids.index(f"{notes}/b.txt:1") < 2
+    by_id = {hit["id"]: hit["text"] for hit in answer["hits"]}
+    assert by_id[f"{notes}/a.md:1"] == "Small lizards climb walls."
+
+    status, again, err = gecko(*command)
+    assert (status, again) == (0, out)
+    assert "Embedding" not in err
+    (notes / "b.txt").write_text("The shortest path in a graph.\nBread.\n")
+    status, out, err = gecko(*command)
+    assert len(json.loads(out)["hits"]) == 4
+    assert "Embedding" in err
+
+
+def test_search_wants_an_index_or_texts(gecko, tiny_folder, index_folder):
+    for extra in ((), (f"--index={index_folder}", "--texts", "x.txt")):
+        status, out, err = gecko("search", f"--model={tiny_folder}", *extra, "query")
+        assert (status, out) == (1, "")
+        assert "--index, --texts: give one of them" in err
+
+
 def test_search_shows_titles_and_texts(gecko, tiny_folder, index_folder):
     status, out, _ = gecko(
         *("search", f"--model={tiny_folder}", f"--index={index_folder}", "lizard"),
