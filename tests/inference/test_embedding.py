@@ -176,10 +176,10 @@ def test_an_empty_text_is_named_by_its_index(tiny_gecko, empty):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 5}, r"dim=5 is not one .* trained for: choose one of 4, 8, 16"),
+        ({"dim": 5}, r"dim=5: .* not trained for it; choose one of 4, 8, 16"),
         ({"dim": 32}, r"choose one of 4, 8, 16"),
         ({"titles": ["a", "b"]}, r"2 titles for 1 texts"),
-        ({"titles": ["a"], "side": "query"}, r"titles belong to passages"),
+        ({"titles": ["a"], "side": "query"}, r"titles for passages only"),
         ({"max_length": 1}, r"max_length=1"),
     ],
 )
@@ -193,8 +193,8 @@ def test_a_single_string_is_refused(tiny_gecko):
         tiny_gecko.encode_queries("text")
 
 
-def test_what_is_not_text_is_told_by_its_place(tiny_files, tmp_path):
-    """In a process of its own, where nothing checks types."""
+def test_errors_name_the_position_of_a_value_that_is_not_text(tiny_files, tmp_path):
+    """Runs in a new process, where jaxtyping and beartype do not check types."""
     model_folder.save_model(tmp_path / "model", tiny_files)
     program = """
 import sys
@@ -224,16 +224,16 @@ for wrong in (
     assert found.stdout.splitlines() == [
         "texts[1] is nan: it must be a string",
         "texts[0] is b'a': it must be a string",
-        "texts is one NoneType: pass a list, such as [text]",
-        "texts is one generator: pass a list, such as [text]",
+        "texts has type NoneType: pass a list, such as [text]",
+        "texts has type generator: pass a list, such as [text]",
         "titles[1] is 3: it must be a string",
-        "queries of shape (2,): give one row for each query, [queries, dims]",
+        "queries have shape (2,): pass one row per query, [queries, dims]",
     ]
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tiny_files):
     config = dataclasses.replace(tiny_files.encoder_config, vocab_size=100)
-    with pytest.raises(ValueError, match=r"vocabulary has [\d,]+ ids but .*=100"):
+    with pytest.raises(ValueError, match=r"vocabulary has [\d,]+ ids and .*=100"):
         embedding.Gecko(dataclasses.replace(tiny_files, encoder_config=config))
 
 

@@ -32,7 +32,8 @@ def test_shards_hold_the_vectors_of_the_texts_in_order(tiny_gecko, source, folde
         "shard-00001.npz",
         "shard-00002.npz",
     ]
-    ids, found = vector_files.read_shards(folder)
+    ids, codes = vector_files.read_codes(folder)
+    found = codes.decode()
     assert ids == [f"p{i}" for i in range(10)]
     assert found.dtype == np.float32
     expected = tiny_gecko.encode_passages(
@@ -52,7 +53,8 @@ def test_queries_of_a_txt_file(tiny_gecko, tmp_path, folder):
     vector_files.embed_file(
         tiny_gecko, tmp_path / "q.txt", folder, side="query", task="docs"
     )
-    ids, found = vector_files.read_shards(folder)
+    ids, codes = vector_files.read_codes(folder)
+    found = codes.decode()
     assert ids == ["1", "2"]
     expected = tiny_gecko.encode_queries(["one", "two"], "docs")
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -86,14 +88,14 @@ def test_a_rerun_embeds_only_what_is_missing(tiny_gecko, source, folder, tmp_pat
     with pytest.raises(
         ValueError, match=r"shard-00002.npz: missing .* \(shard 3 of 3\)"
     ):
-        vector_files.read_shards(folder)
+        vector_files.read_codes(folder)
     again = _Counting(tiny_gecko)
     _embed(again, source, folder)
     assert again.count == 2
     _embed(tiny_gecko, source, tmp_path / "other")
     np.testing.assert_array_equal(
-        vector_files.read_shards(folder)[1],
-        vector_files.read_shards(tmp_path / "other")[1],
+        vector_files.read_codes(folder)[1].decode(),
+        vector_files.read_codes(tmp_path / "other")[1].decode(),
     )
 
 
@@ -102,11 +104,11 @@ def test_a_damaged_shard_is_refused_and_made_again(tiny_gecko, source, folder):
     path = folder / "shard-00001.npz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"shard-00001.npz: missing or damaged"):
-        vector_files.read_shards(folder)
+        vector_files.read_codes(folder)
     again = _Counting(tiny_gecko)
     _embed(again, source, folder)
     assert again.count == 4
-    assert len(vector_files.read_shards(folder)[0]) == 10
+    assert len(vector_files.read_codes(folder)[0]) == 10
 
 
 @pytest.mark.parametrize("ids", [np.arange(4), np.array([["a"]] * 4), np.array("a")])
@@ -117,7 +119,7 @@ def test_a_shard_with_other_ids_than_strings_is_damaged(
     path = folder / "shard-00001.npz"
     np.savez(path, ids=ids, vectors=np.load(path)["vectors"])
     with pytest.raises(ValueError, match=r"shard-00001.npz: missing or damaged"):
-        vector_files.read_shards(folder)
+        vector_files.read_codes(folder)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_an_empty_file_and_a_foreign_folder_are_refused(tiny_gecko, tmp_path, fo
     with pytest.raises(ValueError, match=r"empty.jsonl: no texts"):
         vector_files.embed_file(tiny_gecko, tmp_path / "empty.jsonl", folder)
     with pytest.raises(ValueError, match=r"no embeddings.json"):
-        vector_files.read_shards(tmp_path)
+        vector_files.read_codes(tmp_path)
 
 
 def test_a_full_disk_keeps_finished_shards_and_no_half(
@@ -198,7 +200,7 @@ def test_a_full_disk_keeps_finished_shards_and_no_half(
         "shard-00000.npz",
     ]
     _embed(tiny_gecko, source, folder)
-    assert len(vector_files.read_shards(folder)[0]) == 10
+    assert len(vector_files.read_codes(folder)[0]) == 10
 
 
 @pytest.mark.parametrize(("precision", "size"), [("int8", 8), ("binary", 1)])
@@ -209,11 +211,11 @@ def test_shards_of_codes_come_near_the_vectors(
     _embed(tiny_gecko, source, tmp_path / "exact", dim=8)
     ids, codes = vector_files.read_codes(folder)
     assert codes.values.nbytes == 10 * size
-    exact = vector_files.read_shards(tmp_path / "exact")[1]
-    found = vector_files.read_shards(folder)[1]
+    exact = vector_files.read_codes(tmp_path / "exact")[1].decode()
+    found = vector_files.read_codes(folder)[1].decode()
     cosines = np.sum(exact * found, axis=1) / np.linalg.norm(found, axis=1)
     assert cosines.mean() > (0.95 if precision == "int8" else 0.6)
-    assert ids == vector_files.read_shards(tmp_path / "exact")[0]
+    assert ids == vector_files.read_codes(tmp_path / "exact")[0]
 
 
 def test_all_shards_share_the_ranges_of_the_first(tiny_gecko, source, folder):
