@@ -1,9 +1,8 @@
-"""Instructions of evaluation: which task description each MTEB task is read with.
+"""Task descriptions for MTEB tasks (table 9).
 
-Table 9 of the paper, with the names that `mteb` gives the tasks. A task is looked up by
-its name, then by the names of the tasks it was made from, then by its type. What is
-not in table 9 (bitext mining, MIRACL, ...) is our choice and marked so. The literal
-text around a description is the model's own `text.TextFormat`.
+A task is looked up by its name, then by the names of the tasks it was adapted from,
+then by its type. Entries that are not in table 9 (bitext mining, MIRACL, ...) are our
+choice and marked. `text_formats.TextFormat` holds the text around a description.
 
     find("NFCorpus", "Retrieval")     fact checking, asymmetric
     find("STS12", "STS")              semantic similarity, symmetric
@@ -21,11 +20,11 @@ _CLASSIFY = "classification"
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """How the texts of a task are written.
+    """Format of the texts of a task.
 
     Attributes:
-        task: The task description that stands before a query.
-        symmetric: Both sides are written as queries.
+        task: Task description that precedes a query.
+        symmetric: Whether both sides have the format of queries.
     """
 
     task: str
@@ -50,8 +49,8 @@ BY_TYPE: dict[str, Instruction] = {
     "ZeroShotClassification": Instruction(_CLASSIFY, symmetric=True),
 }
 
-# mteb's task name -> instruction. NanoBEIR and the sets of hard negatives name the
-# tasks they are made from (`adapted_from`), and are read like these.
+# mteb's task name -> instruction. NanoBEIR and the sets with hard negatives name the
+# tasks they were adapted from, and use the instructions of these.
 BY_NAME: dict[str, Instruction] = {
     "ArguAna": Instruction(_SIMILAR),
     "ClimateFEVER": Instruction(_SEARCH),
@@ -74,23 +73,13 @@ BY_NAME: dict[str, Instruction] = {
     # Not in table 9.
     "MIRACLRetrieval": Instruction(_ANSWER),
 }
+_FORUMS = (
+    "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix "
+    "Webmasters Wordpress"
+)
 BY_NAME |= {
     f"CQADupstack{forum}Retrieval": Instruction(_ANSWER)
-    for forum in (
-        "",
-        "Android",
-        "English",
-        "Gaming",
-        "Gis",
-        "Mathematica",
-        "Physics",
-        "Programmers",
-        "Stats",
-        "Tex",
-        "Unix",
-        "Webmasters",
-        "Wordpress",
-    )
+    for forum in ("", *_FORUMS.split())
 }
 
 
@@ -103,14 +92,14 @@ def find(name: str, kind: str, made_from: Sequence[str] = ()) -> Instruction:
         made_from: Names of the tasks it was adapted from.
 
     Raises:
-        ValueError: Neither names nor type are known, such as a task on images.
+        ValueError: Neither a name nor the type is known, such as for tasks on images.
     """
     for known in (name, *made_from):
         if known in BY_NAME:
             return BY_NAME[known]
     if kind not in BY_TYPE:
         raise ValueError(
-            f"task {name} has type {kind!r}, which has no instruction; known are "
-            f"{', '.join(BY_TYPE)}"
+            f"task {name} has type {kind!r}, which has no instruction; use a task of "
+            f"type {', '.join(BY_TYPE)}"
         )
     return BY_TYPE[kind]

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax.evaluation import judge, judgements, mteb_encoder, sets
+from gecko_jax.evaluation import judgements, mteb_encoder, retrieval_scores, sets
 from gecko_jax.inference import embedding
 from gecko_jax.io import wording
 
@@ -95,7 +95,7 @@ def _rows(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
                 for split, part in (("train", found.train), (_SPLIT, found.test))
             }
         )
-    tasks = judge.resolve_tasks(gecko, found)
+    tasks = retrieval_scores.resolve_tasks(gecko, found)
     symmetric = {t for t in tasks if gecko.files.text_format.is_symmetric(t)}
     if symmetric and len(set(tasks)) > 1:
         raise ValueError(

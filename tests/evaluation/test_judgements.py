@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gecko_jax import evaluation
-from gecko_jax.evaluation import judge, judgements, sets, tables
+from gecko_jax.evaluation import judgements, retrieval_scores, sets, tables
 from gecko_jax.inference import ranking
 
 PASSAGES = {
@@ -103,11 +103,13 @@ def test_ties_do_not_depend_on_the_order_of_the_corpus(tiny_gecko):
     order = np.random.default_rng(0).permutation(list(passages)).tolist()
     other = _set(relevance, {"q": "a table of rows"}, {p: passages[p] for p in order})
     one, two = (
-        judge._judge(
-            tiny_gecko, each, (4, 16), None, "model", "x", ("float32", "binary")
+        retrieval_scores.score_model(
+            tiny_gecko, each, (4, 16), precisions=("float32", "binary")
         )
-        + judge._judge_bm25(each)
-        + judge.bag_of_words_baseline(tiny_gecko.vocabulary, each, dim=8, idf=True)
+        + retrieval_scores.score_bm25(each)
+        + retrieval_scores.score_bag_of_words(
+            tiny_gecko.vocabulary, each, dim=8, idf=True
+        )
         for each in (found, other)
     )
     assert one == two
@@ -135,7 +137,7 @@ def test_judgements_of_another_corpus_are_refused(tiny_gecko, tmp_path):
 def test_queries_whose_answers_are_absent_are_told(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         judgements.check(_set({"q1": {"x7": 1, "2": 0}, "q2": {"1": 1}}))
-    assert "1 of 2 queries score 0, such as 'q1'" in caplog.text
+    assert "1 of 2 queries, such as 'q1', score 0" in caplog.text
 
 
 def test_grades_that_order_nothing_are_told(caplog):
@@ -144,7 +146,7 @@ def test_grades_that_order_nothing_are_told(caplog):
         judgements.check(_set({"q1": every | {"4": 1}, "q2": every}))
         assert not caplog.records
         judgements.check(_set({"q1": every, "q2": every}))
-    assert "every ranking of it scores the same" in caplog.text
+    assert "all rankings score the same" in caplog.text
     pairs = sets.SimilaritySet("pairs", ("a", "b"), ("c", "d"), np.array([3.0, 3.0]))
     with pytest.raises(ValueError, match="all 2 pairs have the gold score 3"):
         judgements.check(pairs)

@@ -105,7 +105,7 @@ def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
     ("name", "content", "message"),
     [
         ("corpus.jsonl", '{"_id": "p1"}\n', r"corpus.jsonl:1: no field 'text'"),
-        ("corpus.jsonl", "", r"corpus.jsonl: an empty corpus"),
+        ("corpus.jsonl", "", r"corpus.jsonl: empty corpus"),
         ("queries.jsonl", '{"_id": "q1", "text": " "}\n', r"queries.jsonl:1: .*empty"),
         ("qrels.jsonl", '{"query-id": "q1"}\n', r"qrels.jsonl:1: no field 'corpus-id'"),
         (
@@ -158,7 +158,7 @@ def test_nothing_to_evaluate(tmp_path):
         ("a\tb\n", r"sts.tsv:1: 2 columns; it must hold sentence1"),
         ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: column 'sentence2' is empty"),
         ("a\tb\tnan\n", r"sts.tsv:1: score 'nan'"),
-        ("a\tb\t1\n", r"1 pair; Spearman needs at least 2"),
+        ("a\tb\t1\n", r"1 pair; Spearman's correlation needs at least 2"),
     ],
 )
 def test_a_fault_in_a_similarity_file_is_named(tmp_path, content, message):
@@ -225,10 +225,10 @@ def test_a_limit_leaves_the_training_texts(tmp_path):
         ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: column 'split' is empty"),
         ("a\tx\ttrain\nb\ty\tdev\n", r"c.tsv:3: split 'dev' must be one of train"),
         ("a\tx\ttrain\nb\ty\ttrain\n", r"c.tsv: no texts of the split test"),
-        ("a\tx\ttrain\nb\tx\ttest\n", r"one label, 'x'; classification needs two"),
+        ("a\tx\ttrain\nb\tx\ttest\n", r"all training texts have the label 'x'"),
         (
             "a\tx\ttrain\nb\ty\ttrain\nc\tz\ttest\n",
-            r"no training text has the label 'z'",
+            r"no training text has the test label 'z'",
         ),
     ],
 )
