@@ -102,13 +102,16 @@ class Encoder:
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Returns the cosine of each pair of a first and a second vector.
 
-        Equal second vectors get equal cosines, so that mteb recognizes ties.
+        Equal second vectors get equal cosines, so that mteb recognizes ties. Either
+        side may be a single vector.
         """
-        second = np.asarray(embeddings2)
-        first, number_of = ranking.distinct_rows(second)
-        if len(first) == len(second):
-            return np.asarray(embeddings1) @ second.T
-        return (np.asarray(embeddings1) @ second[first].T)[:, number_of]
+        first, second = np.asarray(embeddings1), np.asarray(embeddings2)
+        if second.ndim == 1:
+            return first @ second
+        distinct, number_of = ranking.distinct_rows(second)
+        if len(distinct) == len(second):
+            return first @ second.T
+        return (first @ second[distinct].T)[..., number_of]
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Returns the cosine of each first vector with the second in the same row."""

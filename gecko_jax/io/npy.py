@@ -1,6 +1,6 @@
-"""Arrays in .npy files, mapped into memory once their headers are checked.
+"""Memory-maps arrays in .npy files after checking their headers.
 
-A header only claims a shape and a type. Nothing of the claimed size is allocated: a
+A header only claims a shape and a dtype. Nothing of the claimed size is allocated: a
 file that is shorter than its header claims cannot be mapped.
 """
 
@@ -22,24 +22,24 @@ def open_array(
 
     Args:
         path: The file.
-        shape: The size of each dimension, None for any.
-        kinds: What numpy may call its type without the order of its bytes, such as
-            "f4" or "f2 f4 f8".
-        remedy: What to do about a file that is something else.
+        shape: Size of each dimension, None for any.
+        kinds: Allowed dtypes, in numpy's notation without byte order: "f2 f4 f8".
+        remedy: What to do about any other file.
 
     Raises:
-        OSError: There is no file, or it cannot be read.
-        ValueError: It is no whole .npy file, or holds another array.
+        OSError: The file is missing or cannot be read.
+        ValueError: The file is not a whole .npy file, or holds another array.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as error:  # Of a damaged header, numpy raises many kinds.
+    except Exception as error:  # numpy raises many types for a damaged header.
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: damaged ({first}); {remedy}") from error
     fits = len(array.shape) == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=True)
+        expected in (None, size)
+        for expected, size in zip(shape, array.shape, strict=True)
     )
     if not fits or array.dtype.str[1:] not in kinds.split():
         sizes = ", ".join("any" if size is None else f"{size:,}" for size in shape)

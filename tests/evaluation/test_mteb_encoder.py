@@ -139,6 +139,11 @@ def test_equal_vectors_have_equal_cosines(encoder):
     cosines = encoder.similarity(queries, passages)
     np.testing.assert_allclose(cosines, queries @ passages.T, atol=1e-6)
     np.testing.assert_array_equal(cosines[:, 51:], cosines[:, :50])
+    # mteb's summarization compares single vectors.
+    single = encoder.similarity(queries[0], passages)
+    np.testing.assert_allclose(single, cosines[0], atol=1e-5)
+    single = encoder.similarity(queries[0], passages[0])
+    assert single == pytest.approx(cosines[0, 0], abs=1e-5)
 
 
 def test_vectors_are_cut_and_cosines_are_cosines(tiny_gecko, tmp_path):

@@ -355,7 +355,7 @@ def test_results_of_nobody_are_refused(tiny_gecko, folder, tmp_path):
     config = _config(tmp_path)
     config.folders = (str(folder),)
     with pytest.raises(
-        ValueError, match=r"no evaluation\.json that says of which model"
+        ValueError, match=r"without an evaluation\.json that names the model"
     ):
         mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
 
@@ -504,7 +504,7 @@ def test_a_wrong_config_is_told_before_anything_is_written(
 def test_two_sets_of_one_name_are_refused(tiny_gecko, folder, tmp_path):
     config = _config(tmp_path)
     config.folders = (str(folder), str(folder / "pairs.tsv"))
-    with pytest.raises(ValueError, match="two sets are called 'pairs'"):
+    with pytest.raises(ValueError, match="two sets have the name 'pairs'"):
         mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
 
 

@@ -200,7 +200,7 @@ def test_a_folder_of_an_earlier_version_loads_with_one_line(
     samples.forget_checksums(tmp_path / "m" / "gecko.json")
     with caplog.at_level(logging.INFO):
         assert model_folder.load_model(tmp_path / "m").revision == small_files.revision
-    assert caplog.text.count("gecko.json: from before checksums") == 1
+    assert caplog.text.count("gecko.json: no checksum, so damage") == 1
 
 
 def test_a_wanted_edit_needs_the_checksum_removed(small_files, tmp_path):
