@@ -20,7 +20,7 @@ from typing import Any
 
 from gecko_jax.io import inputs, reading, wording
 
-# (place, cells) of a row without named columns -> the cells of the columns.
+# (place, cells) of a row in a file without a header -> the cells of the columns.
 Layout = Callable[[str, list[str]], list[str]]
 
 
@@ -37,8 +37,7 @@ def read(
         path: JSON lines if its name ends in `.jsonl` or `.jsonl.gz`, else TSV.
         names: Columns of a row, in the order of a TSV file without a header.
         other_names: Alternative name -> column.
-        layout: Reads a row of a TSV file without a header; None expects one cell for
-            each column.
+        layout: Picks the columns of a row in a TSV file without a header.
 
     Raises:
         ValueError: A column is missing, named twice or has no value.
@@ -53,7 +52,6 @@ def read(
                     raise inputs.no_value(place, record, keys.get(name, name))
             yield place, {name: record[keys[name]] for name in names}
         return
-    layout = layout or functools.partial(_check_number, names)
     header: dict[str, int] = {}
     width = 0
     for number, (place, cells) in enumerate(_read_cells(path)):
@@ -61,7 +59,13 @@ def read(
             width = len(cells)
             continue
         if not header:
-            row = dict(zip(names, layout(place, cells), strict=True))
+            cells = layout(place, cells) if layout else cells
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{place}: {wording.counted(len(cells), 'column')}; it must hold "
+                    f"{', '.join(names)}, separated by tabs"
+                )
+            row = dict(zip(names, cells, strict=True))
         elif len(cells) > width:
             raise ValueError(
                 f"{place}: {wording.counted(len(cells), 'column')}, and the header "
@@ -139,12 +143,3 @@ def _match_names(
 @functools.lru_cache(maxsize=1024)
 def _simple(name: str) -> str:
     return re.sub(r"[-_\s]", "", name).casefold()
-
-
-def _check_number(names: Sequence[str], place: str, cells: list[str]) -> list[str]:
-    if len(cells) != len(names):
-        raise ValueError(
-            f"{place}: {wording.counted(len(cells), 'column')}; it must hold "
-            f"{', '.join(names)}, separated by tabs"
-        )
-    return cells

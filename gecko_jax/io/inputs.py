@@ -47,14 +47,7 @@ def check_id(name: str, value: Any) -> str | int:
     """Returns an id, a string or an integer.
 
     A whole float becomes an integer: pandas turns a column of integers into floats if
-    a value is missing.
-
-    Args:
-        name: Name of the field, for errors.
-        value: Any value but None.
-
-    Raises:
-        ValueError: The value has another type, or is a blank string.
+    a value is missing. Raises ValueError for other types and for blank strings.
     """
     if isinstance(value, float) and abs(value) <= _EXACT and value.is_integer():
         value = int(value)
@@ -145,26 +138,19 @@ def no_value(place: str, record: Mapping[str, Any], *names: str) -> ValueError:
 
 
 class UniqueIds:
-    """Refuses duplicate ids, and names both lines; takes some 150 bytes per id."""
+    """Refuses duplicate ids, and names both lines; takes some 200 bytes per id."""
 
     def __init__(self):
         """Starts without ids."""
-        self._paths: list[str] = []
-        # Digest of an id -> (number of its file, line).
-        self._seen: dict[bytes, tuple[int, int]] = {}
+        self._places: dict[bytes, str] = {}
 
     def add(self, place: str, identity: str) -> None:
         """Adds the id of the record at `place` (file:line)."""
-        path, _, line = place.rpartition(":")
-        if not self._paths or self._paths[-1] != path:
-            self._paths.append(path)
         key = identity.encode(errors="surrogatepass")
         key = hashlib.blake2b(key, digest_size=12).digest()
-        if key in self._seen:
-            file, earlier = self._seen[key]
+        earlier = self._places.setdefault(key, place)
+        if earlier is not place:
             raise ValueError(
-                f"{place}: id {identity!r} was given before, at "
-                f"{self._paths[file]}:{earlier}; ids must differ: drop one of the two "
-                "lines"
+                f"{place}: id {identity!r} was given before, at {earlier}; ids must "
+                "differ: drop one of the two lines"
             )
-        self._seen[key] = len(self._paths) - 1, int(line)

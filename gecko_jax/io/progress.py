@@ -4,7 +4,7 @@ Bars go to stderr. Nested bars (evaluation inside training) share one display, w
 innermost at the bottom.
 """
 
-import contextlib
+import operator
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,21 +21,12 @@ LOG_EVERY_SECONDS = 10.0
 
 
 def track(
-    iterable: Iterable[T], description: str, total: int | None = None, start: int = 0
+    iterable: Iterable[T], description: str, total: int | None = None
 ) -> Iterator[T]:
-    """Yields the items of `iterable` and shows the progress.
-
-    Args:
-        iterable: The items.
-        description: Label, such as "Encoding passages".
-        total: Number of items, including `start`; None uses the length of `iterable`.
-        start: Number of items that an earlier run finished.
-    """
-    if total is None:
-        with contextlib.suppress(TypeError):
-            total = start + len(iterable)  # pyright: ignore[reportArgumentType]
-    with Progress(description, total, start) as progress:
-        for step, item in enumerate(iterable, start=start + 1):
+    """Yields the items of `iterable`, `total` in all, and shows the progress."""
+    total = total or operator.length_hint(iterable) or None
+    with Progress(description, total) as progress:
+        for step, item in enumerate(iterable, start=1):
             yield item
             progress.update(step)
 

@@ -68,34 +68,26 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, Judgement]]:
 
 def _build_layout() -> columns.Layout:
     """Returns a reader of rows without a header, which must all have one form."""
-    first: list[bool] = []
+    width = 0
 
     def pick_columns(place: str, cells: list[str]) -> list[str]:
+        nonlocal width
         if len(cells) < 3:  # TREC separates by spaces, which BEIR's ids may contain.
             words = re.split(r"[ \t]+", "\t".join(cells).strip())
             cells = words if len(words) == 4 and words[1] in _ITERATIONS else cells
-        is_trec = len(cells) == 4
-        if is_trec:
-            iteration = cells.pop(1)
-            if iteration.strip() not in _ITERATIONS:
-                raise ValueError(
-                    f"{place}: 4 columns, of which the second is {iteration!r}; TREC "
-                    f"has 0 there. Name the columns in the first line "
-                    f"({', '.join(NAMES)}), or write only these three"
-                )
-        if len(cells) != 3:
+        if len(cells) == 4 and cells[1].strip() not in _ITERATIONS:
             raise ValueError(
-                f"{place}: {wording.counted(len(cells), 'column')}; it must hold "
-                f"{', '.join(NAMES)}, separated by tabs"
+                f"{place}: 4 columns, of which the second is {cells[1]!r}; TREC has 0 "
+                f"there. Name the columns in the first line ({', '.join(NAMES)}), or "
+                "write only these three"
             )
-        first.append(is_trec)
-        if is_trec != first[0]:
+        width = width or len(cells)
+        if len(cells) != width:
             raise ValueError(
-                f"{place}: {3 + is_trec} columns, and the first line has "
-                f"{4 - is_trec}; write all lines in one form"
+                f"{place}: {wording.counted(len(cells), 'column')}, and the first line "
+                f"has {width}; write all lines in one form"
             )
-        del first[1:]
-        return cells
+        return [cells[0], *cells[2:]] if width == 4 else cells
 
     return pick_columns
 

@@ -18,27 +18,28 @@ from collections.abc import Iterator, Sequence
 from gecko_jax.io import wording
 
 
-@contextlib.contextmanager
-def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def write_file(
+    path: str | os.PathLike,
+) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Yields a temporary path, which replaces `path` unless an error is raised.
 
     Raises:
         ValueError: `path` is a folder or a device.
         OSError: The disk is full, or the location is not writable.
     """
-    path = _follow(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: exists and is not a file; choose another name")
-    temporary = _temporary(path, "tmp")
-    try:
-        with _explain_failure(path, temporary):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
-            yield temporary
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    return _write(path, "file")
+
+
+def write_folder(
+    path: str | os.PathLike,
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Yields a temporary folder, which replaces `path` unless an error is raised.
+
+    Raises:
+        ValueError: `path` exists and is not a folder.
+        OSError: The disk is full, or the location is not writable.
+    """
+    return _write(path, "folder")
 
 
 def member(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -118,27 +119,37 @@ def check_replaceable(
 
 
 @contextlib.contextmanager
-def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder, which replaces `path` unless an error is raised.
-
-    Raises:
-        ValueError: `path` exists and is not a folder.
-        OSError: The disk is full, or the location is not writable.
-    """
-    path = _follow(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: exists and is not a folder; choose another name")
-    temporary, old = _temporary(path, "tmp"), _temporary(path, "old")
+def _write(path: str | os.PathLike, kind: str) -> Iterator[pathlib.Path]:
+    path = pathlib.Path(path)
+    path = path.resolve() if path.is_symlink() else path  # The link stays a link.
+    is_folder = kind == "folder"
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        raise ValueError(f"{path}: exists and is not a {kind}; choose another name")
+    # The token keeps threads apart that write the same path.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    old = path.with_name(f".{path.name}.{writer}.old")
     try:
         with _explain_failure(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path)
-            temporary.mkdir()
+            if is_folder:
+                temporary.mkdir()
             yield temporary
-            _replace_folder(path, temporary, old)
+            if is_folder:
+                _replace_folder(path, temporary, old)
+            else:
+                temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(temporary)
+        _remove(old)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _replace_folder(path: pathlib.Path, new: pathlib.Path, old: pathlib.Path) -> None:
@@ -155,31 +166,18 @@ def _replace_folder(path: pathlib.Path, new: pathlib.Path, old: pathlib.Path) ->
             shutil.rmtree(old, ignore_errors=True)  # Another writer was faster.
 
 
-def _follow(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the target of a link, so that writing does not replace the link."""
-    path = pathlib.Path(path)
-    return path.resolve() if path.is_symlink() else path
-
-
-def _temporary(path: pathlib.Path, ending: str) -> pathlib.Path:
-    # Threads of a process may write the same path.
-    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    return path.with_name(f".{path.name}.{writer}.{ending}")
-
-
 def _remove_leftovers(path: pathlib.Path) -> None:
     """Removes temporary files for `path` of killed processes on this machine."""
     begin = f".{path.name}.{socket.gethostname()}-"
     for ending in (".tmp", ".old"):
         for left in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
             number = left.name.removeprefix(begin).partition("-")[0]
-            if number.isdecimal() and not _is_alive(int(number)):
-                if ending == ".old" and not path.exists():
-                    left.rename(path)  # Killed before the new folder was in place.
-                elif left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+            if not number.isdecimal() or _is_alive(int(number)):
+                continue
+            if ending == ".old" and not path.exists():
+                left.rename(path)  # Killed before the new folder was in place.
+            else:
+                _remove(left)
 
 
 def _is_alive(process: int) -> bool:
