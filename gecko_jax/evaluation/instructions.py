@@ -84,15 +84,10 @@ BY_NAME |= {
 
 
 def find(name: str, kind: str, made_from: Sequence[str] = ()) -> Instruction:
-    """Returns the instruction of a task.
+    """Returns the instruction of a task of mteb, by names and type.
 
-    Args:
-        name: mteb's name of the task.
-        kind: mteb's type of the task.
-        made_from: Names of the tasks it was adapted from.
-
-    Raises:
-        ValueError: Neither a name nor the type is known, such as for tasks on images.
+    `made_from` lists the tasks it was adapted from. Raises ValueError if neither a name
+    nor the type is known, such as for tasks on images.
     """
     for known in (name, *made_from):
         if known in BY_NAME:

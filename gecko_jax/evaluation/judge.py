@@ -161,11 +161,8 @@ def encode_symmetric(
 ) -> Float[np.ndarray, "N E"]:
     """Encodes texts of a task without sides, such as sentences to compare.
 
-    Args:
-        gecko: The model.
-        texts: Texts, encoded as queries of up to the length of passages.
-        kind: mteb's type of the task, which has a default task description.
-        task: Name or description of the task; None is that default.
+    They are encoded as queries, up to the length of passages. `kind` is mteb's type of
+    the task, whose instruction is the default for `task`.
     """
     return gecko.encode(
         list(texts),

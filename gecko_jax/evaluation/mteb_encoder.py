@@ -45,13 +45,9 @@ class Encoder:
     ):
         """Builds the encoder; encodes nothing.
 
-        Args:
-            gecko: The model.
-            vectors: Store of the model, shared by the encoders of all dims.
-            dim: A trained dim.
-            name: "organization/model", different for each dim.
-            query_length: Maximum tokens of queries of asymmetric tasks.
-            passage_length: Maximum tokens of all other texts.
+        The encoders of all dims share a store, and have different names
+        ("organization/model"). `query_length` is the maximum number of tokens for
+        queries of asymmetric tasks, `passage_length` for all other texts.
         """
         self.dim = gecko.check_dim(dim)
         self.name = name
@@ -72,13 +68,8 @@ class Encoder:
     ) -> Float[np.ndarray, "N E"]:
         """Returns one normalized vector per text, in order.
 
-        Args:
-            inputs: Batches with the column `text`, and `title` and `body` for passages.
-            task_metadata: mteb's task, which determines the instruction.
-            hf_split: Split of the data; unused.
-            hf_subset: Subset of the data, often a language; shown by the progress bar.
-            prompt_type: "query", "document", or None for tasks without sides.
-            **kwargs: mteb's batch size and progress bar; unused.
+        The batches have the column `text`, and `title` and `body` for passages.
+        `prompt_type` is "query", "document", or None for tasks without sides.
         """
         columns = _gather(inputs)
         instruction = instructions.find(

@@ -72,10 +72,7 @@ def resolve_tasks(
 ) -> list[str]:
     """Returns the task of each query.
 
-    Args:
-        gecko: The model, which has a list of task names.
-        found: The set; its queries may name tasks.
-        task: Task of queries that name none of them; None is "search result".
+    `task`, or "search result", replaces names that the model does not know.
     """
     known = gecko.task_descriptions
     fallback = task or embedding.DEFAULT_TASK
@@ -89,12 +86,8 @@ def _rank(
 ) -> list[list[str]]:
     """Returns the best `DEPTH` + 1 passages of each query.
 
-    One more than is scored, because the query's own passage may be left out.
-
-    Args:
-        codes: Vectors of the passages, in `ranking.tie_order`.
-        ids: Ids of the passages, in the same order.
-        queries: Vectors of the queries.
+    One more than is scored, because the query's own passage may be left out. The
+    passages must be in `ranking.tie_order`.
     """
     k = DEPTH + 1
     first, number_of = ranking.distinct_rows(codes.values)
@@ -143,12 +136,7 @@ def score_bag_of_words(
 ) -> list[tables.Row]:
     """Scores a model without training: the sum of one random vector per token.
 
-    Args:
-        vocab: The tokenizer.
-        found: The set.
-        dim: Width of the vectors.
-        idf: Weights each token by its inverse document frequency in the corpus.
-        seed: Seed of the random vectors.
+    `idf` weights each token by its inverse document frequency in the corpus.
     """
     table = np.random.default_rng(seed).standard_normal((vocab.size, dim), np.float32)
     passages = [

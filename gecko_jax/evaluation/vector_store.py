@@ -50,10 +50,7 @@ class Store:
     ):
         """Reads the keys of the stored vectors.
 
-        Args:
-            root: Folder of the stores of all models.
-            gecko: The model.
-            max_gib: Total size, over all models, that `trim` leaves.
+        `root` holds the stores of all models, and `trim` limits it to `max_gib`.
         """
         self._root = pathlib.Path(root).expanduser()
         self._gecko = gecko
@@ -95,11 +92,10 @@ class Store:
         for start in range(0, len(positions), embedding.TEXTS_PER_CHUNK):
             chunk = positions[start : start + embedding.TEXTS_PER_CHUNK]
             done = f" ({start:,} of {len(positions):,} done)" if start else ""
-            has_one_task = task is None or isinstance(task, str)
             vectors = self._gecko.encode(
                 [texts[p] for p in chunk],
                 side=side,
-                task=task if has_one_task else [task[p] for p in chunk],
+                task=task if isinstance(task, str | None) else [task[p] for p in chunk],
                 titles=[titles[p] for p in chunk] if titles else None,
                 max_length=max_length,
                 description=f"{description}{done}" if description else None,

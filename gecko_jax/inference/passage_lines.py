@@ -48,14 +48,9 @@ def read(
 ) -> tuple[list[str], dict[str, "Column"]]:
     """Returns the ids, and the columns "title" and "text" if the lines have them.
 
-    Args:
-        path: The file.
-        is_verified: Whether the file had a checksum, and has been compared with it.
-            Then its lines are as `write` wrote them, and only the first is parsed here.
-        remedy: What to do about a damaged file.
-
-    Raises:
-        ValueError: A line is not a passage, or has other fields than the first line.
+    If the checksum of the file has been verified, its lines are as `write` wrote them,
+    and only the first is parsed here. Otherwise, raises ValueError if a line is not a
+    passage, or has other fields than the first line.
     """
     ids: list[str] = []
     starts = [0]

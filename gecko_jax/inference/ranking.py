@@ -212,17 +212,10 @@ def bm25_rankings(
     ids: Sequence[str],
     k: int = 100,
 ) -> list[list[str]]:
-    """Ranks the passages for every query with BM25.
+    """Returns the ids of the k best passages for each query by BM25.
 
-    Args:
-        queries: The queries, without any prefix.
-        passages: The corpus; a title precedes its text.
-        ids: One id per passage.
-        k: Maximum length of a ranking. Passages that share no term with the query are
-            omitted, so a ranking may be shorter.
-
-    Returns:
-        The ids of the best passages for each query; equal scores in `tie_order`.
+    A title precedes the text of its passage. Passages that share no term with the query
+    are omitted, so a ranking may be shorter. Equal scores are in `tie_order`.
     """
     if len(passages) != len(ids):
         raise ValueError(

@@ -88,15 +88,10 @@ def read_object(
 def check_object(
     path: pathlib.Path, values: Mapping[str, Any], remedy: str
 ) -> dict[str, Any]:
-    """Verifies a JSON object, and returns it without its checksum.
+    """Verifies the JSON object of a file, and returns it without its checksum.
 
-    Args:
-        path: File of the object.
-        values: The object; one of an earlier version may have no checksum.
-        remedy: What to do about a damaged file.
-
-    Raises:
-        ValueError: The checksum does not match.
+    An object of an earlier version may have no checksum. Raises ValueError if the
+    checksum does not match.
     """
     content = {key: value for key, value in values.items() if key != CHECKSUM}
     if CHECKSUM not in values:
@@ -112,13 +107,8 @@ def check_object(
 def check_files(folder: pathlib.Path, values: Mapping[str, Any], remedy: str) -> None:
     """Verifies the files of a folder that its JSON object lists.
 
-    Args:
-        folder: The folder.
-        values: The object; one of an earlier version may list no files.
-        remedy: What to do about a damaged file.
-
-    Raises:
-        ValueError: A file is missing or damaged.
+    An object of an earlier version may list none. Raises ValueError if a file is
+    missing or damaged.
     """
     listed = values.get(FILES, {})
     for name, entry in listed.items() if isinstance(listed, dict) else ():
@@ -132,13 +122,12 @@ def check_files(folder: pathlib.Path, values: Mapping[str, Any], remedy: str) ->
             raise ValueError(f"{path}: missing; {remedy}")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise ValueError(
-                f"{path}: damaged ({size:,} bytes, not {entry['bytes']}); {remedy}"
-            )
-        if of_file(path) != entry[CHECKSUM]:
-            raise ValueError(
-                f"{path}: damaged (its {CHECKSUM} is not {entry[CHECKSUM]}); {remedy}"
-            )
+            fault = f"{size:,} bytes, not {entry['bytes']}"
+        elif of_file(path) != entry[CHECKSUM]:
+            fault = f"its {CHECKSUM} is not {entry[CHECKSUM]}"
+        else:
+            continue
+        raise ValueError(f"{path}: damaged ({fault}); {remedy}")
 
 
 def _of_json(content: Mapping[str, Any]) -> str:

@@ -154,15 +154,8 @@ def check(
 ) -> dict[str, Any]:
     """Returns the record unchanged if its fields are valid.
 
-    Args:
-        place: File, or file:line.
-        record: A JSON value.
-        kinds: Kind of each field.
-        remedy: What to do about an invalid record.
-        only: Whether other fields are refused.
-
-    Raises:
-        ValueError: Lists all invalid fields, and the remedy.
+    `place` is the file, or file:line. With `only`, other fields are invalid. Raises a
+    ValueError that lists all invalid fields, and the remedy.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: {inputs.kind(record)}, not an object; {remedy}")

@@ -20,15 +20,9 @@ def open_array(
 ) -> Shaped[np.memmap, "..."]:
     """Maps the array of a file into memory.
 
-    Args:
-        path: The file.
-        shape: Size of each dimension, None for any.
-        kinds: Allowed dtypes, in numpy's notation without byte order: "f2 f4 f8".
-        remedy: What to do about any other file.
-
-    Raises:
-        OSError: The file is missing or cannot be read.
-        ValueError: The file is not a whole .npy file, or holds another array.
+    A size of None allows any. `kinds` lists the allowed dtypes in numpy's notation
+    without byte order, such as "f2 f4 f8". Raises OSError if the file cannot be read,
+    and ValueError if it is not a whole .npy file or holds another array.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")

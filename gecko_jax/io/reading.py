@@ -144,10 +144,7 @@ def read_records(
     """Yields (place, record) of a JSON-lines file, `.gz` or plain.
 
     NaN, which pandas writes for a missing value, is read as null.
-
-    Args:
-        path: The file.
-        any_characters: Allows lone surrogates, for callers that filter bad texts.
+    `any_characters` allows lone surrogates, for callers that filter bad texts.
     """
     for place, line in read_lines(path):
         try:
@@ -171,15 +168,10 @@ def read_records(
 
 
 def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) -> Any:
-    """Returns the value of JSON text.
+    """Returns the value of JSON text; `decode` may treat NaN differently.
 
-    Args:
-        content: The text.
-        decode: The parser: `json.loads`, or one that treats NaN differently.
-
-    Raises:
-        ValueError: The text is not JSON, or is nested so deeply that it could exhaust
-            Python's stack.
+    Raises ValueError if the text is not JSON, or is nested so deeply that it could
+    exhaust Python's stack.
     """
     too_deep = f"brackets are nested more than {_MOST_NESTED} deep"
     try:
@@ -242,9 +234,7 @@ def _kind_of(field: Field) -> field_rules.Kind:
 def find(folder: Any, *names: str) -> Any | None:
     """Returns the first existing file of these names, plain or `.gz`, or None.
 
-    Args:
-        folder: A `pathlib.Path`, or a cloud path with the same methods.
-        names: Paths relative to the folder.
+    `folder` is a `pathlib.Path`, or a cloud path with the same methods.
     """
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):

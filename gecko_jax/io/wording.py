@@ -81,9 +81,7 @@ def markdown(text: str) -> str:
 def markdown_code(text: str, *, in_table: bool = False) -> str:
     """Returns a Markdown code span, or plain Markdown if the text allows no code span.
 
-    Args:
-        text: Any text.
-        in_table: Whether to escape "|" for a table cell.
+    In a table, "|" is escaped.
     """
     if _NO_CODE.search(text) or not text.strip():
         return markdown(text)
