@@ -215,7 +215,7 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
         reading.find(folder, *names)
         for names in (("corpus.jsonl",), ("queries.jsonl",), _QRELS)
     )
-    if queries_path is None:
+    if corpus_path is None or queries_path is None:
         raise ValueError(
             f"{folder}: no queries.jsonl; a retrieval set needs corpus.jsonl, "
             "queries.jsonl and judgements"

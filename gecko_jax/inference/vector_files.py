@@ -215,11 +215,11 @@ def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
 
 
 class _Shard(NamedTuple):
-    """The arrays of one file."""
+    """Arrays of a shard; `ranges` is None unless the precision is int8."""
 
     ids: list[str]
     vectors: np.ndarray
-    ranges: np.ndarray | None
+    ranges: Any
 
 
 def _load_shard(path: pathlib.Path) -> _Shard | None:

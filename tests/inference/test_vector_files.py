@@ -99,7 +99,7 @@ def test_a_rerun_embeds_only_what_is_missing(tiny_gecko, source, folder, tmp_pat
     )
 
 
-def test_a_damaged_shard_is_refused_and_made_again(tiny_gecko, source, folder):
+def test_a_damaged_shard_is_refused_and_embedded_again(tiny_gecko, source, folder):
     _embed(tiny_gecko, source, folder)
     path = folder / "shard-00001.npz"
     path.write_bytes(path.read_bytes()[:100])
@@ -126,7 +126,7 @@ def test_a_shard_with_other_ids_than_strings_is_damaged(
     ("content", "message"),
     [("[]", "a list"), ("{}", "no revision, no dim"), ("[" * 9_999, "not JSON")],
 )
-def test_edited_settings_are_named(tmp_path, content, message):
+def test_errors_name_edited_settings(tmp_path, content, message):
     (tmp_path / "embeddings.json").write_text(content)
     with pytest.raises(ValueError, match=rf"embeddings\.json: .*{message}.*again"):
         vector_files.read_settings(tmp_path)
@@ -140,7 +140,7 @@ def test_edited_settings_are_named(tmp_path, content, message):
         ({"task": "docs"}, "task was None and is now 'docs'"),
     ],
 )
-def test_a_folder_made_otherwise_is_refused(
+def test_a_folder_with_other_settings_is_refused(
     tiny_gecko, source, folder, settings, message
 ):
     _embed(tiny_gecko, source, folder)
@@ -159,13 +159,13 @@ def test_a_folder_of_another_source_or_model_is_refused(tiny_gecko, source, fold
         _embed(tiny_gecko, source, folder)
 
 
-def test_a_moved_source_is_the_same_source(tiny_gecko, source, folder, tmp_path):
+def test_a_moved_source_is_accepted(tiny_gecko, source, folder, tmp_path):
     _embed(tiny_gecko, source, folder)
     moved = shutil.move(source, tmp_path / "moved.jsonl")
     _embed(tiny_gecko, moved, folder)
 
 
-def test_a_bad_line_is_found_before_anything_is_made(tiny_gecko, source, folder):
+def test_a_bad_line_is_reported_before_anything_is_written(tiny_gecko, source, folder):
     source.write_text(source.read_text() + '{"_id": "p10", "text": " "}\n')
     with pytest.raises(ValueError, match=r"corpus.jsonl:11: text .* is empty"):
         vector_files.embed_file(tiny_gecko, source, folder)
@@ -180,7 +180,7 @@ def test_an_empty_file_and_a_foreign_folder_are_refused(tiny_gecko, tmp_path, fo
         vector_files.read_codes(tmp_path)
 
 
-def test_a_full_disk_keeps_finished_shards_and_no_half(
+def test_a_full_disk_keeps_finished_shards_only(
     tiny_gecko, source, folder, monkeypatch
 ):
     real, calls = np.savez, []
@@ -204,7 +204,7 @@ def test_a_full_disk_keeps_finished_shards_and_no_half(
 
 
 @pytest.mark.parametrize(("precision", "size"), [("int8", 8), ("binary", 1)])
-def test_shards_of_codes_come_near_the_vectors(
+def test_shards_of_codes_approximate_the_vectors(
     tiny_gecko, source, folder, tmp_path, precision, size
 ):
     _embed(tiny_gecko, source, folder, precision=precision, dim=8)

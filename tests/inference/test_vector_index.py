@@ -30,7 +30,7 @@ def _loop(queries, corpus, k):
 
 @pytest.mark.parametrize("block_rows", [4, 7, 50, 64])
 @pytest.mark.parametrize("k", [1, 5, 50])
-def test_blocks_find_what_the_definition_finds(monkeypatch, block_rows, k):
+def test_blockwise_search_equals_the_definition(monkeypatch, block_rows, k):
     monkeypatch.setattr(vector_index, "CPU_BLOCK_ROWS", block_rows)
     monkeypatch.setattr(vector_index, "BLOCK_QUERIES", 3)
     queries, corpus = _random(7, seed=1), _random(50)
@@ -40,7 +40,7 @@ def test_blocks_find_what_the_definition_finds(monkeypatch, block_rows, k):
     assert ids == [[f"p{p}" for p in row] for row in positions]
 
 
-def test_the_earlier_of_equal_passages_wins_over_blocks(monkeypatch):
+def test_the_earlier_of_equal_passages_wins_across_blocks(monkeypatch):
     monkeypatch.setattr(vector_index, "CPU_BLOCK_ROWS", 4)
     corpus = np.tile(_random(1), (11, 1))
     _, ids = vector_index.Index(corpus, _ids(11)).search(corpus[:2], 6)
@@ -93,7 +93,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
         ({"vectors": np.array([[1, 2], [1, np.nan]])}, "vector of 'b' is not finite"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(arguments, message):
+def test_inconsistent_parts_are_refused(arguments, message):
     arguments = {"vectors": _random(2), "ids": ["a", "b"], **arguments}
     with pytest.raises(ValueError, match=message):
         vector_index.Index(**arguments)
@@ -119,7 +119,7 @@ def _damage(folder, name, change):
 
 @pytest.mark.parametrize("change", ["gone", "cut"])
 @pytest.mark.parametrize("name", ["index.json", "vectors.npy", "passages.jsonl"])
-def test_a_missing_or_cut_file_is_named(tmp_path, name, change):
+def test_errors_name_a_missing_or_truncated_file(tmp_path, name, change):
     vector_index.Index(_random(5), _ids(5), texts=["text"] * 5).save(tmp_path / "index")
     _damage(tmp_path / "index", name, change)
     with pytest.raises(ValueError, match=name):
@@ -161,7 +161,7 @@ def test_a_missing_or_cut_file_is_named(tmp_path, name, change):
         ("vectors.npy", "{'descr'", "{('escr'", r"vectors\.npy: damaged"),
     ],
 )
-def test_an_edited_file_is_named(tmp_path, name, before, after, message):
+def test_errors_name_an_edited_file(tmp_path, name, before, after, message):
     texts = [f"t{i}" for i in range(5)]
     vector_index.Index(_random(5), _ids(5), texts=texts).save(tmp_path / "index")
     path = tmp_path / "index" / name
@@ -175,7 +175,7 @@ def test_an_edited_file_is_named(tmp_path, name, before, after, message):
     assert "build the index again" in str(error.value)
 
 
-def test_what_is_not_an_index_is_neither_loaded_nor_overwritten(tmp_path):
+def test_other_folders_are_neither_loaded_nor_overwritten(tmp_path):
     with pytest.raises(ValueError, match="not an index"):
         vector_index.load(tmp_path / "nothing")
     (tmp_path / "mine").write_text("precious")
@@ -197,7 +197,7 @@ def test_a_full_disk_keeps_the_old_index(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-def test_from_a_folder_of_vectors_to_an_answer(tmp_path, tiny_files, tiny_gecko):
+def test_an_index_from_a_folder_of_vectors(tmp_path, tiny_files, tiny_gecko):
     records = [{"_id": f"p{i}", "text": f"rows sorted by key {i}"} for i in range(9)]
     source = tmp_path / "corpus.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -225,7 +225,7 @@ def test_from_a_folder_of_vectors_to_an_answer(tmp_path, tiny_files, tiny_gecko)
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
-def test_codes_are_searched_as_the_vectors_they_stand_for(precision, tmp_path):
+def test_searching_codes_equals_searching_decoded_vectors(precision, tmp_path):
     rng = np.random.default_rng(3)
     vectors, queries = (
         embedding.cut(rng.normal(size=(n, 20)).astype(np.float32), 20) for n in (50, 4)
@@ -308,7 +308,7 @@ def test_blocks_stay_between_searches_and_are_held_once(monkeypatch, precision, 
         assert block.unsafe_buffer_pointer() == here
 
 
-def test_vectors_too_large_for_the_device_are_sent_with_each_search(monkeypatch):
+def test_vectors_too_large_for_the_device_are_transferred_in_each_search(monkeypatch):
     monkeypatch.setattr(vector_index, "CPU_BLOCK_ROWS", 7)
     queries, built = _random(3, seed=1), vector_index.Index(_random(50), _ids(50))
     expected = built.search(queries, 9)
@@ -321,7 +321,7 @@ def test_vectors_too_large_for_the_device_are_sent_with_each_search(monkeypatch)
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 256, 257])
-def test_any_number_of_queries_is_answered(count):
+def test_any_number_of_queries_can_be_searched(count):
     queries, corpus = _random(count, seed=1), _random(40)
     scores, positions = vector_index.Index(corpus, _ids(40)).search_positions(
         queries, 3

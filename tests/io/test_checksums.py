@@ -193,7 +193,7 @@ def small_files_with_vocabulary(small_files):
     return dataclasses.replace(small_files, encoder_config=config, params=params)
 
 
-def test_a_folder_of_an_earlier_version_loads_with_one_line(
+def test_a_folder_of_an_earlier_version_loads_with_one_log_line(
     small_files, tmp_path, caplog
 ):
     model_folder.save_model(tmp_path / "m", small_files)
@@ -203,7 +203,7 @@ def test_a_folder_of_an_earlier_version_loads_with_one_line(
     assert caplog.text.count("gecko.json: no checksum, so damage") == 1
 
 
-def test_a_wanted_edit_needs_the_checksum_removed(small_files, tmp_path):
+def test_an_edited_file_loads_after_removing_its_checksum(small_files, tmp_path):
     model_folder.save_model(tmp_path / "m", small_files)
     path = tmp_path / "m" / "gecko.json"
     values = json.loads(path.read_text()) | {"query_length": 32}
@@ -217,7 +217,7 @@ def test_a_wanted_edit_needs_the_checksum_removed(small_files, tmp_path):
     assert model_folder.load_model(tmp_path / "m").query_length == 32
 
 
-def test_the_layout_of_json_does_not_matter(tmp_path):
+def test_the_formatting_of_json_does_not_matter(tmp_path):
     values = {"b": 1, "a": {2: [0.1, None], 10: "é"}}
     path = tmp_path / "x.json"
     checksums.write_object(path, values)
@@ -329,7 +329,7 @@ def test_a_snapshot_of_the_hub_links_into_its_cache(small_files, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "vocabulary.model", "gecko.json"]
 )
-def test_a_pipe_in_a_model_folder_is_refused_and_not_waited_for(
+def test_a_pipe_in_a_model_folder_is_refused_without_blocking(
     small_files, tmp_path, name
 ):
     import os

@@ -70,7 +70,7 @@ def test_skipped_steps_do_not_count_in_the_rate(clock, lines):
     assert lines[0] == "Embedding: 90/100 (90%), 1.0/s, 0:10 left"
 
 
-def test_what_comes_before_the_first_update_is_not_in_the_time_left(clock, lines):
+def test_time_before_the_first_update_does_not_count_for_the_time_left(clock, lines):
     with progress.Progress("Training", total=11) as bar:
         clock[0] += 40.0  # Compiling.
         bar.update(1)
@@ -85,7 +85,7 @@ def test_what_comes_before_the_first_update_is_not_in_the_time_left(clock, lines
     ]
 
 
-def test_steps_skipped_later_do_not_count_in_the_rate_either(clock, lines):
+def test_steps_skipped_after_an_update_do_not_count_in_the_rate(clock, lines):
     with progress.Progress("Embedding", total=100) as bar:
         bar.update(10)
         bar.skip(80)

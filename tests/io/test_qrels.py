@@ -78,7 +78,7 @@ JUDGING = {"evaluate": _judged_by_evaluate, "data prepare": _judged_by_prepare}
 
 @pytest.mark.parametrize("verb", JUDGING)
 @pytest.mark.parametrize("oddity", QRELS)
-def test_every_verb_reads_the_same_judgements(tmp_path, oddity, verb):
+def test_every_command_reads_the_same_judgements(tmp_path, oddity, verb):
     assert JUDGING[verb](tmp_path, ["p1", "p2"], QRELS[oddity]) == JUDGED
 
 
@@ -152,7 +152,7 @@ BAD_QRELS = {
 
 @pytest.mark.parametrize("verb", JUDGING)
 @pytest.mark.parametrize("oddity", BAD_QRELS)
-def test_every_verb_refuses_the_same_judgements(tmp_path, oddity, verb):
+def test_every_command_refuses_the_same_judgements(tmp_path, oddity, verb):
     content, message = BAD_QRELS[oddity]
     split = "test" if verb == "evaluate" else "train"
     path = tmp_path / "qrels" / f"{split}.tsv"
