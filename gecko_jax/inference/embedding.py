@@ -344,7 +344,7 @@ def cut(
 ) -> Float[np.ndarray, "N E"]:
     """Returns the first `dim` entries, normalized (MRL, section 3.1).
 
-    The same as `dual_encoder.mrl_embedding`, in numpy.
+    The same as `dual_encoder.normalize` of a prefix, in numpy.
     """
     prefix = np.asarray(embeddings[:, :dim], np.float32)
     norms = np.sqrt(np.sum(np.square(prefix), axis=1, keepdims=True) + epsilon)

@@ -215,7 +215,7 @@ def test_an_index_from_a_folder_of_vectors(tmp_path, tiny_files, tiny_gecko):
     with pytest.raises(ValueError, match="built with model revision tiny-7, not other"):
         built.check_model(other)
     fewer = embedding.Gecko(dataclasses.replace(tiny_files, mrl_dims=(16,)))
-    with pytest.raises(ValueError, match="dim=8: .* not trained"):
+    with pytest.raises(ValueError, match=r"dim=8: .* not trained"):
         built.check_model(fewer)
 
     source.write_text('{"_id": "p0", "text": "changed"}\n')
