@@ -76,21 +76,21 @@ def evaluate(
         quantization.check_precision(precision)
     # Read all sets first, so that an error in the last one does not waste the others.
     all_sets = list(sets.load_all(paths))
-    for found in all_sets:
-        judgements.check(found)
+    for dataset in all_sets:
+        judgements.check(dataset)
     fresh = _untrained(gecko) if untrained else None
     rows: list[tables.Row] = []
-    for found in all_sets:
-        rows += _judge(gecko, found, dims, task, precisions=precisions)
+    for dataset in all_sets:
+        rows += _judge(gecko, dataset, dims, task, precisions=precisions)
         for name, other in others.items():
-            rows += _judge(other, found, others_dims[name], task, name)
+            rows += _judge(other, dataset, others_dims[name], task, name)
         if fresh:
-            rows += _judge(fresh, found, dims, task, tables.UNTRAINED)
-        if baselines and isinstance(found, sets.RetrievalSet):
-            rows += retrieval_scores.score_bm25(found)
+            rows += _judge(fresh, dataset, dims, task, tables.UNTRAINED)
+        if baselines and isinstance(dataset, sets.RetrievalSet):
+            rows += retrieval_scores.score_bm25(dataset)
             for idf in (False, True):
                 rows += retrieval_scores.score_bag_of_words(
-                    gecko.vocabulary, found, dim=dims[-1], idf=idf
+                    gecko.vocabulary, dataset, dim=dims[-1], idf=idf
                 )
     about = _describe(gecko, dims, task, all_sets)
     about["beside"] = {name: other.revision for name, other in others.items()}
@@ -99,30 +99,30 @@ def evaluate(
 
 def _judge(
     gecko: embedding.Gecko,
-    found: sets.EvaluationSet,
+    dataset: sets.EvaluationSet,
     dims: Sequence[int],
     task: str | None = None,
     system: str = tables.MODEL,
     precisions: Sequence[str] = (quantization.FLOAT32,),
 ) -> list[tables.Row]:
     """Returns the rows of one system on one set."""
-    if isinstance(found, sets.RetrievalSet):
+    if isinstance(dataset, sets.RetrievalSet):
         return retrieval_scores.score_model(
-            gecko, found, dims, task, system, precisions
+            gecko, dataset, dims, task, system, precisions
         )
-    build = functools.partial(tables.Row, found.name, system, task=tables.ALL)
-    if isinstance(found, sets.SimilaritySet):
-        count = len(found.scores)
+    build = functools.partial(tables.Row, dataset.name, system, task=tables.ALL)
+    if isinstance(dataset, sets.SimilaritySet):
+        count = len(dataset.scores)
         sides = [
             encode_symmetric(gecko, side, "STS", task)
-            for side in (found.sentences1, found.sentences2)
+            for side in (dataset.sentences1, dataset.sentences2)
         ]
         rows = []
         for dim in dims:
             first, second = (embedding.cut(side, dim) for side in sides)
             for precision in precisions:
                 decoded = quantization.encode(second, precision).decode()
-                value = _correlate(first, embedding.cut(decoded, dim), found.scores)
+                value = _correlate(first, embedding.cut(decoded, dim), dataset.scores)
                 metrics = {"spearman": value}
                 rows.append(
                     build(dim, count=count, metrics=metrics, precision=precision)
@@ -130,17 +130,17 @@ def _judge(
         return rows
     train, test = (
         encode_symmetric(gecko, part.texts, "Classification", task)
-        for part in (found.train, found.test)
+        for part in (dataset.train, dataset.test)
     )
     rows = []
     for dim in dims:
         accuracy = classification.accuracy(
             embedding.cut(train, dim),
-            found.train.labels,
+            dataset.train.labels,
             embedding.cut(test, dim),
-            found.test.labels,
+            dataset.test.labels,
         )
-        count = len(found.test.labels)
+        count = len(dataset.test.labels)
         rows.append(build(dim, count=count, metrics={"accuracy": accuracy}))
     return rows
 
@@ -221,11 +221,11 @@ def build_callback(
     max_queries = config.evaluation.max_queries
     # Read the sets now: a missing or broken set must stop the run at its start.
     all_sets = [
-        found.limit(max_queries, 10 * max_queries)
-        for found in sets.load(config.evaluation.folder)
+        dataset.limit(max_queries, 10 * max_queries)
+        for dataset in sets.load(config.evaluation.folder)
     ]
-    for found in all_sets:
-        judgements.check(found)
+    for dataset in all_sets:
+        judgements.check(dataset)
 
     def evaluate_now(params: Any, step: int) -> dict[str, float]:
         model_files = model_folder.load_settings(pathlib.Path(workdir))
@@ -234,8 +234,8 @@ def build_callback(
         )
         # Means over the sets: {"ndcg_at_10/256": ..., "spearman/256": ...}.
         values: dict[str, list[float]] = collections.defaultdict(list)
-        for found in all_sets:
-            for row in _judge(gecko, found, gecko.dims):
+        for dataset in all_sets:
+            for row in _judge(gecko, dataset, gecko.dims):
                 if row.task == tables.ALL:
                     for name, value in row.metrics.items():
                         values[f"{name}/{row.dim}"].append(value)

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from absl import logging
 
 from gecko_jax.evaluation import sets
@@ -40,7 +41,7 @@ _IGNORES_OWN = frozenset(
 MOST_STEPS = 1_000_000
 
 
-def check(found: sets.EvaluationSet) -> None:
+def check(dataset: sets.EvaluationSet) -> None:
     """Checks that the judgements of a set can rank systems.
 
     Logs a warning if no relevant passage of some query is in the corpus, or if every
@@ -50,47 +51,46 @@ def check(found: sets.EvaluationSet) -> None:
         ValueError: No relevant passage is in the corpus, or all pairs of a similarity
             set have the same gold score.
     """
-    if isinstance(found, sets.SimilaritySet) and len(set(found.scores.tolist())) < 2:
+    name = dataset.name
+    if isinstance(dataset, sets.SimilaritySet) and np.ptp(dataset.scores) == 0:
         raise ValueError(
-            f"{found.name}: all {wording.counted(len(found.scores), 'pair')} have the "
-            f"gold score {found.scores[0]:g}, so they have no order; add pairs with "
-            "other scores"
+            f"{name}: all {wording.counted(len(dataset.scores), 'pair')} have the gold "
+            f"score {dataset.scores[0]:g}; add pairs with other scores"
         )
-    if not isinstance(found, sets.RetrievalSet):
+    if not isinstance(dataset, sets.RetrievalSet):
         return
-    corpus = frozenset(found.passage_ids)
+    corpus = frozenset(dataset.passage_ids)
     relevant = {
-        query: [p for p, grade in found.relevance[query].items() if grade > 0]
-        for query in found.query_ids
+        query: [p for p, grade in dataset.relevance[query].items() if grade > 0]
+        for query in dataset.query_ids
     }
     lost = [query for query, ids in relevant.items() if corpus.isdisjoint(ids)]
     if not any(relevant.values()):
         raise ValueError(
-            f"{found.name}: no query has a relevant passage, so every score would be "
-            "0; add a judgement with a grade above 0"
+            f"{name}: no query has a relevant passage; add a judgement with a "
+            "grade above 0"
         )
     if len(lost) == len(relevant):
         absent = next(passage for group in relevant.values() for passage in group)
         raise ValueError(
-            f"{found.name}: the relevant passages of all queries, such as {absent!r}, "
-            "are absent from the corpus, which has ids such as "
-            f"{found.passage_ids[0]!r}, so every score would be 0; use the ids of this "
-            "corpus in the judgements"
+            f"{name}: the relevant passages of all queries, such as {absent!r}, are "
+            f"absent from the corpus, with ids such as {dataset.passage_ids[0]!r}; use "
+            "the ids of this corpus in the judgements"
         )
     if lost:
         logging.warning(
             "%s: %d of %d queries, such as %r, score 0 because none of their relevant "
             "passages is in the corpus",
-            found.name,
+            name,
             len(lost),
             len(relevant),
             lost[0],
         )
-    if all(_is_flat(found.relevance[query], corpus) for query in relevant):
+    if all(_is_flat(dataset.relevance[query], corpus) for query in relevant):
         logging.warning(
             "%s: every query has the same grade for all passages of the corpus, so all "
             "rankings score the same",
-            found.name,
+            name,
         )
 
 
@@ -100,20 +100,20 @@ def _is_flat(grades: Mapping[str, int | float], corpus: frozenset[str]) -> bool:
     return len({grades.get(passage) for passage in corpus}) == 1
 
 
-def find_own(found: sets.RetrievalSet) -> frozenset[str]:
+def find_own(dataset: sets.RetrievalSet) -> frozenset[str]:
     """Returns the queries whose own passage is left out of their ranking.
 
     A judged passage is never left out. Any other own passage is left out if the mteb
     task of this name ignores identical ids, or if its text is the query.
     """
-    rows = {passage: row for row, passage in enumerate(found.passage_ids)}
-    ignores_own = _plain(found.name) in _IGNORES_OWN
+    rows = {passage: row for row, passage in enumerate(dataset.passage_ids)}
+    ignores_own = _plain(dataset.name) in _IGNORES_OWN
     own = []
-    for query, content in zip(found.query_ids, found.queries, strict=True):
-        if query not in rows or query in found.relevance[query]:
+    for query, content in zip(dataset.query_ids, dataset.queries, strict=True):
+        if query not in rows or query in dataset.relevance[query]:
             continue
         row = rows[query]
-        title, body = found.titles[row], found.texts[row]
+        title, body = dataset.titles[row], dataset.texts[row]
         same = {text_formats.clean(body), text_formats.clean(f"{title} {body}")}
         if ignores_own or text_formats.clean(content) in same:
             own.append(query)
@@ -126,17 +126,17 @@ def _plain(name: str) -> str:
 
 
 def leave_out_own(
-    found: sets.RetrievalSet, rankings: Sequence[Sequence[str]]
+    dataset: sets.RetrievalSet, rankings: Sequence[Sequence[str]]
 ) -> list[list[str]]:
     """Returns the rankings, one per query, without the own passages of `find_own`."""
-    own = find_own(found)
+    own = find_own(dataset)
     return [
         [passage for passage in ranked if passage != query or query not in own]
-        for query, ranked in zip(found.query_ids, rankings, strict=True)
+        for query, ranked in zip(dataset.query_ids, rankings, strict=True)
     ]
 
 
-def for_trec(found: sets.RetrievalSet) -> sets.RetrievalSet:
+def for_trec(dataset: sets.RetrievalSet) -> sets.RetrievalSet:
     """Returns the set in a form for which mteb computes the scores of `judge`.
 
     trec_eval needs integer grades, so the grades of a query are multiplied by one
@@ -146,18 +146,18 @@ def for_trec(found: sets.RetrievalSet) -> sets.RetrievalSet:
     Raises:
         ValueError: The grades of a query need more than `MOST_STEPS` steps.
     """
-    own, taken = find_own(found), {*found.passage_ids, *found.query_ids}
-    corpus = frozenset(found.passage_ids)
-    query_ids, relevance = [], dict(found.relevance)
-    for query in found.query_ids:
+    own, taken = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
+    corpus = frozenset(dataset.passage_ids)
+    query_ids, relevance = [], dict(dataset.relevance)
+    for query in dataset.query_ids:
         name = query
         if query in corpus and query not in own:
             while name in taken:
                 name = f"query {name}"
             taken.add(name)
         query_ids.append(name)
-        relevance[name] = _whole(found.name, query, relevance.pop(query))
-    return dataclasses.replace(found, query_ids=tuple(query_ids), relevance=relevance)
+        relevance[name] = _whole(dataset.name, query, relevance.pop(query))
+    return dataclasses.replace(dataset, query_ids=tuple(query_ids), relevance=relevance)
 
 
 def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str, int]:

@@ -25,7 +25,7 @@ _TYPES: Mapping[type, tuple[Any, str, str]] = {
 _SPLIT = "test"
 
 
-def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
+def build(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
     """Returns the mteb task of an evaluation set.
 
     Raises:
@@ -36,21 +36,21 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
     from mteb import abstasks
     from mteb.abstasks import task_metadata
 
-    judgements.check(found)
-    if isinstance(found, sets.RetrievalSet):
-        if num_own := len(judgements.find_own(found)):
+    judgements.check(dataset)
+    if isinstance(dataset, sets.RetrievalSet):
+        if num_own := len(judgements.find_own(dataset)):
             logging.info(
                 "%s: %s with the id of the query left out of rankings",
-                found.name,
+                dataset.name,
                 wording.counted(num_own, "passage"),
             )
-        found = judgements.for_trec(found)
-    kind, class_name, main_score = _TYPES[type(found)]
+        dataset = judgements.for_trec(dataset)
+    kind, class_name, main_score = _TYPES[type(dataset)]
     metadata = task_metadata.TaskMetadata(
-        name=found.name,
+        name=dataset.name,
         description=f"A local {kind} task.",
         # mteb ignores saved results of another revision of the data set.
-        dataset={"path": found.name, "revision": _revision(found)},
+        dataset={"path": dataset.name, "revision": _revision(dataset)},
         type=kind,
         category="t2c" if kind == "Classification" else "t2t",
         modalities=["text"],
@@ -61,13 +61,13 @@ def build(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
     members: dict[str, Any] = {"metadata": metadata}
     if kind == "Retrieval":  # `judgements.for_trec` has renamed the other queries.
         members["ignore_identical_ids"] = True
-    task = type(found.name, (getattr(abstasks, class_name),), members)()
-    task.dataset = _build_dataset(gecko, found)
+    task = type(dataset.name, (getattr(abstasks, class_name),), members)()
+    task.dataset = _build_dataset(gecko, dataset)
     task.data_loaded = True  # mteb neither loads nor unloads it.
     return task
 
 
-def _build_dataset(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
+def _build_dataset(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
     """Returns the set in the layout of mteb's task type."""
     import datasets
 
@@ -75,44 +75,44 @@ def _build_dataset(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
         lists = {name: list(column) for name, column in values.items()}
         return datasets.Dataset.from_dict(lists)
 
-    if isinstance(found, sets.SimilaritySet):
+    if isinstance(dataset, sets.SimilaritySet):
         return {
             _SPLIT: columns(
-                sentence1=found.sentences1,
-                sentence2=found.sentences2,
-                score=found.scores,
+                sentence1=dataset.sentences1,
+                sentence2=dataset.sentences2,
+                score=dataset.scores,
             )
         }
-    if isinstance(found, sets.ClassificationSet):
-        number = {label: n for n, label in enumerate(sorted(set(found.train.labels)))}
-        parts = {"train": found.train, _SPLIT: found.test}
+    if isinstance(dataset, sets.ClassificationSet):
+        number = {label: n for n, label in enumerate(sorted(set(dataset.train.labels)))}
+        parts = {"train": dataset.train, _SPLIT: dataset.test}
         return datasets.DatasetDict(
             {
                 split: columns(text=part.texts, label=[number[n] for n in part.labels])
                 for split, part in parts.items()
             }
         )
-    tasks = retrieval_scores.resolve_tasks(gecko, found)
+    tasks = retrieval_scores.resolve_tasks(gecko, dataset)
     symmetric = {t for t in tasks if gecko.files.text_format.is_symmetric(t)}
     if symmetric and len(set(tasks)) > 1:
         raise ValueError(
-            f"{found.name}: mteb cannot mix queries of the symmetric task "
+            f"{dataset.name}: mteb cannot mix queries of the symmetric task "
             f"{min(symmetric)!r} with other tasks; make a folder of each, or score "
             "them together with gecko evaluate FOLDER"
         )
     corpus: dict[str, Any] = {
-        "id": found.passage_ids,
-        "title": found.titles,
-        "text": found.texts,
+        "id": dataset.passage_ids,
+        "title": dataset.titles,
+        "text": dataset.texts,
     }
     if symmetric:
-        corpus[mteb_encoder.TASK_COLUMN] = [tasks[0]] * len(found.texts)
+        corpus[mteb_encoder.TASK_COLUMN] = [tasks[0]] * len(dataset.texts)
     queries = {
-        "id": found.query_ids,
-        "text": found.queries,
+        "id": dataset.query_ids,
+        "text": dataset.queries,
         mteb_encoder.TASK_COLUMN: tasks,
     }
-    relevance = {query: dict(found.relevance[query]) for query in found.query_ids}
+    relevance = {query: dict(dataset.relevance[query]) for query in dataset.query_ids}
     retrieval = {
         "corpus": columns(**corpus),
         "queries": columns(**queries),
@@ -122,7 +122,7 @@ def _build_dataset(gecko: embedding.Gecko, found: sets.EvaluationSet) -> Any:
     return {"default": {_SPLIT: retrieval}}
 
 
-def _revision(found: sets.EvaluationSet) -> str:
+def _revision(dataset: sets.EvaluationSet) -> str:
     """Returns a digest of the content of a set."""
-    content = json.dumps(vars(found), sort_keys=True, default=list).encode()
+    content = json.dumps(vars(dataset), sort_keys=True, default=list).encode()
     return hashlib.sha256(content).hexdigest()[:12]

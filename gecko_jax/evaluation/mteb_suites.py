@@ -77,8 +77,8 @@ def run(
     mteb = _import_mteb()
     if jax.process_count() > 1:
         raise ValueError(
-            f"{jax.process_count()} processes: evaluation runs in one process, on all "
-            "devices of its machine; start it on one machine"
+            f"{jax.process_count()} processes: evaluation runs in one process; start "
+            "it on one machine"
         )
     dims = tuple(sorted({gecko.check_dim(dim) for dim in config.dims or gecko.dims}))
     gecko = _share(gecko, config.mesh)
@@ -205,10 +205,10 @@ class Runner:
 
     def _load(self, task: Any, one: mteb_encoder.Encoder) -> Any:
         """Returns the result of the task if it is complete, else None."""
-        found = self._read(task, one)
-        if found is None or found.get_missing_evaluations(task):
+        result = self._read(task, one)
+        if result is None or result.get_missing_evaluations(task):
             return None
-        return found.validate_and_filter_scores(task)
+        return result.validate_and_filter_scores(task)
 
     def _strategy(self, task: Any, one: mteb_encoder.Encoder) -> str:
         # After a local file has changed, mteb would otherwise keep the old result.
@@ -220,16 +220,15 @@ class Runner:
         """Returns the saved result of the task, None if it is for other data."""
         meta = one.mteb_model_meta
         try:
-            found = self._cache.load_task_result(task.metadata.name, meta)
+            result = self._cache.load_task_result(task.metadata.name, meta)
         except (ValueError, KeyError) as error:
             path = self._cache.get_task_result_path(task.metadata.name, meta)
             raise ValueError(
-                f"{path}: damaged ({_first_line(error)}); remove it to run the task "
-                "again"
+                f"{path}: damaged ({_first_line(error)}); remove it and run again"
             ) from error
-        if found is None or task.is_aggregate:
-            return found
-        return found if found.dataset_revision == task.metadata.revision else None
+        if result is None or task.is_aggregate:
+            return result
+        return result if result.dataset_revision == task.metadata.revision else None
 
     def _check_hub(self) -> None:
         """Switches to offline mode if the hub is unreachable.
@@ -265,10 +264,6 @@ def _import_mteb() -> Any:
         raise ImportError(
             'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
         ) from error
-    if not hasattr(mteb, "ResultCache"):
-        raise ImportError(
-            'mteb is older than 2.0; upgrade it with pip install "gecko-jax[eval]"'
-        )
     return mteb
 
 
@@ -286,15 +281,14 @@ def _choose(
     if config.tasks:
         chosen[TASKS] = [_get_task(mteb, name) for name in config.tasks]
     if config.folders:
-        found = [one for path in config.folders for one in sets.load(path)]
-        names = [one.name for one in found]
+        local_sets = [one for path in config.folders for one in sets.load(path)]
+        names = [one.name for one in local_sets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"folders: two sets have the name {twice[0]!r}, so their results would "
-                "overwrite each other; rename one"
+                f"folders: two sets have the name {twice[0]!r}; rename one"
             )
-        chosen[LOCAL] = [local_tasks.build(gecko, one) for one in found]
+        chosen[LOCAL] = [local_tasks.build(gecko, one) for one in local_sets]
     return chosen
 
 

@@ -27,15 +27,15 @@ _METRICS: Mapping[str, Callable[..., float]] = {
 
 def score_model(
     gecko: embedding.Gecko,
-    found: sets.RetrievalSet,
+    dataset: sets.RetrievalSet,
     dims: Sequence[int],
     task: str | None = None,
     system: str = tables.MODEL,
     precisions: Sequence[str] = (quantization.FLOAT32,),
 ) -> list[tables.Row]:
     """Returns the rows of a model; see `judge.evaluate`."""
-    tasks = resolve_tasks(gecko, found, task)
-    queries = gecko.encode_queries(found.queries, tasks)
+    tasks = resolve_tasks(gecko, dataset, task)
+    queries = gecko.encode_queries(dataset.queries, tasks)
     # Passages of a symmetric task get the format of its queries.
     is_symmetric = gecko.files.text_format.is_symmetric
     passage_tasks = [name if is_symmetric(name) else None for name in tasks]
@@ -43,17 +43,17 @@ def score_model(
     rankings: dict[tuple[int, str], list[list[str]]] = {
         kind: [[]] * len(tasks) for kind in kinds
     }
-    order = ranking.tie_order(found.passage_ids)
-    ids = [found.passage_ids[position] for position in order]
+    order = ranking.tie_order(dataset.passage_ids)
+    ids = [dataset.passage_ids[position] for position in order]
     suffix = "" if system == tables.MODEL else f", {system}"
     for passage_task in dict.fromkeys(passage_tasks):
         members = [q for q, name in enumerate(passage_tasks) if name == passage_task]
         passages = gecko.encode(
-            found.texts,
+            dataset.texts,
             side="passage",
             task=passage_task,
-            titles=found.titles,
-            description=f"Encoding {found.name}{suffix}",
+            titles=dataset.titles,
+            description=f"Encoding {dataset.name}{suffix}",
         )[order]
         for dim, precision in kinds:
             codes = quantization.encode(embedding.cut(passages, dim), precision)
@@ -63,12 +63,12 @@ def score_model(
     return [
         row
         for dim, precision in kinds
-        for row in _score(found, system, dim, rankings[dim, precision], precision)
+        for row in _score(dataset, system, dim, rankings[dim, precision], precision)
     ]
 
 
 def resolve_tasks(
-    gecko: embedding.Gecko, found: sets.RetrievalSet, task: str | None = None
+    gecko: embedding.Gecko, dataset: sets.RetrievalSet, task: str | None = None
 ) -> list[str]:
     """Returns the task of each query.
 
@@ -76,7 +76,7 @@ def resolve_tasks(
     """
     known = gecko.task_descriptions
     fallback = task or embedding.DEFAULT_TASK
-    return [name if name in known else fallback for name in found.tasks]
+    return [name if name in known else fallback for name in dataset.tasks]
 
 
 def _rank(
@@ -111,16 +111,16 @@ def _rank(
     return ranked
 
 
-def score_bm25(found: sets.RetrievalSet) -> list[tables.Row]:
+def score_bm25(dataset: sets.RetrievalSet) -> list[tables.Row]:
     """Returns the rows of BM25."""
     passages = [
         f"{title} {text}".strip()
-        for title, text in zip(found.titles, found.texts, strict=True)
+        for title, text in zip(dataset.titles, dataset.texts, strict=True)
     ]
     ranked = ranking.bm25_rankings(
-        found.queries, passages, found.passage_ids, DEPTH + 1
+        dataset.queries, passages, dataset.passage_ids, DEPTH + 1
     )
-    rows = _score(found, tables.BM25, None, ranked)
+    rows = _score(dataset, tables.BM25, None, ranked)
     if any(ranked):
         return rows
     return [dataclasses.replace(row, note=tables.NO_HIT) for row in rows]
@@ -128,7 +128,7 @@ def score_bm25(found: sets.RetrievalSet) -> list[tables.Row]:
 
 def score_bag_of_words(
     vocab: vocabularies.Vocabulary,
-    found: sets.RetrievalSet,
+    dataset: sets.RetrievalSet,
     *,
     dim: int,
     idf: bool,
@@ -141,13 +141,13 @@ def score_bag_of_words(
     table = np.random.default_rng(seed).standard_normal((vocab.size, dim), np.float32)
     passages = [
         f"{title} {text}" if title else text
-        for title, text in zip(found.titles, found.texts, strict=True)
+        for title, text in zip(dataset.titles, dataset.texts, strict=True)
     ]
-    order = ranking.tie_order(found.passage_ids)
+    order = ranking.tie_order(dataset.passage_ids)
     # The last token of each text is the end of sequence.
     corpus_tokens, query_tokens = (
         [np.array(ids[:-1], np.int64) for ids in vocab.encode(texts)]
-        for texts in ([passages[position] for position in order], found.queries)
+        for texts in ([passages[position] for position in order], dataset.queries)
     )
     if idf:
         frequency = np.zeros(vocab.size)
@@ -161,38 +161,38 @@ def score_bag_of_words(
     )
     ranked = _rank(
         quantization.encode(corpus, quantization.FLOAT32),
-        [found.passage_ids[position] for position in order],
+        [dataset.passage_ids[position] for position in order],
         queries,
     )
-    return _score(found, tables.IDF_BAG if idf else tables.BAG, dim, ranked)
+    return _score(dataset, tables.IDF_BAG if idf else tables.BAG, dim, ranked)
 
 
 def _score(
-    found: sets.RetrievalSet,
+    dataset: sets.RetrievalSet,
     system: str,
     dim: int | None,
     rankings: Sequence[Sequence[str]],
     precision: str = quantization.FLOAT32,
 ) -> list[tables.Row]:
     """Returns a row for all queries and, if there are several tasks, one per task."""
-    rankings = judgements.leave_out_own(found, rankings)
+    rankings = judgements.leave_out_own(dataset, rankings)
     scores = {
         name: np.array(
             [
-                metric(ranked, found.relevance[query])
-                for query, ranked in zip(found.query_ids, rankings, strict=True)
+                metric(ranked, dataset.relevance[query])
+                for query, ranked in zip(dataset.query_ids, rankings, strict=True)
             ]
         )
         for name, metric in _METRICS.items()
     }
-    tasks = np.array(found.tasks)
-    names = sorted(set(found.tasks))
+    tasks = np.array(dataset.tasks)
+    names = sorted(set(dataset.tasks))
     groups = [(tables.ALL, np.ones(len(tasks), bool))]
     if len(names) > 1:
         groups += [(name or "no task", tasks == name) for name in names]
     return [
         tables.Row(
-            set=found.name,
+            set=dataset.name,
             system=system,
             dim=dim,
             task=name,

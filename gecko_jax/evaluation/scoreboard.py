@@ -113,9 +113,9 @@ def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]
     for task in tasks:
         if dim in task.scores:
             kinds[task.kind].append(100 * task.scores[dim])
-    columns = {kind: _mean(found) for kind, found in sorted(kinds.items())}
-    columns[MEAN] = _mean([score for found in kinds.values() for score in found])
-    of_types = [float(np.mean(found)) for found in kinds.values() if found]
+    columns = {kind: _mean(scores) for kind, scores in sorted(kinds.items())}
+    columns[MEAN] = _mean([score for scores in kinds.values() for score in scores])
+    of_types = [float(np.mean(scores)) for scores in kinds.values() if scores]
     columns[_MEAN_OF_TYPES] = (_mean(of_types)[0], columns[MEAN][1])
     return columns
 

@@ -143,7 +143,7 @@ def load(path: str | os.PathLike) -> list[EvaluationSet]:
     Raises:
         ValueError: There is no set, or a file has an error.
     """
-    return [found for _, found in _load_with_paths(path)]
+    return [dataset for _, dataset in _load_with_paths(path)]
 
 
 def load_all(paths: Sequence[str | os.PathLike]) -> Iterator[EvaluationSet]:
@@ -153,10 +153,10 @@ def load_all(paths: Sequence[str | os.PathLike]) -> Iterator[EvaluationSet]:
     """
     names: dict[pathlib.Path, str] = {}
     for path in paths:
-        for place, found in _load_with_paths(path):
+        for place, dataset in _load_with_paths(path):
             if place not in names:
-                names[place] = name = _unique_name(found.name, place, names)
-                yield dataclasses.replace(found, name=name)
+                names[place] = name = _unique_name(dataset.name, place, names)
+                yield dataclasses.replace(dataset, name=name)
 
 
 def _unique_name(
@@ -180,10 +180,10 @@ def _load_with_paths(
         root = QUICKSTART
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; check the path")
-    if found := _load_one(root):
-        return [(root.resolve(), found)]
+    if dataset := _load_one(root):
+        return [(root.resolve(), dataset)]
     children = sorted(root.iterdir()) if root.is_dir() else []
-    several = [(c.resolve(), found) for c in children if (found := _load_one(c))]
+    several = [(c.resolve(), dataset) for c in children if (dataset := _load_one(c))]
     if not several:
         raise ValueError(
             f"{root}: nothing to evaluate; it must be a folder in the BEIR layout "
@@ -288,10 +288,8 @@ def _load_similarity(path: pathlib.Path) -> SimilaritySet:
         for place, row in columns.read(path, _PAIR)
     ]
     if len(rows) < 2:
-        raise ValueError(
-            f"{path}: {wording.counted(len(rows), 'pair')}; Spearman's correlation "
-            "needs at least 2"
-        )
+        counted = wording.counted(len(rows), "pair")
+        raise ValueError(f"{path}: {counted}; Spearman's correlation needs 2 or more")
     first, second, scores = zip(*rows, strict=True)
     return SimilaritySet(_stem(path), first, second, np.array(scores, np.float64))
 

@@ -66,8 +66,7 @@ class Gecko:
         if self.vocabulary.size > vocab_size:
             raise ValueError(
                 f"the vocabulary has {self.vocabulary.size:,} ids and the model has "
-                f"vocab_size={vocab_size:,}; use the vocabulary that the model was "
-                "trained with"
+                f"vocab_size={vocab_size:,}; use the vocabulary of the training"
             )
         self._params, self._sharding = _place(model_files.params)
         # Drops the reference to the arrays that were read from a file.
@@ -107,15 +106,10 @@ class Gecko:
         dim: int | None = None,
         description: str | None = None,
     ) -> Float[np.ndarray, "Q E"]:
-        """Returns one normalized vector per query, in order.
+        """Like `encode` for queries.
 
-        Args:
-            texts: The queries, without any prefix.
-            task: Name in `task_descriptions`, or a description in plain words; one for
-                all queries, or one for each. A model with prompts uses its prompt
-                "query" for an unknown task.
-            dim: One of `dims`; None is the largest.
-            description: Label of the progress bar; None shows none.
+        `task` is a name in `task_descriptions` or a description in plain words. A model
+        with prompts uses its prompt "query" for an unknown task.
         """
         return self.encode(
             texts, side="query", task=task, dim=dim, description=description
@@ -129,14 +123,7 @@ class Gecko:
         dim: int | None = None,
         description: str | None = None,
     ) -> Float[np.ndarray, "P E"]:
-        """Returns one normalized vector per passage, in order.
-
-        Args:
-            texts: The passages, without any prefix.
-            titles: One per passage, None or "" for no title.
-            dim: One of `dims`; None is the largest.
-            description: Label of the progress bar; None shows none.
-        """
+        """Like `encode` for passages; a title may be None or "" for no title."""
         return self.encode(
             texts, side="passage", titles=titles, dim=dim, description=description
         )
@@ -162,7 +149,7 @@ class Gecko:
                 its queries.
             task: Name or description; one for all texts, or one for each. None is
                 "search result" for queries, and no task for passages.
-            titles: Titles of passages.
+            titles: Titles of passages, None or "" for no title.
             dim: One of `dims`; None is the largest.
             max_length: Maximum number of tokens per text; None is the training length.
             description: Label of the progress bar; None shows none.
@@ -203,9 +190,8 @@ class Gecko:
         finite = np.all(np.isfinite(projected), axis=1)[row_of]
         if not finite.all():
             raise ValueError(
-                f"texts[{int(np.argmin(finite))}]: its vector is not finite because "
-                f"the weights of model {self.revision} are too large; use an earlier "
-                "checkpoint"
+                f"texts[{int(np.argmin(finite))}]: its vector is not finite, as the "
+                "weights of the model are too large; use an earlier checkpoint"
             )
         vectors = cut(projected, dim, self.files.encoder_config.l2_epsilon)
         return vectors if len(rows) == len(texts) else vectors[row_of]

@@ -23,7 +23,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from gecko_jax.io import wording
 from gecko_jax.text import word_rule
 
 
@@ -74,10 +73,7 @@ def spearman(
     The result is 0 if either side is constant.
     """
     if len(predicted) < 2:
-        raise ValueError(
-            f"{wording.counted(len(predicted), 'pair')}: Spearman's correlation needs "
-            "at least 2"
-        )
+        raise ValueError(f"{len(predicted)} pairs: Spearman needs at least 2")
     ranks = np.stack([_mean_ranks(predicted), _mean_ranks(gold)])
     ranks -= ranks.mean(axis=1, keepdims=True)
     norms = np.sqrt((ranks**2).sum(axis=1))

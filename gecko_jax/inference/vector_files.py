@@ -8,7 +8,7 @@ vectors/shard-00001.npz   ...
 import itertools
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -64,6 +64,7 @@ def embed_file(
     quantization.check_precision(precision)
     if shard_rows < 1:
         raise ValueError(f"shard_rows={shard_rows}: it must be at least 1")
+    dim = gecko.check_dim(dim)
     # Read the whole file first: a bad line must not surface after hours of work.
     num_texts = sum(1 for _ in text_files.read_texts(source))
     if not num_texts:
@@ -73,7 +74,7 @@ def embed_file(
         {
             "format": 1,
             "revision": gecko.revision,
-            "dim": gecko.check_dim(dim),
+            "dim": dim,
             "side": side,
             "task": task,
             "max_length": max_length,
@@ -93,13 +94,9 @@ def embed_file(
             done += len(records)
             path = _shard_path(folder, shard)
             ids = [record.id for record in records]
-            loaded = _load_shard(path)
-            if (
-                loaded is not None
-                and loaded.ids == ids
-                and (ranges is None or np.array_equal(loaded.ranges, ranges))
-            ):
-                ranges = loaded.ranges
+            loaded = _load_shard(path, precision, dim, ranges)
+            if loaded is not None and loaded[0] == ids:
+                ranges = loaded[1].ranges
                 bar.skip(done)
                 continue
             if path.exists():
@@ -135,8 +132,7 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
         )
     except FileNotFoundError:
         raise ValueError(
-            f"{folder}: no {_SETTINGS}, so not a folder of `gecko embed`; check the "
-            "path"
+            f"{folder}: no {_SETTINGS}; pass a folder of `gecko embed`"
         ) from None
 
 
@@ -174,19 +170,13 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
     ranges = None
     ids: list[str] = []
     for shard, path in enumerate(paths):
-        loaded = _load_shard(path)
         rows = values[len(ids) : len(ids) + shard_rows]
-        if (
-            loaded is None
-            or len(loaded.ids) != len(rows)
-            or (loaded.vectors.dtype, loaded.vectors.shape) != (rows.dtype, rows.shape)
-            or (loaded.ranges is None) == (precision == quantization.INT8)
-            or (ranges is not None and not np.array_equal(loaded.ranges, ranges))
-        ):
+        loaded = _load_shard(path, precision, dim, ranges)
+        if loaded is None or len(loaded[0]) != len(rows):
             raise damaged(shard)
-        rows[...] = loaded.vectors
-        ranges = loaded.ranges
-        ids.extend(loaded.ids)
+        rows[...] = loaded[1].values
+        ranges = loaded[1].ranges
+        ids += loaded[0]
     return ids, quantization.Codes(values, precision, dim, ranges)
 
 
@@ -214,16 +204,13 @@ def _shard_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
     return writing.member(folder, f"shard-{shard:05}.npz")
 
 
-class _Shard(NamedTuple):
-    """Arrays of a shard; `ranges` is None unless the precision is int8."""
+def _load_shard(
+    path: pathlib.Path, precision: str, dim: int, ranges: np.ndarray | None
+) -> tuple[list[str], quantization.Codes] | None:
+    """Returns ids and codes, None if the shard is missing, damaged or of another kind.
 
-    ids: list[str]
-    vectors: np.ndarray
-    ranges: Any
-
-
-def _load_shard(path: pathlib.Path) -> _Shard | None:
-    """Returns the arrays of a shard, None if it is missing or damaged."""
+    `ranges` are those of the shards before it.
+    """
     try:
         # If numpy opened a damaged file itself, it would leave the file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
@@ -231,14 +218,18 @@ def _load_shard(path: pathlib.Path) -> _Shard | None:
             sizes = [member.file_size for member in shard.zip.infolist()]
             if sum(sizes) > path.stat().st_size:
                 return None
-            ids, vectors, ranges = (
-                shard.get(name) for name in ("ids", "vectors", "ranges")
-            )
-            if ids.ndim != 1 or ids.dtype.kind != "U":
-                return None
-            # numpy returns a member that is not an array as bytes.
-            if not isinstance(vectors, np.ndarray) or isinstance(ranges, bytes):
-                return None
-            return _Shard(ids.tolist(), vectors, ranges)
+            arrays: list[Any] = [shard.get(n) for n in ("ids", "vectors", "ranges")]
+        ids, values, own = arrays
+        is_valid = (
+            ids.ndim == 1
+            and ids.dtype.kind == "U"
+            and values.dtype == quantization.dtype(precision)
+            and values.shape == (len(ids), quantization.width(precision, dim))
+            and (own is None) == (precision != quantization.INT8)
+            and (own is None or own.shape == (2, dim))
+            and (ranges is None or np.array_equal(own, ranges))
+        )
     except Exception:  # numpy and zipfile raise many types for a damaged file.
         return None
+    codes = quantization.Codes(values, precision, dim, own)
+    return (ids.tolist(), codes) if is_valid else None

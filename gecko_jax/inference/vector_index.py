@@ -94,8 +94,7 @@ class Index:
         for name, part in (("ids", ids), ("titles", titles), ("texts", texts)):
             if part is not None and len(part) != len(vectors):
                 raise ValueError(
-                    f"{len(part):,} {name} for {len(vectors):,} vectors: pass one for "
-                    "each vector"
+                    f"{len(part):,} {name} for {len(vectors):,} vectors: pass one each"
                 )
         if not isinstance(vectors, quantization.Codes):
             vectors = quantization.encode(vectors, quantization.FLOAT32)
@@ -110,8 +109,7 @@ class Index:
         row = _first_not_finite(self.codes.values)
         if row is not None:
             raise ValueError(
-                f"the vector of {self.ids[row]!r} is not finite; embed the passages "
-                "with a model whose weights are finite"
+                f"the vector of {self.ids[row]!r} is not finite; use another model"
             )
         self._resident: list[Array] | None = None
 
@@ -141,8 +139,7 @@ class Index:
         if self.revision and self.revision != gecko.revision:
             raise ValueError(
                 f"the index was built with model revision {self.revision}, not "
-                f"{gecko.revision}, and their vectors cannot be compared; search with "
-                "that model, or embed and index the passages with this one"
+                f"{gecko.revision}; search with that model, or build the index again"
             )
         gecko.check_dim(self.dim)
 
@@ -163,19 +160,15 @@ class Index:
         """Like `search`, with positions in the corpus instead of ids."""
         if queries.ndim != 2:
             raise ValueError(
-                f"queries have shape {queries.shape}: pass one row per query, "
-                "[queries, dims]"
+                f"queries have shape {queries.shape}: it must be [queries, dims]"
             )
         if queries.shape[1] != self.dim:
             raise ValueError(
-                f"queries have {queries.shape[1]} dims and the index has {self.dim}: "
-                f"encode the queries with dim={self.dim}"
+                f"queries have {queries.shape[1]} dims and the index has {self.dim}; "
+                f"encode them with dim={self.dim}"
             )
         if not np.isfinite(queries).all():
-            raise ValueError(
-                "a query vector is not finite; encode the query with a model whose "
-                "weights are finite"
-            )
+            raise ValueError("a query vector is not finite; use another model")
         if k < 1:
             raise ValueError(f"k={k}: it must be at least 1")
         k = min(k, len(self))

@@ -122,12 +122,12 @@ def check_files(folder: pathlib.Path, values: Mapping[str, Any], remedy: str) ->
             raise ValueError(f"{path}: missing; {remedy}")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            fault = f"{size:,} bytes, not {entry['bytes']}"
+            problem = f"{size:,} bytes, not {entry['bytes']}"
         elif of_file(path) != entry[CHECKSUM]:
-            fault = f"its {CHECKSUM} is not {entry[CHECKSUM]}"
+            problem = f"its {CHECKSUM} is not {entry[CHECKSUM]}"
         else:
             continue
-        raise ValueError(f"{path}: damaged ({fault}); {remedy}")
+        raise ValueError(f"{path}: damaged ({problem}); {remedy}")
 
 
 def _of_json(content: Mapping[str, Any]) -> str:

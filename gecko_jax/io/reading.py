@@ -14,8 +14,6 @@ from typing import Any
 
 from gecko_jax.io import field_rules, inputs
 
-kind = inputs.kind
-
 # Type of a field that `read_object` checks.
 Field = type | tuple[Any, ...] | field_rules.Kind
 
@@ -109,13 +107,13 @@ def decode_lines(
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                fault = ValueError(
+                problem = ValueError(
                     f"{source}:{number}: not UTF-8 ({error.reason} at byte "
                     f"{error.start}); write it as UTF-8"
                 )
                 if skip is None:
-                    raise fault from error
-                skip(fault)
+                    raise problem from error
+                skip(problem)
                 continue
             text = text.removesuffix("\n").removesuffix("\r")
             if text.strip():
@@ -160,7 +158,7 @@ def read_records(
             ) from error
         if not isinstance(record, dict):
             raise ValueError(
-                f"{place}: {kind(record)}; each line must be one JSON object"
+                f"{place}: {inputs.kind(record)}; each line must be one JSON object"
             )
         if "\\u" in line and not any_characters:
             inputs.check_characters(place, record)
@@ -217,7 +215,7 @@ def read_object(
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: {kind(values)}, not an object; {remedy}")
+        raise ValueError(f"{path}: {inputs.kind(values)}, not an object; {remedy}")
     values = {**(defaults or {}), **values}
     kinds = {name: _kind_of(field) for name, field in fields.items()}
     if faults := field_rules.faults(values, kinds):

@@ -227,7 +227,7 @@ for wrong in (
         "texts has type NoneType: pass a list, such as [text]",
         "texts has type generator: pass a list, such as [text]",
         "titles[1] is 3: it must be a string",
-        "queries have shape (2,): pass one row per query, [queries, dims]",
+        "queries have shape (2,): it must be [queries, dims]",
     ]
 
 

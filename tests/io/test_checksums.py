@@ -18,7 +18,7 @@ from gecko_jax.inference import embedding, quantization, vector_files, vector_in
 from gecko_jax.io import checksums, writing
 from gecko_jax.parallel import sharding
 
-FLIPS = 12
+FLIPS = 6
 
 
 def _model(folder, tiny_files):
@@ -264,15 +264,19 @@ def test_the_digest_of_an_array_is_the_sum_of_its_mixed_elements(array):
 def test_the_digest_of_an_array_is_the_same_on_any_mesh():
     array = ARRAYS[0]
     digests = set()
-    for sizes in ((8, 1, 1), (2, 2, 2), (1, 1, 1)):
+    for sizes, *axes in (
+        ((8, 1, 1), "data", None),
+        ((2, 2, 2), ("data", "fsdp"), "tensor"),
+        ((2, 2, 2), None, None),
+        ((1, 1, 1), None, None),
+    ):
         mesh = sharding.build_mesh(
             **dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)),
             devices=jax.devices()[: np.prod(sizes)],
         )
-        for axes in (("data", None), (("data", "fsdp"), "tensor"), (None, None)):
-            spec = jax.sharding.PartitionSpec(*axes)
-            placed = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
-            digests |= set(checksums.of_arrays({"a": placed}).values())
+        spec = jax.sharding.PartitionSpec(*axes)
+        placed = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
+        digests |= set(checksums.of_arrays({"a": placed}).values())
     assert digests == {checksums.of_host_array(array)}
 
 
