@@ -86,18 +86,15 @@ def check(dataset: sets.EvaluationSet) -> None:
             len(relevant),
             lost[0],
         )
-    if all(_is_flat(dataset.relevance[query], corpus) for query in relevant):
+    if all(
+        len(grades) >= len(corpus) and len({grades.get(p) for p in corpus}) == 1
+        for grades in (dataset.relevance[query] for query in relevant)
+    ):
         logging.warning(
             "%s: every query has the same grade for all passages of the corpus, so all "
             "rankings score the same",
             name,
         )
-
-
-def _is_flat(grades: Mapping[str, int | float], corpus: frozenset[str]) -> bool:
-    if len(grades) < len(corpus):
-        return False
-    return len({grades.get(passage) for passage in corpus}) == 1
 
 
 def find_own(dataset: sets.RetrievalSet) -> frozenset[str]:

@@ -64,11 +64,8 @@ def run(
     A task that cannot run, for example because its data set cannot be downloaded, is
     logged in one line and skipped.
 
-    Args:
-        gecko: The model.
-        config: Config as in `configs/evaluate.py`.
-        output: Folder of the results.
-        name: Name of the model if the config has none.
+    `config` is that of `configs/evaluate.py`, `output` the folder of the results, and
+    `name` the name of the model if the config has none.
 
     Raises:
         ImportError: mteb is not installed.
@@ -192,10 +189,7 @@ class Runner:
                 task,
                 cache=self._cache,
                 overwrite_strategy=self._strategy(task, one),
-                encode_kwargs={
-                    "batch_size": _LOADER_BATCH,
-                    "show_progress_bar": False,
-                },
+                encode_kwargs={"batch_size": _LOADER_BATCH, "show_progress_bar": False},
                 show_progress_bar=False,
                 co2_tracker=False,
                 # Otherwise mteb would skip data sets that are not public.

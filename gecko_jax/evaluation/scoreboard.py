@@ -113,15 +113,16 @@ def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]
     for task in tasks:
         if dim in task.scores:
             kinds[task.kind].append(100 * task.scores[dim])
-    columns = {kind: _mean(scores) for kind, scores in sorted(kinds.items())}
-    columns[MEAN] = _mean([score for scores in kinds.values() for score in scores])
+    groups = dict(sorted(kinds.items()))
+    groups[MEAN] = [score for scores in kinds.values() for score in scores]
+    columns = {name: (_mean(scores), len(scores)) for name, scores in groups.items()}
     of_types = [float(np.mean(scores)) for scores in kinds.values() if scores]
-    columns[_MEAN_OF_TYPES] = (_mean(of_types)[0], columns[MEAN][1])
+    columns[_MEAN_OF_TYPES] = (_mean(of_types), len(groups[MEAN]))
     return columns
 
 
-def _mean(scores: Sequence[float]) -> tuple[float | None, int]:
-    return (float(np.mean(scores)) if scores else None), len(scores)
+def _mean(scores: Sequence[float]) -> float | None:
+    return float(np.mean(scores)) if scores else None
 
 
 def format_board(board: Board) -> str:
@@ -161,10 +162,12 @@ def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
         built.add_column(title, justify="right", no_wrap=True)
     own = [means(tasks, dim) for dim in board.dims]
     for mean, size in sizes.items():
-        cells = [_format_mean(*by_mean[mean], size) for by_mean in own]
-        cells += [
-            f"{row.scores[mean]:.2f}" if mean in row.scores else "" for row in published
-        ]
+        cells = []
+        for value, count in (by_mean[mean] for by_mean in own):
+            part = f" {count}/{size}" if count < size else ""
+            cells.append("" if value is None else f"{value:.2f}{part}")
+        for row in published:
+            cells.append(f"{row.scores[mean]:.2f}" if mean in row.scores else "")
         built.add_row(mean, str(size), *cells)
     return built
 
@@ -183,12 +186,6 @@ def _build_tasks(board: Board, name: str, tasks: Sequence[Task]) -> Any:
             *("" if score is None else f"{100 * score:.2f}" for score in scores),
         )
     return built
-
-
-def _format_mean(value: float | None, count: int, size: int) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" {count}/{size}" if count < size else "")
 
 
 def save(board: Board, folder: str | os.PathLike) -> list[pathlib.Path]:

@@ -8,14 +8,7 @@ from gecko_jax.text import overlap
 
 
 def read(folders: Sequence[str | os.PathLike]) -> overlap.Contamination:
-    """Reads every query and passage, sentence or text of the sets.
-
-    Args:
-        folders: Paths of sets (`sets.load_all`).
-
-    Raises:
-        ValueError: There is no set, or a file has an error.
-    """
+    """Reads every query and passage, sentence or text of sets (`sets.load_all`)."""
     known = overlap.Contamination()
     for one in sets.load_all(folders):
         if isinstance(one, sets.RetrievalSet):

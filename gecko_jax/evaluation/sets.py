@@ -135,10 +135,7 @@ EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
-    """Reads an evaluation set, or a folder of several.
-
-    Args:
-        path: File or folder; "quickstart" is the bundled retrieval set.
+    """Reads an evaluation set, or a folder of several; "quickstart" is bundled.
 
     Raises:
         ValueError: There is no set, or a file has an error.

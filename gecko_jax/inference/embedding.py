@@ -11,7 +11,6 @@ stays within a segment and T5's relative bias depends only on the distance betwe
 tokens. Each call encodes every distinct text once, so equal texts get equal vectors.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -54,12 +53,10 @@ class Gecko:
     def __init__(
         self, model_files: model_folder.ModelFiles, tokens_per_call: int | None = None
     ):
-        """Puts the parameters on the device.
+        """Puts the parameters on the device; see `load`.
 
-        Args:
-            model_files: The model; see `load`. Parameters that are sharded over a mesh
-                stay there, and the rows of a call are sharded over all its devices.
-            tokens_per_call: Tokens per device and call; None chooses by backend.
+        Parameters that are sharded over a mesh stay there, and the rows of a call are
+        sharded over all its devices.
         """
         self.vocabulary = model_files.build_vocabulary()
         vocab_size = model_files.encoder_config.vocab_size
@@ -230,26 +227,25 @@ class Gecko:
             raise ValueError(
                 f"{len(tasks)} tasks for {len(texts)} texts: pass one for each"
             )
+        titles = [None] * len(texts) if titles is None else titles
         text_format = self.files.text_format
         formatted = []
-        for position, (text, task) in enumerate(zip(texts, tasks, strict=True)):
-            title = None if titles is None else titles[position]
-            for name, value in (("texts", text), ("titles", title or "")):
+        rows = zip(texts, titles, tasks, strict=True)
+        for position, (text, title, name) in enumerate(rows):
+            for field, value in (("texts", text), ("titles", title or "")):
                 if not isinstance(value, str):
                     raise ValueError(
-                        f"{name}[{position}] is {value!r}: it must be a string"
+                        f"{field}[{position}] is {value!r}: it must be a string"
                     )
-            as_query = side == "query" or (task and text_format.is_symmetric(task))
             try:
-                if not as_query:
-                    formatted.append(text_format.format_passage(text, title))
+                if side == "query" or (name and text_format.is_symmetric(name)):
+                    query = f"{title} {text}" if title else text
+                    encoded = text_format.format_query(query, name or DEFAULT_TASK)
                 else:
-                    text = f"{title} {text}" if title else text
-                    formatted.append(
-                        text_format.format_query(text, task or DEFAULT_TASK)
-                    )
+                    encoded = text_format.format_passage(text, title)
             except ValueError as error:
                 raise ValueError(f"texts[{position}]: {error}") from error
+            formatted.append(encoded)
         return formatted
 
     def _project(
@@ -259,7 +255,7 @@ class Gecko:
         rows = packing.pack([len(ids) for ids in tokens])
         calls = packing.plan_calls(rows, self._tokens_per_call, self._num_devices)
         apply = _build_apply(self.files.encoder_config, self._sharding)
-        waiting: collections.deque[tuple[packing.Call, Array]] = collections.deque()
+        previous: tuple[packing.Call, Array] | None = None
         for call in calls:
             width = call.rows[0].width
             ids = np.zeros((call.num_rows, width), np.int32)
@@ -277,11 +273,13 @@ class Gecko:
                 self._share(segments),
                 width // packing.MIN_TEXT,
             )
-            waiting.append((call, result))
-            if len(waiting) > 1:  # The device works while the next rows are filled.
-                yield _unpack(*waiting.popleft())
-        while waiting:
-            yield _unpack(*waiting.popleft())
+            # The device computes this call while the previous result is unpacked and
+            # the next rows are filled.
+            if previous:
+                yield _unpack(*previous)
+            previous = call, result
+        if previous:
+            yield _unpack(*previous)
 
     def _share(self, rows: Int[np.ndarray, "R L"]) -> Any:
         if self._sharding is None:

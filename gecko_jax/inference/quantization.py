@@ -96,11 +96,7 @@ def encode(
 ) -> Codes:
     """Quantizes embeddings.
 
-    Args:
-        vectors: The embeddings.
-        precision: One of `PRECISIONS`.
-        ranges: Ranges for int8 (`calibrate`); values outside are clipped. None uses
-            the ranges of `vectors`.
+    int8 clips values outside of `ranges`; None uses those of `vectors` (`calibrate`).
 
     Raises:
         ValueError: The precision is unknown, there are too few vectors for ranges, or

@@ -75,15 +75,10 @@ class Index:
         texts: Sequence[str] | None = None,
         revision: str = "",
     ):
-        """Checks that the parts belong together; copies only the ids.
+        """Builds an index of passages; copies only the ids, which must be unique.
 
-        Args:
-            vectors: One vector per passage. Scores are cosines if the vectors are
-                normalized, and approximate cosines if they are quantized.
-            ids: Unique ids of the passages.
-            titles: Titles of the passages, "" for none.
-            texts: Texts of the passages, returned by `text`.
-            revision: Revision of the model that made the vectors; "" if unknown.
+        Scores are cosines if the vectors are normalized, and approximate cosines if
+        they are quantized. `revision` is that of the model that made the vectors.
 
         Raises:
             ValueError: There are no passages, the parts differ in length, or a vector
@@ -394,10 +389,8 @@ def from_embeddings(
 ) -> Index:
     """Builds an index from a finished folder of `gecko embed`.
 
-    Args:
-        folder: Folder of the shards.
-        source: File of texts that was embedded. None reads it from its original path,
-            and leaves out titles and texts if it is gone or has changed.
+    Titles and texts come from `source`, the file that was embedded. If it is None, they
+    come from its original path, and are left out if the file is gone or has changed.
 
     Raises:
         ValueError: A shard is missing or damaged, or `source` is another file.

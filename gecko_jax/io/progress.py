@@ -43,11 +43,7 @@ class Progress:
     ):
         """Opens the bar, or the log, at `start` of `total` steps.
 
-        Args:
-            description: Label, such as "Training".
-            total: Number of steps; None if unknown.
-            start: Steps that an earlier run finished; they do not count for the rate.
-            enabled: False shows nothing, as on all processes but the first.
+        Steps before `start` do not count for the rate. `total` is None if unknown.
         """
         self._description = description = wording.printable(description)
         self._total = total

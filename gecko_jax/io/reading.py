@@ -89,14 +89,8 @@ def decode_lines(
     characters of texts and ids. A byte order mark is dropped. The place is
     `source:number`.
 
-    Args:
-        source: Path or other name of the file.
-        lines: The lines as bytes.
-        skip: Called with the error of each line that is not UTF-8, which is then
-            skipped; None raises the error.
-
-    Raises:
-        ValueError: The text is not UTF-8, or the gzip file is truncated or damaged.
+    `skip` receives the error of each line that is not UTF-8, which is then skipped;
+    None raises the error. Raises ValueError also for a truncated or damaged gzip file.
     """
     number = 0
     try:
@@ -198,16 +192,9 @@ def read_object(
 ) -> dict[str, Any]:
     """Returns the JSON object of a file that this package wrote.
 
-    Args:
-        path: The file.
-        fields: Required fields: a `field_rules.Kind`, a type, or a tuple of allowed
-            values. The type `int` means 1 or more.
-        remedy: What to do about an invalid file.
-        defaults: Fields that older files lack.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: Lists all invalid fields, and the remedy.
+    A field has a `field_rules.Kind`, a type (`int` means 1 or more), or a tuple of
+    allowed values; `defaults` has the fields that older files lack. Raises
+    FileNotFoundError, or a ValueError that lists all invalid fields and the remedy.
     """
     path = pathlib.Path(path)
     try:

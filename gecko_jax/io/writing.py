@@ -33,20 +33,14 @@ def write_file(
 def write_folder(
     path: str | os.PathLike,
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """Yields a temporary folder, which replaces `path` unless an error is raised.
-
-    Raises:
-        ValueError: `path` exists and is not a folder.
-        OSError: The disk is full, or the location is not writable.
-    """
+    """Like `write_file` for a folder."""
     return _write(path, "folder")
 
 
 def member(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file in a folder; the file may be missing.
 
-    Raises:
-        ValueError: It is not a file, or is outside of the folder.
+    Raises ValueError if it is not a file, or is outside of the folder.
     """
     path = inside(folder, name)
     if path.exists() and not path.is_file():
@@ -57,9 +51,8 @@ def member(folder: pathlib.Path, name: str) -> pathlib.Path:
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file or folder in a folder; it may be missing.
 
-    Raises:
-        ValueError: It is outside of the folder. Links from a snapshot in the cache of
-            the Hugging Face hub into the same cache are allowed.
+    Raises ValueError if it is outside of the folder. Links from a snapshot in the cache
+    of the Hugging Face hub into the same cache are allowed.
     """
     if wording.printable(name) != name:
         raise ValueError(
@@ -83,14 +76,9 @@ def check_replaceable(
 ) -> None:
     """Refuses a folder whose files would not all be written again.
 
-    Args:
-        path: Destination folder.
-        markers: Patterns of file names; an earlier export has a match for each.
-        others: Patterns of other files of an export.
-
-    Raises:
-        ValueError: `path` is a file, or a folder with files that is not an earlier
-            export or holds additional files.
+    A folder with files must be an earlier export: it has a match for each pattern in
+    `markers`, and all its files match a pattern in `markers` or `others`. Otherwise,
+    raises ValueError.
     """
     path = pathlib.Path(path)
     if not path.exists():
