@@ -20,7 +20,7 @@ from gecko_jax.text import vocabularies
 def texts():
     words = ["the", "index", "of", "a", "table", "rows", "that", "sort", "key"]
     rng = random.Random(0)
-    return [" ".join(rng.choices(words, k=rng.randint(1, 180))) for _ in range(60)]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 90))) for _ in range(60)]
 
 
 @functools.cache

@@ -28,8 +28,9 @@ def _loop(queries, corpus, k):
     return np.array(scores), positions
 
 
-@pytest.mark.parametrize("block_rows", [4, 7, 50, 64])
-@pytest.mark.parametrize("k", [1, 5, 50])
+@pytest.mark.parametrize(
+    ("block_rows", "k"), [(4, 50), (7, 1), (7, 5), (50, 5), (64, 50)]
+)
 def test_blockwise_search_equals_the_definition(monkeypatch, block_rows, k):
     monkeypatch.setattr(vector_index, "CPU_BLOCK_ROWS", block_rows)
     monkeypatch.setattr(vector_index, "BLOCK_QUERIES", 3)
