@@ -226,8 +226,8 @@ def _load_shard(
             and values.dtype == quantization.dtype(precision)
             and values.shape == (len(ids), quantization.width(precision, dim))
             and (own is None) == (precision != quantization.INT8)
-            and (own is None or own.shape == (2, dim))
-            and (ranges is None or np.array_equal(own, ranges))
+            and (own is None or (own.dtype, own.shape) == (np.float32, (2, dim)))
+            and (ranges is None or np.array_equal(np.array(own), ranges))
         )
     except Exception:  # numpy and zipfile raise many types for a damaged file.
         return None

@@ -24,7 +24,6 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +38,14 @@ from gecko_jax.text import text_files
 FORMAT_VERSION = 2
 
 # Passages and queries per block; the scores of a block take 64 MiB. On a CPU a decoded
-# block and its scores stay in the cache. Row counts are multiples of `_ALIGNMENT`.
+# block and its scores stay in the cache. Row counts are multiples of
+# `npy.ALIGNMENT`.
 BLOCK_ROWS = 65_536
 CPU_BLOCK_ROWS = 8_192
 BLOCK_QUERIES = 256
 # Smaller batches of queries are padded to one of these sizes, so that few shapes are
 # compiled.
 _FEW_QUERIES = (1, 16)
-
-# XLA:CPU reads an array in place if its address is a multiple of this number of bytes,
-# and copies it otherwise.
-_ALIGNMENT = 64
 
 _ABOUT, _VECTORS, _PASSAGES = "index.json", "vectors.npy", "passages.jsonl"
 _RANGES = "ranges.npy"
@@ -208,7 +204,7 @@ class Index:
         if self._resident is None and _fits_on_device(self.codes.values.nbytes):
             if is_cpu:
                 # Replaces the vectors, so that no second copy stays in memory.
-                aligned = _align(self.codes.values)
+                aligned = npy.align(self.codes.values)
                 self.codes = dataclasses.replace(self.codes, values=aligned)
             self._resident = [
                 jax.device_put(self.codes.values[start : start + size])
@@ -308,14 +304,16 @@ def load(folder: str | os.PathLike) -> Index:
             f"reads up to {FORMAT_VERSION}; upgrade gecko-jax"
         )
     precision, dim, count = about["precision"], about["dim"], about["num_passages"]
-    values = _read_array(
+    values = npy.read_aligned(
         writing.member(path, _VECTORS),
         (count, quantization.width(precision, dim)),
         quantization.dtype(precision),
+        remedy=_REMEDY,
     )
     ranges = None
     if precision == quantization.INT8:
-        ranges = _read_array(writing.member(path, _RANGES), (2, dim), np.float32)
+        path_of_ranges = writing.member(path, _RANGES)
+        ranges = npy.read_aligned(path_of_ranges, (2, dim), np.float32, remedy=_REMEDY)
     ids, columns = passage_lines.read(
         writing.member(path, _PASSAGES),
         is_verified=_PASSAGES in about.get(checksums.FILES, {}),
@@ -331,36 +329,6 @@ def load(folder: str | os.PathLike) -> Index:
         )
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); {_REMEDY}") from error
-
-
-def _read_array(path: pathlib.Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Reads an array of the folder into memory that XLA:CPU can use in place."""
-    mapped = npy.open_array(path, shape, np.dtype(dtype).str[1:], remedy=_REMEDY)
-    if not mapped.flags.c_contiguous:
-        return _align(mapped)
-    array = _empty_aligned(shape, dtype)
-    # Unlike a copy of the map, reading leaves no pages of the map in memory.
-    with path.open("rb") as file:
-        file.seek(mapped.offset)
-        if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise ValueError(f"{path}: damaged (it is too short); {_REMEDY}")
-    return array
-
-
-def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _align(values: Shaped[np.ndarray, "P W"]) -> Shaped[np.ndarray, "P W"]:
-    """Returns the array, copied if XLA:CPU could not read it in place."""
-    if values.flags.c_contiguous and values.ctypes.data % _ALIGNMENT == 0:
-        return values
-    aligned = _empty_aligned(values.shape, values.dtype)
-    aligned[...] = values
-    return aligned
 
 
 def _fits_on_device(num_bytes: int) -> bool:
