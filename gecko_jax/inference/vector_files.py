@@ -231,5 +231,6 @@ def _load_shard(
         )
     except Exception:  # numpy and zipfile raise many types for a damaged file.
         return None
-    codes = quantization.Codes(values, precision, dim, own)
-    return (ids.tolist(), codes) if is_valid else None
+    if not is_valid:
+        return None
+    return ids.tolist(), quantization.Codes(values, precision, dim, own)
