@@ -51,35 +51,25 @@ BY_TYPE: dict[str, Instruction] = {
 
 # mteb's task name -> instruction. NanoBEIR and the sets with hard negatives name the
 # tasks they were adapted from, and use the instructions of these.
-BY_NAME: dict[str, Instruction] = {
-    "ArguAna": Instruction(_SIMILAR),
-    "ClimateFEVER": Instruction(_SEARCH),
-    "FEVER": Instruction(_SEARCH),
-    "HotpotQA": Instruction(_SEARCH),
-    "TRECCOVID": Instruction(_SEARCH),
-    "QuoraRetrieval": Instruction(_SEARCH, symmetric=True),
-    "NFCorpus": Instruction(_CHECK),
-    "SciFact": Instruction(_CHECK),
-    "DBPedia": Instruction(_ANSWER),
-    "FiQA2018": Instruction(_ANSWER),
-    "MSMARCO": Instruction(_ANSWER),
-    "NQ": Instruction(_ANSWER),
-    "SCIDOCS": Instruction(_ANSWER),
-    "Touche2020": Instruction(_ANSWER),
-    "AskUbuntuDupQuestions": Instruction(_ANSWER),
-    "SciDocsRR": Instruction(_ANSWER),
-    "MindSmallReranking": Instruction(_SIMILAR),
-    "StackOverflowDupQuestions": Instruction(_SEARCH),
-    # Not in table 9.
-    "MIRACLRetrieval": Instruction(_ANSWER),
+_NAMES = {
+    _SIMILAR: "ArguAna MindSmallReranking",
+    _SEARCH: "ClimateFEVER FEVER HotpotQA TRECCOVID StackOverflowDupQuestions",
+    _CHECK: "NFCorpus SciFact",
+    # MIRACL is not in table 9.
+    _ANSWER: "DBPedia FiQA2018 MSMARCO NQ SCIDOCS Touche2020 AskUbuntuDupQuestions "
+    "SciDocsRR MIRACLRetrieval",
 }
 _FORUMS = (
     "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix "
     "Webmasters Wordpress"
 )
-BY_NAME |= {
-    f"CQADupstack{forum}Retrieval": Instruction(_ANSWER)
-    for forum in ("", *_FORUMS.split())
+BY_NAME = {
+    **{name: Instruction(task) for task in _NAMES for name in _NAMES[task].split()},
+    **{
+        f"CQADupstack{forum}Retrieval": Instruction(_ANSWER)
+        for forum in ("", *_FORUMS.split())
+    },
+    "QuoraRetrieval": Instruction(_SEARCH, symmetric=True),
 }
 
 
