@@ -9,11 +9,10 @@ each other field that reads a line when it is accessed.
 import json
 import mmap
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from gecko_jax.io import field_rules, reading
 
@@ -72,44 +71,36 @@ def read(
                 )
         if not ids:
             return [], {}
+        # The map keeps the file open: another index written over it changes nothing.
         lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offsets = np.array(starts)
-    columns = {name: Column(path, lines, offsets, name, remedy) for name in names[1:]}
+
+    def parse(row: int) -> dict[str, str]:
+        start, end = offsets[row : row + 2].tolist()
+        return _parse(path, row + 1, lines[start:end], remedy)
+
+    columns = {
+        name: Column(len(ids), lambda row, name=name: parse(row)[name])
+        for name in names[1:]
+    }
     return ids, columns
 
 
 class Column(Sequence[str]):
-    """One field of all passages; reads a line of the file on each access.
+    """One field of all passages; reads a line of the file on each access."""
 
-    The memory map keeps the file open: writing another index over it does not change
-    this one.
-    """
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        lines: mmap.mmap,
-        offsets: Int[np.ndarray, " S"],
-        name: str,
-        remedy: str,
-    ):
-        """Takes the mapped file and the offsets at which its lines start and end."""
-        self._path = path
-        self._lines = lines
-        self._offsets = offsets
-        self._name = name
-        self._remedy = remedy
+    def __init__(self, count: int, read_row: Callable[[int], str]):
+        """Takes the number of passages, and a function that reads the field of one."""
+        self._count = count
+        self._read_row = read_row
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._count
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(len(self)))]
-        row = range(len(self))[row]
-        start, end = self._offsets[row : row + 2].tolist()
-        record = _parse(self._path, row + 1, self._lines[start:end], self._remedy)
-        return record[self._name]
+        return self._read_row(range(len(self))[row])
 
 
 def _parse(path: pathlib.Path, number: int, line: bytes, remedy: str) -> dict[str, str]:
