@@ -112,7 +112,7 @@ def test_search_reads_queries_from_standard_input(
     ("arguments", "message"),
     [
         (["   "], "is empty: a query or passage needs"),
-        (["x", "--index=nowhere"], "nowhere: no index.json here"),
+        (["x", "--index=nowhere"], "nowhere: not an index (no index.json)"),
         (["x", "--model=nowhere"], "nowhere: no such folder, and not the name"),
     ],
 )
