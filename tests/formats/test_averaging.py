@@ -268,7 +268,7 @@ def test_what_cannot_be_averaged_is_refused(models, workdir, tmp_path):
         (paths[:2], {"weights": (0.0, 0.0)}, "one above 0"),
         (paths[:2], {"weights": (1.0, -1.0)}, "0 or more"),
         (paths[:2], {"weights": (1.0, float("nan"))}, "0 or more"),
-        (paths, {"steps": (2,)}, "chooses checkpoints of one run"),
+        (paths, {"steps": (2,)}, "selects checkpoints of one run"),
         (paths[:1], {}, "no run with checkpoints"),
         ([path], {"steps": (2, 5)}, "no checkpoint of step 5; there are those of 2, 4"),
         ([path], {"steps": (2,)}, "is no average"),
@@ -294,7 +294,7 @@ def test_a_folder_of_something_else_stays(models, tmp_path):
 def test_strangers_are_told(tiny_files, tmp_path, models, caplog):
     done = averaging.average(models[0], tmp_path / "near")
     assert min(done.cosines) > 0.8
-    assert "average means nothing" not in caplog.text
+    assert "average is noise" not in caplog.text
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: random.standard_normal(leaf.shape, np.float32),
@@ -315,7 +315,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
     """Of K models, no more than two arrays are held, whatever K is."""
     import weakref
 
-    from gecko_jax.formats import tensors
+    from gecko_jax.formats import safetensors_files
 
     paths = [str(tmp_path / f"model{seed}") for seed in range(5)]
     for seed, path in enumerate(paths):
@@ -328,7 +328,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
         def __eq__(self, other):
             return self is other
 
-    opened = tensors._open_file
+    opened = safetensors_files._open_file
 
     def open_file(path):
         def watch(tensor):
@@ -343,7 +343,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
 
         return {name: watch(tensor) for name, tensor in opened(path).items()}
 
-    monkeypatch.setattr(tensors, "_open_file", open_file)
+    monkeypatch.setattr(safetensors_files, "_open_file", open_file)
     for method in averaging.METHODS:
         averaging.average(paths, tmp_path / "out", method=method)
     assert 2 <= most <= 4

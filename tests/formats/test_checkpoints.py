@@ -82,7 +82,7 @@ def test_a_full_disk_while_saving_names_what_is_whole(
         raise ValueError("RESOURCE_EXHAUSTED: writing: No space left on device")
 
     monkeypatch.setattr(checkpointer._manager, "save", full)
-    with pytest.raises(OSError, match=r"that of step 4 is whole.*same command goes on"):
+    with pytest.raises(OSError, match=r"that of step 4 is intact.*same command again"):
         checkpointer.save(6, small_files.params, {"count": np.int32(6)}, {})
     checkpointer.close()
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import samples
 
-from gecko_jax.formats import checkpoints, model_folder, parameters, tensors
+from gecko_jax.formats import checkpoints, model_folder, parameters, safetensors_files
 from gecko_jax.inference import embedding
 from gecko_jax.parallel import sharding
 
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(small_files, folder, monkeypatc
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(tensors, "_write_file", full)
+    monkeypatch.setattr(safetensors_files, "_write_file", full)
     with pytest.raises(OSError, match=r"no disk space left.*nothing half-written"):
         model_folder.save_model(folder, small_files)
     assert (folder / WEIGHTS).read_bytes() == before

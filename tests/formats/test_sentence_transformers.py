@@ -350,7 +350,7 @@ def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, confi
         (
             "1_Pooling/config.json",
             {"include_prompt": False},
-            "include_prompt=False: its mean leaves",
+            "include_prompt=False: Gecko's mean",
         ),
         (
             "2_Dense/config.json",
@@ -370,7 +370,7 @@ def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, confi
         (
             "sentence_bert_config.json",
             {"do_lower_case": True},
-            "do_lower_case=True: Gecko leaves",
+            "do_lower_case=True: Gecko does not",
         ),
         ("config.json", {"model_type": "mpnet"}, "model_type 'mpnet' has no T5"),
         ("1_Pooling/config.json", {"pooling_mode": 5}, "pools by 5"),
@@ -407,12 +407,12 @@ def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, confi
         (
             "sentence_bert_config.json",
             {"processing_kwargs": {"text": {"truncation": False}}},
-            "Gecko reads texts with no options",
+            "Gecko's tokenizer has no such options",
         ),
         (
             "sentence_bert_config.json",
             {"tokenizer_args": {"do_lower_case": True}},
-            "tokenizer_args sets do_lower_case, which Gecko does not follow",
+            "tokenizer_args sets do_lower_case, which Gecko does not support",
         ),
         ("sentence_bert_config.json", {"model_args": 3}, "model_args is a number, not"),
         (
@@ -536,7 +536,7 @@ def test_a_limit_of_the_config_counts_where_no_other_is_set(folder, caplog):
 def test_modules_with_code_of_their_own_are_refused(folder):
     path = folder / "modules.json"
     path.write_text(path.read_text().replace("sentence_transformers.models.P", "my.P"))
-    with pytest.raises(ValueError, match=r"my\.Pooling is a module with code of its"):
+    with pytest.raises(ValueError, match=r"my\.Pooling is a module with its own code"):
         detection.open_model(folder)
 
 

@@ -12,7 +12,7 @@ import mutations
 import numpy as np
 import pytest
 
-from gecko_jax.formats import from_t5x, kvstores, msgpack_arrays, parameters
+from gecko_jax.formats import from_t5x, kvstores, msgpack_files, parameters
 
 T5X = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 SCALE = ("optimizer", "target", "encoder", "encoder_norm", "scale")
@@ -150,7 +150,7 @@ BAD_TREES = {
 @pytest.mark.parametrize("name", BAD_TREES)
 def test_a_tree_that_claims_too_much_is_refused_soon(tmp_path, name, monkeypatch):
     # The checks of types make tests many times slower than what users run.
-    monkeypatch.setattr(msgpack_arrays, "_MOST_OBJECTS", 10_000)
+    monkeypatch.setattr(msgpack_files, "_MAX_OBJECTS", 10_000)
     (tmp_path / "checkpoint").write_bytes(BAD_TREES[name])
     begin = time.monotonic()
     with pytest.raises(ValueError, match=r"checkpoint"):
@@ -221,9 +221,9 @@ def test_an_array_that_claims_too_much_is_refused(tmp_path, name):
 
 
 def test_memory_is_a_limit(inline, monkeypatch):
-    from gecko_jax.formats import arrays
+    from gecko_jax.formats import tensors
 
-    monkeypatch.setattr(arrays, "_memory", lambda: 100)
+    monkeypatch.setattr(tensors, "_memory", lambda: 100)
     with pytest.raises(ValueError, match="more than the 100 bytes of memory"):
         _read(T5X / "legacy_f32" / "checkpoint_1000")
 

@@ -206,7 +206,7 @@ def test_the_card_says_what_must_be_known(scaled_files, tmp_path):
         "`task: search result \\| query: `",
         "`title: TITLE | text: TEXT`",
         "Texts are cut to 200 tokens",
-        "gives 8 entries",
+        "vectors have 8 entries",
     ):
         assert fact in card, fact
 

@@ -82,7 +82,7 @@ def test_the_model_is_written_again_from_json(tmp_path, extra_ids):
     found = tokenizer.read(tmp_path)
     assert found.extra_ids == extra_ids
     assert not found.added_tokens
-    ours = found.build()
+    ours = found
     original = vocabularies.Vocabulary(proto, extra_ids)
     assert ours.size == original.size
     assert ours.encode(TEXTS) == original.encode(TEXTS)
@@ -111,7 +111,7 @@ def test_tokens_are_those_of_transformers(tmp_path, kept):
         (tmp_path / "spiece.model").unlink()
     found = tokenizer.read(tmp_path)
     assert found.extra_ids == 5
-    ours = found.build()
+    ours = found
     assert ours.encode(TEXTS) == theirs(TEXTS).input_ids
 
 
@@ -158,7 +158,7 @@ def test_added_tokens_are_those_of_transformers(tmp_path, added, beside):
         (tmp_path / "spiece.model").unlink()
     found = tokenizer.read(tmp_path)
     assert len(found.added_tokens) == len(added)
-    ours = found.build()
+    ours = found
     assert ours.size == len(theirs)
     texts = [text_formats.clean(t) for t in ADDED_TEXTS]
     assert ours.encode(texts) == theirs(texts).input_ids
@@ -177,9 +177,7 @@ def test_a_prompt_that_spells_a_reserved_token_is_read_as_there(tmp_path, prompt
     theirs = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=5)
     theirs.save_pretrained(tmp_path)
     texts = [prompt + "a </s> gecko <extra_id_0> x<extra_id_1>y"]
-    assert tokenizer.read(tmp_path, [prompt]).build().encode(texts) == (
-        theirs(texts).input_ids
-    )
+    assert tokenizer.read(tmp_path, [prompt]).encode(texts) == (theirs(texts).input_ids)
     # Other models read the same characters as text.
     assert not tokenizer.read(tmp_path, ["query: "]).added_tokens
     edit(tmp_path / "tokenizer_config.json", split_special_tokens=True)
@@ -288,7 +286,7 @@ def edit(path, **values):
         (
             "tokenizer_config.json",
             {"tokenizer_class": "AlbertTokenizer"},
-            "tokenizer_class='AlbertTokenizer': reads texts in a way of its own",
+            "tokenizer_class='AlbertTokenizer': is not supported",
         ),
         ("tokenizer_config.json", {"tokenizer_class": 5}, "must be str, is int"),
         (
@@ -377,7 +375,7 @@ def test_sentinels_are_counted(tmp_path, files, expected):
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
     found = tokenizer.read(tmp_path)
-    assert found == tokenizer.Tokenizer(QUICKSTART.read_bytes(), expected)
+    assert found == vocabularies.Vocabulary(QUICKSTART.read_bytes(), expected)
 
 
 def test_pieces_that_are_sentinels_are_not_counted_twice(tmp_path):
@@ -399,18 +397,21 @@ def test_other_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="its normalizer has a step Lowercase"):
         tokenizer.read(tmp_path)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json:"):
         tokenizer.read(tmp_path)
 
 
 def test_too_few_ids_are_a_warning_for_a_folder_and_an_error_by_hand(caplog):
     proto = QUICKSTART.read_bytes()
     size = sentencepiece.SentencePieceProcessor(model_proto=proto).GetPieceSize()
-    found = tokenizer.Tokenizer(proto, 0)
+    found = vocabularies.Vocabulary(proto, 0)
     tokenizer.check_size(found, size, source="m", is_given=True)
     tokenizer.check_size(found, size + 127, source="m", is_given=True)
     assert not caplog.text
     tokenizer.check_size(found, size + 128, source="m", is_given=False)
-    assert "8,000 ids (0 of them sentinels), and the table 8,128 rows" in caplog.text
+    assert (
+        "8,000 ids (0 of them sentinels), and the embedding table 8,128 rows"
+        in caplog.text
+    )
     with pytest.raises(ValueError, match=r"sentinels with --extra-ids \(T5: 100\)"):
         tokenizer.check_size(found, size + 128, source="m", is_given=True)

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from gecko_jax.formats import to_hub
+from gecko_jax.formats import hub
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def calls(monkeypatch):
 
 
 def test_a_folder_is_uploaded_whole(calls, tmp_path):
-    to_hub.check("my-lab/my-gecko")
+    hub.check_upload("my-lab/my-gecko")
     assert calls == ["whoami"]
-    url = to_hub.push(tmp_path, "my-lab/my-gecko")
+    url = hub.upload(tmp_path, "my-lab/my-gecko")
     assert url == "https://huggingface.co/my-lab/my-gecko"
     assert calls[1] == ("create_repo", "my-lab/my-gecko", {"exist_ok": True})
     name, settings = calls[2]
@@ -46,21 +46,21 @@ def test_a_folder_is_uploaded_whole(calls, tmp_path):
 @pytest.mark.parametrize("name", ["gecko", "a/b/c", "a b/c", "", "/x"])
 def test_a_name_must_be_a_repository(calls, name):
     with pytest.raises(ValueError, match="OWNER/NAME"):
-        to_hub.check(name)
+        hub.check_upload(name)
     assert calls == []
 
 
 def test_nobody_logged_in_is_told(calls, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match=r"not logged in.*hf auth login"):
-        to_hub.check("a/b")
+        hub.check_upload("a/b")
     assert calls == []
 
 
 def test_offline_is_told(calls, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
-        to_hub.check("a/b")
+        hub.check_upload("a/b")
     assert calls == []
 
 
@@ -71,7 +71,7 @@ def test_a_hub_out_of_reach_is_told_in_one_line(calls, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
     with pytest.raises(OSError, match="no route") as error:
-        to_hub.check("a/b")
+        hub.check_upload("a/b")
     assert "\n" not in str(error.value)
 
 
@@ -81,4 +81,4 @@ def test_a_failed_upload_says_how_to_go_on(calls, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     with pytest.raises(OSError, match=r"not uploaded \(403\).*hf upload a/b"):
-        to_hub.push(tmp_path, "a/b")
+        hub.upload(tmp_path, "a/b")
