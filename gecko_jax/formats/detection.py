@@ -141,11 +141,7 @@ def _check_relative_bias(config: dual_encoder.EncoderConfig, source: str) -> Non
 
 
 def find_format(source: str) -> tuple[Format, str]:
-    """Returns the format of a source and the folder to open (the newest of several).
-
-    Raises:
-        ValueError: Nothing readable is there; says what was found, and the remedy.
-    """
+    """Returns the format of a source and the folder to open (the newest of several)."""
     if kvstores.is_remote(source):
         return Format.T5X, _find_remote(source)
     path = pathlib.Path(pretrained.find(source))

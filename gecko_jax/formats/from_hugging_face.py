@@ -84,11 +84,7 @@ def open_params(
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Reads `config.json`.
-
-    Raises:
-        ValueError: It is damaged, or describes a model without a T5 encoder.
-    """
+    """Reads `config.json` and refuses models without a T5 encoder."""
     path = folder / "config.json"
     values = source_files.read_json(path)
     model_type = values.get("model_type")
@@ -214,11 +210,7 @@ def _read_activations(values: Mapping[str, Any], source: str) -> tuple[str, ...]
 
 
 def refuse_adapter(folder: pathlib.Path) -> None:
-    """Refuses a folder with an adapter (PEFT, LoRA), with or without model weights.
-
-    Raises:
-        ValueError: Names the file, and the code that merges it.
-    """
+    """Refuses a folder with an adapter (PEFT, LoRA), with or without model weights."""
     for name in _ADAPTERS:
         if not (folder / name).exists():
             continue
@@ -237,13 +229,9 @@ def refuse_adapter(folder: pathlib.Path) -> None:
         )
 
 
-def refuse_pickle(folder: pathlib.Path, stem: str = "model") -> None:
-    """Refuses a folder whose only weights are a pickle.
-
-    Raises:
-        ValueError: Names the file and the safe alternative.
-    """
-    if safetensors_files.has_tensors(folder, stem):
+def refuse_pickle(folder: pathlib.Path) -> None:
+    """Refuses a folder whose only weights are a pickle."""
+    if safetensors_files.has_tensors(folder):
         return
     for path in (path for ending in _PICKLES for path in sorted(folder.glob(ending))):
         raise ValueError(

@@ -12,12 +12,11 @@ Gecko computes exactly these modules; other modules and settings are refused by 
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-import gecko_jax.config
 from gecko_jax.formats import (
     from_hugging_face,
     names,
@@ -25,7 +24,7 @@ from gecko_jax.formats import (
     source_files,
     tensors,
 )
-from gecko_jax.io import inputs, reading, writing
+from gecko_jax.io import field_rules, inputs, reading, writing
 from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats
 
@@ -52,83 +51,56 @@ _SETTINGS = [
 ]
 
 
-def _rule(
-    kind: type,
-    message: str = "",
-    holds: Callable[[Any], bool] = lambda value: not value,
-) -> gecko_jax.config.Rule:
-    """Returns the rule of a setting, which must be empty or false by default."""
-    return gecko_jax.config.Rule(kind, message, holds)
+def _only(*values: Any) -> field_rules.Kind:
+    return field_rules.optional(field_rules.one_of(*values))
 
 
-_LENGTH = gecko_jax.config.SCHEMA["data.query_length"]
-_SETTINGS_RULES = {
+# What Gecko computes. All other settings change no embedding.
+_REMEDY = "Gecko computes nothing else, take another model"
+_LENGTH = field_rules.optional(field_rules.integer(8, 2**20))
+_TRANSFORMER = {
     "max_seq_length": _LENGTH,
     "query_length": _LENGTH,
     "document_length": _LENGTH,
-    "do_lower_case": _rule(bool, "Gecko does not change the case of a text"),
-    "query_expansion": _rule(dict, "Gecko adds no tokens to a query"),
-    "processing_kwargs": _rule(dict, "Gecko's tokenizer has no such options"),
-    "transformer_task": _rule(
-        str, "must be feature-extraction", lambda task: task == "feature-extraction"
-    ),
-    "module_output_name": _rule(
-        str, "must be token_embeddings", lambda name: name == "token_embeddings"
-    ),
+    "do_lower_case": _only(False),
+    "query_expansion": _only({}),
+    "processing_kwargs": _only({}),
+    "transformer_task": _only("feature-extraction"),
+    "module_output_name": _only("token_embeddings"),
 }
-# Options of transformers' loaders, under the names of all releases.
-_LOADERS = (
-    "model_kwargs",
-    "model_args",
-    "processor_kwargs",
-    "tokenizer_args",
-    "config_kwargs",
-    "config_args",
-)
-# Loader options that change no embedding beyond rounding.
-_HARMLESS_OPTIONS = {
-    "attn_implementation",
-    "device_map",
-    "dtype",
-    "low_cpu_mem_usage",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_fast",
-    "use_safetensors",
-}
-
-_PROMPT_RULES = {
-    "prompts": _rule(
-        dict,
-        "must be texts by name",
-        lambda prompts: all(isinstance(text, str | None) for text in prompts.values()),
+_PROMPTS = {
+    "prompts": field_rules.optional(
+        field_rules.map_of(field_rules.nullable(field_rules.TEXT))
     ),
-    "default_prompt_name": _rule(str, holds=lambda name: True),
-    "truncate_dim": _rule(int, "must be at least 1", lambda dim: dim >= 1),
+    "default_prompt_name": field_rules.optional(field_rules.TEXT),
+    "truncate_dim": field_rules.optional(field_rules.integer(1)),
 }
-_POOLING_RULES = {
-    "include_prompt": _rule(
-        bool, "Gecko's mean is over all tokens, prompt and text", bool
+_POOLING = {"include_prompt": _only(True)}
+_NORMALIZE = {
+    "module_input_name": _only("sentence_embedding"),
+    "module_output_name": _only("sentence_embedding"),
+}
+_DENSE = {
+    "bias": field_rules.one_of(False),
+    "activation_function": field_rules.Kind(
+        "torch.nn.modules.linear.Identity",
+        lambda v: isinstance(v, str) and bool(re.fullmatch(r"torch\..*\.Identity", v)),
     ),
+    "use_residual": _only(False),
+    **_NORMALIZE,
 }
-_ONE_INPUT = _rule(
-    str,
-    "Gecko reads and writes sentence_embedding here",
-    lambda name: name == "sentence_embedding",
-)
-_NORMALIZE_RULES = {"module_input_name": _ONE_INPUT, "module_output_name": _ONE_INPUT}
-_DENSE_RULES = {
-    "bias": _rule(bool, "Gecko's projection has no bias"),
-    "activation_function": _rule(
-        str,
-        "Gecko's projection has no activation, torch.nn.modules.linear.Identity",
-        lambda name: name.startswith("torch.") and name.endswith(".Identity"),
-    ),
-    "use_residual": _rule(bool, "Gecko's projection has no residual"),
-    **_NORMALIZE_RULES,
-}
-# Defaults of the Dense module.
+# Defaults of the module.
 _DENSE_DEFAULTS = {"bias": True, "activation_function": "torch.nn.Tanh"}
+# Options of transformers' loaders, under the names of all releases, and those that
+# change no embedding beyond rounding.
+_LOADERS = (
+    *("model_kwargs", "model_args", "processor_kwargs", "tokenizer_args"),
+    *("config_kwargs", "config_args"),
+)
+_HARMLESS_OPTIONS = {
+    *("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage"),
+    *("torch_dtype", "trust_remote_code", "use_fast", "use_safetensors"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,14 +138,14 @@ def read_modules(folder: pathlib.Path) -> Modules:
             folder,
         )
     elif (folders["Normalize"] / "config.json").exists():
-        _read(folders["Normalize"] / "config.json", _NORMALIZE_RULES)
+        _read(folders["Normalize"] / "config.json", _NORMALIZE)
     _check_pooling(folders["Pooling"] / "config.json")
     if "Dense" in folders:
-        _read(folders["Dense"] / "config.json", _DENSE_RULES, _DENSE_DEFAULTS)
+        _read(folders["Dense"] / "config.json", _DENSE, **_DENSE_DEFAULTS)
     encoder = folders["Transformer"]
     query_length, passage_length = _read_lengths(encoder)
     path = folder / "config_sentence_transformers.json"
-    values = _read(path, _PROMPT_RULES) if path.exists() else {}
+    values = _read(path, _PROMPTS) if path.exists() else {}
     return Modules(
         encoder,
         folders.get("Dense"),
@@ -185,24 +157,12 @@ def read_modules(folder: pathlib.Path) -> Modules:
 
 
 def _read(
-    path: pathlib.Path,
-    rules: Mapping[str, gecko_jax.config.Rule],
-    defaults: Mapping[str, Any] | None = None,
+    path: pathlib.Path, kinds: Mapping[str, field_rules.Kind], **defaults: Any
 ) -> dict[str, Any]:
-    """Returns the values of a file that are not null.
-
-    Raises:
-        ValueError: The file is missing or damaged, or has settings that Gecko does not
-            compute; lists all of them.
-    """
-    values = dict(defaults or {})
-    for key, value in source_files.read_json(path).items():
-        if value is not None:
-            values[key] = value
-    problems = gecko_jax.config.find_wrong_values(values, rules)
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
-    return values
+    """Returns the values of a file that are not null, checked."""
+    values = defaults | source_files.read_json(path)
+    field_rules.check(path, values, kinds, _REMEDY)
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def add_projection(
@@ -260,7 +220,7 @@ def _read_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _check_pooling(path: pathlib.Path) -> None:
-    values = _read(path, _POOLING_RULES)
+    values = _read(path, _POOLING)
     # One key since release 5, a switch for each mode before; the default is the mean.
     modes = values.get("pooling_mode") or [
         re.sub(r"^pooling_mode_|_tokens?$", "", key)
@@ -279,13 +239,10 @@ def _check_pooling(path: pathlib.Path) -> None:
 def _read_lengths(encoder: pathlib.Path) -> tuple[int | None, int | None]:
     """Returns the longest query and passage in tokens, None for no limit."""
     values: dict[str, Any] = {}
-    for name in _SETTINGS:
-        path = encoder / name
-        if path.exists():
-            values = _read(path, _SETTINGS_RULES)
+    for path in (encoder / name for name in _SETTINGS):
+        if not values and path.exists():
+            values = _read(path, _TRANSFORMER)
             _check_loaders(values, path)
-        if values:
-            break
     length = values.get("max_seq_length")
     if length is None:
         length = tokenizer_length(encoder)

@@ -56,9 +56,6 @@ def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkp
     Args:
         folder: `checkpoint_N`, or the folder that holds a bare file.
         file: Name of the msgpack tree of the legacy form.
-
-    Raises:
-        ValueError: It is damaged, holds no encoder, or is none of the forms above.
     """
     is_orbax = folder.has("_METADATA") or not folder.has(file)
     leaves, parts, step = (
@@ -87,11 +84,7 @@ def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkp
 def infer_config(
     params: Mapping[str, tensors.Tensor], source: str
 ) -> dual_encoder.EncoderConfig:
-    """Returns the sizes and settings that follow from names and shapes.
-
-    Raises:
-        ValueError: A parameter that determines a size is missing.
-    """
+    """Returns the sizes and settings that follow from names and shapes."""
     is_shared = "encoder/relpos_bias/rel_embedding" in params
     owner = "encoder" if is_shared else "encoder/layers_0"
     required = (

@@ -61,8 +61,8 @@ def check_upload(repo_id: str) -> None:
     """Checks the name, the login and the network, before a model is exported.
 
     Raises:
-        ValueError: The name is not a repository name, or there is no login.
-        OSError: The hub cannot be reached.
+        ValueError: The name is not a repository name.
+        OSError: There is no login, or the hub cannot be reached.
         ImportError: huggingface_hub is missing.
     """
     if not re.fullmatch(_NAME, repo_id, re.ASCII):
@@ -70,25 +70,13 @@ def check_upload(repo_id: str) -> None:
             f"{repo_id!r}: a repository is named OWNER/NAME, such as my-lab/my-gecko"
         )
     hub = _import_hub("uploading")
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise OSError(
-            f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, "
-            "or export without --push"
-        )
-    if not hub.get_token():
-        raise ValueError(
-            f"{repo_id}: not logged in to the hub; run `hf auth login` or set "
-            "HF_TOKEN, or export without --push"
-        )
     try:
         hub.HfApi().whoami()
     except Exception as error:  # The errors of several HTTP libraries.
         raise OSError(
             f"{repo_id}: the hub did not accept the login "
-            f"({source_files.first_line(error)}); check the network and the token, or "
-            "export without --push"
+            f"({source_files.first_line(error)}); check the network, run `hf auth "
+            "login` or set HF_TOKEN, or export without --push"
         ) from error
 
 

@@ -6,6 +6,8 @@ Arrays are opened by their place alone: the files beside the chunks describe the
 and a driver that a checkpoint names may not exist here.
 """
 
+import dataclasses
+import functools
 import pathlib
 import urllib.parse
 from typing import Any
@@ -31,35 +33,27 @@ def is_remote(path: str) -> bool:
     return path.startswith(("gs://", "http://", "https://"))
 
 
+@dataclasses.dataclass
 class Folder:
-    """A folder of files, local or remote.
+    """A folder of files, local or remote; creating it reads nothing.
 
     Attributes:
-        path: Path as the user wrote it, for errors.
-        spec: TensorStore spec of the folder.
+        path: Local path or URL, for errors as the user wrote it.
+        spec: TensorStore spec of the folder; derived from the path if empty.
+        database_bytes: Size of the OCDBT database that contains the folder.
     """
 
-    def __init__(
-        self,
-        path: str,
-        spec: dict[str, Any] | None = None,
-        database_bytes: int | None = None,
-    ):
-        """Names the folder; nothing is read yet.
+    path: str
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict)
+    database_bytes: int | None = None
 
-        Args:
-            path: A local path or a URL.
-            spec: TensorStore spec of the folder; None derives it from the path.
-            database_bytes: Size of the OCDBT database that contains the folder.
-        """
-        self.path = path.rstrip("/")
-        self.spec = spec or _spec(self.path)
-        self._database_bytes = database_bytes
-        self._store: ts.KvStore | None = None
+    def __post_init__(self):
+        self.path = self.path.rstrip("/")
+        self.spec = self.spec or _spec(self.path)
 
     def __truediv__(self, name: str) -> "Folder":
         spec = {**self.spec, "path": f"{self.spec['path']}{name}/"}
-        return Folder(f"{self.path}/{name}", spec, self._database_bytes)
+        return Folder(f"{self.path}/{name}", spec, self.database_bytes)
 
     @property
     def name(self) -> str:
@@ -77,16 +71,16 @@ class Folder:
         """Returns `size` bytes of a file, or all if -1; None if it is missing."""
         local = self.local_file(name)
         try:
-            if local is not None and not local.is_file():
+            if local is None:
+                result = self._store.read(name).result()
+                content = result.value if result.state == "value" else None
+                return content if content is None or size < 0 else content[:size]
+            if not local.is_file():
                 return None
-            if local is not None:
-                with local.open("rb") as file:
-                    return file.read(size)
-            result = self._open().read(name).result()
+            with local.open("rb") as file:
+                return file.read(size)
         except Exception as error:
             raise self._explain(error) from error
-        value = result.value if result.state == "value" else None
-        return value if value is None or size < 0 else value[:size]
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -95,7 +89,7 @@ class Folder:
     def list(self) -> set[str]:
         """Returns the paths of all files below; web servers do not list theirs."""
         try:
-            return {key.decode() for key in self._open().list().result()}
+            return {key.decode() for key in self._store.list().result()}
         except Exception as error:
             raise self._explain(error) from error
 
@@ -140,7 +134,7 @@ class Folder:
     def _stored_bytes(self) -> int | None:
         """Returns the size of the files below; None where listing them is slow."""
         local = self.local_file("")
-        return self._database_bytes if local is None else _total_bytes(local)
+        return self.database_bytes if local is None else _total_bytes(local)
 
     def _array_driver(self) -> str:
         for name, driver in ((".zarray", "zarr"), ("zarr.json", "zarr3")):
@@ -160,12 +154,9 @@ class Folder:
             "checkpoint is missing, copy it again"
         )
 
-    def _open(self) -> ts.KvStore:
-        if self._store is None:
-            self._store = ts.KvStore.open(
-                self.spec, context=ts.Context(_CONTEXT)
-            ).result()
-        return self._store
+    @functools.cached_property
+    def _store(self) -> ts.KvStore:
+        return ts.KvStore.open(self.spec, context=ts.Context(_CONTEXT)).result()
 
     def _explain(self, error: Exception) -> ValueError:
         remedy = "check the path and its permissions"

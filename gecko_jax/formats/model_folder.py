@@ -94,18 +94,14 @@ def save_model(
 ) -> ModelFiles:
     """Writes a complete model folder or none, with one parameter in memory at a time.
 
-    Args:
-        path: The folder.
-        model_files: The model.
-        shard_bytes: Largest file of parameters.
-        dtype: One of `safetensors_files.DTYPES`. A smaller dtype than float32 rounds
-            the parameters, so the written model has another revision.
+    A `dtype` of float16 rounds the parameters, so the written model has another
+    revision. An earlier model folder is replaced.
 
     Returns:
         The written model, with a revision.
 
     Raises:
-        ValueError: The folder exists, and is not a model folder or has other files.
+        ValueError: The folder has other files than a model folder.
     """
     path = pathlib.Path(path)
     if dtype != "float32":
@@ -128,13 +124,7 @@ def save_model(
 def write_model_json(
     folder: pathlib.Path, model_files: ModelFiles, weights: Sequence[str] = ()
 ) -> None:
-    """Writes `gecko.json` and the vocabulary.
-
-    Args:
-        folder: The folder.
-        model_files: The model.
-        weights: Names of the parameter files, for their checksums.
-    """
+    """Writes the vocabulary and `gecko.json`, with the checksums of `weights`."""
     with writing.write_file(folder / VOCABULARY) as temporary:
         temporary.write_bytes(model_files.vocabulary_proto)
     values = {
@@ -228,12 +218,9 @@ def open_model(
 
 
 def require_finite(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters, with a check of each `Tensor` when it is read.
+    """Returns the parameters, which raise a ValueError if they are not finite.
 
-    Arrays are checked at once.
-
-    Raises:
-        ValueError: A parameter has NaN or infinite values; names it.
+    Arrays are checked at once, a `Tensor` when it is read.
     """
     checked = {}
     for name, leaf in parameters.flatten(params).items():
@@ -251,12 +238,9 @@ def require_finite(params: Mapping[str, Any]) -> dict[str, Any]:
 def read_params(
     model_files: ModelFiles, mesh: jax.sharding.Mesh | None = None
 ) -> ModelFiles:
-    """Reads the parameters that are `Tensor`s, one at a time.
+    """Reads each parameter that is a `Tensor` and places it on the mesh.
 
-    Args:
-        model_files: An opened model.
-        mesh: Mesh on which each parameter is placed when it is read; None keeps NumPy
-            arrays.
+    Without a mesh, they are NumPy arrays.
     """
     shardings = {}
     if mesh is not None:

@@ -45,7 +45,11 @@ _IsWanted = Callable[[tuple[str, ...]], bool]
 
 
 class _Header(NamedTuple):
-    """Kind of an object, and the number of its items, or of its bytes that follow."""
+    """Kind of an object, and how much follows.
+
+    The size is the number of objects in a map (keys and values) or list, and otherwise
+    the number of bytes, with the code of an extension.
+    """
 
     kind: str
     size: int
@@ -62,15 +66,18 @@ _SIZED = {
 # First byte -> the complete header. Numbers are objects of 0 to 8 more bytes.
 _FIXED = {
     **{first: _Header("bytes", 0) for first in range(0x100)},
-    **{0x80 + n: _Header("map", n) for n in range(16)},
+    **{0x80 + n: _Header("map", 2 * n) for n in range(16)},
     **{0x90 + n: _Header("list", n) for n in range(16)},
     **{0xA0 + n: _Header("bytes", n) for n in range(32)},
     **{0xCA: _Header("bytes", 4), 0xCB: _Header("bytes", 8)},
     **{0xCC + n: _Header("bytes", 2**n) for n in range(4)},
     **{0xD0 + n: _Header("bytes", 2**n) for n in range(4)},
-    **{0xD4 + n: _Header("extension", 2**n) for n in range(5)},
+    **{0xD4 + n: _Header("extension", 2**n + 1) for n in range(5)},
 }
 _UNUSED = 0xC1
+
+
+_UNPACK_ERRORS = (ValueError, TypeError, RecursionError, msgpack.UnpackException)
 
 
 class _DamageError(Exception):
@@ -135,12 +142,12 @@ class _Reader:
         begin = self._stream.tell()
         header = self._read_header()
         if header.kind == "map":
-            tree = self._read_map(header.size, is_wanted, path)
+            tree = self._read_map(header.size // 2, is_wanted, path)
             if tree.get(_CHUNKED) is True:
                 return _join_chunks(f"{self._name}: {'/'.join(path)}", tree)
             return tree
         if header.kind == "extension":
-            end = self._stream.tell() + 1 + header.size
+            end = self._stream.tell() + header.size
             code = self._take(1)[0]
             array = self._read_array(path, end) if code in _ARRAY_CODES else None
             self._stream.seek(end)
@@ -155,10 +162,8 @@ class _Reader:
         keys: set[str] = set()
         for _ in range(size):
             key = self._read_value()
-            if not isinstance(key, str):
-                raise _DamageError("a key that is not a string")
-            if key in keys:
-                raise _DamageError(f"a second key {key[:80]!r}")
+            if not isinstance(key, str) or key in keys:
+                raise _DamageError("a key that is repeated or not a string")
             keys.add(key)
             if is_wanted((*path, key)):
                 tree[key] = self.read_tree(is_wanted, (*path, key))
@@ -176,14 +181,11 @@ class _Reader:
         header = _FIXED[first]
         if first in _SIZED:
             kind, width = _SIZED[first]
-            header = _Header(kind, int.from_bytes(self._take(width), "big"))
-        # An item has at least one byte, an extension one more than its content.
-        least = header.size * (2 if header.kind == "map" else 1)
-        least += header.kind == "extension"
-        if least > self.bytes_left():
-            raise _DamageError(
-                f"an object of {least:,} bytes or more before {self.bytes_left():,}"
-            )
+            size = int.from_bytes(self._take(width), "big")
+            size = 2 * size if kind == "map" else size + (kind == "extension")
+            header = _Header(kind, size)
+        if header.size > self.bytes_left():  # Every object has at least one byte.
+            raise _DamageError(f"{header.size:,} bytes or more, beyond the end,")
         return header
 
     def _take(self, size: int) -> bytes:
@@ -199,11 +201,9 @@ class _Reader:
             header = self._read_header()
             pending -= 1
             if header.kind in ("map", "list"):
-                pending += header.size * (2 if header.kind == "map" else 1)
+                pending += header.size
             else:
-                # An extension has a byte with its code before its content.
-                size = header.size + (header.kind == "extension")
-                self._stream.seek(size, io.SEEK_CUR)
+                self._stream.seek(header.size, io.SEEK_CUR)
 
     def _read_value(self) -> Any:
         """Reads a small object: a string, a number, or a list of them."""
@@ -215,12 +215,7 @@ class _Reader:
         self._stream.seek(begin)
         try:
             return msgpack.unpackb(self._take(size), strict_map_key=False)
-        except (
-            ValueError,
-            TypeError,
-            RecursionError,
-            msgpack.UnpackException,
-        ) as error:
+        except _UNPACK_ERRORS as error:
             raise _DamageError(f"no msgpack value ({type(error).__name__})") from None
 
     def _read_array(self, path: tuple[str, ...], end: int) -> tensors.Tensor:

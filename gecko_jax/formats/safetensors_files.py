@@ -33,18 +33,14 @@ _WRITTEN = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2")}
 DTYPES = tuple(_WRITTEN)
 
 
-def read(folder: pathlib.Path, stem: str = "model") -> dict[str, tensors.Tensor]:
-    """Opens all tensors of a folder, in one file or in shards.
-
-    Raises:
-        ValueError: A file is missing, truncated, or outside of the folder.
-    """
-    if (folder / f"{stem}{SUFFIX}").exists():
-        return _open_file(writing.member(folder, f"{stem}{SUFFIX}"))
-    index = folder / f"{stem}{_INDEX}"
+def read(folder: pathlib.Path) -> dict[str, tensors.Tensor]:
+    """Opens all tensors of a folder, in one file or in shards."""
+    if (folder / f"model{SUFFIX}").exists():
+        return _open_file(writing.member(folder, f"model{SUFFIX}"))
+    index = folder / f"model{_INDEX}"
     if not index.exists():
         raise ValueError(
-            f"{folder}: neither {stem}{SUFFIX} nor {index.name} here; copy the weights"
+            f"{folder}: neither model{SUFFIX} nor {index.name} here; copy the weights"
         )
     shards = _read_index(index)
     weights: dict[str, tensors.Tensor] = {}
@@ -60,14 +56,14 @@ def read(folder: pathlib.Path, stem: str = "model") -> dict[str, tensors.Tensor]
     return weights
 
 
-def names(folder: pathlib.Path, stem: str = "model") -> list[str]:
+def names(folder: pathlib.Path) -> list[str]:
     """Returns the names of the files that `write` wrote."""
-    return sorted(path.name for path in folder.glob(f"{stem}*{SUFFIX}*"))
+    return sorted(path.name for path in folder.glob(f"model*{SUFFIX}*"))
 
 
-def has_tensors(folder: pathlib.Path, stem: str = "model") -> bool:
+def has_tensors(folder: pathlib.Path) -> bool:
     """Whether a folder has a file that `read` opens."""
-    return any((folder / f"{stem}{suffix}").exists() for suffix in (SUFFIX, _INDEX))
+    return any((folder / f"model{suffix}").exists() for suffix in (SUFFIX, _INDEX))
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
@@ -128,19 +124,13 @@ def write(
     folder: pathlib.Path,
     weights: Mapping[str, tensors.Tensor],
     *,
-    stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
     dtype: str = "float32",
 ) -> None:
-    """Writes all tensors, with one of them in memory at a time.
+    """Writes all tensors into an empty folder, with one of them in memory at a time.
 
-    Args:
-        folder: An empty folder.
-        weights: Tensors by name; written in reading order.
-        stem: File name up to the suffix.
-        shard_bytes: Largest file of several tensors; a larger tensor gets a file of
-            its own.
-        dtype: One of `DTYPES`; values should have passed `Tensor.round`.
+    Files have at most `shard_bytes`, unless a single tensor is larger. For a smaller
+    dtype than float32, the tensors must have passed `Tensor.round`.
     """
     shards: list[dict[str, tensors.Tensor]] = [{}]
     size = total = 0
@@ -153,15 +143,15 @@ def write(
         size += nbytes
         total += nbytes
     if len(shards) == 1:
-        _write_file(folder / f"{stem}{SUFFIX}", shards[0], dtype)
+        _write_file(folder / f"model{SUFFIX}", shards[0], dtype)
         return
     files = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}"
+        file = f"model-{number:05}-of-{len(shards):05}{SUFFIX}"
         _write_file(folder / file, shard, dtype)
         files |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / f"{stem}{_INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"model{_INDEX}").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(

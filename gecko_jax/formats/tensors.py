@@ -58,10 +58,9 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
     def round(self, dtype: str) -> "Tensor":
-        """Returns the tensor with values rounded to another dtype, in float32.
+        """Returns the tensor with float32 values rounded to another dtype.
 
-        Raises:
-            ValueError: A value exceeds the range of the dtype; raised by `read`.
+        `read` raises a ValueError for values beyond the range of the dtype.
         """
 
         def read() -> np.ndarray:
@@ -84,14 +83,7 @@ class Tensor:
         )
 
     def require_finite(self, name: str) -> "Tensor":
-        """Returns the tensor with a check of its values.
-
-        Args:
-            name: Name of the tensor for the error.
-
-        Raises:
-            ValueError: A value is NaN or infinite; raised by `read`.
-        """
+        """Returns the tensor, whose `read` raises a ValueError if it is not finite."""
 
         def read() -> np.ndarray:
             array = self.read()
@@ -153,11 +145,7 @@ def is_finite(array: Float[np.ndarray, "..."]) -> bool:
 
 
 def parse_shape(source: str, shape: Any) -> tuple[int, ...]:
-    """Checks a shape that a file claims.
-
-    Raises:
-        ValueError: It is not a sequence of positive integers.
-    """
+    """Returns a shape that a file claims, if it is a list of positive integers."""
     sizes = tuple(shape) if isinstance(shape, list | tuple) else None
     # isinstance(True, int) is true.
     if sizes is None or any(type(size) is not int or size < 1 for size in sizes):
@@ -172,14 +160,7 @@ def check_size(
 ) -> None:
     """Refuses an array that its stored bytes or the memory cannot hold.
 
-    Args:
-        source: Location of the array, for errors.
-        shape: Shape that the file claims.
-        dtype: Dtype that the file claims.
-        stored_bytes: Size of the array's files, compressed; None if unknown.
-
-    Raises:
-        ValueError: Names the claimed and the available bytes.
+    `stored_bytes` is the size of the array's files, compressed; None if unknown.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     claim = f"an array of shape {shape} has {nbytes:,} bytes"

@@ -51,16 +51,7 @@ FILES = (
 def write_tokenizer(
     folder: pathlib.Path, vocab: vocabularies.Vocabulary, max_length: int
 ) -> None:
-    """Writes `FILES`.
-
-    Args:
-        folder: The folder.
-        vocab: The vocabulary.
-        max_length: Length in tokens to which texts are cut, EOS included.
-
-    Raises:
-        ValueError: The vocabulary is not a unigram model.
-    """
+    """Writes `FILES`, which cut texts to `max_length` tokens, EOS included."""
     tokenizer = build_tokenizer(vocab)
     reserved = [token for token in tokenizer["added_tokens"] if token["special"]]
     special = {

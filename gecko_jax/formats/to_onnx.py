@@ -45,10 +45,7 @@ def save(
 ) -> None:
     """Writes a complete folder or none; an earlier export is replaced.
 
-    Args:
-        path: The folder.
-        model_files: The model.
-        dim: Width of the embeddings; None takes the largest trained one.
+    `dim` is the width of the embeddings; None takes the largest trained one.
 
     Raises:
         ValueError: The folder contains other files.
@@ -84,13 +81,9 @@ def _build(
     dim: int,
     data: BinaryIO | None = None,
 ) -> Any:
-    """Returns the `onnx.ModelProto`.
+    """Returns the `onnx.ModelProto`, in float32.
 
-    Args:
-        flat: Parameters by T5X name.
-        config: Sizes and settings of the encoder; the graph is in float32.
-        dim: Width of the embeddings.
-        data: Receives the weights; None puts them into the graph.
+    The weights are written to `data`; None puts them into the graph.
     """
     from onnx import TensorProto, helper
 

@@ -57,12 +57,8 @@ def save(
 ) -> None:
     """Writes a complete folder or none; an earlier export is replaced.
 
-    Args:
-        path: The folder.
-        model_files: The model.
-        truncate_dim: Default width of the embeddings; None takes the largest trained
-            one.
-        scores: Results of `gecko evaluate`, for the model card.
+    `truncate_dim` is the default width of the embeddings; None takes the largest
+    trained one. `scores` are results of `gecko evaluate`, for the model card.
 
     Raises:
         ValueError: The folder contains other files, or sentence-transformers cannot

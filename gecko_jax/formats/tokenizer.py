@@ -18,14 +18,13 @@ from typing import Any
 
 from absl import logging
 
-import gecko_jax.config
 from gecko_jax.formats import (
     added_tokens,
     model_folder,
     source_files,
     tokenizer_json,
 )
-from gecko_jax.io import writing
+from gecko_jax.io import field_rules, writing
 from gecko_jax.text import text_formats, vocabularies
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
@@ -34,21 +33,20 @@ _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 _ROUNDED_TO = 128
 
 # Tokenizer classes that behave as SentencePiece does, or as `tokenizer.json` says.
-_CLASSES = "T5|MT5|PreTrained|TokenizersBackend|SentencePieceBackend"
-_CONFIG_RULES = {
-    "tokenizer_class": gecko_jax.config.Rule(
-        str,
-        "is not supported; Gecko's tokenizer is T5's",
-        lambda name: bool(re.fullmatch(rf"({_CLASSES})(Tokenizer)?(Fast)?", name)),
+_CLASS = re.compile(
+    "(T5|MT5|PreTrained|TokenizersBackend|SentencePieceBackend)(Tokenizer)?(Fast)?"
+)
+_CONFIG = {
+    "tokenizer_class": field_rules.optional(
+        field_rules.Kind(
+            "the class of a T5 tokenizer",
+            lambda v: isinstance(v, str) and bool(_CLASS.fullmatch(v)),
+        )
     ),
-    "truncation_side": gecko_jax.config.Rule(
-        str, "Gecko cuts texts at their end", lambda side: side == "right"
-    ),
-    "split_special_tokens": gecko_jax.config.Rule(bool),
-    "added_tokens_decoder": gecko_jax.config.Rule(dict),
-    "extra_ids": gecko_jax.config.Rule(
-        int, "must be 0 or more", lambda count: count >= 0
-    ),
+    "truncation_side": field_rules.optional(field_rules.one_of("right")),
+    "split_special_tokens": field_rules.optional(field_rules.FLAG),
+    "added_tokens_decoder": field_rules.optional(field_rules.OBJECT),
+    "extra_ids": field_rules.optional(field_rules.integer(0, 100_000)),
 }
 
 # Texts on which different tokenizers usually differ: case, digits, punctuation, spaces
@@ -85,10 +83,7 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> vocabularies.Voca
     files = added_tokens.read_files(folder)
     values, config = files.tokenizer, files.config
     path, config_path = files.path("tokenizer"), files.path("config")
-    present = {key: value for key, value in config.items() if value is not None}
-    problems = gecko_jax.config.find_wrong_values(present, _CONFIG_RULES)
-    if problems:
-        raise ValueError(f"{config_path}: {'; '.join(problems)}")
+    field_rules.check(config_path, config, _CONFIG, tokenizer_json.GIVE_VOCABULARY)
     names = (model_folder.VOCABULARY, *_SPIECE)
     spiece = next(
         (writing.member(folder, n) for n in names if (folder / n).is_file()), None

@@ -25,7 +25,6 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     return made
@@ -50,18 +49,14 @@ def test_a_name_must_be_a_repository(calls, name):
     assert calls == []
 
 
-def test_nobody_logged_in_is_told(calls, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match=r"not logged in.*hf auth login"):
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_missing_login_or_network_is_an_error(monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    with pytest.raises(OSError, match=r"did not accept the login.*hf auth login"):
         hub.check_upload("a/b")
-    assert calls == []
-
-
-def test_offline_is_told(calls, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
-        hub.check_upload("a/b")
-    assert calls == []
 
 
 def test_a_hub_out_of_reach_is_told_in_one_line(calls, monkeypatch):

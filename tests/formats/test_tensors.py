@@ -93,11 +93,7 @@ def test_a_transposed_tensor_is_written_in_its_new_order(tmp_path):
     np.testing.assert_array_equal(loaded["a"], array.T)
 
 
-def test_another_stem_names_other_files(tmp_path):
-    safetensors_files.write(
-        tmp_path, {"a": tensors.as_tensor(np.ones(2))}, stem="dense"
-    )
-    assert safetensors_files.has_tensors(tmp_path, "dense")
+def test_missing_weights_are_named(tmp_path):
     assert not safetensors_files.has_tensors(tmp_path)
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
         safetensors_files.read(tmp_path)

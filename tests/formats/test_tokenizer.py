@@ -281,14 +281,18 @@ def edit(path, **values):
         (
             "tokenizer_config.json",
             {"truncation_side": "left"},
-            "truncation_side='left'",
+            'truncation_side must be one of right or null, not "left"',
         ),
         (
             "tokenizer_config.json",
             {"tokenizer_class": "AlbertTokenizer"},
-            "tokenizer_class='AlbertTokenizer': is not supported",
+            'tokenizer_class must be the class of a T5 tokenizer or null, not "Albert',
         ),
-        ("tokenizer_config.json", {"tokenizer_class": 5}, "must be str, is int"),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": 5},
+            "the class of a T5 tokenizer or null, not 5",
+        ),
         (
             "tokenizer_config.json",
             {"added_tokens_decoder": {"8000": {"content": "  "}}},
