@@ -23,8 +23,17 @@ _CONTENT = field_rules.Kind(
     "text", lambda v: isinstance(v, str) and not re.search(r"[\ud800-\udfff]", v)
 )
 _FLAG = field_rules.optional(field_rules.FLAG)
+# An id is a string where it is a key of JSON.
+_ID = field_rules.Kind(
+    "a whole number from 0",
+    lambda v: (
+        field_rules.COUNT.holds(v)
+        or (isinstance(v, str) and v.isdecimal() and len(v) < 16)
+    ),
+)
 _TOKEN = {
     "content": _CONTENT,
+    "id": _ID,
     "special": _FLAG,
     "single_word": _FLAG,
     "normalized": _FLAG,
@@ -77,24 +86,24 @@ def read_files(folder: pathlib.Path) -> Files:
 
 
 def read_listed(files: Files) -> dict[str, Listed]:
-    """Returns the tokens that any file lists with an id, by content.
-
-    Raises:
-        ValueError: Two files give a token different ids.
-    """
+    """Returns the tokens that any file lists with an id, by content."""
     special = {content for content, _ in read_special(files)}
+    decoder = files.config.get("added_tokens_decoder") or {}
+    entries = [
+        *((entry, "tokenizer") for entry in files.tokenizer.get("added_tokens") or ()),
+        *(({**entry, "id": number}, "config") for number, entry in decoder.items()),
+        *(({"content": c, "id": number}, "added") for c, number in files.added.items()),
+    ]
     listed: dict[str, Listed] = {}
-
-    def add(entry: Mapping[str, Any], number: Any, source: pathlib.Path) -> None:
+    for entry, name in entries:
+        source, content = files.path(name), entry["content"]
         place = f"{source}, an added token"
         field_rules.check(place, entry, _TOKEN, "the file is damaged, copy it again")
-        content = entry["content"]
         is_special = bool(entry.get("special", content in special))
-        token_id = _read_id(number, content, source)
         try:
             token = vocabularies.AddedToken(
                 content,
-                token_id,
+                int(entry["id"]),
                 bool(entry.get("single_word", False)),
                 # transformers' default.
                 bool(entry.get("normalized", not is_special)),
@@ -109,24 +118,7 @@ def read_listed(files: Files) -> dict[str, Listed]:
                 f"{source}: the token {content!r} has the id {token.id}, and "
                 f"{first.token.id} in {first.source.name}; correct the files"
             )
-
-    for token in files.tokenizer.get("added_tokens") or ():
-        add(token, token["id"], files.path("tokenizer"))
-    for number, token in (files.config.get("added_tokens_decoder") or {}).items():
-        add(token, number, files.path("config"))
-    for content, number in files.added.items():
-        add({"content": content}, number, files.path("added"))
     return listed
-
-
-def _read_id(number: Any, content: str, source: pathlib.Path) -> int:
-    """Returns the id of an added token, which is a string where it is a JSON key."""
-    is_digits = isinstance(number, str) and number.isdecimal() and len(number) < 16
-    if not is_digits and not field_rules.COUNT.holds(number):
-        raise source_files.damaged(
-            source, f"the id of the token {content!r} is not a whole number from 0"
-        )
-    return int(number)
 
 
 def read_special(files: Files) -> list[tuple[str, pathlib.Path]]:

@@ -12,18 +12,14 @@ A training workdir:
 Parameter names are T5X's (`encoder/layers_0/attention/query/kernel`).
 
 The position of a checkpoint contains a digest of every array (see `checksums`), which
-is verified after an array is restored. A checkpoint is *damaged* if its own files prove
-it: one is missing, truncated, cannot be decoded, or differs from what was written. Any
-other failure, of the network or of the machine, does not concern the files, and leaves
-them in place.
+is verified after an array is restored. Damaged checkpoints (see `checkpoint_damage`)
+are set aside.
 """
 
 import contextlib
 import errno
 import functools
-import json
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,7 +31,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gecko_jax.formats import source_files, tensors
+from gecko_jax.formats import checkpoint_damage, source_files, tensors
 from gecko_jax.io import checksums, inputs, reading
 
 CHECKPOINTS = "checkpoints"
@@ -43,18 +39,6 @@ _DAMAGED = "damaged"
 
 # Key that `save` adds to the position of a run.
 _DIGESTS = "digests"
-
-# TensorStore's errors for missing bytes and bytes that cannot be decoded. Other codes,
-# such as UNAVAILABLE and PERMISSION_DENIED, concern the access to the bytes.
-_IS_DAMAGE = re.compile(
-    r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION): |"
-    r"^Error .*(Error decoding|; at byte \d+)|"
-    r"tree structures do not match"
-)
-
-
-class DamagedError(ValueError):
-    """The files of a checkpoint prove that they are not what was written."""
 
 
 class Checkpointer:
@@ -146,7 +130,10 @@ class Checkpointer:
             except ValueError as raised:
                 error = raised
             # All processes must restore the same step.
-            if _any_process(error is not None and not isinstance(error, DamagedError)):
+            if _any_process(
+                error is not None
+                and not isinstance(error, checkpoint_damage.DamagedError)
+            ):
                 raise error or ValueError(
                     f"{folder}: another process cannot read it; see its log"
                 )
@@ -161,7 +148,7 @@ class Checkpointer:
                 # All processes compute the digests together and get the same result.
                 arrays = _named(params=restored.params, opt_state=restored.opt_state)
                 _check_digests(folder, position.pop(_DIGESTS, None), arrays)
-            except DamagedError as raised:
+            except checkpoint_damage.DamagedError as raised:
                 damaged[step] = raised
                 continue
             if damaged:
@@ -173,7 +160,7 @@ class Checkpointer:
         return None
 
     def _restore(self, folder: pathlib.Path, step: int, args: Any) -> Any:
-        with _explain_reading(folder):
+        with checkpoint_damage.explain_reading(folder):
             restored: Any = self._manager.restore(step, args=args)
         _check_position(folder, restored.position)
         return restored
@@ -315,7 +302,7 @@ def _open_handler(
 ) -> Iterator[tuple[ocp.PyTreeCheckpointHandler, epath.Path]]:
     """Yields Orbax's reader of the parameters, and their folder."""
     with (
-        _explain_reading(folder),
+        checkpoint_damage.explain_reading(folder),
         contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
     ):
         yield handler, epath.Path(folder / "params")
@@ -323,7 +310,7 @@ def _open_handler(
 
 def _read_digests(folder: pathlib.Path) -> dict[str, int] | None:
     """Returns the digests of a checkpoint; None for one of a version without them."""
-    with _explain_reading(folder):
+    with checkpoint_damage.explain_reading(folder):
         position = reading.parse_json((folder / "position" / "metadata").read_bytes())
     _check_position(folder, position)
     return position.get(_DIGESTS)
@@ -340,12 +327,14 @@ def _named(**trees: Any) -> dict[str, Any]:
 
 def _check_position(folder: pathlib.Path, position: Any) -> None:
     if not isinstance(position, dict):
-        raise _damaged(folder, f"its position is {inputs.kind(position)}")
+        raise checkpoint_damage.damaged(
+            folder, f"its position is {inputs.kind(position)}"
+        )
     path = folder / "position" / "metadata"
     try:
-        checksums.check_object(path, position, _remedy(folder))
+        checksums.check_object(path, position, checkpoint_damage.remedy(folder))
     except ValueError as error:
-        raise DamagedError(str(error)) from None
+        raise checkpoint_damage.DamagedError(str(error)) from None
 
 
 def _check_digests(
@@ -357,94 +346,9 @@ def _check_digests(
     wrong = [name for name, digest in computed.items() if digests.get(name) != digest]
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise _damaged(folder, f"{wrong[0]}{more} does not have its stored digest")
-
-
-@contextlib.contextmanager
-def _explain_reading(folder: pathlib.Path) -> Iterator[None]:
-    """Raises a ValueError in place of the errors of Orbax, TensorStore and JSON."""
-    try:
-        yield
-    except Exception as error:
-        causes = list(_causes(error))
-        if problem := _find_damage(folder, causes):
-            raise _damaged(folder, problem) from error
-        # Orbax wraps the error of TensorStore, which is the last.
-        last = f"{type(causes[-1]).__name__}: {source_files.first_line(causes[-1])}"
-        raise ValueError(
-            f"{folder}: this checkpoint cannot be read ({last}), and nothing proves "
-            "that its files are damaged, so they stay in place; remove the cause and "
-            "run the same command again"
-        ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        if not isinstance(error, StopIteration):  # Python's JSON parser raises it.
-            yield error
-        context = None if error.__suppress_context__ else error.__context__
-        error = error.__cause__ or context
-
-
-def _find_damage(folder: pathlib.Path, causes: list[BaseException]) -> str:
-    """Returns what proves that the files are damaged, "" if nothing does."""
-    proofs = []
-    for cause in causes:
-        is_lost = isinstance(cause, FileNotFoundError) and folder.is_dir()
-        if is_lost and str(folder) in str(cause):
-            proofs.append(source_files.first_line(cause))
-        elif isinstance(cause, OSError | ImportError | MemoryError):
-            return ""  # A failure of the system or of the installation.
-        elif isinstance(cause, UnicodeDecodeError | json.JSONDecodeError) or (
-            isinstance(cause, ValueError) and _IS_DAMAGE.search(str(cause))
-        ):
-            proofs.append(source_files.first_line(cause))
-    return _find_damaged_metadata(folder) or (proofs[-1] if proofs else "")
-
-
-def _find_damaged_metadata(folder: pathlib.Path) -> str:
-    """Returns what is wrong with the JSON files of a checkpoint, "" for nothing."""
-    for path in (
-        *sorted(folder.glob("*/_METADATA")),
-        *sorted(folder.glob("*/array_metadatas/*")),
-        folder / "position" / "metadata",
-    ):
-        try:
-            values = reading.parse_json(path.read_bytes())
-            if path.name == "_METADATA":
-                for entry in values["tree_metadata"].values():
-                    _require(entry["value_metadata"], "value_type", "skip_deserialize")
-                    for key in entry["key_metadata"]:
-                        _require(key, "key", "key_type")
-            elif path.parent.name == "array_metadatas":
-                for entry in values["array_metadatas"]:
-                    _require(
-                        entry["array_metadata"],
-                        "param_name",
-                        "write_shape",
-                        "chunk_shape",
-                    )
-        except OSError:
-            continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            line = source_files.first_line(error)
-            return f"{path}: {type(error).__name__}: {line}"
-    return ""
-
-
-def _require(values: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        values[name]
-
-
-def _remedy(folder: pathlib.Path) -> str:
-    return f"move {folder} away to use the previous one"
-
-
-def _damaged(folder: pathlib.Path, problem: str) -> DamagedError:
-    return DamagedError(
-        f"{folder}: this checkpoint is damaged ({problem}); {_remedy(folder)}"
-    )
+        raise checkpoint_damage.damaged(
+            folder, f"{wrong[0]}{more} does not have its stored digest"
+        )
 
 
 def _any_process(value: bool) -> bool:

@@ -23,8 +23,6 @@ _ACTIVATIONS = {
     **{f"gelu_{form}_tanh": "gelu" for form in ("python", "pytorch")},
 }
 
-_SIZES = ("vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff")
-
 # Larger sizes are damage, and nothing is allocated for them.
 _MAX_SIZE = 2**24
 
@@ -117,14 +115,8 @@ def encoder_config(
 ) -> dual_encoder.EncoderConfig:
     """Returns the encoder's config from a `config.json`, without a projection.
 
-    The other keys of transformers' T5Config do not affect the encoder: those of the
-    decoder (`num_decoder_layers`, `decoder_start_token_id`, `use_cache`,
-    `scale_decoder_outputs`, `tie_word_embeddings`), of training (`dropout_rate`,
-    `initializer_factor`, `classifier_dropout`) and of the tokenizer.
-
-    Raises:
-        ValueError: A key is missing, or has a value that this encoder does not
-            support.
+    The other keys of transformers' T5Config concern the decoder, training and the
+    tokenizer, and do not affect the encoder.
     """
     sizes, problems = _read_sizes(values)
     if problems:
@@ -136,16 +128,9 @@ def encoder_config(
             "take another model"
         )
     return dual_encoder.EncoderConfig(
-        vocab_size=sizes["vocab_size"],
-        model_dim=sizes["d_model"],
-        num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"],
-        head_dim=sizes["d_kv"],
-        mlp_dim=sizes["d_ff"],
+        **{ours: sizes[name] for name, ours in names.HUGGING_FACE_SIZES.items()},
         mlp_activations=_read_activations(values, source),
         shared_relative_bias=values["model_type"] != "umt5",
-        relpos_num_buckets=sizes["relative_attention_num_buckets"],
-        relpos_max_distance=sizes["relative_attention_max_distance"],
         embedding_dim=sizes["d_model"],
         projection=False,
     )
@@ -153,11 +138,9 @@ def encoder_config(
 
 def _read_sizes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the sizes by transformers' first name of each, and all problems."""
-    sizes: dict[str, Any] = {
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        **dict.fromkeys(_SIZES),
-    }
+    sizes: dict[str, Any] = dict.fromkeys(names.HUGGING_FACE_SIZES)
+    sizes["relative_attention_num_buckets"] = 32
+    sizes["relative_attention_max_distance"] = 128
     sizes |= {name: values[name] for name in sizes if name in values}
     problems = []
     for alias, name in _ALIASES.items():

@@ -50,6 +50,24 @@ class Checkpoint:
     step: int
 
 
+def is_checkpoint(folder: kvstores.Folder) -> bool:
+    """Whether a folder is a T5X checkpoint; refuses one of TensorFlow."""
+    index = folder.read("checkpoint", 1_000)
+    if index is not None and index.lstrip().startswith(b"model_checkpoint_path"):
+        raise tensorflow_error(folder.path)
+    # Early Orbax wrote `state/checkpoint`; `open_checkpoint` refuses it by name.
+    files = ("state/_METADATA", "_METADATA", "state/checkpoint")
+    return index is not None or any(map(folder.has, files))
+
+
+def tensorflow_error(path: str) -> ValueError:
+    """Returns the error about a TensorFlow checkpoint."""
+    return ValueError(
+        f"{path}: a TensorFlow checkpoint (Mesh TensorFlow T5); take the same model "
+        "from gs://t5-data/pretrained_models/t5x/ or from Hugging Face"
+    )
+
+
 def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
     """Opens the encoder of the checkpoint in a folder.
 

@@ -327,17 +327,12 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
             f"{model_json.COPY_AGAIN}"
         )
     checksums.check_files(path, values, model_json.COPY_AGAIN)
+    names = "text_format extra_ids mrl_dims query_length passage_length step revision"
     return ModelFiles(
         params={},
         encoder_config=values["model"],
-        text_format=values["text_format"],
         vocabulary_proto=proto,
-        extra_ids=values["extra_ids"],
-        mrl_dims=tuple(values["mrl_dims"]),
-        query_length=values["query_length"],
-        passage_length=values["passage_length"],
-        step=values["step"],
-        revision=values["revision"],
+        **{name: values[name] for name in names.split()},
         provenance=values["provenance"],
         added_tokens=values["added_tokens"],
     )

@@ -110,6 +110,7 @@ def _convert(values: dict[str, Any]) -> list[str]:
     except (TypeError, ValueError) as error:
         # Such as "__init__() got an unexpected keyword argument 'x'".
         return [str(error)]
+    values["mrl_dims"] = tuple(values["mrl_dims"])
     problems = []
     if max(values["mrl_dims"]) > config.embedding_dim:
         limit = f"model.embedding_dim={config.embedding_dim}"

@@ -1,4 +1,4 @@
-"""Parameter names: T5X's, which this package uses, and Hugging Face's.
+"""Names of parameters and sizes: T5X's, which are ours, and Hugging Face's.
 
     encoder/layers_0/attention/query/kernel  [M, H*K]
     encoder.block.0.layer.0.SelfAttention.q.weight  [H*K, M]
@@ -14,6 +14,18 @@ PROJECTION = "projection_layer/kernel"
 
 # sentence-transformers stores the projection in a module of its own, `2_Dense`.
 DENSE_WEIGHT = "linear.weight"
+
+# Sizes in Hugging Face's `config.json` -> fields of `EncoderConfig`.
+HUGGING_FACE_SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "model_dim",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "d_kv": "head_dim",
+    "d_ff": "mlp_dim",
+    "relative_attention_num_buckets": "relpos_num_buckets",
+    "relative_attention_max_distance": "relpos_max_distance",
+}
 
 
 class HuggingFaceName(NamedTuple):

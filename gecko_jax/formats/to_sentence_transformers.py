@@ -199,18 +199,14 @@ def build_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
     return {
         "architectures": ["T5EncoderModel" if is_shared else "UMT5EncoderModel"],
         "model_type": "t5" if is_shared else "umt5",
-        "vocab_size": config.vocab_size,
-        "d_model": config.model_dim,
-        "d_kv": config.head_dim,
-        "d_ff": config.mlp_dim,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
+        **{
+            name: getattr(config, ours)
+            for name, ours in names.HUGGING_FACE_SIZES.items()
+        },
         "num_decoder_layers": config.num_layers,
         "feed_forward_proj": gated if gate else act,
         "dense_act_fn": act,
         "is_gated_act": bool(gate),
-        "relative_attention_num_buckets": config.relpos_num_buckets,
-        "relative_attention_max_distance": config.relpos_max_distance,
         "layer_norm_epsilon": 1e-6,
         "initializer_factor": 1.0,
         "dropout_rate": config.dropout_rate,

@@ -1,4 +1,4 @@
-"""Uploads, with a hub that is a list of calls."""
+"""Uploads to a fake hub that records its calls."""
 
 import huggingface_hub
 import pytest
@@ -9,7 +9,7 @@ from gecko_jax.formats import hub
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Puts a hub in place that notes what is asked of it."""
+    """Replaces the hub by one that records its calls."""
     made = []
 
     class Api:
@@ -30,7 +30,7 @@ def calls(monkeypatch):
     return made
 
 
-def test_a_folder_is_uploaded_whole(calls, tmp_path):
+def test_a_folder_is_uploaded(calls, tmp_path):
     hub.check_upload("my-lab/my-gecko")
     assert calls == ["whoami"]
     url = hub.upload(tmp_path, "my-lab/my-gecko")
@@ -59,7 +59,7 @@ def test_a_missing_login_or_network_is_an_error(monkeypatch, offline):
         hub.check_upload("a/b")
 
 
-def test_a_hub_out_of_reach_is_told_in_one_line(calls, monkeypatch):
+def test_an_unreachable_hub_is_an_error_of_one_line(calls, monkeypatch):
     class Unreachable:
         def whoami(self):
             raise ConnectionError("no route\nand more")
@@ -70,7 +70,7 @@ def test_a_hub_out_of_reach_is_told_in_one_line(calls, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_failed_upload_says_how_to_go_on(calls, monkeypatch, tmp_path):
+def test_a_failed_upload_names_the_command_to_repeat_it(calls, monkeypatch, tmp_path):
     def upload_folder(**_):
         raise RuntimeError("403")
 

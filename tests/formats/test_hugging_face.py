@@ -1,4 +1,4 @@
-"""Hugging Face folders: the encoder's own numbers, or one clear error."""
+"""Hugging Face folders: the hidden states of the encoder, or one clear error."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ def test_the_parameters_are_those_of_t5x_bit_for_bit(folder):
 
 
 def test_an_import_writes_what_it_read(folder, tmp_path):
-    """Hugging Face -> gecko_jax -> the same bytes under the names there."""
+    """Imports a Hugging Face folder; returns its bytes under Hugging Face's names."""
     model_folder.save_model(tmp_path / "out", detection.open_model(folder))
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     config = model_folder.load_settings(tmp_path / "out").encoder_config
@@ -99,7 +99,7 @@ def test_an_import_writes_what_it_read(folder, tmp_path):
 
 
 def test_a_decoder_is_left_where_it_is(folder):
-    """As in an encoder-decoder, with the embedding table under its second name."""
+    """An encoder-decoder, with the embedding table under its second name."""
 
     def change(weights):
         table = weights.pop("shared.weight")
@@ -176,7 +176,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path, kind):
     with torch.no_grad():
         for weights in theirs.parameters():
             weights.copy_(0.4 * torch.randn_like(weights))
-    # Several files, as the hub has the large ones.
+    # Shards, as for large models on the hub.
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     opened = model_folder.read_params(
@@ -217,7 +217,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path, kind):
     ],
 )
 def test_the_table_is_the_one_that_transformers_takes(folder, tables, used):
-    """Of several tables the encoder's own, whatever the file holds besides."""
+    """The encoder's own table is read, whatever other tables the file has."""
     table = reference_params()["token_embedder/embedding"]
 
     def change(weights):
@@ -285,7 +285,7 @@ def test_sizes_may_have_their_second_names(folder):
     ],
 )
 def test_every_config_gives_the_numbers_of_transformers(tmp_path, values):
-    """Keys that are saved or edited, in any combination that can be computed."""
+    """All supported combinations of the keys that transformers saves or users edit."""
     import torch
     import transformers
 
@@ -297,7 +297,7 @@ def test_every_config_gives_the_numbers_of_transformers(tmp_path, values):
         for weights in theirs.parameters():
             weights.copy_(0.4 * torch.randn_like(weights))
     theirs.save_pretrained(tmp_path)
-    # As the values were written, without what transformers adds when it saves.
+    # Without the values that transformers adds when it saves.
     path = tmp_path / "config.json"
     kept = {
         key: value
@@ -353,7 +353,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, bad, 
     with pytest.raises(ValueError, match=message):
         model_folder.save_model(tmp_path / "out", detection.open_model(folder))
     assert not (tmp_path / "out").exists()
-    # A folder of ours is refused likewise, whatever reads it.
+    # A model folder is refused, too.
     samples.forget_checksums(good / "gecko.json")
     path = good / "model.safetensors"
     weights = safetensors.numpy.load_file(path)
@@ -513,7 +513,7 @@ def test_what_is_neither_folder_nor_hub_name_is_refused(source):
         hub.download(source)
 
 
-def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):
+def test_a_typo_in_a_path_sends_no_request_to_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs" / "finetune").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="runs/fintune: no such folder"):

@@ -1,4 +1,4 @@
-"""sentence-transformers folders: the same vectors, or a refusal by name."""
+"""sentence-transformers folders: the same embeddings, or an error with the name."""
 
 import json
 import pathlib
@@ -53,7 +53,7 @@ def write_modules(folder, *kinds):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The tiny dual encoder of T5X in the form of GTR."""
+    """The tiny T5X dual encoder in the format of GTR."""
     copy = shutil.copytree(HF, tmp_path / "st")
     shutil.copy(VOCABULARY, copy / "spiece.model")
     write_modules(copy, "Transformer", "Pooling", "Dense", "Normalize")
@@ -96,7 +96,7 @@ def test_a_folder_without_dense_has_no_projection(folder, caplog):
             "query: a",
             "b",
         ),
-        # `encode_document` always finds a prompt "document", if only an empty one.
+        # `encode_document` always finds a prompt "document", which may be empty.
         ({"prompts": {"query": "q ", "passage": "p "}}, "q a", "q a", "b"),
         (
             {
@@ -170,7 +170,7 @@ def test_an_export_of_ours_keeps_its_settings(folder, tiny_files):
         revision="ours-33",
     )
     model_folder.write_model_json(folder, settings)
-    # Prompts that cannot say what the settings say.
+    # Prompts that differ from the settings.
     write(folder / "config_sentence_transformers.json", {"prompts": {"docs": "x"}})
     loaded = gecko_jax.load(folder)
     for field in ("text_format", "extra_ids", "mrl_dims", "query_length", "step"):
@@ -238,7 +238,7 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, activation):
 
 
 def _write_theirs(folder, config, added=()):
-    """Writes a model of sentence-transformers whose tokenizer has added tokens."""
+    """Writes a sentence-transformers model whose tokenizer has added tokens."""
     import torch
     import transformers
     from sentence_transformers import SentenceTransformer, models
@@ -280,7 +280,7 @@ def _assert_same_vectors(ours, theirs, tasks):
         (ours.encode_queries(texts, task=t), theirs.encode(texts, prompt_name=t))
         for t in tasks
     ]
-    # A task without a prompt has that of queries.
+    # A task without a prompt gets the prompt of queries.
     pairs += [
         (ours.encode_queries(texts, task=t), theirs.encode_query(texts))
         for t in ("semantic similarity", "qa")
@@ -311,7 +311,7 @@ def _assert_same_vectors(ours, theirs, tasks):
     ],
 )
 def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, config):
-    """In the folder, after an import, and after an export to where it came from."""
+    """In the folder, after an import, and after an export back."""
     from sentence_transformers import SentenceTransformer
 
     from gecko_jax.formats import to_sentence_transformers
@@ -391,7 +391,7 @@ def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, confi
         ),
         (
             "2_Dense/config.json",
-            # Code of the model's own, in whose place Tanh is computed there.
+            # sentence-transformers computes Tanh in place of custom code.
             {"activation_function": "mine.Identity"},
             'torch.nn.modules.linear.Identity, not "mine.Identity"',
         ),
@@ -526,7 +526,7 @@ def test_texts_are_cut_where_sentence_transformers_cuts_them(
         write(folder / name, values | {"extra_ids": 0})
     opened = detection.open_model(folder)
     assert (opened.query_length, opened.passage_length) == (lengths or (512, 512))
-    # A limit that nobody set is said aloud.
+    # The default limit is logged.
     assert ("cuts them at 512 tokens" in caplog.text) is (lengths is None)
 
 

@@ -1,4 +1,4 @@
-"""Tensors on disk: what the safetensors library reads, one at a time."""
+"""Tensors in safetensors files, read and written one at a time."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_what_is_written_the_library_reads(tmp_path, shape):
         np.testing.assert_array_equal(loaded[name], array)
         assert opened[name].shape == array.shape
         np.testing.assert_array_equal(opened[name].read(), array)
-    # The numbers begin at a multiple of 8 bytes, as the format asks.
+    # The format requires values to begin at a multiple of 8 bytes.
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 

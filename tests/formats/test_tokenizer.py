@@ -1,4 +1,4 @@
-"""Vocabularies of Hugging Face folders cut texts as they do there."""
+"""Vocabularies of Hugging Face folders give the ids of transformers."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ def _added(number, content, **options):
 
 
 def _json(proto, extra_ids=0, *, normalizer=None):
-    """Writes what transformers' converter does, without transformers."""
+    """Writes the output of transformers' converter."""
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
     vocab = [[piece.piece, piece.score] for piece in model.pieces]
     vocab += [[f"<extra_id_{n}>", 0.0] for n in reversed(range(extra_ids))]
@@ -75,7 +75,7 @@ def _json(proto, extra_ids=0, *, normalizer=None):
 
 
 @pytest.mark.parametrize("extra_ids", [0, 7])
-def test_the_model_is_written_again_from_json(tmp_path, extra_ids):
+def test_the_model_is_rebuilt_from_json(tmp_path, extra_ids):
     proto = QUICKSTART.read_bytes()
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(_json(proto, extra_ids)))
@@ -90,7 +90,7 @@ def test_the_model_is_written_again_from_json(tmp_path, extra_ids):
 
 
 def _proto_without_bytes():
-    """As T5's, which never spells an unknown character in bytes."""
+    """A model without byte fallback, as T5's."""
     model = sentencepiece_model_pb2.ModelProto.FromString(QUICKSTART.read_bytes())
     model.trainer_spec.byte_fallback = False
     for piece in model.pieces:
@@ -138,7 +138,7 @@ ADDED_TEXTS = [
         [{"content": "foobarbaz", "single_word": True}],
         [{"content": "[DOC]", "lstrip": True, "rstrip": True}],
         [{"content": "<special>", "special": True}],
-        # Of two that begin alike the longer one, and one that is a piece.
+        # The longer of two with a common prefix, and one that is a piece.
         ["[QRY", "[QRY]", "the"],
     ],
 )
@@ -265,7 +265,7 @@ def edit(path, **values):
             r"added tokens \('\[QRY\]'\) and the pre_tokenizer Metaspace",
         ),
         ("added_tokens.json", {"[QRY]": 9_000}, "the added tokens have the ids 9000"),
-        ("added_tokens.json", {"[QRY]": "x"}, "not a whole number"),
+        ("added_tokens.json", {"[QRY]": "x"}, "id must be a whole number from 0"),
         ("special_tokens_map.json", {"eos_token": "<eos>"}, "eos_token is '<eos>'"),
         (
             "special_tokens_map.json",
@@ -303,7 +303,7 @@ def edit(path, **values):
 def test_what_sentencepiece_does_not_is_refused(
     tmp_path, name, values, message, beside
 ):
-    """Whichever file lies beside."""
+    """With or without a `spiece.model`."""
     proto = QUICKSTART.read_bytes()
     (tmp_path / "tokenizer.json").write_text(json.dumps(_json(proto)))
     edit(tmp_path / "tokenizer_config.json", model_max_length=512)
@@ -343,7 +343,7 @@ def test_files_that_give_a_token_two_ids_are_refused(tmp_path):
 
 
 def test_ids_are_compared_with_those_of_the_tokenizers_library(tmp_path, monkeypatch):
-    """The steps may be the usual ones, and the numbers still differ."""
+    """Ids may differ even if all steps are supported."""
     proto = QUICKSTART.read_bytes()
     (tmp_path / "tokenizer.json").write_text(json.dumps(_json(proto)))
     monkeypatch.setattr(
@@ -383,7 +383,7 @@ def test_sentinels_are_counted(tmp_path, files, expected):
 
 
 def test_pieces_that_are_sentinels_are_not_counted_twice(tmp_path):
-    """mT5's SentencePiece model holds its own."""
+    """mT5's SentencePiece model has its own."""
     proto = vocabularies.Vocabulary(QUICKSTART.read_bytes(), 100).full_proto
     (tmp_path / "spiece.model").write_bytes(proto)
     (tmp_path / "tokenizer_config.json").write_text("{}")
