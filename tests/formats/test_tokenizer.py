@@ -1,12 +1,12 @@
 """Vocabularies of Hugging Face folders give the ids of transformers."""
 
-import base64
 import json
 import pathlib
 import shutil
 
 import pytest
 import sentencepiece
+import unigram_json
 from sentencepiece import sentencepiece_model_pb2
 
 import gecko_jax
@@ -23,62 +23,11 @@ TEXTS = [
 ]
 
 
-WORDS = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
-CLOSED = {
-    "type": "TemplateProcessing",
-    "single": [
-        {"Sequence": {"id": "A", "type_id": 0}},
-        {"SpecialToken": {"id": "</s>", "type_id": 0}},
-    ],
-    "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
-    "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
-}
-
-
-def _added(number, content, **options):
-    defaults = {"single_word": False, "lstrip": False, "rstrip": False}
-    defaults |= {"normalized": True, "special": False}
-    return {"id": number, "content": content, **defaults, **options}
-
-
-def _json(proto, extra_ids=0, *, normalizer=None):
-    """Writes the output of transformers' converter."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-    vocab = [[piece.piece, piece.score] for piece in model.pieces]
-    vocab += [[f"<extra_id_{n}>", 0.0] for n in reversed(range(extra_ids))]
-    charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
-    return {
-        "added_tokens": [
-            _added(number, name, normalized=False, special=True)
-            for number, name in enumerate(["<pad>", "</s>", "<unk>"])
-        ],
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "WhitespaceSplit"}, WORDS],
-        },
-        "post_processor": CLOSED,
-        "normalizer": normalizer
-        or {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Precompiled", "precompiled_charsmap": charsmap},
-                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-            ],
-        },
-        "model": {
-            "type": "Unigram",
-            "unk_id": 2,
-            "vocab": vocab,
-            "byte_fallback": model.trainer_spec.byte_fallback,
-        },
-    }
-
-
 @pytest.mark.parametrize("extra_ids", [0, 7])
 def test_the_model_is_rebuilt_from_json(tmp_path, extra_ids):
     proto = QUICKSTART.read_bytes()
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(_json(proto, extra_ids)))
+    path.write_text(json.dumps(unigram_json.contents(proto, extra_ids)))
     found = tokenizer.read(tmp_path)
     assert found.extra_ids == extra_ids
     assert not found.added_tokens
@@ -221,7 +170,7 @@ def edit(path, **values):
                     "type": "Sequence",
                     "pretokenizers": [
                         {"type": "Digits", "individual_digits": True},
-                        WORDS,
+                        unigram_json.WORDS,
                     ],
                 }
             },
@@ -230,14 +179,14 @@ def edit(path, **values):
         ("tokenizer.json", {"pre_tokenizer": None}, "pre_tokenizer is none"),
         (
             "tokenizer.json",
-            {"pre_tokenizer": WORDS | {"prepend_scheme": "never"}},
+            {"pre_tokenizer": unigram_json.WORDS | {"prepend_scheme": "never"}},
             "pre_tokenizer is Metaspace .*'never'",
         ),
         ("tokenizer.json", {"post_processor": None}, "post_processor writes nothing"),
         (
             "tokenizer.json",
             {
-                "post_processor": CLOSED
+                "post_processor": unigram_json.CLOSED
                 | {"single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}]}
             },
             "post_processor writes <unk>",
@@ -251,17 +200,20 @@ def edit(path, **values):
         ("tokenizer.json", {"added_tokens": [5]}, "not the settings of a tokenizer"),
         (
             "tokenizer.json",
-            {"added_tokens": [_added(8_007, "[QRY]")]},
+            {"added_tokens": [unigram_json.added(8_007, "[QRY]")]},
             "the added tokens have the ids 8007; they must follow the 8,000 pieces",
         ),
         (
             "tokenizer.json",
-            {"added_tokens": [_added(7, "</s>")]},
+            {"added_tokens": [unigram_json.added(7, "</s>")]},
             "token '</s>' has the id 7, and is piece 1",
         ),
         (
             "tokenizer.json",
-            {"added_tokens": [_added(8_000, "[QRY]")], "pre_tokenizer": WORDS},
+            {
+                "added_tokens": [unigram_json.added(8_000, "[QRY]")],
+                "pre_tokenizer": unigram_json.WORDS,
+            },
             r"added tokens \('\[QRY\]'\) and the pre_tokenizer Metaspace",
         ),
         ("added_tokens.json", {"[QRY]": 9_000}, "the added tokens have the ids 9000"),
@@ -305,7 +257,7 @@ def test_what_sentencepiece_does_not_is_refused(
 ):
     """With or without a `spiece.model`."""
     proto = QUICKSTART.read_bytes()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(_json(proto)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(unigram_json.contents(proto)))
     edit(tmp_path / "tokenizer_config.json", model_max_length=512)
     assert tokenizer.read(tmp_path).added_tokens == ()
     if beside:
@@ -318,14 +270,14 @@ def test_what_sentencepiece_does_not_is_refused(
 
 def test_two_vocabularies_side_by_side_are_refused(tmp_path):
     proto = QUICKSTART.read_bytes()
-    values = _json(proto)
+    values = unigram_json.contents(proto)
     values["model"]["vocab"][500][0] = "▁other"
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     (tmp_path / "spiece.model").write_bytes(proto)
     with pytest.raises(ValueError, match=r"piece 500 is '▁other'.*do not belong toget"):
         tokenizer.read(tmp_path)
     (tmp_path / "tokenizer.json").write_text(
-        json.dumps(_json(proto, normalizer={"type": "Strip"}))
+        json.dumps(unigram_json.contents(proto, normalizer={"type": "Strip"}))
     )
     with pytest.raises(ValueError, match="not the pieces and the normalizer of spiece"):
         tokenizer.read(tmp_path)
@@ -345,7 +297,7 @@ def test_files_that_give_a_token_two_ids_are_refused(tmp_path):
 def test_ids_are_compared_with_those_of_the_tokenizers_library(tmp_path, monkeypatch):
     """Ids may differ even if all steps are supported."""
     proto = QUICKSTART.read_bytes()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(_json(proto)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(unigram_json.contents(proto)))
     monkeypatch.setattr(
         vocabularies.Vocabulary, "encode", lambda self, texts: [[5]] * 99
     )
@@ -371,7 +323,14 @@ def test_ids_are_compared_with_those_of_the_tokenizers_library(tmp_path, monkeyp
             },
             1,
         ),
-        ({"tokenizer.json": {"added_tokens": [_added(8_000, "<extra_id_0>")]}}, 1),
+        (
+            {
+                "tokenizer.json": {
+                    "added_tokens": [unigram_json.added(8_000, "<extra_id_0>")]
+                }
+            },
+            1,
+        ),
     ],
 )
 def test_sentinels_are_counted(tmp_path, files, expected):
@@ -392,11 +351,13 @@ def test_pieces_that_are_sentinels_are_not_counted_twice(tmp_path):
 
 def test_other_tokenizers_are_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
-    values = _json(QUICKSTART.read_bytes())
+    values = unigram_json.contents(QUICKSTART.read_bytes())
     path.write_text(json.dumps({**values, "model": {"type": "BPE", "vocab": {"a": 1}}}))
     with pytest.raises(ValueError, match="a BPE tokenizer; a T5 encoder needs Unigram"):
         tokenizer.read(tmp_path)
-    values = _json(QUICKSTART.read_bytes(), normalizer={"type": "Lowercase"})
+    values = unigram_json.contents(
+        QUICKSTART.read_bytes(), normalizer={"type": "Lowercase"}
+    )
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="its normalizer has a step Lowercase"):
         tokenizer.read(tmp_path)
