@@ -146,10 +146,14 @@ class Checkpointer:
             position = dict(restored.position)
             try:
                 # All processes compute the digests together and get the same result.
-                arrays = _named(params=restored.params, opt_state=restored.opt_state)
-                _check_digests(folder, position.pop(_DIGESTS, None), arrays)
+                _check_digests(
+                    folder,
+                    position.pop(_DIGESTS, None),
+                    _named(params=restored.params, opt_state=restored.opt_state),
+                )
             except checkpoint_damage.DamagedError as raised:
-                damaged[step] = raised
+                # The traceback would keep the arrays in memory.
+                damaged[step] = raised.with_traceback(None)
                 continue
             if damaged:
                 self._set_aside(damaged, step)

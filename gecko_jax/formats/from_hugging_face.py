@@ -62,15 +62,11 @@ def open_params(
     lists them as unexpected.
     """
     refuse_pickle(folder)
-    weights = {
-        name.removeprefix(_HEAD_PREFIX): tensor
-        for name, tensor in safetensors_files.read(folder).items()
-    }
-    weights = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES
-    }
+    weights = {}
+    for name, tensor in safetensors_files.read(folder).items():
+        name = name.removeprefix(_HEAD_PREFIX)
+        if name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES:
+            weights[name] = tensor
     params = {}
     for t5x_name, (name, is_transposed) in names.hugging_face_names(config).items():
         aliases = _EMBEDDING_NAMES if name in _EMBEDDING_NAMES else (name,)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from gecko_jax.formats import kvstores, msgpack_files, names, source_files, tensors
+from gecko_jax.io import reading
 from gecko_jax.models import dual_encoder
 
 _PARTS = ("token_embedder", "encoder", "projection_layer")
@@ -311,14 +312,14 @@ def _open_orbax(
     if not has_state and not folder.has("_METADATA"):
         raise _early_orbax(folder)
     state = folder / "state" if has_state else folder
-    metadata = kvstores.read_json(state, "_METADATA")
     stored = kvstores.ocdbt(state) if state.has("manifest.ocdbt") else state
     try:
+        metadata = reading.parse_json(state.read("_METADATA") or b"")
         paths = [
             tuple(str(part["key"]) for part in entry["key_metadata"])
             for entry in metadata["tree_metadata"].values()
         ]
-    except (AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise source_files.damaged(
             f"{state.path}/_METADATA", "not the metadata of an Orbax tree"
         ) from None

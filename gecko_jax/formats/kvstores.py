@@ -16,7 +16,6 @@ import numpy as np
 import tensorstore as ts
 
 from gecko_jax.formats import source_files, tensors
-from gecko_jax.io import reading
 
 # Largest metadata file of an array.
 _MAX_METADATA_BYTES = 2**20
@@ -175,15 +174,6 @@ def ocdbt(folder: Folder) -> Folder:
         {"driver": "ocdbt", "base": folder.spec, "path": ""},
         None if local is None else _total_bytes(local),
     )
-
-
-def read_json(folder: Folder, name: str) -> Any:
-    """Returns the content of a JSON file, or None if it is missing."""
-    content = folder.read(name)
-    try:
-        return None if content is None else reading.parse_json(content)
-    except ValueError:
-        raise source_files.damaged(f"{folder.path}/{name}", "not JSON") from None
 
 
 def _spec(path: str) -> dict[str, Any]:

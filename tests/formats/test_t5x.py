@@ -620,7 +620,7 @@ def test_damaged_orbax_metadata_is_named(tmp_path):
     shutil.copytree(T5X / "orbax_f32" / "checkpoint_1000", tmp_path / "c")
     path = tmp_path / "c" / "state" / "_METADATA"
     path.write_text(path.read_text()[:99])
-    with pytest.raises(ValueError, match=r"_METADATA: not JSON.*copy it again"):
+    with pytest.raises(ValueError, match=r"_METADATA: not the metadata.*copy it again"):
         load_params(tmp_path / "c")
     path.write_text(json.dumps({"tree_metadata": [1]}))
     with pytest.raises(ValueError, match=r"_METADATA: not the metadata of an Orbax"):
