@@ -35,7 +35,7 @@ import text_licences
 
 import gecko_jax.config
 from gecko_jax.data import mining
-from gecko_jax.formats import model_folder, parameters, tensors
+from gecko_jax.formats import model_folder, parameters
 from gecko_jax.io import progress, writing
 from gecko_jax.text import overlap, text_formats
 
@@ -180,7 +180,7 @@ def write_card(options: argparse.Namespace) -> None:
         left_out[f"{row['task']}: {row['reason']}"] += row["pairs"]
     card = CARD.read_text().format(
         name=options.output.name,
-        parameters=sum(tensors.num_values(leaf.shape) for leaf in leaves) / 1e6,
+        parameters=sum(leaf.size for leaf in leaves) / 1e6,
         layers=config.num_layers,
         width=config.model_dim,
         dims=", ".join(map(str, sorted(opened.mrl_dims))),

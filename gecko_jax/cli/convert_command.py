@@ -67,7 +67,7 @@ def add_parser(verbs: Any) -> None:
 
 def import_(options: argparse.Namespace) -> None:
     """Converts a checkpoint of another library into a model folder."""
-    from gecko_jax.formats import detection, model_folder, parameters, tensors
+    from gecko_jax.formats import detection, model_folder, parameters
 
     opened = detection.open_model(
         options.source,
@@ -80,7 +80,7 @@ def import_(options: argparse.Namespace) -> None:
     written = model_folder.save_model(options.output, opened)
     config = written.encoder_config
     leaves = parameters.flatten(written.params).values()
-    size = sum(tensors.num_values(leaf.shape) for leaf in leaves)
+    size = sum(leaf.size for leaf in leaves)
     parsing.say(
         f"{options.output}: {size / 1e6:,.1f}M parameters, {config.num_layers} layers, "
         f"{config.embedding_dim} dims, revision {written.revision}. Load it with "
@@ -91,11 +91,11 @@ def import_(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Writes a trained model in the requested format."""
     from gecko_jax import evaluation
-    from gecko_jax.formats import model_folder, to_hub
+    from gecko_jax.formats import hub, model_folder
 
     output = pathlib.Path(options.output)
     if options.push:
-        to_hub.check(options.push)
+        hub.check_upload(options.push)
     model_files = model_folder.open_model(options.model)
     _check_export(options, model_files.mrl_dims)
     if options.to == "sentence-transformers":
@@ -128,7 +128,7 @@ def export(options: argparse.Namespace) -> None:
         f"Load it with {use}"
     )
     if options.push:
-        parsing.say(to_hub.push(output, options.push))
+        parsing.say(hub.upload(output, options.push))
 
 
 def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> None:

@@ -1,19 +1,19 @@
-"""Averages of models: the checkpoints of one run, or runs that share a start.
+"""Averages of models: checkpoints of one run, or runs that share a start.
 
-Fine-tunings of one checkpoint lie in one basin, and a point between them is often
-better than each of them (model soups, Wortsman et al. 2022; the merged checkpoints of
-EmbeddingGemma and Qwen3-Embedding). Models that did not start from the same parameters
-have nothing between them but noise.
+Fine-tunings of one checkpoint are in one basin of the loss, and a point between them is
+often better than each of them (model soups, Wortsman et al. 2022; the merged
+checkpoints of EmbeddingGemma and Qwen3-Embedding). The average of models that did not
+start from the same parameters is noise.
 
-Two averages, both weighted, both of one parameter array after the other:
+Both methods compute a weighted average of each parameter array:
 
     mean   sum of w_i a_i
-    slerp  the direction is that of the point on the sphere with the least weighted sum
-           of squared angles to all a_i (for two models: SLERP, Shoemake 1985), and the
-           length is sum of w_i |a_i|: the mean of vectors that point apart is shorter
-           than they are, this is not. The order of the models does not matter.
+    slerp  the direction is the point on the sphere with the smallest weighted sum of
+           squared angles to all a_i (for two models: SLERP, Shoemake 1985), and the
+           length is sum of w_i |a_i|: the mean of vectors with different directions is
+           shorter than they are. The order of the models does not matter.
 
-Either is a sum of c_i a_i. So two arrays and one sum are in memory, never a model.
+Each is a sum of c_i a_i, so two arrays and one sum are in memory, never a model.
 """
 
 import dataclasses
@@ -32,28 +32,29 @@ from gecko_jax.formats import checkpoints, detection, model_folder, parameters, 
 
 METHODS = ("mean", "slerp")
 
-# Of the parameters of two models; those of one basin are above 0.9, strangers near 0.
-_LEAST_COSINE = 0.5
+# The parameters of models in one basin have a cosine above 0.9, of others near 0.
+_MIN_COSINE = 0.5
 
-# Numbers of an array that are in memory in float64 at once.
+# Values of an array that are converted to float64 at a time.
 _BLOCK = 2**20
 
-# The mean on the sphere: steps at most, and the step in radians that is none.
-_MOST_STEPS = 100
-_STILL = 1e-9
+# Limit of the iterations for the mean on the sphere, and the step in radians at which
+# they end.
+_MAX_STEPS = 100
+_TOLERANCE = 1e-9
 
-# What may differ, since it decides how a model was trained and no embedding.
-_OF_TRAINING = ("dropout_rate", "scan_layers", "remat")
+# Settings that affect training and no embedding.
+_TRAINING_SETTINGS = ("dropout_rate", "scan_layers", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """What went into an average and came out.
+    """An average and its inputs.
 
     Attributes:
-        model_files: The average as it was written.
+        model_files: The average, as written.
         inputs: Source, revision, step and weight of each model.
-        cosines: Of all parameters of each model with those of the one before it.
+        cosines: Cosine of all parameters of each model with those of the previous one.
     """
 
     model_files: model_folder.ModelFiles
@@ -69,15 +70,15 @@ def average(
     weights: Sequence[float] = (),
     steps: Sequence[int] = (),
 ) -> Average:
-    """Averages models into a model folder, whole or not at all.
+    """Averages models into a model folder, which is complete or not written at all.
 
     Args:
-        sources: Two or more models of any format that `gecko_jax.load` takes, of a
-            workdir its newest checkpoint; or one workdir, for its own checkpoints.
+        sources: Two or more models of any format that `gecko_jax.load` reads, a workdir
+            for its newest checkpoint; or one workdir, for its own checkpoints.
         output: The folder to write.
         method: One of `METHODS`.
-        weights: One for each model, in any unit; none are equal weights.
-        steps: Checkpoints of the one workdir; none are all that it holds.
+        weights: Weight of each model, in any unit; () for equal weights.
+        steps: Checkpoints of the one workdir; () for all that it holds.
 
     Raises:
         ValueError: The models do not fit each other; lists every difference.
@@ -85,16 +86,11 @@ def average(
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     opened = _open(sources, steps)
-    _refuse_twice(opened)
-    for source, _ in opened:
-        if pathlib.Path(source).resolve() == pathlib.Path(output).resolve():
-            raise ValueError(
-                f"{output}: is one of the models; write the average somewhere else"
-            )
-    shares = _shares(weights, len(opened))
-    (name, first), *others = opened
-    for other_name, other in others:
-        _check_alike(name, first, other_name, other)
+    _check_sources(opened, output)
+    shares = _normalize(weights, len(opened))
+    models = [files for _, files in opened]
+    for source, files in opened[1:]:
+        _check_same_kind(*opened[0], source, files)
     inputs = tuple(
         {
             "source": source,
@@ -104,90 +100,93 @@ def average(
         }
         for (source, files), share in zip(opened, shares, strict=True)
     )
-    flat = [parameters.flatten(files.params) for _, files in opened]
-    seen = _Cosines(len(opened))
+    flat = [parameters.flatten_to_tensors(files.params) for files in models]
+    gram = np.zeros((len(models), len(models)))
     params = {
-        leaf: _combine(
-            [tensors.as_tensor(of_model[leaf]) for of_model in flat],
-            shares,
-            method,
-            seen,
-        )
-        for leaf in flat[0]
+        name: _average_array([params[name] for params in flat], shares, method, gram)
+        for name in flat[0]
     }
     written = model_folder.save_model(
         output,
         dataclasses.replace(
-            first,
+            models[0],
             params=parameters.unflatten(params),
-            step=max(files.step for _, files in opened),
+            step=max(files.step for files in models),
             revision="",
-            provenance=_provenance(method, inputs, [files for _, files in opened]),
+            provenance=_provenance(method, inputs, models),
         ),
     )
-    cosines = seen.values()
-    for (before, after), cosine in zip(
+    lengths = np.sqrt(np.diag(gram))
+    products = np.maximum(lengths[1:] * lengths[:-1], np.finfo(np.float64).tiny)
+    cosines = tuple((np.diag(gram, k=1) / products).tolist())
+    for (first, second), cosine in zip(
         itertools.pairwise(inputs), cosines, strict=True
     ):
-        if cosine < _LEAST_COSINE:
+        if cosine < _MIN_COSINE:
             logging.warning(
                 "the parameters of %s and %s have a cosine of %.2f: such models did "
-                "not start from the same checkpoint, and their average means nothing",
-                describe(before),
-                describe(after),
+                "not start from the same checkpoint, and their average is noise",
+                describe(first),
+                describe(second),
                 cosine,
             )
     return Average(written, inputs, cosines)
 
 
 def describe(model: dict[str, Any]) -> str:
-    """Names one of the inputs for people."""
+    """Returns the name of an input for messages."""
     return f"{model['source']} (step {model['step']:,})"
 
 
 def _open(
     sources: Sequence[str], steps: Sequence[int]
 ) -> list[tuple[str, model_folder.ModelFiles]]:
-    """Opens the models that are meant, with the source of each."""
+    """Opens the models, each with its source."""
     if len(sources) > 1:
         if steps:
             raise ValueError(
-                f"steps={','.join(map(str, steps))}: chooses checkpoints of one run, "
-                f"and {len(sources)} models are named; leave it out"
+                f"steps={','.join(map(str, steps))}: selects checkpoints of one run, "
+                f"and there are {len(sources)} models; leave it out"
             )
         return [(source, detection.open_model(source)) for source in sources]
     (source,) = sources
-    there = checkpoints.all_steps(source)
-    if not there:
+    available = checkpoints.all_steps(source)
+    if not available:
         raise ValueError(
             f"{source}: one model, and no run with checkpoints; name a run's workdir, "
             "or two models"
         )
-    chosen = sorted(steps) or there
-    if len(chosen) < 2:
+    steps = sorted(steps) or available
+    if len(steps) < 2:
         raise ValueError(
-            f"{source}: one checkpoint, step {chosen[0]}, is no average; name more of "
-            f"{', '.join(map(str, there))}, or train with a larger checkpoint.keep"
+            f"{source}: one checkpoint, step {steps[0]}, is no average; name more of "
+            f"{', '.join(map(str, available))}, or train with a larger checkpoint.keep"
         )
-    return [(source, model_folder.open_step(source, step)) for step in chosen]
+    return [(source, model_folder.open_model(source, step=step)) for step in steps]
 
 
-def _refuse_twice(opened: Sequence[tuple[str, model_folder.ModelFiles]]) -> None:
+def _check_sources(
+    opened: Sequence[tuple[str, model_folder.ModelFiles]], output: str | pathlib.Path
+) -> None:
+    """Refuses a model that is named twice or would be overwritten."""
     seen = set()
     for source, files in opened:
-        place = (pathlib.Path(source).resolve(), files.step)
-        if place in seen:
+        path = pathlib.Path(source).resolve()
+        if path == pathlib.Path(output).resolve():
+            raise ValueError(
+                f"{output}: is one of the models; write the average somewhere else"
+            )
+        if (path, files.step) in seen:
             raise ValueError(
                 f"{source}, step {files.step}: named twice; give it a larger weight "
                 "instead"
             )
-        seen.add(place)
+        seen.add((path, files.step))
 
 
-def _shares(weights: Sequence[float], number: int) -> tuple[float, ...]:
-    """Returns weights that add up to 1."""
-    if not weights:
-        weights = (1.0,) * number
+def _normalize(weights: Sequence[float], number: int) -> tuple[float, ...]:
+    """Returns weights that sum to 1."""
+    weights = weights or (1.0,) * number
     shown = ",".join(f"{weight:g}" for weight in weights)
     if len(weights) != number:
         raise ValueError(f"weights={shown}: {len(weights)} for {number} models")
@@ -196,38 +195,36 @@ def _shares(weights: Sequence[float], number: int) -> tuple[float, ...]:
     return tuple(weight / math.fsum(weights) for weight in weights)
 
 
-def _check_alike(
-    name: str,
+def _check_same_kind(
+    first_source: str,
     first: model_folder.ModelFiles,
-    other_name: str,
-    other: model_folder.ModelFiles,
+    second_source: str,
+    second: model_folder.ModelFiles,
 ) -> None:
-    """Refuses models that do not write, cut or encode texts alike."""
+    """Refuses models that format, tokenize or encode texts differently."""
 
-    def facts(files: model_folder.ModelFiles) -> dict[str, Any]:
-        settings = model_folder.settings(files)
-        shapes = parameters.flatten(files.params)
-        return {
-            **{key: value for key, value in settings.items() if key != "model"},
-            **{
-                f"model.{key}": value
-                for key, value in settings["model"].items()
-                if key not in _OF_TRAINING
-            },
-            "vocabulary": hashlib.sha256(files.vocabulary_proto).hexdigest()[:12],
-            **{leaf: tuple(found.shape) for leaf, found in shapes.items()},
+    def settings(files: model_folder.ModelFiles) -> dict[str, Any]:
+        values = model_folder.settings(files)
+        sizes = {f"model.{key}": value for key, value in values.pop("model").items()}
+        for key in _TRAINING_SETTINGS:
+            del sizes[f"model.{key}"]
+        shapes = {
+            name: tuple(leaf.shape)
+            for name, leaf in parameters.flatten(files.params).items()
         }
+        digest = hashlib.sha256(files.vocabulary_proto).hexdigest()[:12]
+        return {**values, **sizes, "vocabulary": digest, **shapes}
 
-    ours, theirs = facts(first), facts(other)
+    left, right = settings(first), settings(second)
     differences = [
-        f"{key}: {ours.get(key, 'none')!r}, and {theirs.get(key, 'none')!r}"
-        for key in dict.fromkeys((*ours, *theirs))
-        if ours.get(key) != theirs.get(key)
+        f"{key}: {left.get(key, 'none')!r}, and {right.get(key, 'none')!r}"
+        for key in dict.fromkeys((*left, *right))
+        if left.get(key) != right.get(key)
     ]
     if differences:
         raise ValueError(
-            f"{name} and {other_name} cannot be averaged; only models of one shape, "
-            "vocabulary and text format can:\n  " + "\n  ".join(differences)
+            f"{first_source} and {second_source} cannot be averaged; only models of "
+            "one shape, vocabulary and text format can:\n  " + "\n  ".join(differences)
         )
 
 
@@ -236,80 +233,54 @@ def _provenance(
     inputs: Sequence[dict[str, Any]],
     models: Sequence[model_folder.ModelFiles],
 ) -> dict[str, Any]:
-    """Returns what the average is made of; the data is all that any of them saw."""
-    found: dict[str, Any] = {"average": {"method": method, "models": list(inputs)}}
-    tasks = {
-        task: facts
-        for files in models
-        for task, facts in (files.provenance.get("tasks") or {}).items()
-    }
+    """Returns the provenance of the average: its inputs, and the data of all of them.
+
+    Config and start are those of the inputs if these are equal.
+    """
+    provenance: dict[str, Any] = {"average": {"method": method, "models": list(inputs)}}
+    tasks = {}
+    for files in models:
+        tasks |= files.provenance.get("tasks") or {}
     if tasks:
-        found["tasks"] = tasks
-    # The settings that all of them share; of several runs none stands for the others.
-    configs = [files.provenance.get("config") for files in models]
-    if configs[0] and all(config == configs[0] for config in configs):
-        found["config"] = configs[0]
-    starts = {files.provenance.get("started_from") for files in models}
-    if len(starts) == 1 and starts != {None}:
-        found["started_from"] = starts.pop()
-    return found
+        provenance["tasks"] = tasks
+    for key in ("config", "started_from"):
+        first, *others = [files.provenance.get(key) for files in models]
+        if first and all(value == first for value in others):
+            provenance[key] = first
+    return provenance
 
 
-class _Cosines:
-    """Sums over all arrays what the cosine of neighbouring models needs."""
-
-    def __init__(self, number: int):
-        self._squares = np.zeros(number)
-        self._products = np.zeros(number - 1)
-
-    def add(self, squares: np.ndarray, products: np.ndarray) -> None:
-        self._squares += squares
-        self._products += products
-
-    def values(self) -> tuple[float, ...]:
-        lengths = np.sqrt(self._squares)
-        both = np.maximum(lengths[1:] * lengths[:-1], np.finfo(np.float64).tiny)
-        return tuple((self._products / both).tolist())
-
-
-def _combine(
+def _average_array(
     leaves: Sequence[tensors.Tensor],
     shares: Sequence[float],
     method: str,
-    seen: _Cosines,
+    gram: Float[np.ndarray, "N N"],
 ) -> tensors.Tensor:
-    """Returns the average of one array, which is computed when it is read."""
+    """Returns the average of one array, which is computed when it is read.
+
+    Reading it adds the inner products of neighbouring models to `gram`.
+    """
 
     def read() -> Float[np.ndarray, "..."]:
         coefficients = np.asarray(shares)
         if method == "slerp":
             coefficients = spherical_coefficients(_gram(leaves), coefficients)
-        return _sum(leaves, coefficients, seen)
+        # Sums in float64 are rounded once: the average of equal models is exact.
+        total = np.zeros(leaves[0].size)
+        previous = None
+        for number, (leaf, coefficient) in enumerate(
+            zip(leaves, coefficients, strict=True)
+        ):
+            array = leaf.read().reshape(-1)
+            for part in _blocks(array.size):
+                total[part] += coefficient * array[part].astype(np.float64)
+            gram[number, number] += _inner(array, array)
+            if previous is not None:
+                gram[number - 1, number] += _inner(previous, array)
+            previous = array
+        return total.astype(np.float32).reshape(leaves[0].shape)
 
     return tensors.Tensor(leaves[0].shape, read)
-
-
-def _sum(
-    leaves: Sequence[tensors.Tensor],
-    coefficients: Float[np.ndarray, " N"],
-    seen: _Cosines,
-) -> Float[np.ndarray, "..."]:
-    """Adds up in float64 and rounds once: equal models give themselves, to the bit."""
-    total = np.zeros(tensors.num_values(leaves[0].shape))
-    squares, products = np.zeros(len(leaves)), np.zeros(len(leaves) - 1)
-    before = None
-    for number, (leaf, coefficient) in enumerate(
-        zip(leaves, coefficients, strict=True)
-    ):
-        array = leaf.read().reshape(-1)
-        for part in _blocks(array.size):
-            total[part] += coefficient * array[part].astype(np.float64)
-        squares[number] = _inner(array, array)
-        if before is not None:
-            products[number - 1] = _inner(before, array)
-        before = array
-    seen.add(squares, products)
-    return total.astype(np.float32).reshape(leaves[0].shape)
 
 
 def _gram(leaves: Sequence[tensors.Tensor]) -> Float[np.ndarray, "N N"]:
@@ -339,39 +310,39 @@ def _blocks(size: int) -> list[slice]:
 def spherical_coefficients(
     gram: Float[np.ndarray, "N N"], shares: Float[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-    """Returns c with sum of c_i a_i the weighted mean of vectors on the sphere.
+    """Returns c for which sum of c_i a_i is the weighted mean on the sphere.
 
-    The mean lies in the span of the vectors, so their inner products are enough.
+    The mean is in the span of the vectors, so their inner products are sufficient.
 
     Args:
         gram: Inner products of the vectors a_i.
-        shares: Their weights, which add up to 1.
+        shares: Weights of the vectors, which sum to 1.
 
     Raises:
-        ValueError: Two vectors point in opposite directions: any direction is as near.
+        ValueError: Two vectors have opposite directions, so the mean is not unique.
     """
     lengths = np.sqrt(np.diag(gram))
-    if not np.all(lengths):  # A vector of zeros has no direction.
+    if not np.all(lengths):  # A zero vector has no direction.
         return shares
     cosines = gram / np.outer(lengths, lengths)
     if np.any(cosines < -1 + 1e-9):
         raise ValueError(
-            "an array of two models points in opposite directions, which have no mean "
-            "on the sphere; use the method mean"
+            "an array of two models has opposite directions, which have no mean on the "
+            "sphere; use the method mean"
         )
 
     def on_sphere(mean: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         return mean / np.sqrt(mean @ cosines @ mean)
 
     mean = on_sphere(shares)
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         towards = np.clip(cosines @ mean, -1.0, 1.0)
         angles = np.arccos(towards)
-        # The logarithm map of each vector at the mean, and their weighted sum.
+        # Logarithm map of each vector at the mean, and their weighted sum.
         pulls = shares / np.sinc(angles / np.pi)
         step = pulls - np.sum(pulls * towards) * mean
         length = np.sqrt(max(step @ cosines @ step, 0.0))
-        if length < _STILL:
+        if length < _TOLERANCE:
             break
         mean = on_sphere(np.cos(length) * mean + np.sinc(length / np.pi) * step)
     return mean / lengths * np.sum(shares * lengths)

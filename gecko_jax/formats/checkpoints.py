@@ -1,28 +1,25 @@
-"""Checkpoints of a training run (Orbax): saved, restored, and set aside when damaged.
+"""Checkpoints of a training run (Orbax): saving, restoring, setting damaged ones aside.
 
 A training workdir:
 
     config.json       the resolved config
-    gecko.json        what a model is besides its parameters (see `model_folder`)
-    vocabulary.model  the SentencePiece vocabulary
+    gecko.json        settings of the model (see `model_folder`)
+    vocabulary.model  SentencePiece vocabulary
     checkpoints/N/    parameters, optimizer state and data position after step N
-    damaged/N/        checkpoints that could not be read, set aside
-    metrics.jsonl     one line per logged step; tensorboard/ holds the same
+    damaged/N/        checkpoints that were set aside
+    metrics.jsonl     one line per logged step; tensorboard/ has the same values
 
 Parameter names are T5X's (`encoder/layers_0/attention/query/kernel`).
 
-The position of a checkpoint also holds a digest of every array (see `checksums`), which
-is verified after an array is restored, where it lies. A checkpoint is *damaged* when
-its own files prove it: one is missing, is short, does not decode, or holds something
-else than was written. Any other fault, of the network or of the machine, says nothing
-about the files, and leaves them as they are.
+The position of a checkpoint contains a digest of every array (see `checksums`), which
+is verified after an array is restored. Damaged checkpoints (see `checkpoint_damage`)
+are set aside.
 """
 
 import contextlib
 import errno
-import json
+import functools
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,36 +31,21 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gecko_jax.formats import tensors
+from gecko_jax.formats import checkpoint_damage, source_files, tensors
 from gecko_jax.io import checksums, inputs, reading
 
 CHECKPOINTS = "checkpoints"
-DAMAGED = "damaged"
+_DAMAGED = "damaged"
 
-# Names in a position that are ours, not the run's.
+# Key that `save` adds to the position of a run.
 _DIGESTS = "digests"
-
-# How TensorStore says that bytes are missing or do not decode. Other states, such as
-# UNAVAILABLE and PERMISSION_DENIED, are about the way to the bytes.
-_IS_DAMAGE = re.compile(
-    r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION): |"
-    r"^Error .*(Error decoding|; at byte \d+)|"
-    r"tree structures do not match"
-)
-
-# Outcomes of a restore; processes go on with the greatest of all.
-_WHOLE, _DAMAGE, _FAULT = range(3)
-
-
-class DamagedError(ValueError):
-    """A checkpoint whose files prove that they are not what was written."""
 
 
 class Checkpointer:
     """Saves and restores the training state of one workdir.
 
     Saving is asynchronous: `save` returns when the arrays are copied, `close` waits for
-    the files. A step's folder has its final name only when it is whole.
+    the files. The folder of a step gets its final name when it is complete.
     """
 
     def __init__(
@@ -72,9 +54,9 @@ class Checkpointer:
         """Opens the workdir.
 
         Args:
-            workdir: The run's folder.
-            keep: Newest checkpoints that stay.
-            keep_every_steps: Multiples of this stay too; 0 for none.
+            workdir: Folder of the run.
+            keep: Number of newest checkpoints to keep.
+            keep_every_steps: Also keep multiples of this step; 0 for none.
         """
         self._workdir = pathlib.Path(workdir).absolute()
         self._options = ocp.CheckpointManagerOptions(
@@ -91,10 +73,6 @@ class Checkpointer:
             item_names=("params", "opt_state", "position"),
         )
 
-    def latest_step(self) -> int | None:
-        """Returns the newest step that is whole, or None."""
-        return self._manager.latest_step()
-
     def save(
         self, step: int, params: Any, opt_state: Any, position: dict[str, Any]
     ) -> None:
@@ -104,10 +82,10 @@ class Checkpointer:
             step: Number of updates.
             params: Parameters.
             opt_state: Optimizer state.
-            position: What the data stream and the run need to go on, as JSON.
+            position: JSON values with which the data stream and the run continue.
 
         Raises:
-            OSError: This checkpoint or the one before could not be written.
+            OSError: This checkpoint or the previous one could not be written.
         """
         digests = checksums.of_arrays(_named(params=params, opt_state=opt_state))
         position = checksums.seal({**position, _DIGESTS: digests})
@@ -122,9 +100,9 @@ class Checkpointer:
     def restore(
         self, params: Any, opt_state: Any
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """Restores the newest checkpoint that is whole, onto the shardings given.
+        """Restores the newest intact checkpoint.
 
-        Newer ones, which a fault of the disk or a kill has damaged, are set aside in
+        Newer checkpoints, which a disk error or a kill has damaged, are moved to
         `damaged/` of the workdir, with a warning.
 
         Args:
@@ -132,93 +110,82 @@ class Checkpointer:
             opt_state: Shapes and shardings of the optimizer state.
 
         Returns:
-            Step, parameters, optimizer state and position; None if there is nothing.
+            Step, parameters, optimizer state and position; None without checkpoints.
 
         Raises:
-            ValueError: A checkpoint could not be read, or there are checkpoints and all
-                of them are damaged. All stay where they are.
+            ValueError: A checkpoint could not be read, or all of them are damaged. All
+                stay in place.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
             opt_state=ocp.args.StandardRestore(opt_state),
             position=ocp.args.JsonRestore(),
         )
-        faults: dict[int, ValueError] = {}
+        damaged: dict[int, ValueError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            fault = restored = None
-            outcome = _WHOLE
+            folder = _folder(self._workdir, step)
+            error = restored = None
             try:
-                restored = self._restore(step, args)
-            except DamagedError as error:
-                fault, outcome = error, _DAMAGE
-            except ValueError as error:
-                fault, outcome = error, _FAULT
-            # All processes must go back to the same step.
-            worst = _greatest(outcome)
-            if worst == _FAULT:
-                raise fault or ValueError(
-                    f"{self._folder(step)}: another process cannot read it and says why"
+                restored = self._restore(folder, step, args)
+            except ValueError as raised:
+                error = raised
+            # All processes must restore the same step.
+            if _any_process(
+                error is not None
+                and not isinstance(error, checkpoint_damage.DamagedError)
+            ):
+                raise error or ValueError(
+                    f"{folder}: another process cannot read it; see its log"
                 )
-            if worst == _WHOLE:
-                assert restored is not None
-                try:
-                    # A collective: every process comes to the same result.
-                    self._verify(step, restored)
-                except DamagedError as error:
-                    fault, worst = error, _DAMAGE
-            if worst == _DAMAGE:
-                faults[step] = fault or ValueError(
-                    f"{self._folder(step)}: another process found it damaged"
+            if _any_process(error is not None):
+                damaged[step] = error or ValueError(
+                    f"{folder}: damaged, as another process reports"
                 )
                 continue
             assert restored is not None
-            self._set_aside(faults, step)
             position = dict(restored.position)
-            for name in (_DIGESTS, checksums.CHECKSUM):
-                position.pop(name, None)
+            try:
+                # All processes compute the digests together and get the same result.
+                _check_digests(
+                    folder,
+                    position.pop(_DIGESTS, None),
+                    _named(params=restored.params, opt_state=restored.opt_state),
+                )
+            except checkpoint_damage.DamagedError as raised:
+                # The traceback would keep the arrays in memory.
+                damaged[step] = raised.with_traceback(None)
+                continue
+            if damaged:
+                self._set_aside(damaged, step)
+            position.pop(checksums.CHECKSUM, None)
             return step, restored.params, restored.opt_state, position
-        if faults:
-            raise faults[max(faults)]
+        if damaged:
+            raise damaged[max(damaged)]
         return None
 
-    def _set_aside(self, faults: Mapping[int, ValueError], used: int) -> None:
-        if not faults:
-            return
-        folder = self._workdir / DAMAGED
-        for fault in faults.values():
+    def _restore(self, folder: pathlib.Path, step: int, args: Any) -> Any:
+        with checkpoint_damage.explain_reading(folder):
+            restored: Any = self._manager.restore(step, args=args)
+        _check_position(folder, restored.position)
+        return restored
+
+    def _set_aside(self, damaged: Mapping[int, ValueError], restored_step: int) -> None:
+        target = self._workdir / _DAMAGED
+        for error in damaged.values():
             logging.warning(
-                "%s. Set aside in %s; going on from %d", fault, folder, used
+                "%s. Set aside in %s; continuing from %d", error, target, restored_step
             )
         self._manager.close()
         if jax.process_index() == 0:
-            folder.mkdir(exist_ok=True)
-            for step in faults:
-                shutil.rmtree(folder / str(step), ignore_errors=True)
-                (self._workdir / CHECKPOINTS / str(step)).rename(folder / str(step))
+            target.mkdir(exist_ok=True)
+            for step in damaged:
+                shutil.rmtree(target / str(step), ignore_errors=True)
+                _folder(self._workdir, step).rename(target / str(step))
         multihost_utils.sync_global_devices("checkpoints set aside")
         self._open()
 
-    def _folder(self, step: int) -> pathlib.Path:
-        return self._workdir / CHECKPOINTS / str(step)
-
-    def _restore(self, step: int, args: ocp.args.Composite) -> Any:
-        try:
-            restored: Any = self._manager.restore(step, args=args)
-        except Exception as error:
-            raise _explain_reading(self._folder(step), error) from error
-        _check_position(self._folder(step), restored.position)
-        return restored
-
-    def _verify(self, step: int, restored: Any) -> None:
-        """Compares what was restored with the digests of what was saved."""
-        _check_digests(
-            self._folder(step),
-            restored.position.get(_DIGESTS),
-            _named(params=restored.params, opt_state=restored.opt_state),
-        )
-
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until the saved checkpoints are on disk.
 
         Raises:
             OSError: The last checkpoint could not be written.
@@ -227,7 +194,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for writers and lets go of the workdir."""
+        """Waits for writers and closes the workdir."""
         with self._explain_writing():
             self._manager.close()
 
@@ -235,115 +202,120 @@ class Checkpointer:
     def _explain_writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise several kinds.
+        except Exception as error:  # Orbax and TensorStore raise several types.
             last = latest_step(self._workdir)
-            kept = f"that of step {last} is whole" if last else "none is whole yet"
+            kept = f"that of step {last} is intact" if last else "none is complete yet"
             raise OSError(
                 errno.EIO,
                 f"{self._workdir / CHECKPOINTS}: a checkpoint could not be written "
-                f"({_first_line(error)}); {kept}. Make room on the disk "
-                "(checkpoint.keep, checkpoint.keep_every_steps), and the same command "
-                "goes on",
+                f"({source_files.first_line(error)}); {kept}. Make room on the disk "
+                "(checkpoint.keep, checkpoint.keep_every_steps), then run the same "
+                "command again to continue",
             ) from error
 
 
+def _folder(workdir: str | pathlib.Path, step: int) -> pathlib.Path:
+    return pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
+
+
 def latest_step(workdir: str | pathlib.Path) -> int | None:
-    """Returns the newest whole checkpoint of a workdir, or None."""
+    """Returns the newest complete checkpoint of a workdir, or None."""
     return max(all_steps(workdir), default=None)
 
 
 def all_steps(workdir: str | pathlib.Path) -> list[int]:
-    """Returns the steps of the whole checkpoints of a workdir, rising."""
+    """Returns the steps of the complete checkpoints of a workdir, in order."""
     folder = pathlib.Path(workdir) / CHECKPOINTS
     if not folder.is_dir():
         return []
     return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
+def remove_temporary(workdir: str | pathlib.Path) -> None:
+    """Removes incomplete checkpoints of a killed run."""
+    folder = pathlib.Path(workdir) / CHECKPOINTS
+    for child in folder.glob("*.orbax-checkpoint-tmp*"):
+        logging.info("removing the incomplete checkpoint %s", child.name)
+        shutil.rmtree(child, ignore_errors=True)
+
+
 def restore_params(
     workdir: str | pathlib.Path, step: int, shardings: Any
 ) -> dict[str, Any]:
-    """Reads the parameters of one checkpoint onto a mesh, whatever mesh wrote it.
+    """Reads the parameters of one checkpoint onto any mesh.
 
     Args:
-        workdir: The run's folder.
-        step: One that is whole.
-        shardings: Where each parameter goes.
+        workdir: Folder of the run.
+        step: Step of a complete checkpoint.
+        shardings: Sharding of each parameter.
     """
     restore_args = jax.tree.map(
-        lambda place: ocp.ArrayRestoreArgs(sharding=place), shardings
+        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), shardings
     )
-    folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
+    folder = _folder(workdir, step)
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    return _restore_params(folder, _read_digests(folder), args)
+
+
+def open_params(workdir: str | pathlib.Path, step: int) -> dict[str, tensors.Tensor]:
+    """Opens the parameters of one checkpoint, by name; they are read one at a time.
+
+    Args:
+        workdir: Folder of the run.
+        step: Step of a complete checkpoint.
+    """
+    folder = _folder(workdir, step)
     digests = _read_digests(folder)
-    with _reading_params(folder) as (handler, place):
-        params = handler.restore(
-            place, args=ocp.args.PyTreeRestore(restore_args=restore_args)
+    with _open_handler(folder) as (handler, path):
+        leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(path).tree)
+
+    def read(keys: list[str]) -> np.ndarray:
+        def nest(leaf: Any) -> Any:
+            return functools.reduce(lambda tree, key: {key: tree}, keys[::-1], leaf)
+
+        args = ocp.args.PyTreeRestore(
+            item=nest(0),
+            restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)),
+            partial_restore=True,
         )
+        (leaf,) = jax.tree.leaves(_restore_params(folder, digests, args))
+        return np.asarray(leaf, np.float32)
+
+    opened = {}
+    for path, leaf in leaves:
+        keys = [str(part.key) for part in path]
+        opened["/".join(keys)] = tensors.Tensor(
+            tuple(leaf.shape), functools.partial(read, keys)
+        )
+    return opened
+
+
+def _restore_params(
+    folder: pathlib.Path, digests: dict[str, int] | None, args: Any
+) -> dict[str, Any]:
+    """Restores parameters and verifies their digests."""
+    with _open_handler(folder) as (handler, path):
+        params = handler.restore(path, args=args)
     _check_digests(folder, digests, _named(params=params))
     return params
 
 
-def open_params(workdir: str | pathlib.Path, step: int) -> dict[str, tensors.Tensor]:
-    """Opens the parameters of one checkpoint, to be read one at a time.
-
-    Args:
-        workdir: The run's folder.
-        step: One that is whole.
-
-    Returns:
-        By name, `encoder/layers_0/...`.
-    """
-    folder = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
-    digests = _read_digests(folder)
-    with _reading_params(folder) as (handler, place):
-        found = jax.tree_util.tree_leaves_with_path(handler.metadata(place).tree)
-        keys = [tuple(str(part.key) for part in path) for path, _ in found]
-        shapes = [tuple(leaf.shape) for _, leaf in found]
-
-    def open_leaf(key: tuple[str, ...], shape: tuple[int, ...]) -> tensors.Tensor:
-        def nest(leaf: Any) -> Any:
-            for part in reversed(key):
-                leaf = {part: leaf}
-            return leaf
-
-        def read() -> np.ndarray:
-            with _reading_params(folder) as (handler, place):
-                args = ocp.args.PyTreeRestore(
-                    item=nest(0),
-                    restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)),
-                    partial_restore=True,
-                )
-                restored = handler.restore(place, args=args)
-            _check_digests(folder, digests, _named(params=restored))
-            (leaf,) = jax.tree.leaves(restored)
-            return np.asarray(leaf, np.float32)
-
-        return tensors.Tensor(shape, read)
-
-    return {
-        "/".join(key): open_leaf(key, shape)
-        for key, shape in zip(keys, shapes, strict=True)
-    }
-
-
 @contextlib.contextmanager
-def _reading_params(
+def _open_handler(
     folder: pathlib.Path,
 ) -> Iterator[tuple[ocp.PyTreeCheckpointHandler, epath.Path]]:
-    """Gives what reads the parameters, and their folder; explains what fails."""
-    try:
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            yield handler, epath.Path(folder / "params")
-    except Exception as error:
-        raise _explain_reading(folder, error) from error
+    """Yields Orbax's reader of the parameters, and their folder."""
+    with (
+        checkpoint_damage.explain_reading(folder),
+        contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
+    ):
+        yield handler, epath.Path(folder / "params")
 
 
 def _read_digests(folder: pathlib.Path) -> dict[str, int] | None:
     """Returns the digests of a checkpoint; None for one of a version without them."""
-    try:
+    with checkpoint_damage.explain_reading(folder):
         position = reading.parse_json((folder / "position" / "metadata").read_bytes())
-    except Exception as error:
-        raise _explain_reading(folder, error) from error
     _check_position(folder, position)
     return position.get(_DIGESTS)
 
@@ -358,130 +330,33 @@ def _named(**trees: Any) -> dict[str, Any]:
 
 
 def _check_position(folder: pathlib.Path, position: Any) -> None:
-    path = folder / "position" / "metadata"
     if not isinstance(position, dict):
-        raise _damaged(folder, f"its position is {inputs.kind(position)}")
+        raise checkpoint_damage.damaged(
+            folder, f"its position is {inputs.kind(position)}"
+        )
+    path = folder / "position" / "metadata"
     try:
-        checksums.check_object(path, position, _remedy(folder))
+        checksums.check_object(path, position, checkpoint_damage.remedy(folder))
     except ValueError as error:
-        raise DamagedError(str(error)) from None
+        raise checkpoint_damage.DamagedError(str(error)) from None
 
 
 def _check_digests(
     folder: pathlib.Path, digests: dict[str, int] | None, arrays: Mapping[str, Any]
 ) -> None:
-    if digests is None:  # `_check_position` has said so.
+    if digests is None:  # `_check_position` has logged it.
         return
-    found = checksums.of_arrays(arrays)
-    wrong = [name for name, digest in found.items() if digests.get(name) != digest]
+    computed = checksums.of_arrays(arrays)
+    wrong = [name for name, digest in computed.items() if digests.get(name) != digest]
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise _damaged(folder, f"{wrong[0]}{more} does not have the digest it had")
-
-
-def _explain_reading(folder: pathlib.Path, error: Exception) -> ValueError:
-    """Returns the error to raise where a checkpoint could not be read."""
-    causes = list(_causes(error))
-    # Orbax wraps what TensorStore says, which is at the end.
-    first = f"{type(causes[-1]).__name__}: {_first_line(causes[-1])}"
-    proof = _proof_of_damage(folder, causes)
-    if proof:
-        return _damaged(folder, proof)
-    return ValueError(
-        f"{folder}: this checkpoint cannot be read ({first}), and nothing proves that "
-        "its files are damaged, so they stay where they are; remove the cause and run "
-        "the same command again"
-    )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        if not isinstance(seen, StopIteration):  # How Python's JSON parser ends.
-            yield seen
-        seen = seen.__cause__ or (
-            None if seen.__suppress_context__ else seen.__context__
+        raise checkpoint_damage.damaged(
+            folder, f"{wrong[0]}{more} does not have its stored digest"
         )
 
 
-def _proof_of_damage(folder: pathlib.Path, causes: list[BaseException]) -> str:
-    """Returns what proves that the files are damaged, "" where nothing does."""
-    proofs = []
-    for cause in causes:
-        # A file that is not there, where the folder is, is lost. Every other fault of
-        # the system, of the memory or of the installation is no fault of the files.
-        if isinstance(cause, FileNotFoundError) and folder.is_dir():
-            if str(folder) in str(cause):
-                proofs.append(_first_line(cause))
-                continue
-            return ""
-        if isinstance(cause, OSError | ImportError | MemoryError):
-            return ""
-        is_not_json = isinstance(cause, UnicodeDecodeError | json.JSONDecodeError)
-        is_said = isinstance(cause, ValueError) and _IS_DAMAGE.search(str(cause))
-        if is_not_json or is_said:
-            proofs.append(_first_line(cause))
-    return _fault_of_metadata(folder) or (proofs[-1] if proofs else "")
-
-
-def _fault_of_metadata(folder: pathlib.Path) -> str:
-    """Returns what is wrong with the JSON in which Orbax describes the arrays."""
-    paths = [
-        path for item in ("params", "opt_state") for path in _metadata(folder / item)
-    ]
-    for path in (*paths, folder / "position" / "metadata"):
-        try:
-            values = reading.parse_json(path.read_bytes())
-            if path.name == "_METADATA":
-                for entry in values["tree_metadata"].values():
-                    _need(entry["value_metadata"], "value_type", "skip_deserialize")
-                    for key in entry["key_metadata"]:
-                        _need(key, "key", "key_type")
-            elif path.parent.name == "array_metadatas":
-                for entry in values["array_metadatas"]:
-                    _need(entry["array_metadata"], "param_name", "write_shape")
-        except OSError:
-            continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{path}: {type(error).__name__}: {_first_line(error)}"
-    return ""
-
-
-def _need(values: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        values[name]
-
-
-def _metadata(item: pathlib.Path) -> list[pathlib.Path]:
-    return [item / "_METADATA", *sorted(item.glob("array_metadatas/*"))]
-
-
-def _remedy(folder: pathlib.Path) -> str:
-    return f"move {folder} away to use the one before"
-
-
-def _damaged(folder: pathlib.Path, proof: str) -> DamagedError:
-    return DamagedError(
-        f"{folder}: this checkpoint is damaged ({proof}); {_remedy(folder)}"
-    )
-
-
-def remove_temporary(workdir: str | pathlib.Path) -> None:
-    """Removes checkpoints that a killed run left half-written."""
-    folder = pathlib.Path(workdir) / CHECKPOINTS
-    for child in folder.glob("*.orbax-checkpoint-tmp*"):
-        logging.info("removing the unfinished checkpoint %s", child.name)
-        shutil.rmtree(child, ignore_errors=True)
-
-
-def _greatest(outcome: int) -> int:
-    """Returns the greatest outcome of all processes."""
+def _any_process(value: bool) -> bool:
+    """Whether the value is true in any process."""
     if jax.process_count() == 1:
-        return outcome
-    return int(np.max(multihost_utils.process_allgather(np.asarray(outcome))))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # TensorStore adds the whole of its settings.
-    return lines[0].partition(" [tensorstore_spec")[0][:300]
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))

@@ -3,10 +3,10 @@
     modules.json                        the modules, in order
     config.json, model.safetensors      Transformer
     1_Pooling/config.json               mean over all tokens
-    2_Dense/model.safetensors           the projection, if there is one
-    config_sentence_transformers.json   the prompts
+    2_Dense/model.safetensors           projection, optional
+    config_sentence_transformers.json   prompts
 
-Gecko computes exactly this chain; whatever else a folder asks for is refused by name.
+Gecko computes exactly these modules; other modules and settings are refused by name.
 """
 
 import dataclasses
@@ -17,9 +17,14 @@ from typing import Any
 
 from absl import logging
 
-import gecko_jax.config
-from gecko_jax.formats import from_hugging_face, names, tensors
-from gecko_jax.io import inputs, reading, writing
+from gecko_jax.formats import (
+    from_hugging_face,
+    names,
+    safetensors_files,
+    source_files,
+    tensors,
+)
+from gecko_jax.io import field_rules, inputs, reading, writing
 from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats
 
@@ -32,115 +37,83 @@ _ORDERS = (
     ["Transformer", "Pooling", "Dense", "Normalize"],
 )
 
-# Prompts that older releases named after the passage side; `encode_document` passes
-# over them, because it always finds a prompt "document".
+# Passage prompts in models of older releases. `encode_document` ignores them, because
+# those models always have a prompt "document", too.
 _OTHER_PASSAGE_PROMPTS = ("passage", "corpus")
 
-# Where the Transformer module keeps its settings; the first that is there counts.
-_SETTINGS = (
-    "sentence_bert_config.json",
-    "sentence_roberta_config.json",
-    "sentence_distilbert_config.json",
-    "sentence_camembert_config.json",
-    "sentence_albert_config.json",
-    "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
-)
-_LENGTH = gecko_jax.config.SCHEMA["data.query_length"]
-_SETTINGS_RULES = {
+# Settings of the Transformer module; the first file that exists counts.
+_SETTINGS = [
+    f"sentence_{name}_config.json"
+    for name in (
+        *("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta"),
+        "xlnet",
+    )
+]
+
+
+def _only(*values: Any) -> field_rules.Kind:
+    return field_rules.optional(field_rules.one_of(*values))
+
+
+# What Gecko computes. All other settings change no embedding.
+_REMEDY = "Gecko computes nothing else, take another model"
+_LENGTH = field_rules.optional(field_rules.integer(8, 2**20))
+_TRANSFORMER = {
     "max_seq_length": _LENGTH,
     "query_length": _LENGTH,
     "document_length": _LENGTH,
-    "do_lower_case": gecko_jax.config.Rule(
-        bool, "Gecko leaves the case of a text as it is", lambda value: not value
-    ),
-    "query_expansion": gecko_jax.config.Rule(
-        dict, "Gecko adds no tokens to a query", lambda value: not value
-    ),
-    "processing_kwargs": gecko_jax.config.Rule(
-        dict, "Gecko reads texts with no options of the tokenizer", lambda v: not v
-    ),
-    "transformer_task": gecko_jax.config.Rule(
-        str, "must be feature-extraction", lambda value: value == "feature-extraction"
-    ),
-    "module_output_name": gecko_jax.config.Rule(
-        str, "must be token_embeddings", lambda value: value == "token_embeddings"
-    ),
+    "do_lower_case": _only(False),
+    "query_expansion": _only({}),
+    "processing_kwargs": _only({}),
+    "transformer_task": _only("feature-extraction"),
+    "module_output_name": _only("token_embeddings"),
 }
-# Options for transformers' loaders, under the names of every release.
+_PROMPTS = {
+    "prompts": field_rules.optional(
+        field_rules.map_of(field_rules.nullable(field_rules.TEXT))
+    ),
+    "default_prompt_name": field_rules.optional(field_rules.TEXT),
+    "truncate_dim": field_rules.optional(field_rules.integer(1)),
+}
+_POOLING = {"include_prompt": _only(True)}
+_NORMALIZE = {
+    "module_input_name": _only("sentence_embedding"),
+    "module_output_name": _only("sentence_embedding"),
+}
+_DENSE = {
+    "bias": field_rules.one_of(False),
+    "activation_function": field_rules.Kind(
+        "torch.nn.modules.linear.Identity",
+        lambda v: isinstance(v, str) and bool(re.fullmatch(r"torch\..*\.Identity", v)),
+    ),
+    "use_residual": _only(False),
+    **_NORMALIZE,
+}
+# Defaults of the module.
+_DENSE_DEFAULTS = {"bias": True, "activation_function": "torch.nn.Tanh"}
+# Options of transformers' loaders, under the names of all releases, and those that
+# change no embedding beyond rounding.
 _LOADERS = (
-    "model_kwargs",
-    "model_args",
-    "processor_kwargs",
-    "tokenizer_args",
-    "config_kwargs",
-    "config_args",
+    *("model_kwargs", "model_args", "processor_kwargs", "tokenizer_args"),
+    *("config_kwargs", "config_args"),
 )
-# Those that change how weights are loaded, and no number beyond rounding.
 _HARMLESS_OPTIONS = {
-    "attn_implementation",
-    "device_map",
-    "dtype",
-    "low_cpu_mem_usage",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_fast",
-    "use_safetensors",
+    *("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage"),
+    *("torch_dtype", "trust_remote_code", "use_fast", "use_safetensors"),
 }
-
-_PROMPT_RULES = {
-    "prompts": gecko_jax.config.Rule(
-        dict,
-        "must be texts by name",
-        lambda values: all(isinstance(text, str | None) for text in values.values()),
-    ),
-    "default_prompt_name": gecko_jax.config.Rule(str),
-    "truncate_dim": gecko_jax.config.Rule(
-        int, "must be at least 1", lambda dim: dim >= 1
-    ),
-}
-_POOLING_RULES = {
-    "pooling_mode": gecko_jax.config.Rule(object),
-    "include_prompt": gecko_jax.config.Rule(
-        bool,
-        "its mean leaves the prompt out; Gecko's is over all tokens, prompt and text",
-        bool,
-    ),
-}
-_ONE_INPUT = gecko_jax.config.Rule(
-    str,
-    "Gecko reads and writes sentence_embedding here",
-    lambda name: name == "sentence_embedding",
-)
-_DENSE_RULES = {
-    "bias": gecko_jax.config.Rule(
-        bool, "Gecko's projection has no bias", lambda v: not v
-    ),
-    "activation_function": gecko_jax.config.Rule(
-        str,
-        "Gecko's projection has no activation, torch.nn.modules.linear.Identity",
-        lambda name: name.startswith("torch.") and name.endswith(".Identity"),
-    ),
-    "use_residual": gecko_jax.config.Rule(
-        bool, "Gecko's projection has no residual", lambda v: not v
-    ),
-    "module_input_name": _ONE_INPUT,
-    "module_output_name": _ONE_INPUT,
-}
-_NORMALIZE_RULES = {"module_input_name": _ONE_INPUT, "module_output_name": _ONE_INPUT}
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
-    """What the folder computes.
+class Modules:
+    """Modules of a folder.
 
     Attributes:
         encoder: Folder of the encoder and its tokenizer.
         dense: Folder of the projection, or None.
-        query_length: Tokens a query is cut to, or None where the folder has no limit.
-        passage_length: Tokens a passage is cut to, likewise.
+        query_length: Longest query in tokens, or None if the folder sets no limit.
+        passage_length: Longest passage in tokens, or None.
         text_format: The prompts.
-        truncate_dim: The dim that it cuts to unless told otherwise, or None.
+        truncate_dim: Default dim of embeddings, or None for the full width.
     """
 
     encoder: pathlib.Path
@@ -151,34 +124,31 @@ class Chain:
     truncate_dim: int | None
 
 
-def read_chain(folder: pathlib.Path) -> Chain:
+def read_modules(folder: pathlib.Path) -> Modules:
     """Reads the modules and refuses those that Gecko does not compute.
 
     Raises:
-        ValueError: Names the module and what it may be.
+        ValueError: Names the module and the permitted settings.
     """
-    places = _read_modules(folder)
-    if "Normalize" not in places:
+    folders = _read_folders(folder)
+    if "Normalize" not in folders:
         logging.warning(
-            "%s: has no Normalize module; gecko_jax normalizes all the same, which "
-            "leaves every cosine as it is",
+            "%s: has no Normalize module; gecko_jax normalizes embeddings "
+            "nevertheless, which changes no cosine",
             folder,
         )
-    elif (places["Normalize"] / "config.json").exists():
-        _read(places["Normalize"] / "config.json", _NORMALIZE_RULES)
-    _check_pooling(places["Pooling"] / "config.json")
-    dense = places.get("Dense")
-    if dense is not None:
-        # What a file leaves out is what the module has by default.
-        defaults = {"bias": True, "activation_function": "torch.nn.Tanh"}
-        _read(dense / "config.json", _DENSE_RULES, defaults)
-    encoder = places["Transformer"]
+    elif (folders["Normalize"] / "config.json").exists():
+        _read(folders["Normalize"] / "config.json", _NORMALIZE)
+    _check_pooling(folders["Pooling"] / "config.json")
+    if "Dense" in folders:
+        _read(folders["Dense"] / "config.json", _DENSE, **_DENSE_DEFAULTS)
+    encoder = folders["Transformer"]
     query_length, passage_length = _read_lengths(encoder)
     path = folder / "config_sentence_transformers.json"
-    values = _read(path, _PROMPT_RULES) if path.exists() else {}
-    return Chain(
+    values = _read(path, _PROMPTS) if path.exists() else {}
+    return Modules(
         encoder,
-        dense,
+        folders.get("Dense"),
         query_length,
         passage_length,
         _read_prompts(values, path),
@@ -187,42 +157,28 @@ def read_chain(folder: pathlib.Path) -> Chain:
 
 
 def _read(
-    path: pathlib.Path,
-    rules: Mapping[str, gecko_jax.config.Rule],
-    defaults: Mapping[str, Any] | None = None,
+    path: pathlib.Path, kinds: Mapping[str, field_rules.Kind], **defaults: Any
 ) -> dict[str, Any]:
-    """Returns the values of a file that are not null, checked.
-
-    Raises:
-        ValueError: The file is missing or damaged, or asks for what Gecko does not
-            compute; lists all of it.
-    """
-    values = {
-        **(defaults or {}),
-        **{
-            key: value
-            for key, value in from_hugging_face.read_json(path).items()
-            if value is not None
-        },
-    }
-    faults = gecko_jax.config.find_wrong_values(values, rules)
-    if faults:
-        raise ValueError(f"{path}: {'; '.join(faults)}")
-    return values
+    """Returns the values of a file that are not null, checked."""
+    values = defaults | source_files.read_json(path)
+    field_rules.check(path, values, kinds, _REMEDY)
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def add_projection(
-    chain: Chain, params: dict[str, tensors.Tensor], config: dual_encoder.EncoderConfig
+    modules: Modules,
+    params: dict[str, tensors.Tensor],
+    config: dual_encoder.EncoderConfig,
 ) -> tuple[dict[str, tensors.Tensor], dual_encoder.EncoderConfig]:
     """Adds the Dense module, if there is one, to an encoder."""
-    if chain.dense is None:
+    if modules.dense is None:
         return params, config
-    from_hugging_face.refuse_pickle(chain.dense)
-    weights = tensors.read(chain.dense)
+    from_hugging_face.refuse_pickle(modules.dense)
+    weights = safetensors_files.read(modules.dense)
     weight = weights.get(names.DENSE_WEIGHT)
     if weight is None or len(weights) > 1 or len(weight.shape) != 2:
         raise ValueError(
-            f"{chain.dense}: holds {', '.join(sorted(weights))}; the projection must "
+            f"{modules.dense}: holds {', '.join(sorted(weights))}; the projection must "
             f"be one matrix, {names.DENSE_WEIGHT}"
         )
     width = weight.shape[0]
@@ -230,43 +186,42 @@ def add_projection(
     return params | {names.PROJECTION: weight.transpose()}, config
 
 
-def _read_modules(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def _read_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the folder of each module."""
     path = writing.member(folder, MODULES)
     try:
-        modules = reading.parse_json(path.read_text(encoding="utf-8"))
-        modules = sorted(modules, key=lambda module: module["idx"])
-        found = [
-            (module["type"].rpartition(".")[2], pathlib.PurePosixPath(module["path"]))
-            for module in modules
-        ]
+        entries = reading.parse_json(path.read_text(encoding="utf-8"))
+        entries = sorted(entries, key=lambda entry: entry["idx"])
+        kinds = [entry["type"].rpartition(".")[2] for entry in entries]
+        places = [pathlib.PurePosixPath(entry["path"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{path}: not a list of modules; the file is damaged, copy it again"
-        ) from None
-    for module in modules:
-        if not module["type"].startswith("sentence_transformers."):
+        raise source_files.damaged(path, "not a list of modules") from None
+    for entry in entries:
+        if not entry["type"].startswith("sentence_transformers."):
             raise ValueError(
-                f"{path}: {module['type']} is a module with code of its own; Gecko "
-                "computes those of sentence_transformers only"
+                f"{path}: {entry['type']} is a module with its own code; Gecko "
+                "computes modules of sentence_transformers only"
             )
-    kinds = [kind for kind, _ in found]
     if kinds not in _ORDERS:
         raise ValueError(
             f"{path}: the modules are {', '.join(kinds)}; Gecko computes "
             f"{', '.join(_ORDERS[-1])}, with or without the last two"
         )
-    for _, inside in found:
-        if inside.is_absolute() or ".." in inside.parts:
+    for place in places:
+        if place.is_absolute() or ".." in place.parts:
             raise ValueError(
-                f"{path}: it names the folder {str(inside)!r}, outside its own; do not "
+                f"{path}: names the folder {str(place)!r}, outside its own; do not "
                 "use this model"
             )
-    return {kind: writing.inside(folder, str(place)) for kind, place in found}
+    return {
+        kind: writing.inside(folder, str(place))
+        for kind, place in zip(kinds, places, strict=True)
+    }
 
 
 def _check_pooling(path: pathlib.Path) -> None:
-    values = _read(path, _POOLING_RULES)
-    # One name since 5.x, a switch for each mode before, the mean where there is none.
+    values = _read(path, _POOLING)
+    # One key since release 5, a switch for each mode before; the default is the mean.
     modes = values.get("pooling_mode") or [
         re.sub(r"^pooling_mode_|_tokens?$", "", key)
         for key, value in values.items()
@@ -282,22 +237,18 @@ def _check_pooling(path: pathlib.Path) -> None:
 
 
 def _read_lengths(encoder: pathlib.Path) -> tuple[int | None, int | None]:
-    """Returns the tokens that a query and a passage are cut to, None for no limit."""
+    """Returns the longest query and passage in tokens, None for no limit."""
     values: dict[str, Any] = {}
-    for name in _SETTINGS:
-        path = encoder / name
-        if path.exists():
-            values = _read(path, _SETTINGS_RULES)
+    for path in (encoder / name for name in _SETTINGS):
+        if not values and path.exists():
+            values = _read(path, _TRANSFORMER)
             _check_loaders(values, path)
-        if values:
-            break
     length = values.get("max_seq_length")
     if length is None:
         length = tokenizer_length(encoder)
         # transformers' T5 has no such limit, but a config may set one.
-        positions = from_hugging_face.read_json(encoder / "config.json").get(
-            "max_position_embeddings"
-        )
+        config = source_files.read_json(encoder / "config.json")
+        positions = config.get("max_position_embeddings")
         if type(positions) is int and positions > 0:
             length = min(length or positions, positions)
     return values.get("query_length", length), values.get("document_length", length)
@@ -307,22 +258,21 @@ def _check_loaders(values: Mapping[str, Any], path: pathlib.Path) -> None:
     for name in _LOADERS:
         options = values.get(name, {})
         if not isinstance(options, dict):
-            raise ValueError(
-                f"{path}: {name} is {inputs.kind(options)}, not an object; the file is "
-                "damaged, copy it again"
+            raise source_files.damaged(
+                path, f"{name} is {inputs.kind(options)}, not an object"
             )
         unknown = sorted(options.keys() - _HARMLESS_OPTIONS)
         if unknown:
             raise ValueError(
                 f"{path}: {name} sets {', '.join(unknown)}, which Gecko does not "
-                "follow; remove it where it changes nothing"
+                "support; remove it if it changes no embedding"
             )
 
 
 def tokenizer_length(encoder: pathlib.Path) -> int | None:
-    """Returns the tokens that a folder's tokenizer keeps, None for no limit."""
+    """Returns the limit of a folder's tokenizer in tokens, None for no limit."""
     path = encoder / "tokenizer_config.json"
-    values = from_hugging_face.read_json(path) if path.exists() else {}
+    values = source_files.read_json(path) if path.exists() else {}
     length = values.get("model_max_length")
     if length is None:
         return None
@@ -330,7 +280,7 @@ def tokenizer_length(encoder: pathlib.Path) -> int | None:
         raise ValueError(
             f"{path}: model_max_length={length!r}: must be at least 8 tokens"
         )
-    # "No limit" is written as 10^30.
+    # transformers writes 10^30 for no limit.
     return int(length) if length < 2**20 else None
 
 
@@ -339,39 +289,38 @@ def _read_prompts(
 ) -> text_formats.TextFormat:
     """Returns the prompts as `encode_query` and `encode_document` write them.
 
-    Both take the prompt "query" or "document", or none where there is none: the default
-    prompt is that of a plain `encode`. All other prompts are tasks.
+    They write the prompt "query" or "document", or none if it is missing; only `encode`
+    writes the default prompt. All other prompts are tasks.
     """
+    query, document = text_formats.QUERY_PROMPT, text_formats.DOCUMENT_PROMPT
     given = {name: prompt or "" for name, prompt in values.get("prompts", {}).items()}
     default = values.get("default_prompt_name")
-    if default is not None and default not in (
-        text_formats.QUERY_PROMPT,
-        text_formats.DOCUMENT_PROMPT,
-    ):
+    if default not in (None, query, document):
         if default not in given:
             raise ValueError(
                 f"{path}: default_prompt_name={default!r}, which is none of its "
-                f"prompts ({', '.join(given) or 'it has none'}); mend the file"
+                f"prompts ({', '.join(given) or 'it has none'}); correct the file"
             )
         if given[default]:
             logging.warning(
                 "%s: encode_query and encode_document write the prompts 'query' and "
-                "'document', and not the default prompt %r; name it as a task, "
-                "task=%r",
+                "'document', not the default prompt %r; to use it, pass task=%r",
                 path,
                 default,
                 default,
             )
     unused = [name for name in _OTHER_PASSAGE_PROMPTS if given.get(name)]
-    if unused and text_formats.DOCUMENT_PROMPT not in given:
+    if unused and document not in given:
         logging.warning(
             "%s: encode_document writes the prompt 'document', which is missing, and "
             "not %r; passages are written without a prompt",
             path,
             unused[0],
         )
-    prompts = {text_formats.QUERY_PROMPT: "", text_formats.DOCUMENT_PROMPT: "", **given}
-    bare = text_formats.TextFormat(query="{text}", passage="{text}", no_title="")
-    if not any(prompts.values()):
-        return bare
-    return dataclasses.replace(bare, prompts=prompts)
+    prompts = {query: "", document: "", **given}
+    return text_formats.TextFormat(
+        query="{text}",
+        passage="{text}",
+        no_title="",
+        prompts=prompts if any(prompts.values()) else {},
+    )

@@ -1,14 +1,14 @@
-"""T5X checkpoints: the encoder of any of them, by the names it has there.
+"""T5X checkpoints: opens the encoder of every generation of the format.
 
     checkpoint_1000/checkpoint                              legacy: a msgpack tree whose
-    checkpoint_1000/target.encoder.encoder_norm.scale/      leaves are arrays, or name
-                                                            a zarr folder beside it
+    checkpoint_1000/target.encoder.encoder_norm.scale/      leaves are arrays or name a
+                                                            zarr folder next to it
     checkpoint_0                                            legacy: such a tree alone
     checkpoint_1000/state/_METADATA                         Orbax (2023 on)
 
-Which leaves lie inline differs by age, so it is decided leaf by leaf. The decoder, the
-optimizer and everything else but encoder, embedder, projection and step are never read.
-A checkpoint is untrusted: whatever it claims is checked before it is used.
+Which leaves are inline depends on the version, so each leaf is examined. Only encoder,
+embedder, projection and step are read. A checkpoint is untrusted: whatever it claims is
+checked before it is used.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax.formats import arrays, kvstores, msgpack_arrays, names, tensors
+from gecko_jax.formats import kvstores, msgpack_files, names, source_files, tensors
+from gecko_jax.io import reading
 from gecko_jax.models import dual_encoder
 
 _PARTS = ("token_embedder", "encoder", "projection_layer")
 
-# Added under the root by t5x_retrieval's dual encoders when they normalize.
+# t5x_retrieval's dual encoders add this under the root when they normalize.
 _RETRIEVAL_L2_EPSILON = 1e-6
 
+# T5 XXL has 24.
+_MAX_LAYERS = 1_000
 
-# More than any T5 has (XXL: 24).
-_MOST_LAYERS = 1_000
-
-# Names of parameters, and of the folders they lie in.
+# Names of parameters, and of the folders that hold them.
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -40,90 +40,99 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What is read of a checkpoint.
+    """The encoder of a checkpoint.
 
     Attributes:
-        params: The encoder, by T5X's names; read later.
-        step: Optimizer updates behind it, as the checkpoint itself says.
+        params: Parameters of the encoder by T5X name; read later.
+        step: Number of optimizer updates, as the checkpoint says.
     """
 
     params: dict[str, tensors.Tensor]
     step: int
 
 
+def is_checkpoint(folder: kvstores.Folder) -> bool:
+    """Whether a folder is a T5X checkpoint; refuses one of TensorFlow."""
+    index = folder.read("checkpoint", 1_000)
+    if index is not None and index.lstrip().startswith(b"model_checkpoint_path"):
+        raise tensorflow_error(folder.path)
+    # Early Orbax wrote `state/checkpoint`; `open_checkpoint` refuses it by name.
+    files = ("state/_METADATA", "_METADATA", "state/checkpoint")
+    return index is not None or any(map(folder.has, files))
+
+
+def tensorflow_error(path: str) -> ValueError:
+    """Returns the error about a TensorFlow checkpoint."""
+    return ValueError(
+        f"{path}: a TensorFlow checkpoint (Mesh TensorFlow T5); take the same model "
+        "from gs://t5-data/pretrained_models/t5x/ or from Hugging Face"
+    )
+
+
 def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
     """Opens the encoder of the checkpoint in a folder.
 
     Args:
-        folder: `checkpoint_N`, or the folder of a bare file.
-        file: The msgpack tree of the legacy form.
-
-    Raises:
-        ValueError: It is damaged, holds no encoder, or is none of the forms above.
+        folder: `checkpoint_N`, or the folder that holds a bare file.
+        file: Name of the msgpack tree of the legacy form.
     """
     is_orbax = folder.has("_METADATA") or not folder.has(file)
-    leaves, tops, step = _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
-    if "encoder" not in tops and "decoder" in tops:
+    leaves, parts, step = (
+        _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
+    )
+    if "encoder" not in parts and "decoder" in parts:
         raise ValueError(
             f"{folder.path}: a decoder-only model; Gecko needs an encoder, take a T5 "
             "checkpoint that has one"
         )
-    if "encoder" not in tops:
+    if "encoder" not in parts:
         raise ValueError(
             f"{folder.path}: no `encoder` among its parameters "
-            f"({', '.join(sorted(tops))[:200]}); it is not a T5 checkpoint"
+            f"({', '.join(sorted(parts))[:200]}); take a T5 checkpoint"
         )
     params = _unstack(folder.path, leaves)
-    nested = [name for name in params if not _parents(name).isdisjoint(params)]
-    if nested:
-        raise ValueError(
-            f"{folder.path}: {nested[0]} lies under a name that is an array itself; "
-            "the checkpoint is damaged, copy it again"
-        )
+    for name in params:
+        ends = [match.start() for match in re.finditer("/", name)]
+        if any(name[:end] in params for end in ends):
+            raise source_files.damaged(
+                folder.path, f"{name} is below a name that is itself an array"
+            )
     return Checkpoint(params, _step_of(folder, file) if step is None else step)
-
-
-def _parents(name: str) -> set[str]:
-    parts = name.split("/")
-    return {"/".join(parts[:count]) for count in range(1, len(parts))}
 
 
 def infer_config(
     params: Mapping[str, tensors.Tensor], source: str
 ) -> dual_encoder.EncoderConfig:
-    """Returns the sizes and settings that names and shapes give away.
-
-    Raises:
-        ValueError: A parameter that gives a size is missing.
-    """
+    """Returns the sizes and settings that follow from names and shapes."""
     is_shared = "encoder/relpos_bias/rel_embedding" in params
     owner = "encoder" if is_shared else "encoder/layers_0"
-    giving = (
+    required = (
         "token_embedder/embedding",
         f"{owner}/relpos_bias/rel_embedding",
         "encoder/layers_0/attention/query/kernel",
         "encoder/layers_0/mlp/wo/kernel",
     )
-    missing = [name for name in giving if name not in params]
+    missing = [name for name in required if name not in params]
     if missing:
         raise ValueError(
             f"{source}: not a T5 encoder, {', '.join(missing)} missing; it has "
             f"{', '.join(sorted(params)[:8])}, ..."
         )
-    embedding, bias, query, wo = (params[name].shape for name in giving)
-    shapes_fit = all(len(shape) == 2 for shape in (embedding, bias, query, wo))
-    if not shapes_fit or query[1] % bias[0]:
+    shapes = [params[name].shape for name in required]
+    embedding, bias, query, wo = shapes
+    if any(len(shape) != 2 for shape in shapes) or query[1] % bias[0]:
         raise ValueError(
             f"{source}: not the shapes of a T5 encoder: "
-            + ", ".join(f"{name} {params[name].shape}" for name in giving)
+            + ", ".join(f"{name} {params[name].shape}" for name in required)
         )
-    found = re.findall(r"encoder/layers_([0-9]{1,18})/", "\n".join(params))
-    layers = {int(number) for number in found}
-    _check_layers(source, max(layers) + 1)
-    absent = set(range(max(layers) + 1)) - layers
+    numbers = re.findall(r"encoder/layers_([0-9]{1,18})/", "\n".join(params))
+    layers = {int(number) for number in numbers}
+    num_layers = max(layers) + 1
+    _check_layers(source, num_layers)
+    absent = set(range(num_layers)) - layers
     if absent:
         raise ValueError(
-            f"{source}: encoder/layers_{max(layers)} is there, and "
+            f"{source}: encoder/layers_{num_layers - 1} is there, and "
             f"encoder/layers_{min(absent)} is not; a part of the checkpoint is "
             "missing, copy it again"
         )
@@ -131,7 +140,7 @@ def infer_config(
     config = dual_encoder.EncoderConfig(
         vocab_size=embedding[0],
         model_dim=embedding[1],
-        num_layers=max(layers) + 1,
+        num_layers=num_layers,
         num_heads=bias[0],
         head_dim=query[1] // bias[0],
         mlp_dim=wo[0],
@@ -153,16 +162,15 @@ def infer_config(
 
 
 def newest(children: set[str]) -> str | None:
-    """Returns the newest whole checkpoint among the names of a `model_dir`."""
+    """Returns the newest complete checkpoint among the names in a `model_dir`."""
     steps = [int(m[1]) for c in children if (m := re.fullmatch(r"checkpoint_(\d+)", c))]
     return f"checkpoint_{max(steps)}" if steps else None
 
 
 def _check_layers(source: str, count: int) -> None:
-    if count > _MOST_LAYERS:
-        raise ValueError(
-            f"{source}: claims {count:,} layers, and at most {_MOST_LAYERS:,} are "
-            "read; the checkpoint is damaged, copy it again"
+    if count > _MAX_LAYERS:
+        raise source_files.damaged(
+            source, f"claims {count:,} layers, and at most {_MAX_LAYERS:,} are read"
         )
 
 
@@ -177,21 +185,23 @@ def _open_legacy(
     folder: kvstores.Folder, file: str
 ) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
     """Returns the parameters, the names of all parts of the model, and the step."""
-    data: pathlib.Path | bytes | None = folder.local_file(file)
-    data = folder.read(file) if data is None else data
-    assert data is not None  # the caller has seen it
+    data: pathlib.Path | bytes | None = folder.local_file(file) or folder.read(file)
+    assert data is not None  # `open_checkpoint` has checked it.
     source = f"{folder.path}/{file}"
-    tree = msgpack_arrays.read(data, _is_wanted, source)
+    tree = msgpack_files.read(data, _is_wanted, source)
     optimizer = tree.get("optimizer", tree)
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     parts = target if isinstance(target, dict) else {}
     parts = {key: value for key, value in parts.items() if key in _PARTS}
-    if _holds_placeholder(parts) or (not parts and _mentions_placeholder(data)):
+    has_placeholder = _holds_placeholder(parts)
+    if not parts:  # Early Orbax wrote trees of several layouts.
+        has_placeholder = _PLACEHOLDER.encode() in (folder.read(file, 2**26) or b"")
+    if has_placeholder:
         raise _early_orbax(folder)
     if not isinstance(target, dict):
         raise ValueError(
             f"{source}: a msgpack tree, but not T5X's: no optimizer/target among "
-            f"{', '.join(sorted(tree))[:200] or 'nothing'}"
+            f"{', '.join(sorted(tree))[:200] or 'no keys'}"
         )
     leaves = {
         name: _open_leaf(folder, source, name, leaf)
@@ -201,28 +211,28 @@ def _open_legacy(
 
 
 def _is_wanted(path: tuple[str, ...]) -> bool:
-    """What to keep of {"version", "optimizer": {"state", "target"}}."""
+    """Selects from {"version", "optimizer": {"state", "target"}}."""
     keys = path[1:] if path[0] == "optimizer" else path
     if not keys:
         return True
     if keys[0] == "state":
         return len(keys) == 1 or keys[1:] == ("step",)
-    # Only the name is kept of all that is passed over, for errors.
+    # Errors list the top-level names.
     if keys[0] != "target":
         return len(path) == 1
     return len(keys) <= 2 or keys[1] in _PARTS
 
 
 def _read_step(optimizer: Mapping[str, Any]) -> int | None:
-    """Returns the step that a legacy tree holds, None where it holds none."""
+    """Returns the step in a legacy tree, None if it has none."""
     state = optimizer.get("state")
     step = state.get("step") if isinstance(state, dict) else optimizer.get("step")
-    if isinstance(step, arrays.Array):
+    if isinstance(step, tensors.Tensor):
         return _as_step(step)
     return step if type(step) is int and 0 <= step < 2**63 else None
 
 
-def _as_step(array: arrays.Array) -> int | None:
+def _as_step(array: tensors.Tensor) -> int | None:
     if array.shape not in ((), (1,)) or not np.issubdtype(array.dtype, np.integer):
         return None
     return max(0, int(array.read().reshape(-1)[0]))
@@ -230,17 +240,8 @@ def _as_step(array: arrays.Array) -> int | None:
 
 def _holds_placeholder(tree: Any) -> bool:
     if isinstance(tree, dict):
-        return any(_holds_placeholder(value) for value in tree.values())
+        return any(map(_holds_placeholder, tree.values()))
     return isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
-
-
-def _mentions_placeholder(data: pathlib.Path | bytes) -> bool:
-    """Whether a file names arrays as early Orbax does, wherever in its tree."""
-    most = 2**26
-    if isinstance(data, bytes):
-        return _PLACEHOLDER.encode() in data[:most]
-    with data.open("rb") as stream:
-        return _PLACEHOLDER.encode() in stream.read(most)
 
 
 def _early_orbax(folder: kvstores.Folder) -> ValueError:
@@ -253,7 +254,7 @@ def _early_orbax(folder: kvstores.Folder) -> ValueError:
 def _flatten_specs(
     source: str, tree: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Flattens to arrays and tensorstore specs, which are maps themselves."""
+    """Flattens a tree of arrays and TensorStore specs, which are dicts themselves."""
     flat = {}
     for key, value in tree.items():
         _check_name(source, prefix, key)
@@ -264,43 +265,43 @@ def _flatten_specs(
     return flat
 
 
+def _is_name(text: str) -> bool:
+    return bool(_NAME.fullmatch(text)) and text not in (".", "..")
+
+
 def _check_name(source: str, prefix: str, key: str) -> None:
-    if not _NAME.fullmatch(key) or key in (".", ".."):
-        raise ValueError(
-            f"{source}: {key[:80]!r} under {prefix or 'target'!r} is no name of a "
-            "parameter; the file is damaged, copy it again"
+    if not _is_name(key):
+        raise source_files.damaged(
+            source, f"{key[:80]!r} under {prefix or 'target'!r} is not a parameter name"
         )
 
 
 def _open_leaf(
     folder: kvstores.Folder, source: str, name: str, leaf: Any
 ) -> tensors.Tensor:
-    if isinstance(leaf, arrays.Array):
-        return arrays.as_weights(leaf)
-    store = leaf.get("kvstore") if isinstance(leaf, dict) else None
+    if isinstance(leaf, tensors.Tensor):
+        return leaf.as_weights()
+    spec = leaf if isinstance(leaf, dict) else {}
+    store, metadata = spec.get("kvstore"), spec.get("metadata") or {}
     place = store.get("path") if isinstance(store, dict) else None
-    metadata = leaf.get("metadata") if isinstance(leaf, dict) else None
-    metadata = {} if metadata is None else metadata
     if not isinstance(place, str) or not isinstance(metadata, dict):
-        raise ValueError(
-            f"{source}: {name} is neither an array nor a tensorstore spec; the file is "
-            "damaged, copy it again"
+        raise source_files.damaged(
+            source, f"{name} is neither an array nor a TensorStore spec"
         )
-    parts = place.removesuffix("/").split("/")
-    if not all(_NAME.fullmatch(part) and part not in (".", "..") for part in parts):
+    if not all(map(_is_name, place.removesuffix("/").split("/"))):
         raise ValueError(
-            f"{source}: {name} lies at {place[:80]!r}, outside the checkpoint or "
-            "nowhere; do not use this checkpoint"
+            f"{source}: {name} has the path {place[:80]!r}, which is empty or outside "
+            "the checkpoint; do not use this checkpoint"
         )
     array = folder.open_array(place)
     if "shape" in metadata:
-        written = arrays.parse_shape(f"{source}: {name}", metadata["shape"])
-        if array.shape != written:
+        expected = tensors.parse_shape(f"{source}: {name}", metadata["shape"])
+        if array.shape != expected:
             raise ValueError(
                 f"{folder.path}: {name} has the shape {array.shape}, and `checkpoint` "
-                f"says {written}; these files are of two checkpoints, copy it again"
+                f"says {expected}; these files are from two checkpoints, copy it again"
             )
-    return arrays.as_weights(array, bits_are_bfloat16=True)
+    return array.as_weights(bits_are_bfloat16=True)
 
 
 def _open_orbax(
@@ -311,52 +312,45 @@ def _open_orbax(
     if not has_state and not folder.has("_METADATA"):
         raise _early_orbax(folder)
     state = folder / "state" if has_state else folder
-    metadata = kvstores.read_json(state, "_METADATA")
-    is_database = state.has("manifest.ocdbt")
-    stored = kvstores.ocdbt(state) if is_database else state
+    stored = kvstores.ocdbt(state) if state.has("manifest.ocdbt") else state
     try:
-        keys = [
+        metadata = reading.parse_json(state.read("_METADATA") or b"")
+        paths = [
             tuple(str(part["key"]) for part in entry["key_metadata"])
             for entry in metadata["tree_metadata"].values()
         ]
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(
-            f"{state.path}/_METADATA: not the metadata of an Orbax tree; the file is "
-            "damaged, copy it again"
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise source_files.damaged(
+            f"{state.path}/_METADATA", "not the metadata of an Orbax tree"
         ) from None
     # Some trees begin with "optimizer", as in the legacy form.
-    placed = {key[1:] if key[:1] == ("optimizer",) else key: key for key in keys}
-    targets = {key: place for key, place in placed.items() if key[:1] == ("target",)}
-    found = {}
-    for key, place in targets.items():
-        if len(key) < 2 or key[1] not in _PARTS:
+    placed = {path[1:] if path[:1] == ("optimizer",) else path: path for path in paths}
+    params, parts = {}, set()
+    for key, path in placed.items():
+        if len(key) < 2 or key[0] != "target":
             continue
-        for part in place:
-            _check_name(f"{state.path}/_METADATA", "/".join(key[:-1]), part)
-        array = stored.open_array(".".join(place))
-        found["/".join(key[1:])] = arrays.as_weights(array)
-    tops = {key[1] for key in targets if len(key) > 1}
-    return found, tops, _read_orbax_step(stored, placed)
-
-
-def _read_orbax_step(
-    stored: kvstores.Folder, placed: Mapping[tuple[str, ...], tuple[str, ...]]
-) -> int | None:
-    """Returns the step of an Orbax checkpoint, None where it is no array."""
+        parts.add(key[1])
+        if key[1] in _PARTS:
+            for part in path:
+                _check_name(f"{state.path}/_METADATA", "/".join(key[:-1]), part)
+            array = stored.open_array(".".join(path))
+            params["/".join(key[1:])] = array.as_weights()
+    step = None
     for key in (("state", "step"), ("step",)):
         name = ".".join(placed.get(key, ()))
         if name and stored.has(f"{name}/.zarray"):
-            return _as_step(stored.open_array(name))
-    return None
+            step = _as_step(stored.open_array(name))
+            break
+    return params, parts, step
 
 
 def _unstack(
     source: str, params: dict[str, tensors.Tensor]
 ) -> dict[str, tensors.Tensor]:
-    """Gives every layer parameters of its own, and joins heads with their width.
+    """Splits stacked layers, and joins the head axes of attention kernels.
 
     The scanned form (scalable_t5, umT5) has the layers of `encoder/encoder/...` on axis
-    1, and heads apart from their width.
+    1, and separate axes for heads and their width.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -366,7 +360,7 @@ def _unstack(
     def cut_layer(name: str, layer: int) -> tensors.Tensor:
         stack = params[name]
         shape = (stack.shape[0], *stack.shape[2:])
-        # Its layers share chunks: read once for all of them.
+        # Layers share chunks, so the stack is read once for all of them.
         return tensors.Tensor(shape, lambda: read_stack(name)[:, layer], name)
 
     flat = {}
@@ -378,16 +372,18 @@ def _unstack(
         count = stack.shape[1] if len(stack.shape) > 1 else 0
         _check_layers(source, count)
         for layer in range(count):
-            ours = f"encoder/layers_{layer}/{tail}"
-            flat[ours] = _join_heads(ours, cut_layer(name, layer))
+            layer_name = f"encoder/layers_{layer}/{tail}"
+            flat[layer_name] = _join_heads(layer_name, cut_layer(name, layer))
     return flat
 
 
 def _join_heads(name: str, kernel: tensors.Tensor) -> tensors.Tensor:
-    """Makes [M, H, K] and [H, K, M] the matrices that the encoder takes."""
+    """Reshapes attention kernels [M, H, K] and [H, K, M] to matrices."""
     if len(kernel.shape) != 3 or "/attention/" not in name:
         return kernel
     first, middle, last = kernel.shape
     is_out = name.endswith("/out/kernel")
     shape = (first * middle, last) if is_out else (first, middle * last)
-    return tensors.Tensor(shape, lambda: kernel.read().reshape(shape), kernel.source)
+    return dataclasses.replace(
+        kernel, shape=shape, read=lambda: kernel.read().reshape(shape)
+    )

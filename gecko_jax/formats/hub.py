@@ -1,61 +1,115 @@
-"""Models of the Hugging Face hub, by name.
+"""The Hugging Face hub: downloads of models by name, and uploads of exported folders.
 
 google/flan-t5-base    sentence-transformers/gtr-t5-base@REVISION    hf://owner/name
 """
 
 import pathlib
 import re
+from typing import Any
 
-# What a model is made of; weights that are pickles are never fetched.
-_WANTED = ["*.json", "*.safetensors", "*.model"]
+from gecko_jax.formats import source_files
+
+# Files of a model; pickles are never downloaded.
+_PATTERNS = ["*.json", "*.safetensors", "*.model"]
 # Other forms of the same weights.
-_UNWANTED = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "coreml/*"]
+_IGNORED = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "coreml/*"]
 
-_NAME = r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?"
+_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def download(source: str) -> pathlib.Path:
-    """Fetches a model of the hub, or finds it in the cache; returns its folder.
+    """Downloads a model, unless it is in the hub's cache, and returns its folder.
 
     Raises:
-        ValueError: The source is no hub name, there is no such model, or it cannot be
-            reached.
+        ValueError: The source is not a hub name, there is no such model, or the hub
+            cannot be reached.
         ImportError: huggingface_hub is missing.
     """
-    match = re.fullmatch(_NAME, source)
-    # `runs/fintune` beside a folder `runs/finetune` is a slip, not a hub name.
-    is_slip = pathlib.Path(source).parent.is_dir()
-    if match is None or is_slip:
+    match = re.fullmatch(rf"(?:hf://)?({_NAME})(?:@([\w./-]+))?", source)
+    # `runs/fintune` next to a folder `runs/finetune` is a typo, not a hub name.
+    is_typo = pathlib.Path(source).parent.is_dir()
+    if match is None or is_typo:
         raise ValueError(
             f"{source}: no such folder, and not the name of a model on the hub "
             "(owner/name); check the path"
         )
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ImportError(
-            f"{source}: no such folder; to take it from the hub, install "
-            'huggingface_hub: pip install "gecko-jax[hub]"'
-        ) from None
+    hub = _import_hub(f"{source}: no such folder; downloading it from the hub")
     name, revision = match.groups()
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = hub.snapshot_download(
             name,
             revision=revision,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
+            allow_patterns=_PATTERNS,
+            ignore_patterns=_IGNORED,
         )
-    except Exception as error:  # of several libraries, all of them about the network
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # The errors of several HTTP libraries.
         raise ValueError(
-            f"{source}: no such folder, and not to be had from the hub "
-            f"({lines[0][:200]}); check the name and the network, or copy the model's "
-            "folder here"
+            f"{source}: no such folder, and cannot be downloaded from the hub "
+            f"({source_files.first_line(error)}); check the name and the network, or "
+            "copy the model's folder here"
         ) from error
     if not any(pathlib.Path(folder).rglob("*.safetensors")):
         raise ValueError(
             f"{source}: has no safetensors on the hub, and pickles, which can run any "
-            "program when they are opened, are never fetched. Look among the model's "
-            f"revisions for converted weights, and name one as {name}@REVISION"
+            "program when they are opened, are never downloaded; look among the "
+            f"model's revisions for converted weights, and use {name}@REVISION"
         )
     return pathlib.Path(folder)
+
+
+def check_upload(repo_id: str) -> None:
+    """Checks the name, the login and the network, before a model is exported.
+
+    Raises:
+        ValueError: The name is not a repository name.
+        OSError: There is no login, or the hub cannot be reached.
+        ImportError: huggingface_hub is missing.
+    """
+    if not re.fullmatch(_NAME, repo_id, re.ASCII):
+        raise ValueError(
+            f"{repo_id!r}: a repository is named OWNER/NAME, such as my-lab/my-gecko"
+        )
+    hub = _import_hub("uploading")
+    try:
+        hub.HfApi().whoami()
+    except Exception as error:  # The errors of several HTTP libraries.
+        raise OSError(
+            f"{repo_id}: the hub did not accept the login "
+            f"({source_files.first_line(error)}); check the network, run `hf auth "
+            "login` or set HF_TOKEN, or export without --push"
+        ) from error
+
+
+def upload(folder: pathlib.Path, repo_id: str) -> str:
+    """Uploads a folder in one commit, and creates the repository if it is missing.
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        OSError: The upload failed. The folder stays.
+    """
+    hub = _import_hub("uploading")
+    try:
+        hub.create_repo(repo_id, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            commit_message="Upload a Gecko model",
+        )
+    except Exception as error:  # The errors of several HTTP libraries.
+        raise OSError(
+            f"{repo_id}: not uploaded ({source_files.first_line(error)}); {folder} is "
+            f"complete: try again with `hf upload {repo_id} {folder}`"
+        ) from error
+    return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{repo_id}")
+
+
+def _import_hub(action: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            f'{action} needs huggingface_hub: pip install "gecko-jax[hub]"'
+        ) from None
+    return huggingface_hub

@@ -1,11 +1,13 @@
-"""Folders on this machine, in a bucket or behind a web server, through tensorstore.
+"""Folders on this machine, in a bucket or behind a web server, through TensorStore.
 
     /models/t5/checkpoint_1000   gs://bucket/checkpoint_1000   https://host/checkpoint_1000
 
-Arrays are opened with nothing but their place: what an array is stands in the files
-beside its chunks, and a driver named elsewhere may not exist here.
+Arrays are opened by their place alone: the files beside the chunks describe the array,
+and a driver that a checkpoint names may not exist here.
 """
 
+import dataclasses
+import functools
 import pathlib
 import urllib.parse
 from typing import Any
@@ -13,15 +15,12 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from gecko_jax.formats import arrays
-from gecko_jax.io import reading
+from gecko_jax.formats import source_files, tensors
 
-_REMOTE = ("gs://", "http://", "https://")
+# Largest metadata file of an array.
+_MAX_METADATA_BYTES = 2**20
 
-# Size of the file that says what an array is, beyond any that is written.
-_MOST_METADATA_BYTES = 2**20
-
-# A few retries mend a hiccup; the defaults keep a machine without network waiting.
+# With TensorStore's default number of retries, a machine without network waits long.
 _CONTEXT = {
     "http_request_retries": {"max_retries": 3},
     "gcs_request_retries": {"max_retries": 3},
@@ -29,170 +28,152 @@ _CONTEXT = {
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL of a kind that can be read."""
-    return path.startswith(_REMOTE)
+    """Whether a path is a URL that can be read."""
+    return path.startswith(("gs://", "http://", "https://"))
 
 
+@dataclasses.dataclass
 class Folder:
-    """A folder of files by name, wherever it lies.
+    """A folder of files, local or remote; creating it reads nothing.
 
     Attributes:
-        path: As the user wrote it, for errors.
+        path: Local path or URL, for errors as the user wrote it.
+        spec: TensorStore spec of the folder; derived from the path if empty.
+        database_bytes: Size of the OCDBT database that contains the folder.
     """
 
-    def __init__(
-        self,
-        path: str,
-        spec: dict[str, Any] | None = None,
-        database_bytes: int | None = None,
-    ):
-        """Names the folder; nothing is read yet.
+    path: str
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict)
+    database_bytes: int | None = None
 
-        Args:
-            path: A local path or a URL.
-            spec: The tensorstore spec of the folder; None is made from the path.
-            database_bytes: Size of the database that the folder is inside of.
-        """
-        self.path = path.rstrip("/")
-        self.spec = spec or _spec(self.path)
-        self._database_bytes = database_bytes
-        self._store: ts.KvStore | None = None
+    def __post_init__(self):
+        self.path = self.path.rstrip("/")
+        self.spec = self.spec or _spec(self.path)
 
     def __truediv__(self, name: str) -> "Folder":
         spec = {**self.spec, "path": f"{self.spec['path']}{name}/"}
-        return Folder(f"{self.path}/{name}", spec, self._database_bytes)
+        return Folder(f"{self.path}/{name}", spec, self.database_bytes)
 
     @property
     def name(self) -> str:
-        """The last part of the path, with links and `..` followed."""
+        """Last part of the path, with links and `..` resolved."""
         return self.spec["path"].rstrip("/").rpartition("/")[2]
 
     @property
     def parent(self) -> "Folder":
-        """The folder that this one lies in."""
+        """The folder that contains this one."""
         outer = self.spec["path"].rstrip("/").rpartition("/")[0]
         path = outer if self.spec["driver"] == "file" else self.path.rpartition("/")[0]
         return Folder(path, {**self.spec, "path": f"{outer}/"})
 
-    def read(self, name: str) -> bytes | None:
-        """Returns the content of a file, or None where there is none."""
+    def read(self, name: str, size: int = -1) -> bytes | None:
+        """Returns `size` bytes of a file, or all if -1; None if it is missing."""
+        local = self.local_file(name)
         try:
-            result = self._open().read(name).result()
+            if local is None:
+                result = self._store.read(name).result()
+                content = result.value if result.state == "value" else None
+                return content if content is None or size < 0 else content[:size]
+            if not local.is_file():
+                return None
+            with local.open("rb") as file:
+                return file.read(size)
         except Exception as error:
-            raise self._fault(error) from error
-        return result.value if result.state == "value" else None
+            raise self._explain(error) from error
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        local = self.local_file(name)
-        return self.read(name) is not None if local is None else local.is_file()
+        return self.read(name, 0) is not None
 
     def list(self) -> set[str]:
-        """Returns the paths of all files below; a web server cannot tell them."""
+        """Returns the paths of all files below; web servers do not list theirs."""
         try:
-            return {key.decode() for key in self._open().list().result()}
+            return {key.decode() for key in self._store.list().result()}
         except Exception as error:
-            raise self._fault(error) from error
+            raise self._explain(error) from error
 
     def local_file(self, name: str) -> pathlib.Path | None:
-        """Returns the path of a file that is on this machine."""
+        """Returns the path of a file on this machine, None for a remote folder."""
         if self.spec["driver"] != "file":
             return None
         return pathlib.Path(self.spec["path"]) / name
 
-    def open_array(self, name: str) -> arrays.Array:
+    def open_array(self, name: str) -> tensors.Tensor:
         """Opens the array in the folder `name`; its chunks are read later.
 
         Raises:
-            ValueError: There is no array there, or it claims more than is stored.
+            ValueError: There is no array, or it claims more than is stored.
         """
         place = self / name.strip("/")
-        driver = self._array_driver(place)
+        spec = {
+            "driver": place._array_driver(),
+            "kvstore": place.spec,
+            # By default, a missing chunk is read as zeros.
+            "fill_missing_data_reads": False,
+        }
+        context = ts.Context(_CONTEXT)
         array: Any = _result(
-            ts.open(
-                {
-                    "driver": driver,
-                    "kvstore": place.spec,
-                    # A chunk that was lost would be read as zeros otherwise.
-                    "fill_missing_data_reads": False,
-                },
-                open=True,
-                read=True,
-                context=ts.Context(_CONTEXT),
-            ),
-            place.path,
+            ts.open(spec, open=True, read=True, context=context), place.path
         )
         shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
-        # tensorstore aborts the process where memory ends.
-        arrays.parse_shape(place.path, shape)
-        arrays.check_size(place.path, shape, dtype, place._stored_bytes())
-        # A scalar has no shape of a chunk.
+        # TensorStore aborts the process when memory runs out.
+        tensors.parse_shape(place.path, shape)
+        tensors.check_size(place.path, shape, dtype, place._stored_bytes())
+        # The chunk shape of a scalar is None.
         chunk = tuple(array.chunk_layout.read_chunk.shape or ())
         if any(size > max(whole, 1) for size, whole in zip(chunk, shape, strict=True)):
             raise ValueError(
                 f"{place.path}: an array of shape {shape} in chunks of {chunk}; a "
                 "chunk cannot be larger than its array, copy the checkpoint again"
             )
-        return arrays.Array(
-            place.path, shape, dtype, lambda: _result(array.read(), place.path)
+        return tensors.Tensor(
+            shape, lambda: _result(array.read(), place.path), place.path, dtype
         )
 
     def _stored_bytes(self) -> int | None:
         """Returns the size of the files below; None where listing them is slow."""
         local = self.local_file("")
-        return self._database_bytes if local is None else _total_bytes(local)
+        return self.database_bytes if local is None else _total_bytes(local)
 
-    def _array_driver(self, place: "Folder") -> str:
+    def _array_driver(self) -> str:
         for name, driver in ((".zarray", "zarr"), ("zarr.json", "zarr3")):
-            local = place.local_file(name)
-            if local is not None and local.is_file():
-                if local.stat().st_size > _MOST_METADATA_BYTES:
-                    raise ValueError(
-                        f"{local}: {local.stat().st_size:,} bytes, and what an array "
-                        f"is takes at most {_MOST_METADATA_BYTES:,}; copy it again"
-                    )
-                return driver
-            if place.has(name):
-                return driver
+            if not self.has(name):
+                continue
+            local = self.local_file(name)
+            size = 0 if local is None else local.stat().st_size
+            if size > _MAX_METADATA_BYTES:
+                raise source_files.damaged(
+                    local,
+                    f"{size:,} bytes, and the metadata of an array takes at most "
+                    f"{_MAX_METADATA_BYTES:,}",
+                )
+            return driver
         raise ValueError(
-            f"{place.path}: neither .zarray nor zarr.json here; a part of the "
+            f"{self.path}: neither .zarray nor zarr.json here; a part of the "
             "checkpoint is missing, copy it again"
         )
 
-    def _open(self) -> ts.KvStore:
-        if self._store is None:
-            self._store = ts.KvStore.open(
-                self.spec, context=ts.Context(_CONTEXT)
-            ).result()
-        return self._store
+    @functools.cached_property
+    def _store(self) -> ts.KvStore:
+        return ts.KvStore.open(self.spec, context=ts.Context(_CONTEXT)).result()
 
-    def _fault(self, error: Exception) -> ValueError:
-        remedy = "check the address and the network" if is_remote(self.path) else ""
+    def _explain(self, error: Exception) -> ValueError:
+        remedy = "check the path and its permissions"
+        if is_remote(self.path):
+            remedy = "check the address and the network"
         return ValueError(
-            f"{self.path}: cannot be read ({_first_line(error)}); "
-            f"{remedy or 'check the path and who may read it'}"
+            f"{self.path}: cannot be read ({source_files.first_line(error)}); {remedy}"
         )
 
 
 def ocdbt(folder: Folder) -> Folder:
-    """Returns the folder inside the database that newer Orbax writes."""
+    """Returns the folder inside the OCDBT database that newer Orbax writes."""
     local = folder.local_file("")
     return Folder(
         folder.path,
         {"driver": "ocdbt", "base": folder.spec, "path": ""},
         None if local is None else _total_bytes(local),
     )
-
-
-def read_json(folder: Folder, name: str) -> Any:
-    """Returns the content of a JSON file, or None where there is none."""
-    content = folder.read(name)
-    try:
-        return None if content is None else reading.parse_json(content)
-    except ValueError:
-        raise ValueError(
-            f"{folder.path}/{name}: not JSON; the file is damaged, copy it again"
-        ) from None
 
 
 def _spec(path: str) -> dict[str, Any]:
@@ -208,7 +189,7 @@ def _spec(path: str) -> dict[str, Any]:
             "base_url": f"{parts.scheme}://{parts.netloc}",
             "path": f"{parts.path}/",
         }
-    # Resolved, for tensorstore refuses `..` in a path.
+    # TensorStore rejects `..` in a path.
     return {"driver": "file", "path": f"{pathlib.Path(path).resolve()}/"}
 
 
@@ -221,11 +202,6 @@ def _result(future: Any, path: str) -> Any:
         return future.result()
     except Exception as error:
         raise ValueError(
-            f"{path}: this array cannot be read ({_first_line(error)}); a chunk is "
-            "missing or damaged, copy the checkpoint again"
+            f"{path}: this array cannot be read ({source_files.first_line(error)}); a "
+            "chunk is missing or damaged, copy the checkpoint again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

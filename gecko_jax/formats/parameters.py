@@ -1,37 +1,32 @@
-"""Parameter trees: T5X's names, and what a model must have under them.
+"""Parameter trees under T5X's names, and the check that one fits a model.
 
-A tree is nested dicts, `{"encoder": {"layers_0": ...}}`; flat, it is one dict with
-names such as `encoder/layers_0/attention/query/kernel`. The leaves may be anything that
-has a shape.
+A tree is nested dicts, `{"encoder": {"layers_0": ...}}`. A flat tree is one dict with
+names such as `encoder/layers_0/attention/query/kernel`. Leaves are arrays, `Tensor`s,
+or anything else with a shape.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from flax import traverse_util
+
+from gecko_jax.formats import tensors
 from gecko_jax.models import dual_encoder
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {"encoder/layers_0/...": leaf}."""
-    flat = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def flatten_to_tensors(params: Mapping[str, Any]) -> dict[str, tensors.Tensor]:
+    """Returns {"encoder/layers_0/...": leaf}, with every leaf as a `Tensor`."""
+    return {name: tensors.as_tensor(leaf) for name, leaf in flatten(params).items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of `flatten`."""
-    params: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return params
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def check(
@@ -41,36 +36,31 @@ def check(
     source: str,
     remedy: str = "set config.model to the sizes of the checkpoint",
 ) -> None:
-    """Compares names and shapes with what the config asks for.
+    """Compares names and shapes with those of the model.
 
     Raises:
         ValueError: Lists missing, unexpected and wrong-shape parameters together.
     """
-    found = {name: leaf.shape for name, leaf in flatten(params).items()}
-    # A layer has parameters of its own. Tracing a model of a damaged number of layers
-    # would not end.
-    if config.num_layers > len(found):
+    shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
+    # Every layer has parameters. A damaged number of layers would make tracing the
+    # model take forever.
+    if config.num_layers > len(shapes):
         raise ValueError(
             f"{source}: the model has num_layers={config.num_layers:,}, and there are "
-            f"{len(found):,} parameters in all; {remedy}"
+            f"{len(shapes):,} parameters in all; {remedy}"
         )
-    expected = {
-        name: leaf.shape
-        for name, leaf in flatten(dual_encoder.abstract_params(config)[0]).items()
-    }
-    faults = [
-        f"missing {name} {expected[name]}" for name in expected if name not in found
+    abstract_params, _ = dual_encoder.abstract_params(config)
+    expected = {name: leaf.shape for name, leaf in flatten(abstract_params).items()}
+    missing = expected.keys() - shapes.keys()
+    problems = [f"missing {n} {expected[n]}" for n in expected if n in missing]
+    problems += [f"unexpected {n} {shapes[n]}" for n in shapes if n not in expected]
+    problems += [
+        f"wrong shape {name}: {shapes[name]}, needs {shape}"
+        for name, shape in expected.items()
+        if shapes.get(name, shape) != shape
     ]
-    faults += [
-        f"unexpected {name} {found[name]}" for name in found if name not in expected
-    ]
-    faults += [
-        f"wrong shape {name}: {found[name]}, needs {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    if faults:
+    if problems:
         raise ValueError(
             f"{source}: the parameters do not fit the model; {remedy}:\n  "
-            + "\n  ".join(faults)
+            + "\n  ".join(problems)
         )

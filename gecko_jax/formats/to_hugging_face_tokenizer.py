@@ -1,23 +1,22 @@
 """A SentencePiece vocabulary as the `tokenizer.json` that Hugging Face opens.
 
-The ids are those of `text.vocabularies` on the texts of `text.text_formats`, cleaning
-included: NFC and single spaces are part of the tokenizer's normalizer, because nobody
-calls `text_formats.clean` there. Where the common converters differ from
-SentencePiece, this one does not:
+The ids equal those of `text.vocabularies` on the texts of `text.text_formats`. NFC and
+single spaces, which `text_formats.clean` does here, are part of the normalizer there.
+Where the usual converters differ from SentencePiece, this one does not:
 
 - The `Precompiled` normalizer looks up whole grapheme clusters by their first
   character, which drops accents ("½" with an accent). A control character before each
-  mark keeps clusters apart; the normalizer itself removes it again.
-- Every piece of a `Unigram` model can match, `</s>` and byte pieces too; in
-  SentencePiece a text that says "</s>" is four characters. So "<" is written as a space
-  inside the model, which no normalized text and no reserved piece holds.
+  mark separates the clusters; the normalizer removes it again.
+- Every piece of a `Unigram` model can match, `</s>` and byte pieces included; in
+  SentencePiece, "</s>" in a text is four characters. So "<" becomes a space inside the
+  model, which is in no normalized text and no reserved piece.
 
-What is left, in a text in ten thousand or fewer: a compatibility letter (fullwidth,
-mathematical) right before an accent that Unicode composes it with is not composed; of
-two segmentations with equal scores, float32 in SentencePiece and float64 there may
-choose differently; accents younger than the Unicode of the `tokenizers` library keep
-the order they came in; and a sentinel that a text spells with SentencePiece's own mark
-of a space (`▁<extra_id_0>`) loses the space before it.
+The remaining differences concern one text in ten thousand or fewer: a compatibility
+letter (fullwidth, mathematical) right before an accent that Unicode composes it with is
+not composed; of two segmentations with equal scores, float32 in SentencePiece and
+float64 there may choose different ones; accents newer than the Unicode version of the
+`tokenizers` library keep their order; and a sentinel that a text writes with
+SentencePiece's mark of a space (`▁<extra_id_0>`) loses the space before it.
 """
 
 import base64
@@ -25,28 +24,22 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from gecko_jax.text import vocabularies
 
-# What `str.split` takes for whitespace, which is more than a regex's \s.
+# `str.isspace` is true for more characters than \s of a regex.
 _WHITESPACE = "".join(
     re.escape(chr(code)) for code in range(sys.maxunicode + 1) if chr(code).isspace()
 )
 
-# Characters that join the cluster before them.
+# Characters that belong to the cluster before them.
 _JOINING = r"[\p{M}\x{200c}\x{200d}\x{0e33}\x{0eb3}\x{ff9e}\x{ff9f}]"
 _SEPARATOR = "\x01"
 
 _SPACE = "▁"  # SentencePiece's mark of a space.
 
-# Types of pieces in a SentencePiece model, and its type of model.
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
-_UNIGRAM = 1
-
-
-# What `write_tokenizer` writes.
+# Files that `write_tokenizer` writes.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,38 +51,27 @@ FILES = (
 def write_tokenizer(
     folder: pathlib.Path, vocab: vocabularies.Vocabulary, max_length: int
 ) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and `spiece.model`.
-
-    Args:
-        folder: Where to.
-        vocab: The vocabulary.
-        max_length: Tokens a text is cut to, EOS included.
-
-    Raises:
-        ValueError: The vocabulary is no unigram model.
-    """
+    """Writes `FILES`, which cut texts to `max_length` tokens, EOS included."""
     tokenizer = build_tokenizer(vocab)
-    _write_json(folder / "tokenizer.json", tokenizer)
     reserved = [token for token in tokenizer["added_tokens"] if token["special"]]
     special = {
         f"{name}_token": token["content"]
         for name, token in zip(("pad", "eos", "unk"), reserved, strict=True)
     }
     cuts_reserved = {t.id for t in vocab.added_tokens} & {t["id"] for t in reserved}
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            # The classes made for T5 would build a normalizer of their own.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
-            "model_max_length": max_length,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False,
-            # "</s>" in a text is text, but where the model came with another habit.
-            "split_special_tokens": not cuts_reserved,
-        },
-    )
-    _write_json(folder / "special_tokens_map.json", special)
+    config = {
+        # The T5 classes would build another normalizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        # "</s>" in a text is text, unless the imported tokenizer cut it out.
+        "split_special_tokens": not cuts_reserved,
+    }
+    for name, values in zip(FILES, (tokenizer, config, special), strict=False):
+        content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(content, encoding="utf-8")
     (folder / "spiece.model").write_bytes(vocab.model_proto)
 
 
@@ -97,53 +79,41 @@ def build_tokenizer(vocab: vocabularies.Vocabulary) -> dict[str, Any]:
     """Returns the contents of `tokenizer.json`.
 
     Raises:
-        ValueError: The vocabulary is no unigram model.
+        ValueError: The vocabulary is not a unigram model.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    # pyright does not see the classes that protobuf makes at import.
-    model_class: Any = vars(sentencepiece_model_pb2)["ModelProto"]
-    proto = model_class.FromString(vocab.full_proto)
+    proto = vocabularies.parse_proto(vocab.full_proto)
     spec = proto.trainer_spec
-    if spec.model_type != _UNIGRAM or spec.treat_whitespace_as_suffix:
+    if spec.model_type != spec.UNIGRAM or spec.treat_whitespace_as_suffix:
         raise ValueError(
             "the vocabulary is not a unigram model that marks the space before a word, "
-            "as those of all T5 encoders: a tokenizer for Hugging Face can be made of "
-            "those only; export with --to=t5x, or train on another vocabulary"
+            "as T5's is, and Hugging Face's format supports no other; export with "
+            "--to=t5x, or train on another vocabulary"
         )
-    reserved = [
-        {
-            "id": index,
-            "content": proto.pieces[index].piece,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+    reserved = {
+        index: _added_token(index, proto.pieces[index].piece, special=True)
         for index in (vocab.pad_id, vocab.eos_id, spec.unk_id)
-    ]
-    reserved_ids = {token["id"] for token in reserved}
+    }
     added = [
-        # Looked for in the raw text alone: the normalizer below writes for the model.
-        reserved[0]
-        | {
-            "id": token.id,
-            "content": token.content,
-            "single_word": token.single_word,
-            "special": False,
-        }
+        _added_token(token.id, token.content, single_word=token.single_word)
         for token in vocab.added_tokens
-        if token.id not in reserved_ids
+        if token.id not in reserved
     ]
-    eos = reserved[1]
-    close = {"SpecialToken": {"id": eos["content"], "type_id": 0}}
+    eos = proto.pieces[vocab.eos_id].piece
+    close = {"SpecialToken": {"id": eos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    decoders = [
+        _replace(" ", "<"),
+        *([{"type": "ByteFallback"}] if spec.byte_fallback else []),
+        _replace(_SPACE, " "),
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    tokens = sorted([*reserved.values(), *added], key=lambda token: token["id"])
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": sorted(reserved + added, key=lambda token: token["id"]),
+        "added_tokens": tokens,
         "normalizer": {
             "type": "Sequence",
             "normalizers": _normalizers(proto.normalizer_spec),
@@ -154,83 +124,77 @@ def build_tokenizer(vocab: vocabularies.Vocabulary) -> dict[str, Any]:
             "single": [first, close],
             "pair": [first, close, second, close],
             "special_tokens": {
-                eos["content"]: {
-                    "id": eos["content"],
-                    "ids": [eos["id"]],
-                    "tokens": [eos["content"]],
-                }
+                eos: {"id": eos, "ids": [vocab.eos_id], "tokens": [eos]}
             },
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                _replace(" ", "<"),
-                *([{"type": "ByteFallback"}] if spec.byte_fallback else []),
-                _replace(_SPACE, " "),
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "Unigram",
             "unk_id": spec.unk_id,
-            "vocab": _scored_pieces(proto.pieces, vocab.added_tokens),
+            "vocab": _scored_pieces(proto, vocab),
             "byte_fallback": spec.byte_fallback,
         },
     }
 
 
-def _scored_pieces(
-    pieces: Any, added_tokens: Sequence[vocabularies.AddedToken]
-) -> list[tuple[str, float]]:
-    """Returns the vocabulary; reserved pieces keep the "<" that no text has there.
+def _added_token(
+    token_id: int, content: str, *, special: bool = False, single_word: bool = False
+) -> dict[str, Any]:
+    return {
+        "id": token_id,
+        "content": content,
+        "single_word": single_word,
+        "lstrip": False,
+        "rstrip": False,
+        # The normalizer is that of the model, so tokens are found in the raw text.
+        "normalized": False,
+        "special": special,
+    }
 
-    A piece that is an added token has the token's name, by which the library finds its
-    id.
+
+def _scored_pieces(
+    proto: Any, vocab: vocabularies.Vocabulary
+) -> list[tuple[str, float]]:
+    """Returns the pieces and scores of the `Unigram` model.
+
+    Reserved pieces keep their "<", which no text has there. A piece that is an added
+    token gets the token's name, by which the library finds its id.
     """
-    matchable = (_NORMAL, _USER_DEFINED, _UNUSED)
+    types = proto.SentencePiece
+    matchable = (types.NORMAL, types.USER_DEFINED, types.UNUSED)
     names = [
-        p.piece.replace("<", " ") if p.type in matchable else p.piece for p in pieces
+        p.piece.replace("<", " ") if p.type in matchable else p.piece
+        for p in proto.pieces
     ]
-    for token in added_tokens:
+    for token in vocab.added_tokens:
         if token.id < len(names):
             names[token.id] = token.content
-    return [(name, p.score) for name, p in zip(names, pieces, strict=True)]
+    return [(name, p.score) for name, p in zip(names, proto.pieces, strict=True)]
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = [
         {"type": "NFC"},
-        _replace_regex(f"[{_WHITESPACE}]+", " "),
+        _replace(f"[{_WHITESPACE}]+", " ", "Regex"),
     ]
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode("ascii")
         steps += [
-            _replace_regex(f"(?={_JOINING})", _SEPARATOR),
+            _replace(f"(?={_JOINING})", _SEPARATOR, "Regex"),
             {"type": "Precompiled", "precompiled_charsmap": charsmap},
             _replace(_SEPARATOR, ""),
         ]
     if spec.remove_extra_whitespaces:
-        steps += [_replace_regex("^ +", ""), _replace_regex(" {2,}", " ")]
+        steps += [_replace("^ +", "", "Regex"), _replace(" {2,}", " ", "Regex")]
     steps.append(_replace(" ", _SPACE))
     if spec.remove_extra_whitespaces:
-        # As SentencePiece: a space that the text itself wrote as the mark goes too.
-        steps.append(_replace_regex(f"{_SPACE}+$", ""))
+        # As in SentencePiece, a trailing mark that the text itself contains goes, too.
+        steps.append(_replace(f"{_SPACE}+$", "", "Regex"))
     steps.append(_replace("<", " "))
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _SPACE})
     return steps
 
 
-def _replace(old: str, new: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"String": old}, "content": new}
-
-
-def _replace_regex(pattern: str, new: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": new}
-
-
-def _write_json(path: pathlib.Path, values: Any) -> None:
-    path.write_text(
-        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}

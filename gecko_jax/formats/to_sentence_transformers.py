@@ -1,16 +1,16 @@
-"""A Gecko as a folder that `sentence_transformers.SentenceTransformer` opens.
+"""A model as a folder that `sentence_transformers.SentenceTransformer` opens.
 
     modules.json  config_sentence_transformers.json  sentence_bert_config.json
-    config.json  model.safetensors      a T5 encoder under Hugging Face's names
+    config.json  model.safetensors      T5 encoder under Hugging Face's names
     tokenizer.json  ...                 see `to_hugging_face_tokenizer`
-    1_Pooling/  2_Dense/                mean, then the projection, if there is one
-    README.md                           the model card
-    gecko.json  vocabulary.model        our own settings, so that nothing is lost
+    1_Pooling/  2_Dense/                mean, and the projection, if there is one
+    README.md                           model card
+    gecko.json  vocabulary.model        our settings, so that nothing is lost
 
-`encode(texts, prompt_name=task)` there is `encode_queries(texts, task)` here, up to the
-length of a query: there is one length for all texts there, the greater of ours, so that
-no passage is cut too early. A prompt can only stand before the text; a format that
-writes after it cannot be exported.
+`encode(texts, prompt_name=task)` there equals `encode_queries(texts, task)` here, up to
+the length of a query: sentence-transformers has one length for all texts, so the
+greater of ours is written. A prompt is always before the text; a format that writes
+something after it cannot be exported.
 """
 
 import json
@@ -22,17 +22,16 @@ from gecko_jax.formats import (
     model_folder,
     names,
     parameters,
-    tensors,
+    safetensors_files,
     to_hugging_face_tokenizer,
 )
 from gecko_jax.io import writing
 from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats, vocabularies
 
-QUERY, DOCUMENT = text_formats.QUERY_PROMPT, text_formats.DOCUMENT_PROMPT
-MODULES = "modules.json"
+_MODULES = "modules.json"
 
-# What may lie in an export, as patterns.
+# Patterns of the files in an export.
 _FILES = (
     "README.md",
     "config.json",
@@ -42,10 +41,10 @@ _FILES = (
     "2_Dense/config.json",
     *to_hugging_face_tokenizer.FILES,
     *model_folder.FILES,
-    f"2_Dense/*{tensors.SUFFIX}",
+    f"2_Dense/*{safetensors_files.SUFFIX}",
 )
 
-# Ours -> the name in Hugging Face's table of activations. Its "gelu" is the exact one.
+# Our activations -> Hugging Face's, whose "gelu" is the exact form.
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu"}
 
 
@@ -56,47 +55,72 @@ def save(
     truncate_dim: int | None = None,
     scores: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the folder, whole or not at all; an export that is there is replaced.
+    """Writes a complete folder or none; an earlier export is replaced.
 
-    Args:
-        path: The folder.
-        model_files: The model.
-        truncate_dim: The dim that `encode` gives there unless told otherwise; None is
-            the largest that was trained.
-        scores: Results of `gecko evaluate`, for the model card.
+    `truncate_dim` is the default width of the embeddings; None takes the largest
+    trained one. `scores` are results of `gecko evaluate`, for the model card.
 
     Raises:
-        ValueError: The folder holds something else, or the model cannot be written
-            so (says what is in the way).
+        ValueError: The folder contains other files, or sentence-transformers cannot
+            represent the model.
     """
-    # Other people's models have a modules.json too.
-    writing.check_replaceable(path, [MODULES, model_folder.MODEL_JSON], _FILES)
+    # Models of other people have a modules.json, too.
+    writing.check_replaceable(path, [_MODULES, model_folder.MODEL_JSON], _FILES)
     config = model_files.encoder_config
     if max(model_files.mrl_dims) < config.embedding_dim:
         truncate_dim = truncate_dim or max(model_files.mrl_dims)
     vocab = model_files.build_vocabulary()
-    modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
-    folders = ["", *(f"{n}_{name}" for n, name in enumerate(modules[1:], start=1))]
     max_length = max(model_files.query_length, model_files.passage_length)
-    contents = {
-        MODULES: [
+    contents = _build_contents(model_files, truncate_dim, max_length)
+    card = model_card.write(model_files, contents, truncate_dim, scores)
+    params = parameters.flatten_to_tensors(model_files.params)
+    encoder = {}
+    for name, (theirs, is_transposed) in names.hugging_face_names(config).items():
+        tensor = params[name]
+        encoder[theirs] = tensor.transpose() if is_transposed else tensor
+    with writing.write_folder(path) as folder:
+        for name, values in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(
+                json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            )
+        to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
+        safetensors_files.write(folder, encoder)
+        weights = safetensors_files.names(folder)
+        if config.projection:
+            dense = folder / "2_Dense"
+            kernel = params[names.PROJECTION].transpose()
+            safetensors_files.write(dense, {names.DENSE_WEIGHT: kernel})
+            weights += [f"2_Dense/{name}" for name in safetensors_files.names(dense)]
+        model_folder.write_model_json(folder, model_files, weights)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _build_contents(
+    model_files: model_folder.ModelFiles, truncate_dim: int | None, max_length: int
+) -> dict[str, Any]:
+    """Returns the contents of the JSON files by name."""
+    config = model_files.encoder_config
+    modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
+    contents: dict[str, Any] = {
+        _MODULES: [
             {
                 "idx": n,
                 "name": str(n),
-                "path": folder,
-                # The names of every release; later ones forward them.
+                "path": f"{n}_{name}" if n else "",
+                # Every release knows these names.
                 "type": f"sentence_transformers.models.{name}",
             }
-            for n, (name, folder) in enumerate(zip(modules, folders, strict=True))
+            for n, name in enumerate(modules)
         ],
         "config_sentence_transformers.json": {
             "__version__": model_folder.versions(),
             "prompts": build_prompts(model_files.text_format),
-            # The one side that needs no task.
-            "default_prompt_name": DOCUMENT,
+            # Passages need no task.
+            "default_prompt_name": text_formats.DOCUMENT_PROMPT,
             "similarity_fn_name": "cosine",
-        }
-        | ({"truncate_dim": truncate_dim} if truncate_dim else {}),
+            **({"truncate_dim": truncate_dim} if truncate_dim else {}),
+        },
         "sentence_bert_config.json": {
             "max_seq_length": max_length,
             "do_lower_case": False,
@@ -118,98 +142,29 @@ def save(
             "bias": False,
             "activation_function": "torch.nn.modules.linear.Identity",
         }
-    card = model_card.write(model_files, contents, truncate_dim, scores)
-    with writing.write_folder(path) as folder:
-        for name, values in contents.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(
-                json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            )
-        to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
-        _write_params(folder, model_files)
-        weights = tensors.names(folder)
-        if config.projection:
-            weights += [f"2_Dense/{name}" for name in tensors.names(folder / "2_Dense")]
-        model_folder.write_model_json(folder, model_files, weights)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    return contents
 
 
 def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
-    """Returns what stands before a text: by task, and for any query or document.
+    """Returns the prompt of each task, and those of other queries and documents.
 
     Raises:
         ValueError: The format writes something after the text.
     """
     if text_format.prompts:
         return dict(text_format.prompts)
-    tasks = {
+    descriptions = {
+        **text_format.task_descriptions,
+        text_formats.QUERY_PROMPT: text_format.describe(text_formats.DEFAULT_TASK),
+    }
+    prompts = {
         task: _prefix(text_format.query, task_description=description)
-        for task, description in text_format.task_descriptions.items()
+        for task, description in descriptions.items()
     }
-    return tasks | {
-        QUERY: _prefix(
-            text_format.query,
-            task_description=text_format.describe(text_formats.DEFAULT_TASK),
-        ),
-        DOCUMENT: _prefix(text_format.passage, title=text_format.no_title),
-    }
-
-
-def build_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
-    """Returns Hugging Face's `config.json` of the encoder.
-
-    Raises:
-        ValueError: Its T5 has no such MLP.
-    """
-    activation, *gate = config.mlp_activations
-    if activation not in _ACTIVATIONS or gate not in ([], ["linear"]):
-        raise ValueError(
-            f"mlp_activations={config.mlp_activations}: Hugging Face's T5 has an "
-            f"activation of {', '.join(_ACTIVATIONS)}, alone or with a linear gate "
-            "after it; export with --to=t5x"
-        )
-    act = _ACTIVATIONS[activation]
-    # "gated-gelu" stands for gelu_new there, by a rule of its own.
-    gated = "gated-gelu" if activation == "gelu" else f"gated-{act}"
-    is_shared = config.shared_relative_bias
-    return {
-        "architectures": ["T5EncoderModel" if is_shared else "UMT5EncoderModel"],
-        "model_type": "t5" if is_shared else "umt5",
-        "vocab_size": config.vocab_size,
-        "d_model": config.model_dim,
-        "d_kv": config.head_dim,
-        "d_ff": config.mlp_dim,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "num_decoder_layers": config.num_layers,
-        "feed_forward_proj": gated if gate else act,
-        "dense_act_fn": act,
-        "is_gated_act": bool(gate),
-        "relative_attention_num_buckets": config.relpos_num_buckets,
-        "relative_attention_max_distance": config.relpos_max_distance,
-        "layer_norm_epsilon": 1e-6,
-        "initializer_factor": 1.0,
-        "dropout_rate": config.dropout_rate,
-        "is_encoder_decoder": False,
-        "use_cache": False,
-        "tie_word_embeddings": True,
-        "pad_token_id": vocabularies.PAD_ID,
-        "eos_token_id": vocabularies.EOS_ID,
-        "dtype": "float32",
-    }
-
-
-def _write_params(folder: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
-    params = parameters.flatten(model_files.params)
-    projection = params.pop(names.PROJECTION, None)
-    encoder = {}
-    for name, there in names.hugging_face_names(model_files.encoder_config).items():
-        leaf = tensors.as_tensor(params[name])
-        encoder[there.name] = leaf.transpose() if there.transposed else leaf
-    tensors.write(folder, encoder)
-    if projection is not None:
-        kernel = tensors.as_tensor(projection).transpose()
-        tensors.write(folder / "2_Dense", {names.DENSE_WEIGHT: kernel})
+    prompts[text_formats.DOCUMENT_PROMPT] = _prefix(
+        text_format.passage, title=text_format.no_title
+    )
+    return prompts
 
 
 def _prefix(template: str, **fields: str) -> str:
@@ -222,3 +177,43 @@ def _prefix(template: str, **fields: str) -> str:
     for name, value in fields.items():
         prefix = prefix.replace("{" + name + "}", value)
     return prefix
+
+
+def build_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
+    """Returns Hugging Face's `config.json` of the encoder.
+
+    Raises:
+        ValueError: Hugging Face's T5 does not have the MLP of the encoder.
+    """
+    activation, *gate = config.mlp_activations
+    if activation not in _ACTIVATIONS or gate not in ([], ["linear"]):
+        raise ValueError(
+            f"mlp_activations={config.mlp_activations}: Hugging Face's T5 has an "
+            f"activation of {', '.join(_ACTIVATIONS)}, alone or with a linear gate "
+            "after it; export with --to=t5x"
+        )
+    act = _ACTIVATIONS[activation]
+    # In transformers, "gated-gelu" means gelu_new.
+    gated = "gated-gelu" if activation == "gelu" else f"gated-{act}"
+    is_shared = config.shared_relative_bias
+    return {
+        "architectures": ["T5EncoderModel" if is_shared else "UMT5EncoderModel"],
+        "model_type": "t5" if is_shared else "umt5",
+        **{
+            name: getattr(config, ours)
+            for name, ours in names.HUGGING_FACE_SIZES.items()
+        },
+        "num_decoder_layers": config.num_layers,
+        "feed_forward_proj": gated if gate else act,
+        "dense_act_fn": act,
+        "is_gated_act": bool(gate),
+        "layer_norm_epsilon": 1e-6,
+        "initializer_factor": 1.0,
+        "dropout_rate": config.dropout_rate,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+        "pad_token_id": vocabularies.PAD_ID,
+        "eos_token_id": vocabularies.EOS_ID,
+        "dtype": "float32",
+    }

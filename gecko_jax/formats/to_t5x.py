@@ -1,12 +1,12 @@
-"""A Gecko as the legacy checkpoint that t5x and t5x_retrieval restore.
+"""A model as the legacy checkpoint that t5x and t5x_retrieval restore.
 
     checkpoint_<step>/checkpoint                               one msgpack map
     checkpoint_<step>/target.encoder.encoder_norm.scale/       one zarr array each
-    gecko/gecko.json  gecko/vocabulary.model                   what t5x has no place for
+    gecko/gecko.json  gecko/vocabulary.model                   settings T5X cannot store
 
-Version 3 of the format, without an optimizer. Every parameter is a zarr array, named
-in the map by a tensorstore spec with a path relative to it, as t5x writes them. One
-of them is in memory at a time.
+Version 3 of the format, without an optimizer. Every parameter is a zarr array, which
+the map names by a TensorStore spec with a relative path, as t5x does. One parameter is
+in memory at a time.
 """
 
 import math
@@ -18,36 +18,33 @@ import numpy as np
 from gecko_jax.formats import model_folder, parameters, tensors
 from gecko_jax.io import writing
 
-FORMAT_VERSION = 3
+_FORMAT_VERSION = 3
 SETTINGS = "gecko"
 
-# Of an array on disk, as in t5x.
+# As in t5x.
 _CHUNK_BYTES = 64 * 2**20
 _COMPRESSOR = {"id": "gzip", "level": 1}
 
 
 def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
-    """Writes the checkpoint, whole or not at all; an export that is there is replaced.
+    """Writes a complete checkpoint or none; an earlier export is replaced.
 
     Raises:
-        ValueError: The folder holds something else.
+        ValueError: The folder contains other files.
     """
     from flax import serialization
 
     _check_replaceable(path)
-    flat = {
-        name: tensors.as_tensor(leaf)
-        for name, leaf in parameters.flatten(model_files.params).items()
-    }
+    flat = parameters.flatten_to_tensors(model_files.params)
     with writing.write_folder(path) as folder:
         checkpoint = folder / f"checkpoint_{model_files.step}"
         checkpoint.mkdir()
         specs: dict[str, Any] = dict.fromkeys(flat)
-        for name, leaf in sorted(flat.items(), key=lambda item: item[1].source):
+        for name, tensor in tensors.in_reading_order(flat):
             place = f"target.{name.replace('/', '.')}"
-            specs[name] = _write_array(checkpoint, place, leaf)
+            specs[name] = _write_array(checkpoint, place, tensor)
         contents = {
-            "version": FORMAT_VERSION,
+            "version": _FORMAT_VERSION,
             "optimizer": {
                 "state": {"step": np.int32(model_files.step)},
                 "target": parameters.unflatten(specs),
@@ -61,19 +58,19 @@ def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
 
 
 def _check_replaceable(path: pathlib.Path) -> None:
-    """Refuses all but an export: t5x may have trained on in its `model_dir`."""
+    """Refuses all but an export: t5x may have added checkpoints to its `model_dir`."""
     settings = f"{SETTINGS}/{model_folder.MODEL_JSON}"
-    own = [f"{SETTINGS}/{model_folder.VOCABULARY}"]
+    others = [f"{SETTINGS}/{model_folder.VOCABULARY}"]
     if (path / settings).exists():
         step = model_folder.load_settings(path / SETTINGS).step
-        own += [f"checkpoint_{step}/{name}" for name in ("checkpoint", "target.*")]
-    writing.check_replaceable(path, [settings], own)
+        others += [f"checkpoint_{step}/{name}" for name in ("checkpoint", "target.*")]
+    writing.check_replaceable(path, [settings], others)
 
 
 def _write_array(
     folder: pathlib.Path, name: str, tensor: tensors.Tensor
 ) -> dict[str, Any]:
-    """Writes one zarr array; returns the spec that stands for it in the map."""
+    """Writes one zarr array; returns its spec for the map."""
     import tensorstore
 
     metadata = {

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from gecko_jax.cli import entry
-from gecko_jax.formats import to_hub
+from gecko_jax.formats import hub
 
 
 def test_an_export_loads_and_is_the_same_model(gecko, tiny_folder, tmp_path):
@@ -79,8 +79,8 @@ def test_a_complete_export_is_pushed(gecko, tiny_folder, tmp_path, monkeypatch):
         pushed.append((sorted(path.name for path in folder.iterdir()), repo_id))
         return "https://hub/a/b"
 
-    monkeypatch.setattr(to_hub, "check", lambda repo_id: None)
-    monkeypatch.setattr(to_hub, "push", push)
+    monkeypatch.setattr(hub, "check_upload", lambda repo_id: None)
+    monkeypatch.setattr(hub, "upload", push)
     status, out, _ = gecko(
         "export", tiny_folder, f"--output={tmp_path / 'm'}", "--push=a/b"
     )

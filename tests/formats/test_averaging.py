@@ -1,4 +1,4 @@
-"""Averages of models: the numbers, what is refused, and what is written."""
+"""Averages of models: values, errors and the written folder."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import random_params
 
 from gecko_jax.formats import averaging, checkpoints, model_folder, parameters
 from gecko_jax.models import dual_encoder
@@ -22,10 +23,8 @@ CONFIG = dual_encoder.EncoderConfig(
 
 
 def build(tiny_files, seed, **changes):
-    """A model near the others: all are one start and a little of their own."""
-    start = jax.jit(dual_encoder.init_params, static_argnums=0)(
-        CONFIG, jax.random.key(0)
-    )
+    """A model near the others: one start plus noise that depends on the seed."""
+    start = random_params.random_params(CONFIG, 100)
     random = np.random.default_rng(seed)
 
     def move(leaf):
@@ -47,7 +46,7 @@ def build(tiny_files, seed, **changes):
 
 @pytest.fixture
 def models(tiny_files, tmp_path):
-    """Three model folders, and the parameters in them."""
+    """Paths of three model folders, and their parameters."""
     paths, params = [], []
     for seed in (1, 2, 3):
         files = build(tiny_files, seed)
@@ -90,7 +89,7 @@ def test_the_mean_is_the_weighted_mean_of_every_parameter(models, tmp_path):
 
 
 @pytest.mark.parametrize("method", averaging.METHODS)
-def test_equal_models_give_themselves_to_the_bit(tiny_files, tmp_path, method):
+def test_the_average_of_equal_models_is_exact(tiny_files, tmp_path, method):
     files = build(tiny_files, 1)
     paths = [str(tmp_path / f"copy{number}") for number in range(3)]
     for path in paths:
@@ -100,13 +99,13 @@ def test_equal_models_give_themselves_to_the_bit(tiny_files, tmp_path, method):
         np.testing.assert_array_equal(read(tmp_path / "out")[name], array)
 
 
-def test_slerp_of_two_turns_by_its_share_of_the_angle(models, tmp_path):
+def test_slerp_of_two_models_rotates_by_the_weight(models, tmp_path):
     paths, params = models
     averaging.average(paths[:2], tmp_path / "out", method="slerp", weights=(3.0, 1.0))
     for name, array in read(tmp_path / "out").items():
         a, b = (one[name].reshape(-1).astype(np.float64) for one in params[:2])
         angle = np.arccos(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-        assert angle > 0.05  # Else a mean would pass too.
+        assert angle > 0.05  # With smaller angles, a mean would pass, too.
         direction = (
             np.sin(0.75 * angle) * a / np.linalg.norm(a)
             + np.sin(0.25 * angle) * b / np.linalg.norm(b)
@@ -117,7 +116,7 @@ def test_slerp_of_two_turns_by_its_share_of_the_angle(models, tmp_path):
         )
 
 
-def test_the_spherical_mean_of_three_is_where_the_pulls_cancel(models, tmp_path):
+def test_the_gradient_at_the_spherical_mean_is_zero(models, tmp_path):
     paths, params = models
     shares = (0.2, 0.3, 0.5)
     averaging.average(paths, tmp_path / "out", method="slerp", weights=shares)
@@ -197,7 +196,7 @@ def test_the_folder_says_what_went_in(models, tmp_path):
     }
     assert list(written["provenance"]["tasks"]) == ["set1", "set2", "set3"]
     assert "config" not in written["provenance"]
-    # Named by its content, as nothing else has it.
+    # The revision depends on the content.
     again = averaging.average(paths, tmp_path / "again", weights=(1.0, 1.0, 2.0))
     other = averaging.average(paths, tmp_path / "other", weights=(2.0, 1.0, 1.0))
     assert again.model_files.revision == written["revision"]
@@ -239,9 +238,7 @@ def test_models_that_differ_are_refused_by_name(
 
 def test_other_shapes_are_refused_by_name(tiny_files, tmp_path, models):
     wide = dataclasses.replace(CONFIG, mlp_dim=16)
-    params = jax.jit(dual_encoder.init_params, static_argnums=0)(
-        wide, jax.random.key(0)
-    )
+    params = random_params.random_params(wide, 0)
     other = str(tmp_path / "other")
     model_folder.save_model(
         other, build(tiny_files, 9, encoder_config=wide, params=params)
@@ -268,7 +265,7 @@ def test_what_cannot_be_averaged_is_refused(models, workdir, tmp_path):
         (paths[:2], {"weights": (0.0, 0.0)}, "one above 0"),
         (paths[:2], {"weights": (1.0, -1.0)}, "0 or more"),
         (paths[:2], {"weights": (1.0, float("nan"))}, "0 or more"),
-        (paths, {"steps": (2,)}, "chooses checkpoints of one run"),
+        (paths, {"steps": (2,)}, "selects checkpoints of one run"),
         (paths[:1], {}, "no run with checkpoints"),
         ([path], {"steps": (2, 5)}, "no checkpoint of step 5; there are those of 2, 4"),
         ([path], {"steps": (2,)}, "is no average"),
@@ -291,10 +288,10 @@ def test_a_folder_of_something_else_stays(models, tmp_path):
     assert [child.name for child in (tmp_path / "notes").iterdir()] == ["mine.txt"]
 
 
-def test_strangers_are_told(tiny_files, tmp_path, models, caplog):
+def test_unrelated_models_are_reported(tiny_files, tmp_path, models, caplog):
     done = averaging.average(models[0], tmp_path / "near")
     assert min(done.cosines) > 0.8
-    assert "average means nothing" not in caplog.text
+    assert "average is noise" not in caplog.text
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: random.standard_normal(leaf.shape, np.float32),
@@ -312,10 +309,10 @@ def test_strangers_are_told(tiny_files, tmp_path, models, caplog):
 
 
 def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypatch):
-    """Of K models, no more than two arrays are held, whatever K is."""
+    """At most two input arrays are in memory, whatever the number of models."""
     import weakref
 
-    from gecko_jax.formats import tensors
+    from gecko_jax.formats import safetensors_files
 
     paths = [str(tmp_path / f"model{seed}") for seed in range(5)]
     for seed, path in enumerate(paths):
@@ -328,7 +325,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
         def __eq__(self, other):
             return self is other
 
-    opened = tensors._open_file
+    opened = safetensors_files._open_file
 
     def open_file(path):
         def watch(tensor):
@@ -343,7 +340,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
 
         return {name: watch(tensor) for name, tensor in opened(path).items()}
 
-    monkeypatch.setattr(tensors, "_open_file", open_file)
+    monkeypatch.setattr(safetensors_files, "_open_file", open_file)
     for method in averaging.METHODS:
         averaging.average(paths, tmp_path / "out", method=method)
     assert 2 <= most <= 4

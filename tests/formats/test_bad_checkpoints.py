@@ -1,4 +1,4 @@
-"""Bad checkpoints through the command line: one error, and nothing half-written."""
+"""Damaged checkpoints on the command line: one error, and no partial output."""
 
 import json
 import os
@@ -108,7 +108,7 @@ BAD = [
     (_other_size, "encoder/layers_2/attention/query/kernel"),
     (_decoder_only, "model_type 'llama' has no T5"),
     (_other_tokenizer, "table 64 rows"),
-    (_cut_config, "config.json: not a JSON object"),
+    (_cut_config, "config.json: not JSON"),
     (_pickle, "pytorch_model.bin: a pickle"),
     (_missing_chunk, "wo.kernel: this array cannot be read"),
     (_truncated_chunk, "wo.kernel: this array cannot be read"),
@@ -119,7 +119,7 @@ BAD = [
 
 
 def _fail(capsys, *arguments):
-    """Runs a command that must fail; returns the error it tells."""
+    """Runs a command that must fail; returns its error."""
     assert entry.main([str(argument) for argument in arguments]) == 1
     output = capsys.readouterr()
     assert output.out == ""
@@ -139,7 +139,7 @@ def test_a_bad_checkpoint_is_one_error(make, message, tmp_path, capsys):
         capsys, "import", tmp_path / "bad", f"--output={output}", *vocabulary
     )
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
-    # What an earlier import wrote there stays as it was.
+    # The output of an earlier import is unchanged.
     good = _hugging_face(tmp_path / "good")
     assert entry.main(["import", str(good), f"--output={output}"]) == 0
     capsys.readouterr()
@@ -191,15 +191,20 @@ def test_a_hub_name_without_network_is_one_error(
     (tmp_path / "pairs.tsv").write_text("a b\tc d\t1\n")
     (tmp_path / "texts.txt").write_text("a b\n")
     before = sorted(tmp_path.iterdir())
-    told = _fail(capsys, *arguments)
-    assert "not to be had from the hub (Name or service not known); check" in told
-    assert "more lines" not in told
+    message = _fail(capsys, *arguments)
+    assert (
+        "cannot be downloaded from the hub (Name or service not known); check"
+        in message
+    )
+    assert "more lines" not in message
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_model_is_not_exported_over_its_checkpoints(workdir, tmp_path, capsys):
     for form in ("gecko", "sentence-transformers", "t5x", "onnx"):
-        told = _fail(capsys, "export", workdir, f"--output={workdir}", f"--to={form}")
-        assert "not empty, and not an earlier export" in told
+        message = _fail(
+            capsys, "export", workdir, f"--output={workdir}", f"--to={form}"
+        )
+        assert "not empty, and not an earlier export" in message
     assert (workdir / "checkpoints" / "4").is_dir()
     assert model_folder.load_model(workdir).step == 4

@@ -1,4 +1,4 @@
-"""Settings that a format does not hold, and those that it does."""
+"""Settings that a format does or does not store."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ VOCABULARY = DATA / "model_v1" / "vocabulary.model"
 
 
 def write_t5x(folder, *, buckets):
-    """Writes a T5X checkpoint whose relative bias has so many buckets."""
+    """Writes a T5X checkpoint with a number of relative-bias buckets."""
     with np.load(DATA / "t5x_tiny" / "params.npz") as stored:
         flat = {name: stored[name] for name in stored}
     name = "encoder/relpos_bias/rel_embedding"

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the encoder's own numbers, or one clear error."""
+"""Hugging Face folders: the hidden states of the encoder, or one clear error."""
 
 import dataclasses
 import functools
@@ -16,7 +16,15 @@ import safetensors.numpy
 import samples
 
 import gecko_jax
-from gecko_jax.formats import detection, hub, model_folder, names, parameters, tensors
+from gecko_jax.formats import (
+    detection,
+    hub,
+    model_folder,
+    names,
+    parameters,
+    safetensors_files,
+    tensors,
+)
 from gecko_jax.models import dual_encoder
 
 DATA = pathlib.Path(__file__).parents[1] / "testdata"
@@ -80,7 +88,7 @@ def test_the_parameters_are_those_of_t5x_bit_for_bit(folder):
 
 
 def test_an_import_writes_what_it_read(folder, tmp_path):
-    """Hugging Face -> gecko_jax -> the same bytes under the names there."""
+    """Imports a Hugging Face folder; returns its bytes under Hugging Face's names."""
     model_folder.save_model(tmp_path / "out", detection.open_model(folder))
     stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     config = model_folder.load_settings(tmp_path / "out").encoder_config
@@ -91,7 +99,7 @@ def test_an_import_writes_what_it_read(folder, tmp_path):
 
 
 def test_a_decoder_is_left_where_it_is(folder):
-    """As in an encoder-decoder, with the embedding table under its second name."""
+    """An encoder-decoder, with the embedding table under its second name."""
 
     def change(weights):
         table = weights.pop("shared.weight")
@@ -123,17 +131,17 @@ def test_half_precision_becomes_float32(folder, dtype):
 
 def test_shards_are_read_by_their_index(folder):
     path = folder / "model.safetensors"
-    opened = tensors.read(folder)
+    opened = safetensors_files.read(folder)
     path.rename(folder / "whole.safetensors")
     weights = safetensors.numpy.load_file(folder / "whole.safetensors")
-    tensors.write(
+    safetensors_files.write(
         folder,
         {name: tensors.as_tensor(leaf) for name, leaf in weights.items()},
         shard_bytes=3_000,
     )
     (folder / "whole.safetensors").unlink()
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
-    assert tensors.read(folder).keys() == opened.keys()
+    assert safetensors_files.read(folder).keys() == opened.keys()
     assert_same(load_params(folder), reference_params())
 
 
@@ -168,7 +176,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path, kind):
     with torch.no_grad():
         for weights in theirs.parameters():
             weights.copy_(0.4 * torch.randn_like(weights))
-    # Several files, as the hub has the large ones.
+    # Shards, as for large models on the hub.
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     opened = model_folder.read_params(
@@ -209,7 +217,7 @@ def test_hidden_states_are_those_of_transformers(tmp_path, kind):
     ],
 )
 def test_the_table_is_the_one_that_transformers_takes(folder, tables, used):
-    """Of several tables the encoder's own, whatever the file holds besides."""
+    """The encoder's own table is read, whatever other tables the file has."""
     table = reference_params()["token_embedder/embedding"]
 
     def change(weights):
@@ -277,7 +285,7 @@ def test_sizes_may_have_their_second_names(folder):
     ],
 )
 def test_every_config_gives_the_numbers_of_transformers(tmp_path, values):
-    """Keys that are saved or edited, in any combination that can be computed."""
+    """All supported combinations of the keys that transformers saves or users edit."""
     import torch
     import transformers
 
@@ -289,7 +297,7 @@ def test_every_config_gives_the_numbers_of_transformers(tmp_path, values):
         for weights in theirs.parameters():
             weights.copy_(0.4 * torch.randn_like(weights))
     theirs.save_pretrained(tmp_path)
-    # As the values were written, without what transformers adds when it saves.
+    # Without the values that transformers adds when it saves.
     path = tmp_path / "config.json"
     kept = {
         key: value
@@ -345,7 +353,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, bad, 
     with pytest.raises(ValueError, match=message):
         model_folder.save_model(tmp_path / "out", detection.open_model(folder))
     assert not (tmp_path / "out").exists()
-    # A folder of ours is refused likewise, whatever reads it.
+    # A model folder is refused, too.
     samples.forget_checksums(good / "gecko.json")
     path = good / "model.safetensors"
     weights = safetensors.numpy.load_file(path)
@@ -396,8 +404,8 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
         ({"quantization_config": {"bits": 8}}, "quantization_config is set"),
         ({"feed_forward_proj": "gated-x-y"}, "feed_forward_proj='gated-x-y', must be"),
         ({"feed_forward_proj": ["relu"]}, r"feed_forward_proj=\['relu'\]"),
-        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu', this encoder has no such"),
-        ({"dense_act_fn": None}, "dense_act_fn=None, this encoder has no such"),
+        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu' is not supported"),
+        ({"dense_act_fn": None}, "dense_act_fn=None is not supported"),
         ({"is_gated_act": "yes"}, "is_gated_act is a string, must be true or false"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05, must be 1e-06"),
         ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon=1e-6, must be 1e-06"),
@@ -410,7 +418,7 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
         ),
         (
             {"relative_attention_max_distance": 8},
-            "32 buckets up to a distance of 8; the buckets must be even and at least",
+            "32 buckets up to a distance of 8; the number of buckets must be even",
         ),
     ],
 )
@@ -477,7 +485,9 @@ def test_a_hub_name_without_network_is_one_error(monkeypatch):
         raise OSError("Name or service not known\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"not to be had from the hub \(Name or") as e:
+    with pytest.raises(
+        ValueError, match=r"cannot be downloaded from the hub \(Name or"
+    ) as e:
         gecko_jax.load("google/t5-v1_1-small@main")
     assert "\n" not in str(e.value)
 
@@ -491,7 +501,9 @@ def test_a_hub_name_is_downloaded(folder, monkeypatch):
     assert detection.open_model("hf://google/t5").encoder_config.num_layers == 2
     shutil.rmtree(folder / "2_Dense")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no safetensors on the hub.*never fetched"):
+    with pytest.raises(
+        ValueError, match=r"no safetensors on the hub.*never downloaded"
+    ):
         detection.open_model("google/t5")
 
 
@@ -501,7 +513,7 @@ def test_what_is_neither_folder_nor_hub_name_is_refused(source):
         hub.download(source)
 
 
-def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):
+def test_a_typo_in_a_path_sends_no_request_to_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs" / "finetune").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="runs/fintune: no such folder"):
@@ -519,7 +531,7 @@ def test_a_folder_of_something_else_says_what_was_looked_for(tmp_path):
     with pytest.raises(ValueError, match="a TensorFlow checkpoint"):
         detection.open_model(tmp_path)
     (tmp_path / "x.safetensors").write_text("")
-    with pytest.raises(ValueError, match="name the folder they lie in"):
+    with pytest.raises(ValueError, match="name the folder that holds both"):
         detection.open_model(tmp_path / "x.safetensors")
 
 
@@ -530,5 +542,5 @@ def test_a_model_of_ours_keeps_its_own_vocabulary(tiny_files, tmp_path):
     assert dataclasses.replace(opened, params={}, query_length=64) == (
         dataclasses.replace(tiny_files, params={})
     )
-    with pytest.raises(ValueError, match="brings its own vocabulary"):
+    with pytest.raises(ValueError, match="has its own vocabulary"):
         detection.open_model(tmp_path / "m", vocabulary=VOCABULARY)

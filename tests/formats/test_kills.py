@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 DATA = pathlib.Path(__file__).parents[1] / "testdata"
 VOCABULARY = DATA / "model_v1" / "vocabulary.model"
 
-# The command, but it says "read" before it reads a tensor, and takes its time.
+# The command, which prints "read" and sleeps before it reads a tensor.
 SLOWLY = """
 import json, sys, time
 from gecko_jax.cli import entry
@@ -25,12 +25,12 @@ from gecko_jax.formats import tensors
 
 make = tensors.Tensor.__init__
 
-def make_slow(self, shape, read, source=""):
+def make_slow(self, shape, read, *args, **kwargs):
     def read_slowly():
         print("read", flush=True)
         time.sleep(0.1)
         return read()
-    make(self, shape, read_slowly, source)
+    make(self, shape, read_slowly, *args, **kwargs)
 
 tensors.Tensor.__init__ = make_slow
 sys.exit(entry.main(json.loads(sys.argv[1])))
@@ -38,7 +38,7 @@ sys.exit(entry.main(json.loads(sys.argv[1])))
 
 
 def _start_and_kill(arguments, kill, num_reads):
-    """Runs a command and kills it when it has begun to read so many tensors."""
+    """Runs a command and kills it after it has read `num_reads` tensors."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWLY, json.dumps(arguments)],
         stdout=subprocess.PIPE,
@@ -93,10 +93,11 @@ def test_what_was_killed_is_no_model_and_is_done_again(
     assert entry.main(command("undisturbed")) == 0
     want = _contents(tmp_path / "undisturbed")
     shutil.copytree(tmp_path / "undisturbed", tmp_path / "earlier")
-    for name, num_reads in (("new", 9), ("earlier", 1)):
+    # The first read of an import is that of the step, before the folder is written.
+    for name, num_reads in (("new", 9), ("earlier", 2)):
         status = _start_and_kill(command(name), kill, num_reads)
         assert status == (130 if kill == signal.SIGINT else -kill)
-        # No folder, or the earlier one, as it was.
+        # No folder, or the unchanged earlier one.
         assert (tmp_path / name).exists() == (name == "earlier")
         if name == "earlier":
             assert _contents(tmp_path / name) == want

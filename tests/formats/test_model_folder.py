@@ -1,4 +1,4 @@
-"""Model folders: round trips and honest refusals."""
+"""Model folders: round trips and errors."""
 
 import dataclasses
 import errno
@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import samples
 
-from gecko_jax.formats import checkpoints, model_folder, parameters, tensors
+from gecko_jax.formats import checkpoints, model_folder, parameters, safetensors_files
 from gecko_jax.inference import embedding
 from gecko_jax.parallel import sharding
 
@@ -42,7 +42,7 @@ def test_a_model_folder_holds_all_of_the_model(small_files, folder):
 
 
 def test_a_stored_folder_of_version_1_still_loads():
-    """Its vectors are those of the release that wrote it."""
+    """Its embeddings are those of the release that wrote it."""
     loaded = model_folder.load_model(STORED)
     assert json.loads((STORED / "gecko.json").read_text())["format_version"] == 1
     assert (loaded.step, loaded.revision) == (5, "stored-5")
@@ -61,12 +61,12 @@ def test_shards_hold_what_one_file_holds(small_files, tmp_path):
     assert names == sorted(file.name for file in path.glob("*.safetensors"))
     assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
     assert len(names) > 2
-    # A file holds at most 1,000 bytes of numbers, or one tensor.
+    # A file has at most 1,000 bytes of values, or one tensor.
     for name in names:
         held = safetensors.numpy.load_file(path / name).values()
         assert len(held) == 1 or sum(leaf.nbytes for leaf in held) <= 1_000
     assert_equal(model_folder.load_model(path).params, small_files.params)
-    # Written over by one file, of which nothing of the shards is left.
+    # One file replaces all shards.
     model_folder.save_model(path, small_files)
     assert {file.name for file in path.glob("model*")} == {WEIGHTS}
 
@@ -117,7 +117,7 @@ def test_rounded_parameters_are_another_model(small_files, tmp_path):
         ),
     )
     assert loaded.revision == written.revision != small_files.revision
-    # Named by its content: the same parameters in float32 are the same model.
+    # The revision depends on the content: equal float32 parameters, equal revision.
     again = dataclasses.replace(loaded, revision="")
     whole = model_folder.save_model(tmp_path / "whole", again)
     assert whole.revision == loaded.revision
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(small_files, folder, monkeypatc
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(tensors, "_write_file", full)
+    monkeypatch.setattr(safetensors_files, "_write_file", full)
     with pytest.raises(
         OSError, match=r"no disk space left.*partial output was removed"
     ):
@@ -235,8 +235,10 @@ def test_a_folder_of_something_else_is_not_overwritten(small_files, tmp_path):
 def test_an_export_that_holds_more_than_a_model_folder_is_not_overwritten(
     small_files, folder
 ):
-    model_folder.save_model(folder, small_files)  # One of ours is replaced,
-    (folder / "modules.json").write_text("[]")  # not that of sentence-transformers.
+    model_folder.save_model(folder, small_files)  # A model folder is replaced,
+    (folder / "modules.json").write_text(
+        "[]"
+    )  # an export for sentence-transformers is not.
     with pytest.raises(ValueError, match=r"also holds modules\.json, which"):
         model_folder.save_model(folder, small_files)
     assert (folder / "modules.json").read_text() == "[]"

@@ -1,4 +1,4 @@
-"""The table of names covers every parameter, once."""
+"""The table of names has every parameter once."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Parameter trees: what does not fit a model is listed together."""
+"""Parameter trees: all mismatches with a model are listed together."""
 
 import dataclasses
 

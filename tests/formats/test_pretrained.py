@@ -1,4 +1,4 @@
-"""Models that come along: found by name wherever a model is named."""
+"""Bundled models: usable by name wherever a model is named."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ MOST_BYTES = 20e6
 
 @pytest.fixture
 def named(tiny_files, tmp_path, monkeypatch):
-    """A model that comes along as "tiny", in a folder of its own, and none here."""
+    """A bundled model "tiny", and an empty working directory."""
     model_folder.save_model(tmp_path / "shipped" / "tiny", tiny_files)
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "shipped")
     (tmp_path / "here").mkdir()
@@ -40,19 +40,19 @@ def test_other_sources_stay_as_they_are(named):
     assert task_table.vocabulary_path("tiny.model") == "tiny.model"
 
 
-def test_a_path_that_exists_goes_before_a_name(named, tiny_files, tmp_path):
+def test_a_path_that_exists_takes_precedence_over_a_name(named, tiny_files, tmp_path):
     mine = dataclasses.replace(tiny_files, revision="mine")
     model_folder.save_model(tmp_path / "here" / "tiny", mine)
     assert embedding.load("tiny").revision == "mine"
 
 
-def test_a_folder_that_hides_a_model_is_told(named, tmp_path):
+def test_a_folder_that_hides_a_model_is_reported(named, tmp_path):
     (tmp_path / "here" / "tiny").mkdir()
-    with pytest.raises(ValueError, match=r"this folder hides the model .* 'tiny'"):
+    with pytest.raises(ValueError, match=r"this folder hides the bundled model 'tiny'"):
         embedding.load("tiny")
 
 
-def test_training_names_the_vocabulary_of_a_model_that_comes_along(named, tiny_files):
+def test_training_names_the_vocabulary_of_a_bundled_model(named, tiny_files):
     config = flags.load(f"{ROOT / 'configs' / 'finetune.py'}:local")
     config.init.checkpoint = "tiny"
     config.data.vocabulary = "other.model"
@@ -61,7 +61,7 @@ def test_training_names_the_vocabulary_of_a_model_that_comes_along(named, tiny_f
         initialization.check_vocabulary(other, config, tiny_files)
 
 
-def test_what_comes_along_is_small_and_whole():
+def test_bundled_models_are_small_and_complete():
     assert pretrained.names() == ("mini",)
     for name in pretrained.names():
         folder = pretrained.FOLDER / name
@@ -70,7 +70,7 @@ def test_what_comes_along_is_small_and_whole():
         card = (folder / "README.md").read_text()
         model = embedding.load(name)
         assert model.revision in card
-        # As the README has it.
+        # The example of the README.
         queries = model.encode_queries(
             ["how do I sort a list in Python", "a small lizard"], task="search result"
         )

@@ -1,4 +1,4 @@
-"""Checkpoints that go in, out and in again come back bit for bit, in every form."""
+"""Imports and exports: round trips in every format are exact."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ DATA = pathlib.Path(__file__).parents[1] / "testdata"
 T5X = DATA / "t5x_tiny" / "legacy_f32"
 LEGACY = T5X / "checkpoint_1000"
 
-# The encoders that are about: activation, gate, and whether layers share their bias.
+# Published kinds of encoders: activation, gate, shared relative bias.
 KINDS = {
     "t5_1_0": {"mlp_activations": ("relu",)},
     "t5_1_1": {"mlp_activations": ("gelu", "linear")},
@@ -67,7 +67,7 @@ def make_files(kind):
             dual_encoder.abstract_params(config)[0]
         ).items()
     }
-    # Not every pattern of bits is an ordinary number.
+    # Some bit patterns are NaN or infinite.
     flat["encoder/encoder_norm/scale"][:3] = (-0.0, 1e-42, np.float32(3.4e38))
     return model_folder.ModelFiles(
         params=parameters.unflatten(flat),
@@ -97,7 +97,7 @@ def read_bits(source, **settings):
 
 
 def read_t5x_bits(checkpoint):
-    """Reads all arrays of a legacy checkpoint as t5x does: tensorstore by the map."""
+    """Reads all arrays of a legacy checkpoint as t5x does, by the specs in the map."""
     tree = serialization.msgpack_restore((checkpoint / "checkpoint").read_bytes())
     found = {}
 
@@ -123,7 +123,7 @@ def read_folder_files(folder):
 
 
 def write_hugging_face(folder, files):
-    """Writes an encoder as transformers does, under the names it has there."""
+    """Writes an encoder as transformers does, under its names."""
     folder.mkdir()
     flat = parameters.flatten(files.params)
     there = names.hugging_face_names(files.encoder_config)
@@ -176,7 +176,9 @@ def test_t5x_comes_back_bit_for_bit(kind, tmp_path):
     files = make_files(kind)
     want = bits(parameters.flatten(files.params))
     to_t5x.save(tmp_path / "first", files)
-    (tmp_path / "first" / "gecko").rename(tmp_path / "settings")  # As t5x's own.
+    (tmp_path / "first" / "gecko").rename(
+        tmp_path / "settings"
+    )  # Like a checkpoint of t5x.
     vocabulary = [f"--vocabulary={VOCABULARY}", "--extra-ids=64"]
     run("import", tmp_path / "first", "--output", tmp_path / "gecko", *vocabulary)
     run("export", tmp_path / "gecko", "--output", tmp_path / "second", "--to=t5x")
@@ -193,7 +195,7 @@ def test_what_t5x_itself_wrote_comes_back_bit_for_bit(tmp_path):
     run("export", tmp_path / "gecko", "--to=t5x", f"--output={tmp_path / 'out'}")
     found = tmp_path / "out" / "checkpoint_1000"
     assert read_t5x_bits(found) == read_t5x_bits(LEGACY)
-    # The files of the arrays too: chunks and their compression are t5x's.
+    # The files of the arrays, too: chunks and compression are t5x's.
     ours, theirs = read_folder_files(found), read_folder_files(LEGACY)
     del ours["checkpoint"], theirs["checkpoint"]
     chunks = {name for name in theirs if not name.endswith(".zarray")}
@@ -220,7 +222,7 @@ def test_hugging_face_comes_back_bit_for_bit(kind, tmp_path):
 @pytest.mark.parametrize(
     ("written", "kind"),
     [
-        # FLAN-T5 and T5 1.1: the table of the decoder's logits is another.
+        # FLAN-T5 and T5 1.1 have another table for the decoder's logits.
         (
             {
                 "architectures": ["T5ForConditionalGeneration"],
@@ -258,7 +260,7 @@ def test_a_folder_like_that_of_gtr_comes_back_bit_for_bit(tmp_path):
     assert bits(safetensors.numpy.load_file(st / "model.safetensors")) == encoder
     found = safetensors.numpy.load_file(st / "2_Dense" / "model.safetensors")
     assert bits(found) == dense
-    # And the settings: what reads the export again has all of the first reading.
+    # The settings are preserved, too.
     first, again = detection.open_model(tmp_path / "gecko"), detection.open_model(st)
     for field in dataclasses.fields(first):
         if field.name not in ("params", "provenance"):
@@ -294,7 +296,7 @@ def test_each_end_of_the_chain_gives_the_vectors_of_the_other_loader(kind, tmp_p
 
     files = make_files(kind)
     flat = parameters.flatten(files.params)
-    # Ordinary again: such scales would leave nothing of the rest.
+    # Usual scales, so that the other terms matter.
     flat["encoder/encoder_norm/scale"] = np.ones(16, np.float32)
     files = dataclasses.replace(files, params=parameters.unflatten(flat))
     if kind == "gtr":
@@ -314,7 +316,7 @@ def test_each_end_of_the_chain_gives_the_vectors_of_the_other_loader(kind, tmp_p
     found = embedding.cut(opened.encode(TEXTS), ours.shape[1])
     assert np.sum(ours * found, axis=1).min() >= 0.99999
     if theirs is not None:
-        # Their tokenizer, made of `spiece.model` alone, knows no pieces for bytes.
+        # Their tokenizer, made from `spiece.model` alone, has no byte pieces.
         found = embedding.cut(theirs.encode(TEXTS[:-1]), ours.shape[1])
         assert np.sum(ours[:-1] * found, axis=1).min() >= 0.99999
 
@@ -366,7 +368,7 @@ def test_the_command_leaves_the_parameters_of_a_workdir_on_disk(workdir, tmp_pat
 
 
 def test_a_copy_of_an_export_is_an_export(tmp_path):
-    """Only what lies in the folder counts, not where it lies."""
+    """An export does not depend on its path."""
     to_t5x.save(tmp_path / "a", dataclasses.replace(make_files("gtr"), revision="r"))
     want = read_bits(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""sentence-transformers folders: the same vectors, or a refusal by name."""
+"""sentence-transformers folders: the same embeddings, or an error with the name."""
 
 import json
 import pathlib
@@ -53,7 +53,7 @@ def write_modules(folder, *kinds):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The tiny dual encoder of T5X in the form of GTR."""
+    """The tiny T5X dual encoder in the format of GTR."""
     copy = shutil.copytree(HF, tmp_path / "st")
     shutil.copy(VOCABULARY, copy / "spiece.model")
     write_modules(copy, "Transformer", "Pooling", "Dense", "Normalize")
@@ -96,7 +96,7 @@ def test_a_folder_without_dense_has_no_projection(folder, caplog):
             "query: a",
             "b",
         ),
-        # `encode_document` always finds a prompt "document", if only an empty one.
+        # `encode_document` always finds a prompt "document", which may be empty.
         ({"prompts": {"query": "q ", "passage": "p "}}, "q a", "q a", "b"),
         (
             {
@@ -170,7 +170,7 @@ def test_an_export_of_ours_keeps_its_settings(folder, tiny_files):
         revision="ours-33",
     )
     model_folder.write_model_json(folder, settings)
-    # Prompts that cannot say what the settings say.
+    # Prompts that differ from the settings.
     write(folder / "config_sentence_transformers.json", {"prompts": {"docs": "x"}})
     loaded = gecko_jax.load(folder)
     for field in ("text_format", "extra_ids", "mrl_dims", "query_length", "step"):
@@ -238,7 +238,7 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path, activation):
 
 
 def _write_theirs(folder, config, added=()):
-    """Writes a model of sentence-transformers whose tokenizer has added tokens."""
+    """Writes a sentence-transformers model whose tokenizer has added tokens."""
     import torch
     import transformers
     from sentence_transformers import SentenceTransformer, models
@@ -280,7 +280,7 @@ def _assert_same_vectors(ours, theirs, tasks):
         (ours.encode_queries(texts, task=t), theirs.encode(texts, prompt_name=t))
         for t in tasks
     ]
-    # A task without a prompt has that of queries.
+    # A task without a prompt gets the prompt of queries.
     pairs += [
         (ours.encode_queries(texts, task=t), theirs.encode_query(texts))
         for t in ("semantic similarity", "qa")
@@ -311,7 +311,7 @@ def _assert_same_vectors(ours, theirs, tasks):
     ],
 )
 def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, config):
-    """In the folder, after an import, and after an export to where it came from."""
+    """In the folder, after an import, and after an export back."""
     from sentence_transformers import SentenceTransformer
 
     from gecko_jax.formats import to_sentence_transformers
@@ -350,90 +350,102 @@ def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, confi
         (
             "1_Pooling/config.json",
             {"include_prompt": False},
-            "include_prompt=False: its mean leaves",
+            "include_prompt must be one of True or null, not false",
         ),
         (
             "2_Dense/config.json",
             {"bias": True},
-            "bias=True: Gecko's projection has no bias",
+            "bias must be one of False, not true",
         ),
         (
             "2_Dense/config.json",
             {"activation_function": "torch.nn.modules.activation.Tanh"},
-            "activation_function='torch.nn.modules.activation.Tanh': Gecko",
+            'must be torch.nn.modules.linear.Identity, not "torch.nn.modules.act',
         ),
         (
             "2_Dense/config.json",
             {"module_input_name": "token_embeddings"},
-            "module_input_name='token_embeddings': Gecko reads and writes",
+            "module_input_name must be one of sentence_embedding or null",
         ),
         (
             "sentence_bert_config.json",
             {"do_lower_case": True},
-            "do_lower_case=True: Gecko leaves",
+            "do_lower_case must be one of False or null, not true",
         ),
         ("config.json", {"model_type": "mpnet"}, "model_type 'mpnet' has no T5"),
         ("1_Pooling/config.json", {"pooling_mode": 5}, "pools by 5"),
         (
             "1_Pooling/config.json",
             {"include_prompt": "no"},
-            "include_prompt='no': must",
+            'include_prompt must be one of True or null, not "no"',
         ),
-        ("2_Dense/config.json", {"use_residual": True}, "has no residual"),
-        ("2_Dense/config.json", {"activation_function": 3}, "activation_function=3: m"),
         (
             "2_Dense/config.json",
-            # Code of the model's own, in whose place Tanh is computed there.
+            {"use_residual": True},
+            "use_residual must be one of False or null, not true",
+        ),
+        (
+            "2_Dense/config.json",
+            {"activation_function": 3},
+            "activation_function must be torch.nn.modules.linear.Identity, not 3",
+        ),
+        (
+            "2_Dense/config.json",
+            # sentence-transformers computes Tanh in place of custom code.
             {"activation_function": "mine.Identity"},
-            "'mine.Identity': Gecko's projection has no activation",
+            'torch.nn.modules.linear.Identity, not "mine.Identity"',
         ),
         (
             "3_Normalize/config.json",
             {"module_input_name": "token_embeddings"},
-            "3_Normalize/config.json: module_input_name='token_embeddings'",
+            "3_Normalize/config.json: module_input_name must be one of",
         ),
-        ("sentence_bert_config.json", {"max_seq_length": "64"}, "must be int, is str"),
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": "64"},
+            "a whole number from 8 ",
+        ),
         (
             "sentence_bert_config.json",
             {"max_seq_length": 3},
-            "must be in \\[8, 1,048,576\\]",
+            "must be a whole number from 8 to 1,048,576 or null, not 3",
         ),
-        ("sentence_bert_config.json", {"max_seq_length": [64]}, "must be int, is list"),
+        ("sentence_bert_config.json", {"max_seq_length": [64]}, "or null, not a list"),
         (
             "sentence_bert_config.json",
             {"query_expansion": {"strategy": "fixed", "length": 32}},
-            "Gecko adds no tokens to a query",
+            "query_expansion must be one of {} or null, not an object",
         ),
         (
             "sentence_bert_config.json",
             {"processing_kwargs": {"text": {"truncation": False}}},
-            "Gecko reads texts with no options",
+            "processing_kwargs must be one of {} or null, not an object",
         ),
         (
             "sentence_bert_config.json",
             {"tokenizer_args": {"do_lower_case": True}},
-            "tokenizer_args sets do_lower_case, which Gecko does not follow",
+            "tokenizer_args sets do_lower_case, which Gecko does not support",
         ),
         ("sentence_bert_config.json", {"model_args": 3}, "model_args is a number, not"),
         (
             "config_sentence_transformers.json",
             {"truncate_dim": "8"},
-            "must be int, is s",
+            'truncate_dim must be a whole number from 1 or null, not "8"',
         ),
         (
             "config_sentence_transformers.json",
             {"prompts": ["a"]},
-            "must be dict, is list",
+            "prompts must be an object of text or null or null, not a list",
         ),
         (
             "config_sentence_transformers.json",
             {"default_prompt_name": 1},
-            "must be str",
+            "default_prompt_name must be text or null, not 1",
         ),
         (
             "tokenizer_config.json",
             {"truncation_side": "left"},
-            "truncation_side='left'",
+            'truncation_side must be one of right or null, not "left"',
         ),
     ],
 )
@@ -514,7 +526,7 @@ def test_texts_are_cut_where_sentence_transformers_cuts_them(
         write(folder / name, values | {"extra_ids": 0})
     opened = detection.open_model(folder)
     assert (opened.query_length, opened.passage_length) == (lengths or (512, 512))
-    # A limit that nobody set is said aloud.
+    # The default limit is logged.
     assert ("cuts them at 512 tokens" in caplog.text) is (lengths is None)
 
 
@@ -536,7 +548,7 @@ def test_a_limit_of_the_config_counts_where_no_other_is_set(folder, caplog):
 def test_modules_with_code_of_their_own_are_refused(folder):
     path = folder / "modules.json"
     path.write_text(path.read_text().replace("sentence_transformers.models.P", "my.P"))
-    with pytest.raises(ValueError, match=r"my\.Pooling is a module with code of its"):
+    with pytest.raises(ValueError, match=r"my\.Pooling is a module with its own code"):
         detection.open_model(folder)
 
 
@@ -567,7 +579,7 @@ def test_a_projection_in_a_pickle_is_refused(folder):
 def test_prompts_must_be_texts(folder):
     path = folder / "config_sentence_transformers.json"
     write(path, {"prompts": {"query": 3}})
-    with pytest.raises(ValueError, match=r"prompts=.*: must be texts by name"):
+    with pytest.raises(ValueError, match=r"prompts must be an object of text"):
         detection.open_model(folder)
     write(path, {"prompts": {"a": "b"}, "default_prompt_name": "c"})
     with pytest.raises(ValueError, match="default_prompt_name='c', which is none of"):

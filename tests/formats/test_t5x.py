@@ -1,4 +1,4 @@
-"""T5X checkpoints of every age and form: the same parameters, or one clear error."""
+"""T5X checkpoints of every version: the same parameters, or one clear error."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from gecko_jax.formats import (
     from_t5x,
     kvstores,
     model_folder,
-    msgpack_arrays,
+    msgpack_files,
     parameters,
 )
 from gecko_jax.inference import embedding
@@ -86,7 +86,7 @@ def write_legacy(
     version=3,
     step=7,
 ):
-    """Writes a legacy checkpoint as t5x does; `bits` is its second age's bfloat16."""
+    """Writes a legacy checkpoint as t5x does; `bits` writes bfloat16 as version 2."""
     folder.mkdir(parents=True)
     tree = parameters.unflatten({name: None for name in flat})
     for name, array in flat.items():
@@ -189,7 +189,7 @@ def test_leaves_are_inline_or_zarr_one_by_one(tmp_path):
     assert sorted(p.name for p in (tmp_path / "inline").iterdir()) == ["checkpoint"]
 
 
-def test_the_second_age_stores_bfloat16_under_its_bits(tmp_path):
+def test_version_2_stores_the_bits_of_bfloat16(tmp_path):
     want = {
         name: leaf.astype(ml_dtypes.bfloat16).astype(np.float32)
         for name, leaf in reference_params().items()
@@ -208,7 +208,7 @@ def test_arrays_in_chunks_are_joined(tmp_path, monkeypatch):
 
 
 def test_decoder_and_optimizer_are_not_read(tmp_path):
-    """Their specs name folders that are not there."""
+    """Their specs name missing folders."""
     want = dict(reference_params())
     want.pop("projection_layer/kernel")
     gone = {"kvstore": {"driver": "file", "path": "target.decoder.gone/"}}
@@ -236,8 +236,8 @@ def test_t5_1_0_has_relu(tmp_path):
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_scanned_layers_are_taken_apart(tmp_path, inline):
-    """umT5: layers on axis 1, heads apart from their width, a bias for each layer."""
+def test_scanned_layers_are_split(tmp_path, inline):
+    """umT5: layers on axis 1, separate head axes, a bias for each layer."""
     rng = np.random.default_rng(0)
     d, num_layers, heads, width, mlp = 6, 3, 2, 4, 5
     shapes = {
@@ -306,7 +306,7 @@ def test_the_newest_of_several_checkpoints_is_read(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves `tmp_path` on the loopback."""
+    """Serves `tmp_path` on localhost."""
     handler = functools.partial(_QuietHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -316,7 +316,7 @@ def server(tmp_path):
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
-        """Answers with a range of bytes, as real servers do and Orbax's form needs."""
+        """Returns byte ranges, which Orbax's format needs."""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         path = pathlib.Path(self.translate_path(self.path))
         if wanted is None or not path.is_file():
@@ -341,7 +341,7 @@ def test_a_checkpoint_behind_a_web_server_is_read(tmp_path, server):
     read, flat = load_params(f"{server}/model/checkpoint_1000")
     assert_same(flat, reference_params())
     assert read.step == 1000
-    # So may the vocabulary be.
+    # The vocabulary may be remote, too.
     shutil.copy(VOCABULARY, tmp_path / "t5.model")
     opened = detection.open_model(
         f"{server}/model/checkpoint_1000", vocabulary=f"{server}/t5.model"
@@ -372,10 +372,10 @@ def test_an_export_of_ours_keeps_its_settings(tmp_path):
     opened = model_folder.read_params(detection.open_model(tmp_path))
     assert_same(parameters.flatten(opened.params), reference_params())
     assert (opened.mrl_dims, opened.query_length) == ((4, 8), 9)
-    # t5x has trained on from step 5: step and revision are those of the parameters.
+    # t5x has continued from step 5; step and revision are those of the parameters.
     assert opened.step == 1000
     assert opened.revision not in ("ours-5", plain.revision)
-    # The vocabulary it holds may be named; another one contradicts it.
+    # The stored vocabulary may be named; another one is refused.
     named, _ = load_params(tmp_path)
     assert named.mrl_dims == (4, 8)
     assert named.revision == opened.revision
@@ -424,7 +424,7 @@ def test_a_path_may_lead_upwards(tmp_path, form, monkeypatch):
         assert read.step == 1000
 
 
-def test_a_bucket_is_asked_through_the_driver_for_buckets(monkeypatch):
+def test_a_bucket_is_read_through_the_driver_for_buckets(monkeypatch):
     folder = kvstores.Folder("gs://bucket/t5x/checkpoint_1000/")
     assert folder.spec == {
         "driver": "gcs",
@@ -434,8 +434,8 @@ def test_a_bucket_is_asked_through_the_driver_for_buckets(monkeypatch):
     assert (folder / "target.a").spec["path"] == "t5x/checkpoint_1000/target.a/"
     assert folder.path == "gs://bucket/t5x/checkpoint_1000"
 
-    # The newest of a model_dir, from what the bucket lists.
-    def read(self, name):
+    # The newest checkpoint of a model_dir in the bucket's listing.
+    def read(self, name, size=-1):
         return b"\x80" if self.name == "checkpoint_20" else None
 
     monkeypatch.setattr(kvstores.Folder, "read", read)
@@ -487,7 +487,7 @@ def test_a_missing_chunk_is_an_error_and_not_zeros(copy, tmp_path):
     message = r"layers_1\.mlp\.wo\.kernel: this array cannot be read.*chunk"
     with pytest.raises(ValueError, match=message):
         load_params(copy)
-    # Found out while writing: nothing of the folder stays.
+    # The error occurs during writing; no partial folder stays.
     opened = detection.open_model(copy, vocabulary=VOCABULARY)
     with pytest.raises(ValueError, match=message):
         model_folder.save_model(tmp_path / "out", opened)
@@ -533,7 +533,9 @@ def test_a_place_outside_the_checkpoint_is_refused(copy, place):
     kernel = tree["optimizer"]["target"]["projection_layer"]["kernel"]
     kernel["kvstore"]["path"] = place
     path.write_bytes(msgpack.packb(tree))
-    with pytest.raises(ValueError, match=r"projection_layer/kernel lies at .*outside"):
+    with pytest.raises(
+        ValueError, match=r"projection_layer/kernel has the path .*outside"
+    ):
         load_params(copy)
 
 
@@ -597,11 +599,11 @@ def test_an_early_orbax_checkpoint_is_refused(tmp_path):
         {"optimizer": {"target": {"encoder": {"x": "PLACEHOLDER://encoder.x"}}}},
     ],
 )
-def test_placeholders_are_named_wherever_they_lie(tmp_path, tree):
+def test_placeholders_are_named_wherever_they_are(tmp_path, tree):
     (tmp_path / "checkpoint").write_bytes(msgpack.packb(tree))
     with pytest.raises(ValueError, match=r"early Orbax \(PLACEHOLDER://"):
         load_params(tmp_path)
-    # A folder below, without the metadata that later ones have.
+    # A subfolder, without the metadata of later versions.
     (tmp_path / "m" / "state").mkdir(parents=True)
     (tmp_path / "checkpoint").rename(tmp_path / "m" / "state" / "checkpoint")
     with pytest.raises(ValueError, match=r"early Orbax \(PLACEHOLDER://"):
@@ -618,7 +620,7 @@ def test_damaged_orbax_metadata_is_named(tmp_path):
     shutil.copytree(T5X / "orbax_f32" / "checkpoint_1000", tmp_path / "c")
     path = tmp_path / "c" / "state" / "_METADATA"
     path.write_text(path.read_text()[:99])
-    with pytest.raises(ValueError, match=r"_METADATA: not JSON.*copy it again"):
+    with pytest.raises(ValueError, match=r"_METADATA: not the metadata.*copy it again"):
         load_params(tmp_path / "c")
     path.write_text(json.dumps({"tree_metadata": [1]}))
     with pytest.raises(ValueError, match=r"_METADATA: not the metadata of an Orbax"):
@@ -639,7 +641,7 @@ def test_unwanted_parts_of_a_tree_are_passed_over(tmp_path):
     path = tmp_path / "tree"
     tree = {"keep": {"a": np.float32(2.5), "b": "text"}, "drop": {"c": np.ones(9)}}
     path.write_bytes(flax.serialization.msgpack_serialize(tree))
-    read = msgpack_arrays.read(path, lambda keys: keys[0] != "drop")
+    read = msgpack_files.read(path, lambda keys: keys[0] != "drop")
     assert read.keys() == {"keep"}
     assert read["keep"]["b"] == "text"
     assert read["keep"]["a"].shape == ()
@@ -651,7 +653,7 @@ def test_shapes_of_another_model_are_named():
         from_t5x.infer_config({}, "here")
 
 
-def test_steps_are_read_off_the_name():
+def test_steps_are_parsed_from_the_name():
     assert from_t5x._step_of(kvstores.Folder("/x/checkpoint_12"), "checkpoint") == 12
     assert from_t5x._step_of(kvstores.Folder("/x/final"), "checkpoint") == 0
     assert from_t5x._step_of(kvstores.Folder("/x"), "checkpoint_3") == 3

@@ -1,4 +1,4 @@
-"""Damaged and hostile T5X checkpoints: right parameters or one ValueError, soon."""
+"""Damaged and hostile T5X checkpoints: correct parameters or a prompt ValueError."""
 
 import json
 import pathlib
@@ -12,12 +12,12 @@ import mutations
 import numpy as np
 import pytest
 
-from gecko_jax.formats import from_t5x, kvstores, msgpack_arrays, parameters
+from gecko_jax.formats import from_t5x, kvstores, msgpack_files, parameters
 
 T5X = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 SCALE = ("optimizer", "target", "encoder", "encoder_norm", "scale")
 
-# Seconds for one answer, on a machine that is busy with other things.
+# Seconds for one error, on a busy machine.
 SOON = 20
 
 
@@ -44,7 +44,7 @@ def inline(expected, tmp_path):
 
 
 def _read(folder):
-    """Reads all that an import would, but for what JAX has to trace."""
+    """Reads everything an import does, without tracing the model."""
     opened = from_t5x.open_checkpoint(kvstores.Folder(str(folder)))
     from_t5x.infer_config(opened.params, str(folder))
     return {name: leaf.read() for name, leaf in opened.params.items()}
@@ -149,8 +149,8 @@ BAD_TREES = {
 
 @pytest.mark.parametrize("name", BAD_TREES)
 def test_a_tree_that_claims_too_much_is_refused_soon(tmp_path, name, monkeypatch):
-    # The checks of types make tests many times slower than what users run.
-    monkeypatch.setattr(msgpack_arrays, "_MOST_OBJECTS", 10_000)
+    # Run-time type checks make tests many times slower.
+    monkeypatch.setattr(msgpack_files, "_MAX_OBJECTS", 10_000)
     (tmp_path / "checkpoint").write_bytes(BAD_TREES[name])
     begin = time.monotonic()
     with pytest.raises(ValueError, match=r"checkpoint"):
@@ -169,7 +169,7 @@ def test_layers_that_only_a_name_claims_are_not_built(inline, name):
         with pytest.raises(ValueError, match="claims 1,000,000,001 layers"):
             _read(inline.parent)
     else:
-        # No number of a layer: a parameter too many, which `parameters.check` lists.
+        # Not a layer number, so `parameters.check` lists it as unexpected.
         assert any(name in found for found in _read(inline.parent))
     assert time.monotonic() - begin < SOON
 
@@ -199,10 +199,10 @@ BAD_ZARR = {
 
 @pytest.mark.parametrize("name", BAD_ZARR)
 def test_an_array_that_claims_too_much_is_refused(tmp_path, name):
-    """tensorstore would abort the process for want of memory."""
+    """TensorStore would abort the process when memory runs out."""
     folder = tmp_path / "checkpoint_1000"
     shutil.copytree(T5X / "legacy_f32" / "checkpoint_1000", folder)
-    # t5x has this one in the map; give it a folder.
+    # An array in a folder of its own.
     place = folder / "target.encoder.layers_0.mlp.wo.kernel"
     changed, message = BAD_ZARR[name]
     path = place / ".zarray"
@@ -221,9 +221,9 @@ def test_an_array_that_claims_too_much_is_refused(tmp_path, name):
 
 
 def test_memory_is_a_limit(inline, monkeypatch):
-    from gecko_jax.formats import arrays
+    from gecko_jax.formats import tensors
 
-    monkeypatch.setattr(arrays, "_memory", lambda: 100)
+    monkeypatch.setattr(tensors, "_memory", lambda: 100)
     with pytest.raises(ValueError, match="more than the 100 bytes of memory"):
         _read(T5X / "legacy_f32" / "checkpoint_1000")
 
@@ -264,7 +264,7 @@ def _mutate_tree(content, random_):
 
 
 def _check(folder, expected, seed):
-    """Reads a mutant; what it gives without an error is whole."""
+    """Reads a mutant; without an error, shapes and dtypes are intact."""
     begin = time.monotonic()
     try:
         found = _read(folder)
@@ -272,7 +272,7 @@ def _check(folder, expected, seed):
         assert str(folder) in str(error), (seed, error)  # noqa: PT017 - or it is read
         outcome = "error"
     else:
-        # Numbers may be changed, for T5X has no checksums; shapes and types are whole.
+        # Values may be changed, because T5X has no checksums.
         assert all(leaf.dtype == np.float32 for leaf in found.values()), seed
         outcome = "read"
     assert time.monotonic() - begin < SOON, seed
@@ -295,7 +295,7 @@ def test_mutants_of_a_file_are_read_or_refused(inline, expected):
 def test_mutants_of_a_folder_are_read_or_refused(form, tmp_path, expected):
     folder = shutil.copytree(T5X / form / "checkpoint_1000", tmp_path / "c")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    # The small files, which say what the others are, are mutated most.
+    # Metadata files are mutated most.
     about = [path for path in paths if path.name in (".zarray", "_METADATA")] or paths
     about += [path for path in paths if path.name in ("checkpoint", "manifest.ocdbt")]
     outcomes = []

@@ -1,4 +1,4 @@
-"""Tensors on disk: what the safetensors library reads, one at a time."""
+"""Tensors in safetensors files, read and written one at a time."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gecko_jax.formats import tensors
+from gecko_jax.formats import safetensors_files, tensors
 
 
 def _tensor(array, source="", log=None):
@@ -24,25 +24,27 @@ def test_what_is_written_the_library_reads(tmp_path, shape):
         "a": np.random.default_rng(0).standard_normal(shape).astype(np.float32),
         "é": np.ones(3, np.float32),
     }
-    tensors.write(tmp_path, {k: tensors.as_tensor(v) for k, v in arrays.items()})
+    safetensors_files.write(
+        tmp_path, {k: tensors.as_tensor(v) for k, v in arrays.items()}
+    )
     path = tmp_path / "model.safetensors"
     loaded = safetensors.numpy.load_file(path)
-    opened = tensors.read(tmp_path)
+    opened = safetensors_files.read(tmp_path)
     for name, array in arrays.items():
         np.testing.assert_array_equal(loaded[name], array)
         assert opened[name].shape == array.shape
         np.testing.assert_array_equal(opened[name].read(), array)
-    # The numbers begin at a multiple of 8 bytes, as the format asks.
+    # The format requires values to begin at a multiple of 8 bytes.
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 
 def test_half_precision_is_half_as_large_and_read_as_float32(tmp_path):
     array = np.random.default_rng(0).standard_normal((40, 50)).astype(np.float32)
     rounded = tensors.as_tensor(array).round("float16")
-    for dtype in tensors.DTYPES:
+    for dtype in safetensors_files.DTYPES:
         (tmp_path / dtype).mkdir()
-        tensors.write(tmp_path / dtype, {"a": rounded}, dtype=dtype)
-        opened = tensors.read(tmp_path / dtype)["a"].read()
+        safetensors_files.write(tmp_path / dtype, {"a": rounded}, dtype=dtype)
+        opened = safetensors_files.read(tmp_path / dtype)["a"].read()
         assert opened.dtype == np.float32
         np.testing.assert_array_equal(opened, array.astype(np.float16))
     sizes = [
@@ -61,7 +63,7 @@ def test_a_weight_beyond_half_precision_is_refused():
 def test_tensors_of_one_source_are_read_one_after_another(tmp_path):
     log = []
     leaf = np.zeros((2, 2), np.float32)
-    tensors.write(
+    safetensors_files.write(
         tmp_path,
         {f"layer_{n}/{kind}": _tensor(leaf, kind, log) for n in "012" for kind in "ba"},
     )
@@ -76,7 +78,7 @@ def test_only_one_tensor_is_in_memory_at_a_time(tmp_path):
 
     lazy = {str(n): tensors.Tensor((500, 1_000), make, str(n)) for n in range(10)}
     tracemalloc.start()
-    tensors.write(tmp_path, lazy)
+    safetensors_files.write(tmp_path, lazy)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2.5 * 2e6
@@ -86,46 +88,50 @@ def test_a_transposed_tensor_is_written_in_its_new_order(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     tensor = _tensor(array).transpose()
     assert tensor.shape == (3, 2)
-    tensors.write(tmp_path, {"a": tensor})
+    safetensors_files.write(tmp_path, {"a": tensor})
     loaded = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     np.testing.assert_array_equal(loaded["a"], array.T)
 
 
-def test_another_stem_names_other_files(tmp_path):
-    tensors.write(tmp_path, {"a": tensors.as_tensor(np.ones(2))}, stem="dense")
-    assert tensors.has_tensors(tmp_path, "dense")
-    assert not tensors.has_tensors(tmp_path)
+def test_missing_weights_are_named(tmp_path):
+    assert not safetensors_files.has_tensors(tmp_path)
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
-        tensors.read(tmp_path)
+        safetensors_files.read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": 5}}, r"weight_map\['a'\] is a number, not the name of a"),
-        ({"weight_map": {"a": None}}, r"weight_map\['a'\] is null, not the name"),
+        (
+            {"weight_map": {"a": 5}},
+            r"weight_map\['a'\] is a number, not a \.safetensors file name",
+        ),
+        (
+            {"weight_map": {"a": None}},
+            r"weight_map\['a'\] is null, not a \.safetensors",
+        ),
         ({"weight_map": {"a": ["x.safetensors"]}}, r"weight_map\['a'\] is a list"),
         ({"weight_map": {"a": {}}}, r"weight_map\['a'\] is an object"),
-        ({"weight_map": {"a": ""}}, r"is '', not the name of a \.safetensors file"),
+        ({"weight_map": {"a": ""}}, r"is '', not a \.safetensors file name"),
         ({"weight_map": {"a": "x\0.safetensors"}}, r"is 'x\\x00\.safetensors', not"),
         ({"weight_map": {"a": "../x.safetensors"}}, "outside its folder"),
         ({"weight_map": []}, "not an index of safetensors files"),
         ({"weight_map": {}}, "not an index of safetensors files"),
         ({"weight_map": None}, "not an index of safetensors files"),
         ({}, "not an index of safetensors files"),
-        ([], "not an index of safetensors files"),
-        (5, "not an index of safetensors files"),
+        ([], r"index\.json: a list, not an object"),
+        (5, r"index\.json: a number, not an object"),
     ],
 )
 def test_a_damaged_index_is_one_error(tmp_path, index, message):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message) as error:
-        tensors.read(tmp_path)
+        safetensors_files.read(tmp_path)
     assert str(path) in str(error.value)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"index\.json: not JSON"):
-        tensors.read(tmp_path)
+        safetensors_files.read(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

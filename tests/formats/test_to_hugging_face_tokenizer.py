@@ -1,4 +1,4 @@
-"""The tokenizer that Hugging Face opens cuts texts as our vocabulary does."""
+"""The exported Hugging Face tokenizer gives the ids of our vocabulary."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def test_ids_are_equal_on_hard_texts(pair):
 
 
 def _is_known_to_differ(t):
-    """See the module: letter and accent, young marks, a spelt-out sentinel."""
+    """The known differences: letter and accent, new accents, a sentinel with ▁."""
     cleaned = text_formats.clean(t)
     return "▁<extra_id" in cleaned or any(
         unicodedata.combining(second)

@@ -1,17 +1,16 @@
-"""The ONNX graph, run by onnxruntime, gives our vectors."""
+"""The ONNX graph, run by onnxruntime, gives our embeddings."""
 
 import dataclasses
 
-import jax
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import random_params
 import tokenizers
 
 from gecko_jax.formats import to_onnx
 from gecko_jax.inference import embedding
-from gecko_jax.models import dual_encoder
 
 TEXTS = ["one", "most geckos  eat insects", "café 漢字", "long words " * 90]
 
@@ -33,15 +32,9 @@ def _run(folder, texts, prefix):
     return vectors
 
 
-def _scaled(files, config):
-    params = jax.jit(dual_encoder.init_params, static_argnums=0)(
-        config, jax.random.key(1)
-    )
-    return dataclasses.replace(
-        files,
-        encoder_config=config,
-        params=jax.tree.map(lambda leaf: leaf * 1.7, params),
-    )
+def _with_config(files, config):
+    params = random_params.random_params(config, 1)
+    return dataclasses.replace(files, encoder_config=config, params=params)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +53,7 @@ def _scaled(files, config):
 )
 def test_ragged_batches_of_any_length_get_our_vectors(tiny_files, tmp_path, changes):
     config = dataclasses.replace(tiny_files.encoder_config, **changes)
-    files = _scaled(tiny_files, config)
+    files = _with_config(tiny_files, config)
     to_onnx.save(tmp_path / "m", files, dim=8)
     onnx.checker.check_model(tmp_path / "m" / to_onnx.MODEL, full_check=True)
     ours = embedding.Gecko(files).encode_passages(TEXTS, dim=8)
@@ -73,14 +66,12 @@ def test_ragged_batches_of_any_length_get_our_vectors(tiny_files, tmp_path, chan
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_the_dim_is_the_largest_unless_told(tiny_files, tmp_path):
+def test_the_default_dim_is_the_largest(tiny_files, tmp_path):
     to_onnx.save(tmp_path / "m", tiny_files)
     assert _run(tmp_path / "m", TEXTS[:1], "").shape == (1, 16)
 
 
-def test_weights_beyond_the_limit_lie_beside_the_graph(
-    tiny_files, tmp_path, monkeypatch
-):
+def test_large_weights_are_in_a_separate_file(tiny_files, tmp_path, monkeypatch):
     to_onnx.save(tmp_path / "small", tiny_files)
     monkeypatch.setattr(to_onnx, "_INLINE_BYTES", 1_000)
     to_onnx.save(tmp_path / "large", tiny_files)

@@ -1,4 +1,4 @@
-"""An export, opened by sentence-transformers itself, gives our vectors."""
+"""An export, opened by sentence-transformers itself, gives our embeddings."""
 
 import dataclasses
 import json
@@ -6,10 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
+import random_params
 
 from gecko_jax.formats import model_folder, names, parameters, to_sentence_transformers
 from gecko_jax.inference import embedding
-from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats
 
 QUERIES = ["what  do geckos\neat", "café </s> <pad>", "漢字 👨‍👩‍👧 ①½", "e\u0301 x"]
@@ -18,7 +18,7 @@ PASSAGES = ["Most geckos eat insects.", " two\t spaces ", "long " * 300]
 
 @pytest.fixture(scope="module")
 def scaled_files(tiny_files):
-    """Parameters of ordinary size: a fresh model is nearly a bag of words."""
+    """Larger parameters: a freshly initialized model is nearly a bag of words."""
     params = jax.tree.map(lambda leaf: leaf * 1.7, tiny_files.params)
     return dataclasses.replace(tiny_files, params=params)
 
@@ -54,7 +54,7 @@ def test_queries_get_our_vectors_by_the_name_of_the_task(opened, scaled_files, t
     assert theirs.dtype == np.float32
     assert _cosines(ours, theirs).min() >= 0.99999
     np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-5)
-    # The prompt matters, or this test would say nothing.
+    # The prompt matters; otherwise this test would prove nothing.
     assert _cosines(ours, opened.encode(QUERIES, prompt="")).min() < 0.999
 
 
@@ -124,13 +124,10 @@ def test_every_kind_of_encoder_keeps_its_vectors(tiny_files, tmp_path, changes):
     import sentence_transformers
 
     config = dataclasses.replace(tiny_files.encoder_config, **changes)
-    params = jax.jit(dual_encoder.init_params, static_argnums=0)(
-        config, jax.random.key(1)
-    )
     files = dataclasses.replace(
         tiny_files,
         encoder_config=config,
-        params=jax.tree.map(lambda leaf: leaf * 1.7, params),
+        params=random_params.random_params(config, 1),
     )
     to_sentence_transformers.save(tmp_path / "m", files)
     opened = sentence_transformers.SentenceTransformer(
@@ -140,7 +137,7 @@ def test_every_kind_of_encoder_keeps_its_vectors(tiny_files, tmp_path, changes):
     assert _cosines(ours, opened.encode(PASSAGES)).min() >= 0.99999
 
 
-def test_parameters_lie_once_and_transposed(folder, scaled_files):
+def test_parameters_are_stored_once_and_transposed(folder, scaled_files):
     import safetensors.numpy
 
     found = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -155,7 +152,7 @@ def test_parameters_lie_once_and_transposed(folder, scaled_files):
     assert len(list(folder.rglob("*.safetensors"))) == 2
 
 
-def test_our_own_settings_are_inside(folder, scaled_files):
+def test_our_settings_are_stored(folder, scaled_files):
     settings = model_folder.load_settings(folder)
     for field in dataclasses.fields(settings):
         if field.name != "params":
@@ -206,7 +203,7 @@ def test_the_card_says_what_must_be_known(scaled_files, tmp_path):
         "`task: search result \\| query: `",
         "`title: TITLE | text: TEXT`",
         "Texts are cut to 200 tokens",
-        "gives 8 entries",
+        "vectors have 8 entries",
     ):
         assert fact in card, fact
 
@@ -238,7 +235,7 @@ def test_a_folder_of_something_else_is_not_overwritten(tiny_files, tmp_path):
 
 def test_an_earlier_export_is_replaced_unless_it_holds_more(scaled_files, tmp_path):
     to_sentence_transformers.save(tmp_path, scaled_files)
-    # Of an encoder without projection there are fewer files.
+    # An encoder without a projection has fewer files.
     config = dataclasses.replace(
         scaled_files.encoder_config, projection=False, embedding_dim=16
     )

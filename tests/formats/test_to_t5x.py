@@ -1,4 +1,4 @@
-"""The T5X checkpoint, read by the libraries t5x reads it with."""
+"""The T5X checkpoint, read with the libraries of t5x."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ FIXTURE = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 
 @pytest.fixture(scope="module")
 def files(tiny_files):
-    """The parameters of a checkpoint that t5x itself wrote."""
+    """Parameters of a checkpoint that t5x wrote."""
     info = json.loads((FIXTURE / "info.json").read_text())["config"]
     config = dual_encoder.EncoderConfig(
         vocab_size=info["vocab"],
@@ -60,7 +60,7 @@ def test_the_map_is_the_one_t5x_writes(folder):
     assert optimizer["state"].keys() == {"step"}
     assert optimizer["state"]["step"] == 1_000
     assert optimizer["state"]["step"].dtype == np.int32
-    # Copied from a checkpoint that t5x wrote of the same model.
+    # Copied from a checkpoint of the same model by t5x.
     assert optimizer["target"]["encoder"]["layers_0"]["mlp"]["wi_0"]["kernel"] == {
         "driver": "zarr",
         "dtype": "float32",
@@ -117,7 +117,7 @@ def test_every_parameter_comes_back_bit_for_bit(files, folder):
         np.testing.assert_array_equal(array, expected[name])
 
 
-def test_what_t5x_has_no_place_for_lies_beside_it(files, folder):
+def test_settings_that_t5x_cannot_store_are_in_gecko(files, folder):
     settings = model_folder.load_settings(folder / "gecko")
     assert settings.encoder_config == files.encoder_config
     assert settings.text_format == files.text_format
@@ -156,7 +156,7 @@ def test_an_earlier_export_is_replaced(files, tmp_path):
 
 
 def test_a_checkpoint_that_t5x_added_is_kept(files, tmp_path):
-    """t5x goes on in the folder it began from."""
+    """t5x continues in the folder from which it started."""
     to_t5x.save(tmp_path, files)
     added = tmp_path / "checkpoint_2000" / "checkpoint"
     added.parent.mkdir()

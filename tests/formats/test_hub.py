@@ -1,15 +1,15 @@
-"""Uploads, with a hub that is a list of calls."""
+"""Uploads to a fake hub that records its calls."""
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from gecko_jax.formats import to_hub
+from gecko_jax.formats import hub
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Puts a hub in place that notes what is asked of it."""
+    """Replaces the hub by one that records its calls."""
     made = []
 
     class Api:
@@ -25,16 +25,15 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     return made
 
 
-def test_a_folder_is_uploaded_whole(calls, tmp_path):
-    to_hub.check("my-lab/my-gecko")
+def test_a_folder_is_uploaded(calls, tmp_path):
+    hub.check_upload("my-lab/my-gecko")
     assert calls == ["whoami"]
-    url = to_hub.push(tmp_path, "my-lab/my-gecko")
+    url = hub.upload(tmp_path, "my-lab/my-gecko")
     assert url == "https://huggingface.co/my-lab/my-gecko"
     assert calls[1] == ("create_repo", "my-lab/my-gecko", {"exist_ok": True})
     name, settings = calls[2]
@@ -46,39 +45,35 @@ def test_a_folder_is_uploaded_whole(calls, tmp_path):
 @pytest.mark.parametrize("name", ["gecko", "a/b/c", "a b/c", "", "/x"])
 def test_a_name_must_be_a_repository(calls, name):
     with pytest.raises(ValueError, match="OWNER/NAME"):
-        to_hub.check(name)
+        hub.check_upload(name)
     assert calls == []
 
 
-def test_nobody_logged_in_is_told(calls, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match=r"not logged in.*hf auth login"):
-        to_hub.check("a/b")
-    assert calls == []
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_missing_login_or_network_is_an_error(monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    with pytest.raises(OSError, match=r"did not accept the login.*hf auth login"):
+        hub.check_upload("a/b")
 
 
-def test_offline_is_told(calls, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
-        to_hub.check("a/b")
-    assert calls == []
-
-
-def test_a_hub_out_of_reach_is_told_in_one_line(calls, monkeypatch):
+def test_an_unreachable_hub_is_an_error_of_one_line(calls, monkeypatch):
     class Unreachable:
         def whoami(self):
             raise ConnectionError("no route\nand more")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
     with pytest.raises(OSError, match="no route") as error:
-        to_hub.check("a/b")
+        hub.check_upload("a/b")
     assert "\n" not in str(error.value)
 
 
-def test_a_failed_upload_says_how_to_go_on(calls, monkeypatch, tmp_path):
+def test_a_failed_upload_names_the_command_to_repeat_it(calls, monkeypatch, tmp_path):
     def upload_folder(**_):
         raise RuntimeError("403")
 
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     with pytest.raises(OSError, match=r"not uploaded \(403\).*hf upload a/b"):
-        to_hub.push(tmp_path, "a/b")
+        hub.upload(tmp_path, "a/b")

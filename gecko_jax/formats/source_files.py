@@ -1,0 +1,38 @@
+"""Small files of other libraries' checkpoints, and the errors about damaged ones."""
+
+import pathlib
+from typing import Any
+
+from gecko_jax.io import reading, writing
+
+_DAMAGED = "the file is damaged, copy it again"
+
+
+def damaged(place: object, problem: str) -> ValueError:
+    """Returns the error for a file whose content is wrong.
+
+    Args:
+        place: The file, and the entry in it where there are several.
+        problem: What is wrong.
+    """
+    return ValueError(f"{place}: {problem}; {_DAMAGED}")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: The file is missing or damaged, or lies outside of its folder.
+    """
+    path = writing.member(path.parent, path.name)
+    try:
+        return reading.read_object(path, {}, remedy=_DAMAGED)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; copy it from the original model") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error message, shortened to 300 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # TensorStore appends its whole spec.
+    return lines[0].partition(" [tensorstore_spec")[0][:300]
