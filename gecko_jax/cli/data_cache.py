@@ -1,7 +1,6 @@
 """`gecko data cache`: tokenizing with Apache Beam, on many machines."""
 
 import argparse
-import pathlib
 from typing import Any
 
 from gecko_jax.cli import flags, parsing
@@ -40,32 +39,31 @@ def cache(options: argparse.Namespace) -> None:
     """Fills the caches of a config with Apache Beam, and says what they hold."""
     config = flags.load(options.config, options.overrides, flags.TRAIN)
     import gecko_jax.config
-    from gecko_jax.data import selection, seqio_cache, task_table
+    from gecko_jax.data import selection, seqio_cache
     from gecko_jax.training import initialization, loop
 
     gecko_jax.config.check(config)
     seqio_cache.load_beam()
-    pieces = loop.load_vocabulary(config)
     # How texts are written comes from the checkpoint that training will start from.
     start = initialization.load_start(config)
-    output = pathlib.Path(options.output)
     chosen = selection.select(
         mixture=config.data.mixture,
         files=config.data.files,
-        vocabulary=pieces,
+        vocabulary=loop.load_vocabulary(config),
         text_format=initialization.text_format(start, config.data.text_format),
-        cache_dir=output,
+        cache_dir=options.output,
         prepared_dir=config.data.prepared_dir,
         unique_ids=config.data.unique_ids,
     )
-    job = seqio_cache.Job(
-        chosen.text_format,
-        task_table.vocabulary_path(config.data.vocabulary),
-        pieces.extra_ids,
-        options.pipeline_options,
-    )
     for task, key in zip(chosen.tasks, chosen.keys, strict=True):
-        folder, stats = seqio_cache.write(task, key, job, output)
+        folder, stats = seqio_cache.write(
+            task,
+            key,
+            chosen.text_format,
+            chosen.vocabulary,
+            chosen.cache_dir,
+            options.pipeline_options,
+        )
         tokens = sum(
             n
             for name, n in stats.items()

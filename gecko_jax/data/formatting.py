@@ -11,8 +11,8 @@
     seqio's tokenize and append_eos ->
     {"query": [9, 350, ..., 1], "positive": [...], "negatives": [[...]]}
 
-The strings of the format are `gecko_jax.text`'s; they are taken from it by writing
-markers, so that text read through TensorFlow and text encoded later cannot differ.
+`templates` derives the strings from a `TextFormat` by formatting markers, so TensorFlow
+writes exactly what the encoder's own formatting writes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any
 from gecko_jax.data import jsonl
 from gecko_jax.text import text_formats
 
-# Private-use characters: no real text holds them, and `text.clean` leaves them alone.
+# Private-use characters: real text does not contain them, and cleaning keeps them.
 _TEXT_MARK = "\ue000"
 _TITLE_MARK = "\ue001"
 _TASK_MARK = "\ue002"
@@ -31,9 +31,9 @@ _MARKS = re.compile(f"([{_TEXT_MARK}{_TITLE_MARK}{_TASK_MARK}])")
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-    """The written forms of one task, with markers for what an example fills in.
+    """The templates of one task, with markers for the texts of an example.
 
-    An example without a task description of its own has that of the task.
+    `task_description` applies to examples without a description of their own.
     """
 
     task_description: str
@@ -43,7 +43,7 @@ class Templates:
 
 
 def templates(text_format: text_formats.TextFormat, task: str) -> Templates:
-    """Returns the written forms of `task`; a symmetric task has one for both sides."""
+    """Returns the templates of `task`; a symmetric task has one for both sides."""
     description = text_format.describe(task)
     query = text_format.format_query(_TEXT_MARK, task, _TASK_MARK)
     if text_format.is_symmetric(task):
@@ -60,17 +60,22 @@ def format_texts(dataset: Any, forms: Templates) -> Any:
     """Writes queries and passages as the encoder reads them.
 
     Args:
-        dataset: A `tf.data.Dataset` of cleaned texts; a title may be empty, and so may
-            a task description.
-        forms: The written forms of the task.
+        dataset: A `tf.data.Dataset` of cleaned texts; titles and task descriptions may
+            be empty.
+        forms: The templates of the task.
     """
     import tensorflow as tf
+
+    def fill(template: str, content: Any, title: Any, task: Any) -> Any:
+        """Replaces the markers; takes scalars and vectors of strings."""
+        values = {_TEXT_MARK: content, _TITLE_MARK: title, _TASK_MARK: task}
+        return tf.strings.join([values.get(p, p) for p in _MARKS.split(template)])
 
     def passage(content: Any, title: Any, task: Any) -> Any:
         return tf.where(
             tf.strings.length(title) > 0,
-            _fill(forms.titled_passage, content, title, task),
-            _fill(forms.passage, content, title, task),
+            fill(forms.titled_passage, content, title, task),
+            fill(forms.passage, content, title, task),
         )
 
     def format_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def format_texts(dataset: Any, forms: Templates) -> Any:
         own = formatted.pop("task_description")
         task = tf.where(tf.strings.length(own) > 0, own, forms.task_description)
         return formatted | {
-            "query": _fill(forms.query, record["query"], title, task),
+            "query": fill(forms.query, record["query"], title, task),
             "positive": passage(record["positive"], title, task),
             "negatives": passage(record["negatives"], negative_titles, task),
         }
@@ -91,12 +96,12 @@ def format_texts(dataset: Any, forms: Templates) -> Any:
 def write(
     text_format: text_formats.TextFormat, task: str, pair: jsonl.Pair
 ) -> tuple[str, str, tuple[str, ...]]:
-    """Returns query, positive and negatives of one example, as `format_texts` does.
+    """Returns query, positive and negatives of one example, without TensorFlow.
 
-    For a look at some examples: TensorFlow is not needed.
+    The texts equal those of `format_texts`.
     """
     own = pair.task_description
-    # A description stands for itself, even when it is the name of a task.
+    # A line's description is literal, even if it equals the name of a task.
     description = text_formats.clean(own) if own.strip() else text_format.describe(task)
 
     def passage(content: str, title: str) -> str:
@@ -109,11 +114,3 @@ def write(
         passage(pair.positive, pair.title),
         tuple(map(passage, pair.negatives, pair.negative_titles)),
     )
-
-
-def _fill(template: str, content: Any, title: Any, task: Any) -> Any:
-    """Replaces the markers; works on scalars and vectors of strings alike."""
-    import tensorflow as tf
-
-    values = {_TEXT_MARK: content, _TITLE_MARK: title, _TASK_MARK: task}
-    return tf.strings.join([values.get(p, p) for p in _MARKS.split(template)])

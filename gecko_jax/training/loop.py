@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 import gecko_jax.config
-from gecko_jax.data import negatives, pipeline, task_table
+from gecko_jax.data import features, negatives, pipeline, selection, task_table
 from gecko_jax.formats import checkpoints
 from gecko_jax.io import progress
 from gecko_jax.models import dual_encoder
@@ -357,19 +357,31 @@ def build_batches(
     row_multiple: int = 1,
 ) -> pipeline.Batches:
     """Returns the batches that a config names, building their caches if need be."""
-    settings = config.data.to_dict()
-    cache_dir = pathlib.Path(settings.pop("cache_dir")).expanduser()
-    for key in ("vocabulary", "extra_ids", "text_format"):
-        del settings[key]
-    return pipeline.Batches(
+    data = config.data
+    chosen = selection.select(
+        mixture=data.mixture,
+        files=data.files,
         vocabulary=load_vocabulary(config),
-        vocabulary_path=task_table.vocabulary_path(config.data.vocabulary),
         text_format=text_format,
+        cache_dir=pathlib.Path(data.cache_dir).expanduser(),
+        prepared_dir=data.prepared_dir,
+        unique_ids=data.unique_ids,
+    )
+    return pipeline.Batches(
+        chosen,
+        features.Shape(
+            data.query_length,
+            data.passage_length,
+            data.num_negatives,
+            data.packing,
+            row_multiple,
+            config.train.microbatch_size,
+            data.teacher_dim,
+        ),
+        batch_size=data.batch_size,
+        one_task_per_batch=data.one_task_per_batch,
         seed=config.seed,
-        cache_dir=cache_dir,
-        row_multiple=row_multiple,
-        microbatch_rows=config.train.microbatch_size,
-        **settings,
+        teacher=data.teacher,
     )
 
 

@@ -108,8 +108,7 @@ BAD = {
     "negative empty": ({**GOOD, "negatives": [" "]}, r"'negatives\[0\]' is empty"),
     "titles": (
         {**GOOD, "negatives": ["x"], "negative_titles": ["a", "b"]},
-        "'negative_titles' is 2 items; it must be a list with one item for each "
-        "negative, 1 in all",
+        "'negative_titles' is 2 items; it must be a list of 1, one for each negative",
     ),
     "title number": ({**GOOD, "title": 3}, "field 'title' is a number"),
     "group": ({**GOOD, "negative_group": "a"}, "'negative_group' is 'a'; it must be a"),
@@ -117,7 +116,7 @@ BAD = {
     "id": ({**GOOD, "query_id": 1.5}, "'query_id' is 1.5; an id must be a string or a"),
     "too long": (
         {**GOOD, "positive": "word " * 500_000},
-        r"'positive' has 2,500,000 characters; at most 200,000 are allowed: split",
+        r"'positive' has 2,500,000 characters; at most 200,000 are allowed, split",
     ),
     "surrogate": ('{"task": "t", "query": "\\ud800", "positive": "b"}', "surrogate"),
 }

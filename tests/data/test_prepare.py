@@ -12,8 +12,29 @@ from gecko_jax.data import (
     load_seqio,
     mixtures,
     prepare,
+    registration,
+    selection,
     sources,
+    task_table,
 )
+from gecko_jax.text import text_formats, vocabularies
+
+
+def test_a_prepared_set_is_a_seqio_task(tmp_path):
+    source = samples.write_source(tmp_path, "jsonl", samples.RECORDS["fever"])
+    prepare.prepare(samples.TABLE["fever"], tmp_path / "p", source=source)
+    chosen = selection.select(
+        mixture="fever",
+        files=(),
+        vocabulary=vocabularies.load(task_table.QUICKSTART_VOCABULARY),
+        text_format=text_formats.TextFormat(),
+        cache_dir=tmp_path / "cache",
+        prepared_dir=tmp_path / "p",
+    )
+    (task,) = chosen.tasks
+    registered = registration.register_task(task, chosen.text_format, chosen.vocabulary)
+    assert registered.name.startswith("fever:")
+    assert registered.num_input_examples("train") == 1
 
 
 @pytest.mark.parametrize("name", samples.RECORDS)
