@@ -499,23 +499,22 @@ def test_summary_shows_a_mixture(open_batches):
 
 def test_unique_ids_end_the_texts_of_classification_triples(open_batches, tmp_path):
     """With `data.unique_ids` the texts are those the paper makes (section 3.3)."""
-    paths, opened = {}, {}
-    for kind in classification.UNIQUE_IDS:
-        paths[kind] = tmp_path / f"{kind}.jsonl"
-        triples, _ = samples.split(
-            classification.triples(samples.LABELLED, unique_ids=kind)
+    triples, _ = samples.split(classification.triples(samples.LABELLED))
+    with_ids = []
+    for triple in triples:
+        number = triple["negative_group"]
+        with_ids.append(
+            {
+                "query": f"{triple['query']} {number}",
+                "positive": f"{triple['positive']} {number}",
+                "negatives": [f"{text} {number}" for text in triple["negatives"]],
+            }
         )
-        if kind == "mask":  # Groups count from 1, the numbers of the paper's from 0.
-            triples = [t | {"negative_group": t["negative_group"] - 1} for t in triples]
-            triples[0] |= {"negative_group": 9}
-        else:
-            for name in ("query", "positive"):
-                triples[0][name] = triples[0][name].removesuffix(" 0") + " 9"
-            triples[0]["negatives"] = [
-                content.removesuffix(" 0") + " 9" for content in triples[0]["negatives"]
-            ]
-        lines = [json.dumps({"task": "labels", **triple}) for triple in triples]
-        paths[kind].write_text("\n".join(lines))
+    paths, opened = {}, {}
+    for kind, lines in (("mask", triples), ("text", with_ids)):
+        paths[kind] = tmp_path / f"{kind}.jsonl"
+        content = [json.dumps({"task": "labels", **line}) for line in lines]
+        paths[kind].write_text("\n".join(content))
         opened[kind] = open_batches(
             files=(str(paths[kind]),), batch_size=4, unique_ids=kind == "mask"
         )
@@ -524,7 +523,7 @@ def test_unique_ids_end_the_texts_of_classification_triples(open_batches, tmp_pa
     batch = opened["mask"].batch(0)
     assert not batch["negative_group"].any()
     masked = open_batches(files=(str(paths["mask"]),), batch_size=4)
-    assert set(masked.batch(0)["negative_group"]) == {9, 1, 2, 3}
+    assert set(masked.batch(0)["negative_group"]) == {1, 2, 3, 4}
     assert masked.mixture_hash != opened["mask"].mixture_hash
     # Without ids the facts say nothing of them: caches and runs from before go on.
     assert "unique_ids" not in masked.facts

@@ -65,7 +65,7 @@ def test_a_set_gets_as_many_negatives_as_are_asked_for(tmp_path):
         pairs = [p for path in located.files for p in jsonl.read_pairs(path)]
         mined = [len(pair.negatives) for pair in pairs]
         assert mined == [wanted] * 4
-    with pytest.raises(ValueError, match="by other settings"):
+    with pytest.raises(ValueError, match="with other settings"):
         prepare.prepare(task, one, source=source, negatives=2)
 
 
@@ -344,12 +344,12 @@ def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
     ("arguments", "message"),
     [
         (["imdb_sentiment"], "its licence is restricted (IMDb's"),
-        (["fever"], "as jsonl, with --source=PATH; docs/data.md says where"),
-        (["fret"], "with --source=PATH; `gecko fret run` makes them"),
+        (["fever"], "its jsonl files; add --source=PATH (docs/data.md says where"),
+        (["fret"], "add --source=PATH (`gecko fret run` writes them)"),
         (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
         (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
         (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
-        (["quickstart_docs"], "lies ready as JSONL"),
+        (["quickstart_docs"], "is JSONL already"),
         (["nothing"], "nothing: is no set of the table"),
     ],
 )
