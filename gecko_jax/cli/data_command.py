@@ -169,36 +169,34 @@ def show(options: argparse.Namespace) -> None:
         return
     config = flags.load(options.config, options.overrides, flags.TRAIN)
     import gecko_jax.config
-    from gecko_jax.data import summary
     from gecko_jax.training import initialization, loop
 
     gecko_jax.config.check(config)
     batches = loop.build_batches(
         config, text_format=initialization.text_format(None, config.data.text_format)
     )
-    found = summary.summarize(batches, options.count)
     batch = batches.batch(0)
+    decode = batches.vocabulary.decode
     parsing.say(
-        f"{wording.counted(found['num_examples'], 'example')}, "
-        f"{config.data.batch_size:,} a step; mixture {found['mixture_hash']}"
+        f"{wording.counted(batches.num_examples, 'example')}, "
+        f"{config.data.batch_size:,} a step; mixture {batches.mixture_hash}"
     )
-    for task in found["tasks"]:
+    for index, task in enumerate(batches.tasks):
         parsing.say(
-            f"\n{wording.printable(task['name'])}: "
-            f"{wording.counted(task['num_examples'], 'example')}, "
-            f"{task['rate']:.1%} of the mixture; licence "
-            f"{wording.printable(task['licence'])}"
+            f"\n{wording.printable(task.name)}: "
+            f"{wording.counted(batches.task_sizes[index], 'example')}, "
+            f"{batches.rates[index]:.1%} of the mixture; licence "
+            f"{wording.printable(task.licence)}"
         )
-        if task["touches"]:
-            parsing.say(f"  may hold texts of {', '.join(task['touches'])}")
-        for example in task["examples"]:
+        if task.touches:
+            parsing.say(f"  may hold texts of {', '.join(task.touches)}")
+        for example in batches.examples(index, options.count):
             parsing.say()
-            _print_text("query", example["query"], len(example["query_tokens"]))
-            _print_text(
-                "positive", example["positive"], len(example["positive_tokens"])
-            )
-            for negative in example["negatives"]:
-                _print_text("negative", negative)
+            for side in ("query", "positive"):
+                tokens = getattr(example, side)
+                _print_text(side, decode(tokens.tolist()), len(tokens))
+            for negative in example.negatives:
+                _print_text("negative", decode(negative.tolist()))
     parsing.say("\nThe first batch:")
     for side in ("query", "passage"):
         used = batch[f"{side}_segment_ids"] > 0

@@ -22,7 +22,6 @@ from gecko_jax.data import (
     mixtures,
     pipeline,
     selection,
-    summary,
     task_table,
 )
 from gecko_jax.text import text_formats, vocabularies
@@ -481,20 +480,8 @@ def test_a_line_may_have_a_task_description_of_its_own(open_batches, tmp_path):
         "task: search result | query: q two",
         "task: search result | query: q three",
     }
-    examples = summary.summarize(batches)["tasks"][0]["examples"]
-    assert examples[0]["query"] == "task: facts | query: q one"
-
-
-def test_summary_shows_a_mixture(open_batches):
-    shown = summary.summarize(open_batches(), examples=2)
-    assert shown["num_examples"] == 42
-    first = shown["tasks"][0]
-    assert first["task_description"] == "search result"
-    assert first["num_examples"] == 24
-    assert (
-        first["examples"][0]["query"] == "task: search result | query: docs question 0"
-    )
-    assert len(first["examples"]) == 2
+    first = batches.examples(0, 1)[0].query
+    assert batches.vocabulary.decode(first.tolist()) == "task: facts | query: q one"
 
 
 def test_unique_ids_end_the_texts_of_classification_triples(open_batches, tmp_path):

@@ -347,7 +347,7 @@ def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
         (["fever"], "its jsonl files; add --source=PATH (docs/data.md says where"),
         (["fret"], "add --source=PATH (`gecko fret run` writes them)"),
         (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
-        (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
+        (["fever", "--source=none.csv"], "none.csv: cannot tell its kind"),
         (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
         (["quickstart_docs"], "is JSONL already"),
         (["nothing"], "nothing: is no set of the table"),

@@ -240,7 +240,7 @@ def test_pairs_lose_html_and_control_characters():
             "at least two labels",
         ),
         (lambda: sources.read("x.parquet"), "no such file"),
-        (lambda: sources.read("x.csv"), "cannot tell what it is"),
+        (lambda: sources.read("x.csv"), "cannot tell its kind"),
     ],
 )
 def test_bad_input_is_named(run, message):

@@ -153,7 +153,7 @@ def test_vectors_come_from_npy_or_json_lines(pairs, tmp_path):
     for name, message in (
         ("short.npy", r"holds float32 \(8, 6\), not .* \[9, any\]\); it needs a row"),
         ("short.jsonl", f"no vector for 1 of 9 texts, such as `_id` '{texts[0].id}'"),
-        ("other.jsonl", "none of the texts"),
+        ("other.jsonl", "not an id of these"),
         ("words.jsonl", "list of numbers"),
         ("absent.npy", "no such file"),
     ):
