@@ -162,7 +162,6 @@ def register_task(
         name,
         source=_source_class()(task, text_format, vocabulary),
         preprocessors=[
-            functools.partial(formatting.format_texts, forms=forms),
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.preprocessors.append_eos,
             flatten,
@@ -243,9 +242,10 @@ def restore(dataset: Any) -> Any:
 @functools.cache
 def _source_class() -> Any:
     seqio = load_seqio()
+    import tensorflow as tf
 
     class JsonlSource(seqio.DataSource):
-        """The examples of a task, in the order of its files and their lines.
+        """The formatted examples of a task, in the order of its files and lines.
 
         Attributes:
             text_format: How the task's texts are written.
@@ -290,94 +290,62 @@ def _source_class() -> Any:
             shards = range(len(paths))
             if shard_info is not None:
                 shards = shards[shard_info.index :: shard_info.num_shards]
-            return _dataset(paths, self._task, shards)
+            dataset = tf.data.Dataset.from_generator(
+                functools.partial(
+                    _column_blocks, paths, self._task, self.text_format, shards
+                ),
+                output_signature={
+                    "query": tf.TensorSpec((None,), tf.string),
+                    "positive": tf.TensorSpec((None,), tf.string),
+                    "negatives": tf.RaggedTensorSpec((None, None), tf.string, 1),
+                    "query_id": tf.TensorSpec((None, 2), tf.uint32),
+                    "passage_id": tf.TensorSpec((None, 2), tf.uint32),
+                    "negative_ids": tf.RaggedTensorSpec((None, None, 2), tf.uint32, 1),
+                    "negative_group": tf.TensorSpec((None,), tf.int32),
+                    "place": tf.TensorSpec((None, 2), tf.int64),
+                },
+            )
+            return dataset.unbatch()
 
     return JsonlSource
 
 
-def _dataset(paths: Sequence[str], task: task_table.Task, shards: Sequence[int]) -> Any:
-    """Reads some of a split's files into a `tf.data.Dataset`."""
-    import tensorflow as tf
-
-    strings = tf.TensorSpec((None,), tf.string)
-    padded_strings = tf.TensorSpec((None, None), tf.string)
-    words = tf.TensorSpec((None, 2), tf.uint32)
-    numbers = tf.TensorSpec((None,), tf.int32)
-    columns = {
-        "query": strings,
-        "task_description": strings,
-        "positive": strings,
-        "title": strings,
-        "negatives": padded_strings,
-        "negative_titles": padded_strings,
-        "query_id": words,
-        "passage_id": words,
-        "negative_ids": tf.TensorSpec((None, None, 2), tf.uint32),
-        "negative_group": numbers,
-        "num_negatives": numbers,
-        "place": tf.TensorSpec((None, 2), tf.int64),
-    }
-
-    def drop_padding(record: dict[str, Any]) -> dict[str, Any]:
-        kept = dict(record)
-        count = kept.pop("num_negatives")
-        for name in ("negatives", "negative_titles", "negative_ids"):
-            kept[name] = kept[name][:count]
-        return kept
-
-    dataset = tf.data.Dataset.from_generator(
-        functools.partial(_column_blocks, paths, task, shards),
-        output_signature=columns,
-    )
-    return dataset.unbatch().map(drop_padding)
-
-
 def _column_blocks(
-    paths: Sequence[str], task: task_table.Task, shards: Sequence[int]
+    paths: Sequence[str],
+    task: task_table.Task,
+    text_format: text_formats.TextFormat,
+    shards: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """Yields the cleaned examples of some of a split's files, `_BLOCK` at a time.
+    """Yields the formatted examples of some of a split's files, `_BLOCK` at a time.
 
     The place of an example is the number of its file, and its number among the task's
     examples there.
     """
+    import tensorflow as tf
+
+    ragged: Any = tf.RaggedTensor  # Its type stubs lack its methods.
     pairs = (
-        ((shard, number), pair)
+        ((shard, number), classification.append_id(pair) if task.unique_ids else pair)
         for shard in shards
         for number, pair in enumerate(jsonl.read_pairs(paths[shard], task.source_task))
     )
     while placed := list(itertools.islice(pairs, _BLOCK)):
         places, block = zip(*placed, strict=True)
-        if task.unique_ids:
-            block = tuple(map(classification.append_id, block))
-        # At least one column: TensorFlow 2.21 crashes if it unbatches none.
-        widest = max(1, *(len(pair.negatives) for pair in block))
-
-        def column(name: str, block: Any = block) -> list[str]:
-            return [_clean(getattr(pair, name)) for pair in block]
-
-        def padded(name: str, block: Any = block, widest: int = widest) -> list[Any]:
-            rows = [list(map(_clean, getattr(pair, name))) for pair in block]
-            return [row + [""] * (widest - len(row)) for row in rows]
-
-        negative_ids = np.zeros((len(block), widest, 2), np.uint32)
-        for row, pair in enumerate(block):
-            if pair.negatives:
-                negative_ids[row, : len(pair.negatives)] = pair.negative_ids
+        texts = [formatting.write(text_format, task, pair) for pair in block]
+        queries, positives, negatives = zip(*texts, strict=True)
+        lengths = list(map(len, negatives))
+        negative_ids = [words for pair in block for words in pair.negative_ids]
         yield {
-            "query": column("query"),
-            "task_description": column("task_description"),
-            "positive": column("positive"),
-            "title": column("title"),
-            "negatives": padded("negatives"),
-            "negative_titles": padded("negative_titles"),
+            "query": list(queries),
+            "positive": list(positives),
+            "negatives": ragged.from_row_lengths(
+                tf.constant(list(itertools.chain(*negatives)), tf.string), lengths
+            ),
             "query_id": np.array([pair.query_id for pair in block], np.uint32),
             "passage_id": np.array([pair.passage_id for pair in block], np.uint32),
-            "negative_ids": negative_ids,
+            "negative_ids": ragged.from_row_lengths(
+                np.array(negative_ids, np.uint32).reshape(-1, 2), lengths
+            ),
             "negative_group": [pair.negative_group for pair in block],
-            "num_negatives": [len(pair.negatives) for pair in block],
             "place": np.array(places, np.int64),
         }
-
-
-def _clean(content: str) -> str:
-    return text_formats.clean(content) if content.strip() else ""

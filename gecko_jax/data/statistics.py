@@ -197,7 +197,7 @@ def _tokenize(
     for pair in progress.track(pairs, f"Tokenizing a sample of {task.name}"):
         if task.unique_ids:
             pair = classification.append_id(pair)
-        query, positive, negatives = formatting.write(text_format, task.name, pair)
+        query, positive, negatives = formatting.write(text_format, task, pair)
         tokens = [np.array(t) for t in vocabulary.encode([query, positive, *negatives])]
         examples.append(
             features.Example(
