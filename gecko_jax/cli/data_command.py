@@ -216,7 +216,7 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
     located = [mixtures.locate(task, prepared_dir) for task in tasks]
     sizes = []
     for task in located:
-        counts = [jsonl.summarize(path).examples for path in task.files]
+        counts = [jsonl.count_examples(path) for path in task.files]
         size = sum(count.get(task.source_task, 0) for count in counts)
         sizes.append(size or task.published_size)
     known = [size for size in sizes if size]

@@ -1,25 +1,15 @@
 """Data: seqio tasks in, global batches of numpy arrays out.
 
-    jsonl           JSON lines -> checked records
-    preprocessors   records of a source -> pairs and triples
-    classification  texts with labels -> triples
-    sources         TFDS, Parquet, TFRecord, BEIR ... -> records
-    prepare         a set of the table -> triples on disk
-    mining          hard negatives
+    jsonl           JSON lines -> checked examples
     task_table      the one table of tasks; `mixtures` sets their rates
-    formatting      texts as the encoder reads them
-    registration    the tasks as seqio tasks; `t5x_features` feeds them to t5x
     selection       a config's data settings -> tasks, their sources and cache keys
-    cache           task -> tokenized records, random access
-    seqio_cache     the same as an Apache Beam job
-    features        examples -> the arrays of a step, packed or not
-    pipeline        tokenized records -> `Batches`, random access by step
-    negatives       which examples of a batch have a negative
-    statistics      token lengths, padding and duplicates of a mixture
-    decontamination  lines that hold texts of evaluation sets
-    teacher_vectors  a teacher's embeddings of the training texts
-    pieces          training a SentencePiece vocabulary
-    fret_builder    an export of FRet -> a TFDS data set
+    registration    tasks -> seqio tasks, in the texts of `formatting`
+    cache           seqio task -> tokenized examples, random access
+    features        tokenized examples -> the arrays of a step, packed or not
+    pipeline        all of it: `Batches`, random access by step
+
+`prepare` turns a source of the table (`sources`) into JSON lines with `preprocessors`,
+`classification` and `mining`.
 
 Only this folder imports TensorFlow, and only in functions that define or run a seqio
 task or read TensorFlow's files. Training from finished caches does not need it.

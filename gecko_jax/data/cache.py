@@ -52,8 +52,10 @@ _EXAMPLES = field_rules.map_of(field_rules.COUNT)
 _VERSION = 1
 
 
-def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
-    """Returns the summary of a source file, which is read and checked only once.
+def summarize_source(path: str, cache_dir: pathlib.Path) -> tuple[str, dict[str, int]]:
+    """Returns a source file's checksum, and the number of examples of each task.
+
+    A file is read and checked once; later calls only compare its checksum.
 
     Raises:
         ValueError: The file is missing, empty or has an invalid line.
@@ -68,10 +70,10 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
         examples = checksums.read_object(note, {}, remedy=remedy)
         if not _EXAMPLES.holds(examples):
             raise ValueError(f"{note}: not {_EXAMPLES.name} for each task; {remedy}")
-        return jsonl.FileSummary(digest, examples)
-    summary = jsonl.summarize(path)
-    checksums.write_object(note, summary.examples)
-    return summary
+    else:
+        examples = jsonl.count_examples(path)
+        checksums.write_object(note, examples)
+    return digest, examples
 
 
 def key(

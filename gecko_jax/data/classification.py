@@ -38,7 +38,7 @@ def triples(
         label: Name of the label field.
         num_labels: Labels are whole numbers below it, and -1 for "no label"; None for
             labels of any type.
-        seed: Seed of the draws, together with the number of the text.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: A label is out of range, or there are fewer than two labels.

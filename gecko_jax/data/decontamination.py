@@ -64,12 +64,7 @@ def find(
     known: overlap.Contamination,
     num_examples: int = 2,
 ) -> list[Report]:
-    """Reads all lines of tasks and reports the hits of each task.
-
-    Args:
-        tasks: Tasks with their files.
-        known: The texts of the evaluation sets.
-        num_examples: Maximum number of hits in `Report.examples`.
+    """Reads all lines of tasks, and reports the hits of each task in `known` sets.
 
     Raises:
         ValueError: A line is invalid.

@@ -71,19 +71,6 @@ class Pair:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class FileSummary:
-    """Content of a file.
-
-    Attributes:
-        sha256: Checksum of the bytes.
-        examples: Number of examples of each task, in order of first appearance.
-    """
-
-    sha256: str
-    examples: dict[str, int]
-
-
 def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pair]:
     """Yields the examples of a file, of one task or of all.
 
@@ -101,8 +88,8 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], P
         yield place, record, parse(place, record)
 
 
-def summarize(path: str | os.PathLike) -> FileSummary:
-    """Reads and checks every line of a file.
+def count_examples(path: str | os.PathLike) -> dict[str, int]:
+    """Checks every line of a file, and returns the number of examples of each task.
 
     Raises:
         ValueError: The file or a line of it is invalid, or the file has no lines.
@@ -112,7 +99,7 @@ def summarize(path: str | os.PathLike) -> FileSummary:
         raise ValueError(
             f"{path}: the file is empty; give it lines with task, query and positive"
         )
-    return FileSummary(reading.sha256(path), dict(examples))
+    return dict(examples)
 
 
 def parse(place: str, record: dict[str, Any]) -> Pair:

@@ -187,13 +187,10 @@ class Corpus:
         build: Build = ranking.Bm25Retriever,
         answers: Answers | None = None,
     ):
-        """Indexes the positives and negatives of pairs, each text once.
+        """Indexes the positives and negatives of one task's pairs, each text once.
 
-        Args:
-            pairs: All pairs of one task.
-            build: Builds the retriever.
-            answers: Answers of these pairs and of other tasks; None to collect those of
-                these pairs.
+        `answers` are those of these pairs and of other tasks; None collects those of
+        these pairs.
         """
         self._answers = Answers() if answers is None else answers
         # By content id of the text alone: the same text under another title would be a
@@ -217,12 +214,9 @@ class Corpus:
     def mine(
         self, pairs: Iterable[jsonl.Pair], num_negatives: int, *, skip_top: int = 0
     ) -> Iterator[list[Mined]]:
-        """Yields the missing negatives of each pair.
+        """Yields the missing negatives of pairs that the corpus was built from.
 
-        Args:
-            pairs: Pairs that the corpus was built from.
-            num_negatives: Negatives of each pair.
-            skip_top: Number of best-ranked candidates to skip.
+        See `mine_negatives` for the arguments.
         """
         pairs = iter(pairs)
         while block := list(itertools.islice(pairs, _BLOCK)):

@@ -63,16 +63,13 @@ class Batches:
     communication.
 
     Attributes:
-        tasks: The tasks of the selection.
-        task_names: Names, indexed by `task_index`.
-        task_sizes: Number of examples of each task.
+        tasks, task_names: The tasks, indexed by `task_index`.
+        task_sizes, num_examples: Number of examples of each task, and of all.
         readers: The cache of each task.
         vocabulary: The vocabulary.
         text_format: The format with the descriptions of the tasks, for the checkpoint.
-        shape: Sizes of a batch.
-        num_segments: Maximum number of texts in a row.
+        shape, num_segments: Sizes of a batch, and the maximum number of texts in a row.
         rates: Share of each task, summing to 1.
-        num_examples: Number of examples of all tasks.
         facts: Everything that determines the examples of a step, except the seed:
             sources, format, vocabulary, rates, batch size.
         mixture_hash: Hash of `facts`.
@@ -92,12 +89,11 @@ class Batches:
 
         Args:
             chosen: Tasks, text format and vocabulary.
-            shape: Lengths, negatives and packing. A step samples the G negatives of
-                each example anew.
+            shape: Sizes of a batch. Each step samples an example's negatives anew.
             batch_size: Global number of examples per step (B).
             one_task_per_batch: Draw all examples of a step from one task.
             seed: Seed of the shuffles and of the sampling of negatives.
-            teacher: Folder of a teacher's vectors, of `shape.teacher_dim`; "" for none.
+            teacher: Folder of a teacher's vectors; "" for none.
 
         Raises:
             ValueError: A size is impossible, or the sources or vectors are invalid.

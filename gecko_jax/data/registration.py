@@ -178,22 +178,18 @@ def _output_features(pieces: Any) -> dict[str, Any]:
     seqio = load_seqio()
     import tensorflow as tf
 
-    def text_feature(rank: int) -> Any:
-        return seqio.Feature(pieces, add_eos=True, rank=rank)
-
-    def number_feature(rank: int, dtype: Any) -> Any:
-        # Numbers pass through this vocabulary unchanged, whatever its size.
-        passed = seqio.PassThroughVocabulary(size=0)
-        return seqio.Feature(passed, add_eos=False, rank=rank, dtype=dtype)
-
+    text = functools.partial(seqio.Feature, pieces, add_eos=True)
+    # Numbers pass through this vocabulary unchanged, whatever its size.
+    numbers = seqio.PassThroughVocabulary(size=0)
+    number = functools.partial(seqio.Feature, numbers, add_eos=False)
     return {
-        "query": text_feature(1),
-        "positive": text_feature(1),
-        "negatives": text_feature(2),
-        "query_id": number_feature(1, tf.uint32),
-        "passage_id": number_feature(1, tf.uint32),
-        "negative_ids": number_feature(2, tf.uint32),
-        "negative_group": number_feature(0, tf.int32),
+        "query": text(rank=1),
+        "positive": text(rank=1),
+        "negatives": text(rank=2),
+        "query_id": number(rank=1, dtype=tf.uint32),
+        "passage_id": number(rank=1, dtype=tf.uint32),
+        "negative_ids": number(rank=2, dtype=tf.uint32),
+        "negative_group": number(rank=0, dtype=tf.int32),
     }
 
 

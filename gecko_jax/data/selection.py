@@ -53,11 +53,10 @@ def select(
         mixture: Name of a mixture or a task of the table; ignored with `files`.
         files: A user's own JSONL files; each of their tasks is drawn by its size.
         vocabulary: From `vocabularies.load`, because seqio reads the file again.
-        text_format: How texts are written; its descriptions override the tasks'.
+        text_format: Its descriptions override the tasks'.
         cache_dir: Folder of the caches; runs may share it.
         prepared_dir: Folder of `gecko data prepare`.
-        unique_ids: Append a unique id to the texts of classification triples instead
-            of masking by it, see `classification.append_id`.
+        unique_ids: See `classification.append_id`.
 
     Raises:
         ValueError: The mixture is unknown, a file or line is invalid, or a task has no
@@ -72,12 +71,12 @@ def select(
     sized, sources, keys = [], [], []
     for task in tasks:
         summaries = [cache.summarize_source(path, folder) for path in task.files]
-        size = sum(summary.examples.get(task.source_task, 0) for summary in summaries)
+        size = sum(counts.get(task.source_task, 0) for _, counts in summaries)
         if not size:
             raise task_table.no_lines(task)
         task = dataclasses.replace(task, unique_ids=unique_ids, num_examples=size)
         sized.append(task)
-        sources.append(tuple(summary.sha256 for summary in summaries))
+        sources.append(tuple(digest for digest, _ in summaries))
         keys.append(cache.key(task, sources[-1], text_format, vocabulary))
     return Selection(
         tuple(sized),
@@ -100,6 +99,6 @@ def tasks_of_files(
     Raises:
         ValueError: A file is missing, empty or has an invalid line.
     """
-    examples = [cache.summarize_source(str(path), cache_dir).examples for path in files]
-    tasks = task_table.from_files(files, examples, text_format)
+    counts = [cache.summarize_source(str(path), cache_dir)[1] for path in files]
+    tasks = task_table.from_files(files, counts, text_format)
     return tasks, mixtures.Mixture(tuple(task.name for task in tasks))

@@ -115,13 +115,8 @@ def write(
 ) -> tuple[pathlib.Path, dict[str, int]]:
     """Tokenizes a task with Apache Beam, unless its finished cache exists.
 
-    Args:
-        task: A task of a selection.
-        key: Key of its cache.
-        text_format: The selection's format.
-        vocabulary: The vocabulary; every worker reads its file.
-        cache_dir: Folder of the caches.
-        pipeline_options: Options of Apache Beam, such as "--runner=DirectRunner".
+    Every worker reads the file of the vocabulary. The options are Apache Beam's, such
+    as "--runner=DirectRunner".
 
     Returns:
         The folder, and seqio's statistics: examples, tokens and longest text of each

@@ -123,17 +123,9 @@ def collect(
     one_task_per_batch: bool,
     sample: int = SAMPLE,
 ) -> Statistics:
-    """Reads all lines of the tasks, and tokenizes a sample of them.
+    """Reads all lines of the tasks, and tokenizes at most `sample` of each.
 
-    Args:
-        tasks: Tasks with their files.
-        drawn: The mixture, which gives the rates.
-        vocabulary: The vocabulary.
-        text_format: How texts are written; completed with the tasks' descriptions.
-        shape: Lengths, negatives and packing of a batch.
-        batch_size: Examples of a batch.
-        one_task_per_batch: Draw all examples of a batch from one task.
-        sample: Maximum number of examples of a task to tokenize.
+    The tasks' descriptions complete `text_format`, and `drawn` gives their rates.
 
     Raises:
         ValueError: A line is invalid, or a task has none.

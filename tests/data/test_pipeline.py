@@ -304,12 +304,11 @@ def test_a_changed_mixture_is_named(open_batches, pairs, tmp_path):
 
 def test_changed_sources_and_formats_make_other_caches(open_batches, pairs, tmp_path):
     def keys(path, text_format):
-        summary = cache.summarize_source(str(path), tmp_path)
-        rows = task_table.from_files([path], [summary.examples], text_format)
+        digest, counts = cache.summarize_source(str(path), tmp_path)
+        rows = task_table.from_files([path], [counts], text_format)
         text_format = task_table.complete_text_format(text_format, rows)
         pieces = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
-        sources = [summary.sha256]
-        return [cache.key(row, sources, text_format, pieces) for row in rows]
+        return [cache.key(row, [digest], text_format, pieces) for row in rows]
 
     plain = keys(pairs, text_formats.TextFormat())
     assert plain == keys(pairs, text_formats.TextFormat())
@@ -519,24 +518,19 @@ def test_unique_ids_end_the_texts_of_classification_triples(open_batches, tmp_pa
 
 def test_without_unique_ids_caches_keep_their_keys(pairs, folder):
     pieces = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
-    source = cache.summarize_source(str(pairs), folder)
+    digest, _ = cache.summarize_source(str(pairs), folder)
     task = task_table.Task("docs", "search result", (str(pairs),))
     facts = {
         "version": 1,
         "max_tokens": cache.MAX_TOKENS,
         "source_task": "docs",
-        "sources": [source.sha256],
+        "sources": [digest],
         "templates": dataclasses.asdict(
             formatting.templates(text_formats.TextFormat(), "docs")
         ),
         "vocabulary": pieces.fingerprint,
     }
     expected = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    assert (
-        cache.key(task, [source.sha256], text_formats.TextFormat(), pieces) == expected
-    )
+    assert cache.key(task, [digest], text_formats.TextFormat(), pieces) == expected
     with_ids = dataclasses.replace(task, unique_ids=True)
-    assert (
-        cache.key(with_ids, [source.sha256], text_formats.TextFormat(), pieces)
-        != expected
-    )
+    assert cache.key(with_ids, [digest], text_formats.TextFormat(), pieces) != expected

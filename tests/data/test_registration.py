@@ -124,8 +124,10 @@ def test_a_mixture_keeps_the_ids_of_its_examples():
     assert mixed.element_spec.keys() == alone.element_spec.keys() - {"place"}
     for name in ("query_id", "passage_id", "negative_ids", "negative_group"):
         assert mixed.element_spec[name] == alone.element_spec[name]
-    known = {tuple(row["query_id"]) for row in alone.as_numpy_iterator()}
-    found = {tuple(row["query_id"]) for row in mixed.take(40).as_numpy_iterator()}
+    known, found = (
+        {tuple(row["query_id"]) for row in rows.take(40).as_numpy_iterator()}
+        for rows in (alone, mixed)
+    )
     assert found & known
 
 
