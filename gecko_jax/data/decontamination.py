@@ -81,12 +81,12 @@ def find(
         ):
             for match in known.find(content):
                 hits.setdefault(match.set, []).append(Hit(place, part, match))
-        for name, found in hits.items():
+        for name, set_hits in hits.items():
             shared = report.shared.setdefault(name, Shared())
             shared.lines += 1
-            shared.same += any(hit.match.is_same for hit in found)
-            shared.sides.update({hit.match.side for hit in found})
-            report.examples += found
+            shared.same += any(hit.match.is_same for hit in set_hits)
+            shared.sides.update({hit.match.side for hit in set_hits})
+            report.examples += set_hits
             report.examples.sort(key=lambda hit: hit.match.side != "query")
             del report.examples[num_examples:]
     return list(reports.values())

@@ -107,8 +107,8 @@ def mine_negatives(
         for numbers in by_task.values():
             members = [pairs[number] for number in numbers]
             corpus = Corpus(members, build, answers)
-            found = corpus.mine(members, num_negatives, skip_top=skip_top)
-            for number, negatives in zip(numbers, found, strict=True):
+            negatives_of_task = corpus.mine(members, num_negatives, skip_top=skip_top)
+            for number, negatives in zip(numbers, negatives_of_task, strict=True):
                 mined[number] = negatives
                 yield number
 
@@ -131,8 +131,8 @@ def count_short(
 ) -> int:
     """Returns how many pairs have fewer negatives than requested, with those mined."""
     return sum(
-        len(pair.negatives) + len(found) < num_negatives
-        for pair, found in zip(pairs, mined, strict=True)
+        len(pair.negatives) + len(added) < num_negatives
+        for pair, added in zip(pairs, mined, strict=True)
     )
 
 

@@ -284,9 +284,9 @@ def _mine(
                     for place in range(num_parts)
                     for pair in jsonl.read_pairs(work / _PAIRS.format(place))
                 )
-                found = corpus.mine(pairs, num_negatives)
+                negatives = corpus.mine(pairs, num_negatives)
                 title = f"Mining for part {number}"
-                mined = list(progress.track(found, title, len(pairs)))
+                mined = list(progress.track(negatives, title, len(pairs)))
             records = [record for _, record, _ in read]
             mining.write_lines(path, map(mining.extend, records, pairs, mined))
         examples += len(pairs)

@@ -195,7 +195,7 @@ def load_beam() -> tuple[Any, Any]:
         import apache_beam
     except ModuleNotFoundError:
         raise ImportError(
-            "a cache job needs Apache Beam, in an environment of its own: "
+            "a cache job needs Apache Beam, in a separate environment: "
             'pip install "gecko-jax[beam]"'
         ) from None
     load_seqio()

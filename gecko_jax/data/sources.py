@@ -1,7 +1,7 @@
-"""Sources: records of TFDS, Parquet, JSON lines, TFRecord, ArrayRecord, BEIR folders.
+"""Sources: records of TFDS, Parquet, JSON lines and BEIR folders.
 
     tfds:snli:train          a TFDS builder (name/config) and its split
-    jsonl:a.jsonl.gz         or parquet:, tfrecord:, arrayrecord:, beir:
+    jsonl:a.jsonl.gz         or parquet:, beir:
     data/*.parquet           the ending of a file gives its kind
 
 A path may be local or on Google Cloud Storage (gs://), and may hold `*`. Files are read
@@ -13,21 +13,15 @@ import contextlib
 import errno
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from gecko_jax.data import load_seqio
 from gecko_jax.io import inputs, qrels, reading
 from gecko_jax.text import text_files
 
-_ENDINGS = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".parquet": "parquet",
-    ".tfrecord": "tfrecord",
-    ".array_record": "arrayrecord",
-}
-KINDS = ("tfds", "beir", *sorted(set(_ENDINGS.values())))
+_ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
+KINDS = ("tfds", "beir", "jsonl", "parquet")
 
 
 def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str, Any]]:
@@ -50,7 +44,9 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
         else:
             ids = inputs.UniqueIds()
             for path in _paths(rest):
-                for place, record in _READERS[kind](path):
+                is_jsonl = kind == "jsonl"
+                records = reading.read_records(path) if is_jsonl else _parquet(path)
+                for place, record in records:
                     identity = inputs.id_field(place, record, "_id", "id", default="")
                     if identity:
                         ids.add(place, identity)
@@ -155,7 +151,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read_parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -173,64 +169,6 @@ def _read_parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = (row for block in table.iter_batches() for row in block.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield f"{path}:{number}", _plain(row)
-
-
-def _read_tfrecord(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    load_seqio()
-    import tensorflow as tf
-
-    number = 0
-    try:
-        records = tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator()
-        for number, record in enumerate(records, start=1):
-            place = f"{path}:{number}"
-            yield place, _parse_example(place, record)
-    except tf.errors.DataLossError:
-        raise ValueError(
-            f"{path}: not a whole TFRecord file (damaged after record {number:,}); "
-            "copy it again"
-        ) from None
-
-
-def _read_arrayrecord(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    from array_record.python import (
-        array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
-    )
-
-    reader = array_record_module.ArrayRecordReader(os.fspath(path))
-    number = 0
-    try:
-        if not reader.ok():  # A truncated file would seem to have no records.
-            raise RuntimeError("no footer")
-        for number in range(reader.num_records()):
-            (record,) = reader.read([number])
-            place = f"{path}:{number + 1}"
-            yield place, _parse_example(place, record)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: not a whole ArrayRecord file ({error}, at record {number + 1:,});"
-            " copy it again"
-        ) from None
-
-
-def _parse_example(place: str, record: bytes) -> dict[str, Any]:
-    """Reads a tf.Example; a feature with one value is a scalar."""
-    load_seqio()
-    import tensorflow as tf
-    from google.protobuf import message
-
-    try:
-        features = tf.train.Example.FromString(record).features.feature
-    except message.DecodeError as error:
-        raise ValueError(
-            f"{place}: not a tf.Example ({error}); write its records as tf.Example"
-        ) from None
-    parsed = {}
-    for name, feature in features.items():
-        kind = feature.WhichOneof("kind")
-        values = _plain(list(getattr(feature, kind).value)) if kind else []
-        parsed[name] = values[0] if len(values) == 1 else values
-    return parsed
 
 
 def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
@@ -301,12 +239,3 @@ def _beir_files(folder: str) -> tuple[Any, Any, Any]:
         find("queries.jsonl"),
         find("qrels/train.tsv", "qrels/train.jsonl"),
     )
-
-
-# Each yields (place, record); a place is `file:number`, in JSON lines of the line.
-_READERS: dict[str, Callable[[Any], Iterator[tuple[str, dict[str, Any]]]]] = {
-    "jsonl": reading.read_records,
-    "parquet": _read_parquet,
-    "tfrecord": _read_tfrecord,
-    "arrayrecord": _read_arrayrecord,
-}

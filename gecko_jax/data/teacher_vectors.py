@@ -1,7 +1,6 @@
 """A teacher's vectors of the training texts, for embedding matching.
 
-The vectors are a folder beside the data. Any encoder can fill it, and every run maps it
-into memory:
+The vectors are in a folder, which any encoder can fill and every run maps into memory:
 
     teacher.json   name of the teacher, number and width of the vectors
     keys.npy       uint64 [N], sorted: hashes of side, task and content of a text
@@ -102,11 +101,6 @@ def read_vectors(
     Raises:
         ValueError: The file does not fit the texts.
     """
-    if str(path).endswith(".npz"):
-        raise ValueError(
-            f"{path}: an .npz, which is an archive of arrays; write its array of "
-            "vectors with numpy.save, and give that .npy"
-        )
     reading.check_is_file(path)
     if str(path).endswith(".npy"):
         try:
@@ -343,8 +337,8 @@ class Teacher:
         if num_negatives:
             rows = np.repeat(np.arange(size), [len(keys) for keys in negatives])
             columns = np.concatenate([np.arange(len(keys)) for keys in negatives])
-            found = self.look_up(np.concatenate(negatives))
-            negative_vectors[rows, columns] = found
+            vectors = self.look_up(np.concatenate(negatives))
+            negative_vectors[rows, columns] = vectors
         return {
             "query_teacher": self.look_up(np.concatenate(queries)),
             "passage_teacher": self.look_up(np.concatenate(passages)),
