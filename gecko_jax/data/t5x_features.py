@@ -58,7 +58,7 @@ def _converter_class() -> Any:
         def __init__(self, num_negatives: int, pack: bool = False, **options: Any):
             if pack:
                 raise ValueError(
-                    "pack=True: t5x cannot train on packed rows; set it to False, or "
+                    "pack=True: t5x reads one text per row; set it to False, or "
                     "train with `gecko train`, which packs"
                 )
             self._num_negatives = num_negatives
