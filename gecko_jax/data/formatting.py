@@ -10,6 +10,7 @@ write ->
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from gecko_jax.data import jsonl, task_table
 from gecko_jax.text import text_formats
@@ -18,6 +19,30 @@ from gecko_jax.text import text_formats
 _TEXT_MARK = "\ue000"
 _TITLE_MARK = "\ue001"
 _TASK_MARK = "\ue002"
+
+
+def complete_text_format(
+    text_format: text_formats.TextFormat, tasks: Sequence[task_table.Task]
+) -> text_formats.TextFormat:
+    """Adds the descriptions of tasks to a format, which keeps those it has.
+
+    Each task is listed by its name and by its `source_task`, because held-out queries
+    in the layout of the files use the latter. A format with prompts cannot write
+    descriptions and gets none.
+    """
+    descriptions: dict[str, str] = {}
+    for task in tasks:
+        descriptions.setdefault(task.source_task, task.task_description)
+    descriptions |= {task.name: task.task_description for task in tasks}
+    symmetric = dict.fromkeys(text_format.symmetric_tasks)
+    symmetric |= dict.fromkeys(task.name for task in tasks if task.symmetric)
+    if text_format.prompts:
+        descriptions = {}
+    return dataclasses.replace(
+        text_format,
+        task_descriptions=descriptions | dict(text_format.task_descriptions),
+        symmetric_tasks=tuple(symmetric),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

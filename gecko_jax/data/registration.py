@@ -52,7 +52,7 @@ def register(
     """
     seqio = load_seqio()
     tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-    text_format = task_table.complete_text_format(
+    text_format = formatting.complete_text_format(
         text_format or text_formats.TextFormat(), tasks
     )
     vocabulary = vocabularies.load(vocabulary_path, extra_ids)

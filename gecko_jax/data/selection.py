@@ -9,7 +9,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from gecko_jax.data import cache, mixtures, task_table
+from gecko_jax.data import cache, formatting, mixtures, task_table
 from gecko_jax.text import text_formats, vocabularies
 
 
@@ -67,7 +67,7 @@ def select(
         tasks, drawn = tasks_of_files(files, text_format, folder)
     else:
         tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-    text_format = task_table.complete_text_format(text_format, tasks)
+    text_format = formatting.complete_text_format(text_format, tasks)
     sized, sources, keys = [], [], []
     for task in tasks:
         summaries = [cache.summarize_source(path, folder) for path in task.files]

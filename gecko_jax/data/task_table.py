@@ -355,30 +355,6 @@ def from_files(
     )
 
 
-def complete_text_format(
-    text_format: text_formats.TextFormat, tasks: Sequence[Task]
-) -> text_formats.TextFormat:
-    """Adds the descriptions of tasks to a format, which keeps those it has.
-
-    Each task is listed by its name and by its `source_task`, because held-out queries
-    in the layout of the files use the latter. A format with prompts cannot write
-    descriptions and gets none.
-    """
-    descriptions: dict[str, str] = {}
-    for task in tasks:
-        descriptions.setdefault(task.source_task, task.task_description)
-    descriptions |= {task.name: task.task_description for task in tasks}
-    symmetric = dict.fromkeys(text_format.symmetric_tasks)
-    symmetric |= dict.fromkeys(task.name for task in tasks if task.symmetric)
-    if text_format.prompts:
-        descriptions = {}
-    return dataclasses.replace(
-        text_format,
-        task_descriptions=descriptions | dict(text_format.task_descriptions),
-        symmetric_tasks=tuple(symmetric),
-    )
-
-
 def no_lines(task: Task) -> ValueError:
     """Returns the error of a task without a line in its files."""
     return ValueError(

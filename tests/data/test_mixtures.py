@@ -3,12 +3,12 @@
 import pytest
 import samples
 
-from gecko_jax.data import mixtures, task_table
+from gecko_jax.data import formatting, mixtures, task_table
 from gecko_jax.text import text_formats
 
 
 def test_descriptions_given_beforehand_stay():
-    found = task_table.complete_text_format(
+    found = formatting.complete_text_format(
         text_formats.TextFormat(task_descriptions={"snli": "given"}), task_table.TASKS
     )
     assert found.describe("snli") == "given"

@@ -306,7 +306,7 @@ def test_changed_sources_and_formats_make_other_caches(open_batches, pairs, tmp_
     def keys(path, text_format):
         digest, counts = cache.summarize_source(str(path), tmp_path)
         rows = task_table.from_files([path], [counts], text_format)
-        text_format = task_table.complete_text_format(text_format, rows)
+        text_format = formatting.complete_text_format(text_format, rows)
         pieces = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
         return [cache.key(row, [digest], text_format, pieces) for row in rows]
 

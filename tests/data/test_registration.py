@@ -56,7 +56,7 @@ def test_prompts_of_an_imported_model_are_written_literally(task, prompt):
     prompts = {"query": "query: ", "document": "{title} ", "sts": "as {text}: "}
     text_format = text_formats.TextFormat("{text}", "{text}", "", prompts=prompts)
     (row,) = task_table.from_files(["x.jsonl"], [{task: 1}], text_format)
-    completed = task_table.complete_text_format(text_format, [row])
+    completed = formatting.complete_text_format(text_format, [row])
     assert completed == text_format
     pair = parse(
         query="what do geckos eat",
