@@ -162,14 +162,15 @@ def _text(
 ) -> str:
     """Returns the first of the named fields with a value, checked."""
     value = inputs.string_field(place, record, *names, default=default)
-    name = next((name for name in names if record.get(name) is not None), names[0])
+    if value.isascii() and len(value) <= text_formats.MAX_CHARACTERS:
+        return value
+    name = next(name for name in names if record.get(name) is not None)
     if len(value) > text_formats.MAX_CHARACTERS:
         raise ValueError(
             f"{place}: field {name!r} has {len(value):,} characters; at most "
             f"{text_formats.MAX_CHARACTERS:,} are allowed, split it into passages"
         )
-    if not value.isascii():
-        inputs.check_characters(place, {name: value})
+    inputs.check_characters(place, {name: value})
     return value
 
 
