@@ -102,7 +102,7 @@ def contrastive_loss(
     Args:
         queries: Query embeddings, normalized here.
         positives: Embeddings of the relevant passages.
-        negatives: Embeddings of the hard negatives; None for none.
+        negatives: Embeddings of the hard negatives, or None.
         ids: Integer ids by which self, duplicates and padding are masked.
         temperature: Divides the similarities; larger is softer. Must be > 0.
         same_tower: Adds the other queries to the denominator (eq. 3).
@@ -148,11 +148,10 @@ def contrastive_loss(
     duplicates = [(ids.query_id, ids.query_id), (ids.passage_id, ids.passage_id)]
     to_positives = compare(queries, positives, duplicates, with_self=True)
     in_batch = [to_positives]
-    # ... other queries (same tower); in a symmetric task another query may be the very
-    # text of the row's positive ...
+    # ... other queries, of which one may be the very text of the row's positive ...
     if same_tower:
-        also = (ids.passage_id, ids.query_id)
-        in_batch.append(compare(queries, queries, [*duplicates, also]))
+        crossed = [*duplicates, (ids.passage_id, ids.query_id)]
+        in_batch.append(compare(queries, queries, crossed))
     if same_tower_passages:
         in_batch.append(compare(positives, positives, duplicates))
     logits = [sums.log_sum_exp[:, None] for sums in in_batch]
@@ -186,8 +185,8 @@ def contrastive_loss(
         loss += backward.log_sum_exp - own / temperature
     spread = None
     if spread_weight:
-        sides = [compare(side, side, duplicates) for side in (queries, positives)]
-        spread = sum(sums.squares / jnp.maximum(sums.number, 1.0) for sums in sides)
+        spread = _mean_square(compare(queries, queries, duplicates))
+        spread += _mean_square(compare(positives, positives, duplicates))
         loss += spread_weight * spread
 
     terms = LossTerms(
@@ -359,6 +358,10 @@ def cut(
 ) -> tuple[Array, Array, Array | None]:
     """Returns the first `dim` dims of every embedding."""
     return jax.tree.map(lambda embedding: embedding[..., :dim], embeddings)
+
+
+def _mean_square(sums: blockwise.Sums) -> Float[Array, " B"]:
+    return sums.squares / jnp.maximum(sums.number, 1.0)
 
 
 def _stack(ids: Sequence[Array], num: int) -> UInt32[Array, "C E 2"]:
