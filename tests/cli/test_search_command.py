@@ -1,4 +1,4 @@
-"""`gecko search`: queries given, on standard input, and at its prompt."""
+"""`gecko search` with queries as arguments, on standard input and at its prompt."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def test_search_reads_queries_from_standard_input(
         (["x", "--model=nowhere"], "nowhere: no such folder, and not the name"),
     ],
 )
-def test_a_search_that_cannot_be_is_one_line(
+def test_a_search_error_is_one_line(
     gecko, tiny_folder, index_folder, arguments, message
 ):
     start = ["search", f"--model={tiny_folder}", f"--index={index_folder}"]
@@ -89,7 +89,7 @@ def test_a_search_that_cannot_be_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_search_without_queries_or_standard_input_is_told(gecko, monkeypatch):
+def test_a_search_without_queries_or_standard_input_is_an_error(gecko, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)  # As Python has it after `<&-`.
     status, _, err = gecko("search", "--model=m", "--index=i")
     assert status == 1
@@ -104,7 +104,7 @@ def test_a_search_without_standard_output_is_silent(
     assert gecko(*arguments)[0] == 0
 
 
-# `gecko search` at a terminal of its own, with a model that finds what was asked.
+# `gecko search` at a pseudo-terminal, with a fake model and index.
 _AT_A_TERMINAL = r"""
 import fcntl, sys, termios, types
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -131,15 +131,15 @@ __main__.run()
 """
 
 
-def _read_until(terminal, wanted):
-    found, end = b"", time.monotonic() + 20
-    while wanted not in found and time.monotonic() < end:
+def _read_until(terminal, expected):
+    output, end = b"", time.monotonic() + 20
+    while expected not in output and time.monotonic() < end:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
-                found += os.read(terminal, 1 << 16)
-            except OSError:  # The other side has gone.
+                output += os.read(terminal, 1 << 16)
+            except OSError:  # The process has exited.
                 break
-    return found.decode(errors="replace")
+    return output.decode(errors="replace")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def _read_until(terminal, wanted):
     ],
     ids=["end", "empty", "blank", "interrupt"],
 )
-def test_the_prompt_answers_until_it_is_left(keys, status, last):
+def test_the_prompt_answers_until_it_is_closed(keys, status, last):
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", _AT_A_TERMINAL],
@@ -164,7 +164,7 @@ def test_the_prompt_answers_until_it_is_left(keys, status, last):
     )
     os.close(inside)
     try:
-        assert "One query a line" in _read_until(terminal, b"query> ")
+        assert "one query per line" in _read_until(terminal, b"query> ")
         for line, answer in (
             (b"lizard", "  1  0.500  6  found"),
             (b"\xff", "gecko search: no character"),
@@ -172,7 +172,7 @@ def test_the_prompt_answers_until_it_is_left(keys, status, last):
         ):
             os.write(terminal, line + b"\r")
             assert answer in _read_until(terminal, b"\nquery> ")
-        # One by one: CPython misses a signal that comes while a key is taken.
+        # One at a time: CPython misses a signal that arrives while it reads a key.
         for key in keys:
             os.write(terminal, bytes([key]))
             time.sleep(0.2)

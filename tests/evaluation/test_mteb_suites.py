@@ -445,9 +445,12 @@ def test_an_absent_hub_is_found_once(tiny_gecko, tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=m"], "name folders to judge on, or a --config"),
-        (["f", "--config=c.py", "--model=m"], "folders does not go with --config"),
-        (["--config=c.py", "--dims=8", "--model=m"], "--dims does not go with"),
+        (["--model=m"], "give at least one FOLDER, or a --config"),
+        (
+            ["f", "--config=c.py", "--model=m"],
+            "FOLDER cannot be combined with --config",
+        ),
+        (["--config=c.py", "--dims=8", "--model=m"], "--dims cannot be combined with"),
         (["--config=c.py", "--model=m"], "--config needs --output"),
         (["f", "--config.dims=8", "--model=m"], "--config.dims=8 needs a --config"),
     ],
