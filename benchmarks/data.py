@@ -25,7 +25,15 @@ import time
 
 import side_by_side
 
-from gecko_jax.data import cache, features, jsonl, pipeline, registration, task_table
+from gecko_jax.data import (
+    cache,
+    features,
+    jsonl,
+    pipeline,
+    registration,
+    selection,
+    task_table,
+)
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import chips
 from gecko_jax.text import text_formats, vocabularies
@@ -51,21 +59,24 @@ def open_batches(
     row_multiple: int = 8,
 ) -> pipeline.Batches:
     """Opens the file's batches; caches are built at the first call."""
-    return pipeline.Batches(
+    chosen = selection.select(
         mixture="quickstart",
         files=options.files,
         vocabulary=vocabularies.load(options.vocabulary, options.extra_ids),
-        vocabulary_path=options.vocabulary,
         text_format=text_formats.TextFormat(),
+        cache_dir=options.cache_dir,
+    )
+    return pipeline.Batches(
+        chosen,
+        features.Shape(
+            LENGTHS["query"],
+            LENGTHS["passage"],
+            packing=packing,
+            row_multiple=row_multiple,
+        ),
         batch_size=batch_size or options.batch_size,
-        query_length=LENGTHS["query"],
-        passage_length=LENGTHS["passage"],
-        num_negatives=0,
-        packing=packing,
         one_task_per_batch=False,
         seed=0,
-        cache_dir=options.cache_dir,
-        row_multiple=row_multiple,
     )
 
 
@@ -154,7 +165,7 @@ def measure_stages(
     parsed = len(list(itertools.islice(pairs, options.tokenized)))
     seconds["once: parse JSON lines"] = clock() - began
     dataset = registration.register_task(
-        task, batches.text_format, options.vocabulary, options.extra_ids
+        task, batches.text_format, batches.vocabulary
     ).get_dataset(sequence_length=None, split="train", shuffle=False)
     began = clock()
     blocks = dataset.take(parsed).ragged_batch(cache.BLOCK)

@@ -166,10 +166,17 @@ def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
     ]
     group = 0
     for seed in range(CLASS_DRAWS):
-        for line in classification.triples(records, unique_ids=kind, seed=seed):
+        for line in classification.triples(records, seed=seed):
             if isinstance(line, preprocessors.Drop):
                 continue
-            if "negative_group" in line:
+            if kind == "text":
+                number = line.pop("negative_group") - 1
+                line = {
+                    "query": f"{line['query']} {number}",
+                    "positive": f"{line['positive']} {number}",
+                    "negatives": [f"{text} {number}" for text in line["negatives"]],
+                }
+            else:
                 group += 1
                 line["negative_group"] = group
             yield {"task": "classification", **line}

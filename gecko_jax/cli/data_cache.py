@@ -1,7 +1,6 @@
 """`gecko data cache`: tokenizes with Apache Beam, on many machines."""
 
 import argparse
-import pathlib
 from typing import Any
 
 from gecko_jax.cli import flags, parsing
@@ -34,31 +33,30 @@ def add_parser(verbs: Any) -> None:
 def cache(options: argparse.Namespace) -> None:
     """Writes the caches of a config with Apache Beam and prints their sizes."""
     config = flags.load_checked(options, flags.TRAIN)
-    from gecko_jax.data import selection, seqio_cache, task_table
+    from gecko_jax.data import selection, seqio_cache
     from gecko_jax.training import initialization, loop
 
     seqio_cache.load_beam()
-    pieces = loop.load_vocabulary(config)
     # The text format is that of the checkpoint from which training will start.
     start = initialization.load_start(config)
-    output = pathlib.Path(options.output)
     selected = selection.select(
         mixture=config.data.mixture,
         files=config.data.files,
-        vocabulary=pieces,
+        vocabulary=loop.load_vocabulary(config),
         text_format=initialization.text_format(start, config.data.text_format),
-        cache_dir=output,
+        cache_dir=options.output,
         prepared_dir=config.data.prepared_dir,
         unique_ids=config.data.unique_ids,
     )
-    job = seqio_cache.Job(
-        selected.text_format,
-        task_table.vocabulary_path(config.data.vocabulary),
-        pieces.extra_ids,
-        options.pipeline_options,
-    )
     for task, key in zip(selected.tasks, selected.keys, strict=True):
-        folder, stats = seqio_cache.write(task, key, job, output)
+        folder, stats = seqio_cache.write(
+            task,
+            key,
+            selected.text_format,
+            selected.vocabulary,
+            selected.cache_dir,
+            options.pipeline_options,
+        )
         tokens = sum(
             count
             for name, count in stats.items()

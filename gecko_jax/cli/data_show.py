@@ -58,33 +58,33 @@ def show(options: argparse.Namespace) -> None:
 def _print_examples(options: argparse.Namespace) -> None:
     """Prints examples of each task, and the padding of the first batch."""
     config = flags.load_checked(options, flags.TRAIN)
-    from gecko_jax.data import summary
     from gecko_jax.training import initialization, loop
 
     batches = loop.build_batches(
         config, text_format=initialization.text_format(None, config.data.text_format)
     )
-    described = summary.summarize(batches, options.count)
     batch = batches.batch(0)
+    decode = batches.vocabulary.decode
     parsing.say(
-        f"{wording.counted(described['num_examples'], 'example')}, "
-        f"{config.data.batch_size:,} per step; mixture {described['mixture_hash']}"
+        f"{wording.counted(batches.num_examples, 'example')}, "
+        f"{config.data.batch_size:,} per step; mixture {batches.mixture_hash}"
     )
-    for task in described["tasks"]:
+    for index, task in enumerate(batches.tasks):
         parsing.say(
-            f"\n{wording.printable(task['name'])}: "
-            f"{wording.counted(task['num_examples'], 'example')}, "
-            f"{task['rate']:.1%} of the mixture; licence "
-            f"{wording.printable(task['licence'])}"
+            f"\n{wording.printable(task.name)}: "
+            f"{wording.counted(batches.task_sizes[index], 'example')}, "
+            f"{batches.rates[index]:.1%} of the mixture; licence "
+            f"{wording.printable(task.licence)}"
         )
-        if task["touches"]:
-            parsing.say(f"  may contain texts of {', '.join(task['touches'])}")
-        for example in task["examples"]:
+        if task.touches:
+            parsing.say(f"  may contain texts of {', '.join(task.touches)}")
+        for example in batches.examples(index, options.count):
             parsing.say()
             for part in ("query", "positive"):
-                _print_text(part, example[part], len(example[f"{part}_tokens"]))
-            for negative in example["negatives"]:
-                _print_text("negative", negative)
+                tokens = getattr(example, part)
+                _print_text(part, decode(tokens.tolist()), len(tokens))
+            for negative in example.negatives:
+                _print_text("negative", decode(negative.tolist()))
     parsing.say("\nThe first batch:")
     for side in ("query", "passage"):
         used = batch[f"{side}_segment_ids"] > 0
@@ -104,7 +104,7 @@ def _print_mixture(name: str, prepared_dir: str) -> None:
     tasks = [mixtures.locate(task, prepared_dir) for task in rows]
     sizes = {}
     for task in tasks:
-        counts = [jsonl.summarize(path).examples for path in task.files]
+        counts = [jsonl.count_examples(path) for path in task.files]
         size = sum(count.get(task.source_task, 0) for count in counts)
         sizes[task.name] = size or task.published_size
     known = {name: size for name, size in sizes.items() if size}

@@ -1,20 +1,18 @@
 """Data: seqio tasks in, global batches of numpy arrays out.
 
-    jsonl           JSON lines -> records, every bad line named
-    preprocessors   record -> formatted texts -> tokens
-    tasks           the one table of tasks and mixtures
-    features        examples -> the arrays of a step, packed or not
-    selection       a config's names -> tasks, sources, keys of caches
-    cache           task -> tokenized records, addressed by number
-    seqio_cache     the same work as a job of Apache Beam
-    pipeline        tokenized records -> `Batches`, addressed by step
-    negatives       which examples of a batch have any
-    mining          BM25 hard negatives
-    pieces          training a SentencePiece vocabulary
-    fret_builder    an export of FRet -> a TFDS data set
+    jsonl           JSON lines -> checked examples
+    task_table      the one table of tasks; `mixtures` sets their rates
+    selection       a config's data settings -> tasks, their sources and cache keys
+    registration    tasks -> seqio tasks, in the texts of `formatting`
+    cache           seqio task -> tokenized examples, random access
+    features        tokenized examples -> the arrays of a step, packed or not
+    pipeline        all of it: `Batches`, random access by step
 
-TensorFlow lives here only, and only in the functions that define or run a seqio task:
-once the caches are built, training reads them without it.
+`prepare` turns a source of the table (`sources`) into JSON lines with `preprocessors`,
+`classification` and `mining`.
+
+Only this folder imports TensorFlow, and only in functions that define or run a seqio
+task or read TensorFlow's files. Training from finished caches does not need it.
 """
 
 import contextlib
@@ -28,12 +26,12 @@ from typing import Any
 
 @functools.cache
 def load_seqio() -> Any:
-    """Imports seqio, and keeps TensorFlow away from the accelerators.
+    """Imports seqio, and hides the accelerators from TensorFlow.
 
-    TensorFlow would otherwise reserve all memory of the GPU that JAX is to use.
+    TensorFlow would otherwise reserve all memory of the GPU that JAX uses.
 
     Raises:
-        ImportError: TensorFlow or seqio is not installed; says what needs them.
+        ImportError: TensorFlow or seqio is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -56,20 +54,20 @@ def load_seqio() -> Any:
 
 @contextlib.contextmanager
 def _silence_stderr() -> Iterator[None]:
-    """Keeps what C++ writes to stderr back, unless the import fails.
+    """Withholds what C++ code writes to stderr, unless the import fails.
 
-    Without CUDA drivers TensorFlow says so at every level of logging.
+    Without CUDA drivers, TensorFlow prints a warning at every log level.
     """
     sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as notes:
-        os.dup2(notes.fileno(), 2)
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         except BaseException:
-            notes.seek(0)
-            os.write(before, notes.read())
+            output.seek(0)
+            os.write(original, output.read())
             raise
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            os.dup2(original, 2)
+            os.close(original)

@@ -1,23 +1,22 @@
 """The tokenized cache of a task: random-access records on disk, built once.
 
-A cache is a folder whose name holds a hash of everything that its content depends on:
-the bytes of the sources, the chosen lines, the text format, the vocabulary and the
-version of this code. It is written under a temporary name and renamed, so one that is
-there is whole; a changed source makes another cache.
+The name of a cache holds a hash of everything its content depends on: the bytes of the
+sources, the chosen lines, the text format, the vocabulary and the version of this code.
+A changed source therefore gets another cache. The folder is written under a temporary
+name and renamed, so an existing cache is complete.
 
     <cache_dir>/tasks/<task>-<hash>/records.array_record
     <cache_dir>/tasks/<task>-<hash>/info.json
-    <cache_dir>/tasks/<task>-<hash>/order.npy    example -> record, where they differ
-    <cache_dir>/sources/<sha256>.json            what a source file holds
+    <cache_dir>/tasks/<task>-<hash>/order.npy    example -> record, unless it is equal
+    <cache_dir>/sources/<sha256>.json            numbers of examples in a source file
 
-Examples that a cache job of seqio has tokenized (`seqio_cache`) are taken from there,
-and get the numbers they have in the source files. Reading needs no TensorFlow.
+If a Beam job (`seqio_cache`) has tokenized the task, its examples are copied, in the
+order of the source files. Reading needs no TensorFlow.
 """
 
 import dataclasses
 import errno
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -39,26 +38,27 @@ from gecko_jax.data import (
 from gecko_jax.io import checksums, field_rules, npy, progress, reading, writing
 from gecko_jax.text import text_formats, vocabularies
 
-# Tokens kept of a text, so that the lengths of a run can change without a new cache.
+# Tokens stored of a text, so that a run can change its lengths without a new cache.
 MAX_TOKENS = 2048
 
-# Examples fetched from TensorFlow at once.
+# Examples fetched from TensorFlow at once: singly, each takes 2 ms.
 BLOCK = 256
 
 _RECORDS, _ORDER = "records.array_record", "order.npy"
 _REMEDY = "delete the folder, and it will be built again"
-# What is known of a source file: its tasks, with the number of their lines.
 _EXAMPLES = field_rules.map_of(field_rules.COUNT)
 
-# Raised whenever the records, or what is written in them, change.
+# Increased whenever the records or their content change.
 _VERSION = 1
 
 
-def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
-    """Reads through a source file once; later calls only compare its checksum.
+def summarize_source(path: str, cache_dir: pathlib.Path) -> tuple[str, dict[str, int]]:
+    """Returns a source file's checksum, and the number of examples of each task.
+
+    A file is read and checked once; later calls only compare its checksum.
 
     Raises:
-        ValueError: The file is missing, empty or holds a bad line.
+        ValueError: The file is missing, empty or has an invalid line.
     """
     try:
         digest = reading.sha256(path)
@@ -70,30 +70,32 @@ def summarize_source(path: str, cache_dir: pathlib.Path) -> jsonl.FileSummary:
         examples = checksums.read_object(note, {}, remedy=remedy)
         if not _EXAMPLES.holds(examples):
             raise ValueError(f"{note}: not {_EXAMPLES.name} for each task; {remedy}")
-        return jsonl.FileSummary(digest, examples)
-    summary = jsonl.summarize(path)
-    checksums.write_object(note, summary.examples)
-    return summary
+    else:
+        examples = jsonl.count_examples(path)
+        checksums.write_object(note, examples)
+    return digest, examples
 
 
 def key(
     task: task_table.Task,
-    sources: Sequence[jsonl.FileSummary],
+    sources: Sequence[str],
     text_format: text_formats.TextFormat,
-    pieces: vocabularies.Vocabulary,
+    vocabulary: vocabularies.Vocabulary,
 ) -> str:
-    """Returns 16 hex digits that change with whatever the task's tokens depend on."""
+    """Returns 16 hex digits that depend on everything the task's tokens depend on.
+
+    `sources` are the checksums of the task's files.
+    """
     facts = {
         "version": _VERSION,
         "max_tokens": MAX_TOKENS,
         "source_task": task.source_task,
-        "sources": [source.sha256 for source in sources],
+        "sources": list(sources),
         "templates": dataclasses.asdict(formatting.templates(text_format, task.name)),
-        "vocabulary": pieces.fingerprint,
+        "vocabulary": vocabulary.fingerprint,
     }
-    if (
-        task.unique_ids
-    ):  # Else the key is that of caches from before there was a choice.
+    # Omitted if False, which keeps the keys of older caches.
+    if task.unique_ids:
         facts["unique_ids"] = True
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -102,23 +104,22 @@ def build(
     task: task_table.Task,
     cache_key: str,
     text_format: text_formats.TextFormat,
-    vocabulary_path: str,
-    extra_ids: int,
+    vocabulary: vocabularies.Vocabulary,
     cache_dir: pathlib.Path,
 ) -> "Reader":
-    """Returns the cache of a task, built first if it is not there."""
+    """Returns the cache of a task, and builds it if it does not exist."""
     name = seqio_cache.task_name(task, cache_key).replace(":", "-")
     folder = cache_dir / "tasks" / name
     if not (folder / "info.json").exists():
         stored = seqio_cache.find(task, cache_key, cache_dir)
         if stored is not None:
-            logging.info("Taking %s from %s", task.name, stored)
+            logging.info("Copying %s from %s", task.name, stored)
             dataset = seqio_cache.read(stored)
         else:
             logging.info("Tokenizing %s into %s", task.name, folder)
             load_seqio()
             dataset = registration.register_task(
-                task, text_format, vocabulary_path, extra_ids
+                task, text_format, vocabulary
             ).get_dataset(sequence_length=None, split="train", shuffle=False)
         _write(task, folder, dataset, stored)
     return Reader(folder)
@@ -130,105 +131,106 @@ def _write(
     dataset: Any,
     stored: pathlib.Path | None,
 ) -> None:
-    """Writes what a seqio task gives: of a cache job's folder, or tokenized now."""
+    """Writes the examples of a seqio task, from a Beam cache if `stored` names one."""
     import tensorflow as tf
-    from array_record.python import (
-        array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
-    )
 
-    # One call of TensorFlow for a record, and not one for each of its preprocessors.
+    # Fusing the maps of all preprocessors saves TensorFlow's overhead for each.
     fused = tf.data.Options()
     fused.experimental_optimization.map_fusion = True
-    wanted = task.num_examples
+    expected = task.num_examples
     blocks = dataset.ragged_batch(BLOCK).with_options(fused)
+    if stored:
+        blocks = seqio_cache.guard(blocks, stored)
     places: list[np.ndarray] = []
     with writing.write_folder(folder) as temporary:
-        path = str(temporary / _RECORDS)
-        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-        for example in progress.track(
-            examples(seqio_cache.guard(blocks, stored) if stored else blocks, places),
-            f"{'Reading' if stored else 'Tokenizing'} {task.name}",
-            wanted,
-        ):
-            writer.write(encode(example))
-        try:
-            writer.close()
-        except RuntimeError as error:  # C++ has no OSError.
-            is_full = os.strerror(errno.ENOSPC) in str(error)
-            number = errno.ENOSPC if is_full else errno.EIO
-            raise OSError(number, os.strerror(number), str(folder)) from error
+        written = _write_records(
+            temporary / _RECORDS,
+            progress.track(
+                examples(blocks, places),
+                f"{'Reading' if stored else 'Tokenizing'} {task.name}",
+                expected,
+            ),
+            folder,
+        )
+        # A Beam job writes examples in any order; sort them by their places.
         place = np.concatenate(places)
         order = np.lexsort(place.T[::-1])
         distinct = len(np.unique(place, axis=0))
-        if stored and not len(place) == distinct == wanted:
+        if stored and not len(place) == distinct == expected:
             raise ValueError(
-                f"{stored}: holds {distinct:,} of the {wanted:,} examples of "
+                f"{stored}: holds {distinct:,} of the {expected:,} examples of "
                 f"{task.name}; delete it, and run `gecko data cache` again or let "
                 "training tokenize"
             )
-        written = array_record_module.ArrayRecordReader(path).num_records()
-        if not len(place) == written == (wanted or written):
+        if not len(place) == written == (expected or written):
             raise OSError(
-                f"{folder}: {written:,} of {wanted or len(place):,} "
-                f"examples of {task.name} could be written; check the space on the "
-                "disk, and that nobody changes the source files, and run again"
+                f"{folder}: only {written:,} of {expected or len(place):,} examples of "
+                f"{task.name} were written; check the space on the disk and that the "
+                "source files do not change, and run again"
             )
         info: dict[str, Any] = {"task": task.name, "num_examples": written}
         if (order[1:] < order[:-1]).any():
             np.save(temporary / _ORDER, order)
-            # ArrayRecord has hashes of its own, which it verifies as it reads.
+            # ArrayRecord has its own hashes, which it verifies on every read.
             info[checksums.FILES] = checksums.of_files(temporary, [_ORDER])
         checksums.write_object(temporary / "info.json", info)
+
+
+def _write_records(
+    path: pathlib.Path, tokenized: Iterable[features.Example], folder: pathlib.Path
+) -> int:
+    """Writes the records; returns the number that can be read back."""
+    module = _array_record()
+    writer = module.ArrayRecordWriter(str(path), "group_size:1")
+    for example in tokenized:
+        writer.write(encode(example))
+    try:
+        writer.close()
+    except RuntimeError as error:  # The C++ error of a failed write.
+        is_full = os.strerror(errno.ENOSPC) in str(error)
+        number = errno.ENOSPC if is_full else errno.EIO
+        raise OSError(number, os.strerror(number), str(folder)) from error
+    return module.ArrayRecordReader(str(path)).num_records()
+
+
+def _array_record() -> Any:
+    from array_record.python import (
+        array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
+    )
+
+    return array_record_module
 
 
 def examples(
     blocks: Iterable[Any], places: list[np.ndarray]
 ) -> Iterator[features.Example]:
-    """Yields what is in blocks of a seqio task, and adds the place of each to a list.
-
-    Fetched one by one, each record costs TensorFlow 2 ms.
-    """
+    """Yields the examples in blocks of a seqio task; appends their places to a list."""
+    names = [field.name for field in dataclasses.fields(features.Example)]
     for block in blocks:
         places.append(block["place"].numpy())
-        queries, positives = _rows(block["query"]), _rows(block["positive"])
-        query_ids, passage_ids = _rows(block["query_id"]), _rows(block["passage_id"])
-        negatives = _rows(block["negatives"])
-        negative_ids = _rows(block["negative_ids"])
-        for row, group in enumerate(_rows(block["negative_group"])):
+        columns = [block[name].numpy() for name in names]
+        for row in zip(*columns, strict=True):
+            values = dict(zip(names, row, strict=True))
+            # seqio pads the negatives of an example to equal length.
+            negatives = [t[t != vocabularies.PAD_ID] for t in values["negatives"]]
             yield features.Example(
-                query=features.trim(queries[row], MAX_TOKENS),
-                positive=features.trim(positives[row], MAX_TOKENS),
-                negatives=tuple(
-                    # seqio pads the negatives of an example to one length.
-                    features.trim(tokens[tokens != vocabularies.PAD_ID], MAX_TOKENS)
-                    for tokens in negatives[row]
-                ),
-                query_id=query_ids[row],
-                passage_id=passage_ids[row],
-                negative_ids=np.reshape(negative_ids[row], (-1, 2)),
-                negative_group=int(group),
+                **values
+                | {
+                    "query": features.trim(values["query"], MAX_TOKENS),
+                    "positive": features.trim(values["positive"], MAX_TOKENS),
+                    "negatives": tuple(
+                        features.trim(tokens, MAX_TOKENS) for tokens in negatives
+                    ),
+                    "negative_ids": np.reshape(values["negative_ids"], (-1, 2)),
+                    "negative_group": int(values["negative_group"]),
+                }
             )
 
 
-def _rows(ragged: Any) -> list[Any]:
-    """Returns a ragged tensor as nested lists of arrays."""
-    if not hasattr(ragged, "row_splits"):
-        return list(ragged.numpy())
-    splits = ragged.row_splits.numpy()
-    if not hasattr(ragged.values, "row_splits"):
-        return np.split(ragged.values.numpy(), splits[1:-1])
-    rows = _rows(ragged.values)
-    return [rows[start:stop] for start, stop in itertools.pairwise(splits)]
-
-
 class Reader:
-    """Reads examples of a finished cache by number, in any order."""
+    """Random access to the examples of a finished cache."""
 
     def __init__(self, folder: pathlib.Path):
-        from array_record.python import (
-            array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
-        )
-
         self._path = folder / _RECORDS
         try:
             info = checksums.read_object(
@@ -236,9 +238,9 @@ class Reader:
                 {"num_examples": int},
                 remedy=_REMEDY,
             )
-            # Records are read singly, in shuffled order: reading ahead and threads of
-            # its own only cost time (1.4 against 0.65 ms for 24 records).
-            self._reader = array_record_module.ArrayRecordReader(
+            # Records are read in shuffled order. Readahead and threads only cost time
+            # (1.4 against 0.65 ms for 24 records).
+            self._reader = _array_record().ArrayRecordReader(
                 str(self._path), options="readahead_buffer_size:0,max_parallelism:1"
             )
             order = writing.member(folder, _ORDER)
@@ -262,18 +264,18 @@ class Reader:
         return self._reader.num_records()
 
     def read(self, numbers: Sequence[int]) -> list[features.Example]:
-        """Returns the examples with these numbers, in their order."""
+        """Returns the examples with the given numbers, in the given order."""
         return [decode(record) for record in self.records(numbers)]
 
     def records(self, numbers: Sequence[int]) -> list[bytes]:
-        """Returns the records of `read`, before they are decoded."""
+        """Returns the encoded examples with the given numbers."""
         places = list(numbers)
         if self._order is not None:
             places = self._order[places].tolist()
             if places and not 0 <= min(places) <= max(places) < len(self):
                 raise ValueError(
-                    f"{self._path.with_name(_ORDER)}: damaged (it names an example "
-                    f"that is not there); {_REMEDY}"
+                    f"{self._path.with_name(_ORDER)}: damaged (an index is out of "
+                    f"range); {_REMEDY}"
                 )
         try:
             return self._reader.read(places)
@@ -282,21 +284,13 @@ class Reader:
 
 
 def encode(example: features.Example) -> bytes:
-    """Packs an example: its sizes, then its ids, then its tokens, all as 32 bits."""
+    """Packs an example: sizes, then ids, then tokens, all as 32-bit integers."""
     texts = (example.query, example.positive, *example.negatives)
-    header = np.array(
-        [len(example.negatives), example.negative_group, *map(len, texts)], np.int32
-    )
-    ids = np.concatenate(
-        [example.query_id, example.passage_id, *example.negative_ids]
-    ).astype(np.uint32)
-    return b"".join(
-        [
-            header.tobytes(),
-            ids.tobytes(),
-            *(t.astype(np.int32).tobytes() for t in texts),
-        ]
-    )
+    sizes = [len(example.negatives), example.negative_group, *map(len, texts)]
+    ids = [example.query_id, example.passage_id, *example.negative_ids]
+    parts = [np.array(sizes, np.int32), np.concatenate(ids).astype(np.uint32)]
+    parts += [tokens.astype(np.int32) for tokens in texts]
+    return b"".join(part.tobytes() for part in parts)
 
 
 def decode(record: bytes) -> features.Example:

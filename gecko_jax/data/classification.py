@@ -6,11 +6,10 @@
      "negative_group": 1}
 
 Two texts of a batch that share a label must not be each other's negatives. The paper
-appends one unique id to the three texts of a triple, which makes the in-batch negatives
-trivial (section 3.3): `unique_ids="text"`. `unique_ids="mask"` leaves the texts as they
-are and gives each triple a `negative_group` of its own, which the loss masks by.
-Prepared sets have the mask; `data.unique_ids=True` turns it into the paper's text when
-the examples are read (`append_id`).
+appends a unique id to the three texts of a triple, which makes the in-batch negatives
+trivial (section 3.3). A prepared set has the texts unchanged and a `negative_group` for
+each triple, which the loss masks by; with `data.unique_ids=True`, `append_id` turns the
+group into the paper's id when the examples are read.
 """
 
 import dataclasses
@@ -22,8 +21,6 @@ from gecko_jax.data import jsonl, preprocessors
 from gecko_jax.io import wording
 from gecko_jax.text import text_formats
 
-UNIQUE_IDS = ("mask", "text")
-
 
 def triples(
     records: Iterable[preprocessors.Record],
@@ -31,26 +28,21 @@ def triples(
     text: str = "text",
     label: str = "label",
     num_labels: int | None = None,
-    unique_ids: str = "mask",
     seed: int = 0,
 ) -> Iterator[dict[str, Any] | preprocessors.Drop]:
-    """Draws a positive and a negative for every text, by the seed and its number.
+    """Draws a positive and a negative for every text.
 
     Args:
-        records: With a text and a label each.
-        text: Name of the text's field.
-        label: Name of the label's field.
-        num_labels: Whole-number labels must be below it; -1 is "no label".
-        unique_ids: "mask" or "text".
-        seed: Of the draws.
+        records: Records with a text and a label.
+        text: Name of the text field.
+        label: Name of the label field.
+        num_labels: Labels are whole numbers below it, and -1 for "no label"; None for
+            labels of any type.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: A label is out of range, or there are fewer than two labels.
     """
-    if unique_ids not in UNIQUE_IDS:
-        raise ValueError(
-            f"unique_ids={unique_ids!r}: must be one of {', '.join(UNIQUE_IDS)}"
-        )
     labelled: list[tuple[str, Any]] = []
     by_label: dict[Any, list[int]] = {}
     seen: set[str] = set()
@@ -61,7 +53,8 @@ def triples(
             value = preprocessors.label(record, label)
             if value not in range(-1, num_labels):
                 raise ValueError(
-                    f"label {value} is out of range: there are {num_labels} labels"
+                    f"label {value} is out of range: there are {num_labels} labels; "
+                    "check that it is the right set and version"
                 )
         if value is None or value == -1:
             yield preprocessors.Drop("no label")
@@ -84,53 +77,35 @@ def triples(
         if len(same) < 2:
             yield preprocessors.Drop("only text of its label")
             continue
-        # One fewer than there are, then past the text itself: never drawn twice.
+        # Draw among all but the last text, and replace the text itself by the last.
         position = draw.randrange(len(same) - 1)
         positive = same[position] if same[position] != number else same[-1]
         while labelled[negative := draw.randrange(len(labelled))][1] == value:
             pass
-        yield _triple(
-            number, content, labelled[positive][0], labelled[negative][0], unique_ids
-        )
-
-
-def _triple(
-    number: int, query: str, positive: str, negative: str, unique_ids: str
-) -> dict[str, Any]:
-    if unique_ids == "text":
-        return {
-            "query": _mark(query, number),
-            "positive": _mark(positive, number),
-            "negatives": [_mark(negative, number)],
+        yield {
+            "query": content,
+            "positive": labelled[positive][0],
+            "negatives": [labelled[negative][0]],
+            # Group 0 is the group of all other examples.
+            "negative_group": number + 1,
         }
-    return {
-        "query": query,
-        "positive": positive,
-        "negatives": [negative],
-        # Group 0 is everyone's, so the first triple has group 1.
-        "negative_group": number + 1,
-    }
-
-
-def _mark(content: str, number: int) -> str:
-    return f"{content} {number}"
 
 
 def append_id(pair: jsonl.Pair) -> jsonl.Pair:
-    """Writes the negative group of an example at the end of its texts (section 3.3).
+    """Appends the negative group of an example to its texts (section 3.3).
 
     {"query": "loved it", "positive": "great fun", "negatives": ["dull"],
      "negative_group": 7}
     -> {"query": "loved it 7", "positive": "great fun 7", "negatives": ["dull 7"]}
 
-    The example is then of group 0, whose examples are each other's in-batch negatives,
-    and its texts have content ids of their own. An example of group 0 stays as it is.
+    The example joins group 0, whose examples are each other's in-batch negatives, and
+    gets the content ids of the new texts. An example of group 0 does not change.
     """
     number = pair.negative_group
     if not number:
         return pair
-    query, positive = _mark(pair.query, number), _mark(pair.positive, number)
-    negatives = tuple(_mark(negative, number) for negative in pair.negatives)
+    query, positive = f"{pair.query} {number}", f"{pair.positive} {number}"
+    negatives = tuple(f"{negative} {number}" for negative in pair.negatives)
     return dataclasses.replace(
         pair,
         query=query,
@@ -146,17 +121,15 @@ def append_id(pair: jsonl.Pair) -> jsonl.Pair:
 def one_true_column(
     records: Iterable[preprocessors.Record], *, text: str, columns: tuple[str, ...]
 ) -> Iterator[Mapping[str, Any]]:
-    """Gives texts with exactly one true column its name as label, others none.
+    """Labels a text by its only true column; other texts get no label.
 
     {"comment_text": "thanks!", "gratitude": True, "anger": False}
     -> {"text": "thanks!", "label": "gratitude"}
     """
     for record in records:
         true = [name for name in columns if preprocessors.field(record, name)]
-        yield {
-            "text": preprocessors.field(record, text),
-            "label": true[0] if len(true) == 1 else None,
-        }
+        label = true[0] if len(true) == 1 else None
+        yield {"text": preprocessors.field(record, text), "label": label}
 
 
 def threshold(
@@ -167,15 +140,18 @@ def threshold(
     low: float,
     high: float,
 ) -> Iterator[Mapping[str, Any]]:
-    """Gives scores a label at their two ends, and none between.
+    """Labels scores up to `low` and from `high` on; scores between get no label.
 
     {"text": "go away", "toxicity": 0.9} -> {"text": "go away", "label": "high"}
     """
     for record in records:
         value = preprocessors.number(record, score)
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{score} {value} is out of range: it must be in [0, 1]")
-        name = None
+            raise ValueError(
+                f"{score} {value} is out of range: it must be in [0, 1]; check that it "
+                "is the right set and version"
+            )
+        label = None
         if value is not None:
-            name = "high" if value >= high else "low" if value <= low else None
-        yield {"text": preprocessors.field(record, text), "label": name}
+            label = "high" if value >= high else "low" if value <= low else None
+        yield {"text": preprocessors.field(record, text), "label": label}

@@ -1,4 +1,4 @@
-"""Lines of a task that hold texts of evaluation sets.
+"""Decontamination: lines of tasks that hold texts of evaluation sets.
 
    {"task": "qa", "query": "which small lizard runs along ceilings at night", ...}
 -> Hit(place="pairs.jsonl:7", part="query", match=Match(set="geckos", ...))
@@ -8,19 +8,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from gecko_jax.data import jsonl, task_table
-from gecko_jax.io import progress
+from gecko_jax.data import task_table
 from gecko_jax.text import overlap
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A text of a line that an evaluation set holds.
+    """A text of a line that matches an evaluation set.
 
     Attributes:
         place: File and line.
         part: query, positive or negative.
-        match: What it is in the set.
+        match: The matching text of the set.
     """
 
     place: str
@@ -30,33 +29,27 @@ class Hit:
 
 @dataclasses.dataclass
 class Shared:
-    """What a task shares with one evaluation set.
+    """Hits of a task in one evaluation set.
 
     Attributes:
         lines: Lines with a hit.
-        same: Those of them with a text that is the same as one of the set.
-        sides: Side of the set -> those of them that hold a text of it.
+        same: Lines with a text that equals one of the set.
+        sides: Side of the set -> lines with a hit on it.
     """
 
     lines: int = 0
     same: int = 0
     sides: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    def add(self, hits: Sequence[Hit]) -> None:
-        """Takes the hits of one line in."""
-        self.lines += 1
-        self.same += any(hit.match.is_same for hit in hits)
-        self.sides.update({hit.match.side for hit in hits})
-
 
 @dataclasses.dataclass
 class Report:
-    """What a task shares with evaluation sets.
+    """Hits of a task in all evaluation sets.
 
     Attributes:
-        task: Its name.
-        num_lines: Its lines.
-        shared: Name of a set -> what it shares; only sets with a hit.
+        task: Name of the task.
+        num_lines: Number of its lines.
+        shared: Name of a set -> its hits; only sets with a hit.
         examples: The first hits, those on queries of a set before others.
     """
 
@@ -71,37 +64,29 @@ def find(
     known: overlap.Contamination,
     num_examples: int = 2,
 ) -> list[Report]:
-    """Reads every file through; returns a report of each task.
-
-    Args:
-        tasks: With their files.
-        known: The texts of the evaluation sets.
-        num_examples: Hits of a task that are kept to be shown.
+    """Reads all lines of tasks, and reports the hits of each task in `known` sets.
 
     Raises:
-        ValueError: A bad line.
+        ValueError: A line is invalid.
     """
     reports = {task.name: Report(task.name) for task in tasks}
-    for path in dict.fromkeys(path for task in tasks for path in task.files):
-        here = {t.source_task: reports[t.name] for t in tasks if path in t.files}
-        for place, _, pair in progress.track(
-            jsonl.read_lines(path), f"Comparing {path}"
+    for task, place, pair in task_table.read_lines(tasks, "Comparing"):
+        report = reports[task.name]
+        report.num_lines += 1
+        hits: dict[str, list[Hit]] = {}
+        for part, content in (
+            ("query", pair.query),
+            ("positive", pair.positive),
+            *(("negative", negative) for negative in pair.negatives),
         ):
-            if pair.task not in here:
-                continue
-            report = here[pair.task]
-            report.num_lines += 1
-            hits: dict[str, list[Hit]] = {}
-            for part, content in (
-                ("query", pair.query),
-                ("positive", pair.positive),
-                *(("negative", negative) for negative in pair.negatives),
-            ):
-                for match in known.find(content):
-                    hits.setdefault(match.set, []).append(Hit(place, part, match))
-            for name, found in hits.items():
-                report.shared.setdefault(name, Shared()).add(found)
-                report.examples += found
-                report.examples.sort(key=lambda hit: hit.match.side != "query")
-                del report.examples[num_examples:]
+            for match in known.find(content):
+                hits.setdefault(match.set, []).append(Hit(place, part, match))
+        for name, set_hits in hits.items():
+            shared = report.shared.setdefault(name, Shared())
+            shared.lines += 1
+            shared.same += any(hit.match.is_same for hit in set_hits)
+            shared.sides.update({hit.match.side for hit in set_hits})
+            report.examples += set_hits
+            report.examples.sort(key=lambda hit: hit.match.side != "query")
+            del report.examples[num_examples:]
     return list(reports.values())

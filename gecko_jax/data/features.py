@@ -1,7 +1,7 @@
-"""Feature conversion: the examples of a step become the arrays the model reads.
+"""Feature conversion: the examples of a step become the arrays of the model.
 
-Two examples with one negative each, `query_length=passage_length=8`, numbers being
-tokens and `1` the end of a text:
+Two examples with one negative each and `query_length=passage_length=8`, where 1 is the
+end of a text:
 
     query 5 6 1   positive 7 8 9 1   negative 4 1
     query 2 1     positive 3 3 1     negative 8 8 8 1
@@ -14,9 +14,9 @@ tokens and `1` the end of a text:
                    4 1 0 0 0 0 0 0
                    8 8 8 1 0 0 0 0
 
-`*_segment_ids` numbers the texts of a row from 1, with 0 for padding, and `*_index`
-says in which row and segment (from 0) each text lies: first the positives, then the
-negatives, example by example. Packing moves texts only; it never cuts or drops one.
+`*_segment_ids` numbers the texts of a row from 1, with 0 for padding. `*_index` gives
+the row and the segment (from 0) of each text: first of the positives, then of the
+negatives, example by example. Packing moves texts; it never cuts or drops one.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from jaxtyping import Int32
 
 from gecko_jax.text import packing, vocabularies
 
-# Texts that may share a row, whatever its length. The model pools each segment of every
-# row, so a large number costs memory for rows that hold few texts.
+# Number of texts that may share even a short row. The model pools every segment of
+# every row, so a larger number would cost memory in rows with few texts.
 _LEAST_SEGMENTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A tokenized example; its token arrays end in EOS and are not yet trimmed."""
+    """A tokenized example; its token arrays end in EOS and are not truncated."""
 
     query: np.ndarray
     positive: np.ndarray
@@ -50,14 +50,14 @@ class Shape:
     """The sizes of a batch.
 
     Attributes:
-        query_length: Tokens kept of a query, EOS included.
-        passage_length: Tokens kept of a passage, EOS included.
+        query_length: Maximum tokens of a query, including EOS.
+        passage_length: Maximum tokens of a passage, including EOS.
         num_negatives: Hard negatives per query (G).
-        packing: Several texts share a row; both sides then have rows of the longer
+        packing: Put several texts into a row. Rows of both sides then have the longer
             of the two lengths.
-        row_multiple: Row counts are multiples of it: the devices that share a batch.
-        microbatch_rows: Row counts above it are multiples of it; 0 for any.
-        teacher_dim: Width of a teacher's vectors (T); 0 without.
+        row_multiple: Divisor of the numbers of rows: the devices that share a batch.
+        microbatch_rows: Divisor of larger numbers of rows; 0 for none.
+        teacher_dim: Width of a teacher's vectors (T); 0 for no teacher.
     """
 
     query_length: int
@@ -70,35 +70,34 @@ class Shape:
 
     @property
     def num_segments(self) -> int:
-        """Texts that a row may hold."""
+        """Maximum number of texts in a row."""
         if not self.packing:
             return 1
         longest = max(self.query_length, self.passage_length)
         return max(_LEAST_SEGMENTS, longest // packing.MIN_TEXT)
 
     def row_length(self, side: str) -> int:
-        """Returns the tokens of a row of "query" or "passage"."""
+        """Returns the number of tokens in a row of "query" or "passage"."""
         lengths = {"query": self.query_length, "passage": self.passage_length}
         return max(lengths.values()) if self.packing else lengths[side]
 
     def round_rows(self, rows: int) -> int:
-        """Returns the rows of a batch whose texts need so many.
+        """Rounds up the number of rows of a batch.
 
-        With packing they are rounded once more, so that a run compiles a few shapes and
-        not one for each step.
+        Packed rows vary in number from step to step. Rounding them further lets a run
+        compile a few shapes instead of one for each step.
         """
-        if rows <= self.microbatch_rows:
-            return min(self._round(rows, self.row_multiple), self.microbatch_rows)
-        return self._round(rows, self.microbatch_rows or self.row_multiple)
-
-    def _round(self, rows: int, multiple: int) -> int:
+        fits = rows <= self.microbatch_rows
+        multiple = self.row_multiple if fits else self.microbatch_rows
+        multiple = multiple or self.row_multiple
+        rounded = -(-rows // multiple) * multiple
         if self.packing:
-            return packing.round_up(rows, multiple)
-        return -(-rows // multiple) * multiple
+            rounded = packing.round_up(rows, multiple)
+        return min(rounded, self.microbatch_rows) if fits else rounded
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Keeps the first `length` tokens; the last one kept is EOS."""
+    """Returns the first `length` tokens, the last of them EOS."""
     if len(tokens) <= length:
         return tokens
     kept = np.array(tokens[:length])
@@ -116,11 +115,11 @@ def convert(
     Args:
         examples: The examples of the step, in order.
         shape: Sizes of the batch.
-        choices: Which of its negatives each example uses, at most G; by default the
-            first G. Missing ones are masked.
+        choices: Indices of the negatives that each example uses, at most G; by default
+            the first G. Missing negatives are masked.
 
     Returns:
-        The features named in `gecko_jax.data.pipeline`, except `task_index`.
+        The features listed in `pipeline`, except `task_index` and the teacher's.
     """
     size, num = len(examples), shape.num_negatives
     if choices is None:
@@ -160,7 +159,7 @@ def convert(
 def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], type]]:
     """Returns the shapes and dtypes of a batch whose texts all have full length.
 
-    For compiling a step without data; `task_index` is among them.
+    These allow compiling a step without data.
     """
     sides = {}
     for side, texts, length in (
@@ -199,10 +198,10 @@ _Rows = tuple[
 
 
 def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Rows:
-    """Lays the texts of a side out in rows.
+    """Lays out the texts of a side in rows.
 
-    A missing text points at the first one of row 0; without packing it is a lone EOS
-    in a row of its own, so that its embedding is finite.
+    With packing, a missing text has the index of the first text of row 0. Without, it
+    is a row with a single EOS. Either way its embedding is finite.
     """
     length = shape.row_length(side)
     if shape.packing:

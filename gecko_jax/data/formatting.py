@@ -1,39 +1,55 @@
-"""seqio preprocessors: a record of raw texts becomes a record of tokens.
+"""Formatting: an example becomes the texts that the encoder reads.
 
-    {"query": "how to sort", "task_description": "", "positive": "sorted() returns ...",
-     "title": "Sorting", "negatives": ["reverse() ..."], "negative_titles": [""]}
+query "how to sort", positive "sorted() returns ..." with the title "Sorting",
+negative "reverse() ..." without a title
 
-    format_texts ->
-    {"query": "task: search result | query: how to sort",
-     "positive": "title: Sorting | text: sorted() returns ...",
-     "negatives": ["title: none | text: reverse() ..."]}
-
-    seqio's tokenize and append_eos ->
-    {"query": [9, 350, ..., 1], "positive": [...], "negatives": [[...]]}
-
-The strings of the format are `gecko_jax.text`'s; they are taken from it by writing
-markers, so that text read through TensorFlow and text encoded later cannot differ.
+write ->
+("task: search result | query: how to sort",
+ "title: Sorting | text: sorted() returns ...",
+ ("title: none | text: reverse() ...",))
 """
 
 import dataclasses
-import re
-from typing import Any
+from collections.abc import Sequence
 
-from gecko_jax.data import jsonl
+from gecko_jax.data import jsonl, task_table
 from gecko_jax.text import text_formats
 
-# Private-use characters: no real text holds them, and `text.clean` leaves them alone.
+# Private-use characters that stand for the texts of an example.
 _TEXT_MARK = "\ue000"
 _TITLE_MARK = "\ue001"
 _TASK_MARK = "\ue002"
-_MARKS = re.compile(f"([{_TEXT_MARK}{_TITLE_MARK}{_TASK_MARK}])")
+
+
+def complete_text_format(
+    text_format: text_formats.TextFormat, tasks: Sequence[task_table.Task]
+) -> text_formats.TextFormat:
+    """Adds the descriptions of tasks to a format, which keeps those it has.
+
+    Each task is listed by its name and by its `source_task`, because held-out queries
+    in the layout of the files use the latter. A format with prompts cannot write
+    descriptions and gets none.
+    """
+    descriptions: dict[str, str] = {}
+    for task in tasks:
+        descriptions.setdefault(task.source_task, task.task_description)
+    descriptions |= {task.name: task.task_description for task in tasks}
+    symmetric = dict.fromkeys(text_format.symmetric_tasks)
+    symmetric |= dict.fromkeys(task.name for task in tasks if task.symmetric)
+    if text_format.prompts:
+        descriptions = {}
+    return dataclasses.replace(
+        text_format,
+        task_descriptions=descriptions | dict(text_format.task_descriptions),
+        symmetric_tasks=tuple(symmetric),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-    """The written forms of one task, with markers for what an example fills in.
+    """The written forms of a task with markers for texts, for hashes and comparisons.
 
-    An example without a task description of its own has that of the task.
+    `task_description` applies to examples without a description of their own.
     """
 
     task_description: str
@@ -43,7 +59,7 @@ class Templates:
 
 
 def templates(text_format: text_formats.TextFormat, task: str) -> Templates:
-    """Returns the written forms of `task`; a symmetric task has one for both sides."""
+    """Returns the templates of `task`; a symmetric task has one for both sides."""
     description = text_format.describe(task)
     query = text_format.format_query(_TEXT_MARK, task, _TASK_MARK)
     if text_format.is_symmetric(task):
@@ -56,64 +72,29 @@ def templates(text_format: text_formats.TextFormat, task: str) -> Templates:
     )
 
 
-def format_texts(dataset: Any, forms: Templates) -> Any:
-    """Writes queries and passages as the encoder reads them.
-
-    Args:
-        dataset: A `tf.data.Dataset` of cleaned texts; a title may be empty, and so may
-            a task description.
-        forms: The written forms of the task.
-    """
-    import tensorflow as tf
-
-    def passage(content: Any, title: Any, task: Any) -> Any:
-        return tf.where(
-            tf.strings.length(title) > 0,
-            _fill(forms.titled_passage, content, title, task),
-            _fill(forms.passage, content, title, task),
-        )
-
-    def format_record(record: dict[str, Any]) -> dict[str, Any]:
-        formatted = dict(record)
-        title = formatted.pop("title")
-        negative_titles = formatted.pop("negative_titles")
-        own = formatted.pop("task_description")
-        task = tf.where(tf.strings.length(own) > 0, own, forms.task_description)
-        return formatted | {
-            "query": _fill(forms.query, record["query"], title, task),
-            "positive": passage(record["positive"], title, task),
-            "negatives": passage(record["negatives"], negative_titles, task),
-        }
-
-    return dataset.map(format_record, num_parallel_calls=tf.data.AUTOTUNE)
-
-
 def write(
-    text_format: text_formats.TextFormat, task: str, pair: jsonl.Pair
+    text_format: text_formats.TextFormat, task: task_table.Task, pair: jsonl.Pair
 ) -> tuple[str, str, tuple[str, ...]]:
-    """Returns query, positive and negatives of one example, as `format_texts` does.
+    """Returns query, positive and negatives of one example as the encoder reads them.
 
-    For a look at some examples: TensorFlow is not needed.
+    A line's own task description is literal, even if it equals the name of a task.
     """
     own = pair.task_description
-    # A description stands for itself, even when it is the name of a task.
-    description = text_formats.clean(own) if own.strip() else text_format.describe(task)
+    description = (
+        text_formats.clean(own) if own.strip() else text_format.describe(task.name)
+    )
+
+    def query(content: str) -> str:
+        content = text_formats.clean(content)
+        return text_format.format_query(content, task.name, description)
 
     def passage(content: str, title: str) -> str:
-        if text_format.is_symmetric(task):
-            return text_format.format_query(content, task, description)
-        return text_format.format_passage(content, title)
+        if text_format.is_symmetric(task.name):
+            return query(content)
+        return text_format.format_passage(text_formats.clean(content), title)
 
     return (
-        text_format.format_query(pair.query, task, description),
+        query(pair.query),
         passage(pair.positive, pair.title),
         tuple(map(passage, pair.negatives, pair.negative_titles)),
     )
-
-
-def _fill(template: str, content: Any, title: Any, task: Any) -> Any:
-    """Replaces the markers; works on scalars and vectors of strings alike."""
-    import tensorflow as tf
-
-    values = {_TEXT_MARK: content, _TITLE_MARK: title, _TASK_MARK: task}
-    return tf.strings.join([values.get(p, p) for p in _MARKS.split(template)])

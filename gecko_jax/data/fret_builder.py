@@ -1,9 +1,9 @@
 """The triples of `gecko fret run` as a TFDS data set.
 
     builder = fret_builder.build("runs/fret/export", "~/tensorflow_datasets")
-    builder.as_dataset(split="train")          tfds.load("gecko_fret") reads it as well
+    builder.as_dataset(split="train")          tfds.load("gecko_fret") reads it, too
 
-The features are the fields of the exported lines, "" or [] where a line has none; the
+The features are the fields of the exported lines, with "" or [] for missing ones. The
 description is the export's card, with generator, prompts, counts and licences.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from gecko_jax.data import jsonl
 from gecko_jax.io import reading
 
-# As `gecko fret run` names them.
+# File names of `gecko fret run`.
 TRIPLES, CARD = "fret.jsonl", "README.md"
 
 _LISTS = (
@@ -39,15 +39,15 @@ _CITATION = """@article{lee2024gecko,
 
 
 def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
-    """Writes the data set, unless it is there; returns its TFDS builder.
+    """Writes the data set, unless it exists; returns its TFDS builder.
 
     Args:
-        export: Folder that `gecko fret run` wrote, WORKDIR/export.
-        data_dir: Where TFDS keeps its sets.
+        export: Folder WORKDIR/export of `gecko fret run`.
+        data_dir: Folder of TFDS's sets.
 
     Raises:
-        ValueError: The folder is not a finished export, a line of it is bad, or
-            `data_dir` holds the triples of another one.
+        ValueError: The folder is not a finished export, a line is invalid, or
+            `data_dir` has the triples of another export.
     """
     export = pathlib.Path(export)
     for name in (TRIPLES, CARD):
@@ -60,10 +60,10 @@ def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
     data_dir = str(pathlib.Path(data_dir).expanduser())
     builder = _builder_class()(export=str(export), data_dir=data_dir)
     builder.download_and_prepare()
-    there = builder.info.metadata["sha256"]
-    if there != digest:
+    stored = builder.info.metadata["sha256"]
+    if stored != digest:
         raise ValueError(
-            f"{builder.data_dir}: holds other triples ({there[:12]}, these are "
+            f"{builder.data_dir}: holds other triples (sha256 {stored[:12]}, not "
             f"{digest[:12]}); remove it, or choose another data_dir"
         )
     return builder
@@ -71,7 +71,7 @@ def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
 
 @functools.cache
 def _builder_class() -> Any:
-    """Returns the class; `tfds.load` reads what it wrote without it."""
+    """Returns the builder class; `tfds.load` does not need it to read the set."""
     import tensorflow_datasets as tfds
 
     class GeckoFret(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -84,14 +84,15 @@ def _builder_class() -> Any:
             super().__init__(**options)
 
         def _info(self) -> Any:
-            texts = {name: tfds.features.Text() for name in _TEXTS}
-            lists = {
-                name: tfds.features.Sequence(tfds.features.Text()) for name in _LISTS
-            }
+            text = tfds.features.Text()
             return self.dataset_info_from_configs(
                 description=(self._export / CARD).read_text(encoding="utf-8"),
                 features=tfds.features.FeaturesDict(
-                    {**texts, **lists, "seed": tfds.features.Scalar(np.int64)}
+                    {
+                        **dict.fromkeys(_TEXTS, text),
+                        **{name: tfds.features.Sequence(text) for name in _LISTS},
+                        "seed": tfds.features.Scalar(np.int64),
+                    }
                 ),
                 supervised_keys=("query", "positive"),
                 citation=_CITATION,
@@ -108,13 +109,9 @@ def _builder_class() -> Any:
             self, path: pathlib.Path
         ) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, (_, record, _) in enumerate(jsonl.read_lines(path)):
-                yield number, example(record)
+                texts = {name: str(record.get(name, "")) for name in _TEXTS}
+                lists = {name: list(record.get(name, ())) for name in _LISTS}
+                seed = int(record.get("seed", -1))
+                yield number, {**texts, **lists, "seed": seed}
 
     return GeckoFret
-
-
-def example(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a line of an export as TFDS keeps it."""
-    texts = {name: str(record.get(name, "")) for name in _TEXTS}
-    lists = {name: list(record.get(name, ())) for name in _LISTS}
-    return {**texts, **lists, "seed": int(record.get("seed", -1))}

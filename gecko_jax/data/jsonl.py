@@ -7,26 +7,25 @@ One line is one training example:
      "negatives": ["list.reverse() ..."], "negative_titles": ["Lists"]}
 
 Fields:
-    task: Name by which lines are chosen; looked up in the table of task descriptions.
-    task_description: The paper's *t* of this query alone, as `gecko fret` writes it;
-        by default that of the task.
-    query, positive: Texts; `passage` is another name of `positive`.
-    title: Title of the positive, or none.
-    negatives: List of hard negatives, or none; `negative` for one string.
-    negative_titles: Their titles, as many as there are negatives.
-    query_id, passage_id: Strings or integers that say which queries and which positives
-        are the same; by default, equal texts are. An id holds over all files and tasks.
-    negative_ids: The same for the negatives, in the ids of the passages.
-    negative_group: Number, 0 by default; examples are each other's in-batch negatives
-        only within a group.
+    task: Name of the task the line belongs to.
+    task_description: The paper's *t* for this query, as `gecko fret` writes it;
+        defaults to the task's.
+    query, positive: Texts; `passage` is an alias of `positive`.
+    title: Title of the positive, optional.
+    negatives: List of hard negatives, optional; `negative` holds a single string.
+    negative_titles: Their titles, one for each negative.
+    query_id, passage_id: Strings or integers that are equal for equal queries and
+        equal passages, across all files and tasks; default to hashes of the texts.
+    negative_ids: Passage ids of the negatives.
+    negative_group: Number, 0 by default. Only examples of the same group are each
+        other's in-batch negatives.
 
-Other fields, such as a source or a licence, are for people and are passed over. A value
-of null or NaN is missing, as in every file that this package reads (`inputs`).
+Other fields, such as a source or a licence, are ignored. A value of null or NaN is
+missing, as in every file that this package reads (`inputs`).
 """
 
 import collections
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +33,8 @@ from typing import Any
 from gecko_jax.io import inputs, reading, wording
 from gecko_jax.text import text_formats
 
-_ONE_POSITIVE = ("positive", "passage")
+_POSITIVE = ("positive", "passage")
+_ALIASES = (_POSITIVE, ("negatives", "negative"))
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -42,9 +42,9 @@ _INT32 = range(-(2**31), 2**31)
 class Pair:
     """A query, its positive passage and any number of hard negatives.
 
-    A title or task description that is not given is "". Ids are the two uint32 words
-    of `text.content_id`; for those of the file they hash the id instead of the text.
-    `given_ids` are those of the file, of the positive and then of each negative.
+    A missing title or task description is "". An id is two uint32 words: the hash of
+    an id in the file, or else `text_formats.content_id`. `given_ids` are the passage
+    ids in the file, of the positive and of each negative.
     """
 
     task: str
@@ -60,25 +60,22 @@ class Pair:
     negative_group: int
     given_ids: tuple[str | int | None, ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class FileSummary:
-    """What a file holds.
-
-    Attributes:
-        sha256: Checksum of the bytes.
-        examples: Number of examples of each task, in order of first appearance.
-    """
-
-    sha256: str
-    examples: dict[str, int]
+    @property
+    def passages(self) -> Iterator[tuple[str, str, tuple[int, int]]]:
+        """Text, title and id of the positive and of each negative."""
+        return zip(
+            (self.positive, *self.negatives),
+            (self.title, *self.negative_titles),
+            (self.passage_id, *self.negative_ids),
+            strict=True,
+        )
 
 
 def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pair]:
-    """Yields the examples of a file, those of one task or all.
+    """Yields the examples of a file, of one task or of all.
 
     Raises:
-        ValueError: The file or a line of it is bad; names the line, rule and remedy.
+        ValueError: The file or a line of it is invalid.
     """
     for _, _, pair in read_lines(path):
         if task is None or pair.task == task:
@@ -91,137 +88,110 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], P
         yield place, record, parse(place, record)
 
 
-def summarize(path: str | os.PathLike) -> FileSummary:
-    """Reads a file through, checking every line.
+def count_examples(path: str | os.PathLike) -> dict[str, int]:
+    """Checks every line of a file, and returns the number of examples of each task.
 
     Raises:
-        ValueError: The file or a line of it is bad, or it holds no examples.
+        ValueError: The file or a line of it is invalid, or the file has no lines.
     """
     examples = collections.Counter(pair.task for pair in read_pairs(path))
     if not examples:
         raise ValueError(
             f"{path}: the file is empty; give it lines with task, query and positive"
         )
-    return FileSummary(reading.sha256(path), dict(examples))
+    return dict(examples)
 
 
 def parse(place: str, record: dict[str, Any]) -> Pair:
     """Checks one record; `place` (file:line) starts every error."""
-    _one_of(place, record, *_ONE_POSITIVE)
+    for aliases in _ALIASES:
+        if all(record.get(name) is not None for name in aliases):
+            both = " and ".join(map(repr, aliases))
+            raise ValueError(f"{place}: fields {both} mean the same; keep one")
     query = _text(place, record, "query")
-    positive = _text(place, record, *_ONE_POSITIVE)
-    title = _optional_text(place, record, "title")
-    negatives = _negatives(place, record)
-    titles = _list(place, record, "negative_titles", len(negatives))
-    ids = _list(place, record, "negative_ids", len(negatives))
-    query_id = _given_id(place, "query_id", record.get("query_id"))
-    given = (
+    positive = _text(place, record, *_POSITIVE)
+    title = _text(place, record, "title", default="")
+    if record.get("negative") is not None:
+        negatives = [_text(place, record, "negative")]
+    else:
+        negatives = [
+            _text(place, {name: value}, name)
+            for name, value in _list(place, record, "negatives")
+        ]
+    titles = [
+        _text(place, {name: value}, name, default="")
+        for name, value in _list(place, record, "negative_titles", len(negatives))
+    ]
+    given_ids = (
         _given_id(place, "passage_id", record.get("passage_id")),
-        *(_given_id(place, "negative_ids", value) for value in ids),
-        *([None] * (len(negatives) - len(ids))),
+        *(
+            _given_id(place, "negative_ids", value)
+            for _, value in _list(place, record, "negative_ids", len(negatives))
+        ),
     )
-    group = _group(place, record.get("negative_group"))
-    for number, value in enumerate(titles):
-        if value is not None:
-            _check_text(place, f"negative_titles[{number}]", value, may_be_empty=True)
+    query_id = _given_id(place, "query_id", record.get("query_id"))
+    # Hashes of query ids and of passage ids never collide.
+    passage_ids = [
+        text_formats.content_id(text, text_title)
+        if given is None
+        else text_formats.hash_words(f"passage_id:{given}")
+        for text, text_title, given in zip(
+            (positive, *negatives), (title, *titles), given_ids, strict=True
+        )
+    ]
     return Pair(
         task=_text(place, record, "task"),
-        task_description=_optional_text(place, record, "task_description"),
+        task_description=_text(place, record, "task_description", default=""),
         query=query,
         positive=positive,
         title=title,
-        negatives=negatives,
-        negative_titles=tuple(t or "" for t in titles) or ("",) * len(negatives),
-        query_id=_hash("query_id", query_id) or text_formats.content_id(query),
-        passage_id=_hash("passage_id", given[0])
-        or text_formats.content_id(positive, title),
-        negative_ids=tuple(
-            _hash("passage_id", given[number + 1])
-            or text_formats.content_id(negative, titles[number] if titles else None)
-            for number, negative in enumerate(negatives)
-        ),
-        negative_group=group,
-        given_ids=given,
+        negatives=tuple(negatives),
+        negative_titles=tuple(titles),
+        query_id=text_formats.content_id(query)
+        if query_id is None
+        else text_formats.hash_words(f"query_id:{query_id}"),
+        passage_id=passage_ids[0],
+        negative_ids=tuple(passage_ids[1:]),
+        negative_group=_group(place, record.get("negative_group")),
+        given_ids=given_ids,
     )
 
 
-def _one_of(place: str, record: dict[str, Any], *names: str) -> None:
-    present = [name for name in names if record.get(name) is not None]
-    if len(present) > 1:
-        both = " and ".join(map(repr, present))
-        raise ValueError(f"{place}: fields {both} mean the same; keep one")
-
-
-def _check_text(place: str, name: str, value: Any, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{place}: field {name!r} is {inputs.kind(value)}; it must be a string"
-        )
-    if not may_be_empty and not value.strip():
-        raise ValueError(
-            f"{place}: field {name!r} is empty; give it text or drop the line"
-        )
+def _text(
+    place: str, record: dict[str, Any], *names: str, default: str | None = None
+) -> str:
+    """Returns the first of the named fields with a value, checked."""
+    value = inputs.string_field(place, record, *names, default=default)
+    if value.isascii() and len(value) <= text_formats.MAX_CHARACTERS:
+        return value
+    name = next(name for name in names if record.get(name) is not None)
     if len(value) > text_formats.MAX_CHARACTERS:
         raise ValueError(
             f"{place}: field {name!r} has {len(value):,} characters; at most "
-            f"{text_formats.MAX_CHARACTERS:,} are allowed: split it into passages"
+            f"{text_formats.MAX_CHARACTERS:,} are allowed, split it into passages"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{place}: field {name!r} holds a lone surrogate, which is no character; "
-            "write the text again as UTF-8"
-        ) from None
+    inputs.check_characters(place, {name: value})
     return value
 
 
-def _text(place: str, record: dict[str, Any], *names: str) -> str:
-    for name in names:
-        if record.get(name) is not None:
-            return _check_text(place, name, record[name])
-    raise inputs.no_value(place, record, *names)
+def _list(
+    place: str, record: dict[str, Any], name: str, length: int | None = None
+) -> list[tuple[str, Any]]:
+    """Returns the items of a list field, named "field[0]", "field[1]", ...
 
-
-def _optional_text(place: str, record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    return "" if value is None else _check_text(place, name, value, may_be_empty=True)
-
-
-def _negatives(place: str, record: dict[str, Any]) -> tuple[str, ...]:
-    _one_of(place, record, "negatives", "negative")
-    if record.get("negative") is not None:
-        return (_check_text(place, "negative", record["negative"]),)
-    negatives = record.get("negatives")
-    if negatives is None:
-        return ()
-    if not isinstance(negatives, list):
+    A missing field is a list of nulls.
+    """
+    values = record.get(name)
+    if values is None:
+        values = [None] * (length or 0)
+    is_list = isinstance(values, list)
+    if not is_list or length not in (None, len(values)):
+        shown = wording.counted(len(values), "item") if is_list else repr(values)[:80]
+        rule = "of strings" if length is None else f"of {length}, one for each negative"
         raise ValueError(
-            f"{place}: field 'negatives' is {inputs.kind(negatives)}; it must be a "
-            "list of strings (or use 'negative' for one string)"
+            f"{place}: field {name!r} is {shown}; it must be a list {rule}"
         )
-    return tuple(
-        _check_text(place, f"negatives[{number}]", negative)
-        for number, negative in enumerate(negatives)
-    )
-
-
-def _list(place: str, record: dict[str, Any], name: str, length: int) -> list[Any]:
-    """Returns the field as a list with one item for each negative, or empty."""
-    value = record.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list) or len(value) != length:
-        shown = (
-            wording.counted(len(value), "item")
-            if isinstance(value, list)
-            else repr(value)
-        )
-        raise ValueError(
-            f"{place}: field {name!r} is {shown}; it must be a list with one item for "
-            f"each negative, {length} in all"
-        )
-    return value
+    return [(f"{name}[{number}]", value) for number, value in enumerate(values)]
 
 
 def _group(place: str, value: Any) -> int:
@@ -242,11 +212,3 @@ def _given_id(place: str, name: str, value: Any) -> str | int | None:
         return None if value is None else inputs.check_id(name, value)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
-
-
-def _hash(kind: str, value: str | int | None) -> tuple[int, int] | None:
-    """Hashes an id of the file; query and passage ids never meet by chance."""
-    if value is None:
-        return None
-    digest = hashlib.blake2b(f"{kind}:{value}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

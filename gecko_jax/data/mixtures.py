@@ -1,8 +1,7 @@
-"""The mixtures, and every rate in one place. The paper gives none: these are ours.
+"""The mixtures and their rates. The paper gives no rates: these are our choice.
 
-A mixture draws a task in proportion to its size, `min(size, cap) ** (1 / temperature)`,
-or by fixed shares. `data.one_task_per_batch` is a switch of the config, since it fits
-any mixture.
+A mixture draws each task in proportion to `min(size, cap) ** (1 / temperature)`.
+`data.one_task_per_batch` is a config key, because it applies to any mixture.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from gecko_jax.data import task_table
 
-# Where `gecko data prepare` puts sets, unless it is told another place.
+# Default folder of `gecko data prepare`.
 PREPARED = "~/.cache/gecko_jax/prepared"
 
 
@@ -23,13 +22,11 @@ class Mixture:
 
     Attributes:
         tasks: Names, in order.
-        shares: Task -> share of the mixture, in any unit; None for rates by size.
-        cap: Most examples that count of a task, as T5's mixtures have it.
+        cap: Maximum size that counts towards a task's rate, as in T5's mixtures.
         temperature: 1 is proportional to size; larger is more even.
     """
 
     tasks: tuple[str, ...]
-    shares: Mapping[str, float] | None = None
     cap: int | None = None
     temperature: float = 1.0
 
@@ -37,20 +34,17 @@ class Mixture:
         """Returns the rate of each task, not normalized.
 
         Raises:
-            ValueError: A rate is missing or no number above 0, or the temperature is.
+            ValueError: The temperature or a rate is not a number above 0.
         """
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature}: must be above 0")
-        if self.shares is not None:
-            rates = [float(self.shares.get(name, 0)) for name in names]
-        else:
-            cap = self.cap or max(sizes, default=0)
-            rates = [min(size, cap) ** (1 / self.temperature) for size in sizes]
+        cap = self.cap or max(sizes, default=0)
+        rates = [min(size, cap) ** (1 / self.temperature) for size in sizes]
         for name, rate in zip(names, rates, strict=True):
             if not 0 < rate < math.inf:
                 raise ValueError(
                     f"task {name} has the rate {rate:g}: it must be a number above 0; "
-                    "give it one, or take the task out of the mixture"
+                    "add examples, or remove the task from the mixture"
                 )
         return rates
 
@@ -101,46 +95,40 @@ MIXTURES: Mapping[str, Mixture] = {
 def resolve(
     mixture: str, prepared_dir: str | os.PathLike = PREPARED
 ) -> tuple[tuple[task_table.Task, ...], Mixture]:
-    """Returns the tasks of a mixture, or of one task's name, with their files.
+    """Returns the tasks of a mixture, or the task of that name, with their files.
 
     Raises:
-        ValueError: Neither table knows the name, or sets are not prepared.
+        ValueError: The name is unknown, or sets are not prepared.
     """
-    chosen, found = describe(mixture)
-    located = [locate(task, prepared_dir) for task in chosen]
-    missing = [task.name for task in located if not task.files]
+    rows, drawn = describe(mixture)
+    tasks = tuple(locate(row, prepared_dir) for row in rows)
+    missing = [task.name for task in tasks if not task.files]
     if missing:
         raise ValueError(
             f"mixture {mixture}: {', '.join(missing)} not prepared in {prepared_dir}; "
             f"run `gecko data prepare {missing[0]}` for each"
         )
-    return tuple(located), found
+    return tasks, drawn
 
 
 def describe(mixture: str) -> tuple[tuple[task_table.Task, ...], Mixture]:
-    """Returns the rows of a mixture, or of one task's name, prepared or not."""
+    """Returns the rows of a mixture, or the row of that name, prepared or not."""
     table = {task.name: task for task in task_table.TASKS}
-    if mixture in MIXTURES:
-        found = MIXTURES[mixture]
-    elif mixture in table:
-        found = Mixture((mixture,))
-    else:
+    if mixture not in MIXTURES and mixture not in table:
         raise ValueError(
             f"mixture {mixture!r} is unknown: choose one of "
-            f"{', '.join([*MIXTURES, *table])}, or give files of your own as data.files"
+            f"{', '.join([*MIXTURES, *table])}, or give your own files as data.files"
         )
-    return tuple(table[name] for name in found.tasks), found
+    drawn = MIXTURES.get(mixture) or Mixture((mixture,))
+    return tuple(table[name] for name in drawn.tasks), drawn
 
 
 def locate(
     task: task_table.Task, prepared_dir: str | os.PathLike = PREPARED
 ) -> task_table.Task:
-    """Returns the row with the files that `prepare` wrote, or none."""
-    if not task.source:
-        return task
+    """Returns the row with the files that `prepare` wrote, if it is finished."""
     folder = pathlib.Path(prepared_dir).expanduser() / task.name
-    if not (folder / "prepared.json").exists():
+    if not task.source or not (folder / "prepared.json").exists():
         return task
-    return dataclasses.replace(
-        task, files=tuple(str(path) for path in sorted(folder.glob("part-*.jsonl.gz")))
-    )
+    files = sorted(map(str, folder.glob("part-*.jsonl.gz")))
+    return dataclasses.replace(task, files=tuple(files))

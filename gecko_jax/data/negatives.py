@@ -1,9 +1,9 @@
-"""Negatives of a batch: which examples have any, so that no task trains on nothing.
+"""Negatives of a batch: finds tasks whose examples have no negative.
 
-The contrastive loss of an example compares its positive with negatives. A duplicate
-does not count as a negative: another example with an equal query or an equal positive,
-or a hard negative that is the positive. An example that has only duplicates teaches
-nothing. Its loss is 0 with `loss.mask_duplicates`; without, the loss pushes the query
+The contrastive loss compares the positive of an example with its negatives. Another
+example with an equal query or an equal positive is a duplicate and not a negative, and
+so is a hard negative that equals the positive. An example with only duplicates teaches
+nothing: its loss is 0 with `loss.mask_duplicates`; without, the loss pushes the query
 away from its own answers.
 """
 
@@ -17,63 +17,65 @@ from jaxtyping import Bool, Int, Shaped
 def has_negative(
     batch: Mapping[str, np.ndarray], *, all_hard_negatives: bool = False
 ) -> Bool[np.ndarray, " B"]:
-    """Returns which examples of a batch have a negative that is no duplicate.
+    """Returns which examples of a batch have a negative that is not a duplicate.
 
     Args:
         batch: Model features, see `pipeline`.
-        all_hard_negatives: Counts the hard negatives of the other examples of a group
-            too, as `losses.contrastive_loss` does.
+        all_hard_negatives: Include the hard negatives of the group's other examples, as
+            in `losses.contrastive_loss`.
     """
     mask = batch["example_mask"]
     group, query, passage = (
         _numbers(batch[name][mask])
         for name in ("negative_group", "query_id", "passage_id")
     )
-    # Examples of the group, less those with an equal query or an equal positive.
-    count = _count(group)
-    count += _count(group, query, passage) - _count(group, query)
-    count -= _count(group, passage)
-    present = count > 0
+    # Examples of the group, minus those with an equal query or an equal positive, by
+    # inclusion and exclusion.
+    count = _count(group) - _count(group, query) - _count(group, passage)
+    count += _count(group, query, passage)
+    result = count > 0
 
     passages = batch["passage_id"][mask][:, None]
     hard = np.any(batch["negative_id"][mask] != passages, axis=-1)
     hard &= batch["negative_mask"][mask]
-    present |= hard.any(axis=1)
+    result |= hard.any(axis=1)
     if all_hard_negatives:
         for each in np.unique(group):
             members = np.flatnonzero(group == each)
-            theirs = batch["negative_id"][mask][members]
-            distinct = np.unique(theirs[batch["negative_mask"][mask][members]], axis=0)
+            negatives = batch["negative_id"][mask][members]
+            is_present = batch["negative_mask"][mask][members]
+            distinct = np.unique(negatives[is_present], axis=0)
+            # Of two different negatives, at most one can equal a positive.
             if len(distinct) == 1:
-                present[members] |= np.any(passages[members, 0] != distinct[0], axis=-1)
+                result[members] |= np.any(passages[members, 0] != distinct[0], axis=-1)
             elif len(distinct):
-                present[members] = True
-    result = np.zeros(len(mask), bool)
-    result[mask] = present
-    return result
+                result[members] = True
+    has = np.zeros(len(mask), bool)
+    has[mask] = result
+    return has
 
 
 class Watch:
-    """Warns of tasks whose examples had no negative in any batch so far.
+    """Warns about tasks whose examples had no negative in any batch so far.
 
-    The watch over a task ends when one of its examples has a negative: in sound data,
-    with the first batch.
+    A task is watched until one of its examples has a negative: in sound data, until the
+    first batch.
     """
 
     def __init__(self, task_names: Sequence[str], *, all_hard_negatives: bool):
-        """Starts with every task.
+        """Watches all tasks.
 
         Args:
-            task_names: What `task_index` points into.
+            task_names: Names, indexed by `task_index`.
             all_hard_negatives: See `has_negative`.
         """
         self._task_names = task_names
         self._all_hard_negatives = all_hard_negatives
-        # Task -> its examples so far, none of which had a negative.
+        # Watched task -> its examples so far, none of which had a negative.
         self._without = dict.fromkeys(range(len(task_names)), 0)
 
     def add(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Looks at a batch."""
+        """Counts the examples of a batch."""
         if not self._without:
             return
         tasks = np.where(batch["example_mask"], batch["task_index"], -1)
@@ -86,7 +88,7 @@ class Watch:
                 self._without[task] += int(members.sum())
 
     def warn(self) -> None:
-        """Logs a warning of each task that was seen without a negative, once."""
+        """Warns once about each task that was seen without a negative."""
         for task, number in list(self._without.items()):
             if not number:
                 continue
@@ -102,12 +104,12 @@ class Watch:
 
 
 def _numbers(ids: Shaped[np.ndarray, "B ..."]) -> Int[np.ndarray, " B"]:
-    """Returns a number for each row, equal where the rows are."""
+    """Returns a number for each row, equal for equal rows."""
     return np.unique(ids, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _count(*columns: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
-    """Returns for each row how many rows are equal to it in all columns."""
+    """Returns for each row the number of rows that are equal in all columns."""
     rows = np.stack(columns, axis=1)
     _, number, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     return counts[number.reshape(-1)]

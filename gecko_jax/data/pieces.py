@@ -1,4 +1,4 @@
-"""Training a SentencePiece vocabulary on a user's own texts."""
+"""Training a SentencePiece vocabulary on the texts of JSONL files."""
 
 import io
 import os
@@ -12,43 +12,44 @@ from gecko_jax.data import jsonl
 from gecko_jax.io import writing
 from gecko_jax.text import text_formats, vocabularies
 
-# A fixed number, not the machine's: the pieces depend on it in the last digits.
+# A constant, because the scores of the pieces depend on it in their last digits.
 _THREADS = 8
+
+# More texts are sampled, which bounds the memory.
+_MAX_TEXTS = 2_000_000
 
 
 def train_vocabulary(
     files: Sequence[str | os.PathLike],
     output: str | os.PathLike,
     size: int = 32_000,
-    *,
-    character_coverage: float = 0.9999,
-    max_texts: int = 2_000_000,
 ) -> vocabularies.Vocabulary:
     """Trains a unigram vocabulary with byte fallback and T5's reserved ids.
 
     Args:
-        files: JSONL of pairs; queries, positives and titles are read.
+        files: JSONL of pairs; queries, positives and titles are used.
         output: The `.model` file, written whole or not at all.
-        size: Number of pieces, the 256 bytes and 3 reserved ids included.
-        character_coverage: Share of the characters that get a piece of their own;
-            rarer ones are spelled in bytes.
-        max_texts: Texts to sample when there are more, which bounds the memory.
+        size: Number of pieces, including 256 bytes and 3 reserved ids.
 
     Raises:
-        ValueError: A bad record, or a size that the texts cannot fill.
+        ValueError: A record is invalid, or the texts cannot fill the size.
     """
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(0)
-    # SentencePiece reports a broken iterator as a crash of its own.
-    broken: list[ValueError] = []
+    # SentencePiece hides the exceptions of its input.
+    input_errors: list[ValueError] = []
 
     def texts() -> Iterator[str]:
         try:
-            yield from _texts(files)
+            for path in files:
+                for record in jsonl.read_pairs(path):
+                    for content in (record.query, record.title, record.positive):
+                        if content:
+                            yield text_formats.clean(content)
         except ValueError as error:
-            broken.append(error)
+            input_errors.append(error)
 
     try:
         _interruptibly(
@@ -62,20 +63,20 @@ def train_vocabulary(
             eos_id=vocabularies.EOS_ID,
             unk_id=2,
             bos_id=-1,
-            character_coverage=character_coverage,
-            # Bytes; longer texts would be skipped.
+            # Rarer characters are spelled in bytes.
+            character_coverage=0.9999,
+            # In bytes; SentencePiece skips longer texts.
             max_sentence_length=4 * text_formats.MAX_CHARACTERS,
-            input_sentence_size=max_texts,
+            input_sentence_size=_MAX_TEXTS,
             shuffle_input_sentence=True,
             num_threads=_THREADS,
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        if broken:
-            raise broken[0] from None
-        raise ValueError(_explain(str(error), size)) from error
-    if broken:
-        raise broken[0]
+        if not input_errors:
+            raise ValueError(_explain(str(error), size)) from error
+    if input_errors:
+        raise input_errors[0]
     trained = vocabularies.Vocabulary(model.getvalue())
     with writing.write_file(output) as temporary:
         temporary.write_bytes(trained.model_proto)
@@ -83,7 +84,7 @@ def train_vocabulary(
 
 
 def _interruptibly(function: Callable[..., Any], **arguments: Any) -> None:
-    """Calls C++ in a thread: in the main one, Ctrl-C would wait until it returns."""
+    """Calls C++ code in a thread, so that Ctrl-C does not wait until it returns."""
     done = futures.Future[None]()
 
     def call() -> None:
@@ -96,16 +97,8 @@ def _interruptibly(function: Callable[..., Any], **arguments: Any) -> None:
     done.result()
 
 
-def _texts(files: Sequence[str | os.PathLike]) -> Iterator[str]:
-    for path in files:
-        for record in jsonl.read_pairs(path):
-            for content in (record.query, record.title, record.positive):
-                if content:
-                    yield text_formats.clean(content)
-
-
 def _explain(message: str, size: int) -> str:
-    """Turns SentencePiece's report of an impossible size into a rule and a remedy."""
+    """Returns a clear message for SentencePiece's error about an impossible size."""
     if too_large := re.search(r"too high.*?<= (\d+)", message):
         return (
             f"vocabulary size {size:,}: the texts only fill {too_large[1]} pieces; "
@@ -118,4 +111,7 @@ def _explain(message: str, size: int) -> str:
         )
     if "sentences_.empty()" in message:
         return "the files hold no examples; give lines with task, query and positive"
-    return f"vocabulary size {size:,}: SentencePiece could not train ({message})"
+    return (
+        f"vocabulary size {size:,}: SentencePiece cannot train it ({message}); choose "
+        "another size or give other texts"
+    )

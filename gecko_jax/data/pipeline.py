@@ -1,13 +1,13 @@
 """Batches addressed by step: what step n trains on is a pure function of n.
 
-    batches = Batches(mixture="quickstart", files=(), ..., seed=0, cache_dir="data")
-    batches.batch(1000)                      the arrays of step 1000, at once
+    batches = Batches(selection.select(...), features.Shape(64, 512), ...)
+    batches.batch(1000)                      the arrays of step 1000
     for batch in batches.iterate(1000, 2000)    the same, prepared in the background
 
-seqio tasks fill tokenized caches (`gecko_jax.data.cache`); over the numbers of their
-examples Grain shuffles each task anew in every epoch, repeats it for ever and mixes the
-tasks by their rates. Nothing is carried from step to step, so a resumed run needs only
-its step, and neither packing nor the lengths change which examples a step holds.
+seqio tasks fill tokenized caches (`cache`). Grain shuffles the numbers of each task's
+examples anew in every epoch, repeats them forever and mixes the tasks by their rates.
+No state passes from step to step, so a resumed run needs only its step, and neither
+packing nor the lengths change which examples a step holds.
 
 Features of a batch of B examples with G negatives, rows R and tokens L:
 
@@ -20,158 +20,94 @@ Features of a batch of B examples with G negatives, rows R and tokens L:
     negative_mask                         bool [B, G]       False: fewer negatives
     example_mask                          bool [B]
     negative_group, task_index            int32 [B]
-    query_teacher, passage_teacher        float16 [B, T]    see `teacher`
+    query_teacher, passage_teacher        float16 [B, T]    see `teacher_vectors`
     negative_teacher                      float16 [B, G, T]
 """
 
+import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-import pathlib
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from gecko_jax.data import (
-    cache,
-    features,
-    formatting,
-    mixtures,
-    prefetch,
-    selection,
-    teacher_vectors,
-)
-from gecko_jax.text import text_formats, vocabularies
+from gecko_jax.data import cache, features, formatting, selection, teacher_vectors
 
-# Examples that are read for the weights of tokens, and the least such weight.
+# Number of examples read for `idf_weights`, and the smallest weight.
 _IDF_EXAMPLES = 100_000
 _LEAST_WEIGHT = 0.05
 
-# Examples of a task in which a teacher's vectors are looked for.
+# Number of a task's examples whose teacher vectors are checked.
 _TEACHER_EXAMPLES = 200
 
-# Seeds of Grain are 32 bits.
+# Batches prepared ahead of their use.
+_AHEAD = 4
+
+# Bytes of a seed of Grain.
 _SEED_BYTES = 4
 
 
 class Batches:
     """The global batches of a mixture, by step.
 
-    Every process computes the whole global batch: a batch is a few hundred kilobytes
-    and takes milliseconds, and so any number of processes sees the same data without a
-    word between them. Each then keeps the rows of its own devices.
+    Every process computes the whole global batch, which takes milliseconds, and keeps
+    the rows of its own devices. So any number of processes sees the same data without
+    communication.
 
     Attributes:
-        tasks: The rows of the table, or those made for the files.
-        task_names: What `task_index` points into.
-        task_sizes: Number of examples of each task.
+        tasks, task_names: The tasks, indexed by `task_index`.
+        task_sizes, num_examples: Number of examples of each task, and of all.
         readers: The cache of each task.
-        shape: The sizes of a batch.
+        vocabulary: The vocabulary.
+        text_format: The format with the descriptions of the tasks, for the checkpoint.
+        shape, num_segments: Sizes of a batch, and the maximum number of texts in a row.
         rates: Share of each task, summing to 1.
-        num_examples: Of all tasks.
-        text_format: As given, completed with the descriptions of these tasks; this is
-            the one to keep with a checkpoint.
-        facts: What the examples of a step depend on, other than the seed.
-        mixture_hash: Changes with whatever the examples of a step depend on, other
-            than the seed: sources, format, vocabulary, rates, batch size.
+        facts: Everything that determines the examples of a step, except the seed:
+            sources, format, vocabulary, rates, batch size.
+        mixture_hash: Hash of `facts`.
     """
 
     def __init__(
         self,
+        chosen: selection.Selection,
+        shape: features.Shape,
         *,
-        mixture: str,
-        files: Sequence[str | os.PathLike],
-        vocabulary: vocabularies.Vocabulary,
-        vocabulary_path: str | os.PathLike,
-        text_format: text_formats.TextFormat,
         batch_size: int,
-        query_length: int,
-        passage_length: int,
-        num_negatives: int,
-        packing: bool,
         one_task_per_batch: bool,
         seed: int,
-        cache_dir: str | os.PathLike,
-        row_multiple: int = 1,
-        microbatch_rows: int = 0,
-        prepared_dir: str | os.PathLike = mixtures.PREPARED,
         teacher: str | os.PathLike = "",
-        teacher_dim: int = 0,
-        unique_ids: bool = False,
     ):
-        """Opens the caches of the mixture, building those that are not there.
+        """Opens the caches of the tasks; builds those that do not exist.
 
         Args:
-            mixture: Name in the table, of a mixture or a task; not used with `files`.
-            files: A user's own JSONL; each of its tasks is drawn by its size.
-            vocabulary: Must be that of `vocabulary_path`.
-            vocabulary_path: The `.model` file, which seqio reads.
-            text_format: How texts are written; its descriptions have precedence.
-            batch_size: Global examples per step (B).
-            query_length: Tokens kept of a query.
-            passage_length: Tokens kept of a passage.
-            num_negatives: Hard negatives per query (G), sampled anew in every step
-                from those an example has.
-            packing: Put several texts into one row.
-            one_task_per_batch: All examples of a step come from one task.
-            seed: Of the shuffles and of the sampling of negatives.
-            cache_dir: Where caches lie; may be shared by many runs.
-            row_multiple: Row counts are multiples of it.
-            microbatch_rows: Row counts above it are multiples of it; 0 for any.
-            prepared_dir: Where `gecko data prepare` put the sets of the mixture.
-            teacher: Folder of a teacher's vectors, or "" for none.
-            teacher_dim: Their width.
-            unique_ids: Append an id to the texts of classification triples, instead of
-                masking by it; see `classification.append_id`.
+            chosen: Tasks, text format and vocabulary.
+            shape: Sizes of a batch. Each step samples an example's negatives anew.
+            batch_size: Global number of examples per step (B).
+            one_task_per_batch: Draw all examples of a step from one task.
+            seed: Seed of the shuffles and of the sampling of negatives.
+            teacher: Folder of a teacher's vectors; "" for none.
 
         Raises:
-            ValueError: An unknown mixture, a bad file or line, an impossible size.
+            ValueError: A size is impossible, or the sources or vectors are invalid.
         """
-        _check_sizes(
-            batch_size, query_length, passage_length, num_negatives, row_multiple, seed
-        )
-        if vocabularies.load(vocabulary_path, vocabulary.extra_ids) != vocabulary:
-            raise ValueError(
-                f"{vocabulary_path}: is not the vocabulary given beside it; give the "
-                "file that the vocabulary was loaded from"
-            )
-        self.vocabulary = vocabulary
+        _check_sizes(batch_size, shape, seed)
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
-        self.shape = features.Shape(
-            query_length,
-            passage_length,
-            num_negatives,
-            packing,
-            row_multiple,
-            microbatch_rows,
-        )
-        self.num_segments = self.shape.num_segments
-        chosen = selection.select(
-            mixture=mixture,
-            files=files,
-            vocabulary=vocabulary,
-            text_format=text_format,
-            cache_dir=cache_dir,
-            prepared_dir=prepared_dir,
-            unique_ids=unique_ids,
-        )
+        self.shape = shape
+        self.num_segments = shape.num_segments
+        self.vocabulary = chosen.vocabulary
         self.tasks, self.text_format = chosen.tasks, chosen.text_format
         self.readers = [
-            cache.build(
-                task,
-                key,
-                self.text_format,
-                os.fspath(vocabulary_path),
-                vocabulary.extra_ids,
-                pathlib.Path(cache_dir),
-            )
+            cache.build(task, key, self.text_format, self.vocabulary, chosen.cache_dir)
             for task, key in zip(self.tasks, chosen.keys, strict=True)
         ]
         self.task_names = tuple(task.name for task in self.tasks)
@@ -179,12 +115,12 @@ class Batches:
         self.num_examples = sum(self.task_sizes)
         weights = chosen.mixture.rates(self.task_names, self.task_sizes)
         self.rates = tuple(weight / sum(weights) for weight in weights)
-        # Kept beside every checkpoint, so that a refusal can name what has changed.
+        # Checkpoints store the facts, so that a refused resume can name the change.
         self.facts: dict[str, Any] = {
             "batch_size": batch_size,
-            "num_negatives": num_negatives,
+            "num_negatives": shape.num_negatives,
             "one_task_per_batch": one_task_per_batch,
-            "vocabulary": vocabulary.fingerprint,
+            "vocabulary": self.vocabulary.fingerprint,
             "tasks": {
                 name: {
                     "rate": weight,
@@ -205,18 +141,20 @@ class Batches:
                 )
             },
         }
-        if unique_ids:
+        # Omitted if absent, which keeps the hashes of older runs.
+        if any(task.unique_ids for task in self.tasks):
             self.facts["unique_ids"] = True
         self._teacher = None
         if teacher:
-            self._teacher = teacher_vectors.Teacher(teacher, teacher_dim)
+            self._teacher = teacher_vectors.Teacher(teacher, shape.teacher_dim)
             self.facts["teacher"] = self._teacher.facts["sha256"]
         digest = hashlib.sha256(json.dumps(self.facts).encode())
         self.mixture_hash = digest.hexdigest()[:16]
         self._order = self._build_order(weights)
         self._lock = threading.Lock()
-        self._warn_of_small_tasks()
-        self._check_teacher(teacher)
+        self._warn_about_small_tasks()
+        if self._teacher is not None:
+            self._check_teacher(self._teacher, teacher)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns the model features of one step, counted from 0."""
@@ -246,11 +184,27 @@ class Batches:
     def iterate(
         self, start_step: int, stop_step: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields `batch(start_step)`, ..., before `stop_step`, prepared ahead.
+        """Yields `batch(start_step)`, ..., before `stop_step`, prepared in a thread.
 
-        See `prefetch.ahead`.
+        None never stops. Errors of the thread are raised here; closing the iterator
+        ends the thread.
         """
-        return prefetch.ahead(self.batch, start_step, stop_step)
+        steps = itertools.count(start_step)
+        if stop_step is not None:
+            steps = iter(range(start_step, stop_step))
+        pool = futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
+        try:
+            waiting = collections.deque(
+                pool.submit(self.batch, step)
+                for step in itertools.islice(steps, _AHEAD)
+            )
+            while waiting:
+                batch = waiting.popleft().result()
+                for step in itertools.islice(steps, 1):
+                    waiting.append(pool.submit(self.batch, step))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def examples(self, task_index: int, count: int) -> list[features.Example]:
         """Returns the first examples of a task, in the order of its files."""
@@ -283,15 +237,15 @@ class Batches:
     def idf_weights(self, vocab_size: int) -> Float[np.ndarray, " V"]:
         """Returns the inverse document frequency of every token id, from 0 to 1.
 
-        Queries and positives count as documents; of a large mixture a sample of each
-        task is enough. A token in half of the texts weighs next to nothing, as do the
-        words of the text format; one that is in no text weighs 1.
+        Queries and positives count as documents; large tasks are sampled. A token in
+        half of the texts has almost no weight, nor do the words of the text format. A
+        token in no text has weight 1.
         """
         counts = np.zeros(vocab_size)
         num_texts = 0
-        for reader in self.readers:
-            numbers = np.arange(len(reader))[: _IDF_EXAMPLES // len(self.readers)]
-            for example in reader.read(numbers.tolist()):
+        for task_index in range(len(self.tasks)):
+            count = _IDF_EXAMPLES // len(self.tasks)
+            for example in self.examples(task_index, count):
                 for tokens in (example.query, example.positive):
                     counts[np.unique(tokens)] += 1
                 num_texts += 2
@@ -308,7 +262,7 @@ class Batches:
     def _choose_negatives(
         self, step: int, examples: Sequence[features.Example]
     ) -> list[list[int]]:
-        """Samples G of each example's negatives, by seed and step alone."""
+        """Samples G of each example's negatives; depends on seed and step alone."""
         num = self.shape.num_negatives
         most = max(len(example.negatives) for example in examples)
         if not num or not most:
@@ -320,35 +274,33 @@ class Batches:
             for draw, example in zip(draws, examples, strict=True)
         ]
 
-    def _check_teacher(self, folder: str | os.PathLike) -> None:
-        """Refuses vectors of other texts, and tells of tasks without any."""
-        if self._teacher is None:
-            return
+    def _check_teacher(
+        self, teacher: teacher_vectors.Teacher, folder: str | os.PathLike
+    ) -> None:
+        """Refuses vectors of other texts, and warns about tasks without vectors."""
         shares = {}
         for task_index, task in enumerate(self.tasks):
             examples = self.examples(task_index, _TEACHER_EXAMPLES)
             names = [task.source_task] * len(examples)
-            found = self._teacher.features(examples, names, [()] * len(examples), 0)
-            there = [
-                vectors.any(axis=1).mean() for vectors in found.values() if vectors.size
-            ]
-            shares[task.name] = float(np.mean(there))
+            vectors = teacher.features(examples, names, [()] * len(examples), 0)
+            has_vector = [v.any(axis=1).mean() for v in vectors.values() if v.size]
+            shares[task.name] = float(np.mean(has_vector))
         if not any(shares.values()):
             raise ValueError(
-                f"data.teacher={folder}: it has a vector of none of the texts of "
+                f"data.teacher={folder}: has no vector for any text of "
                 f"{', '.join(shares)}; make it from the same files with `gecko data "
                 "teach`"
             )
         for name, share in shares.items():
             if share < 1:
                 logging.warning(
-                    "Of the texts of task %s the teacher has %.0f%%; the others are "
-                    "trained without it.",
-                    name,
+                    "The teacher has vectors for %.0f%% of the texts of task %s; the "
+                    "others are trained without it.",
                     100 * share,
+                    name,
                 )
 
-    def _warn_of_small_tasks(self) -> None:
+    def _warn_about_small_tasks(self) -> None:
         for name, size, rate in zip(
             self.task_names, self.task_sizes, self.rates, strict=True
         ):
@@ -356,26 +308,19 @@ class Batches:
             if size < self._batch_size * share:
                 logging.warning(
                     "Task %s has %d examples, fewer than its part of a batch: some "
-                    "occur twice in it. loss.mask_duplicates keeps them apart.",
+                    "occur twice in a batch. loss.mask_duplicates masks them.",
                     name,
                     size,
                 )
 
 
-def _check_sizes(
-    batch_size: int,
-    query_length: int,
-    passage_length: int,
-    num_negatives: int,
-    row_multiple: int,
-    seed: int,
-) -> None:
+def _check_sizes(batch_size: int, shape: features.Shape, seed: int) -> None:
     for name, value, least, most in (
         ("batch_size", batch_size, 1, None),
-        ("query_length", query_length, 2, cache.MAX_TOKENS),
-        ("passage_length", passage_length, 2, cache.MAX_TOKENS),
-        ("num_negatives", num_negatives, 0, None),
-        ("row_multiple", row_multiple, 1, None),
+        ("query_length", shape.query_length, 2, cache.MAX_TOKENS),
+        ("passage_length", shape.passage_length, 2, cache.MAX_TOKENS),
+        ("num_negatives", shape.num_negatives, 0, None),
+        ("row_multiple", shape.row_multiple, 1, None),
         ("seed", seed, 0, None),
     ):
         if value < least or (most is not None and value > most):
@@ -384,6 +329,6 @@ def _check_sizes(
 
 
 def _derive_seed(seed: int, name: str) -> int:
-    """Gives every task its own shuffle, whatever other tasks there are."""
+    """Returns a seed for a task that does not depend on the other tasks."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=_SEED_BYTES)
     return int.from_bytes(digest.digest(), "little") % (2**31)

@@ -1,26 +1,24 @@
 """Preparing a set of the table: its source becomes canonical triples on disk.
 
-    <prepared_dir>/<name>/part-00000.jsonl.gz ...   lines as `jsonl` reads them
+    <prepared_dir>/<name>/part-00000.jsonl.gz ...   lines, see `jsonl`
     <prepared_dir>/<name>/prepared.json             counts, licence, source
-    <prepared_dir>/.<name>.work/                    while it is not finished
+    <prepared_dir>/.<name>.work/                    an unfinished run
 
-The source is read into parts (`pairs-00000.jsonl.gz` ...), then each part gets its hard
-negatives, mined among the passages of all parts. A part is written under a temporary
-name and renamed, and the folder gets its name when it is whole: an interrupted run goes
-on with the parts it has, and builds the index of passages again. What a part holds
-depends on the source and the table alone. Memory is that of `mining.Corpus` where
-negatives are mined, and some 100 bytes a line where they are not.
+First the source is written in parts (`pairs-00000.jsonl.gz` ...). Then each part gets
+its hard negatives, mined among the passages of all parts. A part is written under a
+temporary name and renamed, so an interrupted run continues with the parts it has. The
+content of a part depends on the source and the table alone. Memory is that of a
+`mining.Corpus` if negatives are mined, and else about 100 bytes a line.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
@@ -31,10 +29,10 @@ from gecko_jax.io import field_rules, progress, reading, writing
 # Lines of a part.
 PART = 50_000
 
-# Names of a part: as read, and with its negatives.
+# Names of a part, before and after mining.
 _PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
 
-# Raised whenever what a part holds changes.
+# Increased whenever the content of a part changes.
 _VERSION = 2
 
 _DROPPED = field_rules.map_of(field_rules.COUNT)
@@ -44,19 +42,17 @@ _FIELDS = {
     "dropped": _DROPPED,
     "without_negative": field_rules.COUNT,
 }
-_COUNTS = field_rules.list_of(field_rules.COUNT)
-_BEGIN_AGAIN = "delete the folder {} and run again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What was prepared.
+    """A prepared set.
 
     Attributes:
-        folder: Where the set lies.
-        examples: Lines written.
-        dropped: Reason -> number of records, or parts of one, left out.
-        without_negative: Lines that have fewer than asked for, with those mined.
+        folder: Folder of the set.
+        examples: Number of lines.
+        dropped: Reason -> number of records, or parts of one, that were left out.
+        without_negative: Lines with fewer negatives than requested.
     """
 
     folder: pathlib.Path
@@ -80,15 +76,15 @@ def prepare(
     Args:
         task: The row.
         prepared_dir: Folder of all prepared sets.
-        source: Where the source lies, when the table gives only its kind.
+        source: The source, if the table only gives its kind.
         accepted_licences: Names of restricted sets whose licence the user accepts.
-        tfds_data_dir: Where TFDS keeps its sets.
+        tfds_data_dir: Folder of TFDS's sets.
         part: Lines of a part.
-        negatives: Hard negatives a line should have, where the row lets them be mined.
+        negatives: Hard negatives of a line, if the row allows mining.
 
     Raises:
-        ValueError: The licence is not accepted, the source is missing or has another
-            schema, or gives no example.
+        ValueError: The licence is not accepted, or the source is missing, has another
+            schema, or has no example.
     """
     if task.restricted and task.name not in accepted_licences:
         raise ValueError(
@@ -98,23 +94,27 @@ def prepare(
     location = _location(task, source)
     target = pathlib.Path(prepared_dir).expanduser() / task.name
     note = target / "prepared.json"
-    facts = _facts(task, location, part)
-    if negatives != 1:
-        facts["negatives"] = negatives
+    facts = {
+        "version": _VERSION,
+        "task": task.name,
+        "source": location,
+        "part": part,
+        **({"negatives": negatives} if negatives != 1 else {}),
+    }
     if note.exists():
-        found = reading.read_object(
+        content = reading.read_object(
             note,
             _FIELDS,
             remedy="delete the folder and prepare again",
             defaults={"without_negative": 0},
         )
-        if found["facts"] != facts:
+        if content["facts"] != facts:
             raise ValueError(
-                f"{target}: was prepared from {found['facts'].get('source')} by other "
-                "settings; delete it, or prepare into another folder"
+                f"{target}: was prepared from {content['facts'].get('source')} with "
+                "other settings; delete it, or prepare into another folder"
             )
         return Summary(
-            target, found["examples"], found["dropped"], found["without_negative"]
+            target, content["examples"], content["dropped"], content["without_negative"]
         )
     work = target.with_name(f".{task.name}.work")
     _claim(work, facts | {"files": sources.stamps(location)})
@@ -126,22 +126,16 @@ def prepare(
             f"{f' (left out: {reasons})' if reasons else ''}; check the split"
         )
     examples, short = _mine(task, num_parts, work, negatives)
-    with writing.write_file(work / "prepared.json") as temporary:
-        temporary.write_text(
-            json.dumps(
-                {
-                    "facts": facts,
-                    "licence": task.licence,
-                    "examples": examples,
-                    "dropped": dropped,
-                    "without_negative": short,
-                },
-                indent=2,
-            )
-        )
-    for leftover in work.glob("pairs-*"):
+    content = {
+        "facts": facts,
+        "licence": task.licence,
+        "examples": examples,
+        "dropped": dropped,
+        "without_negative": short,
+    }
+    _write_json(work / "prepared.json", content, indent=2)
+    for leftover in (*work.glob("pairs-*"), work / "facts.json"):
         leftover.unlink()
-    (work / "facts.json").unlink()
     work.rename(target)
     return Summary(target, examples, dropped, short)
 
@@ -150,34 +144,36 @@ def _location(task: task_table.Task, source: str) -> str:
     if source or ":" in task.source:
         return source or task.source
     if not task.source:
-        raise ValueError(f"{task.name}: lies ready as JSONL; nothing is to be prepared")
-    made = (
-        "`gecko fret run` makes them"
-        if task.source == "canonical"
-        else ("docs/data.md says where they come from")
-    )
+        raise ValueError(f"{task.name}: is JSONL already; use it without preparing it")
+    remedy = "docs/data.md says where to get them"
+    if task.source == "canonical":
+        remedy = "`gecko fret run` writes them"
     raise ValueError(
-        f"{task.name}: give its files, as {task.source}, with --source=PATH; {made}"
+        f"{task.name}: needs the path of its {task.source} files; add --source=PATH "
+        f"({remedy})"
     )
 
 
-def _facts(task: task_table.Task, location: str, part: int) -> dict[str, Any]:
-    return {"version": _VERSION, "task": task.name, "source": location, "part": part}
+def _write_json(path: pathlib.Path, content: Any, indent: int | None = None) -> None:
+    with writing.write_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent))
+
+
+def _begin_again(work: pathlib.Path) -> str:
+    return f"delete the folder {work} and run again"
 
 
 def _claim(work: pathlib.Path, facts: dict[str, Any]) -> None:
-    """Begins a working folder, or goes on with one of the same facts."""
+    """Starts a working folder, or continues one with the same facts."""
     note = work / "facts.json"
-    # Where nothing was read yet, as of a source that has been mended, all is open.
-    if any(work.glob("pairs-*")):
-        if reading.read_object(note, {}, remedy=_BEGIN_AGAIN.format(work)) != facts:
-            raise ValueError(
-                f"{work}: was begun from another source, or by other settings, or the "
-                "source has changed since; delete it and run again"
-            )
-        return
-    with writing.write_file(note) as temporary:
-        temporary.write_text(json.dumps(facts))
+    # Without a part, nothing was read yet, for example from a source that was invalid.
+    if not any(work.glob("pairs-*")):
+        _write_json(note, facts)
+    elif reading.read_object(note, {}, remedy=_begin_again(work)) != facts:
+        raise ValueError(
+            f"{work}: was started from another source or with other settings, or the "
+            "source has changed since; delete it and run again"
+        )
 
 
 def _write_pairs(
@@ -187,17 +183,13 @@ def _write_pairs(
     tfds_data_dir: str | None,
     part: int,
 ) -> tuple[int, dict[str, int]]:
-    """Writes the lines in parts, those that are not there already.
-
-    Returns:
-        The number of parts, and what was left out.
-    """
+    """Writes the missing parts; returns the number of parts, and what was dropped."""
     done = work / "pairs-done.json"
     if done.exists():
         facts = reading.read_object(
             done,
             {"parts": field_rules.COUNT, "dropped": _DROPPED},
-            remedy=_BEGIN_AGAIN.format(work),
+            remedy=_begin_again(work),
         )
         return facts["parts"], facts["dropped"]
     dropped: collections.Counter[str] = collections.Counter()
@@ -210,8 +202,7 @@ def _write_pairs(
             mining.write_lines(path, block)
             logging.info("%s: %d lines in %s", task.name, len(block), path.name)
         number += 1
-    with writing.write_file(done) as temporary:
-        temporary.write_text(json.dumps({"parts": number, "dropped": dropped}))
+    _write_json(done, {"parts": number, "dropped": dropped})
     return number, dict(dropped)
 
 
@@ -221,11 +212,10 @@ def _lines(
     records: Iterator[dict[str, Any]],
     dropped: collections.Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yields checked lines without duplicates; counts what is left out."""
-    assert task.preprocessor is not None or task.source == "canonical"
-    found = _preprocess(task, location, records)
+    """Yields checked lines without duplicates; counts the dropped ones."""
     seen: set[bytes] = set()
-    for line in progress.track(found, f"Preparing {task.name}"):
+    lines = _preprocess(task, location, records)
+    for line in progress.track(lines, f"Preparing {task.name}"):
         if isinstance(line, preprocessors.Drop):
             dropped[line.reason] += 1
             continue
@@ -234,7 +224,7 @@ def _lines(
             pair = jsonl.parse(task.name, line)
         except ValueError as error:
             if not dropped["unfit text"]:
-                logging.warning("Left out, and others like it: %s", error)
+                logging.warning("Left out, as are all lines like it: %s", error)
             dropped["unfit text"] += 1
             continue
         content = f"{pair.query}\0{pair.title}\0{pair.positive}".encode()
@@ -251,10 +241,12 @@ def _lines(
 def _preprocess(
     task: task_table.Task, location: str, records: Iterator[dict[str, Any]]
 ) -> Iterator[dict[str, Any] | preprocessors.Drop]:
-    """Runs the task's preprocessor; its errors name the record they are about."""
+    """Runs the task's preprocessor; adds the record's number to its errors."""
     if task.preprocessor is None:
         yield from records
         return
+    # Number of the record in the preprocessor; 0 while the source reads the next one,
+    # because the source's errors name their place.
     number = 0
 
     def count() -> Iterator[dict[str, Any]]:
@@ -262,7 +254,7 @@ def _preprocess(
         for place, record in enumerate(records, start=1):
             number = place
             yield record
-            number = 0  # What is wrong with the next or after the last names itself.
+            number = 0
 
     try:
         yield from task.preprocessor(count())
@@ -273,52 +265,30 @@ def _preprocess(
 
 
 def _mine(
-    task: task_table.Task, num_parts: int, work: pathlib.Path, wanted: int
+    task: task_table.Task, num_parts: int, work: pathlib.Path, num_negatives: int
 ) -> tuple[int, int]:
-    """Mines the negatives that lines lack; returns all lines and those left short."""
-    counts = []
+    """Mines missing negatives; returns the lines, and those with too few negatives."""
+    examples = short = 0
     corpus = None
     for number in range(num_parts):
-        note = work / f"pairs-{number:05}-counts.json"
-        if not note.exists():
-            read = list(jsonl.read_lines(work / _PAIRS.format(number)))
-            records = [record for _, record, _ in read]
-            pairs = [pair for _, _, pair in read]
-            mined: Sequence[list[mining.Mined]] = [[] for _ in pairs]
-            if task.mine and any(len(pair.negatives) < wanted for pair in pairs):
-                corpus = corpus or mining.Corpus(_all_pairs(num_parts, work))
-                mined = list(
-                    progress.track(
-                        corpus.mine(pairs, wanted),
-                        f"Mining for part {number}",
-                        len(pairs),
-                    )
+        path = work / _PART.format(number)
+        is_mined = path.exists()
+        source = path if is_mined else work / _PAIRS.format(number)
+        read = list(jsonl.read_lines(source))
+        pairs = [pair for _, _, pair in read]
+        mined: list[list[mining.Mined]] = [[] for _ in pairs]
+        if not is_mined:
+            if task.mine and mining.count_short(pairs, mined, num_negatives):
+                corpus = corpus or mining.Corpus(
+                    pair
+                    for place in range(num_parts)
+                    for pair in jsonl.read_pairs(work / _PAIRS.format(place))
                 )
-            mining.write_lines(
-                work / _PART.format(number), map(mining.extend, records, pairs, mined)
-            )
-            bare = sum(
-                len(pair.negatives) + len(found) < wanted
-                for pair, found in zip(pairs, mined, strict=True)
-            )
-            with writing.write_file(note) as temporary:
-                temporary.write_text(json.dumps([len(pairs), bare]))
-        counts.append(_read_counts(note))
-    examples, short = zip(*counts, strict=True)
-    return sum(examples), sum(short)
-
-
-def _read_counts(note: pathlib.Path) -> list[int]:
-    counts: Any = None
-    with contextlib.suppress(ValueError):
-        counts = reading.parse_json(note.read_text("utf-8"))
-    if not _COUNTS.holds(counts) or len(counts) != 2:
-        raise ValueError(
-            f"{note}: not two numbers of lines; {_BEGIN_AGAIN.format(note.parent)}"
-        )
-    return counts
-
-
-def _all_pairs(num_parts: int, work: pathlib.Path) -> Iterator[jsonl.Pair]:
-    for number in range(num_parts):
-        yield from jsonl.read_pairs(work / _PAIRS.format(number))
+                negatives = corpus.mine(pairs, num_negatives)
+                title = f"Mining for part {number}"
+                mined = list(progress.track(negatives, title, len(pairs)))
+            records = [record for _, record, _ in read]
+            mining.write_lines(path, map(mining.extend, records, pairs, mined))
+        examples += len(pairs)
+        short += mining.count_short(pairs, mined, num_negatives)
+    return examples, short

@@ -1,9 +1,9 @@
 """Preprocessors: records of a source become canonical pairs and triples.
 
-A preprocessor takes an iterable of a source's own records and yields, in their order,
-either a line in the layout of `gecko_jax.data.jsonl` (without `task`) or a `Drop` that
-says why a record, or a part of one, is left out. Those that need to see all records
-before the first line (NLI by premise, classification by label) hold them in memory.
+A preprocessor takes an iterable of a source's records and yields, in their order,
+either a line in the layout of `jsonl` (without `task`), or a `Drop` with the reason why
+a record or a part of it is left out. Those that need all records before the first line
+(NLI by premise, classification by label) hold them in memory.
 """
 
 import dataclasses
@@ -17,14 +17,15 @@ from gecko_jax.io import inputs
 Record = Mapping[str, Any]
 
 _TAG = re.compile(r"<(?:[a-zA-Z/!][^<>]*)>")
-# C0 and C1 controls that are no white space; they come from broken encodings.
+# C0 and C1 controls that are not whitespace; they come from broken encodings.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _ENTAILMENT, _NEUTRAL, _CONTRADICTION = 0, 1, 2
+_CHECK = "check that it is the right set and version"
 
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A record that gives no example, and why; `prepare` counts the reasons."""
+    """A record that gives no example; `prepare` counts the reasons."""
 
     reason: str
 
@@ -36,12 +37,12 @@ def field(record: Record, name: str) -> Any:
     """Returns a field of a source's record.
 
     Raises:
-        ValueError: There is no such field: the source has changed its schema.
+        ValueError: The field is missing, so the source has another schema.
     """
     if name not in record:
         raise ValueError(
-            f"a record has no field {name!r} (it has {', '.join(sorted(record))}): the "
-            "source's schema is another one; check that it is the right set and version"
+            f"a record has no field {name!r} (it has {', '.join(sorted(record))}); "
+            f"{_CHECK}"
         )
     return record[name]
 
@@ -49,16 +50,13 @@ def field(record: Record, name: str) -> Any:
 def text(record: Record, name: str) -> str:
     """Returns a text field without control characters, '' for null."""
     value = field(record, name)
-    if value is None:
-        return ""
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise ValueError(
-            f"field {name!r} is {inputs.kind(value)}, and must be text; check that it "
-            "is the right set and version"
+            f"field {name!r} is {inputs.kind(value)}, and must be text; {_CHECK}"
         )
-    return _CONTROL.sub("", value).strip()
+    return _CONTROL.sub("", value or "").strip()
 
 
 def identity(record: Record, name: str) -> str:
@@ -72,12 +70,9 @@ def identity(record: Record, name: str) -> str:
 def number(record: Record, name: str) -> int | float | None:
     """Returns a field that holds a number, None for null."""
     value = field(record, name)
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float)
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
         raise ValueError(
-            f"field {name!r} is {inputs.kind(value)}, and must be a number; check that "
-            "it is the right set and version"
+            f"field {name!r} is {inputs.kind(value)}, and must be a number; {_CHECK}"
         )
     return value
 
@@ -85,15 +80,13 @@ def number(record: Record, name: str) -> int | float | None:
 def label(record: Record, name: str) -> int | None:
     """Returns a field that holds a whole number, None for null."""
     value = number(record, name)
-    if value is None:
-        return None
-    if not float(value).is_integer():
+    if value is not None and not float(value).is_integer():
         raise ValueError(f"field {name!r} is {value}, and must be a whole number")
-    return int(value)
+    return None if value is None else int(value)
 
 
 def strip_html(markup: str) -> str:
-    """Returns the text of HTML: tags away, entities read.
+    """Returns the text of HTML, without tags and with entities decoded.
 
     >>> strip_html("<p>Use <code>a &lt; b</code></p>")
     'Use a < b'
@@ -106,10 +99,9 @@ def pairs(
     *,
     query: str,
     positive: str,
-    title: str | None = None,
     is_html: bool = False,
 ) -> Iterator[dict[str, Any] | Drop]:
-    """Takes query and positive from two fields.
+    """Reads query and positive from two fields.
 
     {"question": "what is a gecko", "answer": "A lizard."}
     -> {"query": "what is a gecko", "positive": "A lizard."}
@@ -120,15 +112,11 @@ def pairs(
             "query": read(text(record, query)),
             "positive": read(text(record, positive)),
         }
-        if title:
-            line["title"] = read(text(record, title))
         yield line if line["query"] and line["positive"] else Drop("empty text")
 
 
-def passage_lists(
-    records: Iterable[Record],
-) -> Iterator[dict[str, Any] | Drop]:
-    """Gives one line for each positive; every line has all negatives of its query.
+def passage_lists(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
+    """Yields one line for each positive, with all negatives of its query.
 
     {"query_id": "7", "query": "who", "positive_passages": [{"docid": "1#0", "title":
      "A", "text": "a"}], "negative_passages": [{"docid": "2#0", "title": "B",
@@ -168,8 +156,8 @@ def nli(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
     -> {"query": "A man sleeps.", "positive": "A man rests.",
         "negatives": ["A man runs."]}
 
-    Each entailment is one line with all contradictions of its premise. Both sides are
-    written in the query form, since the task is symmetric (section 3.3).
+    Each entailment is one line with all contradictions of its premise. The tasks are
+    symmetric, so both sides are written in the query form (section 3.3).
     """
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for record in records:
@@ -179,7 +167,7 @@ def nli(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
             yield Drop("annotators disagree")
         elif relation not in (_ENTAILMENT, _NEUTRAL, _CONTRADICTION):
             raise ValueError(
-                f"label {relation} is out of range: NLI has 0, 1, 2 and -1"
+                f"label {relation} is out of range: NLI has 0, 1, 2 and -1; {_CHECK}"
             )
         elif not premise or not hypothesis:
             yield Drop("empty text")
@@ -202,9 +190,7 @@ def nli(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
                 }
 
 
-def fact_verification(
-    records: Iterable[Record],
-) -> Iterator[dict[str, Any] | Drop]:
+def fact_verification(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
     """Pairs a claim with each page that supports or refutes it.
 
     {"claim": "Honey spoils.", "label": "REFUTES",
@@ -212,15 +198,15 @@ def fact_verification(
     -> {"query": "Honey spoils.", "positive": "Honey keeps.",
         "title": "Honey (food)"}
 
-    Sentences of one page become one passage, in the page's order. A claim without
-    enough information has no evidence, and is dropped.
+    The sentences of a page become one passage, in the page's order. A claim without
+    enough information has no evidence and is dropped.
     """
     for record in records:
         claim, verdict = text(record, "claim"), text(record, "label")
         if verdict not in ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO"):
             raise ValueError(
                 f"label {verdict!r} is out of range: it must be SUPPORTS, REFUTES or "
-                "NOT ENOUGH INFO"
+                f"NOT ENOUGH INFO; {_CHECK}"
             )
         pages: dict[str, dict[int, str]] = {}
         for page, number, sentence in field(record, "evidence"):
@@ -233,19 +219,16 @@ def fact_verification(
             yield {
                 "query": claim,
                 "positive": " ".join(sentences[n] for n in sorted(sentences)),
-                "title": _page_title(page),
+                "title": re.sub("-[LR]RB-|-COLON-|_", _unescape, page),
             }
 
 
-def _page_title(page: str) -> str:
-    for written, meant in (("-LRB-", "("), ("-RRB-", ")"), ("-COLON-", ":")):
-        page = page.replace(written, meant)
-    return page.replace("_", " ")
+def _unescape(match: re.Match[str]) -> str:
+    """Decodes the escapes in FEVER's page titles."""
+    return {"-LRB-": "(", "-RRB-": ")", "-COLON-": ":", "_": " "}[match[0]]
 
 
-def multiple_choice(
-    records: Iterable[Record],
-) -> Iterator[dict[str, Any] | Drop]:
+def multiple_choice(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
     """Turns a question with four options into question, answer and wrong options.
 
     {"question": "Where is insulin made?", "opa": "Liver", "opb": "Pancreas",
@@ -260,7 +243,9 @@ def multiple_choice(
         if answer is None or answer == -1:
             yield Drop("no answer")
         elif answer not in range(len(options)):
-            raise ValueError(f"label {answer} is out of range: MedMCQA has 0 to 3")
+            raise ValueError(
+                f"label {answer} is out of range: MedMCQA has 0 to 3; {_CHECK}"
+            )
         elif not question or not options[answer]:
             yield Drop("empty text")
         else:
@@ -275,7 +260,7 @@ def multiple_choice(
 
 
 def multi_hop(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
-    """Makes each supporting paragraph a positive, and the distractors negatives.
+    """Yields each supporting paragraph as a positive; the others are negatives.
 
     {"id": "5a", "question": "Who?", "supporting_facts": {"title": ["A"], "sent_id":
      [0]}, "context": {"title": ["A", "B"], "sentences": [["a ", "b"], ["c"]]}}
@@ -284,15 +269,15 @@ def multi_hop(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
     """
     for record in records:
         context = field(record, "context")
-        wanted = set(field(field(record, "supporting_facts"), "title"))
+        supporting = set(field(field(record, "supporting_facts"), "title"))
         paragraphs = [
             (title, "".join(sentences).strip())
             for title, sentences in zip(
                 field(context, "title"), field(context, "sentences"), strict=True
             )
         ]
-        positives = [p for p in paragraphs if p[0] in wanted and p[1]]
-        negatives = [p for p in paragraphs if p[0] not in wanted and p[1]]
+        positives = [p for p in paragraphs if p[0] in supporting and p[1]]
+        negatives = [p for p in paragraphs if p[0] not in supporting and p[1]]
         if not positives:
             yield Drop("no positive")
         for title, body in positives:
@@ -306,10 +291,8 @@ def multi_hop(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
             }
 
 
-def natural_questions(
-    records: Iterable[Record],
-) -> Iterator[dict[str, Any] | Drop]:
-    """Takes the annotated long answer out of its page.
+def natural_questions(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:
+    """Extracts the annotated long answer from its page.
 
     {"question": {"text": "who found it"}, "document": {"title": "Honey", "tokens":
      {"token": ["<P>", "Bees", "did", "</P>"], "is_html": [True, False, False, True]}},
@@ -318,27 +301,23 @@ def natural_questions(
     """
     for record in records:
         document = field(record, "document")
-        tokens = field(field(document, "tokens"), "token")
-        is_html = field(field(document, "tokens"), "is_html")
+        tokens = field(document, "tokens")
+        words, is_html = field(tokens, "token"), field(tokens, "is_html")
         answers = field(field(record, "annotations"), "long_answer")
         starts, ends = field(answers, "start_token"), field(answers, "end_token")
         spans = [(s, e) for s, e in zip(starts, ends, strict=True) if 0 <= s < e]
         if not spans:
             yield Drop("no long answer")
             continue
-        start, end = spans[0]
-        words = [
-            text({"word": tokens[n]}, "word")
-            for n in range(start, end)
-            if not is_html[n]
-        ]
-        answer = " ".join(filter(None, words))
-        yield (
-            {
-                "query": text(field(record, "question"), "text"),
-                "positive": answer,
-                "title": text(document, "title"),
-            }
-            if answer
-            else Drop("empty text")
+        kept = [n for n in range(*spans[0]) if not is_html[n]]
+        answer = " ".join(
+            filter(None, (text({"word": words[n]}, "word") for n in kept))
         )
+        if not answer:
+            yield Drop("empty text")
+            continue
+        yield {
+            "query": text(field(record, "question"), "text"),
+            "positive": answer,
+            "title": text(document, "title"),
+        }

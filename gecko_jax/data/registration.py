@@ -1,8 +1,8 @@
-"""Registration of tasks and mixtures with seqio, and reading JSONL for it.
+"""Registration of tasks and mixtures with seqio, and their JSONL source.
 
 seqio.get_mixture_or_task("quickstart")     after `register("quickstart")`
 
-A task's files are its shards, so that a cache job shares them among its workers.
+The shards of a task are its files, which the workers of a cache job share.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from gecko_jax.data import (
 )
 from gecko_jax.text import text_formats, vocabularies
 
-# Examples read at once.
+# Examples handed to TensorFlow at once: singly, each takes 2 ms.
 _BLOCK = 256
 
 TEXTS = ("query", "positive", "negatives")
@@ -42,38 +42,37 @@ def register(
     text_format: text_formats.TextFormat | None = None,
     prepared_dir: str | os.PathLike = mixtures.PREPARED,
 ) -> Any:
-    """Registers a mixture of the table under its own name, for use through seqio.
+    """Registers a mixture or task of the table under its own name, for use by seqio.
 
-    Training does not need this: it registers the tasks it reads under names that hold
-    the format and the vocabulary too. Calling it again with the same name does nothing.
+    Training does not need this: it registers tasks under names that also depend on the
+    format and the vocabulary. Repeated calls with one name have no effect.
 
     Returns:
-        The seqio Mixture, or the Task when `mixture` names one.
+        The seqio Mixture or Task.
     """
     seqio = load_seqio()
-    tasks, weights = mixtures.resolve(mixture, prepared_dir)
-    text_format = task_table.complete_text_format(
+    tasks, drawn = mixtures.resolve(mixture, prepared_dir)
+    text_format = formatting.complete_text_format(
         text_format or text_formats.TextFormat(), tasks
     )
+    vocabulary = vocabularies.load(vocabulary_path, extra_ids)
     for task in tasks:
-        register_task(task, text_format, vocabulary_path, extra_ids, task.name)
+        register_task(task, text_format, vocabulary, task.name)
     if mixture in mixtures.MIXTURES and mixture not in seqio.MixtureRegistry.names():
-        sizes = [task.num_examples or 1 for task in tasks]
-        rates = weights.rates([task.name for task in tasks], sizes)
-        seqio.MixtureRegistry.add(
-            mixture, list(zip((task.name for task in tasks), rates, strict=True))
-        )
+        names = [task.name for task in tasks]
+        rates = drawn.rates(names, [task.num_examples or 1 for task in tasks])
+        seqio.MixtureRegistry.add(mixture, list(zip(names, rates, strict=True)))
     return seqio.get_mixture_or_task(mixture)
 
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """What a checkpoint that was trained on registered tasks must keep of them.
+    """The facts about registered tasks that a checkpoint stores.
 
     Attributes:
-        text_format: How queries and passages are written, every task described.
+        text_format: How texts are written, with the descriptions of all tasks.
         vocabulary_proto: The serialized SentencePiece model, without sentinels.
-        extra_ids: Sentinels after its pieces.
+        extra_ids: Number of sentinels after its pieces.
     """
 
     text_format: text_formats.TextFormat
@@ -82,13 +81,13 @@ class Registered:
 
 
 def describe(provider: Any) -> Registered:
-    """Returns what tasks were registered with.
+    """Returns the text format and vocabulary of registered tasks.
 
     Args:
-        provider: A seqio Task or Mixture that `register` returns, or its name.
+        provider: A seqio Task or Mixture that `register` returned, or its name.
 
     Raises:
-        ValueError: A task was registered elsewhere, or two of them do not agree.
+        ValueError: A task is not from this module, or two tasks do not agree.
     """
     seqio = load_seqio()
     if isinstance(provider, str):
@@ -100,70 +99,69 @@ def describe(provider: Any) -> Registered:
             f"{provider.name}: the task {foreign[0]} is not one of gecko_jax; register "
             "it with gecko_jax.data.registration.register_task"
         )
-    formats = [task.source.text_format for task in tasks]
-    pieces = [task.output_features["query"].vocabulary for task in tasks]
     descriptions: dict[str, str] = {}
     symmetric: dict[str, None] = {}
-    for text_format in formats:
-        descriptions |= text_format.task_descriptions
-        symmetric |= dict.fromkeys(text_format.symmetric_tasks)
-    merged = [
+    for task in tasks:
+        descriptions |= task.source.text_format.task_descriptions
+        symmetric |= dict.fromkeys(task.source.text_format.symmetric_tasks)
+    formats = [
         dataclasses.replace(
-            text_format,
+            task.source.text_format,
             task_descriptions=descriptions,
             symmetric_tasks=tuple(symmetric),
         )
-        for text_format in formats
+        for task in tasks
     ]
-    if any(other != merged[0] for other in merged) or any(
-        other != pieces[0] for other in pieces
+    vocabulary = tasks[0].source.vocabulary
+    if any(text_format != formats[0] for text_format in formats) or any(
+        task.source.vocabulary != vocabulary for task in tasks
     ):
         raise ValueError(
             f"{provider.name}: its tasks were registered with different text formats "
             "or vocabularies; register all of them with the same"
         )
-    path, extra_ids = pieces[0].sentencepiece_model_file, pieces[0].extra_ids
-    proto = vocabularies.load(path, extra_ids).model_proto
-    return Registered(merged[0], proto, extra_ids)
+    return Registered(formats[0], vocabulary.model_proto, vocabulary.extra_ids)
 
 
 def register_task(
     task: task_table.Task,
     text_format: text_formats.TextFormat,
-    vocabulary_path: str | os.PathLike,
-    extra_ids: int = 0,
+    vocabulary: vocabularies.Vocabulary,
     name: str | None = None,
 ) -> Any:
-    """Registers one seqio Task, unless there is one of that name, and returns it.
+    """Registers one seqio Task, unless its name is registered, and returns it.
 
     Args:
-        task: A row of the table, or one made by `from_files`.
-        text_format: Already completed with the task's description.
-        vocabulary_path: A SentencePiece `.model` file.
-        extra_ids: Sentinels to add to it.
-        name: In seqio's registry; by default the task's and a hash of the rest.
+        task: A row of the table or a task of `task_table.from_files`.
+        text_format: Format with the task's description.
+        vocabulary: From `vocabularies.load`, because seqio reads the file again.
+        name: Name in seqio's registry; by default the task's and a hash of the rest.
     """
     seqio = load_seqio()
-    model = vocabularies.load(vocabulary_path, extra_ids)
+    if not vocabulary.path:
+        raise ValueError(
+            "the vocabulary is not from a file; write it to a `.model` file, and give "
+            "the result of vocabularies.load"
+        )
     forms = formatting.templates(text_format, task.name)
     if name is None:
-        facts = json.dumps([dataclasses.asdict(task), dataclasses.asdict(forms)])
-        digest = hashlib.sha256(f"{facts}{model.fingerprint}".encode()).hexdigest()
+        plain = dataclasses.replace(task, preprocessor=None)
+        facts = json.dumps([dataclasses.asdict(plain), dataclasses.asdict(forms)])
+        digest = hashlib.sha256(f"{facts}{vocabulary.fingerprint}".encode()).hexdigest()
         name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', task.name)}:{digest[:16]}"
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
-    pieces = seqio.SentencePieceVocabulary(os.fspath(vocabulary_path), extra_ids)
-    # seqio reads a path once in a process, whatever happens to the file later.
-    if pieces.tokenizer.serialized_model_proto() != model.full_proto:
+    pieces = seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)
+    # seqio reads a path once in a process and never sees later changes.
+    if pieces.tokenizer.serialized_model_proto() != vocabulary.full_proto:
         raise ValueError(
-            f"{vocabulary_path}: has changed since this process first read it; start "
-            "again, or give the new vocabulary another name"
+            f"{vocabulary.path}: has changed since it was read; start again, or give "
+            "the new vocabulary another name"
         )
     return seqio.TaskRegistry.add(
         name,
-        source=_source_class()(task, text_format),
+        source=_source_class()(task, text_format, vocabulary),
         preprocessors=[
-            functools.partial(formatting.format_texts, forms=forms),
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.preprocessors.append_eos,
             flatten,
@@ -176,49 +174,41 @@ def register_task(
 
 
 def _output_features(pieces: Any) -> dict[str, Any]:
-    """Returns the features of every task: a mixture drops all others."""
+    """Returns the features of every task; a mixture drops all others."""
     seqio = load_seqio()
     import tensorflow as tf
 
-    def text_feature(rank: int) -> Any:
-        return seqio.Feature(pieces, add_eos=True, rank=rank)
-
-    def number_feature(rank: int, dtype: Any) -> Any:
-        # Not tokens: the vocabulary hands them through, and its size is not used.
-        passed = seqio.PassThroughVocabulary(size=0)
-        return seqio.Feature(passed, add_eos=False, rank=rank, dtype=dtype)
-
+    text = functools.partial(seqio.Feature, pieces, add_eos=True)
+    # Numbers pass through this vocabulary unchanged, whatever its size.
+    numbers = seqio.PassThroughVocabulary(size=0)
+    number = functools.partial(seqio.Feature, numbers, add_eos=False)
     return {
-        "query": text_feature(1),
-        "positive": text_feature(1),
-        "negatives": text_feature(2),
-        "query_id": number_feature(1, tf.uint32),
-        "passage_id": number_feature(1, tf.uint32),
-        "negative_ids": number_feature(2, tf.uint32),
-        "negative_group": number_feature(0, tf.int32),
+        "query": text(rank=1),
+        "positive": text(rank=1),
+        "negatives": text(rank=2),
+        "query_id": number(rank=1, dtype=tf.uint32),
+        "passage_id": number(rank=1, dtype=tf.uint32),
+        "negative_ids": number(rank=2, dtype=tf.uint32),
+        "negative_group": number(rank=0, dtype=tf.int32),
     }
 
 
 def flatten(dataset: Any) -> Any:
-    """Writes examples as a tf.Example can hold them; `restore` reads them again.
+    """Makes examples fit into tf.Example, which has no ragged tensors and no uint32.
 
     {"negatives": [[5, 6, 1], [7, 1]], ...}
     -> {"negatives": [5, 6, 1, 7, 1], "negative_lengths": [3, 2], ...}
-
-    Ids become int64, the one kind of whole number that there is.
     """
     import tensorflow as tf
 
     def flatten_record(record: dict[str, Any]) -> dict[str, Any]:
         negatives = record["negatives"]
-        return (
-            record
-            | {name: tf.cast(record[name], tf.int64) for name in _IDS}
-            | {
-                "negatives": negatives.flat_values,
-                "negative_lengths": negatives.row_lengths(),
-            }
-        )
+        return {
+            **record,
+            **{name: tf.cast(record[name], tf.int64) for name in _IDS},
+            "negatives": negatives.flat_values,
+            "negative_lengths": negatives.row_lengths(),
+        }
 
     return dataset.map(flatten_record, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -227,20 +217,20 @@ def restore(dataset: Any) -> Any:
     """Inverse of `flatten`."""
     import tensorflow as tf
 
-    ragged: Any = tf.RaggedTensor  # Its types do not name its methods.
+    ragged: Any = tf.RaggedTensor  # Its type stubs lack its methods.
 
     def restore_record(record: dict[str, Any]) -> dict[str, Any]:
-        restored = record | {
-            name: tf.cast(record[name], tf.int32)
-            for name in ("query", "positive", "negative_group")
+        restored = {
+            **record,
+            **{name: tf.cast(record[name], tf.uint32) for name in _IDS},
+            **{
+                name: tf.cast(record[name], tf.int32)
+                for name in ("query", "positive", "negatives", "negative_group")
+            },
         }
         lengths = restored.pop("negative_lengths")
-        negatives = tf.cast(record["negatives"], tf.int32)
-        return (
-            restored
-            | {name: tf.cast(record[name], tf.uint32) for name in _IDS}
-            | {"negatives": ragged.from_row_lengths(negatives, lengths)}
-        )
+        negatives = ragged.from_row_lengths(restored["negatives"], lengths)
+        return restored | {"negatives": negatives}
 
     return dataset.map(restore_record, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -248,16 +238,24 @@ def restore(dataset: Any) -> Any:
 @functools.cache
 def _source_class() -> Any:
     seqio = load_seqio()
+    import tensorflow as tf
 
     class JsonlSource(seqio.DataSource):
-        """The examples of a task, in the order of its files and their lines.
+        """The formatted examples of a task, in the order of its files and lines.
 
         Attributes:
-            text_format: How the task writes texts.
+            text_format: How the task's texts are written.
+            vocabulary: The task's vocabulary.
         """
 
-        def __init__(self, task: task_table.Task, text_format: text_formats.TextFormat):
+        def __init__(
+            self,
+            task: task_table.Task,
+            text_format: text_formats.TextFormat,
+            vocabulary: vocabularies.Vocabulary,
+        ):
             self.text_format = text_format
+            self.vocabulary = vocabulary
             self._task = task
             self._files = {"train": task.files}
             if task.validation_files:
@@ -282,97 +280,68 @@ def _source_class() -> Any:
             shard_info: Any = None,
             **options: Any,
         ) -> Any:
-            # The order is that of the lines, whatever is asked for: what training
-            # shuffles are the numbers of the examples.
+            # Keep the order of the lines: training shuffles the numbers of examples.
             del shuffle, seed, options
             paths = self._files[split]
-            chosen = range(len(paths))
+            shards = range(len(paths))
             if shard_info is not None:
-                chosen = chosen[shard_info.index :: shard_info.num_shards]
-            return _dataset(paths, self._task, chosen)
+                shards = shards[shard_info.index :: shard_info.num_shards]
+            dataset = tf.data.Dataset.from_generator(
+                functools.partial(
+                    _column_blocks, paths, self._task, self.text_format, shards
+                ),
+                output_signature={
+                    "query": tf.TensorSpec((None,), tf.string),
+                    "positive": tf.TensorSpec((None,), tf.string),
+                    "negatives": tf.RaggedTensorSpec((None, None), tf.string, 1),
+                    "query_id": tf.TensorSpec((None, 2), tf.uint32),
+                    "passage_id": tf.TensorSpec((None, 2), tf.uint32),
+                    "negative_ids": tf.RaggedTensorSpec((None, None, 2), tf.uint32, 1),
+                    "negative_group": tf.TensorSpec((None,), tf.int32),
+                    "place": tf.TensorSpec((None, 2), tf.int64),
+                },
+            )
+            return dataset.unbatch()
 
     return JsonlSource
 
 
-def _dataset(paths: Sequence[str], task: task_table.Task, chosen: Sequence[int]) -> Any:
-    """Reads some of a split's files into a `tf.data.Dataset`."""
-    import tensorflow as tf
-
-    strings = tf.TensorSpec((None,), tf.string)
-    words = tf.TensorSpec((None, 2), tf.uint32)
-    numbers = tf.TensorSpec((None,), tf.int32)
-    columns = {
-        "query": strings,
-        "task_description": strings,
-        "positive": strings,
-        "title": strings,
-        "negatives": tf.TensorSpec((None, None), tf.string),
-        "negative_titles": tf.TensorSpec((None, None), tf.string),
-        "query_id": words,
-        "passage_id": words,
-        "negative_ids": tf.TensorSpec((None, None, 2), tf.uint32),
-        "negative_group": numbers,
-        "num_negatives": numbers,
-        "place": tf.TensorSpec((None, 2), tf.int64),
-    }
-
-    def drop_padding(record: dict[str, Any]) -> dict[str, Any]:
-        kept = dict(record)
-        count = kept.pop("num_negatives")
-        for name in ("negatives", "negative_titles", "negative_ids"):
-            kept[name] = kept[name][:count]
-        return kept
-
-    # One record at a time, a generator costs 2 ms of TensorFlow's for each.
-    dataset = tf.data.Dataset.from_generator(
-        functools.partial(_column_blocks, paths, task, chosen),
-        output_signature=columns,
-    )
-    return dataset.unbatch().map(drop_padding)
-
-
 def _column_blocks(
-    paths: Sequence[str], task: task_table.Task, chosen: Sequence[int]
+    paths: Sequence[str],
+    task: task_table.Task,
+    text_format: text_formats.TextFormat,
+    shards: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """Yields the cleaned examples of some of a split's files, `_BLOCK` at a time.
+    """Yields the formatted examples of some of a split's files, `_BLOCK` at a time.
 
-    The place of an example is the number of its file, and its own among the task's
+    The place of an example is the number of its file, and its number among the task's
     examples there.
     """
+    import tensorflow as tf
+
+    ragged: Any = tf.RaggedTensor  # Its type stubs lack its methods.
     pairs = (
-        ((file, number), pair)
-        for file in chosen
-        for number, pair in enumerate(jsonl.read_pairs(paths[file], task.source_task))
+        ((shard, number), classification.append_id(pair) if task.unique_ids else pair)
+        for shard in shards
+        for number, pair in enumerate(jsonl.read_pairs(paths[shard], task.source_task))
     )
     while placed := list(itertools.islice(pairs, _BLOCK)):
         places, block = zip(*placed, strict=True)
-        if task.unique_ids:
-            block = tuple(map(classification.append_id, block))
-        # At least one column: TensorFlow 2.21 crashes when it unbatches none.
-        widest = max(1, *(len(pair.negatives) for pair in block))
-
-        def pad(texts: Sequence[str], widest: int = widest) -> list[str]:
-            return [_clean(t) for t in texts] + [""] * (widest - len(texts))
-
-        negative_ids = np.zeros((len(block), widest, 2), np.uint32)
-        for row, pair in enumerate(block):
-            if pair.negatives:
-                negative_ids[row, : len(pair.negatives)] = pair.negative_ids
+        texts = [formatting.write(text_format, task, pair) for pair in block]
+        queries, positives, negatives = zip(*texts, strict=True)
+        lengths = list(map(len, negatives))
+        negative_ids = [words for pair in block for words in pair.negative_ids]
         yield {
-            "query": [_clean(pair.query) for pair in block],
-            "task_description": [_clean(pair.task_description) for pair in block],
-            "positive": [_clean(pair.positive) for pair in block],
-            "title": [_clean(pair.title) for pair in block],
-            "negatives": [pad(pair.negatives) for pair in block],
-            "negative_titles": [pad(pair.negative_titles) for pair in block],
+            "query": list(queries),
+            "positive": list(positives),
+            "negatives": ragged.from_row_lengths(
+                tf.constant(list(itertools.chain(*negatives)), tf.string), lengths
+            ),
             "query_id": np.array([pair.query_id for pair in block], np.uint32),
             "passage_id": np.array([pair.passage_id for pair in block], np.uint32),
-            "negative_ids": negative_ids,
+            "negative_ids": ragged.from_row_lengths(
+                np.array(negative_ids, np.uint32).reshape(-1, 2), lengths
+            ),
             "negative_group": [pair.negative_group for pair in block],
-            "num_negatives": [len(pair.negatives) for pair in block],
             "place": np.array(places, np.int64),
         }
-
-
-def _clean(content: str) -> str:
-    return text_formats.clean(content) if content.strip() else ""

@@ -1,7 +1,7 @@
-"""What a config's data names: tasks with their sources, and the keys of their caches.
+"""Selection: a config's data settings become tasks, their sources and cache keys.
 
 select(mixture="gecko_academic", files=(), ...).tasks    rows of the table
-select(mixture="", files=("pairs.jsonl",), ...).tasks    made for the files
+select(mixture="", files=("pairs.jsonl",), ...).tasks    tasks made from the files
 """
 
 import dataclasses
@@ -9,25 +9,30 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from gecko_jax.data import cache, mixtures, task_table
+from gecko_jax.data import cache, formatting, mixtures, task_table
 from gecko_jax.text import text_formats, vocabularies
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Tasks, and what their tokens depend on.
+    """Tasks, and everything their tokens depend on.
 
     Attributes:
-        tasks: Rows of the table, or those made for the files, with their sizes.
-        mixture: How often each is drawn.
-        text_format: As given, completed with the descriptions of these tasks.
+        tasks: Rows of the table or tasks of the files, with their sizes.
+        mixture: The mixture that draws them.
+        text_format: The given format, completed with the tasks' descriptions; a
+            checkpoint stores this one.
+        vocabulary: The vocabulary.
+        cache_dir: Folder of the caches.
         sources: Checksums of each task's files.
-        keys: Of each task's cache.
+        keys: Key of each task's cache.
     """
 
     tasks: tuple[task_table.Task, ...]
     mixture: mixtures.Mixture
     text_format: text_formats.TextFormat
+    vocabulary: vocabularies.Vocabulary
+    cache_dir: pathlib.Path
     sources: tuple[tuple[str, ...], ...]
     keys: tuple[str, ...]
 
@@ -42,34 +47,46 @@ def select(
     prepared_dir: str | os.PathLike = mixtures.PREPARED,
     unique_ids: bool = False,
 ) -> Selection:
-    """Finds the tasks of a mixture or of files, reading new sources through once.
+    """Returns the tasks of a mixture or of files; reads new source files once.
 
-    With `unique_ids` the texts of classification triples end with an id, see
-    `classification.append_id`.
+    Args:
+        mixture: Name of a mixture or a task of the table; ignored with `files`.
+        files: A user's own JSONL files; each of their tasks is drawn by its size.
+        vocabulary: From `vocabularies.load`, because seqio reads the file again.
+        text_format: Its descriptions override the tasks'.
+        cache_dir: Folder of the caches; runs may share it.
+        prepared_dir: Folder of `gecko data prepare`.
+        unique_ids: See `classification.append_id`.
 
     Raises:
-        ValueError: An unknown mixture, a bad file or line, a task without a line.
+        ValueError: The mixture is unknown, a file or line is invalid, or a task has no
+            line.
     """
     folder = pathlib.Path(cache_dir)
     if files:
         tasks, drawn = tasks_of_files(files, text_format, folder)
     else:
         tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-    text_format = task_table.complete_text_format(text_format, tasks)
+    text_format = formatting.complete_text_format(text_format, tasks)
     sized, sources, keys = [], [], []
     for task in tasks:
-        task = dataclasses.replace(task, unique_ids=unique_ids)
-        found = [cache.summarize_source(path, folder) for path in task.files]
-        size = sum(source.examples.get(task.source_task, 0) for source in found)
+        summaries = [cache.summarize_source(path, folder) for path in task.files]
+        size = sum(counts.get(task.source_task, 0) for _, counts in summaries)
         if not size:
-            raise ValueError(
-                f"task {task.name}: no line of {', '.join(task.files)} has the "
-                f"task {task.source_task!r}"
-            )
-        sized.append(dataclasses.replace(task, num_examples=size))
-        sources.append(tuple(source.sha256 for source in found))
-        keys.append(cache.key(task, found, text_format, vocabulary))
-    return Selection(tuple(sized), drawn, text_format, tuple(sources), tuple(keys))
+            raise task_table.no_lines(task)
+        task = dataclasses.replace(task, unique_ids=unique_ids, num_examples=size)
+        sized.append(task)
+        sources.append(tuple(digest for digest, _ in summaries))
+        keys.append(cache.key(task, sources[-1], text_format, vocabulary))
+    return Selection(
+        tuple(sized),
+        drawn,
+        text_format,
+        vocabulary,
+        folder,
+        tuple(sources),
+        tuple(keys),
+    )
 
 
 def tasks_of_files(
@@ -80,11 +97,8 @@ def tasks_of_files(
     """Returns the tasks of a user's own files, and their mixture by size.
 
     Raises:
-        ValueError: A file is missing, empty or holds a bad line.
+        ValueError: A file is missing, empty or has an invalid line.
     """
-    paths = [os.fspath(path) for path in files]
-    summaries = [cache.summarize_source(path, cache_dir) for path in paths]
-    tasks = task_table.from_files(
-        paths, [summary.examples for summary in summaries], text_format
-    )
+    counts = [cache.summarize_source(str(path), cache_dir)[1] for path in files]
+    tasks = task_table.from_files(files, counts, text_format)
     return tasks, mixtures.Mixture(tuple(task.name for task in tasks))

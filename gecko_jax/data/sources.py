@@ -1,37 +1,27 @@
-"""Sources: records of TFDS, Parquet, JSON lines, TFRecord, ArrayRecord, BEIR folders.
+"""Sources: records of TFDS, Parquet, JSON lines and BEIR folders.
 
     tfds:snli:train          a TFDS builder (name/config) and its split
-    jsonl:a.jsonl.gz         or parquet:, tfrecord:, arrayrecord:, beir:
-    data/*.parquet           files alone: their ending says what they are
+    jsonl:a.jsonl.gz         or parquet:, beir:
+    data/*.parquet           the ending of a file gives its kind
 
-A path may be local or on Google Cloud Storage (gs://), and may hold `*`. Records come
-in the order of the files' names and are dicts of plain Python values and numpy arrays.
-A record of a file may have an id, `_id` or `id`; no two records may have the same. A
-value of NaN, or null, is None.
+A path may be local or on Google Cloud Storage (gs://), and may hold `*`. Files are read
+in the order of their names. Records are dicts of plain Python values, with None for
+null and NaN. A record may have an id, `_id` or `id`, which must be unique.
 """
 
 import contextlib
 import errno
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from gecko_jax.data import load_seqio
 from gecko_jax.io import inputs, qrels, reading
 from gecko_jax.text import text_files
 
-_ENDINGS = {
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".parquet": "parquet",
-    ".tfrecord": "tfrecord",
-    ".array_record": "arrayrecord",
-}
-KINDS = ("tfds", "beir", *sorted(set(_ENDINGS.values())))
-
-# Yields (place, record); the place is `file:number`, of the line for JSON lines.
-_Reader = Callable[[Any], Iterator[tuple[str, dict[str, Any]]]]
+_ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
+KINDS = ("tfds", "beir", "jsonl", "parquet")
 
 
 def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str, Any]]:
@@ -39,27 +29,33 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
 
     Args:
         source: See above.
-        tfds_data_dir: Where TFDS keeps its sets; its own default if None.
+        tfds_data_dir: Folder of TFDS's sets; None for TFDS's default.
 
     Raises:
-        ValueError: There is no such source, it cannot be read as what it is, or two
+        ValueError: The source does not exist or cannot be read as its kind, or two
             records have the same id.
     """
     with _cloud_errors(source):
-        kind, _, rest = source.partition(":")
-        if kind not in KINDS:
-            kind, rest = _kind_of(source), source
+        kind, rest = _split(source)
         if kind == "tfds":
             yield from _read_tfds(rest, tfds_data_dir)
         elif kind == "beir":
             yield from _read_beir(rest)
         else:
-            yield from _chain(kind, _paths(rest))
+            ids = inputs.UniqueIds()
+            for path in _paths(rest):
+                is_jsonl = kind == "jsonl"
+                records = reading.read_records(path) if is_jsonl else _parquet(path)
+                for place, record in records:
+                    identity = inputs.id_field(place, record, "_id", "id", default="")
+                    if identity:
+                        ids.add(place, identity)
+                    yield record
 
 
 @contextlib.contextmanager
 def _cloud_errors(source: str) -> Iterator[None]:
-    """Turns TensorFlow's errors, by which gs:// is read, into one that names it."""
+    """Turns errors of TensorFlow, which reads gs://, into one that names the source."""
     try:
         yield
     except Exception as error:
@@ -74,30 +70,32 @@ def _cloud_errors(source: str) -> Iterator[None]:
 
 
 def stamps(source: str) -> dict[str, list[int]]:
-    """Returns bytes and time of each file of a source; TFDS has versions of its own.
+    """Returns size and modification time of each file; none for TFDS.
 
     Raises:
-        ValueError: There is no such source.
+        ValueError: The source does not exist.
     """
     with _cloud_errors(source):
-        kind, _, rest = source.partition(":")
-        if kind not in KINDS:
-            kind, rest = _kind_of(source), source
-        if kind == "tfds":
+        kind, rest = _split(source)
+        if kind == "tfds":  # TFDS has versions of its own.
             return {}
         paths = _beir_files(rest) if kind == "beir" else _paths(rest)
-        found = {str(path): path.stat() for path in paths}
-    return {path: [int(stat.length), int(stat.mtime)] for path, stat in found.items()}
+        stats = {str(path): path.stat() for path in paths}
+    return {path: [int(stat.length), int(stat.mtime)] for path, stat in stats.items()}
 
 
-def _kind_of(path: str) -> str:
+def _split(source: str) -> tuple[str, str]:
+    """Returns the kind of a source, and the rest."""
+    kind, _, rest = source.partition(":")
+    if kind in KINDS:
+        return kind, rest
     for ending, kind in _ENDINGS.items():
-        if path.endswith(ending):
-            return kind
-    if _path(path).is_dir():
-        return "beir"
+        if source.endswith(ending):
+            return kind, source
+    if _path(source).is_dir():
+        return "beir", source
     raise ValueError(
-        f"{path}: cannot tell what it is; write one of "
+        f"{source}: cannot tell its kind; write one of "
         f"{', '.join(f'{kind}:' for kind in KINDS)} before it"
     )
 
@@ -111,24 +109,14 @@ def _path(path: str | os.PathLike) -> Any:
 def _paths(pattern: str) -> list[Any]:
     path = _path(pattern)
     if "*" in path.name:
-        found = sorted(path.parent.glob(path.name))
+        paths = sorted(path.parent.glob(path.name))
     else:
-        found = [path] if path.exists() else []
-    if not found:
+        paths = [path] if path.exists() else []
+    if not paths:
         raise ValueError(f"{pattern}: no such file; check the path of the source")
-    for path in found:
-        reading.check_is_file(path)
-    return found
-
-
-def _chain(kind: str, paths: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Yields the records of all files; refuses an id that was given before."""
-    ids = inputs.UniqueIds()
     for path in paths:
-        for place, record in _READERS[kind](path):
-            if identity := inputs.id_field(place, record, *_IDS, default=""):
-                ids.add(place, identity)
-            yield record
+        reading.check_is_file(path)
+    return paths
 
 
 def _read_tfds(name: str, data_dir: str | None) -> Iterator[dict[str, Any]]:
@@ -141,19 +129,21 @@ def _read_tfds(name: str, data_dir: str | None) -> Iterator[dict[str, Any]]:
             builder_name, split=split, data_dir=data_dir, shuffle_files=False
         )
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"tfds:{name}: TFDS has no such set: {error}") from None
+        raise ValueError(
+            f"tfds:{name}: TFDS has no such set ({error}); check its name"
+        ) from None
     for record in tfds.as_numpy(dataset):
         yield _plain(record)
 
 
 def _plain(value: Any) -> Any:
-    """Turns bytes into text and NaN into None, all the way down."""
+    """Returns a value with bytes as text, arrays as lists and NaN as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, float) and math.isnan(value):
@@ -161,7 +151,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read_parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -173,108 +163,56 @@ def _read_parquet(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             table = parquet.ParquetFile(file)
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a whole Parquet file ({error})") from None
+            raise ValueError(
+                f"{path}: not a whole Parquet file ({error}); copy it again"
+            ) from None
         rows = (row for block in table.iter_batches() for row in block.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield f"{path}:{number}", _plain(row)
 
 
-def _read_tfrecord(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    load_seqio()
-    import tensorflow as tf
-
-    number = 0
-    try:
-        for number, record in enumerate(
-            tf.data.TFRecordDataset(os.fspath(path)), start=1
-        ):
-            place = f"{path}:{number}"
-            yield place, _parse_example(place, bytes(record.numpy()))
-    except tf.errors.DataLossError:
-        raise ValueError(
-            f"{path}: not a whole TFRecord file (damaged after record {number:,}); "
-            "copy it again"
-        ) from None
-
-
-def _read_arrayrecord(path: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    from array_record.python import (
-        array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - C++
-    )
-
-    reader = array_record_module.ArrayRecordReader(os.fspath(path))
-    number = 0
-    try:
-        if not reader.ok():  # It takes a cut file for one without records.
-            raise RuntimeError("no footer")
-        for number in range(reader.num_records()):
-            (record,) = reader.read([number])
-            place = f"{path}:{number + 1}"
-            yield place, _parse_example(place, record)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: not a whole ArrayRecord file ({error}, at record {number + 1:,});"
-            " copy it again"
-        ) from None
-
-
-def _parse_example(place: str, record: bytes) -> dict[str, Any]:
-    """Reads a tf.Example: one value is a scalar, several are a list."""
-    load_seqio()
-    import tensorflow as tf
-    from google.protobuf import message
-
-    try:
-        features = tf.train.Example.FromString(record).features.feature
-    except message.DecodeError as error:
-        raise ValueError(f"{place}: not a tf.Example ({error})") from None
-    values = {}
-    for name, feature in features.items():
-        kind = feature.WhichOneof("kind")
-        found = _plain(list(getattr(feature, kind).value)) if kind else []
-        values[name] = found[0] if len(found) == 1 else found
-    return values
-
-
 def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
-    """Joins a BEIR folder: records in the layout of `preprocessors.passage_lists`.
+    """Joins a BEIR folder into records for `preprocessors.passage_lists`.
 
-    Judgements of the training split are read; those of 0 become hard negatives.
+    Passages that the training split judges with 0 become hard negatives.
     """
-    corpus, questions, judged_path = _beir_files(folder)
-    wanted = qrels.load(judged_path)
-    # Texts without a visible character pass here: `passage_lists` counts them.
-    queries = {q.id: q for q in text_files.read_texts(questions, allow_empty=True)}
-    for query, judged in wanted.items():
+    corpus, queries_path, judgements_path = _beir_files(folder)
+    judgements = qrels.load(judgements_path)
+    # Texts without a visible character pass, because `passage_lists` counts them.
+    queries = {q.id: q for q in text_files.read_texts(queries_path, allow_empty=True)}
+    for query, judged in judgements.items():
         if query not in queries:
             place = next(iter(judged.values())).place
             qrels.check_spelling(place, query, queries)
             raise ValueError(
-                f"{place}: query {query!r} is not in {questions.name}; add it there or "
-                "drop the line"
+                f"{place}: query {query!r} is not in {queries_path.name}; add it there "
+                "or drop the line"
             )
-    used = {passage for judged in wanted.values() for passage in judged}
-    # The corpus may be large: only what is looked for is kept.
-    near = {qrels.other_spelling(passage) for passage in used}
+    judged_ids = {passage for judged in judgements.values() for passage in judged}
+    # The corpus may be large: keep judged passages, and ids for spelling errors.
+    other_spellings = {qrels.other_spelling(passage) for passage in judged_ids}
     passages: dict[str, dict[str, Any]] = {}
-    others: set[str] = set()
+    similar_ids: set[str] = set()
     for passage in text_files.read_texts(corpus, allow_empty=True):
-        if passage.id in used:
+        if passage.id in judged_ids:
             passages[passage.id] = {
                 "docid": passage.id,
                 "title": passage.title,
                 "text": passage.text,
             }
-        elif passage.id in near:
-            others.add(passage.id)
+        elif passage.id in other_spellings:
+            similar_ids.add(passage.id)
     for query in queries.values():
         lists: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for passage, (place, grade) in wanted.get(query.id, {}).items():
+        for passage, (place, grade) in judgements.get(query.id, {}).items():
             if passage not in passages:
-                qrels.check_spelling(place, passage, others)
-                raise ValueError(f"{place}: passage {passage!r} is not in the corpus")
+                qrels.check_spelling(place, passage, similar_ids)
+                raise ValueError(
+                    f"{place}: passage {passage!r} is not in the corpus; add it there "
+                    "or drop the line"
+                )
             lists[grade > 0].append(passages[passage])
-        if query.id in wanted:
+        if query.id in judgements:
             yield {
                 "query_id": query.id,
                 "query": query.text,
@@ -286,26 +224,18 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
 def _beir_files(folder: str) -> tuple[Any, Any, Any]:
     """Returns the corpus, the queries and the training judgements of a BEIR folder."""
     root = _path(folder)
-    names = (
-        ("corpus.jsonl",),
-        ("queries.jsonl",),
-        ("qrels/train.tsv", "qrels/train.jsonl"),
-    )
-    found = [reading.find(root, *either) for either in names]
-    for path, either in zip(found, names, strict=True):
+
+    def find(*names: str) -> Any:
+        path = reading.find(root, *names)
         if path is None:
             raise ValueError(
-                f"{root / either[0]}: no such file; a BEIR folder that is trained on "
-                "has corpus.jsonl, queries.jsonl and qrels/train.tsv"
+                f"{root / names[0]}: no such file; a BEIR folder for training needs "
+                "corpus.jsonl, queries.jsonl and qrels/train.tsv"
             )
-    return found[0], found[1], found[2]
+        return path
 
-
-_READERS: dict[str, _Reader] = {
-    "jsonl": reading.read_records,
-    "parquet": _read_parquet,
-    "tfrecord": _read_tfrecord,
-    "arrayrecord": _read_arrayrecord,
-}
-# Fields by which records are told apart, the first that a record has.
-_IDS = ("_id", "id")
+    return (
+        find("corpus.jsonl"),
+        find("queries.jsonl"),
+        find("qrels/train.tsv", "qrels/train.jsonl"),
+    )

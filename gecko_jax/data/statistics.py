@@ -1,14 +1,14 @@
-"""Statistics of a mixture: what its texts are like, before anything is trained on them.
+"""Statistics of a mixture, to inspect before training on it.
 
-    lengths      tokens of queries and passages, of a sample of each task
+    lengths      tokens of queries and passages, in a sample of each task
     truncation   texts of the sample that are longer than the configured length
-    padding      tokens of batches drawn from the sample that are no text
-    duplicates   queries, positives and pairs that come again, over all lines
-    overlaps     those that two tasks share, over all lines
+    padding      share of padding tokens in batches drawn from the sample
+    duplicates   repeated queries, positives and pairs, over all lines
+    overlaps     texts that two tasks share, over all lines
 
-Texts are the same when their words are, whatever their case (`contamination.words`).
-Every line is read and checked once, and nothing is cached; memory is 24 bytes a line,
-and the sample.
+Texts are equal if they have the same words, in any case (`word_rule.words`). Every line
+is read and checked once, and no cache is written. Memory is 24 bytes a line, plus the
+sample.
 """
 
 import array
@@ -32,27 +32,27 @@ from gecko_jax.data import (
 from gecko_jax.io import progress
 from gecko_jax.text import overlap, text_formats, vocabularies
 
-# What may come twice of an example.
+# The parts of an example that are compared.
 PARTS = ("query", "positive", "pair")
 
-# Examples of a task whose tokens are counted, and batches whose padding is.
+# Size of a task's sample, and number of batches drawn from the samples.
 SAMPLE = 5_000
 _BATCHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskStatistics:
-    """What a task holds.
+    """Statistics of a task.
 
     Attributes:
-        name: Of the task.
-        num_examples: Lines.
+        name: Name of the task.
+        num_examples: Number of lines.
         rate: Share of the mixture.
-        num_sampled: Lines whose tokens were counted.
-        query_lengths: Tokens of the sampled queries, before they are cut.
-        passage_lengths: The same of positives and negatives.
-        repeated: Part -> lines whose part stands on an earlier line of the task.
-        descriptions: Task description -> lines that give it as their own.
+        num_sampled: Size of the sample.
+        query_lengths: Tokens of the sampled queries, not truncated.
+        passage_lengths: Tokens of the sampled positives and negatives, not truncated.
+        repeated: Part -> lines whose part is on an earlier line of the task.
+        descriptions: Task description -> lines with it as their own.
     """
 
     name: str
@@ -67,15 +67,15 @@ class TaskStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What a mixture holds.
+    """Statistics of a mixture.
 
     Attributes:
-        tasks: Of each task.
-        overlaps: Two tasks -> part -> texts that both hold; only where there are some.
-        padding: (query, passage or both; whether rows are packed) -> share of a
-            batch's tokens that are no text.
-        num_batches: Batches that the padding was counted in.
-        shape: The sizes of a batch.
+        tasks: Statistics of each task.
+        overlaps: Two tasks -> part -> number of shared texts; only pairs with any.
+        padding: (query, passage or both; whether rows are packed) -> share of padding
+            among a batch's tokens.
+        num_batches: Number of batches for `padding`.
+        shape: Sizes of a batch.
     """
 
     tasks: tuple[TaskStatistics, ...]
@@ -85,31 +85,28 @@ class Statistics:
     shape: features.Shape
 
 
-@dataclasses.dataclass
-class _Read:
-    """What reading a task through has given."""
+class _Lines:
+    """The lines of a task: a sample, and the hashes of all texts."""
 
-    draw: random.Random
-    num_examples: int = 0
-    sample: list[jsonl.Pair] = dataclasses.field(default_factory=list)
-    # Of each part, for every line: 8 bytes by which equal texts are known.
-    hashes: dict[str, array.array] = dataclasses.field(
-        default_factory=lambda: {part: array.array("Q") for part in PARTS}
-    )
-    descriptions: Counter[str] = dataclasses.field(default_factory=Counter)
+    def __init__(self, task: str):
+        self.random = random.Random(task)
+        self.num_examples = 0
+        self.sample: list[jsonl.Pair] = []
+        # Part -> 64-bit hash of each line.
+        self.hashes = {part: array.array("Q") for part in PARTS}
+        self.descriptions: Counter[str] = Counter()
 
     def add(self, pair: jsonl.Pair, sample: int) -> None:
-        """Takes a line in; every line has the same chance to be in the sample."""
         self.num_examples += 1
-        # Reservoir sampling: line n replaces one of the sample with chance sample / n.
+        # Reservoir sampling: line n enters the sample with probability sample / n.
         if len(self.sample) < sample:
             self.sample.append(pair)
-        elif (place := self.draw.randrange(self.num_examples)) < sample:
+        elif (place := self.random.randrange(self.num_examples)) < sample:
             self.sample[place] = pair
         query = overlap.content_hash(pair.query)
         positive = overlap.content_hash(pair.positive)
-        whole = overlap.content_hash(f"{query} {positive}")
-        for part, value in zip(PARTS, (query, positive, whole), strict=True):
+        both = overlap.content_hash(f"{query} {positive}")
+        for part, value in zip(PARTS, (query, positive, both), strict=True):
             self.hashes[part].append(value)
         if pair.task_description.strip():
             self.descriptions[text_formats.clean(pair.task_description)] += 1
@@ -126,35 +123,32 @@ def collect(
     one_task_per_batch: bool,
     sample: int = SAMPLE,
 ) -> Statistics:
-    """Reads all lines of the tasks, and tokenizes a sample of them.
+    """Reads all lines of the tasks, and tokenizes at most `sample` of each.
 
-    Args:
-        tasks: With their files.
-        drawn: The mixture that gives their rates.
-        vocabulary: Of the tokens.
-        text_format: How texts are written; completed with the tasks' descriptions.
-        shape: Lengths, negatives and packing of a batch.
-        batch_size: Examples of a batch.
-        one_task_per_batch: All examples of a batch come from one task.
-        sample: Most examples of a task that are tokenized.
+    The tasks' descriptions complete `text_format`, and `drawn` gives their rates.
 
     Raises:
-        ValueError: A bad line, or a task without one.
+        ValueError: A line is invalid, or a task has none.
     """
-    text_format = task_table.complete_text_format(text_format, tasks)
-    read = _read(tasks, sample)
-    weights = drawn.rates(
-        [task.name for task in tasks], [found.num_examples for found in read]
-    )
+    text_format = formatting.complete_text_format(text_format, tasks)
+    lines = {task.name: _Lines(task.name) for task in tasks}
+    for task, _, pair in task_table.read_lines(tasks, "Reading"):
+        lines[task.name].add(pair, sample)
+    for task in tasks:
+        if not lines[task.name].num_examples:
+            raise task_table.no_lines(task)
+    sizes = [task_lines.num_examples for task_lines in lines.values()]
+    weights = drawn.rates(list(lines), sizes)
     rates = [weight / sum(weights) for weight in weights]
-    found, sampled = [], []
-    for task, one, rate in zip(tasks, read, rates, strict=True):
-        examples = _tokenize(task, one.sample, vocabulary, text_format)
+    statistics, sampled = [], []
+    for task, rate in zip(tasks, rates, strict=True):
+        task_lines = lines[task.name]
+        examples = _tokenize(task, task_lines.sample, vocabulary, text_format)
         sampled.append(examples)
-        found.append(
+        statistics.append(
             TaskStatistics(
                 name=task.name,
-                num_examples=one.num_examples,
+                num_examples=task_lines.num_examples,
                 rate=rate,
                 num_sampled=len(examples),
                 query_lengths=np.array([len(e.query) for e in examples]),
@@ -162,50 +156,41 @@ def collect(
                     [len(t) for e in examples for t in (e.positive, *e.negatives)]
                 ),
                 repeated={
-                    part: one.num_examples - len(set(hashes))
-                    for part, hashes in one.hashes.items()
+                    part: task_lines.num_examples - len(set(hashes))
+                    for part, hashes in task_lines.hashes.items()
                 },
-                descriptions=dict(one.descriptions.most_common()),
+                descriptions=dict(task_lines.descriptions.most_common()),
             )
         )
+    overlaps: dict[tuple[str, str], dict[str, int]] = {}
+    for one, two in itertools.combinations(lines, 2):
+        shared = {
+            part: len(np.intersect1d(lines[one].hashes[part], lines[two].hashes[part]))
+            for part in PARTS
+        }
+        if any(shared.values()):
+            overlaps[one, two] = shared
     return Statistics(
-        tasks=tuple(found),
-        overlaps=_overlaps([task.name for task in tasks], read),
+        tasks=tuple(statistics),
+        overlaps=overlaps,
         padding=_padding(sampled, rates, shape, batch_size, one_task_per_batch),
         num_batches=_BATCHES,
         shape=shape,
     )
 
 
-def _read(tasks: Sequence[task_table.Task], sample: int) -> list[_Read]:
-    """Reads every file through, once for all its tasks."""
-    read = {task.name: _Read(random.Random(task.name)) for task in tasks}
-    for path in dict.fromkeys(path for task in tasks for path in task.files):
-        here = {t.source_task: read[t.name] for t in tasks if path in t.files}
-        for pair in progress.track(jsonl.read_pairs(path), f"Reading {path}"):
-            if pair.task in here:
-                here[pair.task].add(pair, sample)
-    for task in tasks:
-        if not read[task.name].num_examples:
-            raise ValueError(
-                f"task {task.name}: no line of {', '.join(task.files)} has the task "
-                f"{task.source_task!r}"
-            )
-    return list(read.values())
-
-
 def _tokenize(
     task: task_table.Task,
     pairs: Sequence[jsonl.Pair],
-    pieces: vocabularies.Vocabulary,
+    vocabulary: vocabularies.Vocabulary,
     text_format: text_formats.TextFormat,
 ) -> list[features.Example]:
     examples = []
     for pair in progress.track(pairs, f"Tokenizing a sample of {task.name}"):
         if task.unique_ids:
             pair = classification.append_id(pair)
-        query, positive, negatives = formatting.write(text_format, task.name, pair)
-        tokens = [np.array(t) for t in pieces.encode([query, positive, *negatives])]
+        query, positive, negatives = formatting.write(text_format, task, pair)
+        tokens = [np.array(t) for t in vocabulary.encode([query, positive, *negatives])]
         examples.append(
             features.Example(
                 query=tokens[0],
@@ -220,22 +205,6 @@ def _tokenize(
     return examples
 
 
-def _overlaps(
-    names: Sequence[str], read: Sequence[_Read]
-) -> dict[tuple[str, str], dict[str, int]]:
-    overlaps: dict[tuple[str, str], dict[str, int]] = {}
-    for (one, first), (two, second) in itertools.combinations(
-        zip(names, read, strict=True), 2
-    ):
-        shared = {
-            part: len(np.intersect1d(first.hashes[part], second.hashes[part]))
-            for part in PARTS
-        }
-        if any(shared.values()):
-            overlaps[one, two] = shared
-    return overlaps
-
-
 def _padding(
     sampled: Sequence[Sequence[features.Example]],
     rates: Sequence[float],
@@ -245,21 +214,20 @@ def _padding(
 ) -> dict[tuple[str, bool], float]:
     """Returns the shares of padding in batches of the mixture."""
     draw = np.random.default_rng(0)
-    empty, tokens = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
+    padding, total = Counter[tuple[str, bool]](), Counter[tuple[str, bool]]()
     for _ in range(_BATCHES):
         num_drawn = 1 if one_task_per_batch else batch_size
-        chosen = np.resize(draw.choice(len(sampled), num_drawn, p=rates), batch_size)
+        tasks = np.resize(draw.choice(len(sampled), num_drawn, p=rates), batch_size)
         examples = [
             sampled[task][int(draw.integers(len(sampled[task])))]
-            for task in chosen.tolist()
+            for task in tasks.tolist()
         ]
         for packing in (False, True):
-            batch = features.convert(
-                examples, dataclasses.replace(shape, packing=packing)
-            )
+            packed_shape = dataclasses.replace(shape, packing=packing)
+            batch = features.convert(examples, packed_shape)
             for side in ("query", "passage"):
-                is_empty = batch[f"{side}_segment_ids"] == 0
+                is_padding = batch[f"{side}_segment_ids"] == 0
                 for key in ((side, packing), ("both", packing)):
-                    empty[key] += int(is_empty.sum())
-                    tokens[key] += is_empty.size
-    return {key: empty[key] / tokens[key] for key in tokens}
+                    padding[key] += int(is_padding.sum())
+                    total[key] += is_padding.size
+    return {key: padding[key] / total[key] for key in total}

@@ -1,11 +1,11 @@
-"""The feature converter by which t5x reads the seqio tasks of this package.
+"""The feature converter with which t5x reads the seqio tasks of this package.
 
     {"query": [5, 6, 1], "positive": [7, 1], "negatives": [[8, 8, 1]], ...}
  -> {"query_tokens": [5, 6, 1, 0], "positive_tokens": [7, 1, 0, 0],
      "negative_tokens": [[8, 8, 1, 0]], "negative_mask": [True], ...}
 
-One row a text, for t5x splits every array along the batch and packs none of them. Our
-own training loop reads through `pipeline` instead, whose order can be addressed.
+Every text has its own row, because t5x splits every array along the batch. The command
+`gecko train` reads through `pipeline` instead, with random access by step.
 """
 
 import functools
@@ -19,12 +19,11 @@ NEGATIVE_FEATURES = ("negative_tokens", "negative_mask", "negative_id")
 
 
 def feature_converter(num_negatives: int) -> Any:
-    """Returns the class that t5x makes its converter from.
+    """Returns the converter class for t5x.
 
     Args:
-        num_negatives: Hard negatives of an example (G); the first G are taken, and
-            `negative_mask` says where an example has fewer. With 0 there are none of
-            `NEGATIVE_FEATURES`.
+        num_negatives: Hard negatives of an example (G): its first G. `negative_mask`
+            is False where an example has fewer. 0 omits all `NEGATIVE_FEATURES`.
     """
     return functools.partial(_converter_class(), num_negatives)
 
@@ -37,7 +36,7 @@ def _converter_class() -> Any:
     spec = seqio.FeatureConverter.FeatureSpec
 
     class DualEncoderFeatureConverter(seqio.FeatureConverter):
-        """Pads the texts of an example and keeps its ids."""
+        """Pads the texts of an example, and passes on its ids."""
 
         TASK_FEATURES: ClassVar = {
             "query": spec(tf.int32),
@@ -59,18 +58,18 @@ def _converter_class() -> Any:
         def __init__(self, num_negatives: int, pack: bool = False, **options: Any):
             if pack:
                 raise ValueError(
-                    "pack=True: t5x reads one text a row; set it to False, or train "
-                    "with `gecko train`, which packs"
+                    "pack=True: t5x reads one text per row; set it to False, or "
+                    "train with `gecko train`, which packs"
                 )
             self._num_negatives = num_negatives
-            # t5x takes batches apart, at which TensorFlow 2.21 crashes where an array
-            # has no entries: without negatives there are none of these features.
+            # t5x splits batches, and TensorFlow 2.21 crashes when it splits an empty
+            # array. So without negatives, these features are missing.
             features = {
                 name: feature
                 for name, feature in self.MODEL_FEATURES.items()
                 if num_negatives or name not in NEGATIVE_FEATURES
             }
-            # seqio reads the attribute of the instance.
+            # seqio reads the attribute of the instance, not of the class.
             self.MODEL_FEATURES = features  # pyright: ignore[reportAttributeAccessIssue]
             super().__init__(pack=False, **options)
 
@@ -85,7 +84,7 @@ def _converter_class() -> Any:
                 return tf.ensure_shape(tf.pad(values, short), shape)
 
             def close(tokens: Any) -> Any:
-                # seqio's trimming takes the EOS of a long text away.
+                # seqio truncates long texts without keeping their EOS.
                 is_last = tf.range(tokens.shape[-1]) == tokens.shape[-1] - 1
                 is_full = is_last & (tokens != vocabularies.PAD_ID)
                 return tf.where(is_full, vocabularies.EOS_ID, tokens)
@@ -124,7 +123,7 @@ def _converter_class() -> Any:
                 "query_id": 2,
                 "passage_id": 2,
                 "negative_id": self._num_negatives,
-                "negative_group": 1,  # A scalar, whose length is not looked at.
+                "negative_group": 1,  # A scalar, so the length has no effect.
             }
             return {name: lengths[name] for name in self.MODEL_FEATURES}
 

@@ -1,18 +1,18 @@
-"""Vectors that a teacher made of the training texts, for embedding matching.
+"""A teacher's vectors of the training texts, for embedding matching.
 
-A folder beside the data, which any encoder can fill and every run maps into memory:
+The vectors are in a folder, which any encoder can fill and every run maps into memory:
 
-    teacher.json   what made the vectors, how many there are, how wide
-    keys.npy       uint64 [N], sorted: side, task and content of a text, as one number
+    teacher.json   name of the teacher, number and width of the vectors
+    keys.npy       uint64 [N], sorted: hashes of side, task and content of a text
     rows.npy       int64 [N], the row of each key in
     vectors.npy    float16 [N, T], normalized
 
-A text is listed once for each side and task it occurs with, since a teacher may be told
-the task. `list_texts` gives the texts of JSONL files in a fixed order:
+A teacher may read the task, so a text has one vector for each side and task it occurs
+with. `list_texts` yields the texts of JSONL files in a fixed order:
 
     {"_id": "00b1...", "side": "query", "task": "docs", "text": "sort a list", ...}
 
-and `write` takes the vectors, in that order or by `_id`.
+`read_vectors` reads their vectors, in that order or by `_id`, and `write` stores them.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ SETTINGS = "teacher.json"
 _ARRAYS = ("keys", "rows", "vectors")
 _REMEDY = "make the folder again with `gecko data teach`"
 
-# Vectors that are in memory at once.
+# Vectors in memory at once.
 _BLOCK = 4096
 
-# Of a unit vector: what is shorter came from no encoder.
+# A vector shorter than this cannot be normalized.
 _LEAST_LENGTH = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text to embed, as `side` and `task` have it."""
+    """A text to embed, with the side and task it occurs with."""
 
     key: int
     side: str
@@ -51,19 +51,20 @@ class Text:
 
     @property
     def id(self) -> str:
-        """The key as `_id` has it, in hex."""
+        """The key in hex, the `_id` in files."""
         return f"{self.key:016x}"
 
     def to_dict(self) -> dict[str, str]:
         """Returns a line of `gecko data teach --texts`."""
-        fields = {"side": self.side, "task": self.task, "text": self.text}
-        return {"_id": self.id, **fields, "title": self.title}
+        fields = dataclasses.asdict(self)
+        del fields["key"]
+        return {"_id": self.id, **fields}
 
 
 def keys_of(
     side: str, task: str, ids: UInt32[np.ndarray, "N 2"]
 ) -> UInt64[np.ndarray, " N"]:
-    """Returns the keys of texts with these content ids."""
+    """Returns the keys of texts, given their content ids."""
     salt = hashlib.blake2b(f"{side}\n{task}".encode(), digest_size=8).digest()
     words = ids.astype(np.uint64)
     return (words[:, 0] << np.uint64(32) | words[:, 1]) ^ np.frombuffer(salt, np.uint64)
@@ -73,21 +74,15 @@ def list_texts(paths: Sequence[str | os.PathLike]) -> Iterator[Text]:
     """Yields each text of JSONL files once for each side and task.
 
     Raises:
-        ValueError: A file or a line of it is bad.
+        ValueError: A file or a line of it is invalid.
     """
     seen: set[int] = set()
     for path in paths:
         for pair in jsonl.read_pairs(path):
-            passages = zip(
-                (pair.positive, *pair.negatives),
-                (pair.title, *pair.negative_titles),
-                (pair.passage_id, *pair.negative_ids),
-                strict=True,
-            )
-            found = [("query", pair.query, "", pair.query_id)]
-            found += [("passage", *passage) for passage in passages]
-            for side, text, title, content in found:
-                ids = np.asarray([content], np.uint32)
+            texts = [("query", pair.query, "", pair.query_id)]
+            texts += [("passage", *passage) for passage in pair.passages]
+            for side, text, title, content_id in texts:
+                ids = np.asarray([content_id], np.uint32)
                 key = int(keys_of(side, pair.task, ids)[0])
                 if key not in seen:
                     seen.add(key)
@@ -101,16 +96,11 @@ def read_vectors(
 
     Args:
         path: An .npy with a row for each text, or JSON lines with `_id` and `vector`.
-        texts: As `list_texts` gives them.
+        texts: The texts, from `list_texts`.
 
     Raises:
         ValueError: The file does not fit the texts.
     """
-    if str(path).endswith(".npz"):
-        raise ValueError(
-            f"{path}: an .npz, which is an archive of arrays; write its array of "
-            "vectors with numpy.save, and give that .npy"
-        )
     reading.check_is_file(path)
     if str(path).endswith(".npy"):
         try:
@@ -127,33 +117,35 @@ def read_vectors(
             yield vectors[first : first + _BLOCK]
         return
     rows = {text.id: row for row, text in enumerate(texts)}
-    found: dict[int, np.ndarray] = {}
+    by_row: dict[int, np.ndarray] = {}
+    width = 0
     for place, record in reading.read_records(path):
         row = rows.get(inputs.id_field(place, record, "_id"))
         if row is None:
             raise ValueError(
-                f"{place}: `_id` {record['_id']!r} is none of the texts of these files"
+                f"{place}: `_id` {record['_id']!r} is not an id of these files' texts; "
+                "drop the line, or list the texts again"
             )
         try:
-            found[row] = np.asarray(record.get("vector"), np.float32)
+            vector = np.asarray(record.get("vector"), np.float32)
         except (TypeError, ValueError, OverflowError):
-            found[row] = np.zeros(0, np.float32)
-        first = next(iter(found.values()))
-        if found[row].ndim != 1 or not first.size or found[row].shape != first.shape:
+            vector = np.zeros(0, np.float32)
+        width = width or vector.size
+        if vector.shape != (width,) or not width:
             raise ValueError(
-                f"{place}: field 'vector' must be a list of numbers, as many as in the "
-                "lines before"
+                f"{place}: field 'vector' must be a list of numbers, as many as on the "
+                "other lines; embed the text again"
             )
-    if len(found) < len(texts):
-        lost = next(text for row, text in enumerate(texts) if row not in found)
+        by_row[row] = vector
+    if len(by_row) < len(texts):
+        missing = next(text for row, text in enumerate(texts) if row not in by_row)
         raise ValueError(
-            f"{path}: no vector for {len(texts) - len(found):,} of {len(texts):,} "
-            f"texts, such as `_id` {lost.id!r}"
+            f"{path}: no vector for {len(texts) - len(by_row):,} of {len(texts):,} "
+            f"texts, such as `_id` {missing.id!r}; embed all texts"
         )
     for first in range(0, len(texts), _BLOCK):
-        yield np.stack(
-            [found[row] for row in range(len(texts))[first : first + _BLOCK]]
-        )
+        block = range(len(texts))[first : first + _BLOCK]
+        yield np.stack([by_row[row] for row in block])
 
 
 def write(
@@ -167,25 +159,27 @@ def write(
     """Writes the folder, whole or not at all.
 
     Args:
-        folder: Where.
-        keys: Of the texts, in the order of the vectors.
-        blocks: The vectors, of any length but 0; normalized here.
-        made_by: The teacher's name, for people.
-        dim: Project to so many dims, those that keep the inner products of these
-            vectors best (their leading right singular vectors); 0 for all.
+        folder: The folder; an earlier one is replaced.
+        keys: Keys of the texts, in the order of the vectors.
+        blocks: The vectors, not normalized.
+        made_by: Name of the teacher, for people.
+        dim: Width to project to, on the leading right singular vectors, which preserve
+            the inner products best; 0 keeps all dims.
 
     Returns:
-        What the folder's JSON holds.
+        The content of the folder's JSON file.
 
     Raises:
-        ValueError: Vectors that are missing, one too many, not finite or of no length.
+        ValueError: There are too few or too many vectors, or one is zero or not finite.
     """
     writing.check_replaceable(folder, [SETTINGS], ["*.npy"])
     with writing.write_folder(folder) as temporary:
         path = temporary / "vectors.npy"
         width, moment = _write_vectors(path, blocks, len(keys))
         if dim > width:
-            raise ValueError(f"dim={dim}: the teacher's vectors have {width}")
+            raise ValueError(
+                f"dim={dim}: the teacher's vectors have {width}; give at most that"
+            )
         if dim and dim < width:
             _project(path, moment, dim)
         order = np.argsort(np.asarray(keys, np.uint64), kind="stable")
@@ -214,34 +208,32 @@ def _write_vectors(
     for block in blocks:
         block = np.asarray(block, np.float32)
         lengths = np.linalg.norm(block, axis=1, keepdims=True)
-        wrong = ~np.isfinite(lengths[:, 0]) | (lengths[:, 0] < _LEAST_LENGTH)
-        if wrong.any():
+        is_invalid = ~np.isfinite(lengths[:, 0]) | (lengths[:, 0] < _LEAST_LENGTH)
+        if is_invalid.any():
             raise ValueError(
-                f"vector {done + int(np.argmax(wrong)):,} of the teacher is zero or "
-                "not finite; embed that text again"
+                f"vector {done + int(np.argmax(is_invalid)):,} of the teacher is zero "
+                "or not finite; embed that text again"
             )
         if vectors is None:
-            shape = (number, block.shape[1])
-            vectors = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-            moment = np.zeros((block.shape[1], block.shape[1]))
+            width = block.shape[1]
+            vectors = np.lib.format.open_memmap(path, "w+", np.float16, (number, width))
+            moment = np.zeros((width, width))
         if done + len(block) > number:
             raise ValueError(
-                f"more vectors than the {number:,} texts; was the file made from other "
-                "texts?"
+                f"more vectors than the {number:,} texts; embed those texts alone"
             )
         unit = block / lengths
         vectors[done : done + len(block)] = unit
         moment += unit.T.astype(np.float64) @ unit
         done += len(block)
     if done < number or vectors is None or moment is None:
-        raise ValueError(
-            f"{done:,} vectors for {number:,} texts; embed the list to its end"
-        )
+        raise ValueError(f"{done:,} vectors for {number:,} texts; embed all texts")
     vectors.flush()
     return vectors.shape[1], moment
 
 
 def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> None:
+    # The right singular vectors of the vectors are the eigenvectors of their moment.
     leading = np.linalg.eigh(moment)[1][:, ::-1][:, :dim].astype(np.float32)
     whole = np.load(path, mmap_mode="r")
     narrow = path.with_name("narrow.npy")
@@ -255,22 +247,22 @@ def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> 
 
 
 class Teacher:
-    """The vectors of a folder, looked up by example.
+    """The vectors of a folder.
 
     Attributes:
         dim: Width of the vectors.
-        facts: What the folder says of itself.
+        facts: Content of the folder's JSON file.
     """
 
     def __init__(self, folder: str | os.PathLike, dim: int):
         """Maps the folder into memory.
 
         Args:
-            folder: What `write` wrote.
-            dim: The width that the config promises.
+            folder: A folder that `write` wrote.
+            dim: Expected width of the vectors.
 
         Raises:
-            ValueError: It is not there, damaged, or of another width.
+            ValueError: The folder is missing, damaged, or of another width.
         """
         path = self._folder = pathlib.Path(folder)
         try:
@@ -305,14 +297,14 @@ class Teacher:
             )
 
     def look_up(self, keys: UInt64[np.ndarray, " N"]) -> Float[np.ndarray, "N T"]:
-        """Returns the vector of each key, zeros where there is none."""
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        found = self._keys[place] == keys
+        """Returns the vector of each key, zeros for unknown keys."""
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        is_known = self._keys[places] == keys
         vectors = np.zeros((len(keys), self.dim), np.float16)
-        rows = self._rows[place[found]]
+        rows = self._rows[places[is_known]]
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._vectors):
-            raise self._damage("rows.npy names a row that is not there")
-        vectors[found] = self._vectors[rows]
+            raise self._damage("an index in rows.npy is out of range")
+        vectors[is_known] = self._vectors[rows]
         return vectors
 
     def _damage(self, fault: str) -> ValueError:
@@ -325,13 +317,13 @@ class Teacher:
         choices: Sequence[Sequence[int]],
         num_negatives: int,
     ) -> dict[str, np.ndarray]:
-        """Returns the features of a batch that are named in `losses.TeacherVectors`.
+        """Returns the batch features named in `losses.TeacherVectors`.
 
         Args:
             examples: The examples of the step, in order.
-            source_tasks: What the field `task` of each example's line holds.
-            choices: Which of its negatives each example uses.
-            num_negatives: Of each query (G); missing ones are zeros.
+            source_tasks: Field `task` of each example's line.
+            choices: Indices of the negatives that each example uses.
+            num_negatives: Negatives of each query (G); missing ones are zeros.
         """
         queries, passages, negatives = [], [], []
         for example, task, chosen in zip(examples, source_tasks, choices, strict=True):
@@ -341,13 +333,14 @@ class Teacher:
                 keys_of("passage", task, example.negative_ids[list(chosen)])
             )
         size = len(examples)
-        of_negatives = np.zeros((size, num_negatives, self.dim), np.float16)
-        rows = np.repeat(np.arange(size), [len(keys) for keys in negatives])
-        columns = np.concatenate([np.arange(len(keys)) for keys in negatives])
+        negative_vectors = np.zeros((size, num_negatives, self.dim), np.float16)
         if num_negatives:
-            of_negatives[rows, columns] = self.look_up(np.concatenate(negatives))
+            rows = np.repeat(np.arange(size), [len(keys) for keys in negatives])
+            columns = np.concatenate([np.arange(len(keys)) for keys in negatives])
+            vectors = self.look_up(np.concatenate(negatives))
+            negative_vectors[rows, columns] = vectors
         return {
             "query_teacher": self.look_up(np.concatenate(queries)),
             "passage_teacher": self.look_up(np.concatenate(passages)),
-            "negative_teacher": of_negatives,
+            "negative_teacher": negative_vectors,
         }

@@ -1,9 +1,9 @@
 """Text: from strings to tokens.
 
-text_formats   prompts and templates: what the encoder reads of a query or passage
+text_formats   how queries and passages are written for the encoder
 vocabularies   the SentencePiece vocabulary
 packing        which texts share a row of tokens
-word_rule      what counts as a word, in every script
-overlap        texts of evaluation sets, found in training data
+word_rule      how text splits into words, in every script
+overlap        texts of evaluation sets in training data
 text_files     files of texts
 """

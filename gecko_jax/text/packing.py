@@ -1,9 +1,8 @@
 """Packing: which texts share a row of tokens, and which rows share a call.
 
-In encoding, where texts come in any number, rows have a few widths, each a power of
-two, and calls a few numbers of rows, so that hardly any padding is computed and hardly
-any shape compiled. The rows of a batch of training have one width, and their number is
-rounded by `round_up` (`data.features`).
+Encoding takes any number of texts. To keep padding and the number of compiled shapes
+small, rows have a few widths (powers of two) and calls a few numbers of rows. Rows of a
+training batch have one width, and `round_up` rounds their number (`data.features`).
 """
 
 import collections
@@ -13,16 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Narrowest row, in tokens. A narrower one would save a lone query some milliseconds
-# and cost everything else a compilation.
+# Smallest row width, in tokens. Narrower rows would save a single query a few
+# milliseconds, and cost every process one more compilation.
 MIN_WIDTH = 128
 
-# A row of width W holds at most W / MIN_TEXT texts; shorter texts leave it emptier.
+# A row of width W holds at most W / MIN_TEXT texts.
 MIN_TEXT = 8
 
 
 class Row(NamedTuple):
-    """Texts that lie side by side in one row of tokens."""
+    """Positions of the texts that share one row of tokens."""
 
     width: int
     positions: list[int]
@@ -38,21 +37,21 @@ class Call(NamedTuple):
 def pack(
     lengths: Sequence[int], width: int = 0, max_texts: int | None = None
 ) -> list[Row]:
-    """Puts texts into rows, longest first, each into the row it fills best.
+    """Packs texts into rows by best fit, longest text first.
 
-    A text opens a row of the next power of two above its length, and later, shorter
-    texts fill what it leaves. Widths of the rows never grow along the list.
+    A text that fits no open row opens one, whose width is the next power of two. Widths
+    never grow along the returned list.
 
         pack([100, 20, 200]) == [Row(256, [2]), Row(128, [0, 1])]
 
     Args:
         lengths: Tokens of each text.
-        width: Of all rows, no less than the longest text; 0 for the widths above.
-        max_texts: Most texts of a row; by default its width over `MIN_TEXT`.
+        width: Width of every row, at least the longest text; 0 for powers of two.
+        max_texts: Maximum number of texts in a row; by default its width / `MIN_TEXT`.
     """
     rows: list[Row] = []
-    # Open rows by the tokens they have left. Bit n of `free` says that open[n] has
-    # one, so that the tightest row is found without a search.
+    # Open rows by the tokens they have left. Bit n of `free` is set if open_rows[n] is
+    # not empty, so the tightest row is found without a search.
     open_rows: dict[int, list[Row]] = collections.defaultdict(list)
     free = 0
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
@@ -60,6 +59,7 @@ def pack(
         length = lengths[position]
         fitting = free >> length
         if fitting:
+            # The lowest set bit is the smallest sufficient space.
             left = length + (fitting & -fitting).bit_length() - 1
             row = open_rows[left].pop()
             if not open_rows[left]:
@@ -78,10 +78,11 @@ def pack(
 
 
 def round_up(number: int, multiple: int = 1) -> int:
-    """Returns the next product of `multiple` and a step, about the number's root.
+    """Rounds a number of rows up to a multiple of `multiple` times a step.
 
-    The rows that random texts fill vary by about the root of their number, so numbers
-    of like batches become one or two, at a sixteenth more for 256 rows and on.
+    The number of rows that random texts fill varies by about its square root. A step of
+    that size (a sixteenth of the number from 256 rows on) gives the batches of a run
+    one or two shapes.
     """
     root = 1 << (max(number, 1).bit_length() - 1) // 2
     parts = -(-number // multiple)
@@ -94,8 +95,8 @@ def plan_calls(
 ) -> list[Call]:
     """Groups rows of one width into calls of about `tokens_per_call` tokens.
 
-    A call that is not full is padded to a quarter of the full number of rows, or a
-    sixteenth and so on, so that few shapes are compiled.
+    A call with fewer rows is padded to a quarter, a sixteenth, ... of the full number
+    of rows, so that few shapes are compiled.
     """
     calls = []
     for width, group in itertools.groupby(rows, key=lambda row: row.width):

@@ -1,4 +1,4 @@
-"""Texts of a user's file: JSON lines as in BEIR, or one text a line of a `.txt`."""
+"""Files of texts: JSON lines in the BEIR layout, or a `.txt` with one text a line."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ from gecko_jax.text import text_formats
 
 
 class TextRecord(NamedTuple):
-    """One text of a user's file: a passage, or a query."""
+    """A passage or a query of a file; `place` is `file:line`."""
 
     place: str
     id: str
@@ -24,16 +24,15 @@ def read_texts(
 ) -> Iterator[TextRecord]:
     """Yields the texts of a JSON-lines file in the BEIR layout, or of a `.txt` file.
 
-    JSON lines have `_id` (or `id`), `text` and, if they like, `title` and `task`; a
-    passage with nothing but a title is its title. Of a `.txt` file each line is a
-    text, and its id the line's number.
+    JSON lines have `_id` (or `id`), `text`, and optionally `title` and `task`. A
+    passage with a title and no text uses the title as its text.
 
     Args:
-        path: The file; `.gz` is unpacked.
-        allow_empty: Yields texts without a visible character too.
+        path: The file, `.gz` or plain.
+        allow_empty: Also yield texts without a visible character.
 
     Raises:
-        ValueError: A line breaks a rule, or an id comes twice; names file and line.
+        ValueError: A line is invalid, or an id occurs twice.
     """
     ids = inputs.UniqueIds()
     for place, record in read_texts_or_records(path):
@@ -56,9 +55,9 @@ def read_texts(
 def read_texts_or_records(
     path: str | os.PathLike, *, any_characters: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, record) of JSON lines, or of a `.txt` file as `id` and `text`.
+    """Yields (place, record) of JSON lines, or of the lines of a `.txt` file.
 
-    The id of a line of text is its number.
+    A `.txt` line becomes a record with its `text` and, as `id`, its line number.
     """
     name = pathlib.PurePath(path).name
     if not name.removesuffix(".gz").endswith(".txt"):

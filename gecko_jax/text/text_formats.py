@@ -1,9 +1,9 @@
-"""The encoding format: what a query and a passage look like to the encoder.
+"""The encoding format: how queries and passages are written for the encoder.
 
 Gecko reads a query together with a short natural-language *task description*, and a
 passage together with its title (section 3.1, appendix B, table 7). Without this format
 MTEB falls from 60.70 to 57.45 (table 4), so the format belongs to the checkpoint: every
-model folder carries its `TextFormat`, and only this module knows the strings.
+model folder stores its `TextFormat`. Only this module knows the strings.
 
     query      "arrays in PostgreSQL", task "docs"
             -> "task: search result | query: arrays in PostgreSQL"
@@ -22,18 +22,19 @@ from typing import Any
 
 from gecko_jax.io import field_rules
 
-# Longer inputs are always a mistake in the data (a whole file in one field): the
-# encoder reads a few hundred tokens of it.
+# A longer text is a mistake in the data (a whole file in one field): the encoder reads
+# only a few hundred tokens.
 MAX_CHARACTERS = 200_000
 
-# The task of a query when none is named (section 3.1).
+# The task of a query that names none (section 3.1).
 DEFAULT_TASK = "search result"
 
-# Prompts that every `TextFormat.prompts` holds; the names are sentence-transformers'.
+# Keys that `TextFormat.prompts` must have; the names are sentence-transformers'.
 QUERY_PROMPT, DOCUMENT_PROMPT = "query", "document"
 _BARE = "{text}"
 
-# Query template of imported models with several prompts, before `prompts` was a field.
+# Query template of models with several prompts that were imported before `prompts`
+# was a field.
 _OLD_PROMPTS = "{task_description}{text}"
 
 _FIELDS = {
@@ -51,16 +52,16 @@ class TextFormat:
     """How texts are written before they are tokenized.
 
     Attributes:
-        query: Template of a query, with `{text}` and maybe `{task_description}`.
-        passage: Template of a passage, with `{text}` and maybe `{title}`; where it has
-            no title, a title is written before the text (BEIR's convention).
-        no_title: Stands for a title that is missing (EmbeddingGemma's convention).
+        query: Template of a query, with `{text}` and optionally `{task_description}`.
+        passage: Template of a passage, with `{text}` and optionally `{title}`. Without
+            `{title}`, a passage's title is written before its text, as in BEIR.
+        no_title: Placeholder for a missing title, as in EmbeddingGemma.
         task_descriptions: Task name -> the paper's natural-language *t*.
         symmetric_tasks: Tasks whose passages are written in the query form.
-        prompts: Literal text before a text, in place of the templates: before queries
-            by the name of their task, before all other queries that of "query", before
-            passages that of "document". Empty where the templates decide. A model of
-            sentence-transformers has prompts, which no field may expand in.
+        prompts: Literal prefixes of a sentence-transformers model, which replace the
+            templates: by task name for queries, "query" for all other queries,
+            "document" for passages. Nothing in a prompt is expanded. Empty if the
+            templates decide.
     """
 
     query: str = "task: {task_description} | query: {text}"
@@ -72,43 +73,35 @@ class TextFormat:
 
     def __post_init__(self):
         if self.prompts:
-            self._check_prompts()
-        for template, field in (
+            missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
+            if missing:
+                raise ValueError(
+                    f"text format: prompts has no {' and no '.join(sorted(missing))}; "
+                    "add it, '' for no prompt"
+                )
+            if (self.query, self.passage) != (_BARE, _BARE):
+                raise ValueError(
+                    f"text format: prompts need the query and passage templates "
+                    f"{_BARE!r}, not {self.query!r} and {self.passage!r}; remove one "
+                    "of the two"
+                )
+        for template, optional in (
             (self.query, "{task_description}"),
             (self.passage, "{title}"),
         ):
-            found = sorted(re.findall(r"\{\w+\}", template))
-            if found not in (["{text}"], sorted(["{text}", field])):
+            fields = sorted(re.findall(r"\{\w+\}", template))
+            if fields not in ([_BARE], sorted([_BARE, optional])):
                 raise ValueError(
-                    f"text format {template!r}: must hold {{text}} once, {field} at "
+                    f"text format {template!r}: must hold {{text}} once, {optional} at "
                     "most once, and no other field"
                 )
-
-    def _check_prompts(self) -> None:
-        if not all(
-            isinstance(part, str) for pair in self.prompts.items() for part in pair
-        ):
-            raise ValueError(
-                f"text format: prompts={dict(self.prompts)!r}, must be texts by name"
-            )
-        missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
-        if missing:
-            raise ValueError(
-                f"text format: prompts has no {' and no '.join(sorted(missing))}; add "
-                "it, '' for no prompt"
-            )
-        if (self.query, self.passage) != (_BARE, _BARE):
-            raise ValueError(
-                f"text format: prompts stand before a bare text, so query and passage "
-                f"must be {_BARE!r}, not {self.query!r} and {self.passage!r}"
-            )
 
     def describe(self, task: str) -> str:
         """Returns the description of a task name; any other text describes itself."""
         return self.task_descriptions.get(task, task)
 
     def is_symmetric(self, task: str) -> bool:
-        """Whether both sides of `task` are written in the query form."""
+        """Returns whether both sides of `task` are written in the query form."""
         return task in self.symmetric_tasks
 
     def format_query(self, text: str, task: str, description: str | None = None) -> str:
@@ -117,35 +110,34 @@ class TextFormat:
         Args:
             text: The raw query.
             task: A name in `task_descriptions` or `prompts`, or a description in plain
-                words. A format with prompts has no place for a description, and takes
-                the prompt of any query.
-            description: Stands in place of the task's description.
+                words. A format with prompts cannot write descriptions and uses its
+                "query" prompt instead.
+            description: Overrides the task's description.
 
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        raw, text = text, clean(text)
+        cleaned = clean(text)
         if self.prompts:
-            # What no task is named for must get the prompt of any query, even where a
-            # prompt is called "search result".
-            name = (
-                task if task in self.prompts and task != DEFAULT_TASK else QUERY_PROMPT
-            )
-            return _check_characters(_join(self.prompts[name], raw, text))
+            # A query without a task must get the "query" prompt, even if the model has
+            # a prompt named "search result".
+            has_prompt = task in self.prompts and task != DEFAULT_TASK
+            prompt = self.prompts[task if has_prompt else QUERY_PROMPT]
+            return _join(prompt, text, cleaned)
         if description is None:
             description = self.describe(task)
-        return _fill(self.query, task_description=description, text=text)
+        return _fill(self.query, task_description=description, text=cleaned)
 
     def format_passage(self, text: str, title: str | None = None) -> str:
-        """Writes one passage; `title` None, empty or blank stands for no title."""
-        raw, text = text, clean(text)
+        """Writes one passage; `title` None, empty or blank means no title."""
+        cleaned = clean(text)
         has_title = bool(title and title.strip())
         title = clean(title) if title and has_title else self.no_title
         if has_title and "{title}" not in self.passage:
-            raw = text = f"{title} {text}"
+            text = cleaned = f"{title} {cleaned}"
         if self.prompts:
-            return _check_characters(_join(self.prompts[DOCUMENT_PROMPT], raw, text))
-        return _fill(self.passage, title=title, text=text)
+            return _join(self.prompts[DOCUMENT_PROMPT], text, cleaned)
+        return _fill(self.passage, title=title, text=cleaned)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
@@ -156,32 +148,29 @@ class TextFormat:
             "task_descriptions": dict(self.task_descriptions),
             "symmetric_tasks": list(self.symmetric_tasks),
         }
-        # Left out where empty: the format and its checksums are then those of old.
+        # Omitted if empty, so that formats without prompts keep their checksums.
         return values | ({"prompts": dict(self.prompts)} if self.prompts else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
-        """Inverse of `to_dict`; also reads how prompts were stored before.
+        """Inverse of `to_dict`; also reads how older versions stored prompts.
 
         Raises:
-            ValueError: A field is unknown, or is not what `to_dict` writes.
+            ValueError: A field is unknown or has a wrong type.
         """
         field_rules.check("text_format", values, _FIELDS, "restore it", only=True)
-        read = {name: value for name, value in values.items() if value is not None}
-        read |= {
-            "task_descriptions": dict(read.get("task_descriptions", {})),
-            "symmetric_tasks": tuple(read.get("symmetric_tasks", ())),
-            "prompts": dict(read.get("prompts", {})),
-        }
-        passage = read.get("passage", "")
-        prompts = read["task_descriptions"]
+        fields = {name: value for name, value in values.items() if value is not None}
+        if "symmetric_tasks" in fields:
+            fields["symmetric_tasks"] = tuple(fields["symmetric_tasks"])
+        passage = fields.get("passage", "")
+        prompts = fields.get("task_descriptions", {})
         if (
-            read.get("query") == _OLD_PROMPTS
+            fields.get("query") == _OLD_PROMPTS
             and DEFAULT_TASK in prompts
             and passage.endswith(_BARE)
             and "{title}" not in passage
         ):
-            read |= {
+            fields |= {
                 "query": _BARE,
                 "passage": _BARE,
                 "task_descriptions": {},
@@ -191,42 +180,41 @@ class TextFormat:
                     DOCUMENT_PROMPT: passage.removesuffix(_BARE),
                 },
             }
-        return cls(**read)
+        return cls(**fields)
 
 
 def _fill(template: str, **fields: str) -> str:
-    """Fills all fields in one pass: a title may itself hold "{text}"."""
+    """Fills all fields in one pass, because a title may itself hold "{text}"."""
     return _check_characters(
         re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
     )
 
 
 def _join(prompt: str, raw: str, cleaned: str) -> str:
-    """Writes a prompt before a text, whose leading whitespace keeps them apart.
+    """Writes a prompt before a text; leading whitespace of the text becomes one space.
 
-    Cleaning drops it, but sentence-transformers joins the two as they are.
+    Cleaning would drop it, but sentence-transformers joins prompt and text unchanged.
     """
-    is_apart = not prompt or prompt[-1].isspace() or not raw[:1].isspace()
-    space = "" if is_apart else " "
-    return f"{prompt}{space}{cleaned}"
+    has_space = prompt and not prompt[-1].isspace() and raw[:1].isspace()
+    return _check_characters(f"{prompt}{' ' if has_space else ''}{cleaned}")
 
 
-def _check_characters(filled: str) -> str:
+def _check_characters(formatted: str) -> str:
     try:
-        filled.encode()
-    except UnicodeEncodeError as error:  # Python's mark of a byte that is no text.
+        formatted.encode()
+    except UnicodeEncodeError as error:  # Python's escape of a byte that is not UTF-8.
         raise ValueError(
-            f"text {filled[:40]!r} holds {filled[error.start]!r}, which is no "
+            f"text {formatted[:40]!r} holds {formatted[error.start]!r}, which is no "
             "character; write it as UTF-8"
         ) from None
-    return filled
+    return formatted
 
 
 def clean(text: str) -> str:
-    """Returns `text` in NFC with runs of whitespace made one space.
+    """Returns `text` in NFC, each run of whitespace replaced by one space.
 
     Raises:
-        ValueError: Nothing is left, or the text is longer than `MAX_CHARACTERS`.
+        ValueError: The text is empty, or longer than `MAX_CHARACTERS`.
     """
     cleaned = " ".join(unicodedata.normalize("NFC", text).split())
     if not cleaned:
@@ -237,19 +225,24 @@ def clean(text: str) -> str:
     if len(cleaned) > MAX_CHARACTERS:
         raise ValueError(
             f"text {cleaned[:40]!r}... has {len(cleaned):,} characters, at most "
-            f"{MAX_CHARACTERS:,} are allowed: split it into passages"
+            f"{MAX_CHARACTERS:,} are allowed; split it into passages"
         )
     return cleaned
 
 
 def content_id(text: str, title: str | None = None) -> tuple[int, int]:
-    """Returns the two uint32 words by which equal texts are known.
+    """Returns a 64-bit hash of a cleaned text and title, as two uint32 words.
 
-    Two words, because 32-bit hashes collide at batch sizes of 65k: the chance that a
-    batch of 65,536 holds a collision is 39% at 32 bits and 1e-10 at 64.
+    One word would not do: at 32 bits a batch of 65,536 has a collision with a
+    probability of 39%, at 64 bits of 1e-10.
     """
     content = clean(text)
     if title and title.strip():
         content = f"{clean(title)}\n{content}"
+    return hash_words(content)
+
+
+def hash_words(content: str) -> tuple[int, int]:
+    """Returns the first 64 bits of a string's BLAKE2b digest, as two uint32 words."""
     digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

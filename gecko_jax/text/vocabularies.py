@@ -2,8 +2,8 @@
 
     Vocabulary(model_proto).encode(["a code search"]) -> [[9, 350, 1231, 1]]
 
-Every text ends in `EOS_ID`. The ids are those of `seqio.SentencePieceVocabulary`, but
-neither seqio nor TensorFlow is needed, so a trained model can be used without them.
+Every text ends in `EOS_ID`. The ids equal those of `seqio.SentencePieceVocabulary`, but
+this module needs neither seqio nor TensorFlow, so a trained model runs without them.
 """
 
 import dataclasses
@@ -13,29 +13,27 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-# T5's reserved ids: encoder inputs are padded with 0 and closed by 1.
+# T5's reserved ids: 0 pads encoder inputs and 1 ends them.
 PAD_ID = 0
 EOS_ID = 1
-
 
 _SPACE = "▁"  # SentencePiece's mark of a space.
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token of another library's tokenizer that SentencePiece does not know.
+    """A token of an imported tokenizer that SentencePiece does not know.
 
-    It is cut out of a text before SentencePiece reads the parts between such tokens,
+    The token is cut out of a text before SentencePiece encodes the parts around it,
     each as a text of its own.
 
     Attributes:
-        content: The characters of a text that become this token.
+        content: The characters that become this token.
         id: Token id.
-        single_word: Whether letters and digits beside it make it part of a word, which
-            is then not cut.
-        normalized: Whether it is looked for in the normalized text.
+        single_word: Do not cut the token next to letters or digits.
+        normalized: Match the token in the normalized text.
     """
 
     content: str
@@ -51,51 +49,53 @@ class AddedToken:
             )
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class Vocabulary:
     """A SentencePiece model with T5's reserved ids.
 
     Attributes:
-        model_proto: The bytes of the `.model` file, as read.
-        extra_ids: Sentinels `<extra_id_0>`, ... added at the end, as T5's 100.
-        added_tokens: Tokens of an imported tokenizer. Their ids are those of pieces, or
+        model_proto: The bytes of the `.model` file.
+        extra_ids: Number of sentinels `<extra_id_0>`, ... at the end; T5 has 100.
+        added_tokens: Tokens of an imported tokenizer. Their ids are ids of pieces, or
             follow the sentinels without a gap.
-        pad_id: Fills rows.
-        eos_id: Closes every text.
+        path: The file that `load` read, which seqio reads again; "" without a file.
     """
 
-    pad_id: int = PAD_ID
-    eos_id: int = EOS_ID
+    pad_id: ClassVar[int] = PAD_ID
+    eos_id: ClassVar[int] = EOS_ID
 
-    def __init__(
-        self,
-        model_proto: bytes,
-        extra_ids: int = 0,
-        added_tokens: Sequence[AddedToken] = (),
-    ):
-        if extra_ids < 0:
+    model_proto: bytes
+    extra_ids: int = 0
+    added_tokens: tuple[AddedToken, ...] = ()
+    path: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self):
+        if self.extra_ids < 0:
             raise ValueError(
-                f"extra_ids={extra_ids}: must be 0 or more (T5 trained with 100)"
+                f"extra_ids={self.extra_ids}: must be 0 or more (T5 trained with 100)"
             )
-        self.model_proto = model_proto
-        self.extra_ids = extra_ids
-        self.added_tokens = tuple(added_tokens)
-        for name, has, wants in (
+        for name, value, expected in (
             ("pad_id", self._processor.pad_id(), PAD_ID),
             ("eos_id", self._processor.eos_id(), EOS_ID),
         ):
-            if has != wants:
+            if value != expected:
                 raise ValueError(
-                    f"the vocabulary has {name}={has}; Gecko's encoder needs "
-                    f"{name}={wants}, as T5's: train one with `gecko data vocabulary`"
+                    f"the vocabulary has {name}={value}; Gecko's encoder needs "
+                    f"{name}={expected}, like T5: train one with `gecko data "
+                    "vocabulary`"
                 )
         pieces = self._processor.GetPieceSize()
-        beyond = sorted({t.id for t in self.added_tokens if t.id >= pieces})
-        if beyond != list(range(pieces, pieces + len(beyond))):
+        if self._ids_after_pieces != list(range(pieces, self.size)):
             raise ValueError(
-                f"the added tokens have the ids {', '.join(map(str, beyond))}; they "
-                f"must follow the {pieces:,} pieces and sentinels without a gap"
+                f"the added tokens have the ids "
+                f"{', '.join(map(str, self._ids_after_pieces))}; they must follow the "
+                f"{pieces:,} pieces and sentinels without a gap"
             )
-        self._size = pieces + len(beyond)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Leave the cached processor out of pickles.
+        fields = (self.model_proto, self.extra_ids, self.added_tokens, self.path)
+        return Vocabulary, fields
 
     @functools.cached_property
     def _processor(self) -> Any:
@@ -108,36 +108,24 @@ class Vocabulary:
             )
         except Exception as error:  # sentencepiece and protobuf raise several kinds
             raise ValueError(
-                f"not a SentencePiece model ({len(self.model_proto):,} bytes): give a "
+                f"not a SentencePiece model ({len(self.model_proto):,} bytes); give a "
                 "whole `.model` file"
             ) from error
         return processor
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "model_proto": self.model_proto,
-            "extra_ids": self.extra_ids,
-            "added_tokens": self.added_tokens,
-            "_size": self._size,
-        }
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Vocabulary)
-            and self.__getstate__() == other.__getstate__()
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
+    @functools.cached_property
+    def _ids_after_pieces(self) -> list[int]:
+        pieces = self._processor.GetPieceSize()
+        return sorted({token.id for token in self.added_tokens if token.id >= pieces})
 
     @property
     def size(self) -> int:
-        """Number of ids, sentinels and added tokens included: table rows in use."""
-        return self._size
+        """Number of ids in use, including sentinels and added tokens."""
+        return self._processor.GetPieceSize() + len(self._ids_after_pieces)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits by which equal vocabularies are known."""
+        """16 hex digits that are equal for equal vocabularies."""
         digest = hashlib.sha256(self.model_proto)
         digest.update(f"extra_ids={self.extra_ids}".encode())
         if self.added_tokens:
@@ -150,43 +138,40 @@ class Vocabulary:
         return self._processor.serialized_model_proto()
 
     def find_piece(self, piece: str) -> int | None:
-        """Returns the id of a piece or sentinel, None where there is none."""
+        """Returns the id of a piece or sentinel, or None."""
         number = self._processor.PieceToId(piece)
         return number if self._processor.IdToPiece(number) == piece else None
 
     def spell(self, tokens: Sequence[int]) -> tuple[str, float]:
-        """Returns the pieces of token ids in one string, and the sum of their scores.
+        """Returns the pieces of token ids as one string, and the sum of their scores.
 
-        Two segmentations that agree in both are equally good.
+        Two segmentations with the same string and sum are equally good.
         """
-        known = self._processor.GetPieceSize()
+        num_pieces = self._processor.GetPieceSize()
         added = {token.id: token.content for token in self.added_tokens}
         spelled = [
-            self._processor.IdToPiece(t) if t < known else added.get(t, f"<{t}>")
+            self._processor.IdToPiece(t) if t < num_pieces else added.get(t, f"<{t}>")
             for t in tokens
         ]
-        scores = [self._processor.GetScore(t) for t in tokens if t < known]
+        scores = [self._processor.GetScore(t) for t in tokens if t < num_pieces]
         return "".join(spelled), sum(scores)
 
     def encode(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[list[int]]:
-        """Returns the token ids of each text, closed by `eos_id`.
+        """Returns the token ids of formatted texts, each with `eos_id` at the end.
 
         Args:
-            texts: Formatted texts, see `gecko_jax.text`.
-            max_length: Tokens to keep of each text; the last of them is `eos_id`.
-                None keeps all.
-
-        Raises:
-            ValueError: `max_length` is below 2, which leaves no room for text.
+            texts: Formatted texts, see `text_formats`.
+            max_length: Tokens to keep of each text, the final `eos_id` included; at
+                least 2. None keeps all.
         """
         if max_length is not None and max_length < 2:
             raise ValueError(
                 f"max_length={max_length}: must be at least 2, a token and the end"
             )
         keep = None if max_length is None else max_length - 1
-        # One thread: the texts of a call are few, and threads cost more than they save.
+        # A call has few texts: starting threads would cost more than they save.
         if not self.added_tokens:
             encoded = self._processor.EncodeAsIds(list(texts), num_threads=1)
         else:
@@ -194,7 +179,7 @@ class Vocabulary:
         return [[*tokens[:keep], EOS_ID] for tokens in encoded]
 
     def _encode_around_added(self, text: str) -> list[int]:
-        """Cuts out the added tokens: first of the raw text, then of what is between."""
+        """Cuts out added tokens, first of the raw text, then of the normalized rest."""
         raw, normalized = self._added_patterns
         ids: list[int] = []
         for part in _cut(text, raw):
@@ -215,10 +200,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _added_patterns(self) -> tuple[dict[str, AddedToken], dict[str, AddedToken]]:
-        """Returns the tokens to find in raw and in normalized text, the longest first.
-
-        A normalized token is itself looked for as it is normalized.
-        """
+        """Returns the tokens to match in raw and in normalized text, longest first."""
         raw = {t.content: t for t in self.added_tokens if not t.normalized}
         normalized = {
             self._normalize(t.content).strip(): t
@@ -227,25 +209,26 @@ class Vocabulary:
         }
         normalized.pop("", None)
         raw, normalized = (
-            {content: found[content] for content in sorted(found, key=len)[::-1]}
-            for found in (raw, normalized)
+            {content: tokens[content] for content in sorted(tokens, key=len)[::-1]}
+            for tokens in (raw, normalized)
         )
         return raw, normalized
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of token ids; padding and the end are left out."""
-        kept = [int(token) for token in tokens if token not in (PAD_ID, EOS_ID)]
+        """Returns the text of token ids, without padding and `eos_id`."""
         contents = {token.id: token.content for token in self.added_tokens}
-        if not contents.keys() & set(kept):
-            return self._processor.DecodeIds(kept)
         parts: list[str] = []
         pieces: list[int] = []
-        for token in kept:
-            if token not in contents:
-                pieces.append(token)
+        for token in map(int, tokens):
+            if token in (PAD_ID, EOS_ID):
                 continue
-            parts += [self._processor.DecodeIds(pieces), contents[token]]
-            pieces = []
+            if token in contents:
+                parts += [self._processor.DecodeIds(pieces), contents[token]]
+                pieces = []
+            else:
+                pieces.append(token)
+        if not parts:
+            return self._processor.DecodeIds(pieces)
         parts.append(self._processor.DecodeIds(pieces))
         return " ".join(part for part in parts if part)
 
@@ -257,8 +240,8 @@ def _cut(text: str, tokens: dict[str, AddedToken]) -> Iterator[str | AddedToken]
     for match in matches:
         token = tokens[match[0]]
         start, end = match.span()
-        beside = text[max(start - 1, 0) : start] + text[end : end + 1]
-        if token.single_word and re.search(r"\w", beside):
+        neighbours = text[max(start - 1, 0) : start] + text[end : end + 1]
+        if token.single_word and re.search(r"\w", neighbours):
             continue
         yield text[begin:start]
         yield token
@@ -280,7 +263,7 @@ def load(path: str | os.PathLike, extra_ids: int = 0) -> Vocabulary:
             "give the path of a SentencePiece `.model` file"
         ) from None
     try:
-        return Vocabulary(model_proto, extra_ids)
+        return Vocabulary(model_proto, extra_ids, path=os.fspath(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -289,7 +272,7 @@ def parse_proto(model_proto: bytes) -> Any:
     """Returns the fields of a SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
-    # pyright does not see the classes that protobuf makes at import.
+    # pyright does not see the classes that protobuf creates at import.
     return vars(sentencepiece_model_pb2)["ModelProto"].FromString(model_proto)
 
 

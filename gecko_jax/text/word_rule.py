@@ -1,14 +1,14 @@
-"""Words: what texts are searched, counted and compared by.
+"""Words: the units by which texts are searched, counted and compared.
 
     words("C++ is fun")        ["c", "is", "fun"]
     words("東京タワー 5階")      ["東", "京", "タ", "ワ", "ー", "5", "階"]
     terms("東京タワー 5階")      ["東", "京", "東京", "京タ", "タワ", "ワー", "5", "階"]
 
-In scripts with spaces a word is a run of letters, digits and their marks; one letter is
-a word, too. Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between
-words. There each letter, with its marks, is an entry of its own, and `count` gives it
-the share of a word that a letter has on average. Search looks for pairs of neighbours,
-as Lucene's CJK analyzer does.
+In scripts with spaces, a word is a run of letters, digits and their marks. Chinese,
+Japanese, Thai, Lao, Khmer and Burmese have no spaces between words. There `words`
+returns each letter with its marks, and `count` weighs it by the average number of
+letters in a word. Search uses pairs of neighbouring letters, as Lucene's CJK analyzer
+does.
 """
 
 import functools
@@ -18,9 +18,9 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-# Letters of scripts without spaces, and how many of them a word has. Japanese kana and
-# the South East Asian scripts have 2 and 3 or more. Chinese has 1.6, counted as 1: runs
-# of 13 words, by which `contamination` knows texts again, stay as short as they were.
+# Letters of scripts without spaces, and letters per word: 2 in Japanese kana, at least
+# 3 in South-East Asian scripts. Chinese has 1.6; it counts as 1, because the runs of 13
+# words in `overlap` would otherwise become longer than before.
 _HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = "\u3031-\u3035\u3041-\u30ff\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff"
 # Thai and Lao, Burmese, Khmer, Tai Le and New Tai Lue, Tai Tham, Tai Viet.
@@ -31,7 +31,7 @@ _SOUTH_EAST = (
 _LETTERS_PER_WORD = ((_HAN, 1), (_KANA, 2), (_SOUTH_EAST, 3))
 _NO_SPACES = _HAN + _KANA + _SOUTH_EAST
 
-# What `units` counts in: a multiple of every number of letters above.
+# The unit of `units`: a common multiple of the numbers of letters above.
 UNITS_PER_WORD = 6
 
 
@@ -40,13 +40,13 @@ def words(content: str) -> list[str]:
     return _patterns()[0].findall(_normalize(content))
 
 
-def count(found: Sequence[str]) -> int:
+def count(entries: Sequence[str]) -> int:
     """Returns the number of words that entries of `words` stand for, rounded up."""
-    return math.ceil(sum(map(units, found)) / UNITS_PER_WORD)
+    return math.ceil(sum(map(units, entries)) / UNITS_PER_WORD)
 
 
 def units(word: str) -> int:
-    """Returns the share of a word that an entry of `words` has, in sixths."""
+    """Returns the share of a word that an entry of `words` stands for, in sixths."""
     return UNITS_PER_WORD if word.isascii() else _units(word[0])
 
 
@@ -59,9 +59,9 @@ def _units(letter: str) -> int:
 
 
 def terms(content: str) -> list[str]:
-    """Returns what a text is searched by: words, and pairs of letters without spaces.
+    """Returns the search terms of a text: words, and pairs of letters without spaces.
 
-    A Han character counts by itself as well, and so does a letter without a neighbour.
+    A Han character is also a term of its own, and so is a letter without a neighbour.
     """
     return list(_terms(_normalize(content)))
 
@@ -69,11 +69,10 @@ def terms(content: str) -> list[str]:
 def _terms(content: str) -> Iterator[str]:
     single, run = _patterns()
     for match in run.finditer(content):
-        found = match[0]
         if match.lastgroup is None:
-            yield found
+            yield match[0]
             continue
-        letters = single.findall(found)
+        letters = single.findall(match[0])
         for letter in letters:
             if len(letters) == 1 or _units(letter[0]) == UNITS_PER_WORD:
                 yield letter
@@ -87,8 +86,8 @@ def _normalize(content: str) -> str:
 @functools.cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Returns patterns of an entry of `words`, and of a word or a run of letters."""
-    # Vowel signs of Hindi, Thai and other scripts are marks, which `\w` leaves out, as
-    # it does the joiners of Indic scripts.
+    # `\w` matches neither marks, such as the vowel signs of Hindi and Thai, nor the
+    # joiners of Indic scripts.
     is_mark = [
         unicodedata.category(chr(code)) in ("Mn", "Mc", "Me") for code in range(0x20000)
     ]

@@ -16,7 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 import gecko_jax.config
-from gecko_jax.data import pipeline, task_table
+from gecko_jax.data import features, pipeline, selection, task_table
 from gecko_jax.formats import checkpoints, model_folder
 from gecko_jax.losses import whole_batch
 from gecko_jax.parallel import numerics, sharding
@@ -311,19 +311,31 @@ def build_batches(
     row_multiple: int = 1,
 ) -> pipeline.Batches:
     """Returns the batches of a config; builds their caches if they are missing."""
-    settings = config.data.to_dict()
-    cache_dir = pathlib.Path(settings.pop("cache_dir")).expanduser()
-    for key in ("vocabulary", "extra_ids", "text_format"):
-        del settings[key]
-    return pipeline.Batches(
+    data = config.data
+    chosen = selection.select(
+        mixture=data.mixture,
+        files=data.files,
         vocabulary=load_vocabulary(config),
-        vocabulary_path=task_table.vocabulary_path(config.data.vocabulary),
         text_format=text_format,
+        cache_dir=pathlib.Path(data.cache_dir).expanduser(),
+        prepared_dir=data.prepared_dir,
+        unique_ids=data.unique_ids,
+    )
+    return pipeline.Batches(
+        chosen,
+        features.Shape(
+            data.query_length,
+            data.passage_length,
+            data.num_negatives,
+            data.packing,
+            row_multiple,
+            config.train.microbatch_size,
+            data.teacher_dim,
+        ),
+        batch_size=data.batch_size,
+        one_task_per_batch=data.one_task_per_batch,
         seed=config.seed,
-        cache_dir=cache_dir,
-        row_multiple=row_multiple,
-        microbatch_rows=config.train.microbatch_size,
-        **settings,
+        teacher=data.teacher,
     )
 
 

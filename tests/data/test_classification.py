@@ -78,20 +78,14 @@ def test_toxicity_needs_a_clear_score():
     assert dropped == ["no label"]
 
 
-@pytest.mark.parametrize("unique_ids", classification.UNIQUE_IDS)
-def test_classification_draws_same_and_other_label(unique_ids):
-    lines, _ = samples.split(
-        classification.triples(samples.LABELLED, num_labels=2, unique_ids=unique_ids)
-    )
+def test_classification_draws_same_and_other_label():
+    lines, _ = samples.split(classification.triples(samples.LABELLED, num_labels=2))
     label = {record["text"]: record["label"] for record in samples.LABELLED}
     for number, line in enumerate(lines):
-        texts = [line["query"], line["positive"], *line["negatives"]]
-        if unique_ids == "text":
-            assert all(t.endswith(f" {number}") for t in texts)
-            texts = [t.removesuffix(f" {number}") for t in texts]
-        else:
-            assert line["negative_group"] == number + 1
-        query, positive, negative = texts
+        query, positive, (negative,) = (
+            line[name] for name in ("query", "positive", "negatives")
+        )
+        assert line["negative_group"] == number + 1
         assert query != positive
         assert label[query] == label[positive] != label[negative]
     assert len(lines) == 4

@@ -12,8 +12,29 @@ from gecko_jax.data import (
     load_seqio,
     mixtures,
     prepare,
+    registration,
+    selection,
     sources,
+    task_table,
 )
+from gecko_jax.text import text_formats, vocabularies
+
+
+def test_a_prepared_set_is_a_seqio_task(tmp_path):
+    source = samples.write_source(tmp_path, "jsonl", samples.RECORDS["fever"])
+    prepare.prepare(samples.TABLE["fever"], tmp_path / "p", source=source)
+    chosen = selection.select(
+        mixture="fever",
+        files=(),
+        vocabulary=vocabularies.load(task_table.QUICKSTART_VOCABULARY),
+        text_format=text_formats.TextFormat(),
+        cache_dir=tmp_path / "cache",
+        prepared_dir=tmp_path / "p",
+    )
+    (task,) = chosen.tasks
+    registered = registration.register_task(task, chosen.text_format, chosen.vocabulary)
+    assert registered.name.startswith("fever:")
+    assert registered.num_input_examples("train") == 1
 
 
 @pytest.mark.parametrize("name", samples.RECORDS)
@@ -44,7 +65,7 @@ def test_a_set_gets_as_many_negatives_as_are_asked_for(tmp_path):
         pairs = [p for path in located.files for p in jsonl.read_pairs(path)]
         mined = [len(pair.negatives) for pair in pairs]
         assert mined == [wanted] * 4
-    with pytest.raises(ValueError, match="by other settings"):
+    with pytest.raises(ValueError, match="with other settings"):
         prepare.prepare(task, one, source=source, negatives=2)
 
 
@@ -323,12 +344,12 @@ def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
     ("arguments", "message"),
     [
         (["imdb_sentiment"], "its licence is restricted (IMDb's"),
-        (["fever"], "as jsonl, with --source=PATH; docs/data.md says where"),
-        (["fret"], "with --source=PATH; `gecko fret run` makes them"),
+        (["fever"], "its jsonl files; add --source=PATH (docs/data.md says where"),
+        (["fret"], "add --source=PATH (`gecko fret run` writes them)"),
         (["fever", "--source=none.jsonl"], "none.jsonl: no such file"),
-        (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
+        (["fever", "--source=none.csv"], "none.csv: cannot tell its kind"),
         (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
-        (["quickstart_docs"], "lies ready as JSONL"),
+        (["quickstart_docs"], "is JSONL already"),
         (["nothing"], "nothing: not a known data set"),
     ],
 )

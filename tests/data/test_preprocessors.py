@@ -206,11 +206,11 @@ def test_several_positives_share_their_negatives():
 
 
 def test_pairs_lose_html_and_control_characters():
-    records = [{"q": "<b>a\x00</b> &amp; b", "p": "x\x07y", "t": "T"}]
+    records = [{"q": "<b>a\x00</b> &amp; b", "p": "x\x07y"}]
     lines, _ = samples.split(
-        preprocessors.pairs(records, query="q", positive="p", title="t", is_html=True)
+        preprocessors.pairs(records, query="q", positive="p", is_html=True)
     )
-    assert lines == [{"query": "a & b", "positive": "xy", "title": "T"}]
+    assert lines == [{"query": "a & b", "positive": "xy"}]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_pairs_lose_html_and_control_characters():
             "at least two labels",
         ),
         (lambda: sources.read("x.parquet"), "no such file"),
-        (lambda: sources.read("x.csv"), "cannot tell what it is"),
+        (lambda: sources.read("x.csv"), "cannot tell its kind"),
     ],
 )
 def test_bad_input_is_named(run, message):

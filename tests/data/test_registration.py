@@ -7,89 +7,69 @@ import pytest
 from gecko_jax.data import formatting, jsonl, load_seqio, registration, task_table
 from gecko_jax.text import text_formats, vocabularies
 
-TRICKY = [
-    ("plain", ""),
-    ("  spaces\u3000and\nlines ", "a  title"),
-    ("e\u0301 decomposed {title} {text} | query:", " \t"),
-]
+TASK = task_table.Task("qa", "question answering")
+
+
+def parse(**fields):
+    return jsonl.parse("here", {"task": "qa", **fields})
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_format_texts_writes_what_text_format_writes(symmetric):
-    """Golden examples of the preprocessor, and the one truth beside them."""
-    load_seqio()
-    import tensorflow as tf
-
+@pytest.mark.parametrize(
+    ("body", "title"),
+    [
+        ("plain", ""),
+        ("  spaces\u3000and\nlines ", "a  title"),
+        ("e\u0301 decomposed {title} {text} | query:", " \t"),
+    ],
+)
+# The last is the name of a task, and stands for itself all the same.
+@pytest.mark.parametrize("own", ["", "fact checking", "docs"])
+def test_examples_are_written_as_the_encoder_reads_them(body, title, own, symmetric):
     text_format = text_formats.TextFormat(
         task_descriptions={"qa": "question answering", "docs": "search result"},
         symmetric_tasks=("qa",) if symmetric else (),
     )
-    forms = formatting.templates(text_format, "qa")
-    # The last is the name of a task, and stands for itself all the same.
-    own = ["", "fact checking", "docs"]
-    dataset = tf.data.Dataset.from_tensor_slices(
-        {
-            "query": [text_formats.clean(body) for body, _ in TRICKY],
-            "task_description": own,
-            "positive": [text_formats.clean(body) for body, _ in TRICKY],
-            "title": [" ".join(title.split()) for _, title in TRICKY],
-            "negatives": [["wrong", "bad"]] * 3,
-            "negative_titles": [["", "T"]] * 3,
-        }
+    pair = parse(
+        query=body,
+        positive=body,
+        title=title,
+        task_description=own,
+        negatives=["wrong", "bad"],
+        negative_titles=["", "T"],
     )
-    got = list(formatting.format_texts(dataset, forms).as_numpy_iterator())
-    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
-        said = said or "question answering"
-        query = f"task: {said} | query: {text_formats.clean(body)}"
-        passage = query if symmetric else text_format.format_passage(body, title)
-        assert record["query"].decode() == query
-        assert record["positive"].decode() == passage
-    golden = [b"title: none | text: wrong", b"title: T | text: bad"]
+    prefix = f"task: {own or 'question answering'} | query: "
+    query, positive, negatives = formatting.write(text_format, TASK, pair)
+    assert query == f"{prefix}{text_formats.clean(body)}"
     if symmetric:
-        golden = [b"task: question answering | query: " + n for n in (b"wrong", b"bad")]
-    assert got[0]["negatives"].tolist() == golden
-    assert got[0].keys() == {"query", "positive", "negatives"}
-    for record, (body, title), said in zip(got, TRICKY, own, strict=True):
-        line = {"task": "x", "query": body, "positive": body, "title": title}
-        line |= {"negatives": ["wrong", "bad"], "negative_titles": ["", "T"]}
-        pair = jsonl.parse("here", {**line, "task_description": f" {said} "})
-        query, positive, negatives = formatting.write(text_format, "qa", pair)
-        assert query == record["query"].decode()
-        assert positive == record["positive"].decode()
-        assert [n.encode() for n in negatives] == record["negatives"].tolist()
+        assert (positive, negatives) == (query, (f"{prefix}wrong", f"{prefix}bad"))
+    else:
+        assert positive == text_format.format_passage(body, title)
+        assert negatives == ("title: none | text: wrong", "title: T | text: bad")
 
 
 @pytest.mark.parametrize(
     ("task", "prompt"), [("qa", "query: "), ("sts", "as {text}: ")]
 )
-def test_prompts_of_an_imported_model_are_written_as_they_are(task, prompt):
-    """A task that it does not know is not glued before the text."""
-    load_seqio()
-    import tensorflow as tf
-
+def test_prompts_of_an_imported_model_are_written_literally(task, prompt):
+    """A description without a prompt is not written before the text."""
     prompts = {"query": "query: ", "document": "{title} ", "sts": "as {text}: "}
     text_format = text_formats.TextFormat("{text}", "{text}", "", prompts=prompts)
-    (found,) = task_table.from_files(["x.jsonl"], [{task: 1}], text_format)
-    completed = task_table.complete_text_format(text_format, [found])
+    (row,) = task_table.from_files(["x.jsonl"], [{task: 1}], text_format)
+    completed = formatting.complete_text_format(text_format, [row])
     assert completed == text_format
-    record = {
-        "query": "what do geckos eat",
-        "task_description": "find answers",
-        "positive": "Insects.",
-        "title": "Food",
-        "negatives": ["Bread."],
-        "negative_titles": [""],
-    }
-    dataset = tf.data.Dataset.from_tensors(record)
-    forms = formatting.templates(completed, task)
-    (got,) = formatting.format_texts(dataset, forms).as_numpy_iterator()
-    assert got["query"].decode() == f"{prompt}what do geckos eat"
-    assert got["positive"] == b"{title} Food Insects."
-    assert got["negatives"].tolist() == [b"{title} Bread."]
-    pair = jsonl.parse("here", {"task": task, **record})
-    query, positive, negatives = formatting.write(completed, task, pair)
-    assert (query, positive) == (got["query"].decode(), got["positive"].decode())
-    assert [n.encode() for n in negatives] == got["negatives"].tolist()
+    pair = parse(
+        query="what do geckos eat",
+        task_description="find answers",
+        positive="Insects.",
+        title="Food",
+        negatives=["Bread."],
+    )
+    assert formatting.write(completed, row, pair) == (
+        f"{prompt}what do geckos eat",
+        "{title} Food Insects.",
+        ("{title} Bread.",),
+    )
 
 
 def test_quickstart_is_a_seqio_mixture():
@@ -144,8 +124,10 @@ def test_a_mixture_keeps_the_ids_of_its_examples():
     assert mixed.element_spec.keys() == alone.element_spec.keys() - {"place"}
     for name in ("query_id", "passage_id", "negative_ids", "negative_group"):
         assert mixed.element_spec[name] == alone.element_spec[name]
-    known = {tuple(row["query_id"]) for row in alone.as_numpy_iterator()}
-    found = {tuple(row["query_id"]) for row in mixed.take(40).as_numpy_iterator()}
+    known, found = (
+        {tuple(row["query_id"]) for row in rows.take(40).as_numpy_iterator()}
+        for rows in (alone, mixed)
+    )
     assert found & known
 
 

@@ -1,5 +1,6 @@
 """Caches of seqio's Beam job: written, read back by training and by seqio itself."""
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from gecko_jax.cli import entry
 from gecko_jax.data import (
+    features,
     load_seqio,
     pipeline,
     registration,
@@ -38,19 +40,11 @@ def select(folder, files=FILES):
 
 def open_batches(folder):
     return pipeline.Batches(
-        mixture="",
-        files=FILES,
-        vocabulary=PIECES,
-        vocabulary_path=task_table.QUICKSTART_VOCABULARY,
-        text_format=text_formats.TextFormat(),
+        select(folder),
+        features.Shape(16, 32, num_negatives=2, packing=True),
         batch_size=10,
-        query_length=16,
-        passage_length=32,
-        num_negatives=2,
-        packing=True,
         one_task_per_batch=False,
         seed=1,
-        cache_dir=folder,
     )
 
 
@@ -77,6 +71,20 @@ def plain(tmp_path_factory):
     return open_batches(tmp_path_factory.mktemp("plain"))
 
 
+def test_the_data_order_and_every_key_are_those_of_earlier_versions(plain):
+    """Existing caches and workdirs stay valid, and step n keeps its examples."""
+    assert plain.mixture_hash == "e541a03225e5e382"
+    assert {name: task["cache"] for name, task in plain.facts["tasks"].items()} == {
+        "docs": "8ba09d466d7877d2",
+        "term": "b3b1c36bf8955172",
+    }
+    digest = hashlib.sha256()
+    for step in (0, 1, 7):
+        for _, array in sorted(plain.batch(step).items()):
+            digest.update(array.tobytes())
+    assert digest.hexdigest()[:16] == "3a6770e7e782f3f2"
+
+
 def test_stored_cache_gives_the_batches_of_no_cache(stored, plain, monkeypatch):
     monkeypatch.setattr(registration, "register_task", None)  # Nothing is tokenized.
     cached = open_batches(stored)
@@ -100,7 +108,7 @@ def test_seqio_reads_the_stored_cache_as_what_it_tokenizes(stored):
     registered = registration.register_task(
         task,
         chosen.text_format,
-        task_table.QUICKSTART_VOCABULARY,
+        PIECES,
         name=seqio_cache.task_name(task, key),
     )
     before = seqio.utils.get_global_cache_dirs()
@@ -169,11 +177,11 @@ def write(content):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (write('{"num_sha'), "not JSON .*delete the folder"),
-        (write("{}"), "no num_shards.*delete the folder"),
+        (write('{"num_sha'), "not JSON .*delete it"),
+        (write("{}"), "no num_shards.*delete it"),
         (lose("COMPLETED"), r"half-written, it has no COMPLETED; delete it"),
         (lose("stats.train.json"), r"it has no stats\.train\.json"),
-        (lose("train.tfrecord-00001-of-00002"), "1 of its 2 files are there"),
+        (lose("train.tfrecord-00001-of-00002"), "has 1 of its 2 files"),
         (cut, "damaged"),
         (alter, "damaged"),
         (repeat, r"holds \d+ of the 23 examples of docs; delete it"),
@@ -197,9 +205,7 @@ def test_changed_source_leaves_the_cache_aside(stored):
 def test_files_are_the_shards_of_a_task(tmp_path):
     seqio = load_seqio()
     (task, _) = select(tmp_path).tasks
-    source = registration.register_task(
-        task, text_formats.TextFormat(), task_table.QUICKSTART_VOCABULARY
-    ).source
+    source = registration.register_task(task, text_formats.TextFormat(), PIECES).source
     assert source.list_shards("train") == FILES
     counts = []
     for index in range(2):
@@ -254,7 +260,8 @@ def test_interrupted_job_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load_seqio(), "dict_to_tfexample", fail)
     chosen = select(tmp_path)
-    job = seqio_cache.Job(chosen.text_format, str(task_table.QUICKSTART_VOCABULARY), 0)
     with pytest.raises(Exception, match="no space left"):
-        seqio_cache.write(chosen.tasks[0], chosen.keys[0], job, tmp_path)
+        seqio_cache.write(
+            chosen.tasks[0], chosen.keys[0], chosen.text_format, PIECES, tmp_path
+        )
     assert not list(tmp_path.glob("seqio/*/*"))

@@ -70,7 +70,7 @@ def test_an_id_may_come_once_in_a_source(tmp_path, name):
     assert list(sources.stamps(f"jsonl:{blank}")) == [str(blank)]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tfrecord", "arrayrecord", "jsonl.gz"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl.gz"])
 def test_a_damaged_file_is_named(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(
@@ -101,29 +101,3 @@ def test_a_cloud_that_does_not_answer_is_named(monkeypatch, call):
     monkeypatch.setattr(sources, "_path", fail)
     with pytest.raises(OSError, match=r"read \(no host\); check .*: 'gs://b/a.jsonl'"):
         call("gs://b/a.jsonl")
-
-
-@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
-def test_tf_examples_are_read(tmp_path, kind):
-    load_seqio()
-    import tensorflow as tf
-    from array_record.python import array_record_module
-
-    features = {
-        "question": tf.train.Feature(
-            bytes_list=tf.train.BytesList(value=["é".encode()])
-        ),
-        "cop": tf.train.Feature(int64_list=tf.train.Int64List(value=[3])),
-    }
-    record = tf.train.Example(
-        features=tf.train.Features(feature=features)
-    ).SerializeToString()
-    path = str(tmp_path / f"a.{kind}")
-    if kind == "tfrecord":
-        with tf.io.TFRecordWriter(path) as writer:
-            writer.write(record)
-    else:
-        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-        writer.write(record)
-        writer.close()
-    assert list(sources.read(path)) == [{"question": "é", "cop": 3}]

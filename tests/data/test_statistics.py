@@ -44,7 +44,7 @@ def write(path, records):
 def collect(tmp_path, records, **changes):
     path = write(tmp_path / "pairs.jsonl", records)
     rows = task_table.from_files(
-        [path], [jsonl.summarize(path).examples], text_formats.TextFormat()
+        [path], [jsonl.count_examples(path)], text_formats.TextFormat()
     )
     arguments = {
         "vocabulary": PIECES,
@@ -141,7 +141,7 @@ def test_lines_with_texts_of_evaluation_sets_are_reported(tmp_path):
     long = {"task": "b", "query": f"so {run}", "positive": "x", "negative": "a LIZARD"}
     path = write(tmp_path / "pairs.jsonl", [*LINES, long])
     rows = task_table.from_files(
-        [path], [jsonl.summarize(path).examples], text_formats.TextFormat()
+        [path], [jsonl.count_examples(path)], text_formats.TextFormat()
     )
     first, second = decontamination.find(rows, known, 3)
     assert (first.task, first.num_lines, list(first.shared)) == ("a", 4, ["geckos"])

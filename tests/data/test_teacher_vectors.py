@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from gecko_jax.data import pipeline, task_table, teacher_vectors
+from gecko_jax.data import features, pipeline, selection, task_table, teacher_vectors
 from gecko_jax.text import text_formats, vocabularies
 
 LINES = [
@@ -46,23 +46,18 @@ def build(pairs, folder, dim=0, width=6):
     return texts, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def open_batches(pairs, tmp_path, **changes):
-    settings = {
-        "mixture": "",
-        "files": (pairs,),
-        "vocabulary": vocabularies.load(task_table.QUICKSTART_VOCABULARY),
-        "vocabulary_path": task_table.QUICKSTART_VOCABULARY,
-        "text_format": text_formats.TextFormat(),
-        "batch_size": 4,
-        "query_length": 16,
-        "passage_length": 16,
-        "num_negatives": 2,
-        "packing": True,
-        "one_task_per_batch": False,
-        "seed": 0,
-        "cache_dir": tmp_path / "cache",
-    }
-    return pipeline.Batches(**settings | changes)
+def open_batches(pairs, tmp_path, teacher="", teacher_dim=0):
+    chosen = selection.select(
+        mixture="",
+        files=(pairs,),
+        vocabulary=vocabularies.load(task_table.QUICKSTART_VOCABULARY),
+        text_format=text_formats.TextFormat(),
+        cache_dir=tmp_path / "cache",
+    )
+    shape = features.Shape(16, 16, 2, packing=True, teacher_dim=teacher_dim)
+    return pipeline.Batches(
+        chosen, shape, batch_size=4, one_task_per_batch=False, seed=0, teacher=teacher
+    )
 
 
 def test_each_text_is_listed_once_for_a_side_and_a_task(pairs):
@@ -158,7 +153,7 @@ def test_vectors_come_from_npy_or_json_lines(pairs, tmp_path):
     for name, message in (
         ("short.npy", r"holds float32 \(8, 6\), not .* \[9, any\]\); it needs a row"),
         ("short.jsonl", f"no vector for 1 of 9 texts, such as `_id` '{texts[0].id}'"),
-        ("other.jsonl", "none of the texts"),
+        ("other.jsonl", "not an id of these"),
         ("words.jsonl", "list of numbers"),
         ("absent.npy", "no such file"),
     ):
@@ -206,16 +201,16 @@ def test_vectors_of_other_texts_are_refused_and_of_some_are_told(
     ):
         vectors = random(len(texts))
         teacher_vectors.write(tmp_path / name, keys, [vectors], made_by="")
-    with pytest.raises(ValueError, match="none of the texts of docs, faq"):
+    with pytest.raises(ValueError, match="no vector for any text of docs, faq"):
         open_batches(pairs, tmp_path, teacher=tmp_path / "other", teacher_dim=6)
     open_batches(pairs, tmp_path, teacher=tmp_path / "some", teacher_dim=6)
-    assert "Of the texts of task faq the teacher has 0%" in caplog.text
+    assert "vectors for 0% of the texts of task faq" in caplog.text
     assert "task docs" not in caplog.text
 
 
 def test_vectors_of_another_kind_are_named(tmp_path):
     np.savez(tmp_path / "v.npz", a=np.eye(2))
-    with pytest.raises(ValueError, match=r"v.npz: an .npz, .* give that .npy"):
+    with pytest.raises(ValueError, match=r"v.npz: a zip archive \(.npz"):
         list(teacher_vectors.read_vectors(tmp_path / "v.npz", []))
     np.save(tmp_path / "v.npy", np.eye(2))
     (tmp_path / "v.npy").rename(tmp_path / "v")

@@ -135,7 +135,7 @@ def test_the_converter_keeps_the_negatives_there_are():
     np.testing.assert_array_equal(row["positive_tokens"], [7, 1])
     np.testing.assert_array_equal(row["negative_mask"], [True, False])
     np.testing.assert_array_equal(row["negative_id"], [[3, 4], [0, 0]])
-    with pytest.raises(ValueError, match="pack=True: t5x reads one text a row"):
+    with pytest.raises(ValueError, match="pack=True: t5x reads one text per row"):
         t5x_features.feature_converter(2)(pack=True)
 
 
