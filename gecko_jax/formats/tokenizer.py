@@ -120,7 +120,7 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> vocabularies.Voca
     if added and values:
         tokenizer_json.check_words(values, path, added)
     try:
-        vocab = vocabularies.Vocabulary(proto, extra_ids, added)
+        vocab = vocabularies.Vocabulary(proto, extra_ids, tuple(added))
     except ValueError as error:
         raise ValueError(
             f"{folder}: {error}; {tokenizer_json.GIVE_VOCABULARY}"
