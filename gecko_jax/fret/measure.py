@@ -64,7 +64,7 @@ def plan(
     sample: int,
     *,
     budget: request_log.Budget | None = None,
-    connect: Callable[..., protocol.CachedModel] | None = None,
+    connect: Callable[..., protocol.LanguageModel] | None = None,
 ) -> Plan:
     """Prices a run by `sample` requests of each kind.
 
@@ -177,7 +177,7 @@ def calibrate(
     workdir: pathlib.Path,
     *,
     budget: request_log.Budget | None = None,
-    connect: Callable[..., protocol.CachedModel] | None = None,
+    connect: Callable[..., protocol.LanguageModel] | None = None,
 ) -> Calibration:
     """Ranks the candidates of held-out seeds by each judge and by their fusion.
 

@@ -67,7 +67,7 @@ class Source:
         stage: records.Stage,
         contamination: overlap.Contamination,
         model_facts: dict[str, Any],
-        connect: Callable[[], protocol.CachedModel],
+        connect: Callable[[], protocol.LanguageModel],
     ):
         """Reads the finished passages; the model is asked for when it is needed."""
         self.config = config
@@ -77,7 +77,7 @@ class Source:
         self.prompts = settings.Prompts(config)
         self.model_facts = model_facts
         self._connect = connect
-        self._model: protocol.CachedModel | None = None
+        self._model: protocol.LanguageModel | None = None
         self._gecko: Any = None
         self._retriever: ranking.Retriever | None = None
         done = stage.done()
@@ -108,7 +108,7 @@ class Source:
             self._model.close()
 
     @property
-    def model(self) -> protocol.CachedModel:
+    def model(self) -> protocol.LanguageModel:
         """The language model, connected and checked at the first use."""
         if self._model is None:
             self._model = self._connect()

@@ -53,7 +53,7 @@ def run(
     budget: request_log.Budget | None = None,
     worker: tuple[int, int] = (0, 1),
     until: str = "export",
-    connect: Callable[..., protocol.CachedModel] | None = None,
+    connect: Callable[..., protocol.LanguageModel] | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> Summary:
     """Runs the stages that are missing, and exports.
@@ -94,7 +94,7 @@ def prepare(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     budget: request_log.Budget,
-    connect: Callable[..., protocol.CachedModel],
+    connect: Callable[..., protocol.LanguageModel],
     beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
     """Checks the config, makes the passages, and returns what the pipelines share."""
@@ -105,7 +105,7 @@ def prepare(
     facts = _model_facts(config)
     name = facts.pop("name")
 
-    def open_and_check() -> protocol.CachedModel:
+    def open_and_check() -> protocol.LanguageModel:
         model = connect(config, budget)
         request_log.write_model(workdir, name, facts)
         return model
@@ -126,7 +126,7 @@ def open_budget(
 
 def open_model(
     config: ml_collections.ConfigDict, budget: request_log.Budget
-) -> protocol.CachedModel:
+) -> protocol.LanguageModel:
     """Returns the recorded model, or that of this process, or that of the server.
 
     The last is trusted once the canary has sung.

@@ -41,7 +41,7 @@ def open_model(
     tensor: int,
     compilation_cache: str,
     budget: request_log.Budget,
-) -> protocol.CachedModel:
+) -> protocol.LanguageModel:
     """Loads the model.
 
     Args:
@@ -60,7 +60,7 @@ def open_model(
         jax.config.update("jax_compilation_cache_dir", str(cache))
     model = local.load(weights, mesh=sharding.build_mesh(tensor=tensor), dtype=dtype)
     found = {"backend": "in_process", "model": model.name}
-    return protocol.CachedModel(model.name, found, _Asker(model, budget).ask)
+    return protocol.LanguageModel(model.name, found, _Asker(model, budget).ask)
 
 
 class _Asker:

@@ -23,7 +23,7 @@ import fret_runs
 import pytest
 
 from gecko_jax.fret import runs
-from gecko_jax.llm import connections, protocol, request_log, server
+from gecko_jax.llm import connections, protocol, request_log, server, wire
 
 PROMPT = "Passage: geckos eat insects on warm walls\nQuery:"
 TEXTS = (" geckos eat", " planes land soon")
@@ -410,9 +410,9 @@ CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 )
 def test_a_request_has_one_deadline(parts, pause):
     with raw_server(*parts, pause=pause, endless=True) as url:
-        opened = connections.Connections(url, {}, 2)
+        opened = connections.Connections(url, {})
         begin = time.monotonic()
-        with pytest.raises(connections.Failed) as failed:
+        with pytest.raises(wire.NoAnswer) as failed:
             opened.request("POST", "/x", b"{}", 0.7, 1 << 20)
         assert 0.5 < time.monotonic() - begin < 3.0
         opened.close()
@@ -432,8 +432,8 @@ def _bomb():
 )
 def test_a_reply_has_a_size(parts):
     with raw_server(*parts, endless=len(parts) > 1) as url:
-        opened = connections.Connections(url, {}, 2)
-        with pytest.raises(connections.Failed, match="more than 1,048,576") as failed:
+        opened = connections.Connections(url, {})
+        with pytest.raises(wire.NoAnswer, match="more than 1,048,576") as failed:
             opened.request("POST", "/x", b"{}", 10.0, 1 << 20)
         opened.close()
     assert failed.value.reason == "too_large"
@@ -445,11 +445,11 @@ def test_a_compressed_reply_is_read_whole_or_refused(keep):
     part = packed[: int(keep * len(packed))]
     fields = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(part)
     with raw_server(HEAD + fields + part) as url:
-        opened = connections.Connections(url, {}, 2)
+        opened = connections.Connections(url, {})
         if keep == 1.0:
             assert opened.request("POST", "/", b"{}", 5.0, 99).body == b'{"a": 1}'
         else:
-            with pytest.raises(connections.Failed, match="has no end"):
+            with pytest.raises(wire.NoAnswer, match="has no end"):
                 opened.request("POST", "/", b"{}", 5.0, 99)
         opened.close()
 

@@ -59,8 +59,8 @@ def _replies():
             fake.reply("/completion", wire.forced_body(head, tail)),
             lambda r: wire.read_forced(r, head, tail, TEXT),
         ),
-        "labels": (label, lambda r: wire.read_labels(r, LABELS, False, PROMPT)),
-        "chat labels": (chat, lambda r: wire.read_labels(r, LABELS, True, PROMPT)),
+        "labels": (label, lambda r: wire.read_labels(r, LABELS, PROMPT)),
+        "chat labels": (chat, lambda r: wire.read_labels(r, LABELS, PROMPT)),
         "text": (text, lambda r: wire.read_generation(r, False, PROMPT)),
         "tokens": (
             fake.reply("/tokenize", {"prompt": TEXT}),
@@ -81,7 +81,7 @@ def test_answers(mode):
         found, told = None, ""
         try:
             found = read(changed)
-        except wire.Malformed as error:
+        except wire.NoAnswer as error:
             refused += 1
             told = f"{error.reason}: {error.detail}"
         assert (found is None) == bool(told)
