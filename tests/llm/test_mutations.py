@@ -15,6 +15,7 @@ import time
 
 import fake_llm
 import fret_runs
+import numpy as np
 import pytest
 from mutations import end_well, mutate, mutate_text
 
@@ -22,6 +23,7 @@ from gecko_jax.fret import html_report, measure, runs
 from gecko_jax.llm import (
     decoder_files,
     decoder_tokenizer,
+    decoder_weights,
     gguf,
     protocol,
     request_log,
@@ -255,7 +257,6 @@ def _config_json():
 def test_settings_of_a_decoder(tmp_path):
     from safetensors import numpy as safetensors_numpy
 
-    names = safetensors_folder.NAMES["llama"]
     shapes = {
         "embedding": (300, 16),
         "attention_norm": (16,),
@@ -269,12 +270,11 @@ def test_settings_of_a_decoder(tmp_path):
         "down": (16, 32),
         "final_norm": (16,),
     }
-    import numpy as np
-
+    names = decoder_weights.file_names(tiny_decoder.LLAMA, "hugging_face")
     tensors = {
-        names[name].format(layer): np.zeros(shape, np.float32)
-        for name, shape in shapes.items()
-        for layer in range(2)
+        name: np.zeros(shape, np.float32)
+        for parameter, shape in shapes.items()
+        for name in names[parameter]
     }
     safetensors_numpy.save_file(tensors, tmp_path / "model.safetensors")
     path, settings = tmp_path / "config.json", _config_json()
@@ -336,7 +336,7 @@ def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
     assert opened.tokenizer.num_ids == opened.config.vocab_size == 300
     more = dataclasses.replace(tiny_decoder.LLAMA, vocab_size=310)
     path = tiny_decoder.write_gguf(tmp_path / "b.gguf", config=more)
-    with pytest.raises(ValueError, match="310 tokens, a model of 300"):
+    with pytest.raises(ValueError, match="310 tokens, the model 300"):
         decoder_files.open_model(path)
 
 
@@ -353,7 +353,7 @@ def test_gguf_headers(tmp_path):
 
     def use():
         file = gguf.Gguf(path)
-        decoder_tokenizer.from_gguf(file.setting, str(path)).encode("the cat")
+        file.tokenizer.encode("the cat")
         return file.config
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -383,7 +383,7 @@ def test_a_size_that_a_file_only_claims_is_not_allocated(tmp_path, offset, claim
     content = bytearray(path.read_bytes())
     content[offset : offset + 8] = struct.pack("<Q", claim)
     path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="not a whole GGUF file"):
+    with pytest.raises(ValueError, match="not a complete GGUF file"):
         gguf.Gguf(path)
 
 
