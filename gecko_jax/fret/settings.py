@@ -1,6 +1,6 @@
-"""Settings: the keys of `configs/fret.py`, checked, and grouped for the stages.
+"""Settings of a run: the keys of `configs/fret.py`, checked and grouped for the stages.
 
-`check` names every fault at once, before anything is read or sent.
+`check` reports all faults at once, before anything is read or sent.
 """
 
 from typing import Any
@@ -112,7 +112,7 @@ def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
     if is_served and not flat["llm.model"]:
         faults.append(
             "llm.model='': name the model that llm.url serves, or set llm.weights to "
-            "one for this process"
+            "run one in this process"
         )
     if flat["llm.recording"] and flat["llm.weights"]:
         faults.append(
@@ -128,7 +128,7 @@ def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
         faults.append(
             f"fuse.likelihood_weight={flat['fuse.likelihood_weight']}: with llm.chat="
             f"{flat['llm.chat']}, llm.scoring={flat['llm.scoring']!r} no query is "
-            "scored; set it to 0, or ask a server that can"
+            "scored; set it to 0, or use a server that can score"
         )
     if flat["generate.max_words"] < flat["generate.min_words"]:
         faults.append(
@@ -143,53 +143,39 @@ class Prompts:
 
     def __init__(self, config: ml_collections.ConfigDict):
         """Reads and checks the files that the config names."""
-        self.generate = prompts.load(
-            config.generate.prompt, ("generate", "generate_for_task")
-        )
+        kinds = ("generate", "generate_for_task")
+        self.generate = prompts.load(config.generate.prompt, kinds)
         self.likelihood = prompts.load(config.likelihood.prompt, ("likelihood",))
         self.relevance = prompts.load(config.relevance.prompt, ("relevance",))
 
 
 def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:
-    """Returns where and how the model is asked."""
-    values = config.llm.to_dict()
-    for key in (
-        *("recording", "weights", "dtype", "tensor", "compilation_cache"),
-        *("licence", "price_input", "price_output"),
-    ):
-        values.pop(key)
-    return server.ServerSettings(**values)
+    """Returns the settings of the server."""
+    names = server.ServerSettings.__dataclass_fields__
+    return server.ServerSettings(**{name: config.llm[name] for name in names})
 
 
 def passage_rules(config: ml_collections.ConfigDict) -> passages.Rules:
-    """Returns what a passage must be."""
-    values = config.passages.to_dict()
-    for key in ("files", "decontaminate", "shard_rows"):
-        values.pop(key)
-    return passages.Rules(**values)
+    """Returns the limits of a passage."""
+    names = passages.Rules.__dataclass_fields__
+    return passages.Rules(**{name: config.passages[name] for name in names})
 
 
 def query_rules(config: ml_collections.ConfigDict) -> answers.Rules:
-    """Returns what a generated query must be."""
-    return answers.Rules(
-        config.generate.min_words,
-        config.generate.max_words,
-        config.generate.max_copied_words,
-    )
+    """Returns the limits of a generated query."""
+    names = answers.Rules.__dataclass_fields__
+    return answers.Rules(**{name: config.generate[name] for name in names})
 
 
 def sampling(
     config: ml_collections.ConfigDict, prompt: prompts.Prompt
 ) -> protocol.Sampling:
-    """Returns how queries are drawn."""
-    return protocol.Sampling(
-        config.generate.temperature,
-        config.generate.top_p,
-        config.generate.max_tokens,
-        prompt.stop,
-    )
+    """Returns the sampling settings of queries."""
+    names = ("temperature", "top_p", "max_tokens")
+    values = {name: config.generate[name] for name in names}
+    return protocol.Sampling(**values, stop=prompt.stop)
 
 
 def fusion_settings(config: ml_collections.ConfigDict) -> fusion.Settings:
-    """Returns how ranks become a triple."""
+    """Returns the settings of fusion and of the choice."""
     return fusion.Settings(**config.fuse.to_dict())
