@@ -16,36 +16,23 @@ The data sets come from the Hugging Face hub; nothing else here needs the networ
 
 import ml_collections
 
-from gecko_jax.config import parse_arg
+import gecko_jax.config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(
+    arg = gecko_jax.config.parse_arg(
         arg, v1=False, v2=False, nano=False, miracl=False, none=False, local=False
     )
-    config = ml_collections.ConfigDict()
     suites = {
         "MTEB(eng, v1)": arg.v1 or not any(arg.values()),
         "MTEB(eng, v2)": arg.v2,
         "NanoBEIR": arg.nano,
         "MIRACL": arg.miracl,
     }
-    config.suites = tuple(name for name, wanted in suites.items() if wanted)
-    config.tasks = ()  # names of mteb's tasks
-    config.folders = ("quickstart",) if arg.local else ()  # as for gecko evaluate
-    config.dims = ()  # some that were trained; empty for all
-    config.name = ""  # organization/model; empty for gecko-jax/FOLDER
-
-    config.query_length = 0  # tokens; 0 for the length of training
-    config.passage_length = 0  # tokens; 0 for the length of training
-
-    config.cache = ml_collections.ConfigDict()
-    config.cache.folder = "~/.cache/gecko_jax/vectors"  # by content
-    config.cache.max_gib = 50.0  # kept after a run, over all models
-
-    config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # the devices that are left
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    # Every key with its default and unit: gecko_jax/config.py.
+    config = gecko_jax.config.defaults(gecko_jax.config.EVALUATION)
+    config.suites = tuple(name for name, is_chosen in suites.items() if is_chosen)
+    if arg.local:
+        config.folders = ("quickstart",)
     return config

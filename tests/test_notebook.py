@@ -12,6 +12,7 @@ from gecko_jax.models import dual_encoder
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "notebook.md"
+CUSTOM_LOSS = ROOT / "docs" / "custom_loss.md"
 
 # The page's config, with every key the real one has, made small.
 CONFIG = """
@@ -33,8 +34,24 @@ def get_config(arg=None):
 """
 
 
-def blocks():
-    return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+def blocks(page=PAGE):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def write_config(folder, encoder_config):
+    sizes = dual_encoder.config_to_dict(encoder_config)
+    real = str(ROOT / "configs" / "finetune.py")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "finetune.py").write_text(
+        CONFIG.format(real=real, sizes=sizes)
+    )
+
+
+def run(page):
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+    return names
 
 
 def test_the_page_is_twenty_lines():
@@ -54,16 +71,9 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
                 "negatives": [f"there is no such number as {i + 100}"],
             }
             file.write(json.dumps(record) + "\n")
-    sizes = dual_encoder.config_to_dict(tiny_files.encoder_config)
-    real = str(ROOT / "configs" / "finetune.py")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "finetune.py").write_text(
-        CONFIG.format(real=real, sizes=sizes)
-    )
+    write_config(tmp_path, tiny_files.encoder_config)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "notebook"}
-    for block in blocks():
-        exec(compile(block, str(PAGE), "exec"), names)
+    names = run(PAGE)
     printed = capsys.readouterr().out
 
     for name in parameters.flatten(tiny_files.params):
@@ -80,3 +90,18 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
     after = names["further"].files.params["projection_layer"]["kernel"]
     distance = np.abs(np.asarray(after) - np.asarray(before)).mean()
     assert 0 < distance < 0.2 * np.abs(before).mean()
+
+
+def test_the_page_of_a_custom_loss_runs(tiny_files, tmp_path, monkeypatch):
+    write_config(tmp_path, tiny_files.encoder_config)
+    monkeypatch.chdir(tmp_path)
+    names = run(CUSTOM_LOSS)
+    assert checkpoints.latest_step(tmp_path / "runs" / "margin") == 30
+    # Three dims, seven other positives; a violation is at most the margin plus 2.
+    metrics = names["metrics"]
+    assert 0 < metrics["loss"] < 3 * 7 * 2.2
+    assert metrics["loss"] == pytest.approx(
+        sum(metrics[f"loss_{dim}"] for dim in (4, 8, 16)), rel=1e-4
+    )
+    provenance = names["model"].files.provenance
+    assert provenance["loss"].endswith("margin_loss")

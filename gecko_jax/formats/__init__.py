@@ -5,7 +5,7 @@ model_folder                  the package's own format: safetensors and JSON
 checkpoints                   training checkpoints (Orbax)
 averaging                     averages of checkpoints or models
 pretrained                    the bundled models, by name
-from_*, to_*                  T5X, Hugging Face, sentence-transformers, ONNX, the hub
+from_*, to_*                  T5X, Hugging Face, sentence-transformers, ONNX, hub
 tokenizer                     the vocabulary of a Hugging Face folder
 parameters, names             parameter trees, and the table of their names
 tensors, arrays,

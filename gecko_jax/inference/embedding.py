@@ -352,7 +352,7 @@ def cut(
 ) -> Float[np.ndarray, "N E"]:
     """Returns the first `dim` entries, normalized again (MRL, section 3.1).
 
-    The same as `model.mrl_embedding`, on the host.
+    The same as `dual_encoder.normalize` of a prefix, on the host.
     """
     prefix = np.asarray(embeddings[:, :dim], np.float32)
     norms = np.sqrt(np.sum(np.square(prefix), axis=1, keepdims=True) + epsilon)

@@ -1,13 +1,13 @@
-"""Sums over a matrix of similarities that is never whole in memory.
+"""Sums over the rows of a similarity matrix that is never whole in memory.
 
-A row's denominator runs over every key of the global batch. The similarities are
-computed a block of keys at a time, forward and once more backward, so that memory grows
-with the number of rows and not with its square. Between the two passes only each row's
-log-sum-exp is kept.
+A row's denominator runs over every key of the global batch. Both passes compute the
+similarities one block of keys at a time, so memory grows with the number of rows, not
+with its square. The only residual besides the inputs is each row's log-sum-exp.
 
-Inside a `shard_map` a device has its own rows and its own keys. A block holds as many
-keys of each device: it is gathered where it is used, and what its keys get backward is
-scattered right after, so that no device ever holds the keys of the whole batch.
+Inside a `shard_map` a device has its own rows and its own keys. A block takes equally
+many keys from each device. The forward pass gathers the block where it is used; the
+backward pass scatters the keys' cotangents right after computing them. No device ever
+holds the keys of the whole batch.
 """
 
 import functools
@@ -20,29 +20,29 @@ import jax.numpy as jnp
 from jax import ad_checkpoint
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-# Keys whose similarities are in memory at once, of all devices. It decides no result.
+# Keys per block, over all devices. It does not affect results beyond rounding.
 BLOCK_SIZE = 1024
-# Fewer keys for many rows: a block's similarities stay in a TPU's fast memory. Not
-# fewer than fill its matrix unit.
+# With many rows a block has fewer keys, so that its similarities fit a TPU's fast
+# memory, but never fewer than fill its matrix unit.
 _MAX_SIMILARITIES = 2**21
 _MIN_BLOCK_SIZE = 128
 
-# What `jax.checkpoint` knows the results by: a few numbers a row, dear to make again.
+# Checkpoint name for these sums: cheap to store, expensive to recompute.
 SUMS = "blockwise_sums"
 
-# Six passes in bfloat16 on a TPU: a temperature of 0.01 makes an error of 0.004 in a
-# cosine 0.4 nats. The loss is far below a percent of the encoder's work.
+# Six bfloat16 passes on a TPU: at a temperature of 0.01 an error of 0.004 in a cosine
+# is 0.4 nats. The loss costs far less than 1% of the encoder.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Rows(NamedTuple):
-    """What decides, from the side of a row, which keys count.
+    """The mask of a row: which keys count for it.
 
     Attributes:
-        row: Number in the global batch; a row is never its own negative.
-        group: A key counts only if it has the same.
-        excluded: Content ids, one for each reason to leave a key out: it is left out
-            if its own content id at the same place is equal.
+        row: Index in the global batch; a row is never its own negative.
+        group: A key counts only if its group is equal.
+        excluded: Content ids, one for each of E reasons. A key is dropped if its own
+            content id for the same reason is equal.
     """
 
     row: Int[Array, " B"]
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The same from the side of a key; `mask` is False where there is none."""
+    """The same for a key; `mask` is False where there is no key."""
 
     row: Int[Array, " C"]
     group: Int[Array, " C"]
@@ -60,15 +60,15 @@ class Keys(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a row knows of its keys.
+    """Sums of a row over its keys. "Other keys" are all that count but its own.
 
     Attributes:
-        log_sum_exp: Of similarity / temperature over the keys that count; minus
-            infinity where none does. This and `squares` have a gradient.
-        squares: Sum of the squared similarities of the other keys.
-        best: The largest similarity among the other keys, minus infinity for none.
-        total: Sum of the similarities of the other keys.
-        number: How many other keys count.
+        log_sum_exp: Log-sum-exp of similarity / temperature; minus infinity if no key
+            counts. Only this and `squares` have a gradient.
+        squares: Sum of squared similarities with the other keys.
+        best: Largest similarity with another key; minus infinity if there is none.
+        total: Sum of similarities with the other keys.
+        number: Number of other keys.
     """
 
     log_sum_exp: Float[Array, " B"]
@@ -92,36 +92,34 @@ def sums(
     """Sums each row's similarities over the keys that count.
 
     Args:
-        left: A vector for each row.
-        right: A vector for each key of this device.
+        left: Vector of each row.
+        right: Vector of each key of this device.
         rows: See `Rows`.
         keys: See `Keys`.
         temperature: Divides the similarities in the log-sum-exp.
-        with_self: Whether the key with the row's own number counts in it.
+        with_self: Whether the key with the row's own index counts in the log-sum-exp.
         axis_names: Mesh axes over which rows and keys are split; empty for none.
-        block_size: Keys at a time, fewer if the rows are many; changes no result
-            beyond rounding.
+        block_size: Keys per block, fewer if there are many rows.
     """
 
     def add(so_far: Sums, block: tuple[Array, Keys]) -> tuple[Sums, None]:
         others, keep = _masks(rows, block[1], with_self)
         similarity = _similarity(left, _gather(block[0], axis_names))
         logits = jnp.where(keep, similarity / temperature, -jnp.inf)
-        of_block = jax.nn.logsumexp(logits, axis=1)
         best = jnp.max(jnp.where(others, similarity, -jnp.inf), axis=1)
         return Sums(
-            jnp.logaddexp(so_far.log_sum_exp, of_block),
+            jnp.logaddexp(so_far.log_sum_exp, jax.nn.logsumexp(logits, axis=1)),
             so_far.squares + jnp.sum(jnp.where(others, similarity**2, 0.0), axis=1),
             jnp.maximum(so_far.best, best),
             so_far.total + jnp.sum(jnp.where(others, similarity, 0.0), axis=1),
             so_far.number + jnp.sum(others.astype(jnp.float32), axis=1),
         ), None
 
-    # Made from an argument: inside a `shard_map` they must vary as it does.
+    # Derived from an argument, so that inside a `shard_map` they vary over its axes.
     zero = jnp.zeros_like(left[:, 0])
     nothing = jnp.full_like(zero, -jnp.inf)
     start = Sums(nothing, zero, nothing, zero, zero)
-    size = _keys_at_once(left.shape[0], block_size)
+    size = _block_keys(left.shape[0], block_size)
     return jax.lax.scan(add, start, _split(right, keys, axis_names, size))[0]
 
 
@@ -135,34 +133,39 @@ def _forward(left, right, rows, keys, temperature, with_self, axis_names, block_
     return result, (left, right, rows, keys, result.log_sum_exp)
 
 
-def _backward(temperature, with_self, axis_names, block_size, saved, slopes: Sums):
-    left, right, rows, keys, log_sum_exp = saved
-    slope = (slopes.log_sum_exp / temperature)[:, None]
-    slope_of_squares = slopes.squares[:, None]
+def _backward(temperature, with_self, axis_names, block_size, residuals, cotangents):
+    left, right, rows, keys, log_sum_exp = residuals
+    lse_cotangent = (cotangents.log_sum_exp / temperature)[:, None]
+    squares_cotangent = cotangents.squares[:, None]
 
-    def add(so_far: Array, block: tuple[Array, Keys]) -> tuple[Array, Array]:
+    def add(left_cotangent: Array, block: tuple[Array, Keys]) -> tuple[Array, Array]:
+        # Recompute the block's similarities.
         others, keep = _masks(rows, block[1], with_self)
-        everyone = _gather(block[0], axis_names)
-        similarity = _similarity(left, everyone)
-        logits = similarity / temperature
-        # Where no key counts the log-sum-exp is minus infinity, and `keep` False.
-        share = jnp.where(keep, jnp.exp(logits - log_sum_exp[:, None]), 0.0) * slope
-        share += jnp.where(others, 2.0 * similarity, 0.0) * slope_of_squares
-        to_left = jnp.einsum("bc,cd->bd", share, everyone, precision=_PRECISION)
-        to_right = jnp.einsum("bc,bd->cd", share, left, precision=_PRECISION)
-        return so_far + to_left, _scatter(to_right, axis_names)
+        block_keys = _gather(block[0], axis_names)
+        similarity = _similarity(left, block_keys)
+        # The derivative of a log-sum-exp is the softmax. A row without keys has a
+        # log-sum-exp of minus infinity, but there `keep` is False.
+        softmax = jnp.exp(similarity / temperature - log_sum_exp[:, None])
+        cotangent = jnp.where(keep, softmax, 0.0) * lse_cotangent
+        cotangent += jnp.where(others, 2.0 * similarity, 0.0) * squares_cotangent
+        # Through the product: rows accumulate over blocks, keys go to their device.
+        left_cotangent += jnp.einsum(
+            "bc,cd->bd", cotangent, block_keys, precision=_PRECISION
+        )
+        to_keys = jnp.einsum("bc,bd->cd", cotangent, left, precision=_PRECISION)
+        return left_cotangent, _scatter(to_keys, axis_names)
 
-    size = _keys_at_once(left.shape[0], block_size)
+    size = _block_keys(left.shape[0], block_size)
     blocks = _split(right, keys, axis_names, size)
-    to_left, to_right = jax.lax.scan(add, jnp.zeros_like(left), blocks)
-    to_right = to_right.reshape(-1, right.shape[1])[: right.shape[0]]
-    return to_left, to_right, None, None
+    left_cotangent, key_blocks = jax.lax.scan(add, jnp.zeros_like(left), blocks)
+    right_cotangent = key_blocks.reshape(-1, right.shape[1])[: right.shape[0]]
+    return left_cotangent, right_cotangent, None, None
 
 
 sums.defvjp(_forward, _backward)
 
 
-def _keys_at_once(num_rows: int, block_size: int) -> int:
+def _block_keys(num_rows: int, block_size: int) -> int:
     return min(block_size, max(_MAX_SIMILARITIES // num_rows, _MIN_BLOCK_SIZE))
 
 
@@ -175,12 +178,13 @@ def _similarity(
 def _masks(
     rows: Rows, keys: Keys, with_self: bool
 ) -> tuple[Bool[Array, "B C"], Bool[Array, "B C"]]:
-    """Returns which keys count, without and with the row's own."""
+    """Returns which keys count: the other ones, and those of the log-sum-exp."""
     is_self = rows.row[:, None] == keys.row[None]
     others = (rows.group[:, None] == keys.group[None]) & keys.mask[None] & ~is_self
     for reason in range(rows.excluded.shape[1]):
-        theirs, ours = keys.excluded[:, reason], rows.excluded[:, reason]
-        others &= (ours[:, :1] != theirs[:, :1].T) | (ours[:, 1:] != theirs[:, 1:].T)
+        # Equal ids are equal in both words.
+        row, key = rows.excluded[:, reason], keys.excluded[:, reason]
+        others &= (row[:, :1] != key[:, :1].T) | (row[:, 1:] != key[:, 1:].T)
     return others, others | is_self if with_self else others
 
 
@@ -190,9 +194,9 @@ def _split(
     axis_names: Sequence[str],
     block_size: int,
 ) -> tuple[Float[Array, "N c D"], Keys]:
-    """Cuts the keys into blocks of one size; what fills the last one never counts.
+    """Cuts the keys into blocks of equal size; padding never counts.
 
-    Returns this device's vectors of each block, and the facts of all of its keys.
+    Returns this device's vectors of each block, and the masks of all devices' keys.
     """
     num_devices = math.prod(jax.lax.axis_size(name) for name in axis_names)
     num_keys = right.shape[0]
@@ -206,9 +210,9 @@ def _split(
         return padded.reshape(num_blocks, size, *leaf.shape[1:])
 
     row, group, excluded, mask = keys
-    # No row has the number -1, so that what fills is no row's own key either.
-    facts = Keys(cut(row, -1), cut(group), cut(excluded), cut(mask))
-    return cut(right), Keys(*(_gather(leaf, axis_names, axis=1) for leaf in facts))
+    # Padding has the index -1, which no row has, so it is no row's own key either.
+    blocks = Keys(cut(row, -1), cut(group), cut(excluded), cut(mask))
+    return cut(right), Keys(*(_gather(leaf, axis_names, axis=1) for leaf in blocks))
 
 
 def _gather(

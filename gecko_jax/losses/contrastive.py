@@ -1,16 +1,16 @@
-"""The contrastive losses of pre-finetuning (eq. 2) and fine-tuning (eq. 3).
+"""The contrastive losses on a mesh: eq. 2 and eq. 3 of `paper`, with masks.
 
-Every mask is a comparison of integer ids that travel with the examples, never of
-positions in a host's share of the batch, so a loss is the same under any sharding.
-*Self* is the row's index in the global batch; *duplicate* is an equal content id.
+Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 adds a
+hard negative and `same_tower`. `mrl_loss` sums it over the MRL dims and can add
+`embedding_matching`.
 
-Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 adds the
-row's own hard negative and `same_tower`. Their total over the MRL dims is `mrl_loss`,
-which may also draw the embeddings to a teacher's (`embedding_matching`).
+Masks compare integer ids that travel with the examples. They never use positions in a
+host's share of the batch, so a loss is the same under any sharding. A row's *self* is
+its index in the global batch; a *duplicate* has the same content id.
 
-Negatives are those of the whole batch on all devices. Inside a `shard_map` each device
-has its own rows, and sums over the embeddings of all devices block by block
-(`blockwise`): none ever holds a matrix of all pairs, nor all embeddings.
+In-batch negatives come from the whole batch, on all devices. Inside a `shard_map` each
+device holds its own rows and visits the other devices' embeddings block by block
+(`blockwise`), so no device holds all similarities or all embeddings.
 """
 
 import functools
@@ -26,16 +26,17 @@ from gecko_jax.models import dual_encoder
 
 
 class BatchIds(NamedTuple):
-    """What tells the examples of a batch apart.
+    """Integer ids of the examples of a batch.
 
     Attributes:
-        query_id: Content id of each query, two words (`text.content_id`).
+        query_id: Content id of each query, two words (`text_formats.content_id`).
         passage_id: Content id of each positive.
         negative_id: Content id of each hard negative.
-        negative_mask: False where an example has fewer hard negatives than G.
+        negative_mask: False where an example has fewer than G hard negatives.
         example_mask: False where a row is padding.
-        negative_group: Rows are each other's in-batch negatives iff these are equal;
-            a number of its own leaves a row its hard negatives alone.
+        negative_group: Two rows are in-batch negatives of each other if and only if
+            their groups are equal. A row with a group of its own has only its hard
+            negatives.
     """
 
     query_id: UInt32[Array, "B 2"]
@@ -47,17 +48,17 @@ class BatchIds(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Per-query results of `contrastive_loss`; zeros where a row is padding.
+    """Results of `contrastive_loss` for each query; zeros in padding rows.
 
     Attributes:
-        loss: Cross-entropy in nats, with `spread_weight` times the spread.
-        accuracy: 1 where the positive beats every other term of the denominator.
+        loss: Cross-entropy in nats, plus `spread_weight` times the spread.
+        accuracy: 1 where the positive has the largest similarity, else 0.
         positive_similarity: Cosine of the query and its positive.
-        negative_similarity: Mean cosine of the query and the other positives that count
-            as its negatives; 0 where there are none.
-        spread: See `contrastive_loss`; None where it has no weight.
-        matching: See `embedding_matching`, at the largest dim alone; None where it has
-            no weight.
+        negative_similarity: Mean cosine of the query and its in-batch negatives; 0
+            where it has none.
+        spread: Spread-out regularizer; None if its weight is 0.
+        matching: `embedding_matching`, at the largest dim only; None if its weight
+            is 0.
     """
 
     loss: Float[Array, " B"]
@@ -69,13 +70,7 @@ class LossTerms(NamedTuple):
 
 
 class TeacherVectors(NamedTuple):
-    """What a teacher makes of the texts of a batch; zeros where it has nothing.
-
-    Attributes:
-        query_teacher: Of each query.
-        passage_teacher: Of each positive.
-        negative_teacher: Of each hard negative.
-    """
+    """Teacher embeddings of the texts of a batch; zeros where there is none."""
 
     query_teacher: Float[Array, "B T"]
     passage_teacher: Float[Array, "B T"]
@@ -111,75 +106,77 @@ def contrastive_loss(
         ids: Integer ids by which self, duplicates and padding are masked.
         temperature: Divides the similarities; larger is softer. Must be > 0.
         same_tower: Adds the other queries to the denominator (eq. 3).
-        same_tower_passages: Adds the similarities of the row's positive and the other
-            positives (SamToNe, Qwen3-Embedding).
+        same_tower_passages: Adds the similarities between the row's positive and the
+            other positives (SamToNe, Qwen3-Embedding).
         bidirectional: Adds the loss of choosing the query for the passage, among the
-            queries of the batch alone; the sum of both, as in t5x_retrieval (GTR).
+            queries of the batch only. The result is the sum of both directions, as in
+            t5x_retrieval (GTR).
         all_hard_negatives: Adds the hard negatives of every other row (GTR).
-        mask_duplicates: Leaves out what only looks like a negative: an equal query, an
-            equal positive, a query or negative equal to the row's own positive.
-        hardness: A hard negative of the row's own counts exp(hardness * its cosine)
-            times, a weight without a gradient (EmbeddingGemma has 5).
-        spread_weight: Of the spread-out regularizer, the mean squared cosine of the
-            row's query and the other queries, plus that of its positive and the other
-            positives: those that are its in-batch negatives. It is the second moment
-            of the global orthogonal regularization (GOR, Zhang et al. 2017), as
-            EmbeddingGemma has it.
-        axis_names: Mesh axes over which the batch is split, inside a `shard_map`; the
-            arguments are then one device's rows, and the negatives still everyone's.
-        block_size: Keys at a time; decides memory, and nothing beyond rounding.
+        mask_duplicates: Drops false negatives: an equal query, an equal positive, and
+            a query or negative equal to the row's own positive.
+        hardness: Multiplies the term of an own hard negative by exp(hardness * its
+            cosine); the factor has no gradient (EmbeddingGemma uses 5).
+        spread_weight: Weight of the spread-out regularizer: the mean squared cosine
+            between the row's query and its in-batch negatives' queries, plus the same
+            for positives. It is the second moment of the global orthogonal
+            regularization (GOR, Zhang et al. 2017), as in EmbeddingGemma.
+        axis_names: Mesh axes over which the batch is split, inside a `shard_map`. The
+            arguments are then the rows of one device; negatives still come from all.
+        block_size: Keys per block. It affects memory and rounding only.
 
     Returns:
-        The terms of each query, at full width; not reduced. Only the loss has a
-        gradient.
+        The terms of each query, not reduced. Only `loss` has a gradient.
     """
     queries = dual_encoder.normalize(queries)
     positives = dual_encoder.normalize(positives)
+    ids = jax.tree.map(jnp.asarray, ids)
     batch_size = queries.shape[0]
+    # Index of each row in the global batch.
     first = jax.lax.axis_index(axis_names) * batch_size if axis_names else 0
     index = first + jnp.arange(batch_size)
-
-    ids = jax.tree.map(jnp.asarray, ids)
 
     def compare(
         left: Array,
         right: Array,
-        reasons: Sequence[tuple[Array, Array]],
+        duplicates: Sequence[tuple[Array, Array]],
         *,
         with_self: bool = False,
         mask: Array = ids.example_mask,
     ) -> blockwise.Sums:
-        """Sums over what each example of the batch, on any device, has of `right`.
+        """Sums over all keys of the global batch; each row has one or more in `right`.
 
-        A reason leaves out pairs with equal content ids.
+        A pair is dropped if its content ids are equal in any entry of `duplicates`.
         """
-        reasons = reasons if mask_duplicates else ()
-        each = right.shape[0] // batch_size
-        rows = blockwise.Rows(
-            index, ids.negative_group, _stack([ours for ours, _ in reasons], batch_size)
-        )
+        duplicates = duplicates if mask_duplicates else ()
+        keys_per_row = right.shape[0] // batch_size
+        row_ids = _stack([left_id for left_id, _ in duplicates], batch_size)
+        key_ids = _stack([right_id for _, right_id in duplicates], right.shape[0])
+        rows = blockwise.Rows(index, ids.negative_group, row_ids)
         keys = blockwise.Keys(
-            jnp.repeat(index, each),
-            jnp.repeat(ids.negative_group, each),
-            _stack([theirs for _, theirs in reasons], right.shape[0]),
+            jnp.repeat(index, keys_per_row),
+            jnp.repeat(ids.negative_group, keys_per_row),
+            key_ids,
             mask,
         )
         return blockwise.sums(
             left, right, rows, keys, temperature, with_self, axis_names, block_size
         )
 
-    duplicates = [(ids.query_id, ids.query_id), (ids.passage_id, ids.passage_id)]
+    # The numerator, and the denominator's terms: positives of the batch ...
     own = jnp.sum(queries * positives, axis=-1)
+    duplicates = [(ids.query_id, ids.query_id), (ids.passage_id, ids.passage_id)]
     to_positives = compare(queries, positives, duplicates, with_self=True)
-    columns = [to_positives]
+    in_batch = [to_positives]
+    # ... other queries (same tower); in a symmetric task another query may be the very
+    # text of the row's positive ...
     if same_tower:
-        # In symmetric tasks another query may be the very text of the positive.
         crossed = (ids.passage_id, ids.query_id)
-        columns.append(compare(queries, queries, [*duplicates, crossed]))
+        in_batch.append(compare(queries, queries, [*duplicates, crossed]))
     if same_tower_passages:
-        columns.append(compare(positives, positives, duplicates))
-    logits = [column.log_sum_exp[:, None] for column in columns]
-    best_other = [column.best for column in columns]
+        in_batch.append(compare(positives, positives, duplicates))
+    logits = [sums.log_sum_exp[:, None] for sums in in_batch]
+    best_other = [sums.best for sums in in_batch]
+    # ... and hard negatives: the row's own, then everyone's.
     if negatives is not None and negatives.shape[1]:
         negatives = dual_encoder.normalize(negatives)
         keep = ids.negative_mask
@@ -194,22 +191,20 @@ def contrastive_loss(
         logits.append(jnp.where(keep, weighted, -jnp.inf))
         best_other.append(jnp.max(jnp.where(keep, similarity, -jnp.inf), axis=1))
         if all_hard_negatives:
-            theirs = ids.negative_mask & ids.example_mask[:, None]
             of_others = compare(
                 queries,
                 _flatten(negatives),
                 [(ids.passage_id, _flatten(ids.negative_id))],
-                mask=_flatten(theirs),
+                mask=_flatten(ids.negative_mask & ids.example_mask[:, None]),
             )
             logits.append(of_others.log_sum_exp[:, None])
             best_other.append(of_others.best)
-
     denominator = jax.nn.logsumexp(jnp.concatenate(logits, axis=1), axis=1)
     loss = denominator - own / temperature
+
     if bidirectional:
         backward = compare(positives, queries, duplicates, with_self=True)
         loss += backward.log_sum_exp - own / temperature
-
     spread = None
     if spread_weight:
         spread = jnp.zeros_like(own)
@@ -218,10 +213,9 @@ def contrastive_loss(
             spread += pairs.squares / jnp.maximum(pairs.number, 1.0)
         loss += spread_weight * spread
 
-    best = functools.reduce(jnp.maximum, best_other)
     terms = LossTerms(
         loss=loss,
-        accuracy=(own > best).astype(jnp.float32),
+        accuracy=(own > functools.reduce(jnp.maximum, best_other)).astype(jnp.float32),
         positive_similarity=own,
         negative_similarity=to_positives.total / jnp.maximum(to_positives.number, 1.0),
         spread=spread,
@@ -236,36 +230,35 @@ def embedding_matching(
     ids: BatchIds,
     teacher: TeacherVectors,
 ) -> Float[Array, " B"]:
-    """Distance of each example's embeddings to those of a teacher (EmbeddingGemma).
+    """Distance of each example's embeddings to a teacher's (EmbeddingGemma).
 
-    The sum over the query, the positive and the hard negatives (their mean) of the
-    squared distance of unit vectors, 2 - 2 cos. EmbedDistill (Kim et al. 2023) takes
-    the distance itself, which has no derivative where student and teacher meet. Of the
-    student, the first T entries are compared: the teacher's width, normalized after
-    the cut.
+    The distance is 2 - 2 cos, the squared distance of unit vectors, summed over the
+    query, the positive and the mean of the hard negatives. EmbedDistill (Kim et al.
+    2023) uses the distance itself, which has no derivative where student and teacher
+    are equal. The student's embedding is cut to the teacher's T dims.
 
     Args:
         queries: Projected query embeddings, not yet cut or normalized.
         positives: Projected positives.
         negatives: Projected hard negatives, or None.
-        ids: Masks padding, and negatives that are not there.
-        teacher: Its vectors, of any length. A text without one adds nothing.
+        ids: Ids whose masks mark padding and missing negatives.
+        teacher: Teacher vectors, of any length. A text without one adds 0.
     """
 
     def distance(
-        ours: Float[Array, "*N D"], theirs: Float[Array, "*N T"]
+        student: Float[Array, "*N D"], target: Float[Array, "*N T"]
     ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
-        theirs = theirs.astype(jnp.float32)
-        is_there = jnp.any(theirs != 0, axis=-1)
-        ours = dual_encoder.normalize(ours[..., : theirs.shape[-1]])
-        cosine = jnp.sum(ours * dual_encoder.normalize(theirs), axis=-1)
-        return jnp.where(is_there, 2.0 - 2.0 * cosine, 0.0), is_there
+        target = target.astype(jnp.float32)
+        has_target = jnp.any(target != 0, axis=-1)
+        student = dual_encoder.normalize(student[..., : target.shape[-1]])
+        cosine = jnp.sum(student * dual_encoder.normalize(target), axis=-1)
+        return jnp.where(has_target, 2.0 - 2.0 * cosine, 0.0), has_target
 
     total = distance(queries, teacher.query_teacher)[0]
     total += distance(positives, teacher.passage_teacher)[0]
     if negatives is not None and negatives.shape[1]:
-        each, is_there = distance(negatives, teacher.negative_teacher)
-        keep = ids.negative_mask & is_there
+        each, has_target = distance(negatives, teacher.negative_teacher)
+        keep = ids.negative_mask & has_target
         number = jnp.sum(keep.astype(jnp.float32), axis=1)
         total += jnp.sum(jnp.where(keep, each, 0.0), axis=1) / jnp.maximum(number, 1.0)
     return jnp.where(ids.example_mask, total, 0.0)
@@ -290,54 +283,56 @@ def mrl_loss(
         positives: Projected positives.
         negatives: Projected hard negatives, or None.
         ids: See `BatchIds`.
-        mrl_dims: Prefixes that are trained, each normalized after the cut.
+        mrl_dims: Trained prefixes, each normalized after the cut.
         mrl_weights: Weight of each prefix; the paper's total is the plain sum.
-        matching_weight: Of `embedding_matching`, which is added once and not for every
-            prefix.
-        teacher: Must be given if that is above 0.
-        **switches: The keyword arguments of `contrastive_loss`.
+        matching_weight: Weight of `embedding_matching`, which is added once, not for
+            every prefix.
+        teacher: Teacher vectors; required if `matching_weight` is above 0.
+        **switches: Keyword arguments of `contrastive_loss`.
 
     Returns:
         The weighted sum per query, and the terms at each dim.
     """
 
+    # The backward pass recomputes normalized prefixes and keeps only the row sums.
     @functools.partial(
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_only_these_names(blockwise.SUMS),
         static_argnums=2,
     )
     def contrast(
-        parts: tuple[Array, Array, Array | None], ids: BatchIds, dim: int
+        embeddings: tuple[Array, Array, Array | None], ids: BatchIds, dim: int
     ) -> LossTerms:
-        queries, positives, negatives = parts
-        return contrastive_loss(
-            queries[..., :dim],
-            positives[..., :dim],
-            None if negatives is None else negatives[..., :dim],
-            ids,
-            **switches,
-        )
+        queries, positives, negatives = cut(embeddings, dim)
+        return contrastive_loss(queries, positives, negatives, ids, **switches)
 
     terms = {}
     total = jnp.zeros_like(queries[:, 0], jnp.float32)
-    parts = (queries, positives, negatives)
+    embeddings = (queries, positives, negatives)
     for dim, weight in zip(mrl_dims, mrl_weights, strict=True):
-        # One prefix after the other, backward too, where its normalized vectors are
-        # made again: those of one are in memory at a time.
-        parts, total = jax.lax.optimization_barrier((parts, total))
-        terms[dim] = contrast(parts, ids, dim)
+        # The barrier makes XLA process one MRL prefix at a time in both passes, so only
+        # one prefix's recomputed embeddings are alive.
+        embeddings, total = jax.lax.optimization_barrier((embeddings, total))
+        terms[dim] = contrast(embeddings, ids, dim)
         total += weight * terms[dim].loss
     if matching_weight:
         if teacher is None:
             raise ValueError(
-                f"matching_weight={matching_weight}: the batch has no vectors of a "
-                "teacher; name them with data.teacher, or set the weight to 0"
+                f"matching_weight={matching_weight}: the batch has no teacher vectors; "
+                "set data.teacher, or set the weight to 0"
             )
         matching = embedding_matching(queries, positives, negatives, ids, teacher)
         total += matching_weight * matching
-        widest = max(terms)
-        terms[widest] = terms[widest]._replace(matching=matching)
+        largest = max(terms)
+        terms[largest] = terms[largest]._replace(matching=matching)
     return total, terms
+
+
+def cut(
+    embeddings: tuple[Array, Array, Array | None], dim: int
+) -> tuple[Array, Array, Array | None]:
+    """Returns the first `dim` dims of every embedding."""
+    return jax.tree.map(lambda embedding: embedding[..., :dim], embeddings)
 
 
 def _stack(ids: Sequence[Array], num: int) -> UInt32[Array, "C E 2"]:

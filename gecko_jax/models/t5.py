@@ -1,13 +1,13 @@
 """The layers of a T5 encoder, under T5X's parameter names and logical axes.
 
-T5 differs from the transformer one would write today in ways that must be kept for its
-checkpoints to load: RMS norms without bias before each sublayer, no 1/sqrt(K) in the
-attention (the query initializer holds it), no biases anywhere, and a learned bias on
-the attention logits that depends only on the distance between two tokens.
+T5 differs from today's transformers, and its checkpoints require the differences: an
+RMS norm without bias before each sublayer, no 1/sqrt(K) in the attention (the query
+initializer includes it), no biases, and a learned bias on the attention logits that
+depends only on the distance between two tokens.
 
-Several texts may share a row. `segment_ids` says which token belongs to which text (0
-is padding); a token attends to its own segment only. The relative bias depends on the
-distance inside a row alone, so a packed text gets exactly the embedding it gets alone.
+Several texts can share a row. `segment_ids` assigns tokens to texts (0 is padding), and
+a token attends only to its own segment. The relative bias depends only on distances
+within a row, so a packed text has exactly the embedding that it has alone.
 """
 
 import dataclasses
@@ -32,14 +32,10 @@ REMAT_POLICIES = ("none", "full", "dots")
 ATTENTIONS = ("xla", "cudnn")
 DTYPES = ("float32", "bfloat16")
 
-# Of what a fresh layer adds to the residual, a tenth of T5X's: an untrained encoder is
-# nearly the bag of its tokens, which is where training from scratch best begins.
-RESIDUAL_INIT_SCALE = 0.1
-
-# Where the encoder's parameters hold all layers as one, for a scan.
+# Name of the stacked layers in a parameter tree.
 _STACKED = "layers"
 
-# Larger than any real logit and far from overflow in bfloat16; exp() of it is 0.
+# Below any real logit and far from overflow in bfloat16; its exp is 0.
 MASKED_LOGIT = -1e9
 
 
@@ -58,20 +54,21 @@ class EncoderConfig:
             ("relu",) is T5 1.0.
         shared_relative_bias: One relative bias for all layers (T5, mT5), or one each
             (umT5).
-        relpos_num_buckets: Buckets of the relative bias, both directions together.
-        relpos_max_distance: Distances from here on share a bucket, in tokens.
+        relpos_num_buckets: Relative-position buckets of both directions together.
+        relpos_max_distance: Distance in tokens from which all share a bucket.
         embedding_dim: Width D of the embedding.
-        projection: Whether a matrix takes the pooled width M to D; without one, D is M
-            (a plain T5 encoder, or a Sentence-T5 without its dense layer).
+        projection: Whether a matrix maps the pooled width M to D. Without one D is M (a
+            plain T5 encoder, or a Sentence-T5 without its dense layer).
         dropout_rate: Share of activations dropped in training.
-        dtype: Activations: "float32" or "bfloat16". Parameters, norms, softmax,
-            pooling and similarities are float32 always.
-        scan_layers: Compile one layer and scan over all; faster to compile when deep.
-        remat: What the backward pass computes again: "none", all of a layer ("full"),
-            or all but its matrix products ("dots").
-        l2_epsilon: Added under the root when normalizing; t5x_retrieval has 1e-6.
-        attention: "cudnn" fuses the attention into one kernel of cuDNN, on a GPU, in
-            bfloat16 and without dropout; everything else computes it as "xla" does.
+        dtype: Activation dtype, "float32" or "bfloat16". Parameters, norms, softmax,
+            pooling and similarities are always float32.
+        scan_layers: Compiles one layer and scans over all, which compiles faster.
+        remat: Rematerialization of each layer: "none", everything ("full"), or all but
+            matrix products ("dots").
+        l2_epsilon: Added under the root when normalizing; t5x_retrieval uses 1e-6.
+        attention: "cudnn" runs the attention as one cuDNN kernel on a GPU, in bfloat16
+            and without dropout. In all other cases it is the same as "xla".
+        residual_init_scale: Scale of residual-branch initializers, relative to T5X's.
     """
 
     vocab_size: int
@@ -92,27 +89,28 @@ class EncoderConfig:
     remat: str = "none"
     l2_epsilon: float = 1e-12
     attention: str = "xla"
+    residual_init_scale: float = 0.1
 
     def __post_init__(self):
-        # JSON and ml_collections hand over lists; a hashable config is needed.
+        # JSON and ml_collections pass lists, but the config must be hashable.
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         if not self.projection and self.embedding_dim != self.model_dim:
             raise ValueError(
-                f"embedding_dim={self.embedding_dim} without a projection: it must be "
-                f"model_dim={self.model_dim}; set it so, or set projection=True"
+                f"embedding_dim={self.embedding_dim}: without a projection it must "
+                f"equal model_dim={self.model_dim}; change one, or set projection=True"
             )
 
 
 def dropout(
     x: Float[Array, "R ..."], rate: float, keys: Key[Array, " R"] | None
 ) -> Float[Array, "R ..."]:
-    """Drops entries with probability `rate`; no keys mean evaluation.
+    """Drops entries with probability `rate`; without keys, drops nothing.
 
-    All positions of a row (axis -2) share one mask, as in T5X; drawing random bits for
-    every token would take longer than the layer. Every row has a key of its own, so
-    that its masks depend neither on the mesh nor on the microbatch it is in. The keys
-    are an argument, not a Flax rng stream: those fold in the module's path, which would
-    make a scanned stack draw other masks than an unrolled one.
+    All positions of a row (axis -2) share one mask, as in T5X: drawing random bits for
+    every token would take longer than the layer. Each row has its own key, so its masks
+    depend on neither the mesh nor the microbatch. The keys are an argument because a
+    Flax rng stream folds in the module's path, which would give a scanned stack other
+    masks than an unrolled one.
     """
     if keys is None or rate == 0.0:
         return x
@@ -126,15 +124,15 @@ def relative_position_buckets(
 ) -> np.ndarray:
     """Returns the bucket of key position minus query position, [L, L] int32.
 
-    Half the buckets are for each direction; in a direction, half are exact distances
-    and the rest grow logarithmically up to `max_distance` (T5, bidirectional).
+    Each direction has half of the buckets. Half of those are exact distances; the rest
+    grow logarithmically up to `max_distance` (T5, bidirectional).
     """
     relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
     num_buckets //= 2
     buckets = (relative > 0).astype(np.int32) * num_buckets
     distance = np.abs(relative)
     exact = num_buckets // 2
-    # float32 on purpose: T5 computes it so, and rounding decides a few borders.
+    # float32 as in T5: rounding decides some bucket borders.
     log_ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.log(
         np.float32(max_distance / exact)
     )
@@ -154,15 +152,15 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
         """Multiplies the last axis, in `dtype`."""
-        # Unboxed by Flax, which its types do not say.
+        # Flax unboxes it, but its types do not say so.
         kernel: Any = self.param(
             "kernel",
             nn.with_logical_partitioning(self.kernel_init, self.axes),
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        # Two dimensions: XLA:CPU transposes to sum a gradient over two leading ones,
-        # which made the training step a third slower.
+        # Flatten to two dimensions: XLA:CPU sums a gradient over two leading axes with
+        # a transpose, which made the training step a third slower.
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         y = jnp.einsum("xm,mf->xf", flat, kernel.astype(self.dtype))
         return y.reshape(*x.shape[:-1], self.features)
@@ -176,15 +174,15 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
-        """Norms the last axis; in any dtype, out in `dtype`."""
-        # Unboxed by Flax, which its types do not say.
+        """Normalizes the last axis; takes any dtype and returns `dtype`."""
+        # Flax unboxes it, but its types do not say so.
         scale: Any = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
             (x.shape[-1],),
             jnp.float32,
         )
-        # Two dimensions, as in `Dense`: for the gradient of the scale.
+        # Two dimensions, as in `Dense`, for the gradient of the scale.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
         normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
@@ -213,8 +211,8 @@ class RelativePositionBias(nn.Module):
         buckets = relative_position_buckets(
             length, length, config.relpos_num_buckets, config.relpos_max_distance
         )
-        # A one-hot product: its gradient is a matrix product, where the gradient of a
-        # gather is a scatter of H * L * L entries.
+        # A one-hot product instead of a gather: its gradient is a matrix product rather
+        # than a scatter of H * L * L entries.
         one_hot = jax.nn.one_hot(buckets, config.relpos_num_buckets, dtype=jnp.float32)
         return jnp.einsum("hb,lmb->hlm", table, one_hot)
 
@@ -231,7 +229,7 @@ class Attention(nn.Module):
         bias: Float[Array, "R H L L"],
         dropout_keys: Key[Array, " R"] | None,
     ) -> Float[Array, "R L M"]:
-        """Mixes the values of all tokens; `bias` holds the segment mask too."""
+        """Attends within segments; `bias` includes the segment mask."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         joined = config.num_heads * config.head_dim
@@ -243,7 +241,7 @@ class Attention(nn.Module):
             return heads.swapaxes(1, 2)
 
         fan_in = config.model_dim**-0.5
-        # The 1/sqrt(K) of the attention lives in the query's initializer (T5).
+        # T5 puts the attention's 1/sqrt(K) into the query's initializer.
         query = project("query", fan_in * config.head_dim**-0.5)
         key = project("key", fan_in)
         value = project("value", fan_in)
@@ -256,7 +254,7 @@ class Attention(nn.Module):
             weights = jax.nn.softmax(logits + bias, axis=-1)
             weights = dropout(weights, config.dropout_rate, dropout_keys).astype(dtype)
             mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
-        init = nn.initializers.normal(RESIDUAL_INIT_SCALE * joined**-0.5)
+        init = nn.initializers.normal(config.residual_init_scale * joined**-0.5)
         out = Dense(config.model_dim, ("joined_kv", "embed"), init, dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], joined))
 
@@ -277,9 +275,9 @@ def _fused_attention(
     value: Float[Array, "R H L K"],
     bias: Float[Array, "R H L L"],
 ) -> Float[Array, "R L H K"]:
-    """Attends in one kernel, which never writes the logits to memory.
+    """Attends in one kernel, which keeps the logits out of memory.
 
-    The bias is rounded to the dtype of the query, because cuDNN accepts no other.
+    The bias is rounded to the query's dtype, the only one that cuDNN accepts.
     """
     return jax.nn.dot_product_attention(
         *(heads.swapaxes(1, 2) for heads in (query, key, value)),
@@ -298,7 +296,7 @@ class Mlp(nn.Module):
     def __call__(
         self, x: Float[Array, "R L M"], dropout_keys: Key[Array, " R"] | None
     ) -> Float[Array, "R L M"]:
-        """Applies the MLP to every token by itself."""
+        """Applies the MLP to each token."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         hidden: Array | None = None
@@ -310,13 +308,13 @@ class Mlp(nn.Module):
             hidden = branch if hidden is None else hidden * branch
         assert hidden is not None
         hidden = dropout(hidden, config.dropout_rate, dropout_keys)
-        init = nn.initializers.normal(RESIDUAL_INIT_SCALE * config.mlp_dim**-0.5)
+        init = nn.initializers.normal(config.residual_init_scale * config.mlp_dim**-0.5)
         wo = Dense(config.model_dim, ("mlp", "embed"), init, dtype, name="wo")
         return wo(hidden)
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and MLP, each behind a norm and beside a residual."""
+    """Self-attention and MLP, each with a norm before it and a residual around it."""
 
     config: EncoderConfig
 
@@ -328,7 +326,7 @@ class EncoderLayer(nn.Module):
         shared_bias: Float[Array, "H L L"] | None,
         dropout_keys: Key[Array, " R"] | None,
     ) -> Float[Array, "R L M"]:
-        """Runs the layer; without a shared bias it has its own (umT5)."""
+        """Runs the layer; without `shared_bias` it has its own (umT5)."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         keys: Sequence[Array | None] = [None] * 4
@@ -346,7 +344,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers, from token embeddings to hidden states."""
+    """Stack of layers, from token embeddings to hidden states."""
 
     config: EncoderConfig
 
@@ -357,7 +355,7 @@ class Encoder(nn.Module):
         segment_ids: Int[Array, "R L"],
         dropout_keys: Key[Array, " R"] | None = None,
     ) -> Float[Array, "R L M"]:
-        """Returns the normed hidden states; those of padding mean nothing."""
+        """Returns normalized hidden states; those of padding are undefined."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -367,7 +365,7 @@ class Encoder(nn.Module):
             shared_bias = RelativePositionBias(config, name="relpos_bias")(x.shape[1])
 
         def layer_keys(index: int | Array) -> Array | None:
-            # Folding in the index, not the path, draws the same masks scanned or not.
+            # Fold in the layer's index, so that a scan draws the same masks.
             if dropout_keys is None:
                 return None
             return jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, index)
@@ -392,11 +390,10 @@ class Encoder(nn.Module):
         shared_bias: Float[Array, "H L L"] | None,
         layer_keys: Callable[[Array], Array | None],
     ) -> Float[Array, "R L M"]:
-        """Runs the layers as one scan over their stacked parameters.
+        """Runs the layers as a scan over stacked parameters.
 
-        They are stacked here, or were before (`stack_layers`). They stay unstacked
-        everywhere else, so names on disk, the optimizer and the result do not depend
-        on the setting (docs/decisions.md).
+        Parameters are stacked only inside a step (`stack_layers`): the names on disk,
+        the optimizer and the result do not depend on the setting (docs/decisions.md).
         """
         config = self.config
         params: Any = self.variables["params"]
@@ -425,14 +422,14 @@ def stack_layers(
     num_layers: int,
     stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
 ) -> dict[str, Any]:
-    """Returns the encoder's parameters, or a tree like them, with its layers as one."""
+    """Stacks the layers of the encoder's parameters, or of a tree like them."""
     layers = [params[f"layers_{i}"] for i in range(num_layers)]
     others = {k: v for k, v in params.items() if not k.startswith("layers_")}
     return others | {_STACKED: jax.tree.map(stack, *layers)}
 
 
 def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """Inverse of `stack_layers`."""
+    """Undoes `stack_layers`."""
     layers = {
         f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params[_STACKED])
         for i in range(num_layers)

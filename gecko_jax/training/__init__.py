@@ -1,6 +1,7 @@
 """Training: the loop, the update, and what surrounds them.
 
 loop             the training loop
+reporting        metrics, evaluations and progress of a run
 train_step       one update of the train state
 gradients        loss and gradient of a global batch, in microbatches
 optimizer        optimizers and schedules (optax)

@@ -1,20 +1,18 @@
 """The loss of a global batch and its gradient, on a mesh, in microbatches.
 
-A device encodes its own rows, a microbatch at a time, and keeps the embeddings alone
-(GradCache, Gao et al. 2021). The loss is of the whole batch. Then the device encodes
-each microbatch again, backward, and adds up the gradients; only their sum is reduced
-over the mesh. So the result is that of one large batch, while the memory is that of a
-microbatch, and no microbatch waits for another device.
+Each device encodes its own rows one microbatch at a time and keeps only the embeddings
+(GradCache, Gao et al. 2021). The loss is that of the whole batch. The backward pass
+encodes each microbatch again and accumulates the gradients; only their sum is reduced
+over the mesh. The result is that of one large batch with the memory of a microbatch,
+and no microbatch waits for another device.
 
-The configured rows of a microbatch are those of the longer side. Of the shorter one as
-many are encoded together as have no more tokens: fewer microbatches, each of which
-reads all weights and all gradients.
+`microbatch_size` counts rows of the longer side. A microbatch of the shorter side has
+more rows, but no more tokens, which saves passes over the weights and the gradients.
 
-Parameters that are split over `fsdp` are gathered once for the step, the matrices in
-the activation dtype; what is added up over microbatches is float32.
+Parameters that are sharded over `fsdp` are gathered once per step, with matrices in the
+activation dtype. Gradients accumulate in float32.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,13 +21,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from gecko_jax.losses import contrastive
+from gecko_jax.losses import contrastive, whole_batch
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import sharding
 
 SIDES = ("query", "passage")
 
-# What the loops over microbatches are called in a compiled step.
+# Name scope of the microbatch loops in the compiled step.
 MICROBATCHES = "microbatches"
 
 LossAndGradients = Callable[
@@ -46,84 +44,110 @@ def build(
     num_segments: int,
     microbatch_size: int,
     loss_settings: Mapping[str, Any],
+    loss: whole_batch.Loss | None = None,
 ) -> LossAndGradients:
     """Returns a function from (parameters, batch, key) to the loss and its gradient.
 
-    It is to be called under `jax.jit`. It returns the MRL loss of each query, the terms
-    at each dim, and the gradient of the mean loss, which lies where the parameters do.
+    Call it under `jax.jit`. It returns the MRL loss of each query, the terms at each
+    dim, and the gradient of the mean loss, sharded like the parameters.
 
     Args:
         encoder: The model.
         mesh: The devices.
-        param_shardings: Where the parameters lie.
-        num_segments: Texts a row may hold.
-        microbatch_size: Rows of the longer side that are encoded together, over all
-            devices; 0 for all of them.
-        loss_settings: Keyword arguments of `losses.mrl_loss`.
+        param_shardings: Shardings of the parameters.
+        num_segments: Largest number of texts in a row.
+        microbatch_size: Rows of the longer side per microbatch, over all devices; 0
+            for no microbatches.
+        loss_settings: Keyword arguments of `contrastive.mrl_loss`.
+        loss: Loss to train with instead of the contrastive one; see `whole_batch`.
     """
-    # The `tensor` axis stays the compiler's; of the others every collective is here.
+    # Collectives over the batch axes are explicit here; those of `tensor` are XLA's.
     specs = jax.tree.map(sharding.batch_axes_spec, param_shardings)
     num_shards = sharding.num_batch_shards(mesh)
     embed = _build_embed(encoder, specs, num_segments)
     batch_spec = PartitionSpec(sharding.BATCH_AXES)
 
-    def of_device(
+    def device_loss(
+        queries: Array,
+        positives: Array,
+        negatives: Array | None,
+        ids: contrastive.BatchIds,
+        features: Mapping[str, Array],
+    ) -> tuple[Array, dict[int, contrastive.LossTerms]]:
+        axis_names = sharding.BATCH_AXES
+        if loss is not None:
+            names = ("mrl_dims", "mrl_weights", "temperature")
+            settings = {name: loss_settings[name] for name in names}
+            return whole_batch.mrl_loss(
+                loss,
+                *(queries, positives, negatives, ids, features),
+                **settings,
+                axis_names=axis_names,
+            )
+        teacher = None
+        if "query_teacher" in features:
+            names = contrastive.TeacherVectors._fields
+            teacher = contrastive.TeacherVectors(*(features[name] for name in names))
+        return contrastive.mrl_loss(
+            *(queries, positives, negatives, ids),
+            teacher=teacher,
+            axis_names=axis_names,
+            **loss_settings,
+        )
+
+    def device_gradients(
         params: Any, batch: Mapping[str, Array], key: Key[Array, ""]
     ) -> tuple[Array, dict[int, contrastive.LossTerms], Any]:
+        batch = dict(batch)
         ids = contrastive.BatchIds(
-            **{name: batch[name] for name in contrastive.BatchIds._fields}
+            **{name: batch.pop(name) for name in contrastive.BatchIds._fields}
         )
-        teacher = None
-        if "query_teacher" in batch:
-            names = contrastive.TeacherVectors._fields
-            teacher = contrastive.TeacherVectors(*(batch[name] for name in names))
         batch_size, num_negatives = ids.negative_mask.shape
+        query_index, passage_index = (
+            batch.pop("query_index"),
+            batch.pop("passage_index"),
+        )
+
+        # Cut this device's rows into microbatches.
+        dropout_key = key if encoder.config.dropout_rate else None
+        rows = {side: _pop_rows(batch, side, dropout_key) for side in SIDES}
+        longest = max(of_side["tokens"].shape[1] for of_side in rows.values())
+        microbatches = {
+            side: _split_rows(of_side, microbatch_size // num_shards, longest)
+            for side, of_side in rows.items()
+        }
         mask = jnp.sum(ids.example_mask.astype(jnp.float32))
-        count = jnp.maximum(jax.lax.psum(mask, sharding.BATCH_AXES), 1.0)
-        whole = {
-            side: _rows(batch, side, key if encoder.config.dropout_rate else None)
-            for side in SIDES
-        }
-        longest = max(rows["tokens"].shape[1] for rows in whole.values())
-        sides = {
-            side: _split_rows(rows, microbatch_size // num_shards, longest)
-            for side, rows in whole.items()
-        }
+        num_examples = jnp.maximum(jax.lax.psum(mask, sharding.BATCH_AXES), 1.0)
 
         def mean_loss(params: Any) -> tuple[Array, Any]:
-            embedded = embed(params, sides)
-            queries = _collect(embedded["query"], batch["query_index"])
-            # The positives of all examples come first, then the negatives of all.
-            index = batch["passage_index"]
-            total = batch_size * num_shards
-            positives = _collect(embedded["passage"], index[:total])
+            # Encode, then bring each example's embeddings to its device. Positives of
+            # all examples come first in `passage_index`, negatives of all after them.
+            embedded = embed(params, microbatches)
+            queries = _collect(embedded["query"], query_index)
+            num_positives = batch_size * num_shards
+            positives = _collect(embedded["passage"], passage_index[:num_positives])
             negatives = None
             if num_negatives:
-                negatives = _collect(embedded["passage"], index[total:])
+                negatives = _collect(embedded["passage"], passage_index[num_positives:])
                 negatives = negatives.reshape(batch_size, num_negatives, -1)
-            loss, terms = contrastive.mrl_loss(
-                queries,
-                positives,
-                negatives,
-                ids,
-                teacher=teacher,
-                axis_names=sharding.BATCH_AXES,
-                **loss_settings,
-            )
-            total_loss = jax.lax.psum(jnp.sum(loss), sharding.BATCH_AXES)
-            return total_loss / count, (loss, terms)
+            # What is left in the batch are features of single examples.
+            row_loss, terms = device_loss(queries, positives, negatives, ids, batch)
+            total = jax.lax.psum(jnp.sum(row_loss), sharding.BATCH_AXES)
+            return total / num_examples, (row_loss, terms)
 
-        gradients, (loss, terms) = jax.grad(mean_loss, has_aux=True)(params)
-        return loss, terms, gradients
+        gradients, (row_loss, terms) = jax.grad(mean_loss, has_aux=True)(params)
+        return row_loss, terms, gradients
 
     def loss_and_gradients(
         params: Any, batch: Mapping[str, Array], key: Array
     ) -> tuple[Array, dict[int, contrastive.LossTerms], Any]:
-        batch = {name: leaf for name, leaf in batch.items() if name != "task_index"}
+        batch_specs = sharding.batch_specs(batch)
+        if "task_index" in batch:
+            batch_specs["task_index"] = batch_spec  # a feature of each example
         return jax.shard_map(
-            of_device,
+            device_gradients,
             mesh=mesh,
-            in_specs=(specs, sharding.batch_specs(batch), PartitionSpec()),
+            in_specs=(specs, batch_specs, PartitionSpec()),
             out_specs=(batch_spec, batch_spec, specs),
             axis_names=set(sharding.BATCH_AXES),
         )(params, batch, key)
@@ -134,13 +158,13 @@ def build(
 def _build_embed(
     encoder: dual_encoder.DualEncoder, specs: Any, num_segments: int
 ) -> Callable[[Any, Mapping[str, Any]], dict[str, Float[Array, "R S D"]]]:
-    """Returns a differentiable function that embeds the rows of both sides.
+    """Returns a differentiable function that embeds the microbatches of both sides.
 
-    Its backward pass is written out, because automatic differentiation would add up
-    gradients in the dtype of what was gathered, and once for each side.
+    Both of its backward passes are written out, because automatic differentiation would
+    reduce gradients over the mesh in the activation dtype, once for each side.
     """
     config = encoder.config
-    compute_specs = dual_encoder.stack_specs(specs, config)
+    gathered_specs = dual_encoder.stack_specs(specs, config)
 
     def encode(params: Any, rows: Any) -> Float[Array, "R S D"]:
         embedded: Any = encoder.apply(
@@ -152,26 +176,33 @@ def _build_embed(
         )
         return embedded
 
-    def is_whole(sides: Mapping[str, Any]) -> bool:
-        return all(len(rows["tokens"]) == 1 for rows in sides.values())
+    def gather_params(params: Any) -> Any:
+        # Cast and stack first: half the bytes, and once per step.
+        params = dual_encoder.compute_params(params, config)
+        return jax.tree.map(_gather, params, gathered_specs)
 
-    def encode_whole(params: Any, sides: Mapping[str, Any]) -> dict[str, Array]:
-        return {
-            side: encode(params, jax.tree.map(lambda leaf: leaf[0], rows))
-            for side, rows in sides.items()
-        }
+    def reduce_gradients(gradients: Any) -> Any:
+        gradients = jax.tree.map(
+            lambda leaf, spec: _reduce(leaf.astype(jnp.float32), spec),
+            gradients,
+            gathered_specs,
+        )
+        return dual_encoder.unstack_gradients(gradients, config)
 
+    # Parameters on every device; backward, gradients reduced in float32.
+    gather = jax.custom_vjp(gather_params)
+    gather.defvjp(
+        lambda params: (gather_params(params), None),
+        lambda _, cotangents: (reduce_gradients(cotangents),),
+    )
+
+    # GradCache: the residuals are the parameters and the tokens, not the activations.
     @jax.custom_vjp
-    def embed(params: Any, sides: Mapping[str, Any]) -> dict[str, Array]:
+    def encode_in_microbatches(params: Any, sides: Mapping[str, Any]) -> dict[str, Any]:
         return forward(params, sides)[0]
 
-    def forward(params: Any, sides: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
-        params = dual_encoder.compute_params(params, config)
-        params = jax.tree.map(_gather, params, compute_specs)
-        if is_whole(sides):
-            # One microbatch: nothing is gained by encoding it twice.
-            embedded, pull = jax.vjp(lambda p: encode_whole(p, sides), params)
-            return embedded, (pull, None)
+    def forward(params: Any, sides: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        params = gather_params(params)
         embedded = {}
         for side, rows in sides.items():
             with jax.named_scope(MICROBATCHES):
@@ -181,65 +212,70 @@ def _build_embed(
             embedded[side] = chunks.reshape(-1, *chunks.shape[2:])
         return embedded, (params, sides)
 
-    def backward(saved: Any, slopes: dict[str, Array]) -> tuple[Any, None]:
-        saved, sides = saved
-        if sides is None:
-            (gradients,) = saved(slopes)
-            gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
-        else:
-            gradients = jax.tree.map(
-                lambda leaf: jnp.zeros_like(leaf, jnp.float32), saved
-            )
-            for side, rows in sides.items():
-                chunks = slopes[side].reshape(
-                    *rows["tokens"].shape[:2], *slopes[side].shape[1:]
-                )
-                with jax.named_scope(MICROBATCHES):
-                    gradients, _ = jax.lax.scan(
-                        functools.partial(add_gradients, saved),
-                        gradients,
-                        (rows, chunks),
-                    )
-        gradients = jax.tree.map(_reduce, gradients, compute_specs)
-        return dual_encoder.unstack_gradients(gradients, config), None
+    def backward(residuals: Any, cotangents: dict[str, Array]) -> tuple[Any, None]:
+        params, sides = residuals
 
-    def add_gradients(params: Any, so_far: Any, chunk: Any) -> tuple[Any, None]:
-        rows, slopes = chunk
-        _, pull = jax.vjp(lambda p: encode(p, rows), params)
-        (found,) = pull(slopes)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), so_far, found), None
+        def add_gradients(so_far: Any, chunk: Any) -> tuple[Any, None]:
+            # Encode the microbatch again, and pull its embeddings' cotangents back.
+            rows, cotangent = chunk
+            _, pull_back = jax.vjp(lambda params: encode(params, rows), params)
+            (gradients,) = pull_back(cotangent)
+            return jax.tree.map(
+                lambda total, leaf: total + leaf.astype(total.dtype), so_far, gradients
+            ), None
 
-    embed.defvjp(forward, backward)
+        gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
+        for side, rows in sides.items():
+            # The cotangents, cut as the rows are.
+            shape = (*rows["tokens"].shape[:2], *cotangents[side].shape[1:])
+            chunks = (rows, cotangents[side].reshape(shape))
+            with jax.named_scope(MICROBATCHES):
+                gradients, _ = jax.lax.scan(add_gradients, gradients, chunks)
+        return reduce_gradients(gradients), None
+
+    encode_in_microbatches.defvjp(forward, backward)
+
+    def embed(params: Any, sides: Mapping[str, Any]) -> dict[str, Array]:
+        if any(len(rows["tokens"]) > 1 for rows in sides.values()):
+            return encode_in_microbatches(params, sides)
+        # One microbatch: encoding it twice would save no memory.
+        params = gather(params)
+        return {
+            side: encode(params, jax.tree.map(lambda leaf: leaf[0], rows))
+            for side, rows in sides.items()
+        }
+
     return embed
 
 
-def _rows(
-    batch: Mapping[str, Array], side: str, key: Key[Array, ""] | None
+def _pop_rows(
+    batch: dict[str, Array], side: str, key: Key[Array, ""] | None
 ) -> dict[str, Any]:
-    """Returns a device's rows of one side, with a key for each."""
-    tokens = batch[f"{side}_tokens"]
+    """Takes this device's rows of one side out of the batch.
+
+    Each row gets a dropout key by its index in the global batch, so that its masks
+    depend on neither the mesh nor the microbatch.
+    """
+    tokens = batch.pop(f"{side}_tokens")
     keys = None
     if key is not None:
         first = jax.lax.axis_index(sharding.BATCH_AXES) * tokens.shape[0]
-        number = first + jnp.arange(tokens.shape[0])
+        index = first + jnp.arange(tokens.shape[0])
         key = jax.random.fold_in(key, SIDES.index(side))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number)
-    return {
-        "tokens": tokens,
-        "segment_ids": batch[f"{side}_segment_ids"],
-        "keys": keys,
-    }
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    segment_ids = batch.pop(f"{side}_segment_ids")
+    return {"tokens": tokens, "segment_ids": segment_ids, "keys": keys}
 
 
 def _split_rows(
     rows: dict[str, Any], microbatch_size: int, longest: int
 ) -> dict[str, Any]:
-    """Cuts a device's own rows: no row moves, so globally the cut is strided.
+    """Cuts the rows of a device into microbatches; no row moves to another device.
 
     Args:
-        rows: See `_rows`.
-        microbatch_size: Rows of `longest` tokens in a microbatch; 0 for all.
-        longest: Tokens of a row of the longer side.
+        rows: See `_pop_rows`.
+        microbatch_size: Rows of `longest` tokens per microbatch; 0 for all.
+        longest: Length of a row of the longer side, in tokens.
     """
     num_rows, length = rows["tokens"].shape
     size = microbatch_rows(num_rows, microbatch_size, longest // length)
@@ -249,12 +285,12 @@ def _split_rows(
 
 
 def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
-    """Returns the rows of one side that a device encodes together.
+    """Returns the rows of one side per microbatch, on one device.
 
     Args:
-        num_rows: Rows of the side on a device, a multiple of `microbatch_size`.
-        microbatch_size: Rows of the longer side in a microbatch; 0 for all.
-        ratio: How many rows of this side have the tokens of one of the longer.
+        num_rows: Rows of the side on the device, a multiple of `microbatch_size`.
+        microbatch_size: Rows of the longer side per microbatch; 0 for all.
+        ratio: Length of the longer side's rows over that of this side's.
     """
     size = min(microbatch_size or num_rows, num_rows)
     parts, rest = divmod(num_rows, size)
@@ -265,9 +301,10 @@ def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
 def _collect(
     embedded: Float[Array, "R S D"], index: Int[Array, "T 2"]
 ) -> Float[Array, "t D"]:
-    """Returns this device's share of the texts, wherever their rows are.
+    """Returns the texts of this device's examples, whichever device encoded them.
 
-    Every device puts in the texts it has; each text is a sum with one term.
+    Every device contributes the texts it encoded and zeros for the others, so that the
+    sum over devices has one nonzero term per text.
     """
     first = jax.lax.axis_index(sharding.BATCH_AXES) * embedded.shape[0]
     row = index[:, 0] - first
@@ -279,16 +316,16 @@ def _collect(
 
 
 def _gather(leaf: Array, spec: PartitionSpec) -> Array:
-    """Returns a parameter whole, and varying: its gradients are then each device's."""
+    """Gathers a parameter and marks it as varying, so that gradients stay local."""
     for axis, names in _split_axes(spec):
-        # Of one device it would be a copy, on CPU into another layout.
+        # Skip the all-gather on a single device: XLA:CPU would still copy the array.
         if jax.lax.axis_size(names) > 1:
             leaf = jax.lax.all_gather(leaf, names, axis=axis, tiled=True)
     return jax.lax.pcast(leaf, _unsplit_names(spec), to="varying")
 
 
 def _reduce(leaf: Array, spec: PartitionSpec) -> Array:
-    """Sums a gradient over devices, each keeping what it has of the parameter."""
+    """Sums a gradient over devices; each keeps its shard of the parameter."""
     for axis, names in _split_axes(spec):
         if jax.lax.axis_size(names) > 1:
             leaf = jax.lax.psum_scatter(leaf, names, scatter_dimension=axis, tiled=True)
@@ -296,8 +333,8 @@ def _reduce(leaf: Array, spec: PartitionSpec) -> Array:
 
 
 def _split_axes(spec: PartitionSpec) -> list[tuple[int, tuple[str, ...]]]:
-    names = [sharding.axis_names(axes) for axes in spec]
-    return [(axis, of_axis) for axis, of_axis in enumerate(names) if of_axis]
+    names = [sharding.axis_names(entry) for entry in spec]
+    return [(axis, axis_names) for axis, axis_names in enumerate(names) if axis_names]
 
 
 def _unsplit_names(spec: PartitionSpec) -> tuple[str, ...]:

@@ -1,12 +1,11 @@
-"""The parameters a run begins with: those of a checkpoint, or fresh ones.
+"""Initial parameters of a run: those of `init.checkpoint`, or fresh ones.
 
-The paper starts from a pre-trained T5. A small model that starts from scratch is given
-what the data can say without training: which tokens are rare, and along which
-directions queries and positives agree.
+The paper starts from a pre-trained T5. A small model that starts from scratch gets two
+statistics of its data instead: how rare each token is, and in which directions queries
+and positives agree (`models.from_scratch`).
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,26 +21,28 @@ import gecko_jax.config
 from gecko_jax.data import pipeline, task_table
 from gecko_jax.formats import detection, model_folder, parameters, pretrained
 from gecko_jax.io import progress, wording
-from gecko_jax.models import dual_encoder
+from gecko_jax.models import dual_encoder, from_scratch
 from gecko_jax.parallel import sharding
 from gecko_jax.text import text_formats, vocabularies
 
 
 def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | None:
-    """Reads `init.checkpoint`, if there is one, and checks that it fits the config.
+    """Reads `init.checkpoint`, if it is set, and checks that it fits the config.
 
-    It may be of any format. An encoder that comes without a projection gets a fresh one
-    where the config has one. One without layers, a bag of tokens, gets those of the
-    config; they add nothing until they are trained.
+    The checkpoint can have any format. If the config has a projection and the
+    checkpoint has none, it gets a fresh one. A bag of tokens gets the config's layers,
+    whose output is 0 until they are trained.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or its sizes are not the config's.
+        ValueError: The checkpoint cannot be read, or its sizes differ from the
+            config's.
     """
     if not config.init.checkpoint:
         return None
     source = config.init.checkpoint
     vocab: dict[str, Any] = {}
-    if detection.find_format(source)[0] is detection.Format.T5X:  # It holds none.
+    # A T5X checkpoint has no vocabulary.
+    if detection.find_format(source)[0] is detection.Format.T5X:
         vocab = {
             "vocabulary": task_table.vocabulary_path(config.data.vocabulary),
             "extra_ids": config.data.extra_ids,
@@ -49,14 +50,14 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
     start = model_folder.read_params(detection.open_model(source, **vocab))
     encoder_config = gecko_jax.config.encoder_config(config)
     if encoder_config.projection and not start.encoder_config.projection:
-        logging.info("%s has no projection: it gets a fresh one", source)
+        logging.info("%s has no projection; adding a fresh one", source)
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        fresh = np.asarray(dual_encoder.init_projection(encoder_config, key))
+        fresh = np.asarray(from_scratch.init_projection(encoder_config, key))
         params = {**start.params, "projection_layer": {"kernel": fresh}}
         start = dataclasses.replace(start, params=params)
     if encoder_config.num_layers and not start.encoder_config.num_layers:
         layers = wording.counted(encoder_config.num_layers, "layer")
-        logging.info("%s is a bag of tokens: it gets %s", source, layers)
+        logging.info("%s is a bag of tokens; adding %s", source, layers)
         key = jax.random.fold_in(jax.random.key(config.seed), 3)
         params = _add_layers(start.params, encoder_config, key)
         start = dataclasses.replace(start, params=params)
@@ -68,7 +69,7 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
 def _add_layers(
     params: Mapping[str, Any], config: dual_encoder.EncoderConfig, key: Key[Array, ""]
 ) -> dict[str, Any]:
-    """Returns the parameters with layers whose last matrices are 0."""
+    """Adds layers whose output matrices are 0."""
     flat = parameters.flatten(params)
     for name, leaf in parameters.flatten(dual_encoder.init_params(config, key)).items():
         if name.startswith("encoder/layers_"):
@@ -80,14 +81,12 @@ def _add_layers(
 def text_format(
     start: model_folder.ModelFiles | None, style: str
 ) -> text_formats.TextFormat:
-    """Returns how a run writes its texts: as its start did, or else as the paper does.
-
-    A plain encoder, which writes texts as they are, has no format to keep.
+    """Returns the text format of a run: that of its start, or the paper's.
 
     Args:
-        start: What the run begins with, if anything.
-        style: `data.text_format`: "gecko" as above; "plain" writes texts as they are
-            whatever the start did, to tell what the format is worth.
+        start: The model that the run starts from, if any. A plain encoder has no format
+            to keep.
+        style: `data.text_format`; "plain" uses texts without a format in any case.
     """
     if style == "plain":
         return detection.PLAIN_FORMAT
@@ -97,18 +96,18 @@ def text_format(
 
 
 def _check_settings(
-    config: dual_encoder.EncoderConfig, theirs: dual_encoder.EncoderConfig, source: str
+    config: dual_encoder.EncoderConfig, start: dual_encoder.EncoderConfig, source: str
 ) -> None:
-    """Compares what decides a result and is not to be seen in any shape."""
+    """Compares settings that affect results but no shape."""
     faults = [
-        f"model.{name}={getattr(config, name)!r}, and it has {getattr(theirs, name)!r}"
+        f"model.{name}={getattr(start, name)!r} (now {getattr(config, name)!r})"
         for name in ("num_heads", "mlp_activations", "relpos_max_distance")
-        if getattr(config, name) != getattr(theirs, name)
+        if getattr(config, name) != getattr(start, name)
     ]
     if faults:
         raise ValueError(
-            f"{source}: its settings are not the config's; set them so: "
-            + "; ".join(faults)
+            f"{source}: trained with other settings than the config's; set "
+            + ", ".join(faults)
         )
 
 
@@ -120,13 +119,13 @@ def check_vocabulary(
     """Refuses a vocabulary that does not fit the model or the checkpoint.
 
     Raises:
-        ValueError: Names both, and the setting that would fit.
+        ValueError: Names both and the setting that fits.
     """
     if vocab.size > config.model.vocab_size:
         raise ValueError(
-            f"data.vocabulary={config.data.vocabulary}: it has {vocab.size} ids, "
-            f"model.vocab_size={config.model.vocab_size} has no room for them; raise "
-            "model.vocab_size or train a smaller vocabulary"
+            f"data.vocabulary={config.data.vocabulary}: its {vocab.size} ids exceed "
+            f"model.vocab_size={config.model.vocab_size}; raise model.vocab_size or "
+            "train a smaller vocabulary"
         )
     if start is None:
         return
@@ -134,11 +133,10 @@ def check_vocabulary(
         contents = ", ".join(repr(token.content) for token in start.added_tokens[:5])
         raise ValueError(
             f"init.checkpoint={config.init.checkpoint}: its tokenizer has added tokens "
-            f"({contents}), which training does not cut out of texts; start from a "
-            "model without them"
+            f"({contents}), which training does not support; start from a model "
+            "without them"
         )
-    theirs = start.build_vocabulary()
-    if theirs.fingerprint != vocab.fingerprint:
+    if start.build_vocabulary().fingerprint != vocab.fingerprint:
         source = config.init.checkpoint
         file, first = f"{source}/{model_folder.VOCABULARY}", ""
         if pretrained.find(source) != source:
@@ -147,8 +145,8 @@ def check_vocabulary(
             file = f"DIR/{model_folder.VOCABULARY}"
             first = f"`gecko import {source} --output DIR` and "
         raise ValueError(
-            f"data.vocabulary={config.data.vocabulary}: not the vocabulary that "
-            f"{source} was trained with, so its token embeddings would mean nothing; "
+            f"data.vocabulary={config.data.vocabulary}: not the vocabulary of "
+            f"init.checkpoint={source}, whose token embeddings need it; "
             f"{first}set data.vocabulary={file} and data.extra_ids={start.extra_ids}"
         )
 
@@ -161,38 +159,35 @@ def init_params(
     mesh: jax.sharding.Mesh,
     shardings: Any,
 ) -> dict[str, Any]:
-    """Returns fresh parameters on their shardings, as `config.init` asks for.
+    """Returns fresh, sharded parameters, as `config.init` describes them.
 
     Args:
         config: The training config.
         encoder: The model.
-        batches: The training data: its token counts, and the pairs to align on.
-        key: Randomness of the run.
-        mesh: Where batches go.
-        shardings: Of each parameter.
+        batches: The training data, for token counts and pairs to align on.
+        key: PRNG key of the run.
+        mesh: The devices.
+        shardings: Sharding of each parameter.
     """
-    is_weighed = config.init.token_weights == "idf"
-    weights = batches.idf_weights(encoder.config.vocab_size) if is_weighed else None
-    draw = functools.partial(_draw_params, encoder.config, weights)
+    weights = None
+    if config.init.token_weights == "idf":
+        weights = batches.idf_weights(encoder.config.vocab_size)
+
+    def draw(key: Key[Array, ""]) -> dict[str, Any]:
+        params = dual_encoder.init_params(encoder.config, key)
+        if weights is None:
+            return params
+        key, share = jax.random.fold_in(key, 1), config.init.token_weight_dims
+        return from_scratch.weight_tokens(params, weights, key, share)
+
     params = jax.jit(draw, out_shardings=shardings)(jax.random.fold_in(key, 0))
     if config.init.align_steps:
         covariance = _pair_covariance(
             params, encoder, batches, mesh, config.init.align_steps
         )
-        align = jax.jit(dual_encoder.align_projection, out_shardings=shardings)
+        align = jax.jit(from_scratch.align_projection, out_shardings=shardings)
         params = align(params, covariance)
     return params
-
-
-def _draw_params(
-    config: dual_encoder.EncoderConfig,
-    token_weights: Float[np.ndarray, " V"] | None,
-    key: Key[Array, ""],
-) -> dict[str, Any]:
-    params = dual_encoder.init_params(config, key)
-    if token_weights is None:
-        return params
-    return dual_encoder.weight_tokens(params, token_weights, jax.random.fold_in(key, 1))
 
 
 def _pair_covariance(
@@ -202,7 +197,7 @@ def _pair_covariance(
     mesh: jax.sharding.Mesh,
     num_steps: int,
 ) -> Float[Array, "D D"]:
-    """Covariance of query embeddings with their positives, over the first batches."""
+    """Returns the covariance of queries and positives over the first batches."""
 
     @jax.jit
     def sums(params: Any, batch: Mapping[str, Array]) -> tuple[Array, ...]:
@@ -219,9 +214,9 @@ def _pair_covariance(
 
     total: Any = None
     for batch in progress.track(
-        batches.iterate(0, num_steps), "Aligning dims", num_steps
+        batches.iterate(0, num_steps), "Ordering the dims", num_steps
     ):
-        found = sums(params, sharding.place_batch(batch, mesh))
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        step = sums(params, sharding.place_batch(batch, mesh))
+        total = step if total is None else jax.tree.map(jnp.add, total, step)
     products, queries, positives, count = total
     return products / count - jnp.outer(queries / count, positives / count)

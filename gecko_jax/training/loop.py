@@ -1,12 +1,12 @@
-"""The training loop: contrastive steps on a mesh, resumable at any checkpoint.
+"""The training loop: contrastive steps on a mesh, resumable from any checkpoint.
 
-`step` holds the mathematics; `train` reads top to bottom around it.
+`_train` is the whole run from top to bottom. The mathematics of a step is in
+`train_step`, `gradients` and `gecko_jax.losses`.
 """
 
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,78 +14,78 @@ import ml_collections
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jaxtyping import Array
 
 import gecko_jax.config
-from gecko_jax.data import negatives, pipeline, task_table
-from gecko_jax.formats import checkpoints
-from gecko_jax.io import progress
-from gecko_jax.models import dual_encoder
-from gecko_jax.parallel import chips, numerics, sharding
+from gecko_jax.data import pipeline, task_table
+from gecko_jax.formats import checkpoints, model_folder
+from gecko_jax.losses import whole_batch
+from gecko_jax.parallel import numerics, sharding
 from gecko_jax.text import text_formats, vocabularies
 from gecko_jax.training import (
     initialization,
     interruption,
     metrics,
-    nonfinite,
+    reporting,
     train_step,
     workdirs,
 )
 
-Evaluate = Callable[[Any, int], Mapping[str, float]]
-
-# Steps before a trace begins: the first ones compile.
+# Steps before a profile begins: the first steps compile.
 _STEPS_BEFORE_PROFILE = 3
 
-# JAX has one trace at a time, and so has a process.
-_is_tracing = False
+# JAX allows one profile at a time in a process.
+_is_profiling = False
 
-# Processes ask for the time together, which takes some milliseconds.
+# Processes agree on the time by a collective, which takes milliseconds.
 _STEPS_BETWEEN_CLOCKS = 20
 
 
 def train(
     config: ml_collections.ConfigDict,
     workdir: str | pathlib.Path,
-    evaluate: Evaluate | None = None,
+    evaluate: reporting.Evaluate | None = None,
     *,
+    loss: whole_batch.Loss | None = None,
     profile_steps: int = 0,
 ) -> dict[str, float]:
-    """Trains a model, or goes on from the newest checkpoint of the workdir.
+    """Trains a model, or continues from the newest checkpoint of the workdir.
 
-    A run that was interrupted and taken up again ends with the parameters of one that
-    was not, bit for bit on CPU.
+    A run that is interrupted and resumed ends with the parameters of an uninterrupted
+    run, bit for bit on CPU.
 
     Args:
         config: See `configs/`; checked here.
-        workdir: The run's folder; see `checkpoints` for what it will hold.
+        workdir: Folder of the run; see `checkpoints` for its contents.
         evaluate: Called with (parameters, step) at the start, at the end and every
-            `evaluation.every_steps`; what it returns is logged. SIGTERM does not wait
-            for it: the run that goes on begins with what was left out.
-        profile_steps: Steps of which a trace is written to `profile/`; 0 for none.
+            `evaluation.every_steps`; its results are logged. SIGTERM does not wait for
+            it: the resumed run begins with the evaluation that was left out.
+        loss: Loss to train with; None is the contrastive loss of `config.loss`. See
+            `losses.whole_batch` for its signature.
+        profile_steps: Steps to profile into `profile/`; 0 for none.
 
     Returns:
         The last metrics.
 
     Raises:
-        ValueError: A fault in the config, the data or the workdir.
-        FloatingPointError: The loss or a gradient was not finite; says where.
-        interruption.Interrupted: SIGTERM came; all is saved, and the same call goes on.
+        ValueError: The config, the data or the workdir is wrong.
+        FloatingPointError: The loss or a gradient is not finite; names the step.
+        interruption.Interrupted: SIGTERM arrived. Everything is saved, and the same
+            call continues.
     """
     gecko_jax.config.check(config)
     numerics.check()
     workdir = pathlib.Path(workdir)
     is_main = jax.process_index() == 0
     with workdirs.hold(workdir, is_main), interruption.watch() as stop:
-        return _train(config, workdir, evaluate, stop, is_main, profile_steps)
+        return _train(config, workdir, evaluate, loss, stop, profile_steps)
 
 
 def _train(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    evaluate: Evaluate | None,
+    evaluate: reporting.Evaluate | None,
+    loss: whole_batch.Loss | None,
     stop: interruption.Flag,
-    is_main: bool,
     profile_steps: int,
 ) -> dict[str, float]:
     clock = metrics.Clock()
@@ -93,9 +93,91 @@ def _train(
     _set_compilation_cache(config.train.compilation_cache)
     mesh = sharding.build_mesh(**train_step.mesh_sizes(config))
 
-    _check_memory(f"data.batch_size={config.data.batch_size:,}", _batch_bytes(config))
+    # The data, the compiled step, and the starting point.
+    batches, start = _open_data(config, workdir, mesh, loss)
+    step_fn = train_step.build(
+        config,
+        mesh,
+        num_segments=batches.num_segments,
+        num_tasks=len(batches.task_names),
+        loss=loss,
+    )
+    _check_memory("the parameters and the optimizer state", _num_bytes(step_fn.shapes))
+    keep = {name: config.checkpoint[name] for name in ("keep", "keep_every_steps")}
+    checkpointer = checkpoints.Checkpointer(workdir, **keep)
+    key = jax.random.key(config.seed)
+    state, saved = _starting_point(
+        config, checkpointer, step_fn, batches, start, key, mesh, loss
+    )
+    del start
+    for line in train_step.describe(config, step_fn, mesh):
+        logging.info("%s", line)
+    step = first_step = int(state.step)
+    num_steps = config.train.num_steps
+    report = reporting.Report(
+        config, workdir, batches, step_fn, mesh, clock, first_step, saved, evaluate
+    )
 
-    # Data, and the model's own files, which no step changes.
+    is_interrupted = False
+    try:
+        report.evaluate_once(step, state.params)
+        # Metrics are read one step late, so that the device never waits for them.
+        pending = None
+        shapes = set()
+        saved_at = time.monotonic()
+        clock.enter("data")
+        stream = batches.iterate(first_step, num_steps)
+        for step, batch in enumerate(stream, start=first_step + 1):
+            _profile(step - first_step, profile_steps, workdir)
+            # The first call with a new shape compiles before it returns.
+            shape = tuple(leaf.shape for leaf in batch.values())
+            clock.enter("step" if shape in shapes else "compile")
+            shapes.add(shape)
+            state, summary = step_fn.run(state, sharding.place_batch(batch, mesh), key)
+            clock.enter("step")
+            if pending is not None:
+                report.add(*pending)
+            pending = (step, summary, batch)
+
+            is_stopping = stop.is_raised(step)
+            is_evaluating = report.is_evaluation_step(step)
+            is_saving = is_stopping or _is_saving_step(config, step, saved_at)
+            if is_saving or is_evaluating:
+                report.add(*pending)
+                pending = None
+            if is_evaluating and not is_stopping:
+                report.evaluate(step, state.params)
+            if is_saving:
+                position = workdirs.position(batches, config, loss) | report.state()
+                with clock.within("checkpoint"):
+                    checkpointer.save(step, state.params, state.opt_state, position)
+                saved_at = time.monotonic()
+            is_interrupted = is_stopping and (step < num_steps or is_evaluating)
+            if is_interrupted:
+                break
+            clock.enter("data")
+        clock.enter("checkpoint")
+        checkpointer.wait()
+    finally:
+        _profile(0, profile_steps, workdir)
+        report.close()
+        checkpointer.close()
+    if is_interrupted:
+        raise interruption.Interrupted(
+            f"SIGTERM after step {step} of {num_steps}: saved in {workdir}; run the "
+            "same command to continue"
+        )
+    return report.last
+
+
+def _open_data(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    loss: whole_batch.Loss | None,
+) -> tuple[pipeline.Batches, model_folder.ModelFiles | None]:
+    """Opens the training data and `init.checkpoint`, and writes the model folder."""
+    _check_memory(f"data.batch_size={config.data.batch_size:,}", _batch_bytes(config))
     start = initialization.load_start(config)
     initialization.check_vocabulary(load_vocabulary(config), config, start)
     batches = build_batches(
@@ -103,39 +185,37 @@ def _train(
         text_format=initialization.text_format(start, config.data.text_format),
         row_multiple=sharding.num_batch_shards(mesh),
     )
-    encoder_config = gecko_jax.config.encoder_config(config)
-    if is_main:
-        workdirs.write_model(workdir, config, encoder_config, batches, start)
-
-    # Model, optimizer, and where each of their arrays lives.
-    step_fn = train_step.build(
-        config,
-        mesh,
-        num_segments=batches.num_segments,
-        num_tasks=len(batches.task_names),
-    )
-    shardings = step_fn.shardings
-    state_bytes = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step_fn.shapes)
-    )
-    _check_memory("the parameters and the optimizer state", state_bytes)
-    key = jax.random.key(config.seed)
-
-    # The starting point: own workdir, then init.checkpoint, then scratch.
-    if is_main:
+    if jax.process_index() == 0:
+        workdirs.write_model(workdir, config, batches, start, loss)
         checkpoints.remove_temporary(workdir)
-    checkpointer = checkpoints.Checkpointer(
-        workdir,
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-    )
+    num_examples, num_tasks = batches.num_examples, len(batches.task_names)
+    logging.info("%s examples of %d tasks", f"{num_examples:,}", num_tasks)
+    return batches, start
+
+
+def _starting_point(
+    config: ml_collections.ConfigDict,
+    checkpointer: checkpoints.Checkpointer,
+    step_fn: train_step.Step,
+    batches: pipeline.Batches,
+    start: model_folder.ModelFiles | None,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+    loss: whole_batch.Loss | None,
+) -> tuple[train_step.TrainState, dict[str, Any]]:
+    """Returns the first train state, and what its checkpoint says of the run.
+
+    It comes from the workdir's newest checkpoint, else from `init.checkpoint`, else
+    from fresh parameters.
+    """
+    shardings = step_fn.shardings
     restored = checkpointer.restore(step_fn.shapes.params, step_fn.shapes.opt_state)
-    first_step, before = 0, {}
     if restored is not None:
-        first_step, params, opt_state, before = restored
-        workdirs.check_position(before, batches, config)
-        logging.info("going on from step %d of %s", first_step, workdir)
+        step, params, opt_state, saved = restored
+        workdirs.check_position(saved, batches, config, loss)
+        logging.info("continuing from step %d of %d", step, config.train.num_steps)
     else:
+        step, saved = 0, {}
         if start is not None:
             params = jax.device_put(start.params, shardings.params)
             logging.info("starting from %s", config.init.checkpoint)
@@ -145,187 +225,76 @@ def _train(
             )
         init = jax.jit(step_fn.tx.init, out_shardings=shardings.opt_state)
         opt_state = init(params)
-    step_array = jax.device_put(np.int32(first_step), shardings.step)
-    state = train_step.TrainState(params, opt_state, step_array)
-    del start, restored, params, opt_state
+    step = jax.device_put(np.int32(step), shardings.step)
+    return train_step.TrainState(params, opt_state, step), saved
 
-    num_steps = config.train.num_steps
-    logging.info(
-        "%s examples of %d tasks", f"{batches.num_examples:,}", len(batches.task_names)
-    )
-    for line in train_step.describe(config, step_fn, mesh):
-        logging.info("%s", line)
-    writer = metrics.Writer(workdir, first_step, enabled=is_main)
-    window = _window(config, batches, mesh)
-    window.restore(before.get("window", {}))
-    bar = progress.Progress("Training", num_steps, first_step, enabled=is_main)
-    position = {
-        "mixture_hash": batches.mixture_hash,
-        "mixture": batches.facts,
-        "seed": config.seed,
-    }
-    guard = nonfinite.Guard(config.train.max_skipped_steps, batches.task_names, workdir)
-    watch = negatives.Watch(
-        batches.task_names, all_hard_negatives=config.loss.all_hard_negatives
-    )
-    guard.restore(before.get("skipped", {}))
-    last: dict[str, float] = {}
 
-    def finish(
-        step: int, summary: dict[str, Array], batch: dict[str, np.ndarray]
-    ) -> None:
-        """Takes in the metrics of a step, once the next one is on its way."""
-        nonlocal last
-        window.count(batch)
-        watch.add(batch)
-        values = jax.device_get(summary)
-        if guard.is_finite(step, values):
-            window.add(values)
-        bar.update(step, f"loss {values['loss']:.3f}")
-        if step % config.train.log_every_steps == 0 or step == num_steps:
-            watch.warn()
-            rate = float(np.asarray(step_fn.schedule(step - 1)))
-            last = window.means() | clock.shares()
-            last |= {"learning_rate": rate, "skipped_steps": guard.total}
-            writer.write(step, last)
-
-    def is_evaluation_step(step: int) -> bool:
-        every = config.evaluation.every_steps
-        is_due = step in (0, num_steps) or (every > 0 and step % every == 0)
-        return evaluate is not None and is_due
-
-    def evaluate_now(step: int, params: Any) -> None:
-        assert evaluate is not None
-        began = time.monotonic()
-        with clock.within("evaluation"):
-            results = {
-                f"evaluation/{k}": float(v) for k, v in evaluate(params, step).items()
-            }
-        writer.write(step, results)
-        last.update(results)
-        window.pause(time.monotonic() - began)
-
-    def save(step: int) -> None:
-        # What was logged up to here is on disk before the step counts as done.
-        writer.flush()
-        # What the next line of metrics needs of the steps since the last one.
-        counters = {"window": window.state(), "skipped": guard.state()}
-        with clock.within("checkpoint"):
-            checkpointer.save(step, state.params, state.opt_state, position | counters)
-
-    step, is_interrupted = first_step, False
-    try:
-        if is_evaluation_step(first_step) and not _is_evaluated(workdir, first_step):
-            evaluate_now(first_step, state.params)
-        pending = None
-        shapes_seen = set()
-        saved_at = time.monotonic()
-        stream = batches.iterate(first_step, num_steps)
-        clock.enter("data")
-        for step, batch in enumerate(stream, start=first_step + 1):
-            _trace(step - first_step, profile_steps, workdir)
-            # The first call with a shape compiles it before it returns.
-            shape = tuple(leaf.shape for leaf in batch.values())
-            clock.enter("step" if shape in shapes_seen else "compile")
-            shapes_seen.add(shape)
-            placed = sharding.place_batch(batch, mesh)
-            state, summary = step_fn.run(state, placed, key)
-            clock.enter("step")
-            if pending is not None:
-                finish(*pending)
-            pending = (step, summary, batch)
-            is_stopping = stop.is_raised(step)
-            is_saving = (
-                is_stopping
-                or step % config.checkpoint.every_steps == 0
-                or step == num_steps
-                or _is_due(saved_at, config.checkpoint.every_minutes, step)
-            )
-            is_evaluating = is_evaluation_step(step)
-            if is_saving or is_evaluating:
-                finish(*pending)
-                pending = None
-            if is_evaluating and not is_stopping:
-                evaluate_now(step, state.params)
-            if is_saving:
-                save(step)
-                saved_at = time.monotonic()
-            is_interrupted = is_stopping and (step < num_steps or is_evaluating)
-            if is_interrupted:
-                break
-            clock.enter("data")
-        clock.enter("checkpoint")
-        checkpointer.wait()
-    finally:
-        _trace(0, profile_steps, workdir)
-        bar.close()
-        writer.close()
-        checkpointer.close()
-    if is_interrupted:
-        raise interruption.Interrupted(
-            f"SIGTERM after step {step} of {num_steps}: saved in {workdir}; the same "
-            "command goes on from there"
-        )
-    if first_step >= num_steps:
-        logging.info("%s is finished: %d steps of %d", workdir, first_step, num_steps)
-    return last
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _batch_bytes(config: ml_collections.ConfigDict) -> int:
-    """Returns the least memory of a batch whose texts all have full length."""
+    """Returns the size of a batch whose texts all have full length, at least."""
     passages = (1 + config.data.num_negatives) * config.data.passage_length
     tokens = config.data.batch_size * (config.data.query_length + passages)
     return 2 * 4 * tokens  # ids and segments
 
 
 def _check_memory(what: str, num_bytes: int) -> None:
-    """Refuses what the memory of a CPU host cannot hold.
+    """Refuses what does not fit the memory of a CPU host.
 
-    A host promises more memory than it has, and ends a process that uses it; an
-    accelerator says itself that its memory is full.
+    Linux overcommits memory and kills a process that uses too much; an accelerator
+    reports the error itself.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if jax.default_backend() == "cpu" and num_bytes > memory * jax.process_count():
         raise ValueError(
-            f"{what}: needs {num_bytes / 2**30:,.1f} GiB, and this machine has "
+            f"{what}: {num_bytes / 2**30:,.1f} GiB do not fit this machine's "
             f"{memory / 2**30:,.1f} GiB of memory; choose a smaller model or batch"
         )
 
 
-def _is_evaluated(workdir: pathlib.Path, step: int) -> bool:
-    """Whether the metrics hold the evaluation of a step, as the first process sees."""
-    is_evaluated = any(
-        line["step"] == step and any(name.startswith("evaluation/") for name in line)
-        for line in metrics.read(workdir / metrics.METRICS)
-    )
-    if jax.process_count() == 1:
-        return is_evaluated
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_evaluated)))
+def _is_saving_step(
+    config: ml_collections.ConfigDict, step: int, saved_at: float
+) -> bool:
+    """Returns whether to save a checkpoint after the step: the same on all processes.
 
-
-def _is_due(saved_at: float, every_minutes: int, step: int) -> bool:
-    """Whether it is time to save again, by the clock of the first process."""
-    if not every_minutes:
+    Args:
+        config: The training config.
+        step: The step.
+        saved_at: Time of the last checkpoint, in seconds of `time.monotonic`.
+    """
+    settings = config.checkpoint
+    if step % settings.every_steps == 0 or step == config.train.num_steps:
+        return True
+    if not settings.every_minutes:
         return False
-    is_due = time.monotonic() - saved_at > 60 * every_minutes
+    is_due = time.monotonic() - saved_at > 60 * settings.every_minutes
     if jax.process_count() == 1:
         return is_due
+    # The clock of process 0 decides.
     if step % _STEPS_BETWEEN_CLOCKS:
         return False
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_due)))
 
 
-def _trace(steps_begun: int, profile_steps: int, workdir: pathlib.Path) -> None:
-    """Begins or ends a trace where a step begins; with 0 steps begun, ends it."""
-    global _is_tracing
+def _profile(step: int, profile_steps: int, workdir: pathlib.Path) -> None:
+    """Starts or stops the profile at the beginning of a step; step 0 stops it.
+
+    Args:
+        step: Step of this process, from 1.
+        profile_steps: Steps to profile.
+        workdir: Folder of the run.
+    """
+    global _is_profiling
     first = _STEPS_BEFORE_PROFILE + 1
-    is_wanted = first <= steps_begun < first + profile_steps
-    if is_wanted and not _is_tracing:
+    is_profiled = first <= step < first + profile_steps
+    if is_profiled and not _is_profiling:
         jax.profiler.start_trace(workdir / "profile")
-    elif _is_tracing and not is_wanted:
+    elif _is_profiling and not is_profiled:
         jax.profiler.stop_trace()
-        logging.info("a trace is in %s; xprof shows it", workdir / "profile")
-    _is_tracing = is_wanted
+        logging.info("profile written to %s; open it in XProf", workdir / "profile")
+    _is_profiling = is_profiled
 
 
 def _set_compilation_cache(folder: str) -> None:
@@ -334,29 +303,13 @@ def _set_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def _window(
-    config: ml_collections.ConfigDict, batches: pipeline.Batches, mesh: Any
-) -> metrics.Window:
-    encoder_config = gecko_jax.config.encoder_config(config)
-    chip = chips.of(mesh.devices.flat[0])
-    lengths = train_step.row_lengths(config)
-    return metrics.Window(
-        batches.task_names,
-        flops_per_token={
-            side: dual_encoder.flops_per_token(encoder_config, length)
-            for side, length in lengths.items()
-        },
-        peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
-    )
-
-
 def build_batches(
     config: ml_collections.ConfigDict,
     *,
     text_format: text_formats.TextFormat,
     row_multiple: int = 1,
 ) -> pipeline.Batches:
-    """Returns the batches that a config names, building their caches if need be."""
+    """Returns the batches of a config; builds their caches if they are missing."""
     settings = config.data.to_dict()
     cache_dir = pathlib.Path(settings.pop("cache_dir")).expanduser()
     for key in ("vocabulary", "extra_ids", "text_format"):
@@ -374,6 +327,6 @@ def build_batches(
 
 
 def load_vocabulary(config: ml_collections.ConfigDict) -> vocabularies.Vocabulary:
-    """Returns the vocabulary that a config names."""
+    """Returns the vocabulary of a config."""
     path = task_table.vocabulary_path(config.data.vocabulary)
     return vocabularies.load(path, config.data.extra_ids)

@@ -1,7 +1,7 @@
-"""One update of the train state: `train_step`, and all that it is compiled from.
+"""One update of the train state: `train_step`, and how it is compiled for a config.
 
-`build` is what `train` runs and what `compile` proves: model, optimizer, the place of
-every array, and the jitted step.
+`build` returns the model, the optimizer, all shardings and the jitted step. Training
+runs it; `gecko compile` lowers it for a TPU.
 """
 
 import functools
@@ -17,13 +17,14 @@ from jaxtyping import Array, Key
 
 import gecko_jax.config
 from gecko_jax.data import features
+from gecko_jax.losses import whole_batch
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import sharding
 from gecko_jax.training import gradients, optimizer
 
 
 class TrainState(NamedTuple):
-    """What a step changes: parameters, optimizer state, number of updates."""
+    """Parameters, optimizer state and number of updates."""
 
     params: Any
     opt_state: Any
@@ -35,11 +36,11 @@ class Step(NamedTuple):
 
     Attributes:
         encoder: The model.
-        schedule: Step -> learning rate.
+        schedule: Learning rate by step.
         tx: The optimizer.
-        shapes: The train state's shapes, with their shardings.
-        shardings: Of the train state.
-        run: (state, batch, key) -> (state, metrics); takes over the state given.
+        shapes: Shapes of the train state, with shardings.
+        shardings: Shardings of the train state.
+        run: Jitted (state, batch, key) -> (state, metrics); donates the state.
     """
 
     encoder: dual_encoder.DualEncoder
@@ -63,15 +64,15 @@ def train_step(
 
     Args:
         state: Donated.
-        batch: Model features, see `gecko_jax.data.pipeline`.
-        key: Randomness of the run; the step is folded in.
+        batch: Model features, see `gecko_jax.data.features`.
+        key: PRNG key of the run; the step is folded in.
         loss_and_gradients: See `gradients.build`.
         tx: The optimizer.
         num_tasks: Length of the per-task sums.
 
     Returns:
-        The next state, unchanged but for the step when the loss or a gradient is not
-        finite, and metrics: means over the batch, and sums per task.
+        The next state, and metrics: means over the batch and sums per task. If the loss
+        or a gradient is not finite, only the step of the state changes.
     """
     key = jax.random.fold_in(key, state.step)
     row_loss, terms, grads = loss_and_gradients(state.params, batch, key)
@@ -79,6 +80,7 @@ def train_step(
     count = jnp.maximum(jnp.sum(mask), 1.0)
     loss = jnp.sum(row_loss) / count
     grad_norm = optax.tree.norm(grads)
+    # Skip the update if it is not finite; the host decides whether to stop.
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, updates), opt_state)
@@ -88,6 +90,7 @@ def train_step(
         (state.params, state.opt_state),
     )
 
+    # Metrics, at the largest dim unless their name says otherwise.
     full = terms[max(terms)]
     means = {
         "accuracy": full.accuracy,
@@ -111,18 +114,25 @@ def train_step(
 
 
 def build(
-    config: ml_collections.ConfigDict, mesh: Mesh, *, num_segments: int, num_tasks: int
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    *,
+    num_segments: int,
+    num_tasks: int,
+    loss: whole_batch.Loss | None = None,
 ) -> Step:
     """Builds the step of a config on a mesh; nothing is compiled yet.
 
     Args:
         config: The training config.
         mesh: The devices.
-        num_segments: Texts a row may hold.
+        num_segments: Largest number of texts in a row.
         num_tasks: Tasks of the mixture.
+        loss: Loss to train with instead of that of `config.loss`.
 
     Raises:
-        ValueError: The batch cannot be split over the mesh, or a rule is wrong.
+        ValueError: The batch does not divide over the mesh, or a sharding rule is
+            wrong.
     """
     microbatch_size = config.train.microbatch_size
     sharding.check_batch(config.data.batch_size, microbatch_size, mesh)
@@ -146,6 +156,7 @@ def build(
             num_segments=num_segments,
             microbatch_size=microbatch_size,
             loss_settings=config.loss.to_dict(),
+            loss=loss,
         ),
         tx=tx,
         num_tasks=num_tasks,
@@ -168,7 +179,7 @@ def build(
 def build_optimizer(
     config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Returns the schedule and the optimizer that a config names."""
+    """Returns the schedule and the optimizer of a config."""
     settings = config.optimizer
     schedule = optimizer.build_schedule(
         settings.schedule,
@@ -189,12 +200,12 @@ def build_optimizer(
 
 
 def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the sizes in `config.mesh`, as `sharding.build_mesh` takes them."""
+    """Returns the arguments of `sharding.build_mesh`."""
     return {name: size for name, size in config.mesh.items() if name != "rules"}
 
 
 def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape:
-    """Returns the sizes of the batches of a config on a mesh."""
+    """Returns the shape of a config's batches on a mesh."""
     data = config.data
     return features.Shape(
         data.query_length,
@@ -208,7 +219,7 @@ def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape
 
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """Returns shapes and shardings of a batch whose texts all have full length."""
+    """Returns shapes and shardings of a batch of full-length texts."""
     sizes = features.largest(config.data.batch_size, batch_shape(config, mesh))
     shapes = {
         name: jax.ShapeDtypeStruct(dims, dtype) for name, (dims, dtype) in sizes.items()
@@ -217,7 +228,7 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
 
 
 def row_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """Returns the tokens of a row of each side: with packing those of the longer."""
+    """Returns the row length of each side; packed rows are as long as the longer."""
     lengths: dict[str, int] = {
         side: config.data[f"{side}_length"] for side in gradients.SIDES
     }
@@ -227,11 +238,11 @@ def row_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
 
 
 def model_flops(config: ml_collections.ConfigDict, mean_length: float = 1.0) -> float:
-    """Returns the FLOPs of a step: the model's own, without what is computed again.
+    """Returns the model FLOPs of a step; recomputation does not count.
 
     Args:
         config: The training config.
-        mean_length: Of texts, as a share of the longest; 1 is the most there can be.
+        mean_length: Mean text length, as a share of the maximum length.
     """
     encoder_config = gecko_jax.config.encoder_config(config)
     texts = {

@@ -1,7 +1,7 @@
-"""A training workdir as a run finds it and as it begins it.
+"""The workdir of a training run: its lock, its config, and its model folder.
 
-The files are listed in `checkpoints`; here is what decides whether a run may go on in
-a workdir, and what makes the workdir a model before its first step.
+A run may continue in a workdir only with the same config, data and loss. The files of a
+workdir are listed in `formats.checkpoints`.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ import gecko_jax.config
 from gecko_jax.data import pipeline
 from gecko_jax.formats import model_folder
 from gecko_jax.io import reading, writing
-from gecko_jax.models import dual_encoder
+from gecko_jax.losses import whole_batch
 
 CONFIG = "config.json"
 LOCK = "lock"
 
-# Keys that may differ when a workdir is taken up again: they change neither what is
-# learned nor what a checkpoint holds.
+# Keys that may change on resume: they affect neither the parameters nor the contents of
+# a checkpoint.
 _FREE_ON_RESUME = (
     "train.log_every_steps",
     "train.microbatch_size",
@@ -43,16 +43,14 @@ _FREE_ON_RESUME = (
 
 @contextlib.contextmanager
 def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
-    """Keeps other runs out of a workdir for as long as this process lives in it.
-
-    The lock is the kernel's: it is gone when the process is, however that ends.
+    """Locks the workdir against other runs. The kernel releases the lock on exit.
 
     Args:
-        workdir: The run's folder, made if it is not there.
-        is_main: Whether this is the run's first process, the one that holds the lock.
+        workdir: Folder of the run; created if it is missing.
+        is_main: Whether this is process 0 of the run, which holds the lock.
 
     Raises:
-        ValueError: Another run is in the workdir; names its process and machine.
+        ValueError: Another run holds the lock; names its process and machine.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if not is_main:
@@ -64,11 +62,11 @@ def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{workdir}: another run is at work in it ({file.read().strip()}); "
-                "wait for it, end it, or choose another workdir"
+                f"{workdir}: another run uses it ({file.read().strip()}); wait for it, "
+                "stop it, or choose another workdir"
             ) from None
         except OSError as error:
-            # A bucket that is mounted as a folder may know no locks.
+            # A bucket mounted as a folder may not support locks.
             logging.info("%s cannot be locked (%s)", workdir, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -77,10 +75,10 @@ def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses to go on in the workdir of a run with another config.
+    """Refuses to continue a run of another config.
 
     Raises:
-        ValueError: Names every key that differs, with both values.
+        ValueError: Lists every key that differs, with both values.
     """
     path = workdir / CONFIG
     if not path.exists():
@@ -89,8 +87,8 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
         before = gecko_jax.config.flatten(reading.parse_json(path.read_text("utf-8")))
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: not the JSON of a config ({error}); the file is damaged, restore "
-            "it or choose another workdir"
+            f"{path}: damaged, not a config in JSON ({error}); restore it, or choose "
+            "another workdir"
         ) from None
     before = gecko_jax.config.ADDED_KEYS | before
     now = gecko_jax.config.flatten(json.loads(gecko_jax.config.to_json(config)))
@@ -101,27 +99,40 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
     ]
     if changed:
         raise ValueError(
-            f"{workdir}: made by another config; set these back, or choose another "
-            "workdir (init.checkpoint starts from this one):\n  " + "\n  ".join(changed)
+            f"{workdir}: belongs to a run with another config; change these keys back, "
+            "or start in a new workdir with init.checkpoint set to this one:\n  "
+            + "\n  ".join(changed)
         )
 
 
 def check_position(
-    position: Mapping[str, Any],
+    saved: Mapping[str, Any],
     batches: pipeline.Batches,
     config: ml_collections.ConfigDict,
+    loss: whole_batch.Loss | None,
 ) -> None:
-    """Refuses to go on when the data is not what the checkpoint was trained on.
+    """Refuses to continue if the data or the loss differs from the checkpoint's.
+
+    Args:
+        saved: What `position` returned when the checkpoint was saved.
+        batches: The data of this run.
+        config: The config of this run.
+        loss: The loss of this run; None for the contrastive one.
 
     Raises:
-        ValueError: Names what has changed: task, source, rate, format or size.
+        ValueError: Names what has changed: task, source, rate, format, size or loss.
     """
-    mixture_hash, facts = position.get("mixture_hash"), position.get("mixture", {})
+    if saved.get("loss") != _loss_name(loss):
+        before, now = saved.get("loss"), _loss_name(loss)
+        raise ValueError(
+            f"loss: the checkpoint was trained with {before or 'config.loss'}, not "
+            f"with {now or 'config.loss'}; pass the same loss, or use a new workdir"
+        )
+    mixture_hash, facts = saved.get("mixture_hash"), saved.get("mixture", {})
     if not isinstance(mixture_hash, str) or not isinstance(facts, Mapping):
         raise ValueError(
             "the newest of checkpoints/ has an edited position (mixture_hash is "
-            f"{mixture_hash!r}); remove that checkpoint, and the run goes on from the "
-            "one before"
+            f"{mixture_hash!r}); remove that checkpoint to continue from the one before"
         )
     if mixture_hash != batches.mixture_hash:
         before = _flat_facts(facts)
@@ -132,12 +143,33 @@ def check_position(
             if before.get(name) != now.get(name) and not name.endswith(".cache")
         ] or ["the version of the code that tokenizes"]
         raise ValueError(
-            f"the data has changed since the checkpoint was made (mixture "
-            f"{mixture_hash}, now {batches.mixture_hash}): a resumed run "
-            "would not see the examples it should; restore the files of "
-            f"data.files={config.data.files} or data.mixture={config.data.mixture}, or "
-            "start in a new workdir. Changed:\n  " + "\n  ".join(changed)
+            f"the data has changed since the checkpoint was saved (mixture "
+            f"{mixture_hash}, now {batches.mixture_hash}), so the run cannot continue "
+            f"exactly; restore data.files={config.data.files} or "
+            f"data.mixture={config.data.mixture}, or start in a new workdir. Changed:"
+            "\n  " + "\n  ".join(changed)
         )
+
+
+def position(
+    batches: pipeline.Batches,
+    config: ml_collections.ConfigDict,
+    loss: whole_batch.Loss | None,
+) -> dict[str, Any]:
+    """Returns what a checkpoint records of the data and the loss, as JSON."""
+    facts = {
+        "mixture_hash": batches.mixture_hash,
+        "mixture": batches.facts,
+        "seed": config.seed,
+    }
+    return facts | ({"loss": _loss_name(loss)} if loss else {})
+
+
+def _loss_name(loss: whole_batch.Loss | None) -> str | None:
+    if loss is None:
+        return None
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    return f"{getattr(loss, '__module__', '')}.{name}"
 
 
 def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,11 +187,11 @@ def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_model(
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
-    encoder_config: dual_encoder.EncoderConfig,
     batches: pipeline.Batches,
     start: model_folder.ModelFiles | None,
+    loss: whole_batch.Loss | None,
 ) -> None:
-    """Writes what makes the workdir a model, before step 0."""
+    """Makes the workdir a model folder, before the first step."""
     with writing.write_file(workdir / CONFIG) as temporary:
         temporary.write_text(gecko_jax.config.to_json(config))
     provenance = {
@@ -171,11 +203,13 @@ def write_model(
         },
         "started_from": start.revision if start else None,
     }
+    if loss is not None:
+        provenance["loss"] = _loss_name(loss)
     model_folder.write_model_json(
         workdir,
         model_folder.ModelFiles(
             params={},
-            encoder_config=encoder_config,
+            encoder_config=gecko_jax.config.encoder_config(config),
             text_format=batches.text_format,
             vocabulary_proto=batches.vocabulary.model_proto,
             extra_ids=batches.vocabulary.extra_ids,
@@ -190,7 +224,7 @@ def write_model(
 
 
 def _revision(provenance: Mapping[str, Any]) -> str:
-    """Names the run by all that decides its parameters."""
+    """Returns a hash of everything that affects the parameters of the run."""
     facts = {
         key: value
         for key, value in gecko_jax.config.flatten(provenance).items()

@@ -30,7 +30,7 @@ def _encoder(config):
         projected = dual_encoder.DualEncoder(config).apply(
             {"params": params}, tokens, segment_ids
         )
-        return dual_encoder.mrl_embedding(projected[0, 0], config.embedding_dim)
+        return dual_encoder.normalize(projected[0, 0][..., : config.embedding_dim])
 
     return jax.jit(encode)
 
@@ -152,7 +152,7 @@ def test_a_smaller_dim_is_a_normalized_prefix(tiny_gecko, texts):
     np.testing.assert_allclose(np.linalg.norm(small, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(embedding.cut(full, 4), small, atol=1e-6)
     np.testing.assert_allclose(
-        dual_encoder.mrl_embedding(jnp.asarray(full), 4), small, atol=1e-6
+        dual_encoder.normalize(jnp.asarray(full)[..., :4]), small, atol=1e-6
     )
 
 

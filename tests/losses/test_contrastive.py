@@ -453,7 +453,7 @@ def test_embedding_matching_is_added_once_to_the_loss_of_all_dims():
     np.testing.assert_allclose(total, plain + 0.3 * matching, rtol=1e-6)
     np.testing.assert_array_equal(terms[6].matching, matching)
     assert terms[2].matching is None
-    with pytest.raises(ValueError, match=r"no vectors of a teacher.*data\.teacher"):
+    with pytest.raises(ValueError, match=r"no teacher vectors.*data\.teacher"):
         contrastive.mrl_loss(*parts, ids, **settings, matching_weight=0.3)
 
 

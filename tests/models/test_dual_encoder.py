@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from gecko_jax.formats import parameters
 from gecko_jax.losses import contrastive
-from gecko_jax.models import dual_encoder
+from gecko_jax.models import dual_encoder, from_scratch
 
 T5X = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 ATOL = 2e-5  # T5X parity in float32; an erf GELU is already off by 7e-4
@@ -137,9 +137,7 @@ class TestT5X:
                 np.testing.assert_allclose(
                     projected, reference["left_projected"], atol=ATOL
                 )
-            found = dual_encoder.mrl_embedding(
-                projected, config.embedding_dim, config.l2_epsilon
-            )
+            found = dual_encoder.normalize(projected, config.l2_epsilon)
             np.testing.assert_allclose(found, reference[f"{side}_encodings"], atol=ATOL)
 
     def test_a_row_of_padding_is_zero(self, reference, config, params):
@@ -416,17 +414,19 @@ def test_t5_1_0_has_one_wi_and_umt5_a_bias_in_each_layer():
 def test_a_cut_embedding_is_normalized_again():
     projected = jax.random.normal(jax.random.key(0), (5, 8))
     for dim in (2, 4, 8):
-        cut = dual_encoder.mrl_embedding(projected, dim)
+        cut = dual_encoder.normalize(projected[..., :dim])
         assert cut.shape == (5, dim)
         np.testing.assert_allclose(jnp.linalg.norm(cut, axis=-1), 1, atol=1e-6)
         whole = dual_encoder.normalize(projected)[:, :dim]
         np.testing.assert_allclose(cut, dual_encoder.normalize(whole), atol=1e-6)
-    assert (dual_encoder.mrl_embedding(jnp.zeros((1, 8)), 4) == 0).all()
+    assert (dual_encoder.normalize(jnp.zeros((1, 8))) == 0).all()
 
 
 def test_weighed_tokens_count_by_their_weight_in_the_projection():
     weights = np.linspace(0, 1, CONFIG.vocab_size).astype(np.float32)
-    params = dual_encoder.weight_tokens(_params(CONFIG), weights, jax.random.key(2))
+    params = from_scratch.weight_tokens(
+        _params(CONFIG), weights, jax.random.key(2), 0.25
+    )
     assert jax.tree.structure(params) == jax.tree.structure(_params(CONFIG))
     table = params["token_embedder"]["embedding"]
     seen = (params["projection_layer"]["kernel"] != 0).any(1)
@@ -439,7 +439,7 @@ def test_an_aligned_projection_keeps_similarities_and_puts_shared_dims_first():
     params = _params(CONFIG)
     rng = np.random.default_rng(3)
     covariance = rng.normal(size=(8, 8)).astype(np.float32)
-    aligned = dual_encoder.align_projection(params, jnp.asarray(covariance))
+    aligned = from_scratch.align_projection(params, jnp.asarray(covariance))
     rows = _rows(_texts(9, 20), 20)
     before, after = (_embed(CONFIG, p, *rows)[:, 0] for p in (params, aligned))
     np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-4)

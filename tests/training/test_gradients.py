@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gecko_jax import losses
 from gecko_jax.data import features
 from gecko_jax.losses import contrastive
 from gecko_jax.models import dual_encoder
@@ -91,7 +92,9 @@ def _batch(packing, row_multiple, num_negatives=G):
     return batch
 
 
-def _compute(encoder, mesh, params, batch, microbatch_size, num_segments, settings):
+def _compute(
+    encoder, mesh, params, batch, microbatch_size, num_segments, settings, loss=None
+):
     shapes, axes = dual_encoder.abstract_params(encoder.config)
     shardings = sharding.param_shardings(shapes, axes, mesh)
     compute = gradients.build(
@@ -101,6 +104,7 @@ def _compute(encoder, mesh, params, batch, microbatch_size, num_segments, settin
         num_segments=num_segments,
         microbatch_size=microbatch_size,
         loss_settings=settings,
+        loss=loss,
     )
     placed = sharding.place_batch(batch, mesh)
     params = jax.device_put(params, shardings)
@@ -224,6 +228,63 @@ def test_pairs_without_hard_negatives_give_the_dense_gradient():
         encoder, _mesh((2, 2, 1)), _params(encoder), batch, 16, 1, EVERYTHING
     )
     _assert_same(compute(*arguments), _dense(encoder, batch, 1, EVERYTHING))
+
+
+def _own_loss(queries, positives, negatives, ids, features):
+    """Equation 3 with the masks of `contrastive`, as a user would write it."""
+    assert set(features) == {"task_index"} | set(contrastive.TeacherVectors._fields)
+    is_self = jnp.eye(len(queries), dtype=bool)
+    group = ids.negative_group
+    others = (group[:, None] == group[None]) & ids.example_mask[None] & ~is_self
+    to_positives = losses.similarities(queries, positives)
+    to_queries = losses.similarities(queries, queries)
+    to_negatives = jnp.einsum("bd,bgd->bg", queries, negatives)
+    logits = jnp.concatenate(
+        [
+            jnp.where(others | is_self, to_positives, -jnp.inf),
+            jnp.where(others, to_queries, -jnp.inf),
+            jnp.where(ids.negative_mask, to_negatives, -jnp.inf),
+        ],
+        axis=1,
+    )
+    own = jnp.diagonal(to_positives) / 0.1
+    return jax.nn.logsumexp(logits / 0.1, axis=1) - own
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatch", "packing"),
+    [((2, 2, 2), 8, True), ((2, 2, 1), 16, False), ((1, 1, 1), 0, True)],
+)
+def test_a_loss_of_the_user_trains_like_ours(mesh, microbatch, packing):
+    encoder, batch = _encoder(dropout_rate=0.1), _batch(packing, 8)
+    batch = batch | {"task_index": np.zeros(B, np.int32)}
+    settings = EQUATION_3 | {"mask_duplicates": False}
+    num_segments = NUM_SEGMENTS if packing else 1
+    compute, arguments = _compute(
+        *(encoder, _mesh(mesh), _params(encoder), batch),
+        *(microbatch, num_segments, settings, _own_loss),
+    )
+    loss, terms, grads = compute(*arguments)
+    expected = _dense(encoder, batch, num_segments, settings)
+    _assert_same(
+        (loss, {dim: own.loss for dim, own in terms.items()}, grads),
+        (expected[0], {dim: own.loss for dim, own in expected[1].items()}, expected[2]),
+    )
+    # A dim's metrics do not depend on the loss.
+    for dim, own in terms.items():
+        np.testing.assert_allclose(
+            own.positive_similarity, expected[1][dim].positive_similarity, atol=1e-5
+        )
+
+
+def test_a_loss_of_another_shape_is_refused():
+    encoder, batch = _encoder(), _batch(False, 8)
+    compute, arguments = _compute(
+        *(encoder, _mesh((2, 1, 1)), _params(encoder), batch, 0, 1, EQUATION_3),
+        lambda queries, *_: queries.sum(),
+    )
+    with pytest.raises(ValueError, match=r"loss: returned shape \(\).*\(32,\)"):
+        compute(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,24 @@ def test_two_runs_in_one_workdir_are_refused_until_the_first_is_gone(tmp_path):
 def test_an_edited_position_is_told_with_the_remedy(position):
     batches = mock.create_autospec(pipeline.Batches, instance=True, mixture_hash="a")
     with pytest.raises(ValueError, match=r"edited position.*remove that checkpoint"):
-        workdirs.check_position(position, batches, ml_collections.ConfigDict())
+        workdirs.check_position(
+            position, batches, ml_collections.ConfigDict(), loss=None
+        )
+
+
+def test_a_run_continues_only_with_its_own_loss():
+    batches = mock.create_autospec(
+        pipeline.Batches, instance=True, mixture_hash="a", facts={}
+    )
+    config = ml_collections.ConfigDict({"seed": 0})
+    own = workdirs.position(batches, config, max)
+    workdirs.check_position(own, batches, config, max)
+    with pytest.raises(ValueError, match=r"trained with builtins.max, not with config"):
+        workdirs.check_position(own, batches, config, None)
+    contrastive = workdirs.position(batches, config, None)
+    assert "loss" not in contrastive
+    with pytest.raises(ValueError, match=r"with config.loss, not with builtins.min"):
+        workdirs.check_position(contrastive, batches, config, min)
 
 
 def test_a_run_goes_on_that_began_before_a_key_was_added(tmp_path):
