@@ -4,10 +4,9 @@ All text of models and passages is escaped, and the page cannot load or run anyt
 Charts are HTML and CSS.
 """
 
-import dataclasses
 import html
 import pathlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,35 +25,8 @@ _MAX_CHARACTERS = 420  # of a passage
 _MAX_BINS = 15  # of a histogram
 
 
-@dataclasses.dataclass
-class Facts:
-    """Content of the page, gathered shard by shard.
-
-    Attributes:
-        rows: Triples.
-        moved: Triples whose positive is not the seed.
-        ranks: Name of a histogram -> rank -> number of rows.
-        agreements: Kendall's tau of the two judges, per row.
-        same_first: Rows whose best candidate is the same for both judges.
-        tasks: Task -> number of queries.
-        query_words: Words of each query.
-        passage_words: Words of each seed passage.
-        shown: Random rows: records of generate, retrieve and fuse.
-    """
-
-    rows: int = 0
-    moved: int = 0
-    ranks: dict[str, Counter[int]] = dataclasses.field(
-        default_factory=lambda: defaultdict(Counter)
-    )
-    agreements: list[float] = dataclasses.field(default_factory=list)
-    same_first: int = 0
-    tasks: Counter[str] = dataclasses.field(default_factory=Counter)
-    query_words: list[int] = dataclasses.field(default_factory=list)
-    passage_words: list[int] = dataclasses.field(default_factory=list)
-    shown: list[tuple[stages.Record, stages.Record, stages.Record]] = dataclasses.field(
-        default_factory=list
-    )
+# Records of generate, retrieve and fuse.
+_Row = tuple[stages.Record, stages.Record, stages.Record]
 
 
 def write(
@@ -77,16 +49,20 @@ def write(
     for step in passes.steps:
         if step.stage.folder.is_dir():
             step.stage.begin()
-    page = render(passes, gather(passes, num_rows))
+    page = _render(passes, *_gather(passes, num_rows))
     path = workdir / OUTPUT
     with writing.write_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def gather(passes: pipeline.Pipeline, num_rows: int) -> Facts:
-    """Reads every finished shard."""
-    facts, source = Facts(), passes.source
+def _gather(
+    passes: pipeline.Pipeline, num_rows: int
+) -> tuple[list[dict[str, Any]], list[_Row]]:
+    """Returns the facts about every triple, and some random rows."""
+    source = passes.source
+    facts: list[dict[str, Any]] = []
+    shown: list[_Row] = []
     rng = np.random.default_rng(source.config.seed)
     finished = [s for s in range(len(passes.shards)) if passes.fuse.has(s)]
     if not finished:
@@ -97,46 +73,55 @@ def gather(passes: pipeline.Pipeline, num_rows: int) -> Facts:
         queries = stages.by_id(passes.generate.read(shard))
         retrieved = stages.by_id(passes.retrieve.read(shard))
         for record in stages.kept(passes.fuse.read(shard)):
-            query, row = queries[record["id"]], retrieved[record["id"]]
-            facts.rows += 1
-            facts.moved += record["moved"]
-            facts.tasks[query["task"]] += 1
-            facts.query_words.append(_num_words(query["query"]))
-            seed = source.store.texts[record["id"]][1]
-            facts.passage_words.append(_num_words(seed))
-            _count_ranks(facts, record, row)
+            row = queries[record["id"]], retrieved[record["id"]], record
+            facts.append(_measure(source, *row))
             # Reservoir sampling: all rows are equally likely to be shown.
-            if len(facts.shown) < num_rows:
-                facts.shown.append((query, row, record))
+            if len(shown) < num_rows:
+                shown.append(row)
             elif num_rows:
-                place = int(rng.integers(facts.rows))
+                place = int(rng.integers(len(facts)))
                 if place < num_rows:
-                    facts.shown[place] = (query, row, record)
+                    shown[place] = row
+    return facts, shown
+
+
+def _measure(
+    source: pipeline.Source,
+    query: stages.Record,
+    row: stages.Record,
+    record: stages.Record,
+) -> dict[str, Any]:
+    """Returns the facts about a triple; ranks have the names of their charts."""
+    first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
+    for values in (record["fused"], first, second):
+        if values is not None:
+            stages.of_candidates(values, row)
+    seed = stages.position(row, record["id"])
+    ranks = {"seed, by retrieval": row["seed_rank"] or len(row["candidates"]) + 1}
+    if first is not None:
+        ranks["seed, by QL"] = first[seed]
+    if second is not None:
+        ranks["seed, by RC"] = second[seed]
+    ranks["seed, fused"] = int(fusion.ranks(record["fused"])[seed])
+    for name in ("positive", "negative"):
+        if record[name] is not None:
+            rank = stages.position(row, record[name]) + 1
+            ranks[f"{name}, by retrieval"] = rank
+    facts = {
+        "moved": record["moved"],
+        "task": query["task"],
+        "query": _num_words(query["query"]),
+        "passage": _num_words(source.store.texts[record["id"]][1]),
+        "ranks": ranks,
+    }
+    if first is not None and second is not None:
+        facts["tau"] = kendall(first, second)
+        facts["same_first"] = np.argmin(first) == np.argmin(second)
     return facts
 
 
 def _num_words(text: str) -> int:
     return word_rule.count(word_rule.words(text))
-
-
-def _count_ranks(facts: Facts, record: stages.Record, row: stages.Record) -> None:
-    first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
-    for values in (record["fused"], first, second):
-        if values is not None:
-            stages.of_candidates(values, row)
-    seed, ranks = stages.position(row, record["id"]), facts.ranks
-    ranks["seed, by retrieval"][row["seed_rank"] or len(row["candidates"]) + 1] += 1
-    for title, values in (("QL", first), ("RC", second)):
-        if values is not None:
-            ranks[f"seed, by {title}"][values[seed]] += 1
-    ranks["seed, fused"][int(fusion.ranks(record["fused"])[seed])] += 1
-    for name in ("positive", "negative"):
-        if record[name] is not None:
-            place = stages.position(row, record[name]) + 1
-            ranks[f"{name}, by retrieval"][place] += 1
-    if first is not None and second is not None:
-        facts.agreements.append(kendall(first, second))
-        facts.same_first += int(np.argmin(first) == np.argmin(second))
 
 
 def kendall(first: Sequence[int], second: Sequence[int]) -> float:
@@ -147,32 +132,33 @@ def kendall(first: Sequence[int], second: Sequence[int]) -> float:
     return float(signs.mean())
 
 
-def render(passes: pipeline.Pipeline, facts: Facts) -> str:
+def _render(
+    passes: pipeline.Pipeline, facts: Sequence[dict[str, Any]], shown: Sequence[_Row]
+) -> str:
     """Returns the page."""
     source, config = passes.source, passes.source.config
-    last = max((max(counter) for counter in facts.ranks.values()), default=1)
-    rank_charts = (
-        _columns(
-            {str(rank): counter[rank] for rank in range(1, last + 1)},
-            f"rank of the {name}",
-        )
-        for name, counter in facts.ranks.items()
-    )
-    length_charts = (
-        _columns(_histogram(facts.query_words), "words of a query"),
-        _columns(_histogram(facts.passage_words), "words of a seed passage"),
-    )
-    common = facts.tasks.most_common(_MAX_TASKS)
-    if rest := facts.tasks.total() - sum(count for _, count in common):
-        others = len(facts.tasks) - len(common)
-        common.append((f"{others:,} other tasks", rest))
+    last = max((max(one["ranks"].values()) for one in facts), default=1)
+    names = dict.fromkeys(name for one in facts for name in one["ranks"])
+    charts = []
+    for name in names:
+        counts = Counter(one["ranks"].get(name) for one in facts)
+        values = {str(rank): counts[rank] for rank in range(1, last + 1)}
+        charts.append(_columns(values, f"rank of the {name}"))
+    lengths = [
+        _columns(_histogram([one[side] for one in facts]), f"words of a {title}")
+        for side, title in (("query", "query"), ("passage", "seed passage"))
+    ]
+    tasks = Counter(one["task"] for one in facts)
+    common = tasks.most_common(_MAX_TASKS)
+    if rest := tasks.total() - sum(count for _, count in common):
+        common.append((f"{len(tasks) - len(common):,} other tasks", rest))
     parts = [
         _PAGE_HEAD,
         f"<h1>FRet: {_escape(source.workdir.resolve().name)}</h1>",
-        f"<p class=lead>{facts.rows:,} triples, written and judged by "
+        f"<p class=lead>{len(facts):,} triples, written and judged by "
         f"<b>{_escape(source.model_facts['model'])}</b>, candidates by "
         f"<b>{_escape(config.retrieve.model or 'BM25')}</b>.</p>",
-        _tiles(facts, passes),
+        _tiles(facts, len(tasks), passes),
         "<h2>From passages to triples</h2>",
         _funnel(passes),
         "<h2>Ranks</h2>",
@@ -180,44 +166,40 @@ def render(passes: pipeline.Pipeline, facts: Facts) -> str:
         "and good judges rank it near the top; otherwise either another passage "
         "answers the query better, or the judge errs. A seed that retrieval did not "
         "find counts as one place behind the last.</p>",
-        f"<div class=figures>{''.join(rank_charts)}</div>",
+        f"<div class=figures>{''.join(charts)}</div>",
         "<h2>Tasks and lengths</h2>",
         _table(("task", "*queries"), [(name, f"{count:,}") for name, count in common]),
-        f"<div class=figures>{''.join(length_charts)}</div>",
+        f"<div class=figures>{''.join(lengths)}</div>",
         "<h2>Cost</h2>",
         _costs(passes),
-        f"<h2>{len(facts.shown)} random rows</h2>",
+        f"<h2>{len(shown)} random rows</h2>",
         "<p>Candidates in the order of retrieval. A filled mark is the choice: the "
         "positive, and the hard negative. Scroll the table sideways to see all of "
         "it.</p>",
-        *(_row(source, *records) for records in facts.shown),
+        *(_row(source, *records) for records in shown),
         "</main></body></html>\n",
     ]
     return "\n".join(parts)
 
 
-def _tiles(facts: Facts, passes: pipeline.Pipeline) -> str:
+def _tiles(
+    facts: Sequence[dict[str, Any]], num_tasks: int, passes: pipeline.Pipeline
+) -> str:
     seeds = sum(map(len, passes.shards))
+    rows = max(len(facts), 1)
+    share = sum(one["moved"] for one in facts) / rows
     moved = f"the paper's: about {_PAPER_MOVED:.0%}"
-    tiles = [
-        (f"{facts.moved / facts.rows:.1%}", "of positives are not the seed", moved)
-    ]
-    if facts.agreements:
+    tiles = [(f"{share:.1%}", "of positives are not the seed", moved)]
+    if taus := [one["tau"] for one in facts if "tau" in one]:
+        same = sum(one.get("same_first", False) for one in facts) / rows
+        note = "Kendall's tau; 1 is the same order, 0 is chance"
         tiles += [
-            (
-                f"{np.mean(facts.agreements):.2f}",
-                "agreement of QL and RC",
-                "Kendall's tau; 1 is the same order, 0 is chance",
-            ),
-            (
-                f"{facts.same_first / facts.rows:.0%}",
-                "of rows have the same best candidate",
-                "for QL and for RC",
-            ),
+            (f"{np.mean(taus):.2f}", "agreement of QL and RC", note),
+            (f"{same:.0%}", "of rows have the same best candidate", "for QL and RC"),
         ]
     tiles += [
-        (f"{facts.rows / max(seeds, 1):.0%}", "of seeds became a triple", f"{seeds:,}"),
-        (f"{len(facts.tasks):,}", "different tasks", ""),
+        (f"{len(facts) / max(seeds, 1):.0%}", "of seeds became a triple", f"{seeds:,}"),
+        (f"{num_tasks:,}", "different tasks", ""),
     ]
     cells = (
         f"<div class=tile><b>{value}</b><span>{name}</span><small>{note}</small></div>"
@@ -312,7 +294,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _histogram(values: Sequence[int]) -> dict[str, int]:
     """Counts values in bins of equal, whole width, named by their first value."""
-    low, high = min(values), max(values)
+    low, high = min(values, default=0), max(values, default=0)
     step = -(-(high - low + 1) // _MAX_BINS)
     edges = np.arange(low, high + step + 1, step)
     counts, _ = np.histogram(values, edges)

@@ -122,15 +122,10 @@ class Stage:
         seeds: Sequence[Sequence[int]] | None = None,
         num_passages: int = 0,
     ):
-        """Describes the folder; `begin` makes it.
+        """Describes the folder in `workdir`; `begin` makes it.
 
-        Args:
-            workdir: Parent of the folder.
-            name: See the class.
-            facts: See the class.
-            suffix: Suffix of the shards.
-            seeds: Ids of the records of each shard; None allows any.
-            num_passages: Passages of the run; 0 while they are made.
+        `seeds` holds the ids of each shard's records, None allows any;
+        `num_passages` is 0 while the passages are made.
         """
         self.name = name
         self.folder = workdir / name
@@ -166,12 +161,8 @@ class Stage:
         path = self.folder / _FACTS
         if not path.exists():
             return
-        try:
-            before = reading.parse_json(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: not JSON ({error}); remove the folder, or restore the file"
-            ) from None
+        remedy = "remove the folder, or restore the file"
+        before = reading.read_object(path, {}, remedy=remedy)
         changed = list(_differences(before, self.facts))
         if changed:
             raise ValueError(
@@ -262,12 +253,9 @@ class Stage:
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"
         try:
-            done = reading.parse_json(path.read_text("utf-8"))
+            done = reading.read_object(path, _DONE_FIELDS, remedy=remedy)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-        field_rules.check(path, done, _DONE_FIELDS, remedy)
         # An export counts its rows and has no shards.
         if (
             done["stage"] != self.name

@@ -147,17 +147,14 @@ def read_recording(
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     remedy = "give the workdir of a run of `gecko fret run`, or its folder 'requests'"
     path = root / _MODEL
+    facts = {"model": field_rules.NAME, "backend": field_rules.NAME}
+    fields = {"name": field_rules.NAME, "facts": field_rules.object_of(facts)}
     try:
-        about = reading.parse_json(path.read_text("utf-8"))
+        about = reading.read_object(path, fields, remedy=remedy)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder}: no {_MODEL}, so no recorded answers; {remedy}"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-    facts = {"model": field_rules.NAME, "backend": field_rules.NAME}
-    fields = {"name": field_rules.NAME, "facts": field_rules.object_of(facts)}
-    field_rules.check(path, about, fields, remedy)
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted([*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]):
         # Texts may hold lone surrogates, which `protocol.from_record` replaces.

@@ -30,9 +30,17 @@ class SafetensorsFolder:
 
         self._path = pathlib.Path(path)
         place = self._path / "config.json"
-        settings = _read_json(place)
-        kinds = {"model_type": field_rules.NAME}
-        field_rules.check(place, settings, kinds, decoder_settings.REMEDY)
+        try:
+            settings = reading.read_object(
+                place,
+                {"model_type": field_rules.NAME},
+                remedy=decoder_settings.REMEDY,
+            )
+        except FileNotFoundError:
+            raise ValueError(
+                f"{place}: no such file; give the folder of a Hugging Face model, or a "
+                ".gguf file"
+            ) from None
         family = settings["model_type"]
         decoder_settings.check_family(
             self._path, "model_type", family, decoder_settings.FAMILIES
@@ -75,15 +83,3 @@ class SafetensorsFolder:
         if self._is_gemma and values.ndim == 1:
             values = 1 + values.astype(np.float32)  # Gemma stores norm weights less 1.
         return values
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return reading.parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: no such file; give the folder of a Hugging Face model, or a "
-            ".gguf file"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy it again") from error
