@@ -38,15 +38,10 @@ def write(
     shard_rows: int,
     options: Sequence[str],
 ) -> None:
-    """Writes the shards of the passages and closes their stage.
+    """Writes the shards of the passages and closes their stage; see `passages.read`.
 
-    Args:
-        paths: See `passages.read`; every worker needs access to them.
-        rules: Limits of a passage.
-        decontaminate: Evaluation sets to keep clear of.
-        stage: Output; every worker needs access to its folder.
-        shard_rows: Passages per shard.
-        options: Options of Apache Beam, such as ("--runner=DirectRunner",).
+    Every worker needs access to the files and to the folder of the stage. `options` are
+    those of Apache Beam, such as ("--runner=DirectRunner",).
 
     Raises:
         ImportError: Apache Beam is missing.

@@ -44,14 +44,7 @@ def training_config(
     batch_size: int | None = None,
     num_steps: int | None = None,
 ) -> ml_collections.ConfigDict:
-    """Returns a pre-finetuning config that trains on the pairs.
-
-    Args:
-        config: Config of `configs/prefinetune.py`.
-        pairs: File of `write_pairs`.
-        num_pairs: Number of pairs.
-        batch_size: Examples per step; None keeps the config's.
-        num_steps: Training steps; None keeps the config's.
+    """Returns a pre-finetuning config that trains on the pairs of `write_pairs`.
 
     Raises:
         ValueError: The config has hard negatives, or batches larger than the pairs.

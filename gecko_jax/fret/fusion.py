@@ -49,13 +49,7 @@ def ranks(scores: Sequence[float]) -> Int[np.ndarray, " N"]:
 def relevance_score(
     log_probs: Sequence[float], grades: Sequence[int], kind: str
 ) -> float:
-    """Returns one score from the log-probabilities of the labels.
-
-    Args:
-        log_probs: Log-probability of each label, in nats.
-        grades: Grade of each label; the highest is the best.
-        kind: "log_prob" or "log_odds", see `Settings.relevance`.
-    """
+    """Returns one score from the log-probabilities of the labels; see `Settings`."""
     if kind == "log_prob":
         return log_probs[int(np.argmax(grades))]
     middle = (max(grades) + min(grades)) / 2
@@ -96,13 +90,8 @@ def choose(
 ) -> tuple[int, int | None]:
     """Returns the positions of the positive and of the hard negative.
 
-    Of equal candidates, the earlier one is the positive and the later the negative.
-
-    Args:
-        fused: R of every candidate, in the order of retrieval.
-        seed_position: Position of the seed.
-        settings: Settings of the choice.
-        rng: Generator seeded by the row; draws a sampled negative.
+    `fused` is in the order of retrieval: of equal candidates, the earlier one is the
+    positive and the later the negative. `rng` draws a sampled negative.
     """
     positive = seed_position
     if settings.positive == "relabelled":

@@ -32,12 +32,7 @@ _Row = tuple[stages.Record, stages.Record, stages.Record]
 def write(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, num_rows: int
 ) -> pathlib.Path:
-    """Writes the page of a run, finished or not.
-
-    Args:
-        config: Config of the run.
-        workdir: Workdir of the run.
-        num_rows: Random rows to show.
+    """Writes the page of a run, finished or not, with some random rows.
 
     Raises:
         ValueError: No shard is fused yet, or the settings are not those of the run.
@@ -354,7 +349,8 @@ article table { border: 0; }
 .wide { overflow-x: auto; }
 .wide td:last-child { min-width: 24rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .7rem;
-  border-bottom: 1px solid #eef1f3; overflow-wrap: anywhere; }
+  border-bottom: 1px solid #eef1f3; }
+td:last-child { overflow-wrap: anywhere; }
 th { color: #61707d; font-weight: 600; font-size: .8rem; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .positive, .negative, .seed { border-radius: 3px; padding: .05rem .4rem;

@@ -69,11 +69,7 @@ class NearDuplicates:
     """An index of signatures."""
 
     def __init__(self, threshold: float):
-        """Starts empty.
-
-        Args:
-            threshold: Least resemblance of duplicates, in (0, 1].
-        """
+        """Starts empty; duplicates have at least the resemblance `threshold`."""
         self._threshold = threshold
         self._signatures: list[UInt32[np.ndarray, " H"]] = []
         self._bands: dict[bytes, list[int]] = {}

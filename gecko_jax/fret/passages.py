@@ -47,11 +47,8 @@ def read(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Returns the kept passages, numbered, and the counts of the others by reason.
 
-    Args:
-        paths: JSON lines or `.txt` files, see `text_files.read_texts_or_records`. In a
-            file of pairs, the field `positive` or `passage` is the text.
-        rules: Limits of a passage.
-        known: Texts of evaluation sets.
+    Files are JSON lines or `.txt`, see `text_files.read_texts_or_records`. In a file of
+    pairs, the field `positive` or `passage` is the text.
 
     Raises:
         ValueError: A file is missing or malformed, or no passage is left.

@@ -178,14 +178,10 @@ class Pipeline:
         *,
         scores_all: bool = False,
     ):
-        """Describes the stages; nothing is read or written yet.
+        """Describes the stages in a folder of the workdir; reads and writes nothing.
 
-        Args:
-            source: What all pipelines share.
-            shards: Seed passages of each shard.
-            folder: Folder in the workdir; "" for the workdir itself.
-            facts: Identity of the seeds; part of the first stage's facts.
-            scores_all: Whether to score by QL and RC even without a weight.
+        `facts` identify the seeds and are part of the first stage's facts. `scores_all`
+        scores by QL and RC even without a weight.
         """
         self.source = source
         self.shards = shards

@@ -96,14 +96,9 @@ class Prompt:
         return (_SEPARATOR, f"\n{self.markers[0]}")
 
     def choose(self, count: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """Draws the few-shot examples of a row, of different tasks if possible.
+        """Draws indices of a row's few-shot examples, of different tasks if possible.
 
-        Args:
-            count: Number of examples; 0 or too many takes all, in their order.
-            rng: Generator seeded by the row.
-
-        Returns:
-            Indices of the examples, in the order of the prompt.
+        A count of 0, or one that is too large, takes all examples in their order.
         """
         if not 0 < count < len(self.examples):
             return tuple(range(len(self.examples)))
@@ -118,9 +113,8 @@ class Prompt:
     def render(self, shots: Sequence[int], **fields: str) -> str:
         """Returns a prompt that ends where the model continues.
 
-        Args:
-            shots: Indices of the examples.
-            **fields: Texts of the open example; neutralized here.
+        `shots` are indices of examples; `fields` are the texts of the open example,
+        which are neutralized here.
         """
         parts = [self.instruction] if self.instruction else []
         parts += [_fill(self.example, self.examples[shot]) for shot in shots]
@@ -139,11 +133,7 @@ class Prompt:
 
 
 def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
-    """Reads and checks a prompt file.
-
-    Args:
-        name: Name of a bundled file, such as "generate", or a path.
-        kinds: Allowed kinds.
+    """Reads and checks a prompt file: a bundled one, such as "generate", or a path.
 
     Raises:
         ValueError: The file is missing, or breaks rules (lists all).

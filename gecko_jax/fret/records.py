@@ -49,12 +49,7 @@ _RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 
 
 def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
-    """Returns the fields of a stage's kept records.
-
-    Args:
-        stage: Name of the stage.
-        num_passages: Passages of the run, which records name by their number.
-    """
+    """Returns the fields of a stage's kept records, which name passages by number."""
     passage = field_rules.integer(0, num_passages - 1)
     fields = {
         "passages": {

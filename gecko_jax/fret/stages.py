@@ -63,16 +63,8 @@ def generate(
 ) -> list[Record]:
     """Generates a task and a query for every seed passage: LLM(P_QG, p) -> (t, q).
 
-    Args:
-        numbers: Numbers of the seed passages.
-        store: All passages.
-        model: The language model.
-        prompt: P_QG. If it takes a task, one is drawn uniformly for each row.
-        rules: Limits of a query.
-        sampling: Sampling settings.
-        contamination: Texts that a query must not repeat.
-        shots: Few-shot examples of a row; 0 for all.
-        seed: Seed of the run.
+    A prompt that takes a task gets one drawn uniformly for each row. A query must not
+    repeat a text of `contamination`. `shots` 0 shows all examples.
     """
     rows, texts, seeds = [], [], []
     for number in numbers:
@@ -145,14 +137,8 @@ def likelihood(
 ) -> list[Record]:
     """Scores every candidate by QL(q, p) = log LLM(q | p, P_QL).
 
-    Args:
-        rows: Records of retrieve.
-        queries: Records of generate, by id.
-        store: All passages.
-        model: The language model.
-        prompt: P_QL.
-        generic_passage: Scored like a candidate, to measure how likely the query is
-            given any text; "" for none.
+    A generic passage, "" for none, is scored like a candidate, to measure how likely
+    the query is given any text.
     """
     shots = range(len(prompt.examples))
     texts, continuations = [], []
@@ -214,13 +200,8 @@ def fuse(
 ) -> list[Record]:
     """Ranks the candidates by both judgements and chooses the triple.
 
-    Args:
-        rows: Records of retrieve.
-        likelihoods: Kept records of likelihood by id; unused if it has no weight.
-        relevances: Kept records of relevance by id; unused if it has no weight.
-        grades: Grades of the labels, in the order of `label_log_probs`.
-        settings: Settings of fusion and of the choice.
-        seed: Seed of the run.
+    A judgement without a weight is not used. The grades are those of the labels, in the
+    order of `label_log_probs`.
     """
     result = []
     for row in rows:
@@ -301,14 +282,7 @@ def position(row: Record, number: int) -> int:
 def relevance_scores(
     record: Record, row: Record, grades: Sequence[int], kind: str
 ) -> list[float]:
-    """Returns one score per candidate of a row; see `fusion.relevance_score`.
-
-    Args:
-        record: Record of relevance.
-        row: Record of retrieve.
-        grades: Grades of the labels.
-        kind: "log_prob" or "log_odds".
-    """
+    """Returns one score per candidate of a row; see `fusion.relevance_score`."""
     listed = of_candidates(record["label_log_probs"], row)
     if any(len(log_probs) != len(grades) for log_probs in listed):
         raise _mismatch(row["id"], f"not every candidate has {len(grades)} labels")

@@ -19,13 +19,9 @@ _MAX_STATES = 128
 def find(
     tokens: Sequence[str], prompt: str, continuation: str, num_prompt_tokens: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Yields every (begin, end) of the continuation that agrees with the tokens.
+    """Yields every (begin, end) of the continuation that agrees with the tokens' texts.
 
-    Args:
-        tokens: Texts of the tokens, as the server shows them.
-        prompt: The prompt.
-        continuation: The continuation.
-        num_prompt_tokens: Tokens before the continuation, or None if unknown.
+    `num_prompt_tokens` counts the tokens before the continuation; None if unknown.
 
     Raises:
         ValueError: Split characters can be read in too many ways.

@@ -21,10 +21,7 @@ _QUESTION = (
 def check(model: protocol.LanguageModel, *, scores: bool, labels: bool) -> None:
     """Sends requests whose answers any correct server agrees on.
 
-    Args:
-        model: The model, through the server that the run will use.
-        scores: Whether the run scores continuations.
-        labels: Whether the run scores labels.
+    `scores` and `labels` say what the run scores.
 
     Raises:
         ValueError: Lists what is wrong with the answers, and the remedy.

@@ -23,13 +23,7 @@ _CLIENTS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnec
 
 
 class Reply(NamedTuple):
-    """A reply.
-
-    Attributes:
-        status: HTTP status.
-        headers: Values by lower-case name.
-        body: Decompressed content.
-    """
+    """A reply: HTTP status, headers by lower-case name, and decompressed body."""
 
     status: int
     headers: Mapping[str, str]
@@ -40,11 +34,7 @@ class Connections:
     """The connections to one server; threads share them."""
 
     def __init__(self, url: str, headers: Mapping[str, str]):
-        """Parses the URL; the first request connects.
-
-        Args:
-            url: Root of the server.
-            headers: Headers of every request.
+        """Parses the URL of the server's root; `headers` are sent with every request.
 
         Raises:
             ValueError: The URL is malformed.

@@ -118,11 +118,7 @@ def _cut(
 ) -> Iterator[int]:
     """Yields the rows of each batch at the least total cost, by dynamic programming.
 
-    Args:
-        lengths: Length of each row, descending; a batch has the length of its first.
-        tokens_per_call: See `split`.
-        row_multiple: See `split`.
-        call_cost: See `split`.
+    `lengths` descend, and a batch has the length of its first row; see `split`.
     """
     count = len(lengths)
     # Per first row: the least cost of the rest, and the rows of the batch that begins.

@@ -85,12 +85,9 @@ def build(
     settings: Mapping[str, Any],
     rope_factors: tuple[float, ...] | None = None,
 ) -> transformer.DecoderConfig:
-    """Returns the decoder's settings.
+    """Returns the decoder's settings from values by the keys of `config.json`.
 
-    Args:
-        place: The file, for errors.
-        settings: Values by the keys of `config.json`.
-        rope_factors: Divisors of the rotary frequencies; None reads the settings.
+    `rope_factors` are divisors of the rotary frequencies; None reads the settings.
 
     Raises:
         ValueError: A setting is missing, out of range or unsupported, or two settings

@@ -78,11 +78,7 @@ class Tokenizer:
     num_ids: int
 
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
-        """Returns the ids of a plain text.
-
-        Args:
-            text: The text.
-            begin: Whether the text begins a prompt, which puts `begin_id` first.
+        """Returns the ids of a plain text; `begin` puts `begin_id` first.
 
         Raises:
             ValueError: The text holds a lone surrogate, so is not Unicode.
@@ -110,11 +106,7 @@ class Tokenizer:
 
 
 def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
-    """Builds the tokenizer that a GGUF header describes.
-
-    Args:
-        setting: Reads a value of the header, see `gguf.Gguf.setting`.
-        place: The file, for errors.
+    """Builds the tokenizer that a GGUF header describes; see `gguf.Gguf.setting`.
 
     Raises:
         ValueError: The tokenizer is damaged or of an unsupported kind.

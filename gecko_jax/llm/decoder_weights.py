@@ -87,14 +87,7 @@ def check(
     shapes: Mapping[str, tuple[int, ...]],
     ignored: Collection[str] = (),
 ) -> None:
-    """Compares names and shapes of a file's tensors with its settings.
-
-    Args:
-        place: The file, for errors.
-        config: Settings of the file.
-        file_format: Format of the tensor names.
-        shapes: Shape of every tensor in the file.
-        ignored: Tensors that are not parameters.
+    """Compares the names and shapes of a file's tensors with its settings.
 
     Raises:
         ValueError: Lists missing, unexpected and wrong-shape tensors together.

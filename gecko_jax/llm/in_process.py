@@ -23,12 +23,7 @@ _DECIMALS = 4
 
 
 def facts(weights: str, dtype: str) -> dict[str, Any]:
-    """Returns what changes an answer, without loading the model.
-
-    Args:
-        weights: A `.gguf` file, a model folder, or "smollm2".
-        dtype: Dtype of the products.
-    """
+    """Returns what changes an answer, without loading the model; see `open_model`."""
     name = decoder_files.name(decoder_files.find(weights), dtype)
     return {"backend": "in_process", "model": name}
 

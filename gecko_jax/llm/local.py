@@ -60,15 +60,9 @@ class LocalModel:
         mesh: jax.sharding.Mesh,
         tokens_per_call: int | None = None,
     ):
-        """Takes what `load` has read.
+        """Takes what `load` has read, on the devices of `mesh`, which share the rows.
 
-        Args:
-            params: Parameters on the mesh.
-            config: See the class.
-            tokenizer: See the class.
-            name: See the class.
-            mesh: Devices of this process; they share the rows of a batch.
-            tokens_per_call: Tokens per device and call; None fits the backend.
+        `tokens_per_call` counts per device; None fits the backend.
         """
         numerics.check()
         if mesh.is_multi_process:
@@ -187,16 +181,12 @@ class LocalModel:
     def complete(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: protocol.Sampling
     ) -> list[text_sampling.Completion]:
-        """Draws a continuation of each prompt.
+        """Draws a continuation of each prompt, with its own seed.
 
         A draw depends on the prompt and its seed only: the same prompt twice with one
         seed has one answer. (Rounding differs between batch shapes, which can change a
-        draw that is nearly a tie.)
-
-        Args:
-            prompts: The prompts.
-            seeds: Seed of each prompt.
-            sampling: Sampling settings. A control token ends an answer as `stop` does.
+        draw that is nearly a tie.) A control token ends an answer as `sampling.stop`
+        does.
 
         Raises:
             ValueError: A setting is out of range, or `score` would raise for a prompt.
@@ -297,12 +287,7 @@ class LocalModel:
         return decoding.compute_prefix(self._params, self.config, *arrays)
 
     def _encode_prompts(self, prompts: Sequence[str], *after: int) -> list[list[int]]:
-        """Returns the prompts' tokens.
-
-        Args:
-            prompts: The prompts.
-            *after: Tokens that follow each prompt, or one number for all.
-        """
+        """Returns the prompts' tokens; `after` is the length of each continuation."""
         if isinstance(prompts, str):
             raise ValueError("prompts is one string: pass a list, such as [prompt]")
         encoded = [

@@ -184,10 +184,7 @@ class LanguageModel:
 def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) -> str:
     """Returns the key of a request; equal requests have the same answer.
 
-    Args:
-        kind: "generate", "score" or "labels".
-        facts: See `LanguageModel`.
-        body: Prompt, parameters and seed.
+    The kind is "generate", "score" or "labels".
     """
     encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
     # A text may hold a lone surrogate, which strict UTF-8 cannot encode.
@@ -203,13 +200,7 @@ def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
 def from_record(
     kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
 ) -> Generation | Score | LabelScores:
-    """Returns the answer that `to_record` wrote.
-
-    Args:
-        kind: "generate", "score" or "labels".
-        record: A record that the request log has checked.
-        body: The request.
-        key: Key of the request, for the error.
+    """Returns the answer that `to_record` wrote, from a record the log has checked.
 
     Raises:
         ValueError: The record answers another kind of request, or other labels.
@@ -231,10 +222,7 @@ def from_record(
 
 
 def recorded(folder: str | os.PathLike) -> LanguageModel:
-    """Returns a model that replays the answers in the request logs of a run.
-
-    Args:
-        folder: The workdir of a run, or its folder `requests`.
+    """Returns a model that replays the answers in a workdir, or its folder `requests`.
 
     Raises:
         ValueError: The folder holds no recording.

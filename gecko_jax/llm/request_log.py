@@ -39,8 +39,7 @@ class RequestLog:
     def __init__(self, path: pathlib.Path | None):
         """Reads the answers of an earlier attempt and cuts off a torn last line.
 
-        Args:
-            path: The file, or None to keep answers in memory only.
+        Without a path, answers are kept in memory only.
         """
         self._answers: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -135,13 +134,11 @@ def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None
 def read_recording(
     folder: str | os.PathLike,
 ) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns the model's name, its facts, and every answer in the logs by key.
-
-    Args:
-        folder: The workdir of a run, or its folder `requests`.
+    """Returns the model's name, its facts, and every recorded answer by key.
 
     Raises:
-        ValueError: The folder holds no recording, or a damaged one.
+        ValueError: The folder is neither a workdir with a recording nor its folder
+            `requests`, or the recording is damaged.
     """
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root

@@ -277,12 +277,8 @@ class _Client:
     ) -> _Answer:
         """Sends a request to the model, within the budget and the rate limits.
 
-        Args:
-            fields: Fields of the request beside the model.
-            text: Text that the model reads.
-            max_tokens: Token limit of the answer.
-            num_tokens: Tokens of the prompt, if known.
-            path: Path of the endpoint; "" for that of OpenAI's API.
+        `text` is what the model reads, of `num_tokens` tokens if known; `path` is by
+        default that of OpenAI's API.
 
         Raises:
             wire.NoAnswer: No try succeeded.

@@ -63,17 +63,8 @@ def draw(
 ) -> list[Completion]:
     """Draws a continuation of each of the first `count` rows; the rest is padding.
 
-    Args:
-        params: Parameters of the decoder.
-        config: Settings of the decoder.
-        tokenizer: Tokenizer of the decoder.
-        prefix: Keys and values that all rows share.
-        tokens: Tokens of the prompts after the prefix.
-        positions: Positions of these tokens.
-        lengths: Tokens of each whole prompt.
-        keys: Random key of each row.
-        sampling: Sampling settings.
-        count: Number of prompts.
+    `tokens` are those of the prompts after the shared prefix, `lengths` count the
+    tokens of whole prompts, and `keys` are the rows' random keys.
     """
     rounds = -(-sampling.max_tokens // decoding.STEPS)
     hidden, cache = decoding.start(

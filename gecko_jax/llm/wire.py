@@ -149,13 +149,8 @@ def read_echo(
     """Returns the log-likelihood of the continuation, in nats, and its token count.
 
     The echoed tokens must spell the prompt and the continuation, so the texts locate
-    the border, whatever the reply counts.
-
-    Args:
-        reply: Reply to `echo_body`.
-        prompt: The prompt.
-        continuation: The scored text.
-        num_prompt_tokens: Length of the prompt if it was sent as token ids, else None.
+    the border, whatever the reply counts. `num_prompt_tokens` is the length of a prompt
+    that was sent as token ids.
 
     Raises:
         NoAnswer: The server did not echo these texts, no token begins at the border,
@@ -238,14 +233,7 @@ def forced_body(prompt: Sequence[int], continuation: Sequence[int]) -> dict[str,
 def read_forced(
     reply: Any, prompt: Sequence[int], continuation: Sequence[int], text: str
 ) -> float:
-    """Returns the log-likelihood of the forced tokens, in nats.
-
-    Args:
-        reply: Reply to `forced_body`.
-        prompt: Token ids of the prompt.
-        continuation: Token ids of the continuation.
-        text: Text of the continuation.
-    """
+    """Returns the log-likelihood of the forced tokens of `text`, in nats."""
     _check_reply(reply)
     evaluated = reply.get("tokens_evaluated")
     if evaluated is not None and evaluated != len(prompt):
@@ -306,12 +294,6 @@ def tokens_used(
 
     The server's count is used, but never less than `min_read`. Without a count, the
     echoed tokens are counted, or the maximum is charged.
-
-    Args:
-        reply: Any reply.
-        min_read: Fewest tokens of the prompt.
-        max_read: Most tokens of the prompt.
-        max_written: Token limit of the request.
     """
     read, written = usage(reply)
     if read is None:
