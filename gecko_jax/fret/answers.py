@@ -67,8 +67,8 @@ def parse(
         Rejected: A rule is broken.
     """
     for stop in prompt.stop:  # Not every server stops there.
-        answer, found, _ = answer.partition(stop)
-        is_cut = is_cut and not found
+        answer, separator, _ = answer.partition(stop)
+        is_cut = is_cut and not separator
     lines = [line.strip() for line in answer.strip().splitlines() if line.strip()]
     if not lines:
         raise Rejected("empty")

@@ -106,11 +106,11 @@ def retrieve(
     rows: Sequence[Record], retriever: ranking.Retriever, num_candidates: int
 ) -> list[Record]:
     """Finds the candidates of every query; the seed passage is always one of them."""
-    found = retriever.search(
+    results = retriever.search(
         [row["query"] for row in rows], [row["task"] for row in rows], num_candidates
     )
     result = []
-    for row, (candidates, scores) in zip(rows, found, strict=True):
+    for row, (candidates, scores) in zip(rows, results, strict=True):
         number, seed_rank = row["id"], None
         if number in candidates:
             seed_rank = candidates.index(number) + 1

@@ -3,6 +3,7 @@
 protocol            the interface of a language model, and recorded answers
 server              an OpenAI-compatible server
 wire, connections   request bodies and replies; HTTP with a deadline
+pacing              rate limits
 alignments, canary  checks of a server's log-probabilities
 request_log         answered requests, their cost, and the budget
 local, in_process   a model in this process, and its adapter to the request log

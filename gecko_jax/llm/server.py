@@ -14,13 +14,11 @@ import json
 import math
 import os
 import random
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from gecko_jax.io import inputs, reading, wording
-from gecko_jax.llm import connections, protocol, request_log, wire
+from gecko_jax.llm import connections, pacing, protocol, request_log, wire
 
 _Result = TypeVar("_Result")
 
@@ -103,10 +101,6 @@ def facts(settings: ServerSettings) -> dict[str, Any]:
     return {"backend": "server", **{name: getattr(settings, name) for name in names}}
 
 
-class _Stopped(Exception):
-    """Another request has stopped the run."""
-
-
 class _Answer(NamedTuple):
     """A reply as JSON, and the tokens it is charged for."""
 
@@ -123,9 +117,10 @@ class _Client:
         key = _read_key(settings.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._connections = connections.Connections(settings.url, headers)
-        self._stop = threading.Event()
-        self._pace = threading.Lock()
-        self._next_send = 0.0  # In seconds of `time.monotonic`.
+        self._pace = pacing.Pace(
+            settings.requests_per_minute, settings.tokens_per_minute
+        )
+        self._stop = self._pace.stop
 
     def close(self) -> None:
         """Closes the connections."""
@@ -180,7 +175,7 @@ class _Client:
                 keep(number, answer(bodies[number]))
             except wire.NoAnswer as error:
                 keep(number, protocol.Failure(error.reason, error.detail))
-            except _Stopped:
+            except pacing.Stopped:
                 pass
             except BaseException:
                 self._stop.set()
@@ -293,12 +288,12 @@ class _Client:
         min_read = num_tokens or len(text.split())
 
         def send() -> _Answer:
-            self._wait_for_turn()
+            self._pace.wait_for_turn()
             reserved = self._budget.reserve(max_read, max_tokens, waits=True)
             used = (0, 0)
             try:
                 if self._stop.is_set():
-                    raise _Stopped
+                    raise pacing.Stopped
                 reply = self._send(path, content, text)
                 used = wire.tokens_used(reply, min_read, max_read, max_tokens)
                 return _Answer(reply, protocol.Usage(*used))
@@ -308,7 +303,7 @@ class _Client:
                 raise
             finally:
                 self._budget.settle(reserved, *used)
-                self._delay_by_tokens(sum(used))
+                self._pace.delay_by_tokens(sum(used))
 
         return self._retry(send)
 
@@ -319,7 +314,7 @@ class _Client:
             if attempt:
                 self._pause(attempt, failure.retry_after)
             if self._stop.is_set():
-                raise _Stopped
+                raise pacing.Stopped
             try:
                 return send()
             except wire.NoAnswer as error:
@@ -378,30 +373,10 @@ class _Client:
         seconds = self._settings.retry_seconds * 2.0 ** (attempt - 1)
         seconds = max(seconds, retry_after)
         if retry_after:  # The demand concerns all requests.
-            with self._pace:
-                resume = time.monotonic() + retry_after
-                self._next_send = max(self._next_send, resume)
+            self._pace.delay_by(retry_after)
         # Jitter separates requests that failed together.
         seconds = min(seconds, _MAX_PAUSE_SECONDS) * random.uniform(0.75, 1.25)
-        if self._stop.wait(seconds):
-            raise _Stopped
-
-    def _wait_for_turn(self) -> None:
-        with self._pace:
-            now = time.monotonic()
-            turn = max(self._next_send, now)
-            if self._settings.requests_per_minute:
-                self._next_send = turn + 60.0 / self._settings.requests_per_minute
-        if turn > now and self._stop.wait(turn - now):
-            raise _Stopped
-
-    def _delay_by_tokens(self, tokens: int) -> None:
-        """Delays the next requests by the time that these tokens stand for."""
-        if self._settings.tokens_per_minute:
-            with self._pace:
-                start = max(self._next_send, time.monotonic())
-                minutes = tokens / self._settings.tokens_per_minute
-                self._next_send = start + 60.0 * minutes
+        self._pace.wait(seconds)
 
 
 def _read_key(variable: str) -> str:
