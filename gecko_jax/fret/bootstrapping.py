@@ -13,7 +13,6 @@ import ml_collections
 
 from gecko_jax.fret import export, runs
 from gecko_jax.io import wording
-from gecko_jax.llm import request_log
 
 
 def write_pairs(
@@ -24,7 +23,7 @@ def write_pairs(
     Raises:
         ValueError: The queries are missing, or were made with other settings.
     """
-    source = runs.prepare(config, workdir, request_log.Budget(), runs.open_model)
+    source = runs.prepare(config, workdir)
     passes = runs.main_pipeline(source)
     passes.generate.begin()
     if passes.generate.done() is None:

@@ -151,16 +151,13 @@ def _card(
         f"{wording.markdown(name)} {count:,}" for name, count in licences.most_common()
     )
     rows = []
-    for stage in (source.stage, *(step.stage for step in passes.steps)):
-        done = stage.done()
+    for stage, done in passes.done().items():
         if done is not None and done["records"]:
             why = ", ".join(
                 f"{count} {wording.markdown(name)}"
                 for name, count in done["dropped"].items()
             )
-            rows.append(
-                f"| {stage.name} | {done['records']:,} | {done['kept']:,} | {why} |"
-            )
+            rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
     return _CARD.format(
         num_rows=num_rows,
         moved=num_moved / num_rows,

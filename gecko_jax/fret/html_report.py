@@ -15,7 +15,6 @@ import numpy as np
 
 from gecko_jax.fret import fusion, pipeline, runs, stages
 from gecko_jax.io import writing
-from gecko_jax.llm import request_log
 from gecko_jax.text import word_rule
 
 OUTPUT = "report.html"
@@ -39,7 +38,7 @@ def write(
     """
     if not (workdir / "passages").is_dir():
         raise ValueError(f"{workdir}: no run here; start one with `gecko fret run`")
-    source = runs.prepare(config, workdir, request_log.Budget(), runs.open_model)
+    source = runs.prepare(config, workdir)
     passes = runs.main_pipeline(source)
     for step in passes.steps:
         if step.stage.folder.is_dir():
@@ -205,26 +204,25 @@ def _tiles(
 
 def _funnel(passes: pipeline.Pipeline) -> str:
     rows = []
-    for stage in (passes.source.stage, *(step.stage for step in passes.steps)):
-        done = stage.done()
+    for stage, done in passes.done().items():
         if done is None:
-            rows.append((stage.name, "", "", "not finished"))
+            rows.append((stage, "", "", "not finished"))
         elif done["records"]:
             dropped = sorted(done["dropped"].items(), key=lambda item: -item[1])
             reasons = ", ".join(f"{count:,} {name}" for name, count in dropped)
             counts = f"{done['records']:,}", f"{done['kept']:,}"
-            rows.append((stage.name, *counts, reasons))
+            rows.append((stage, *counts, reasons))
     return _table(("stage", "*records", "*kept", "dropped, by reason"), rows)
 
 
 def _costs(passes: pipeline.Pipeline) -> str:
     prices = runs.open_budget(passes.source.config)
     names = ("requests", "prompt_tokens", "completion_tokens")
-    usages = {}
-    for step in passes.steps:
-        done = step.stage.done()
-        if done and done["usage"]:
-            usages[step.stage.name] = [done["usage"].get(name, 0) for name in names]
+    usages = {
+        stage: [done["usage"].get(name, 0) for name in names]
+        for stage, done in passes.done().items()
+        if done and done["usage"]
+    }
     usages["total"] = np.sum([*usages.values(), [0, 0, 0]], axis=0).tolist()
     rows = [
         (name, *(f"{n:,}" for n in numbers), f"{prices.price(*numbers[1:]):,.4f}")

@@ -66,7 +66,7 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
         ValueError: No seed is held out, or the model does not answer.
     """
     budget = runs.open_budget(config)
-    with runs.prepare(config, workdir, budget, runs.open_model) as source:
+    with runs.prepare(config, workdir, budget) as source:
         seeds = sum(map(len, runs.main_pipeline(source).shards))
         chosen = _held_out(config, source)[:sample]
         model = source.model
@@ -175,8 +175,7 @@ def calibrate(
         ValueError: No seed is held out, or no query is valid.
         request_log.BudgetError: The limit is reached; all answers are kept.
     """
-    budget = budget or runs.open_budget(config)
-    with runs.prepare(config, workdir, budget, runs.open_model) as source:
+    with runs.prepare(config, workdir, budget) as source:
         _held_out(config, source)
         passes = runs.calibration_pipeline(source)
         passes.run("relevance")

@@ -7,6 +7,7 @@ any shard that is ready and not locked.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -84,9 +85,6 @@ class Source:
         self.prompts = settings.Prompts(config)
         self.model_facts = model_facts
         self._connect = connect
-        self._model: protocol.LanguageModel | None = None
-        self._gecko: Any = None
-        self._retriever: ranking.Retriever | None = None
         done = stage.done()
         assert done is not None
         self.num_shards = done["shards"]
@@ -111,37 +109,28 @@ class Source:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._model is not None:
-            self._model.close()
+        if "model" in vars(self):
+            self.model.close()
 
-    @property
+    @functools.cached_property
     def model(self) -> protocol.LanguageModel:
         """The language model, opened and checked at the first use."""
-        if self._model is None:
-            self._model = self._connect()
-        return self._model
+        return self._connect()
 
-    @property
+    @functools.cached_property
     def gecko(self) -> Any:
         """The embedding model of retrieval."""
-        if self._gecko is None:
-            from gecko_jax.inference import embedding
+        from gecko_jax.inference import embedding
 
-            self._gecko = embedding.load(self.config.retrieve.model)
-        return self._gecko
+        return embedding.load(self.config.retrieve.model)
 
-    @property
+    @functools.cached_property
     def retriever(self) -> ranking.Retriever:
         """The retriever, built at the first use."""
-        if self._retriever is None:
-            if self.embed is None:
-                self._retriever = ranking.Bm25Retriever(self.store.texts)
-            else:
-                paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
-                self._retriever = retrieval.GeckoRetriever(
-                    self.gecko, retrieval.read_vectors(paths)
-                )
-        return self._retriever
+        if self.embed is None:
+            return ranking.Bm25Retriever(self.store.texts)
+        paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
+        return retrieval.GeckoRetriever(self.gecko, retrieval.read_vectors(paths))
 
     def generate(self, seeds: Sequence[int]) -> list[stages.Record]:
         """Generates a query for each of these seed passages."""
@@ -248,6 +237,11 @@ class Pipeline:
             self.steps.append(Step(self.relevance, self._relevance, count, (before,)))
         needs = (self.retrieve, *judged)
         self.steps.append(Step(self.fuse, self._fuse, count, needs))
+
+    def done(self) -> dict[str, dict[str, Any] | None]:
+        """Returns `records.Stage.done` of every stage, by name."""
+        steps = [self.source.stage, *(step.stage for step in self.steps)]
+        return {stage.name: stage.done() for stage in steps}
 
     def run(self, until: str = "fuse", worker: tuple[int, int] = (0, 1)) -> None:
         """Makes every missing shard, up to a stage.

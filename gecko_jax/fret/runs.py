@@ -79,17 +79,14 @@ def run(
     """
     budget = budget or open_budget(config)
     stopped = ""
-    with prepare(
-        config, workdir, budget, connect or open_model, beam_options
-    ) as source:
+    with prepare(config, workdir, budget, connect, beam_options) as source:
         passes = main_pipeline(source)
         try:
             if until != "passages":
                 passes.run("fuse" if until == "export" else until, worker)
         except request_log.BudgetError as error:
             stopped = str(error)
-    steps = [source.stage, *(step.stage for step in passes.steps)]
-    done = {stage.name: stage.done() for stage in steps}
+    done = passes.done()
     output = export.export(passes) if until == "export" and done["fuse"] else None
     finished = {name: counts for name, counts in done.items() if counts}
     return Summary(finished, budget, stopped, output)
@@ -98,11 +95,14 @@ def run(
 def prepare(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    budget: request_log.Budget,
-    connect: Connect,
+    budget: request_log.Budget | None = None,
+    connect: Connect | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
-    """Checks the config, makes the passages, and returns what the pipelines share."""
+    """Checks the config, makes the passages, and returns what the pipelines share.
+
+    See `run` for the arguments.
+    """
     settings.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     contamination = set_texts.read(config.passages.decontaminate)
@@ -110,7 +110,7 @@ def prepare(
     name, facts = _describe_model(config)
 
     def open_and_record() -> protocol.LanguageModel:
-        model = connect(config, budget)
+        model = (connect or open_model)(config, budget or open_budget(config))
         request_log.write_model(workdir, name, facts)
         return model
 

@@ -52,8 +52,7 @@ def generation_body(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
 
 def read_generation(reply: Any, chat: bool, prompt: str) -> tuple[str, bool]:
     """Returns the text, and whether the token limit cut it."""
-    choice = _choice(reply)
-    _check_prompt_count(reply, prompt)
+    choice = _choice(reply, prompt)
     text = _get(choice, "message", "content") if chat else choice.get("text")
     if not isinstance(text, str):
         raise NoAnswer("no_text", shorten(choice))
@@ -74,8 +73,7 @@ def label_body(prompt: str, top: int, chat: bool) -> dict[str, Any]:
 
 def read_labels(reply: Any, labels: Sequence[str], prompt: str) -> list[float]:
     """Returns the log-probability of each label's first token; see `match_labels`."""
-    choice = _choice(reply)
-    _check_prompt_count(reply, prompt)
+    choice = _choice(reply, prompt)
     listed = _only(_get(choice, "logprobs", "top_logprobs"))
     if isinstance(listed, dict):
         pairs = list(listed.items())
@@ -326,9 +324,18 @@ def _check_reply(reply: Any) -> None:
         raise NoAnswer("cut_prompt", "the server reports that it shortened the prompt")
 
 
-def _choice(reply: Any) -> dict[str, Any]:
-    """Returns the choice with index 0, wherever it is listed."""
+def _choice(reply: Any, prompt: str = "") -> dict[str, Any]:
+    """Returns the choice with index 0, wherever it is listed.
+
+    The server must not have read fewer tokens than the prompt has words.
+    """
     _check_reply(reply)
+    read, _ = usage(reply)
+    num_words = len(prompt.split())
+    if read is not None and read < num_words:
+        raise NoAnswer(
+            "cut_prompt", f"{read:,} tokens read of a prompt of {num_words:,} words"
+        )
     choices = reply.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise NoAnswer("no_choice", shorten(reply))
@@ -342,16 +349,6 @@ def _choice(reply: Any) -> dict[str, Any]:
     if chosen[0].get("truncated"):
         raise NoAnswer("cut_prompt", "the server reports that it shortened the prompt")
     return chosen[0]
-
-
-def _check_prompt_count(reply: Any, prompt: str) -> None:
-    """Raises if the server read fewer tokens than the prompt has words."""
-    read, _ = usage(reply)
-    num_words = len(prompt.split())
-    if read is not None and read < num_words:
-        raise NoAnswer(
-            "cut_prompt", f"{read:,} tokens read of a prompt of {num_words:,} words"
-        )
 
 
 def _get(value: Any, *path: str) -> Any:
