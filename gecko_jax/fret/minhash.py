@@ -26,10 +26,10 @@ _FACTORS = _rng.integers(1, 1 << 32, SIZE, dtype=np.uint64)
 _OFFSETS = _rng.integers(0, 1 << 32, SIZE, dtype=np.uint64)
 
 
-def shingles(words: list[str], length: int) -> UInt64[np.ndarray, " S"]:
-    """Returns the hashes of all runs of `length` words; a shorter text is one run."""
-    count = max(len(words) - length + 1, 1)
-    runs = {" ".join(words[begin : begin + length]) for begin in range(count)}
+def shingles(words: list[str]) -> UInt64[np.ndarray, " S"]:
+    """Returns the hashes of a text's shingles; a shorter text is one shingle."""
+    count = max(len(words) - SHINGLE_WORDS + 1, 1)
+    runs = {" ".join(words[begin : begin + SHINGLE_WORDS]) for begin in range(count)}
     digests = b"".join(
         hashlib.blake2b(run.encode(), digest_size=8).digest() for run in sorted(runs)
     )
@@ -49,7 +49,7 @@ def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
 
 def text_signature(text: str) -> UInt32[np.ndarray, " H"]:
     """Returns the signature of a text."""
-    return signature(shingles(word_rule.words(text), SHINGLE_WORDS))
+    return signature(shingles(word_rule.words(text)))
 
 
 def resemblance(
@@ -74,8 +74,8 @@ class NearDuplicates:
         self._signatures: list[UInt32[np.ndarray, " H"]] = []
         self._bands: dict[bytes, list[int]] = {}
 
-    def find(self, text: str) -> int | None:
-        """Returns the number of an added text that resembles this one, or None."""
+    def add(self, text: str) -> int | None:
+        """Returns the number of a text that resembles this one, or adds this one."""
         seen: set[int] = set()
         entries = text_signature(text)
         for key in bands(entries):
@@ -85,13 +85,7 @@ class NearDuplicates:
                     same = resemblance(self._signatures[number], entries)
                     if same >= self._threshold:
                         return number
-        return None
-
-    def add(self, text: str) -> int:
-        """Adds a text and returns its number."""
-        entries = text_signature(text)
-        number = len(self._signatures)
-        self._signatures.append(entries)
         for key in bands(entries):
-            self._bands.setdefault(key, []).append(number)
-        return number
+            self._bands.setdefault(key, []).append(len(self._signatures))
+        self._signatures.append(entries)
+        return None

@@ -67,14 +67,12 @@ def read(
             content = text_formats.content_id(record["text"])
             if content in seen:
                 reason = "duplicate"
-            elif rules.near_duplicate and near.find(record["text"]) is not None:
+            elif rules.near_duplicate and near.add(record["text"]) is not None:
                 reason = "near_duplicate"
             seen.add(content)
         if reason is not None:
             dropped[reason] += 1
             continue
-        if rules.near_duplicate:
-            near.add(record["text"])
         kept.append({"id": len(kept), **record})
     if not kept:
         raise none_left(paths, dropped)
