@@ -37,23 +37,7 @@ _BYTES_PER_BYTE, _LEAST_BYTES, _MOST_BYTES = 512, 1 << 20, 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """Server and request settings.
-
-    Attributes:
-        url: Root of the server, without `/v1`.
-        model: Name of the model on the server.
-        revision: Commit or checksum of the weights; recorded with every row.
-        api_key_env: Environment variable that holds the key; "" for no key.
-        chat: Whether to use the chat API, which cannot score continuations.
-        scoring: One of `wire.SCORING`.
-        top_log_probs: First tokens listed when labels are scored.
-        concurrency: Concurrent requests.
-        retries: Retries of a request.
-        retry_seconds: Pause before the first retry; doubles with each retry.
-        timeout_seconds: Deadline of a try, from connecting to the last byte.
-        requests_per_minute: Rate limit; 0 for no limit.
-        tokens_per_minute: Rate limit of tokens read and written; 0 for no limit.
-    """
+    """Server and request settings, see the keys `llm` of `configs/fret.py`."""
 
     url: str
     model: str

@@ -274,13 +274,11 @@ def read_tokens(reply: Any, text: str) -> list[int]:
 
 def usage(reply: Any) -> tuple[int | None, int | None]:
     """Returns (prompt tokens, completion tokens); None for what is missing or wrong."""
-    if not isinstance(reply, dict):
-        return None, None
-    used = reply.get("usage")
+    used = _get(reply, "usage")
     if isinstance(used, dict):
         pair = used.get("prompt_tokens"), used.get("completion_tokens")
     else:  # llama.cpp's own form
-        pair = reply.get("tokens_evaluated"), reply.get("tokens_predicted")
+        pair = _get(reply, "tokens_evaluated"), _get(reply, "tokens_predicted")
     prompt, completion = map(_count, pair)
     return prompt or None, completion  # No prompt has 0 tokens.
 
@@ -295,8 +293,9 @@ def tokens_used(
     """
     read, written = usage(reply)
     if read is None:
-        choices = reply.get("choices") if isinstance(reply, dict) else None
-        echoed = _get(_first(choices), "logprobs", "tokens")
+        choices = _get(reply, "choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        echoed = _get(first, "logprobs", "tokens")
         is_echo = isinstance(echoed, list) and len(echoed) > max_written
         read = min(len(echoed), max_read) if is_echo else max_read
     return max(read, min_read), max_written if written is None else written
@@ -357,15 +356,12 @@ def _get(value: Any, *path: str) -> Any:
     return value
 
 
-def _first(values: Any) -> Any:
-    return values[0] if isinstance(values, list) and values else None
-
-
 def _only(values: Any) -> Any:
     """Returns the entry of the one token that the request asks for."""
-    if isinstance(values, list) and len(values) > 1:
-        raise NoAnswer("no_log_probs", f"{len(values)} tokens instead of one")
-    return _first(values)
+    entries = values if isinstance(values, list) else []
+    if len(entries) > 1:
+        raise NoAnswer("no_log_probs", f"{len(entries)} tokens instead of one")
+    return entries[0] if entries else None
 
 
 def _count(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Passages are cleaned and each kept once; ranks become triples by the formula."""
+"""Passages, fusion of ranks, and the folders of shards."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A run ends with the same bytes however it is interrupted, and asks nothing twice."""
+"""An interrupted run ends with the same bytes and repeats no request."""
 
 import gc
 import json

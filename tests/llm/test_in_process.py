@@ -1,4 +1,4 @@
-"""The decoder of this process goes through the pipeline as a server's model does."""
+"""The in-process decoder runs the pipeline as a server's model does."""
 
 import dataclasses
 import importlib.util

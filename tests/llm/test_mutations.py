@@ -1,8 +1,7 @@
-"""Files that were changed at random end in the right result or in one clear error.
+"""Randomly changed files lead to the right result or to one clear error.
 
-A seeded mutator changes JSON values, JSON text or bytes. Whatever reads them may
-return, or raise a `ValueError`; nothing else, soon, and without taking the memory that
-a file only claims to need.
+A seeded mutator changes JSON values, JSON text or bytes. Readers may return or raise a
+`ValueError`, quickly, and without allocating the memory that a file claims to need.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The client of a served model: right numbers, or an error; never a number made up."""
+"""The client of a server returns right numbers or an error, never an invented one."""
 
 import contextlib
 import json
@@ -110,7 +110,7 @@ def test_equal_requests_are_sent_once_and_remembered(tmp_path):
 
 
 class FullDisk:
-    """A file that takes a few bytes more."""
+    """A file on a disk with room for a few bytes."""
 
     def __init__(self, file):
         self.file = file
