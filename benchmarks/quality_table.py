@@ -12,11 +12,12 @@ from gecko_jax.io import writing
 _HEAD = """\
 # Results
 
-What a model trained here is worth, beside others, at what cost: nDCG@10 on test
-folders, at the largest dim, and the mean at a half and a quarter of it. Ablations
-change what they say, on part of the pairs, and are judged on dev folders where there
-are some. This page is written from rows that `benchmarks/quality.py` makes one by one
-(its `--help` has the commands):
+This page shows the quality of models that were trained with gecko_jax, next to other
+systems, and what training them cost: nDCG@10 on test folders at the largest
+dimension, and the mean at a half and a quarter of it. Ablations change what their
+names say, are trained on part of the pairs, and are evaluated on dev folders where
+there are some. `benchmarks/quality.py` makes the rows one at a time and writes this
+page (its `--help` explains the commands):
 
 ```bash
 python benchmarks/quality.py --data=DATA --output=DIR --rows=ladder
@@ -29,22 +30,25 @@ python benchmarks/quality.py --data=DATA --output=DIR --steps=400 --seeds=0 \\
 python benchmarks/quality.py --output=DIR --table=docs/results.md
 ```
 
-`quickstart` is the bundled corpus; any other table is named after the folder of its
-run, whose texts do not come along. A task that was not trained stands beside the
-mean, not in it. Every number was measured; a row that is missing was not. With
-several seeds the mean stands first and then the least and the most. Seconds are those
-of training both stages, compilation and reading included; the vocabulary and the hard
-negatives were made before. "classes" is the accuracy of mteb's classification on the
-data's texts with labels, at the largest dim.
+`quickstart` is the bundled corpus. Every other table is named after the folder of its
+data, which is not bundled. A task that was not trained has a column, but does not count
+in the mean. Every number was measured; a missing row was not. With several seeds, the
+mean comes first, then the minimum and the maximum. Seconds are those of training both
+stages, including compilation and reading, but not making the vocabulary and the hard
+negatives. "classes" is the accuracy of mteb's classification on labelled texts of the
+data, at the largest dimension.
 
-Most rows were made beside other work on the same cores: their seconds are too many and
-compare nothing, but for those of the two libraries, which ran one after the other.
-Memory is that of the process that made the row; it may have found the first stage made.
+Most rows were made while other work used the same cores. Their seconds are too high to
+compare, except those of the two libraries, which ran one after the other with the same
+steps, batches, lengths and learning rates; gecko_jax starts from a weighted bag of its
+tokens. Memory is that of the process that made the row, which may have reused a
+finished first stage. The recipe was chosen on dev folders (docs/decisions.md).
 
-Rows that are "taught" are distilled (`loss.matching_weight`) from 256 dims of
-all-MiniLM-L6-v2, which others trained on 1.17 billion pairs: they say what a small
-encoder can be taught, and the rows without it what these pairs alone teach. Making the
-vectors is not in the seconds (215 thousand texts of `mid`: 50 minutes on a busy core).
+Rows that are "taught" are distilled (`loss.matching_weight`) from 256 dimensions of
+all-MiniLM-L6-v2, which others trained on 1.17 billion pairs. They show what a small
+encoder can be taught, and the other rows what these pairs alone teach. The seconds do
+not include the teacher's embeddings (215 thousand texts of `mid`: 50 minutes on a busy
+core).
 """
 
 

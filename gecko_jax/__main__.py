@@ -1,4 +1,4 @@
-"""The process of `gecko`, or `python -m gecko_jax`, from its first moment on."""
+"""Starts `gecko`, also as `python -m gecko_jax`: standard streams and Ctrl-C."""
 
 import os
 import signal
@@ -8,38 +8,38 @@ from typing import NoReturn
 
 
 def run() -> NoReturn:
-    """Runs the command as a process of its own, which ends here."""
+    """Runs the command line of this process, then exits."""
     _prepare_streams()
-    # A shell's job in the background has Ctrl-C ignored, and keeps it so.
+    # The shell ignores Ctrl-C for a background job; keep it ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    # Only now: this takes a tenth of a second, in which Ctrl-C may come.
+    # Imported after the handler is set: Ctrl-C may come during this import.
     from gecko_jax.cli import entry
 
     entry.run()
 
 
 def _prepare_streams() -> None:
-    """Opens the standard streams that the caller has closed, on the null device."""
+    """Opens standard streams that the caller has closed on the null device."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            # The next file to be opened would get this number, and with it all that
-            # compiled libraries write to their error output.
+            # Otherwise the next file that is opened would get this number, and
+            # compiled libraries would write their error output into it.
             os.open(os.devnull, os.O_RDWR)
-    if sys.stderr is None:  # print() would take None for the standard output.
+    if sys.stderr is None:  # print(file=None) would write to the standard output.
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is not None:
-        # A path that is not UTF-8 is printed as the bytes that it is.
+        # Prints a path that is not UTF-8 as its original bytes.
         sys.stdout.reconfigure(errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    """Raises KeyboardInterrupt, or ends the process at once while it imports.
+    """Raises KeyboardInterrupt, or exits at once during an import.
 
-    Compiled modules that are being imported take the exception for a fault of their
-    own, or crash.
+    A compiled module that is being imported would report the exception as its own
+    error, or crash.
     """
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

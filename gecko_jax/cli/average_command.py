@@ -1,4 +1,4 @@
-"""`gecko average`: checkpoints of one run, or several models, as one."""
+"""`gecko average`: averages checkpoints of one run, or several models."""
 
 import argparse
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from gecko_jax.cli import parsing
 
 _AVERAGE = """\
-Averages the checkpoints of one run, or several models that started from the same
-checkpoint, into a model folder: often better than each of them, at no cost of training.
+Averages the checkpoints of one run, or several models that were fine-tuned from the
+same checkpoint. The average is often better than each input, at no training cost.
 
-  --method=mean    the weighted mean of every parameter; the default
-  --method=slerp   the weighted mean on the sphere: directions turn, lengths stay
+  --method=mean    weighted mean of every parameter (the default)
+  --method=slerp   spherical mean: averages directions and lengths separately
 
-One workdir means its own checkpoints: all that it holds, or those of --steps. Several
-models may be workdirs (the newest checkpoint counts), folders, or anything that
-`gecko import` reads. They must agree in sizes, vocabulary, text format, lengths and MRL
-dims. Nothing of this chooses: judge the average and its parts with `gecko evaluate`.
+With one workdir, its own checkpoints are averaged: all of them, or those of --steps.
+With several sources, each is a workdir (its newest checkpoint), a model folder, or
+anything that `gecko import` reads. Sizes, vocabulary, text format, lengths and MRL dims
+must agree. Compare the average with its inputs by `gecko evaluate`.
 
 examples:
   gecko average runs/finetune --output=averaged
@@ -23,39 +23,24 @@ examples:
   gecko average runs/retrieval runs/similarity --weights=3,1 --output=soup
   gecko average runs/a runs/b runs/c --method=slerp --output=soup
 
-The folder's gecko.json says what went in, with which weights."""
+The gecko.json of the output records the sources and their weights."""
 
 
 def add_parser(verbs: Any) -> None:
     """Adds the parser of `gecko average`."""
     parser = parsing.add_verb(verbs, "gecko average", _AVERAGE, average)
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        type=parsing.path,
-        metavar="SOURCE",
-        help="one workdir, or models",
-    )
-    parsing.add_output(parser, "DIR", "the folder to write")
-    parser.add_argument("--method", choices=("mean", "slerp"), default="mean")
-    parser.add_argument(
-        "--weights",
-        type=_weights,
-        default=(),
-        metavar="W,W,...",
-        help="of the models, in any unit (all equal)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=_steps,
-        default=(),
-        metavar="N,N,...",
-        help="checkpoints of the one workdir (all it holds)",
-    )
+    add = parser.option
+    add("sources", "one workdir, or several models", "SOURCE", nargs="+")
+    add("--output", "folder for the averaged model", "DIR", required=True)
+    add("--method", "kind of mean", ("mean", "slerp"), "mean")
+    text = "relative weights of the models (default: equal)"
+    add("--weights", text, _weights, (), metavar="W,W,...")
+    text = "checkpoints of the workdir to average (default: all)"
+    add("--steps", text, parsing.positives, (), metavar="N,N,...")
 
 
 def average(options: argparse.Namespace) -> None:
-    """Averages models and says what went in."""
+    """Averages models and prints their weights and similarities."""
     from gecko_jax.formats import averaging
 
     done = averaging.average(
@@ -66,8 +51,8 @@ def average(options: argparse.Namespace) -> None:
         steps=options.steps,
     )
     for model, cosine in zip(done.inputs, (None, *done.cosines), strict=True):
-        near = "" if cosine is None else f", cosine {cosine:.4f} with the one before"
-        parsing.say(f"{model['weight']:.3f}  {averaging.describe(model)}{near}")
+        similarity = "" if cosine is None else f", cosine {cosine:.4f} to the previous"
+        parsing.say(f"{model['weight']:.3f}  {averaging.describe(model)}{similarity}")
     parsing.say(
         f"{options.output}: {options.method} of {len(done.inputs)} models, revision "
         f"{done.model_files.revision}. Load it with gecko_jax.load({options.output!r})"
@@ -79,9 +64,5 @@ def _weights(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be numbers with commas between them"
+            f"{text!r} must be a comma-separated list of numbers"
         ) from None
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    return tuple(sorted({parsing.positive(part.strip()) for part in text.split(",")}))

@@ -1,4 +1,4 @@
-"""`gecko compile`: proves a config for a TPU topology."""
+"""`gecko compile`: compiles a train step for a TPU slice, on a CPU."""
 
 import argparse
 import json
@@ -7,8 +7,10 @@ from typing import Any
 from gecko_jax.cli import flags, parsing
 
 _COMPILE = """\
-Compiles the train step of a config for a TPU topology, on a CPU (the extra "tpu"):
-memory, operations and collectives of a chip, and the time its data sheet allows.
+Compiles the train step of a config for a TPU slice, on a CPU, and prints what each chip
+needs: memory, operations, collectives, and the time that its data sheet allows. Needs
+the extra "tpu". --search tries microbatch sizes, remat settings and meshes, and
+recommends the fastest that fits.
 
 examples:
   gecko compile --config=configs/finetune.py:xl --topology=v5e:16x16 \\
@@ -20,36 +22,28 @@ examples:
 def add_parser(verbs: Any) -> None:
     """Adds the parser of `gecko compile`."""
     parser = parsing.add_verb(verbs, "gecko compile", _COMPILE, compile_step)
+    add = parser.option
     parsing.add_config(parser)
-    parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="such as v5e:4x4"
-    )
-    parser.add_argument(
-        "--slices",
-        type=parsing.positive,
-        default=1,
-        help="of the pod, joined by DCN (1)",
-    )
-    parser.add_argument(
-        "--search", action="store_true", help="try microbatches, remat and meshes"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    add("--topology", "TPU slice, such as v5e:4x4", "NAME", required=True)
+    add("--slices", "number of slices, connected by DCN", parsing.positive, 1)
+    add("--search", "compare settings, see above", bool)
+    add("--json", "print JSON lines", bool)
 
 
 def compile_step(options: argparse.Namespace) -> None:
-    """Compiles the train step of a config for a TPU topology."""
+    """Compiles the train step of a config for a TPU slice."""
     if options.search and options.slices > 1:
-        raise ValueError("--search: looks at one slice; leave out --slices")
+        raise ValueError("--search: supports one slice only; leave out --slices")
     config = flags.load(options.config, options.overrides, flags.TRAIN)
     from gecko_jax.compile import aot
 
-    reports = []
-    found = (
+    candidates = (
         aot.search(config, options.topology)
         if options.search
         else [aot.compile_step(config, options.topology, options.slices)]
     )
-    for report in found:
+    reports = []
+    for report in candidates:
         reports.append(report)
         if options.json:
             print(json.dumps(report.to_dict()), flush=True)
@@ -58,10 +52,8 @@ def compile_step(options: argparse.Namespace) -> None:
     if options.search and not options.json:
         best = aot.recommend(reports)
         if best is None:
-            print("None of them leaves enough memory: more chips, or a smaller batch.")
-        else:
-            sizes = best.settings | {f"mesh.{k}": v for k, v in best.mesh.items()}
-            print(
-                "The fastest that fits: "
-                + " ".join(f"--config.{key}={value}" for key, value in sizes.items())
-            )
+            print("No setting leaves enough memory: use more chips or a smaller batch.")
+            return
+        values = best.settings | {f"mesh.{k}": v for k, v in best.mesh.items()}
+        choice = " ".join(f"--config.{key}={value}" for key, value in values.items())
+        print(f"The fastest setting that fits: {choice}")

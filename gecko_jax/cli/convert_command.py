@@ -1,4 +1,4 @@
-"""`gecko import` and `gecko export`: checkpoints of other libraries, in and out."""
+"""`gecko import` and `gecko export`: conversion from and to other libraries."""
 
 import argparse
 import pathlib
@@ -7,10 +7,10 @@ from typing import Any
 from gecko_jax.cli import parsing
 
 _IMPORT = """\
-Turns a checkpoint of T5X, Hugging Face or sentence-transformers into a model folder.
+Converts a T5X, Hugging Face or sentence-transformers checkpoint into a model folder.
 
-SOURCE is a T5X checkpoint (its folder, or the model_dir that holds several; a path,
-gs:// or https://), a folder with config.json or modules.json, or a name on the hub.
+SOURCE is a T5X checkpoint (its folder, or a model_dir with several; a path, gs:// or
+https://), a folder with config.json or modules.json, or a name on the Hugging Face hub.
 Only the encoder, its embeddings and its projection are read, one tensor at a time.
 
 examples:
@@ -21,12 +21,12 @@ examples:
 
 
 _EXPORT = """\
-Writes a trained model into a folder of its own, without the state of training.
+Writes a trained model, without its training state, in one of four formats.
 
-  --to=gecko                  settings, weights, vocabulary; the default
-  --to=sentence-transformers  SentenceTransformer(DIR), prompts and model card included
-  --to=t5x                    a legacy T5X checkpoint, for t5x and t5x_retrieval
-  --to=onnx                   one graph from tokens to vectors, and a tokenizer
+  --to=gecko                  model folder: settings, weights, vocabulary (the default)
+  --to=sentence-transformers  for SentenceTransformer(DIR), with prompts and model card
+  --to=t5x                    legacy T5X checkpoint, for t5x and t5x_retrieval
+  --to=onnx                   one graph from tokens to embeddings, and a tokenizer
 
 examples:
   gecko export runs/finetune --output=my-gecko
@@ -38,65 +38,35 @@ examples:
 def add_parser(verbs: Any) -> None:
     """Adds the parsers of `gecko import` and `gecko export`."""
     parser = parsing.add_verb(verbs, "gecko import", _IMPORT, import_)
-    parser.add_argument("source", metavar="SOURCE", help="path, URL or hub name")
-    parsing.add_output(parser, "DIR", "the folder to write")
-    parser.add_argument(
-        "--vocabulary", metavar="FILE", help="SentencePiece model; T5X holds none"
-    )
-    parser.add_argument(
-        "--extra-ids",
-        type=parsing.count,
-        default=0,
-        help="sentinels after it (0; T5: 100)",
-    )
+    add = parser.option
+    add("source", "path, URL or hub name", "SOURCE")
+    add("--output", "folder for the model", "DIR", required=True)
+    text = "SentencePiece model; T5X checkpoints do not contain one"
+    add("--vocabulary", text, "FILE")
+    text = "number of sentinel ids after the vocabulary (default: 0; T5 has 100)"
+    add("--extra-ids", text, parsing.count, 0)
     for side in ("query", "passage"):
-        parser.add_argument(
-            f"--{side}-length",
-            type=parsing.length,
-            help=f"longest {side} in tokens (the source's, or 512)",
-        )
-    parser.add_argument(
-        "--relpos-max-distance",
-        type=parsing.positive,
-        metavar="TOKENS",
-        help="distance at which the relative bias ends; T5X does not store it (128)",
-    )
+        text = f"maximum {side} length in tokens (default: the source's, or 512)"
+        add(f"--{side}-length", text, parsing.length)
+    text = "max_distance of the relative bias, which T5X does not store (default: 128)"
+    add("--relpos-max-distance", text, parsing.positive)
 
     parser = parsing.add_verb(verbs, "gecko export", _EXPORT, export)
-    parser.add_argument(
-        "model", type=parsing.path, metavar="DIR", help="workdir of a run, or an export"
-    )
-    parsing.add_output(parser, "DIR", "the folder to write")
-    parser.add_argument(
-        "--to",
-        choices=("gecko", "sentence-transformers", "t5x", "onnx"),
-        default="gecko",
-        help="whose format (gecko)",
-    )
-    parser.add_argument(
-        "--dim",
-        type=parsing.positive,
-        help="dims that sentence-transformers or the ONNX graph gives, one that was "
-        "trained",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of the weights on disk, for gecko: float16 is half as large (float32)",
-    )
-    parser.add_argument(
-        "--results",
-        metavar="FILE",
-        help="results.json of `gecko evaluate`, for the model card",
-    )
-    parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload to this repository of the hub"
-    )
+    add = parser.option
+    add("model", "workdir of a run, or model folder", "DIR")
+    add("--output", "folder for the export", "DIR", required=True)
+    formats = ("gecko", "sentence-transformers", "t5x", "onnx")
+    add("--to", "output format", formats, "gecko")
+    text = "output dimension, for sentence-transformers and ONNX"
+    add("--dim", text, parsing.positive)
+    text = "precision of the stored weights, for --to=gecko"
+    add("--dtype", text, ("float32", "float16"), "float32")
+    add("--results", "evaluation results.json, for the model card", "FILE")
+    add("--push", "upload to this Hugging Face repository", "OWNER/NAME")
 
 
 def import_(options: argparse.Namespace) -> None:
-    """Turns a checkpoint of another library into a model folder."""
+    """Converts a checkpoint of another library into a model folder."""
     from gecko_jax.formats import detection, model_folder, parameters, tensors
 
     opened = detection.open_model(
@@ -119,7 +89,7 @@ def import_(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Writes a trained model into a folder of its own, in the format asked for."""
+    """Writes a trained model in the requested format."""
     from gecko_jax import evaluation
     from gecko_jax.formats import model_folder, to_hub
 
@@ -133,12 +103,10 @@ def export(options: argparse.Namespace) -> None:
 
         scores = None
         if options.results:
-            scores = evaluation.read(options.results).check_model(model_files)
+            results = evaluation.read(options.results)
+            scores = results.check_model(model_files).to_dict()
         to_sentence_transformers.save(
-            output,
-            model_files,
-            truncate_dim=options.dim,
-            scores=scores.to_dict() if scores else None,
+            output, model_files, truncate_dim=options.dim, scores=scores
         )
         use = f"SentenceTransformer({options.output!r})"
     elif options.to == "t5x":
@@ -164,23 +132,23 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> None:
-    if options.dim and options.to not in ("sentence-transformers", "onnx"):
+    """Raises ValueError for an option that the output format does not support."""
+    to = options.to
+    unsupported = None
+    if options.dim and to not in ("sentence-transformers", "onnx"):
+        unsupported = "dim", "stores the full embedding, and encoding truncates it"
+    elif options.dtype != "float32" and to != "gecko":
+        unsupported = "dtype", "is always written in float32"
+    elif options.results and to != "sentence-transformers":
+        unsupported = "results", "has no model card"
+    if unsupported:
+        name, reason = unsupported
         raise ValueError(
-            f"--dim={options.dim}: the format {options.to} holds the whole embedding, "
-            "which is cut when texts are encoded; leave --dim out"
+            f"--{name}={getattr(options, name)}: the format {to} {reason}; leave "
+            f"--{name} out"
         )
     if options.dim and options.dim not in mrl_dims:
         raise ValueError(
-            f"--dim={options.dim} is not one the model was trained for: choose one of "
-            f"{', '.join(map(str, sorted(mrl_dims)))}"
-        )
-    if options.dtype != "float32" and options.to != "gecko":
-        raise ValueError(
-            f"--dtype={options.dtype}: the format {options.to} is written in float32; "
-            "leave --dtype out"
-        )
-    if options.results and options.to != "sentence-transformers":
-        raise ValueError(
-            f"--results={options.results}: the format {options.to} has no model card; "
-            "leave --results out, or use --to=sentence-transformers"
+            f"--dim={options.dim}: the model was not trained for this dimension; "
+            f"choose one of {', '.join(map(str, sorted(mrl_dims)))}"
         )

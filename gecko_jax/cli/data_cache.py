@@ -1,4 +1,4 @@
-"""`gecko data cache`: tokenizing with Apache Beam, on many machines."""
+"""`gecko data cache`: tokenizes with Apache Beam, on many machines."""
 
 import argparse
 import pathlib
@@ -8,12 +8,12 @@ from gecko_jax.cli import flags, parsing
 from gecko_jax.io import wording
 
 _CACHE = """\
-Tokenizes the data of a config with seqio's Apache Beam job, whose workers share the
-files: for sets that are too large for one machine. Training takes the caches over when
-its data.cache_dir is the folder, and draws the same batches as without them; it needs
-no Beam. Without this verb training tokenizes by itself.
+Tokenizes the data of a config with seqio's Apache Beam job, for data sets that are too
+large for one machine. A training run whose data.cache_dir is the output folder reads
+the cache and draws the same batches as without it. Training itself does not need Beam,
+and without a cache it tokenizes the data when it starts.
 
-Apache Beam wants an environment of its own: pip install "gecko-jax[beam]"
+Install Apache Beam in an environment of its own: pip install "gecko-jax[beam]"
 
 examples:
   gecko data cache --config=configs/finetune.py:base --output=/mnt/bucket/cache \\
@@ -26,30 +26,23 @@ def add_parser(verbs: Any) -> None:
     """Adds the parser of `gecko data cache`."""
     parser = parsing.add_verb(verbs, "gecko data cache", _CACHE, cache)
     parsing.add_config(parser)
-    parsing.add_output(parser, "DIR", "the data.cache_dir of the runs to come")
-    parser.add_argument(
-        "--pipeline-options",
-        type=parsing.words,
-        default=(),
-        metavar="OPTION,...",
-        help="of Apache Beam, such as --runner=DataflowRunner",
-    )
+    parser.option("--output", "folder for the cache", "DIR", required=True)
+    text = "options for Apache Beam, such as --runner=DataflowRunner"
+    parser.option("--pipeline-options", text, parsing.words, (), metavar="OPTION,...")
 
 
 def cache(options: argparse.Namespace) -> None:
-    """Fills the caches of a config with Apache Beam, and says what they hold."""
-    config = flags.load(options.config, options.overrides, flags.TRAIN)
-    import gecko_jax.config
+    """Writes the caches of a config with Apache Beam and prints their sizes."""
+    config = flags.load_checked(options, flags.TRAIN)
     from gecko_jax.data import selection, seqio_cache, task_table
     from gecko_jax.training import initialization, loop
 
-    gecko_jax.config.check(config)
     seqio_cache.load_beam()
     pieces = loop.load_vocabulary(config)
-    # How texts are written comes from the checkpoint that training will start from.
+    # The text format is that of the checkpoint from which training will start.
     start = initialization.load_start(config)
     output = pathlib.Path(options.output)
-    chosen = selection.select(
+    selected = selection.select(
         mixture=config.data.mixture,
         files=config.data.files,
         vocabulary=pieces,
@@ -59,16 +52,16 @@ def cache(options: argparse.Namespace) -> None:
         unique_ids=config.data.unique_ids,
     )
     job = seqio_cache.Job(
-        chosen.text_format,
+        selected.text_format,
         task_table.vocabulary_path(config.data.vocabulary),
         pieces.extra_ids,
         options.pipeline_options,
     )
-    for task, key in zip(chosen.tasks, chosen.keys, strict=True):
+    for task, key in zip(selected.tasks, selected.keys, strict=True):
         folder, stats = seqio_cache.write(task, key, job, output)
         tokens = sum(
-            n
-            for name, n in stats.items()
+            count
+            for name, count in stats.items()
             if name.endswith("_tokens") and not name.endswith("_max_tokens")
         )
         parsing.say(

@@ -1,4 +1,4 @@
-"""`gecko embed` and `gecko index`: texts to vectors, and vectors to an index."""
+"""`gecko embed` and `gecko index`: texts to embeddings, embeddings to an index."""
 
 import argparse
 from typing import Any
@@ -7,9 +7,11 @@ from gecko_jax.cli import parsing
 from gecko_jax.io import wording
 
 _EMBED = """\
-Embeds a file of texts into a folder of shards; an interrupted run goes on.
+Embeds a file of texts and writes the embeddings in shards. The same command resumes an
+interrupted run.
 
-The file is JSON lines (`_id`, `text`, maybe `title`) or plain text, a text a line.
+The file is JSON lines with `_id`, `text` and optionally `title`, or plain text with one
+text per line.
 
 examples:
   gecko embed corpus.jsonl --model=runs/finetune --output=vectors
@@ -17,11 +19,12 @@ examples:
       --task="question answering" --dim=256
   gecko embed corpus.jsonl --model=runs/finetune --output=small --precision=int8
 
---precision=int8 stores a byte per dim, binary a bit; index and search take either."""
+--precision=int8 stores one byte per dimension, binary one bit. `gecko index` and
+`gecko search` accept all precisions."""
 
 
 _INDEX = """\
-Builds an index from a folder that `gecko embed` made. The search is exact.
+Builds a search index from a folder that `gecko embed` wrote. The search is exact.
 
 example:
   gecko index vectors --output=index"""
@@ -30,38 +33,29 @@ example:
 def add_parser(verbs: Any) -> None:
     """Adds the parsers of `gecko embed` and `gecko index`."""
     parser = parsing.add_verb(verbs, "gecko embed", _EMBED, embed)
-    parser.add_argument("file", type=parsing.path, metavar="FILE", help="the texts")
+    add = parser.option
+    add("file", "texts to embed", "FILE")
     parsing.add_model(parser)
-    parsing.add_output(parser, "DIR", "the folder of shards to write")
-    parser.add_argument(
-        "--side", choices=("query", "passage"), default="passage", help="(passage)"
-    )
-    parser.add_argument("--task", help="name or description of the task")
-    parser.add_argument(
-        "--dim", type=parsing.positive, help="one that was trained (the largest)"
-    )
+    add("--output", "folder for the shards", "DIR", required=True)
+    text = "embed the texts as queries or as passages"
+    add("--side", text, ("query", "passage"), "passage")
+    add("--task", "name or description of the task", str, metavar="TASK")
+    text = "dimension, one that the model was trained for (default: the largest)"
+    add("--dim", text, parsing.positive)
+    text = "precision of the stored embeddings"
+    add("--precision", text, ("float32", "int8", "binary"), "float32")
 
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "int8", "binary"),
-        default="float32",
-        help="of the vectors (float32)",
-    )
-
-    parser = parsing.add_verb(verbs, "gecko index", _INDEX, index)
-    parser.add_argument(
-        "vectors", type=parsing.path, metavar="DIR", help="what `gecko embed` wrote"
-    )
-    parsing.add_output(parser, "DIR", "the folder of the index to write")
+    add = parsing.add_verb(verbs, "gecko index", _INDEX, index).option
+    add("vectors", "output of `gecko embed`", "DIR")
+    add("--output", "folder for the index", "DIR", required=True)
 
 
 def embed(options: argparse.Namespace) -> None:
     """Embeds a file of texts into a folder of shards."""
     from gecko_jax.inference import embedding, quantization, vector_files
 
-    model = embedding.load(options.model)
     folder = vector_files.embed_file(
-        model,
+        embedding.load(options.model),
         options.file,
         options.output,
         side=options.side,
@@ -85,7 +79,7 @@ def index(options: argparse.Namespace) -> None:
     built = vector_index.from_embeddings(options.vectors)
     built.save(options.output)
     parsing.say(
-        f"{options.output}: an index of {wording.counted(len(built), 'text')}, "
+        f"{options.output}: index of {wording.counted(len(built), 'text')}, "
         f"{built.codes.precision}, "
         f"{wording.counted(built.codes.bytes_per_vector, 'byte')} each"
     )

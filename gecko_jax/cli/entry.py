@@ -1,13 +1,9 @@
-"""The command `gecko`: its verbs, their options, and how errors are told.
-
-The verbs are in `commands`, with their options and the help that teaches each.
-"""
+"""Entry point of `gecko`: parses the command line, runs a verb, reports errors."""
 
 import argparse
 import contextlib
 import logging as standard_logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,6 +20,7 @@ from gecko_jax.cli import (
     data_command,
     embed_command,
     evaluate_command,
+    flags,
     fret_command,
     parsing,
     search_command,
@@ -31,71 +28,84 @@ from gecko_jax.cli import (
 )
 from gecko_jax.io import wording
 
-# Faults of the input or of the machine: told in one line, without a traceback.
+_COMMANDS = (
+    train_command,
+    compile_command,
+    data_command,
+    evaluate_command,
+    embed_command,
+    search_command,
+    convert_command,
+    average_command,
+    fret_command,
+)
+
+# Errors of the input or of the machine: reported in one line, without a traceback.
 _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 
-# What a shell reports of a process that Ctrl-C has ended.
+# Exit status that a shell reports for a process that Ctrl-C has ended.
 _INTERRUPTED = 130
 
-# What Ctrl-C ended. XLA's threads may still work for its frames, and crash when these
-# are freed: they stay until the process ends.
+# XLA's threads may still use objects of the interrupted frames and crash when Python
+# frees them. References from here keep those frames until the process ends.
 _interrupts: list[KeyboardInterrupt] = []
 
 _DESCRIPTION = """\
-Gecko text embeddings in JAX: train a dual encoder, judge it, search with it.
+Gecko text embeddings in JAX: train a dual encoder, evaluate it, and search with it.
 
-  gecko train       trains a model from a config file
-  gecko compile     proves a config for a TPU topology, on a CPU
-  gecko data        shows data and prepares it: hard negatives, vocabularies
-  gecko evaluate    judges a model on retrieval and similarity, beside BM25
-  gecko embed       turns a file of texts into vectors
-  gecko index       builds an index from vectors
-  gecko search      answers queries from an index
-  gecko import      turns a checkpoint of another library into a model folder
-  gecko export      writes a trained model into a folder of its own
-  gecko average     makes one model of the checkpoints of a run, or of several models
-  gecko fret        makes training data with a language model
+  gecko train       train a model from a config file
+  gecko compile     compile a config for a TPU slice on a CPU: memory and time per step
+  gecko data        inspect and prepare training data
+  gecko evaluate    evaluate a model on retrieval, similarity and classification
+  gecko embed       embed a file of texts
+  gecko index       build a search index from embeddings
+  gecko search      search an index
+  gecko import      convert a T5X, Hugging Face or sentence-transformers checkpoint
+  gecko export      convert a trained model for other libraries
+  gecko average     average checkpoints or models
+  gecko fret        generate training data with a language model (FRet)
 
-`gecko VERB --help` explains a verb with examples.
+`gecko VERB --help` explains a verb and shows examples.
 """
 
 
 def run() -> NoReturn:
-    """Runs the command as a process of its own, which ends here."""
-    sys.unraisablehook = _handle_lost_error
+    """Runs the command line of this process, then exits."""
+    sys.unraisablehook = _handle_unraisable
     status = main()
     if status == _INTERRUPTED:
-        # XLA's threads are at work still, and crash when Python is taken down.
-        with contextlib.suppress(OSError, AttributeError):  # Closed: it is None.
+        # Skip Python's finalization: running XLA threads would crash during it.
+        with contextlib.suppress(OSError, AttributeError):  # stdout is closed or None
             sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
 
-def _handle_lost_error(lost: Any) -> None:
-    """Takes an error of a callback, which Python drops: raises Ctrl-C again."""
+def _handle_unraisable(lost: Any) -> None:
+    """Handles an exception in a callback, which Python would print and drop."""
     if str(lost.exc_value) == "Event loop is closed":
-        # A save of Orbax that fails closes the loop that TensorStore's writers still
-        # report to, once for each array. The error of the save itself is raised.
+        # When an Orbax save fails, it closes the event loop that TensorStore's writers
+        # still report to. Orbax raises the error of the save itself.
         return
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
+    # Send Ctrl-C again, so that it also reaches the main program.
     again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     again.daemon = True
     again.start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit status.
+    """Runs one verb and returns the exit status.
 
     Returns:
-        0 when done, 1 for an error that was told, 2 for a command line that cannot be
-        understood, 130 when interrupted; a verb may exit with its own.
+        0 on success, 1 after a reported error, 2 for an invalid command line, 130 when
+        interrupted. A verb may exit with its own status.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("GECKO_DEBUG", "") not in ("", "0")
-    # TensorFlow's C++ notes would drown ours; it reads this when it is imported.
+    # Hides the log messages of TensorFlow's C++ code, which reads this at import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     command = "gecko"
     try:
@@ -109,30 +119,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         _interrupts.append(interrupt)
-        message = (
-            str(interrupt) or "interrupted; the same command goes on from what is saved"
-        )
+        message = str(interrupt) or "interrupted; run the same command to resume"
         print(f"\n{command}: {message}", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has gone: no fault of anyone's.
+        # The reader of our output, such as `head`, has exited. This is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except _EXPECTED as error:
-        if debug:
+    except (*_EXPECTED, RuntimeError) as error:
+        message = _describe(error)
+        if debug or message is None:
             raise
-        print(f"{command}: error: {wording.message(_describe(error))}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        # How XLA says that a device, or the host, has no memory left.
-        if debug or "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        first = wording.printable(str(error).strip().splitlines()[0])
-        print(
-            f"{command}: error: out of memory ({first[:300]}); choose a smaller model, "
-            "batch or train.microbatch_size",
-            file=sys.stderr,
-        )
+        print(f"{command}: error: {wording.message(message)}", file=sys.stderr)
         return 1
     return 0
 
@@ -142,30 +140,34 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
-    # Keys of configs cannot be known to a parser: they are set apart before.
-    overrides = [a for a in arguments if re.match(r"--(no)?config\.", a)]
-    if overrides:
-        from gecko_jax.cli import flags
-
-        overrides, arguments = flags.split(arguments)
+    # The parser cannot know the keys of a config, so their options are split off first.
+    overrides, arguments = flags.split(arguments)
     options, unknown = parser.parse_known_args(arguments)
     options.overrides = overrides
-    if overrides and "config" not in options:
+    if "config" not in options:
         unknown = overrides + unknown
     if unknown:
         options.parser.refuse_unknown(unknown)
-        options.parser.error(
-            f"argument {unknown[0]!r} is one too many, or apart from the others"
-        )
+        options.parser.error(f"unexpected argument {unknown[0]!r}")
     return options
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error: Exception) -> str | None:
+    """Returns the message of an expected error; None for an error of the program."""
     message = str(error) or type(error).__name__
+    if isinstance(error, RuntimeError):
+        # XLA raises this when a device or the host runs out of memory.
+        if "RESOURCE_EXHAUSTED" not in message:
+            return None
+        first_line = message.strip().splitlines()[0][:300]
+        return (
+            f"out of memory ({first_line}); use a smaller model, batch or "
+            "train.microbatch_size"
+        )
     if isinstance(error, MemoryError):
-        return f"out of memory ({message}); choose a smaller model, batch or file"
+        return f"out of memory ({message}); use a smaller model, batch or file"
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
-        return f"{error.filename}: a file is where a folder should be; name another"
+        return f"{error.filename}: is a file, not a folder; choose another path"
     # "[Errno 2] No such file or directory: 'x'" -> "x: no such file or directory"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
@@ -177,25 +179,23 @@ def _describe(error: BaseException) -> str:
 
 
 class _LogHandler(standard_logging.Handler):
-    """Our own notes and everyone's warnings, one clean line each, to stderr."""
+    """Prints our log messages and the warnings of all libraries to stderr."""
 
     debug = False
 
     def filter(self, record: standard_logging.LogRecord) -> bool:
-        is_ours = f"{os.sep}gecko_jax{os.sep}" in record.pathname
-        # Each of its threads logs the error of a save, which is raised as well.
+        if self.debug or f"{os.sep}gecko_jax{os.sep}" in record.pathname:
+            return True
+        # Each thread of Orbax logs the error of a failed save, which is also raised.
         is_repeated = f"{os.sep}orbax{os.sep}" in record.pathname and (
             record.levelno >= standard_logging.ERROR
         )
-        is_shown = is_ours or (
-            record.levelno >= standard_logging.WARNING and not is_repeated
-        )
-        return self.debug or is_shown
+        return record.levelno >= standard_logging.WARNING and not is_repeated
 
     def emit(self, record: standard_logging.LogRecord) -> None:
         time = standard_logging.Formatter().formatTime(record, "%H:%M:%S")
         level = record.levelname.lower() + ": "
-        # sys.stderr is looked up now: an open progress bar puts its own in place.
+        # Looked up at each call, because an open progress bar replaces sys.stderr.
         print(
             f"{time} {'' if level == 'info: ' else level}"
             f"{wording.message(record.getMessage())}",
@@ -215,23 +215,12 @@ def _set_up_logging(debug: bool) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of `gecko`, with a parser for every verb."""
-    parser = parsing.Parser(prog="gecko", **parsing.texts(_DESCRIPTION))
+    """Returns the parser of `gecko` with the parsers of all verbs."""
+    parser = parsing.Parser(prog="gecko", description=_DESCRIPTION)
     parser.add_argument(
         "--version", action="version", version=f"gecko-jax {gecko_jax.__version__}"
     )
-    parsing.add_debug(parser)
     verbs = parser.add_subparsers(metavar="VERB", required=True, help="see above")
-    for command in (
-        train_command,
-        compile_command,
-        data_command,
-        evaluate_command,
-        embed_command,
-        search_command,
-        convert_command,
-        average_command,
-        fret_command,
-    ):
+    for command in _COMMANDS:
         command.add_parser(verbs)
     return parser

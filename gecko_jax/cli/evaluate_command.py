@@ -1,4 +1,4 @@
-"""`gecko evaluate`: judges a model."""
+"""`gecko evaluate`: evaluates a model on files, or on suites with mteb."""
 
 import argparse
 import pathlib
@@ -8,16 +8,18 @@ from typing import Any
 from gecko_jax.cli import flags, parsing
 
 _EVALUATE = """\
-Judges a model at every dimension it was trained for, beside BM25 and bags of words
-that learned nothing.
+Evaluates a model at every dimension that it was trained for, next to BM25 and untrained
+bags of words.
 
-A folder in the BEIR layout (corpus.jsonl, queries.jsonl, qrels.jsonl or qrels/*.tsv)
-gives nDCG@10, recall@100 and MRR@10; a file of sentence pairs with scores (JSONL or
-TSV) gives the Spearman correlation; a file of texts with labels (text, label, split)
-gives the accuracy of mteb's classification. `quickstart` is the bundled folder.
+The kind of data decides the score:
+  folder in BEIR layout (corpus.jsonl, queries.jsonl, qrels.jsonl or qrels/*.tsv):
+      nDCG@10, recall@100 and MRR@10; `quickstart` is the bundled folder
+  JSONL or TSV file of sentence pairs with scores: Spearman correlation
+  JSONL or TSV file of texts with labels (text, label, split): accuracy of mteb's
+      classification
 
-With a config, mteb runs its own benchmarks, or files like these without network; the
-results are in mteb's format, and the same command goes on with what is missing.
+With --config, mteb runs its own benchmarks, or files as above without network access.
+Results are in mteb's format, and the same command runs what is missing.
 
 examples:
   gecko evaluate quickstart --model=runs/finetune
@@ -28,64 +30,43 @@ examples:
   gecko evaluate --config=configs/evaluate.py:v1,v2 --model=runs/finetune \\
       --output=results
 
-With --precision, passages are stored in fewer bits and a row shows what that costs."""
+--precision adds a row for each precision in which passages can be stored."""
 
 
 def add_parser(verbs: Any) -> None:
     """Adds the parser of `gecko evaluate`."""
     parser = parsing.add_verb(verbs, "gecko evaluate", _EVALUATE, evaluate)
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=parsing.path,
-        metavar="FOLDER",
-        help="BEIR, or a file",
-    )
+    add = parser.option
+    add("folders", "data, as described above", "FOLDER", nargs="*")
     parsing.add_config(parser, required=False)
     parsing.add_model(parser)
-    parser.add_argument(
-        "--dims", type=parsing.dims, help="such as 256,768; all that were trained"
-    )
-    parser.add_argument("--task", help="task of queries that name none (search result)")
-    parser.add_argument(
-        "--precision",
-        type=parsing.words,
-        default=("float32",),
-        help="of passages: float32, int8, binary or several (float32)",
-    )
-    parser.add_argument(
-        "--beside",
-        type=parsing.words,
-        default=(),
-        metavar="DIR",
-        help="other models, for the same tables; several with commas between them",
-    )
-    parser.add_argument(
-        "--untrained", action="store_true", help="add the same model before training"
-    )
-    parser.add_argument(
-        "--no-baselines", action="store_true", help="leave out BM25 and bags of words"
-    )
-    parser.add_argument(
-        "--output", type=parsing.path, metavar="DIR", help="for the tables and the plot"
-    )
+    text = "dimensions, such as 256,768 (default: all that were trained)"
+    add("--dims", text, parsing.positives, metavar="N,...")
+    text = "task of queries without one (default: search result)"
+    add("--task", text, str, metavar="TASK")
+    text = "precisions of passages: float32, int8, binary"
+    add("--precision", text, parsing.words, "float32", metavar="NAME,...")
+    text = "other models to add to the tables"
+    add("--beside", text, parsing.words, (), metavar="DIR,...")
+    add("--untrained", "add the model before training", bool)
+    add("--no-baselines", "omit BM25 and bags of words", bool)
+    add("--output", "folder for the tables and the plot", "DIR")
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Judges a model on folders, or runs a config, and prints every dimension."""
+    """Evaluates a model on folders or a config, and prints the tables."""
     if options.config:
         _evaluate_suites(options)
         return
     if options.overrides:
         options.parser.error(f"{options.overrides[0]} needs a --config")
     if not options.folders:
-        options.parser.error("name folders to judge on, or a --config")
+        options.parser.error("give at least one FOLDER, or a --config")
     from gecko_jax import evaluation
     from gecko_jax.inference import embedding
 
-    model = embedding.load(options.model)
     results = evaluation.evaluate(
-        model,
+        embedding.load(options.model),
         options.folders,
         dims=options.dims,
         task=options.task,
@@ -102,27 +83,17 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _evaluate_suites(options: argparse.Namespace) -> None:
-    """Runs the suites of a config; raises at the end if a task did not run."""
-    unused = {
-        "folders": options.folders,
-        "--dims": options.dims,
-        "--task": options.task,
-        "--beside": options.beside,
-        "--untrained": options.untrained,
-        "--no-baselines": options.no_baselines,
-    }
-    for name, value in unused.items():
-        if value:
+    """Runs the suites of a config; raises at the end if a task failed."""
+    for name in ("folders", "dims", "task", "beside", "untrained", "no_baselines"):
+        if getattr(options, name):
+            option = "FOLDER" if name == "folders" else f"--{name.replace('_', '-')}"
             options.parser.error(
-                f"{name} does not go with --config, which has keys of its own, such as "
-                "--config.folders and --config.dims"
+                f"{option} cannot be combined with --config; set keys of the config, "
+                "such as --config.folders and --config.dims"
             )
     if not options.output:
-        options.parser.error("--config needs --output, the folder of the results")
-    config = flags.load(options.config, options.overrides, flags.EVALUATE)
-    import gecko_jax.config
-
-    gecko_jax.config.check_evaluation(config)
+        options.parser.error("--config needs --output, the folder for the results")
+    config = flags.load_checked(options, flags.EVALUATE)
     from gecko_jax.evaluation import mteb_suites, scoreboard
     from gecko_jax.inference import embedding
 
@@ -135,6 +106,6 @@ def _evaluate_suites(options: argparse.Namespace) -> None:
     if board.failures:
         count = len({task.name for tasks in board.suites.values() for task in tasks})
         raise ValueError(
-            f"{len(board.failures)} of {count} tasks did not run, as told above; the "
-            "same command runs them and nothing else"
+            f"{len(board.failures)} of {count} tasks did not run, see above; run the "
+            "same command again to run only those"
         )

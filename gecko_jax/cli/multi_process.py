@@ -1,8 +1,9 @@
-"""Several processes as one run: how they find each other, and how they notice a loss.
+"""Runs that span several processes: how they connect, and how they notice a failure.
 
-JAX's runtime aborts a process whose peers are gone: no code of ours runs there any
-more. So the process that a user starts is a parent that trains nothing; it starts the
-one that does, passes signals on, and says in words how it ended.
+JAX's runtime aborts a process when another process of the run is lost, and no Python
+code runs after that. The process that the user starts is therefore a parent that does
+not train: it starts the training process, forwards signals to it, and explains how it
+ended.
 """
 
 import contextlib
@@ -13,19 +14,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# Set in the process that trains, by its parent.
+# Environment variable that the parent sets for the training process.
 _CHILD = "GECKO_DISTRIBUTED_CHILD"
+
+_RESUME = "Its checkpoints are complete; start every process again to resume"
 
 
 class Peers(NamedTuple):
-    """How the processes of a run find each other.
+    """How the processes of a run connect.
 
     Attributes:
-        coordinator: HOST:PORT of the first process; None to be told, with the numbers
-            below, by the TPU's metadata, SLURM or Open MPI.
-        num_processes: How many there are.
-        process: Which one this is, from 0.
-        timeout_seconds: How long a silent process is waited for.
+        coordinator: HOST:PORT of process 0; None to detect it, and both numbers below,
+            from TPU metadata, SLURM or Open MPI.
+        num_processes: Number of processes.
+        process: Number of this process, from 0.
+        timeout_seconds: How long to wait for an unresponsive process.
     """
 
     coordinator: str | None
@@ -35,21 +38,17 @@ class Peers(NamedTuple):
 
 
 def check(peers: Peers) -> None:
-    """Checks that the three numbers come together.
-
-    Raises:
-        ValueError: Some are given and some are not, or one is out of range.
-    """
-    given = {
+    """Raises ValueError if the settings are incomplete or out of range."""
+    settings = {
         "--coordinator": peers.coordinator,
         "--processes": peers.num_processes,
         "--process": peers.process,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
+    missing = [name for name, value in settings.items() if value is None]
+    if missing and len(missing) < len(settings):
         raise ValueError(
-            f"{', '.join(missing)}: missing; give all of {', '.join(given)}, or "
-            "--distributed alone where TPU metadata, SLURM or Open MPI know them"
+            f"{', '.join(missing)}: missing; give all of {', '.join(settings)}, or "
+            "only --distributed on TPU slices and under SLURM or Open MPI"
         )
     if (peers.process or 0) >= (peers.num_processes or 1):
         raise ValueError(
@@ -59,25 +58,25 @@ def check(peers: Peers) -> None:
 
 
 def is_child() -> bool:
-    """Whether this process is the one that trains."""
+    """Whether this process is the training process that a parent started."""
     return _CHILD in os.environ
 
 
 def run_child(arguments: Sequence[str], peers: Peers) -> int:
-    """Runs `gecko` with the arguments in a process that may be aborted.
+    """Runs `gecko` with the arguments in a child process and explains how it ended.
 
     Returns:
-        Its exit status; 1 where a signal ended it, after a word about why.
+        The exit status of the child; 1 if a signal ended it.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", "gecko_jax", *arguments], env=os.environ | {_CHILD: "1"}
     )
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         child.send_signal(number)
 
     before = {
-        number: signal.signal(number, pass_on)
+        number: signal.signal(number, forward)
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
@@ -87,32 +86,26 @@ def run_child(arguments: Sequence[str], peers: Peers) -> int:
             signal.signal(number, handler)
     if status >= 0:
         return status
-    name = signal.Signals(-status).name
     which = "this process" if peers.process is None else f"process {peers.process}"
+    reason = f"was ended by {signal.Signals(-status).name}"
     if -status == signal.SIGABRT:
-        why = (
-            f"{which} was stopped by JAX: another process of the run has ended or has "
-            f"been silent for {peers.timeout_seconds} s (--peer-timeout)"
+        reason = (
+            "was stopped by JAX, because another process of the run ended or did not "
+            f"respond for {peers.timeout_seconds} s (--peer-timeout)"
         )
-    else:
-        why = f"{which} was ended by {name}"
-    print(
-        f"gecko train: error: {why}. What was saved is whole: give every process its "
-        "command again, and the run goes on",
-        file=sys.stderr,
-    )
+    print(f"gecko train: error: {which} {reason}. {_RESUME}", file=sys.stderr)
     return 1
 
 
 @contextlib.contextmanager
 def join(peers: Peers) -> Iterator[None]:
-    """Makes this process one of its run's.
+    """Connects this process to the others of its run.
 
-    A failed exchange with another process ends this one at once: an orderly end would
-    wait for the others.
+    If communication with another process fails, this process exits at once: a normal
+    exit would wait for the others.
 
     Raises:
-        ValueError: No coordinator was found, or it did not answer.
+        ValueError: There is no coordinator, or it did not answer.
     """
     import jax
 
@@ -127,19 +120,18 @@ def join(peers: Peers) -> Iterator[None]:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the processes of the run did not find each other ({error}); give "
-            "--coordinator=HOST:PORT of the first, --processes and --process"
+            f"the processes of the run could not connect ({error}); give "
+            "--coordinator=HOST:PORT of process 0, --processes and --process"
         ) from error
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
+        first_line = (str(error).strip().splitlines() or [""])[0][:300]
         print(
             f"gecko train: error: process {jax.process_index()} lost another process "
-            f"of the run ({first[:300]}). What was saved is whole: give every process "
-            "its command again, and the run goes on",
+            f"of the run ({first_line}). {_RESUME}",
             file=sys.stderr,
             flush=True,
         )

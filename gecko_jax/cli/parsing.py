@@ -1,39 +1,82 @@
-"""What the parsers of all verbs share: errors, common options, kinds of values."""
+"""Argument parser, common options and value types that all verbs share."""
 
 import argparse
+import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from gecko_jax.io import wording
 
 
 class UsageError(Exception):
-    """A command line that cannot be understood."""
+    """The command line is invalid."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Prints descriptions as written, and appends its default to each option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if not action.default or action.default == argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, and offers the nearest names."""
+    """Raises `UsageError` instead of exiting, and suggests similar names."""
 
     _arguments: Sequence[str] = ()
+
+    def __init__(self, **settings: Any):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **settings)
+        self.option("--debug", "show tracebacks and all log messages", bool)
+
+    def option(
+        self,
+        name: str,
+        text: str,
+        kind: str | type | Callable[[str], Any] | tuple[str, ...],
+        default: Any = None,
+        **settings: Any,
+    ) -> None:
+        """Adds an option, or a positional argument.
+
+        Args:
+            name: Name such as "--dim"; without dashes for a positional argument.
+            text: Help text; the default is appended.
+            kind: Placeholder of a nonempty text, such as "DIR"; a tuple of choices;
+                `bool` for a flag; or a function that converts the text.
+            default: Value if the option is absent; a string is converted.
+            **settings: Other settings of `add_argument`.
+        """
+        if kind is bool:
+            self.add_argument(name, action="store_true", help=text)
+            return
+        if isinstance(kind, str):
+            settings |= {"metavar": kind, "type": _not_empty}
+        elif isinstance(kind, tuple):
+            settings["choices"] = kind
+        else:
+            settings = {"metavar": "N", "type": kind} | settings
+        self.add_argument(name, help=text, default=default, **settings)
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (overloads)
         self, args: Any = None, namespace: Any = None
     ) -> Any:
-        """Parses as argparse does, and keeps the arguments for what `error` tells."""
+        """Parses as argparse does, and stores the arguments for `error`."""
         self._arguments = args or ()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raises what `cli` tells: the fault, and where to read on."""
+        """Raises `UsageError` with the message and a pointer to the help."""
         if "arguments are required" in message:
-            # A misspelt option is missing too, but the spelling is what to tell.
+            # A misspelled option also counts as missing. Report the misspelling.
             self.refuse_unknown(self._arguments)
-        told = wording.message(message)
-        raise UsageError(f"{self.prog}: error: {told}\nSee {self.prog} --help")
+        message = wording.message(message)
+        raise UsageError(f"{self.prog}: error: {message}\nSee {self.prog} --help")
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Raises for the first option that this parser does not have."""
+        """Raises `UsageError` for the first option that this parser does not define."""
         for argument in arguments:
             name = argument.partition("=")[0]
             if name == "--":
@@ -41,23 +84,17 @@ class Parser(argparse.ArgumentParser):
             if re.match(r"--(no)?config\.", name):
                 self.error(f"{name}: this verb takes no config")
             if name.startswith("-") and name not in self._option_string_actions:
-                options = list(self._option_string_actions)
-                self.error(f"unknown option {name}{_nearest(name, options)}")
+                similar = _similar(name, self._option_string_actions)
+                self.error(f"unknown option {name}{similar}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
-            what = action.metavar or "/".join(action.option_strings) or action.dest
+            option = action.metavar or "/".join(action.option_strings) or action.dest
             self.error(
-                f"{what} {value!r}: must be one of {', '.join(names)}"
-                f"{_nearest(str(value), names)}"
+                f"{option} {value!r}: must be one of {', '.join(names)}"
+                f"{_similar(str(value), names)}"
             )
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    from gecko_jax.cli import flags
-
-    return flags.nearest(name, names)
 
 
 def add_verb(
@@ -65,114 +102,88 @@ def add_verb(
     name: str,
     description: str,
     run: Callable[[argparse.Namespace], None] | None = None,
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Adds the parser of a verb.
 
     Args:
-        verbs: What the parser above it has for its verbs.
-        name: All words of the command, such as "gecko data show".
-        description: The help, with examples.
-        run: What the verb does; None for one that has verbs of its own.
+        verbs: Result of `add_subparsers` of the parent parser.
+        name: Full command, such as "gecko data show".
+        description: Help text with examples, printed as written.
+        run: Function that executes the verb; None if the verb has verbs of its own.
     """
-    parser = verbs.add_parser(name.split()[-1], prog=name, **texts(description))
+    parser = verbs.add_parser(name.split()[-1], prog=name, description=description)
     parser.set_defaults(parser=parser, run=run)
-    add_debug(parser)
     return parser
 
 
-def texts(description: str) -> dict[str, Any]:
-    """Returns what makes a parser print its help as it is written."""
-    return {
-        "description": description,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-        "allow_abbrev": False,
-    }
+def add_config(parser: Parser, required: bool = True) -> None:
+    """Adds `--config` and documents the options that set its keys."""
+    parser.option("--config", "config file", "FILE.py:ARG", required=required)
+    # Never stored: `flags.split` has already taken these options out of the arguments.
+    parser.option("--config.GROUP.KEY", "set a config key", "VALUE", dest="_key")
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
-    """Adds `--debug`, which every verb has."""
-    parser.add_argument(
-        "--debug", action="store_true", help="show tracebacks and every log line"
-    )
-
-
-def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds `--config` and, for its help, the options that set its keys."""
-    parser.add_argument(
-        "--config", required=required, metavar="FILE.py:ARG", help="the config file"
-    )
-    # Never stored: `flags.split` has taken these. Here for the help.
-    parser.add_argument(
-        "--config.GROUP.KEY", dest="_key", metavar="VALUE", help="sets one of its keys"
-    )
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: Parser) -> None:
     """Adds `--model`."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=path,
-        metavar="DIR",
-        help="workdir of a run, an export, or mini, which comes along",
-    )
+    text = "workdir of a run, exported folder, or mini (the bundled model)"
+    parser.option("--model", text, "DIR", required=True)
 
 
-def add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
-    """Adds `--output`, a file or folder that the verb writes."""
-    parser.add_argument(
-        "--output", required=True, type=path, metavar=metavar, help=text
-    )
-
-
-def add_prepared_dir(parser: argparse.ArgumentParser) -> None:
+def add_prepared_dir(parser: Parser) -> None:
     """Adds `--prepared-dir`."""
-    parser.add_argument(
-        "--prepared-dir",
-        default="~/.cache/gecko_jax/prepared",
-        metavar="DIR",
-        help="where prepared sets lie (~/.cache/gecko_jax/prepared)",
-    )
+    default = "~/.cache/gecko_jax/prepared"
+    parser.option("--prepared-dir", "folder of prepared data sets", "DIR", default)
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def say(text: object = "") -> None:
-    """Prints what a verb has done, with a mark in place of each escape code."""
+    """Prints the result of a verb to stdout, with control characters replaced."""
     print(wording.lines(str(text)))
 
 
-def path(text: str) -> str:
-    """Reads a path."""
-    if not text.strip():  # Such as "$UNSET": it would mean the current folder.
-        raise argparse.ArgumentTypeError("the path is empty")
+def _not_empty(text: str) -> str:
+    # The shell passes an empty text for "$UNSET". As a path it would mean the current
+    # folder.
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty")
     return text
 
 
-def count(text: str) -> int:
-    """Reads a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
-    return int(text)
+def _whole_number(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be a whole number, at least {least}"
+            )
+        return int(text)
+
+    return read
 
 
-def positive(text: str) -> int:
-    """Reads a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
-
-
-def length(text: str) -> int:
-    """Reads a number of tokens: a word and the end of the text, at least."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 2")
-    return int(text)
+count = _whole_number(0)
+positive = _whole_number(1)
+length = _whole_number(2)  # in tokens: one token of text and the end token
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Reads words with commas between them, each once."""
+    """Reads a comma-separated list without duplicates."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
-def dims(text: str) -> tuple[int, ...]:
-    """Reads dims with commas between them, in their order."""
+def positives(text: str) -> tuple[int, ...]:
+    """Reads a comma-separated list of positive whole numbers; sorts them."""
     return tuple(sorted({positive(part.strip()) for part in text.split(",")}))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints aligned columns: the first to the left, the others to the right."""
+    lines = [header, *([wording.printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True)]
+        print("  ".join(["", *cells]).rstrip())

@@ -12,9 +12,16 @@ from gecko_jax.cli import parsing
 from gecko_jax.io import reading, wording
 
 _SEARCH = """\
-Answers queries from an index; without one, reads them one a line.
+Searches an index, or files and folders of texts. Without a QUERY it reads queries from
+standard input, one per line.
+
+--texts takes JSON lines (.jsonl), one text per line (.txt) and prose (.md, .rst), and
+folders of these. The first search embeds them; the next ones use the cache. --hybrid
+fuses the ranking with that of BM25 (reciprocal rank fusion), which finds rare words and
+names better.
 
 examples:
+  gecko search "how do plants make food" --texts notes/ --hybrid
   gecko search --model=runs/finetune --index=index "how do plants make food"
   gecko search --model=runs/finetune --index=index --count=3 "first" "second"
   gecko search --model=runs/finetune --index=index < queries.txt > hits.jsonl --json"""
@@ -23,87 +30,101 @@ examples:
 def add_parser(verbs: Any) -> None:
     """Adds the parser of `gecko search`."""
     parser = parsing.add_verb(verbs, "gecko search", _SEARCH, search)
-    parser.add_argument("queries", nargs="*", metavar="QUERY", help="in quotes")
-    parsing.add_model(parser)
-    parser.add_argument(
-        "--index",
-        required=True,
-        type=parsing.path,
-        metavar="DIR",
-        help="of `gecko index`",
-    )
-    parser.add_argument("--task", help="name or description (search result)")
-    parser.add_argument(
-        "--count", type=parsing.positive, default=5, help="results of a query (5)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    add = parser.option
+    add("queries", "query, in quotes", str, nargs="*", metavar="QUERY")
+    text = "workdir of a run, exported folder, or mini (the bundled model)"
+    add("--model", text, "DIR", "mini")
+    add("--index", "output of `gecko index`", "DIR")
+    add("--texts", "files or folders to search instead of an index", "PATH", nargs="+")
+    add("--hybrid", "fuse with BM25", bool)
+    text = "name or description of the task (default: search result)"
+    add("--task", text, str, metavar="TASK")
+    add("--count", "results per query", parsing.positive, 5)
+    add("--json", "print JSON lines", bool)
 
 
 def search(options: argparse.Namespace) -> None:
-    """Answers the queries given, or those on standard input."""
+    """Answers the queries of the command line, or those on standard input."""
     if not options.queries and sys.stdin is None:
         raise ValueError(
-            "no QUERY, and standard input is closed; give queries in quotes, or a file "
-            "of them with < queries.txt"
+            "no QUERY, and standard input is closed; give queries in quotes, or "
+            "redirect a file of queries with < queries.txt"
         )
+    if bool(options.index) == bool(options.texts):
+        raise ValueError("--index, --texts: give one of them")
     from gecko_jax.inference import embedding, vector_index
 
     model = embedding.load(options.model)
-    loaded = vector_index.load(options.index)
-    loaded.check_model(model)
+    if options.texts:
+        from gecko_jax.inference import cached_index
+
+        index = cached_index.open_index(model, options.texts)
+    else:
+        index = vector_index.load(options.index)
+    index.check_model(model)
+    hybrid_index = None
+    if options.hybrid:
+        from gecko_jax.inference import hybrid
+
+        hybrid_index = hybrid.HybridIndex(index)
 
     def answer(queries: list[str]) -> None:
         task = options.task or embedding.DEFAULT_TASK
-        vectors = model.encode_queries(queries, task, dim=loaded.dim)
-        scores, ids = loaded.search(vectors, options.count)
-        for row, query in enumerate(queries):
+        vectors = model.encode_queries(queries, task, dim=index.dim)
+        if hybrid_index is None:
+            results = index.search(vectors, options.count)
+        else:
+            results = hybrid_index.search(queries, vectors, options.count)
+        for query, scores, ids in zip(queries, *results, strict=True):
             hits = [
-                {"id": i, "score": round(float(s), 4), "text": loaded.text(i)}
-                for s, i in zip(scores[row], ids[row], strict=True)
+                {"id": i, "score": round(float(score), 4), "text": index.text(i)}
+                for score, i in zip(scores, ids, strict=True)
             ]
             if options.json:
                 print(wording.json_line({"query": query, "hits": hits}))
             else:
                 _print_hits(query, hits)
-        if sys.stdout is not None:  # Closed.
+        if sys.stdout is not None:  # None if the caller has closed it.
             sys.stdout.flush()
 
     if options.queries:
         answer(options.queries)
-    else:
-        # Compiled before the first question, whose answer then takes no longer.
-        for text in ("short", "long " * model.files.query_length):
-            model.encode_queries([text], dim=loaded.dim)
-        _answer_lines(answer)
+        return
+    # Compile before the first query, so that its answer is not slower than the others.
+    for text in ("short", "long " * model.files.query_length):
+        model.encode_queries([text], dim=index.dim)
+    _answer_lines(answer)
 
 
 def _answer_lines(answer: Callable[[list[str]], None]) -> None:
-    """Answers each line of standard input; a bad one is told and passed over."""
+    """Answers each line of standard input; reports invalid lines and continues."""
     try:
         for place, line in _read_lines():
             try:
                 answer([line])
             except ValueError as error:
-                _tell(f"{place}: {error}" if place else error)
+                _report(f"{place}: {error}" if place else error)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted") from None  # Nothing is to go on from.
+        # Replaces the default message, because there is no run to resume.
+        raise KeyboardInterrupt("interrupted") from None
 
 
-def _tell(error: ValueError | str) -> None:
+def _report(error: ValueError | str) -> None:
     print(f"gecko search: {wording.message(str(error))}", file=sys.stderr)
 
 
 def _read_lines() -> Iterator[tuple[str, str]]:
-    """Yields (place, line) of standard input; at a terminal the place is ""."""
+    """Yields (place, line) of standard input; the place is "" at a terminal."""
     if not sys.stdin.isatty():
-        yield from reading.decode_lines("standard input", sys.stdin.buffer, _tell)
+        yield from reading.decode_lines("standard input", sys.stdin.buffer, _report)
         return
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A line that is no text is refused as a query, and does not end the reading.
+        # Bytes that are not UTF-8 become surrogates. The model refuses such a query,
+        # and the loop continues.
         sys.stdin.reconfigure(errors="surrogateescape")
-    import readline  # noqa: F401  (gives the prompt its editing and history)
+    import readline  # noqa: F401  (enables line editing and history in `input`)
 
-    print("One query a line; an empty line or Ctrl-D ends.")
+    print("Enter one query per line. An empty line or Ctrl-D ends the session.")
     try:
         while line := input("query> ").strip():
             yield "", line

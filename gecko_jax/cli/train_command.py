@@ -7,10 +7,11 @@ import signal
 import sys
 from typing import Any
 
-from gecko_jax.cli import flags, parsing
+from gecko_jax.cli import flags, multi_process, parsing
 
 _TRAIN = """\
-Trains a model, or goes on where an earlier run in the same workdir stopped.
+Trains a model. If the workdir holds an earlier run, training resumes from its newest
+checkpoint.
 
 examples:
   gecko train --config=configs/prefinetune.py:local --workdir=runs/prefinetune
@@ -18,13 +19,16 @@ examples:
       --config.init.checkpoint=runs/prefinetune \\
       --config.data.files=pairs.jsonl --config.data.batch_size=512
 
-What follows the colon is the config's own argument, such as `local` (a laptop) or a
-size. Every key of the config can be set: --config.GROUP.KEY=VALUE; tuples in quotes,
---config.loss.mrl_dims='(256,768)'. The workdir gets the resolved config, checkpoints,
-metrics.jsonl and TensorBoard files, and can be used as a model at any time. After
-SIGTERM everything is saved and the status is 143; the same command goes on.
+The text after the colon is the config's own argument: `local` for a laptop, or a model
+size such as `base`. --config.GROUP.KEY=VALUE sets any key of the config. Put tuples in
+quotes: --config.loss.mrl_dims='(256,768)'.
 
-several hosts, each with the same workdir:
+The workdir receives the resolved config, checkpoints, metrics.jsonl and TensorBoard
+files. It can be used as a model at any time: gecko_jax.load("runs/finetune"). On
+SIGTERM the run saves a checkpoint and exits with status 143; the same command resumes
+it.
+
+several hosts, with the same workdir on each:
   gecko train --distributed --config=... --workdir=...        TPU slices, srun, mpirun
   gecko train --coordinator=HOST:1234 --processes=2 --process=0 --config=..."""
 
@@ -32,44 +36,22 @@ several hosts, each with the same workdir:
 def add_parser(verbs: Any) -> None:
     """Adds the parser of `gecko train`."""
     parser = parsing.add_verb(verbs, "gecko train", _TRAIN, train)
+    add = parser.option
     parsing.add_config(parser)
-    parser.add_argument(
-        "--workdir", required=True, type=parsing.path, metavar="DIR", help="of the run"
-    )
-    parser.add_argument(
-        "--profile",
-        type=parsing.count,
-        default=0,
-        metavar="STEPS",
-        help="write a trace of so many steps to DIR/profile, for xprof (0)",
-    )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one of several processes, as TPU metadata, SLURM or Open MPI say",
-    )
-    parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of process 0, where nothing says so"
-    )
-    parser.add_argument(
-        "--processes", type=parsing.positive, metavar="N", help="how many"
-    )
-    parser.add_argument(
-        "--process", type=parsing.count, metavar="I", help="which, from 0"
-    )
-    parser.add_argument(
-        "--peer-timeout",
-        type=parsing.positive,
-        default=100,
-        metavar="SECONDS",
-        help="how long a silent process is waited for (100)",
-    )
+    add("--workdir", "folder of the run", "DIR", required=True)
+    text = "write a profile of this many steps to DIR/profile, for xprof"
+    add("--profile", text, parsing.count, 0, metavar="STEPS")
+    text = "detect the other processes from TPU metadata, SLURM or Open MPI"
+    add("--distributed", text, bool)
+    add("--coordinator", "address of process 0", "HOST:PORT")
+    add("--processes", "number of processes", parsing.positive)
+    add("--process", "number of this process, from 0", parsing.count)
+    text = "time to wait for an unresponsive process"
+    add("--peer-timeout", text, parsing.positive, 100, metavar="SECONDS")
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains, or goes on with, the run of a workdir."""
-    from gecko_jax.cli import multi_process
-
+    """Trains or resumes the run of a workdir."""
     peers = multi_process.Peers(
         options.coordinator, options.processes, options.process, options.peer_timeout
     )
@@ -85,14 +67,12 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = flags.load(options.config, options.overrides, flags.TRAIN)
-    import gecko_jax.config
-    from gecko_jax.training import interruption, loop
+    config = flags.load_checked(options, flags.TRAIN)
+    import jax
 
-    # A wrong key should be told before anything else can fail.
-    gecko_jax.config.check(config)
     from gecko_jax import evaluation
     from gecko_jax.plots import loss_curves
+    from gecko_jax.training import interruption, loop
 
     evaluate = evaluation.build_callback(config, options.workdir)
     try:
@@ -101,18 +81,12 @@ def _train(options: argparse.Namespace) -> None:
         )
     except interruption.Interrupted as interrupted:
         print(f"gecko train: {interrupted}", file=sys.stderr)
-        # What a shell reports of a process that SIGTERM has ended.
+        # The exit status that a shell reports for a process ended by SIGTERM.
         raise SystemExit(128 + signal.SIGTERM) from None
-    # The stages of a model in one picture: the run it started from, then its own.
+    # One plot of all stages: the run that this one started from, and this one.
     folders = (config.init.checkpoint or options.workdir, options.workdir)
     runs = [pathlib.Path(folder) / "metrics.jsonl" for folder in folders]
     runs = [run for run in dict.fromkeys(runs) if run.is_file()]
-    if runs and _is_first_process():
+    if runs and jax.process_index() == 0:
         loss_curves.plot_training(runs, pathlib.Path(options.workdir) / "training.png")
     print(f"{options.workdir}: load it with gecko_jax.load({options.workdir!r})")
-
-
-def _is_first_process() -> bool:
-    import jax
-
-    return jax.process_index() == 0

@@ -1,13 +1,13 @@
-"""Evaluation: what a model is worth, on files of one's own and on MTEB.
+"""Evaluation of a model, on local files and on MTEB.
 
     results = evaluation.evaluate(embedding.load("runs/finetune"), ["quickstart"])
     print(evaluation.format_table(results))
 
-`sets` reads the files, `judgements` checks what their qrels mean, `judge` scores them,
-`tables` prints the scores. MTEB runs
-through `suites`: `encoder` is what mteb asks for texts, `store` keeps the vectors,
-`local_tasks` shows our sets to mteb, `scoreboard` sets the scores beside published
-ones.
+`sets` reads the files, `judgements` checks their qrels, `judge` and `retrieval_scores`
+compute the scores, and `tables` prints and saves them. `mteb_suites` runs MTEB:
+`mteb_encoder` is the model that mteb calls, `vector_store` keeps the vectors,
+`local_tasks` turns our sets into tasks of mteb, and `scoreboard` prints the scores next
+to published ones.
 """
 
 from gecko_jax.evaluation import judge, tables

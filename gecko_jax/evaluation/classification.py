@@ -1,8 +1,8 @@
-"""Classification by mteb's protocol: how well a few labelled vectors teach the labels.
+"""Classification by mteb's protocol: logistic regression on a few labelled vectors.
 
-Ten times, eight training texts of every label are drawn and a logistic regression is
-fitted to their vectors; the score is the mean accuracy on the test vectors. Draws and
-solver are those of mteb (`AbsTaskClassification`), so the numbers are too.
+Each of ten experiments draws eight training texts of every label, fits a logistic
+regression to their vectors and measures the accuracy on the test vectors. The score is
+the mean. Draws and solver equal those of mteb (`AbsTaskClassification`).
 """
 
 import collections
@@ -23,7 +23,7 @@ def accuracy(
     test: Float[np.ndarray, "M D"],
     test_labels: Sequence[str],
 ) -> float:
-    """Returns the mean accuracy of the experiments.
+    """Returns the mean accuracy, in [0, 1].
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -47,9 +47,9 @@ def accuracy(
 
 
 def draw(labels: Sequence[str]) -> list[list[int]]:
-    """Returns the training texts of each experiment, eight of every label.
+    """Returns the positions of the training texts of each experiment.
 
-    Every experiment shuffles the order that the one before left.
+    Each experiment shuffles the order that the previous one left.
     """
     order = list(range(len(labels)))
     experiments = []

@@ -1,9 +1,8 @@
-"""Instructions of evaluation: which task description each MTEB task is read with.
+"""Task descriptions for MTEB tasks (table 9).
 
-Table 9 of the paper, with the names that `mteb` gives the tasks. A task is looked up by
-its name, then by the names of the tasks it was made from, then by its type. What is
-not in table 9 (bitext mining, MIRACL, ...) is our choice and marked so. The literal
-text around a description is the model's own `text.TextFormat`.
+A task is looked up by its name, then by the names of the tasks it was adapted from,
+then by its type. Entries that are not in table 9 (bitext mining, MIRACL, ...) are our
+choice and marked. `text_formats.TextFormat` holds the text around a description.
 
     find("NFCorpus", "Retrieval")     fact checking, asymmetric
     find("STS12", "STS")              semantic similarity, symmetric
@@ -21,11 +20,11 @@ _CLASSIFY = "classification"
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """How the texts of a task are written.
+    """Format of the texts of a task.
 
     Attributes:
-        task: The task description that stands before a query.
-        symmetric: Both sides are written as queries.
+        task: Task description that precedes a query.
+        symmetric: Whether both sides have the format of queries.
     """
 
     task: str
@@ -50,67 +49,42 @@ BY_TYPE: dict[str, Instruction] = {
     "ZeroShotClassification": Instruction(_CLASSIFY, symmetric=True),
 }
 
-# mteb's task name -> instruction. NanoBEIR and the sets of hard negatives name the
-# tasks they are made from (`adapted_from`), and are read like these.
-BY_NAME: dict[str, Instruction] = {
-    "ArguAna": Instruction(_SIMILAR),
-    "ClimateFEVER": Instruction(_SEARCH),
-    "FEVER": Instruction(_SEARCH),
-    "HotpotQA": Instruction(_SEARCH),
-    "TRECCOVID": Instruction(_SEARCH),
-    "QuoraRetrieval": Instruction(_SEARCH, symmetric=True),
-    "NFCorpus": Instruction(_CHECK),
-    "SciFact": Instruction(_CHECK),
-    "DBPedia": Instruction(_ANSWER),
-    "FiQA2018": Instruction(_ANSWER),
-    "MSMARCO": Instruction(_ANSWER),
-    "NQ": Instruction(_ANSWER),
-    "SCIDOCS": Instruction(_ANSWER),
-    "Touche2020": Instruction(_ANSWER),
-    "AskUbuntuDupQuestions": Instruction(_ANSWER),
-    "SciDocsRR": Instruction(_ANSWER),
-    "MindSmallReranking": Instruction(_SIMILAR),
-    "StackOverflowDupQuestions": Instruction(_SEARCH),
-    # Not in table 9.
-    "MIRACLRetrieval": Instruction(_ANSWER),
+# mteb's task name -> instruction. NanoBEIR and the sets with hard negatives name the
+# tasks they were adapted from, and use the instructions of these.
+_NAMES = {
+    _SIMILAR: "ArguAna MindSmallReranking",
+    _SEARCH: "ClimateFEVER FEVER HotpotQA TRECCOVID StackOverflowDupQuestions",
+    _CHECK: "NFCorpus SciFact",
+    # MIRACL is not in table 9.
+    _ANSWER: "DBPedia FiQA2018 MSMARCO NQ SCIDOCS Touche2020 AskUbuntuDupQuestions "
+    "SciDocsRR MIRACLRetrieval",
 }
-BY_NAME |= {
-    f"CQADupstack{forum}Retrieval": Instruction(_ANSWER)
-    for forum in (
-        "",
-        "Android",
-        "English",
-        "Gaming",
-        "Gis",
-        "Mathematica",
-        "Physics",
-        "Programmers",
-        "Stats",
-        "Tex",
-        "Unix",
-        "Webmasters",
-        "Wordpress",
-    )
+_FORUMS = (
+    "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix "
+    "Webmasters Wordpress"
+)
+BY_NAME = {
+    **{name: Instruction(task) for task in _NAMES for name in _NAMES[task].split()},
+    **{
+        f"CQADupstack{forum}Retrieval": Instruction(_ANSWER)
+        for forum in ("", *_FORUMS.split())
+    },
+    "QuoraRetrieval": Instruction(_SEARCH, symmetric=True),
 }
 
 
 def find(name: str, kind: str, made_from: Sequence[str] = ()) -> Instruction:
-    """Returns the instruction of a task.
+    """Returns the instruction of a task of mteb, by names and type.
 
-    Args:
-        name: mteb's name of the task.
-        kind: mteb's type of the task.
-        made_from: Names of the tasks it was adapted from.
-
-    Raises:
-        ValueError: Neither names nor type are known, such as a task on images.
+    `made_from` lists the tasks it was adapted from. Raises ValueError if neither a name
+    nor the type is known, such as for tasks on images.
     """
     for known in (name, *made_from):
         if known in BY_NAME:
             return BY_NAME[known]
     if kind not in BY_TYPE:
         raise ValueError(
-            f"task {name} has type {kind!r}, which has no instruction; known are "
-            f"{', '.join(BY_TYPE)}"
+            f"task {name} has type {kind!r}, which has no instruction; use a task of "
+            f"type {', '.join(BY_TYPE)}"
         )
     return BY_TYPE[kind]

@@ -1,9 +1,9 @@
-"""Judgements: which passages a ranking may hold, and which grades can be scored.
+"""Rules for relevance judgements: own passages, and grades that can be scored.
 
 A query's *own passage* is the passage with the id of the query. In ArguAna and Quora
-the queries are taken from the corpus, so the own passage is the query itself, and BEIR
-leaves it out of the ranking. In other sets equal ids are an accident of numbering, and
-the own passage may well be the answer. `find_own` tells the two apart.
+the queries come from the corpus, so the own passage is the query itself, and BEIR
+leaves it out of the ranking. In other sets equal ids are a coincidence, and the own
+passage may be the answer. `find_own` distinguishes the two cases.
 """
 
 import dataclasses
@@ -12,113 +12,96 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from absl import logging
 
 from gecko_jax.evaluation import sets
 from gecko_jax.io import wording
 from gecko_jax.text import text_formats
 
-# Sets whose task in mteb ignores identical ids, by the names of mteb and of BEIR, in
-# lower case and without punctuation.
-_IGNORES_OWN = frozenset(
-    {
-        "arguana",
-        "fever",
-        "feverhardnegatives",
-        "fiqa",
-        "fiqa2018",
-        "msmarco",
-        "msmarcohardnegatives",
-        "quora",
-        "quoraretrieval",
-        "quoraretrievalhardnegatives",
-    }
+# Sets whose mteb task ignores identical ids: names of mteb and BEIR, in lower case and
+# without punctuation.
+_NAMES = (
+    "arguana fever feverhardnegatives fiqa fiqa2018 msmarco msmarcohardnegatives quora "
+    "quoraretrieval quoraretrievalhardnegatives"
 )
+_IGNORES_OWN = frozenset(_NAMES.split())
 
-# Greatest grade that is passed to trec_eval, which allocates and scans an array of this
-# length for each query: a grade of 1e9 takes 8 GB and a minute.
+# Greatest grade passed to trec_eval, which allocates and scans an array of this length
+# for each query: a grade of 1e9 takes 8 GB and a minute.
 MOST_STEPS = 1_000_000
 
 
-def check(found: sets.EvaluationSet) -> None:
-    """Checks that the judgements of a set can tell a good ranking from a bad one.
+def check(dataset: sets.EvaluationSet) -> None:
+    """Checks that the judgements of a set can rank systems.
 
-    A warning names queries whose relevant passages are all absent from the corpus, and
-    a set that grades every passage alike.
+    Logs a warning if no relevant passage of some query is in the corpus, or if every
+    query has the same grade for all passages.
 
     Raises:
         ValueError: No relevant passage is in the corpus, or all pairs of a similarity
             set have the same gold score.
     """
-    if isinstance(found, sets.SimilaritySet) and len(set(found.scores.tolist())) < 2:
+    name = dataset.name
+    if isinstance(dataset, sets.SimilaritySet) and np.ptp(dataset.scores) == 0:
         raise ValueError(
-            f"{found.name}: all {wording.counted(len(found.scores), 'pair')} have the "
-            f"gold score {found.scores[0]:g}, which puts them in no order; give pairs "
-            "of different scores"
+            f"{name}: all {wording.counted(len(dataset.scores), 'pair')} have the gold "
+            f"score {dataset.scores[0]:g}; add pairs with other scores"
         )
-    if isinstance(found, sets.RetrievalSet):
-        _check_retrieval(found)
-
-
-def _check_retrieval(found: sets.RetrievalSet) -> None:
-    corpus = frozenset(found.passage_ids)
+    if not isinstance(dataset, sets.RetrievalSet):
+        return
+    corpus = frozenset(dataset.passage_ids)
     relevant = {
-        query: [p for p, grade in found.relevance[query].items() if grade > 0]
-        for query in found.query_ids
+        query: [p for p, grade in dataset.relevance[query].items() if grade > 0]
+        for query in dataset.query_ids
     }
-    lost = [
-        query for query, passages in relevant.items() if corpus.isdisjoint(passages)
-    ]
+    lost = [query for query, ids in relevant.items() if corpus.isdisjoint(ids)]
     if not any(relevant.values()):
         raise ValueError(
-            f"{found.name}: no query has a relevant passage, so every score would be "
-            "0; give some judgement a grade above 0"
+            f"{name}: no query has a relevant passage; add a judgement with a "
+            "grade above 0"
         )
     if len(lost) == len(relevant):
         absent = next(passage for group in relevant.values() for passage in group)
         raise ValueError(
-            f"{found.name}: the relevant passages of all queries, such as {absent!r}, "
-            "are absent from the corpus, which has ids such as "
-            f"{found.passage_ids[0]!r}, so every score would be 0; judge passages by "
-            "the ids of this corpus"
+            f"{name}: the relevant passages of all queries, such as {absent!r}, are "
+            f"absent from the corpus, with ids such as {dataset.passage_ids[0]!r}; use "
+            "the ids of this corpus in the judgements"
         )
     if lost:
         logging.warning(
-            "%s: %d of %d queries score 0, such as %r, because none of their relevant "
+            "%s: %d of %d queries, such as %r, score 0 because none of their relevant "
             "passages is in the corpus",
-            found.name,
+            name,
             len(lost),
             len(relevant),
             lost[0],
         )
-    if all(_is_flat(found.relevance[query], corpus) for query in relevant):
+    if all(
+        len(grades) >= len(corpus) and len({grades.get(p) for p in corpus}) == 1
+        for grades in (dataset.relevance[query] for query in relevant)
+    ):
         logging.warning(
-            "%s: every query has the same grade for every passage of the corpus, so "
-            "every ranking of it scores the same",
-            found.name,
+            "%s: every query has the same grade for all passages of the corpus, so all "
+            "rankings score the same",
+            name,
         )
 
 
-def _is_flat(grades: Mapping[str, int | float], corpus: frozenset[str]) -> bool:
-    if len(grades) < len(corpus):
-        return False
-    return len({grades.get(passage) for passage in corpus}) == 1
-
-
-def find_own(found: sets.RetrievalSet) -> frozenset[str]:
+def find_own(dataset: sets.RetrievalSet) -> frozenset[str]:
     """Returns the queries whose own passage is left out of their ranking.
 
-    A judged passage is never left out. Any other own passage is left out if mteb's task
-    of this name ignores identical ids, or if the passage has the text of the query.
+    A judged passage is never left out. Any other own passage is left out if the mteb
+    task of this name ignores identical ids, or if its text is the query.
     """
-    rows = {passage: row for row, passage in enumerate(found.passage_ids)}
-    ignores_own = _plain(found.name) in _IGNORES_OWN
+    rows = {passage: row for row, passage in enumerate(dataset.passage_ids)}
+    ignores_own = _plain(dataset.name) in _IGNORES_OWN
     own = []
-    for query, content in zip(found.query_ids, found.queries, strict=True):
-        if query not in rows or query in found.relevance[query]:
+    for query, content in zip(dataset.query_ids, dataset.queries, strict=True):
+        if query not in rows or query in dataset.relevance[query]:
             continue
         row = rows[query]
-        title, body = found.titles[row], found.texts[row]
+        title, body = dataset.titles[row], dataset.texts[row]
         same = {text_formats.clean(body), text_formats.clean(f"{title} {body}")}
         if ignores_own or text_formats.clean(content) in same:
             own.append(query)
@@ -126,51 +109,50 @@ def find_own(found: sets.RetrievalSet) -> frozenset[str]:
 
 
 def _plain(name: str) -> str:
-    """Returns a name in lower case, without punctuation or a version such as `.v2`."""
+    """Returns a name in lower case, without punctuation and version (`.v2`)."""
     return re.sub(r"\.v\d+$|[^a-z0-9]", "", name.lower())
 
 
 def leave_out_own(
-    found: sets.RetrievalSet, rankings: Sequence[Sequence[str]]
+    dataset: sets.RetrievalSet, rankings: Sequence[Sequence[str]]
 ) -> list[list[str]]:
-    """Returns the rankings, one for each query of the set, without own passages."""
-    own = find_own(found)
+    """Returns the rankings, one per query, without the own passages of `find_own`."""
+    own = find_own(dataset)
     return [
         [passage for passage in ranked if passage != query or query not in own]
-        for query, ranked in zip(found.query_ids, rankings, strict=True)
+        for query, ranked in zip(dataset.query_ids, rankings, strict=True)
     ]
 
 
-def for_trec(found: sets.RetrievalSet) -> sets.RetrievalSet:
-    """Returns the set in the form in which mteb gives the scores of `judge`.
+def for_trec(dataset: sets.RetrievalSet) -> sets.RetrievalSet:
+    """Returns the set in a form for which mteb computes the scores of `judge`.
 
-    trec_eval needs whole grades, so the grades of a query are multiplied by one factor.
-    This changes neither nDCG nor a metric that only asks for grades above 0. mteb's
-    `ignore_identical_ids` leaves out every own passage, so queries that keep their own
-    passage get another id.
+    trec_eval needs integer grades, so the grades of a query are multiplied by one
+    factor, which does not change the metrics. mteb's `ignore_identical_ids` leaves out
+    every own passage, so queries that keep their own passage get another id.
 
     Raises:
         ValueError: The grades of a query need more than `MOST_STEPS` steps.
     """
-    own, taken = find_own(found), {*found.passage_ids, *found.query_ids}
-    corpus = frozenset(found.passage_ids)
-    query_ids, relevance = [], dict(found.relevance)
-    for query in found.query_ids:
+    own, taken = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
+    corpus = frozenset(dataset.passage_ids)
+    query_ids, relevance = [], dict(dataset.relevance)
+    for query in dataset.query_ids:
         name = query
         if query in corpus and query not in own:
             while name in taken:
                 name = f"query {name}"
             taken.add(name)
         query_ids.append(name)
-        relevance[name] = _whole(found.name, query, relevance.pop(query))
-    return dataclasses.replace(found, query_ids=tuple(query_ids), relevance=relevance)
+        relevance[name] = _whole(dataset.name, query, relevance.pop(query))
+    return dataclasses.replace(dataset, query_ids=tuple(query_ids), relevance=relevance)
 
 
 def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str, int]:
-    """Returns the grades of a query as whole numbers of the greatest common step."""
+    """Returns the grades of a query as integer multiples of their common divisor."""
     if all(isinstance(g, int) and g <= MOST_STEPS for g in grades.values()):
         return {passage: int(grade) for passage, grade in grades.items()}
-    # Twelve digits: 0.1 is a tenth, and 0.1 + 0.2 is three of them.
+    # Round to twelve digits, so that 0.1 + 0.2 is 3/10.
     exact = {
         passage: fractions.Fraction(f"{grade:.12g}")
         for passage, grade in grades.items()
@@ -184,8 +166,7 @@ def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str
         least, most = (choose(exact, key=exact.__getitem__) for choose in (min, max))
         raise ValueError(
             f"{name}: query {query!r} has the grades {grades[least]} and "
-            f"{grades[most]}, and trec_eval counts in whole steps, at most "
-            f"{MOST_STEPS:,}; round the grades, or judge the folder with gecko "
-            "evaluate FOLDER"
+            f"{grades[most]}; trec_eval supports multiples up to {MOST_STEPS:,} of a "
+            "common divisor: round the grades, or use gecko evaluate FOLDER"
         )
     return {passage: whole.get(passage, 0) for passage in grades}

@@ -1,9 +1,9 @@
-"""Encoder: a Gecko as `mteb` asks for it (its `EncoderProtocol`).
+"""A Gecko model as an encoder for `mteb` (its `EncoderProtocol`).
 
-mteb hands over the texts of a task in a torch DataLoader and takes vectors back. All
-texts of a call are encoded together, so that they are packed by length and shared over
-the mesh, and go through a `store.Store`: the same task at another dim encodes nothing.
-Neither mteb nor torch is imported here before mteb itself asks for the model's card.
+mteb passes the texts of a task in a torch DataLoader. All texts of a call are encoded
+together, so that they are packed by length and shared over the mesh. The vectors go
+through a `vector_store.Store`, so the same task at another dim encodes nothing. This
+module imports mteb (and torch) only when mteb reads the model card.
 """
 
 import functools
@@ -18,11 +18,10 @@ from gecko_jax.evaluation import instructions, vector_store
 from gecko_jax.inference import embedding, ranking
 from gecko_jax.text import text_formats
 
-# Column of our local tasks: the task of each query, or of each passage when it is
-# written as a query.
+# Column of local tasks: task of each query, and of each passage of a symmetric task.
 TASK_COLUMN = "gecko_task"
 
-# Calls with fewer new texts show no progress.
+# Minimum number of texts for a progress bar.
 _SHOW_PROGRESS = 2_000
 
 
@@ -30,8 +29,8 @@ class Encoder:
     """One model at one dim.
 
     Attributes:
-        dim: Entries of the vectors.
-        name: Of the model and the dim, as mteb's tables show it.
+        dim: Width of the vectors.
+        name: Name of the model and dim in mteb's tables.
     """
 
     def __init__(
@@ -44,15 +43,11 @@ class Encoder:
         query_length: int,
         passage_length: int,
     ):
-        """Takes the parts; encodes nothing.
+        """Builds the encoder; encodes nothing.
 
-        Args:
-            gecko: The model.
-            vectors: Of the model; the encoders of its dims share it.
-            dim: One that was trained.
-            name: "organization/model", a name of its own for each dim.
-            query_length: Tokens that queries of asymmetric tasks are cut to.
-            passage_length: Tokens that all other texts are cut to.
+        The encoders of all dims share a store, and have different names
+        ("organization/model"). `query_length` is the maximum number of tokens for
+        queries of asymmetric tasks, `passage_length` for all other texts.
         """
         self.dim = gecko.check_dim(dim)
         self.name = name
@@ -73,13 +68,8 @@ class Encoder:
     ) -> Float[np.ndarray, "N E"]:
         """Returns one normalized vector per text, in order.
 
-        Args:
-            inputs: Batches with the column `text`, and `title` and `body` for passages.
-            task_metadata: mteb's facts about the task; says the instruction.
-            hf_split: Split of the data; shown.
-            hf_subset: Subset of the data, often a language; shown.
-            prompt_type: "query", "document", or None where there are no sides.
-            **kwargs: mteb's batch size and progress bar, which are not used.
+        The batches have the column `text`, and `title` and `body` for passages.
+        `prompt_type` is "query", "document", or None for tasks without sides.
         """
         columns = _gather(inputs)
         instruction = instructions.find(
@@ -91,38 +81,36 @@ class Encoder:
             return self._encode_passages(columns, task_metadata.name, hf_subset)
         is_short = not is_passage and not instruction.symmetric
         texts = [self._mend(content) for content in columns.get("text", ())]
-        tasks = np.array(own_tasks or [instruction.task] * len(texts))
-        vectors = np.empty((len(texts), self.dim), np.float32)
-        for task in np.unique(tasks).tolist():
-            members = np.flatnonzero(tasks == task)
-            full = self._vectors.encode(
-                [texts[m] for m in members],
-                side="query",
-                task=task,
-                max_length=self._query_length if is_short else self._passage_length,
-                description=_describe(task_metadata.name, hf_subset, len(members)),
-            )
-            vectors[members] = embedding.cut(full, self.dim)
-        return vectors
+        full = self._vectors.encode(
+            texts,
+            side="query",
+            task=own_tasks or instruction.task,
+            max_length=self._query_length if is_short else self._passage_length,
+            description=_describe(task_metadata.name, hf_subset, len(texts)),
+        )
+        return embedding.cut(full, self.dim)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Returns the cosine of every first with every second vector.
+        """Returns the cosine of each pair of a first and a second vector.
 
-        Equal second vectors get equal cosines, so that mteb sees the tie.
+        Equal second vectors get equal cosines, so that mteb recognizes ties. Either
+        side may be a single vector.
         """
-        second = np.asarray(embeddings2)
-        first, number_of = ranking.distinct_rows(second)
-        if len(first) == len(second):
-            return np.asarray(embeddings1) @ second.T
-        return (np.asarray(embeddings1) @ second[first].T)[:, number_of]
+        first, second = np.asarray(embeddings1), np.asarray(embeddings2)
+        if second.ndim == 1:
+            return first @ second
+        distinct, number_of = ranking.distinct_rows(second)
+        if len(distinct) == len(second):
+            return first @ second.T
+        return (first @ second[distinct].T)[..., number_of]
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Returns the cosine of each first vector with the second in its place."""
+        """Returns the cosine of each first vector with the second in the same row."""
         return np.sum(np.asarray(embeddings1) * np.asarray(embeddings2), axis=-1)
 
     @functools.cached_property
     def mteb_model_meta(self) -> Any:
-        """The model's card, as mteb stores it beside the results."""
+        """Model card that mteb stores next to the results."""
         from mteb.models import model_meta
 
         leaves = jax.tree.leaves(self._gecko.files.params)
@@ -138,7 +126,7 @@ class Encoder:
             memory_usage_mb=sum(leaf.nbytes for leaf in leaves) / 2**20,
             max_tokens=self._passage_length,
             embed_dim=self.dim,
-            license=None,  # That of the weights is known to who trained them.
+            license=None,  # Unknown: it depends on the weights.
             open_weights=None,
             public_training_code=None,
             public_training_data=None,
@@ -153,7 +141,7 @@ class Encoder:
     ) -> Float[np.ndarray, "N E"]:
         titles = columns.get("title")
         texts = columns.get("body") or columns.get("text") or []
-        if titles:  # A passage with nothing but a title is its title.
+        if titles:  # The title replaces an empty text.
             texts = [
                 content if content.strip() else title
                 for content, title in zip(texts, titles, strict=True)
@@ -170,20 +158,20 @@ class Encoder:
         return embedding.cut(full, self.dim)
 
     def _mend(self, content: str) -> str:
-        """Fills in an empty text, which some data sets have, and cuts an endless one.
+        """Replaces an empty text, and cuts one that is too long.
 
-        Gecko refuses both, but here nobody can mend the data. The text format of an
-        imported model may have no word for a missing title.
+        `Gecko.encode` rejects both, but the data sets of mteb contain them. The format
+        of an imported model may have an empty text for a missing title.
         """
         if not content.strip():
             no_title = self._gecko.files.text_format.no_title
             return no_title if no_title.strip() else text_formats.TextFormat.no_title
-        # Half: NFC may make a text longer.
+        # Half of the limit, because NFC may lengthen a text.
         return content[: text_formats.MAX_CHARACTERS // 2]
 
 
 def _gather(inputs: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Joins the columns of all batches."""
+    """Concatenates the columns of all batches."""
     columns: dict[str, list[str]] = {}
     for batch in inputs:
         for name in ("text", "title", "body", TASK_COLUMN):

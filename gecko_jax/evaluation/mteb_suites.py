@@ -1,11 +1,11 @@
-"""Suites: whole benchmarks, single tasks and local sets, run by `mteb` itself.
+"""Runs benchmarks, single tasks and local sets with `mteb`.
 
-    board = suites.run(embedding.load("runs/finetune"), config, "results")
+    board = mteb_suites.run(embedding.load("runs/finetune"), config, "results", "tiny")
     print(scoreboard.format_board(board))
 
-A task is encoded once and judged at every dim. Its result is written as mteb writes it
-(`OUTPUT/results/MODEL/REVISION/TASK.json`, each dim a model of its own), so that an
-interrupted run goes on, and that mteb's own tools read the folder:
+A task is encoded once and scored at every dim. Results have mteb's own format
+(`OUTPUT/results/MODEL/REVISION/TASK.json`, with one MODEL per dim), so an interrupted
+run resumes, and mteb's own tools read the folder:
 
     mteb.ResultCache("results").load_results().to_dataframe()
 """
@@ -40,16 +40,16 @@ from gecko_jax.io import checksums
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import sharding
 
-# How a scoreboard calls what is in no suite.
+# Scoreboard titles of tasks outside of a suite.
 TASKS, LOCAL = "single tasks", "local sets"
 
-# Name of a suite -> the tasks, where mteb has no benchmark of that name.
+# Suites without an mteb benchmark of that name -> their tasks.
 _ALONE = {scoreboard.MIRACL: ("MIRACLRetrieval",)}
 
-# Says what model the results in a folder are of.
+# File that names the model of a folder of results, and the folder inside.
 _ABOUT, _RESULTS = "evaluation.json", "results"
 
-# Texts in a batch of mteb's DataLoader. No result depends on it: see `encoder`.
+# Batch size of mteb's DataLoader. `mteb_encoder` joins the batches again.
 _LOADER_BATCH = 1_024
 
 
@@ -59,26 +59,23 @@ def run(
     output: str | os.PathLike,
     name: str,
 ) -> scoreboard.Board:
-    """Runs what a config asks for; goes on where an earlier run stopped.
+    """Runs the tasks of a config; resumes an interrupted run.
 
-    A task that cannot run, such as one whose data set cannot be downloaded, is told in
-    one line and passed over.
+    A task that cannot run, for example because its data set cannot be downloaded, is
+    logged in one line and skipped.
 
-    Args:
-        gecko: The model.
-        config: See `configs/evaluate.py`; checked by `config.check_evaluation`.
-        output: Folder of the results.
-        name: Of the model, used when the config has none.
+    `config` is that of `configs/evaluate.py`, `output` the folder of the results, and
+    `name` the name of the model if the config has none.
 
     Raises:
         ImportError: mteb is not installed.
-        ValueError: The output is of another model, or a task, dim or set is wrong.
+        ValueError: The output belongs to another model, or a task, dim or set is wrong.
     """
     mteb = _import_mteb()
     if jax.process_count() > 1:
         raise ValueError(
-            f"{jax.process_count()} processes: evaluation runs in one, on all devices "
-            "of its machine; start it on one machine"
+            f"{jax.process_count()} processes: evaluation runs in one process; start "
+            "it on one machine"
         )
     dims = tuple(sorted({gecko.check_dim(dim) for dim in config.dims or gecko.dims}))
     gecko = _share(gecko, config.mesh)
@@ -88,7 +85,14 @@ def run(
         "passage_length": config.passage_length or gecko.files.passage_length,
     }
     name = config.name or f"gecko-jax/{name}"
-    about = _describe(gecko, name, lengths)
+    about = {
+        "model": name,
+        "revision": gecko.revision,
+        "step": gecko.files.step,
+        "dtype": gecko.files.encoder_config.dtype,
+        **lengths,
+        "text_format": gecko.files.text_format.to_dict(),
+    }
     _claim(pathlib.Path(output), about)
     vectors = vector_store.Store(config.cache.folder, gecko, config.cache.max_gib)
     encoders = [
@@ -101,14 +105,16 @@ def run(
         )
         for dim in dims
     ]
+    results = whole_results.build_cache(mteb, output)
+    runner = Runner(mteb, encoders, results, vectors)
+    suites: dict[str, list[scoreboard.Task]] = {}
     with _quiet():
-        runner = Runner(
-            mteb, encoders, whole_results.build_cache(mteb, output), vectors
-        )
-        suites = {
-            suite: [runner.run(task) for task in _track(suite, tasks)]
-            for suite, tasks in chosen.items()
-        }
+        for suite, tasks in chosen.items():
+            suites[suite] = []
+            for number, task in enumerate(tasks, start=1):
+                task_name = task.metadata.name
+                logging.info("%s, %d of %d: %s", suite, number, len(tasks), task_name)
+                suites[suite].append(runner.run(task))
     versions = model_folder.versions() | {"mteb": mteb.__version__}
     return scoreboard.Board(
         about={**about, "backend": jax.default_backend(), "versions": versions},
@@ -119,10 +125,10 @@ def run(
 
 
 class Runner:
-    """Runs tasks at every dim, and keeps the reasons of those that did not run.
+    """Runs tasks at every dim, and collects the failures.
 
     Attributes:
-        failures: Name of a task -> why it did not run.
+        failures: Name of a task -> reason why it did not run.
     """
 
     def __init__(
@@ -132,22 +138,22 @@ class Runner:
         cache: Any,
         vectors: vector_store.Store,
     ):
-        """Takes the model at every dim, mteb's cache of results, and the vectors."""
+        """Takes the module, an encoder per dim, mteb's result cache, and the store."""
         self.failures: dict[str, str] = {}
         self._mteb = mteb
         self._encoders = encoders
         self._cache = cache
         self._vectors = vectors
-        self._reached = False
+        self._has_checked_hub = False
 
     def run(self, task: Any) -> scoreboard.Task:
-        """Runs what is missing of a task, and returns its scores."""
+        """Runs the missing parts of a task, and returns its scores."""
         metadata = task.metadata
         name = metadata.name
         scores: dict[int, float] = {}
         begin = time.monotonic()
         try:
-            if name not in self.failures:  # It may be in several suites.
+            if name not in self.failures:  # A task may be in several suites.
                 waiting = [e for e in self._encoders if not self._load(task, e)]
                 self._run(task, waiting)
                 for one in self._encoders:
@@ -156,7 +162,7 @@ class Runner:
                 seconds = f"{time.monotonic() - begin:.0f} s"
                 note = seconds if waiting else "from an earlier run"
                 logging.info("%s: %s (%s)", name, shown, note)
-        # Any fault of any data set or of mteb: the others must go on.
+        # An error of any type in one data set must not stop the other tasks.
         except Exception as error:
             self.failures[name] = _explain(task, error)
             logging.warning("%s did not run: %s", name, self.failures[name])
@@ -166,11 +172,11 @@ class Runner:
     def _run(self, task: Any, encoders: Sequence[mteb_encoder.Encoder]) -> None:
         if not encoders:
             return
-        if task.is_aggregate:  # Its parts first, each at every dim, then their mean.
+        if task.is_aggregate:  # The parts run first, each at every dim.
             for part in task.metadata.tasks:
                 self._run(part, [e for e in encoders if not self._load(part, e)])
         elif not task.data_loaded:
-            self._reach_hub()
+            self._check_hub()
             task.load_data()
             try:
                 self._run(task, encoders)
@@ -183,53 +189,49 @@ class Runner:
                 task,
                 cache=self._cache,
                 overwrite_strategy=self._strategy(task, one),
-                encode_kwargs={
-                    "batch_size": _LOADER_BATCH,
-                    "show_progress_bar": False,
-                },
+                encode_kwargs={"batch_size": _LOADER_BATCH, "show_progress_bar": False},
                 show_progress_bar=False,
                 co2_tracker=False,
-                # A data set that is gone is a fault like any other.
+                # Otherwise mteb would skip data sets that are not public.
                 public_only=False,
             )
         self._vectors.trim()
 
     def _load(self, task: Any, one: mteb_encoder.Encoder) -> Any:
-        """Returns the task's whole result if it is there, else None."""
-        found = self._read(task, one)
-        if found is None or found.get_missing_evaluations(task):
+        """Returns the result of the task if it is complete, else None."""
+        result = self._read(task, one)
+        if result is None or result.get_missing_evaluations(task):
             return None
-        return found.validate_and_filter_scores(task)
+        return result.validate_and_filter_scores(task)
 
     def _strategy(self, task: Any, one: mteb_encoder.Encoder) -> str:
-        # mteb would take up a whole result of other data: a local file that changed.
+        # After a local file has changed, mteb would otherwise keep the old result.
         path = self._cache.get_task_result_path(task.metadata.name, one.mteb_model_meta)
         is_other = path.exists() and self._read(task, one) is None
         return "always" if is_other else "only-missing"
 
     def _read(self, task: Any, one: mteb_encoder.Encoder) -> Any:
-        """Returns what mteb has saved of the task, None for nothing of this data."""
+        """Returns the saved result of the task, None if it is for other data."""
         meta = one.mteb_model_meta
         try:
-            found = self._cache.load_task_result(task.metadata.name, meta)
+            result = self._cache.load_task_result(task.metadata.name, meta)
         except (ValueError, KeyError) as error:
             path = self._cache.get_task_result_path(task.metadata.name, meta)
             raise ValueError(
-                f"{path}: damaged ({_first_line(error)}); remove it to run the task "
-                "again"
+                f"{path}: damaged ({_first_line(error)}); remove it and run again"
             ) from error
-        if found is None or task.is_aggregate:
-            return found
-        return found if found.dataset_revision == task.metadata.revision else None
+        if result is None or task.is_aggregate:
+            return result
+        return result if result.dataset_revision == task.metadata.revision else None
 
-    def _reach_hub(self) -> None:
-        """Without network, spares every data set the long wait for the hub.
+    def _check_hub(self) -> None:
+        """Switches to offline mode if the hub is unreachable.
 
-        Data sets that were downloaded before still load.
+        This saves a long timeout for every data set. Downloaded data sets still load.
         """
-        if self._reached:
+        if self._has_checked_hub:
             return
-        self._reached = True
+        self._has_checked_hub = True
         import huggingface_hub
         from datasets import config as datasets_config
         from huggingface_hub import constants
@@ -238,11 +240,10 @@ class Runner:
             return
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
-        # What is raised depends on the HTTP library behind.
+        # The type of the error depends on the HTTP library.
         except Exception as error:
             logging.warning(
-                "%s cannot be reached (%s): only data sets that are on this machine "
-                "can be used",
+                "%s cannot be reached (%s): only downloaded data sets are available",
                 constants.ENDPOINT,
                 _first_line(error),
             )
@@ -257,18 +258,13 @@ def _import_mteb() -> Any:
         raise ImportError(
             'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
         ) from error
-    if not hasattr(mteb, "ResultCache"):
-        raise ImportError(
-            "this mteb is older than 2.0; install a newer one with "
-            'pip install "gecko-jax[eval]"'
-        )
     return mteb
 
 
 def _choose(
     mteb: Any, gecko: embedding.Gecko, config: ml_collections.ConfigDict
 ) -> dict[str, list[Any]]:
-    """Returns the tasks of each suite, in order of their names."""
+    """Returns the tasks of each suite, sorted by name."""
     chosen: dict[str, list[Any]] = {}
     for suite in config.suites:
         if suite in _ALONE:
@@ -279,15 +275,14 @@ def _choose(
     if config.tasks:
         chosen[TASKS] = [_get_task(mteb, name) for name in config.tasks]
     if config.folders:
-        found = [one for path in config.folders for one in sets.load(path)]
-        names = [one.name for one in found]
+        local_sets = [one for path in config.folders for one in sets.load(path)]
+        names = [one.name for one in local_sets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"folders: two sets are called {twice[0]!r}, and their results would "
-                "be one file; rename one"
+                f"folders: two sets have the name {twice[0]!r}; rename one"
             )
-        chosen[LOCAL] = [local_tasks.build(gecko, one) for one in found]
+        chosen[LOCAL] = [local_tasks.build(gecko, one) for one in local_sets]
     return chosen
 
 
@@ -302,7 +297,7 @@ def _get_task(mteb: Any, name: str) -> Any:
 
 
 def _share(gecko: embedding.Gecko, mesh: ml_collections.ConfigDict) -> embedding.Gecko:
-    """Puts the parameters on a mesh of all devices, which then share the work."""
+    """Shards the parameters over a mesh of all devices."""
     built = sharding.build_mesh(**mesh.to_dict())
     if built.size == 1:
         return gecko
@@ -312,45 +307,31 @@ def _share(gecko: embedding.Gecko, mesh: ml_collections.ConfigDict) -> embedding
     return embedding.Gecko(dataclasses.replace(gecko.files, params=params))
 
 
-def _describe(
-    gecko: embedding.Gecko, name: str, lengths: dict[str, int]
-) -> dict[str, Any]:
-    return {
-        "model": name,
-        "revision": gecko.revision,
-        "step": gecko.files.step,
-        "dtype": gecko.files.encoder_config.dtype,
-        **lengths,
-        "text_format": gecko.files.text_format.to_dict(),
-    }
-
-
 def _claim(folder: pathlib.Path, about: dict[str, Any]) -> None:
-    """Makes the folder one of this model's results, or refuses it."""
+    """Writes `about` into the folder; refuses a folder of another model."""
     path = folder / _ABOUT
     if path.exists():
         before = checksums.read_object(path, {}, remedy="choose another --output")
-        # Through JSON, as what was written went.
+        # Tuples become lists, as in the file.
         now = json.loads(json.dumps(about))
         other = [key for key in now if before.get(key) != now[key]]
         if other:
             key = "revision" if "revision" in other else other[0]
             raise ValueError(
                 f"{folder}: holds results with {key} {before.get(key)!r}, and this "
-                f"model has {now[key]!r}: they must not be mixed; choose another "
-                "--output"
+                f"model has {now[key]!r}; choose another --output"
             )
         return
     if (folder / _RESULTS).exists():
         raise ValueError(
-            f"{folder}: holds results, and no {_ABOUT} that says of which model; "
+            f"{folder}: holds results without an {_ABOUT} that names the model; "
             "choose another --output"
         )
     checksums.write_object(path, about)
 
 
 def _explain(task: Any, error: Exception) -> str:
-    # What `datasets` raises when there is neither a copy nor a network.
+    # `datasets` raises this if there is neither a copy nor a network.
     if isinstance(error, ConnectionError):
         path = (task.metadata.dataset or {}).get("path", "")
         what = "its data sets are" if task.is_aggregate else f"its data set {path} is"
@@ -363,15 +344,9 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-def _track(suite: str, tasks: Sequence[Any]) -> Iterator[Any]:
-    for number, task in enumerate(tasks, start=1):
-        logging.info("%s, %d of %d: %s", suite, number, len(tasks), task.metadata.name)
-        yield task
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back the bars and notes of mteb and what it uses; faults are raised."""
+    """Silences progress bars, logs and warnings of mteb and `datasets`."""
     import datasets
 
     notes = [standard_logging.getLogger(name) for name in ("mteb", "datasets")]

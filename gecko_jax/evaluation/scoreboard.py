@@ -1,12 +1,11 @@
-"""Scoreboard: scores of mteb's tasks in tables, beside those that were published.
+"""Scores of mteb's tasks in tables, next to published scores.
 
-Scores are percent. MTEB(eng, v1) and MTEB(eng, v2) are different scales, so each suite
-has a table of its own and a published score stands only under its own suite. A mean
-over a part of a suite says how large the part is: it is no score of the suite.
+Scores are in percent. MTEB(eng, v1) and MTEB(eng, v2) are different scales, so each
+suite has its own table, with the published scores of that suite only. A mean over part
+of a suite shows how many of its tasks it covers: it is not a score of the suite.
 """
 
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gecko_jax.evaluation import tables
 from gecko_jax.io import wording, writing
 
 MTEB_V1, MTEB_V2 = "MTEB(eng, v1)", "MTEB(eng, v2)"
@@ -28,7 +28,7 @@ _MEAN_OF_TYPES = "the types"
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Scores in percent that a paper gives, by task type or `MEAN`."""
+    """Scores in percent from a paper, by task type or `MEAN`."""
 
     suite: str
     system: str
@@ -50,13 +50,13 @@ PUBLISHED = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of a suite, and the model's main score on it, in [0, 1].
+    """A task of a suite with the model's main scores.
 
     Attributes:
-        name: mteb's name.
-        kind: mteb's type.
-        metric: mteb's main score.
-        scores: Dim -> score; empty when the task did not run.
+        name: mteb's name of the task.
+        kind: mteb's type of the task.
+        metric: mteb's main metric.
+        scores: Dim -> score in [0, 1]; empty if the task did not run.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-    """Scores by suite, what must be known to reproduce them, and what did not run.
+    """Scores by suite, the settings that reproduce them, and the failures.
 
     Attributes:
-        about: Model, settings, versions.
+        about: Model, settings and versions.
         dims: Dims of the run, ascending.
-        suites: Name -> its tasks.
-        failures: Name of a task -> why it did not run.
+        suites: Name of a suite -> its tasks.
+        failures: Name of a task -> reason why it did not run.
     """
 
     about: Mapping[str, Any]
@@ -82,7 +82,7 @@ class Board:
     failures: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that JSON can hold."""
+        """Returns a JSON object."""
         suites = {
             name: {
                 "tasks": [dataclasses.asdict(task) for task in tasks],
@@ -105,56 +105,50 @@ class Board:
 
 
 def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]]:
-    """Returns {column: (mean in percent, tasks it is over)}.
+    """Returns {row: (mean in percent, number of tasks with a score)}.
 
-    The columns are the task types, then all tasks, then the means of the types.
+    The rows are the task types, then all tasks, then the mean of the types' means.
     """
     kinds: dict[str, list[float]] = {task.kind: [] for task in tasks}
     for task in tasks:
         if dim in task.scores:
             kinds[task.kind].append(100 * task.scores[dim])
-    columns = {kind: _mean(found) for kind, found in sorted(kinds.items())}
-    columns[MEAN] = _mean([score for found in kinds.values() for score in found])
-    of_types = [float(np.mean(found)) for found in kinds.values() if found]
-    columns[_MEAN_OF_TYPES] = (_mean(of_types)[0], columns[MEAN][1])
+    groups = dict(sorted(kinds.items()))
+    groups[MEAN] = [score for scores in kinds.values() for score in scores]
+    columns = {name: (_mean(scores), len(scores)) for name, scores in groups.items()}
+    of_types = [float(np.mean(scores)) for scores in kinds.values() if scores]
+    columns[_MEAN_OF_TYPES] = (_mean(of_types), len(groups[MEAN]))
     return columns
 
 
-def _mean(scores: Sequence[float]) -> tuple[float | None, int]:
-    return (float(np.mean(scores)) if scores else None), len(scores)
+def _mean(scores: Sequence[float]) -> float | None:
+    return float(np.mean(scores)) if scores else None
 
 
 def format_board(board: Board) -> str:
-    """Returns a table for every suite, as wide as it is, and what did not run."""
-    from rich import console
-
-    buffer = io.StringIO()
-    # A name may look like markup.
-    screen = console.Console(file=buffer, width=_MAX_WIDTH, markup=False, emoji=False)
-    for name, tasks in board.suites.items():
-        known = name in (MTEB_V1, MTEB_V2, NANOBEIR, MIRACL)
-        build = _build_suite if known else _build_tasks
-        screen.print(build(board, name, tasks))
-    lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
+    """Returns a table for every suite, and the tasks that did not run."""
+    known = (MTEB_V1, MTEB_V2, NANOBEIR, MIRACL)
+    built = [
+        (_build_suite if name in known else _build_tasks)(board, name, tasks)
+        for name, tasks in board.suites.items()
+    ]
+    text = tables.render(built, _MAX_WIDTH)
     if board.failures:
-        lines += [f"did not run ({len(board.failures)}):"]
-        lines += [
-            f"  {wording.printable(name)}: {wording.message(reason)}"
-            for name, reason in board.failures.items()
-        ]
-    return "\n".join(lines).strip()
+        text += f"\ndid not run ({len(board.failures)}):"
+    for name, reason in board.failures.items():
+        text += f"\n  {wording.printable(name)}: {wording.message(reason)}"
+    return text.strip()
 
 
 def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
+    """Returns a table of means, with published scores."""
     kinds = [task.kind for task in tasks]
     sizes = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     sizes[MEAN] = len(tasks)
     if len(set(kinds)) > 1:
         sizes[_MEAN_OF_TYPES] = len(tasks)
-    partly = any(len(task.scores) < len(board.dims) for task in tasks)
-    built = _start(
-        wording.printable(name), "a/b: over a of its b tasks" if partly else None
-    )
+    is_partial = any(len(task.scores) < len(board.dims) for task in tasks)
+    built = tables.new_table(name, "a/b: over a of its b tasks" if is_partial else "")
     built.add_column("mean over", no_wrap=True)
     built.add_column("tasks", justify="right")
     for dim in board.dims:
@@ -167,24 +161,22 @@ def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
         title = f"{row.system}{dims}\npublished"
         built.add_column(title, justify="right", no_wrap=True)
     own = [means(tasks, dim) for dim in board.dims]
-    for column, size in sizes.items():
-        built.add_row(
-            column,
-            str(size),
-            *(_format_mean(*cells[column], size) for cells in own),
-            *(
-                f"{row.scores[column]:.2f}" if column in row.scores else ""
-                for row in published
-            ),
-        )
+    for mean, size in sizes.items():
+        cells = []
+        for value, count in (by_mean[mean] for by_mean in own):
+            part = f" {count}/{size}" if count < size else ""
+            cells.append("" if value is None else f"{value:.2f}{part}")
+        for row in published:
+            cells.append(f"{row.scores[mean]:.2f}" if mean in row.scores else "")
+        built.add_row(mean, str(size), *cells)
     return built
 
 
 def _build_tasks(board: Board, name: str, tasks: Sequence[Task]) -> Any:
-    built = _start(wording.printable(name), None)
-    built.add_column("task")
-    built.add_column("type")
-    built.add_column("metric")
+    """Returns a table with a row for each task."""
+    built = tables.new_table(name)
+    for heading in ("task", "type", "metric"):
+        built.add_column(heading)
     for dim in board.dims:
         built.add_column(f"{dim} dims", justify="right")
     for task in tasks:
@@ -194,24 +186,6 @@ def _build_tasks(board: Board, name: str, tasks: Sequence[Task]) -> Any:
             *("" if score is None else f"{100 * score:.2f}" for score in scores),
         )
     return built
-
-
-def _start(title: str, caption: str | None) -> Any:
-    from rich import box, table
-
-    return table.Table(
-        title=title,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-
-
-def _format_mean(value: float | None, count: int, size: int) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" {count}/{size}" if count < size else "")
 
 
 def save(board: Board, folder: str | os.PathLike) -> list[pathlib.Path]:

@@ -1,4 +1,4 @@
-"""Evaluation sets: judged retrieval in the BEIR layout, similarity, classification.
+"""Evaluation sets: retrieval in the BEIR layout, similarity, classification.
 
 A retrieval set is a folder:
 
@@ -7,21 +7,21 @@ A retrieval set is a folder:
     qrels.jsonl     {"query-id": "q1", "corpus-id": "p1", "score": 1}
                     or qrels/test.tsv or qrels.tsv (`qrels`)
 
-A similarity set is a file, `.jsonl` or `.tsv`, with the columns sentence1, sentence2
-and score.
+A similarity set is a `.jsonl` or `.tsv` file with the columns sentence1, sentence2 and
+score.
 
-A classification set is a file, `.jsonl` or `.tsv`, that names the columns text, label
-and split ("train" or "test"); or a folder with `train.jsonl` and `test.jsonl` (or
-`.tsv`), which need no split.
+A classification set is a `.jsonl` or `.tsv` file that names the columns text, label and
+split ("train" or "test"), or a folder with `train.jsonl` and `test.jsonl` (or `.tsv`),
+which need no split.
 
-Any of the files may end in `.gz`; `columns` says how they are read.
+Any of the files may end in `.gz`. `columns` defines how they are read.
 """
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -40,14 +40,14 @@ _QRELS = ("qrels/test.tsv", "qrels/test.jsonl", "qrels.tsv", "qrels.jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
-    """Queries with a relevant passage, and the corpus they are searched in.
+    """Queries with relevant passages, and the corpus to search.
 
     Attributes:
-        name: Of the folder.
+        name: Name of the folder.
         passage_ids: One per passage.
         titles: One per passage, "" for none.
         texts: One per passage.
-        query_ids: One per query; queries without a relevant passage are left out.
+        query_ids: One per query with a relevant passage; others are left out.
         queries: One per query.
         tasks: The field `task` of each query, "" for none.
         relevance: Query id -> passage id -> grade.
@@ -65,34 +65,31 @@ class RetrievalSet:
     def limit(self, max_queries: int, max_passages: int) -> "RetrievalSet":
         """Returns a smaller set for a quick look; 0 sets no limit.
 
-        Queries are taken at even distances. Passages judged for them all stay, and
-        others, at even distances too, fill up to `max_passages`. The scores are higher
-        than those of the whole set: compare them among themselves alone.
+        Queries are taken at even distances. All passages judged for them stay, and
+        others at even distances fill up to `max_passages`. The scores are higher than
+        on the whole set, so compare them only with each other.
         """
         chosen = _spread(range(len(self.queries)), max_queries)
         judged = {p for q in chosen for p in self.relevance[self.query_ids[q]]}
         kept = [r for r, p in enumerate(self.passage_ids) if p in judged]
         others = [r for r, p in enumerate(self.passage_ids) if p not in judged]
         room = max(max_passages - len(kept), 0)
-        if not max_passages:
-            kept += others
-        elif room:
-            kept += _spread(others, room)
-        kept.sort()
+        if room or not max_passages:
+            kept = sorted(kept + _spread(others, room))
         return dataclasses.replace(
             self,
-            passage_ids=tuple(self.passage_ids[r] for r in kept),
-            titles=tuple(self.titles[r] for r in kept),
-            texts=tuple(self.texts[r] for r in kept),
-            query_ids=tuple(self.query_ids[q] for q in chosen),
-            queries=tuple(self.queries[q] for q in chosen),
-            tasks=tuple(self.tasks[q] for q in chosen),
+            passage_ids=_take(self.passage_ids, kept),
+            titles=_take(self.titles, kept),
+            texts=_take(self.texts, kept),
+            query_ids=_take(self.query_ids, chosen),
+            queries=_take(self.queries, chosen),
+            tasks=_take(self.tasks, chosen),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class SimilaritySet:
-    """Pairs of sentences with a gold score; only the order of the scores counts."""
+    """Pairs of sentences with gold scores, of which only the order counts."""
 
     name: str
     sentences1: tuple[str, ...]
@@ -105,14 +102,14 @@ class SimilaritySet:
         chosen = _spread(range(len(self.scores)), max_queries)
         return dataclasses.replace(
             self,
-            sentences1=tuple(self.sentences1[p] for p in chosen),
-            sentences2=tuple(self.sentences2[p] for p in chosen),
+            sentences1=_take(self.sentences1, chosen),
+            sentences2=_take(self.sentences2, chosen),
             scores=self.scores[chosen],
         )
 
 
 class Labelled(NamedTuple):
-    """Texts, and the label of each."""
+    """Texts with one label each."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
@@ -120,7 +117,7 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationSet:
-    """Labelled texts to learn from, and others to be judged by."""
+    """Labelled texts for training and for testing a classifier."""
 
     name: str
     train: Labelled
@@ -130,7 +127,7 @@ class ClassificationSet:
         """Returns `max_queries` test texts at even distances; 0 sets no limit."""
         del max_passages
         chosen = _spread(range(len(self.test.texts)), max_queries)
-        test = Labelled(*(tuple(part[t] for t in chosen) for part in self.test))
+        test = Labelled(*(_take(column, chosen) for column in self.test))
         return dataclasses.replace(self, test=test)
 
 
@@ -138,43 +135,41 @@ EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
-    """Reads an evaluation set, or a folder of several.
-
-    Args:
-        path: Where it lies; "quickstart" is the bundled retrieval set.
+    """Reads an evaluation set, or a folder of several; "quickstart" is bundled.
 
     Raises:
-        ValueError: Nothing to evaluate there, or a bad line (named).
+        ValueError: There is no set, or a file has an error.
     """
-    return [found for _, found in _load_placed(path)]
+    return [dataset for _, dataset in _load_with_paths(path)]
 
 
 def load_all(paths: Sequence[str | os.PathLike]) -> Iterator[EvaluationSet]:
-    """Yields the sets of several paths, each once, under names that differ.
+    """Yields the sets of several paths, each once, under unique names.
 
-    A set whose name another has already gets its folders before the name.
+    If a name is taken, the parent folders of the set are prepended to it.
     """
-    places: dict[pathlib.Path, str] = {}
+    names: dict[pathlib.Path, str] = {}
     for path in paths:
-        for place, found in _load_placed(path):
-            if place not in places:
-                places[place] = name = _distinct(found.name, place, places)
-                yield dataclasses.replace(found, name=name)
+        for place, dataset in _load_with_paths(path):
+            if place not in names:
+                names[place] = name = _unique_name(dataset.name, place, names)
+                yield dataclasses.replace(dataset, name=name)
 
 
-def _distinct(name: str, place: pathlib.Path, taken: Mapping[pathlib.Path, str]) -> str:
-    names = set(taken.values())
-    # Folders do not tell pairs.tsv from pairs.jsonl beside it.
-    if any((other.parent, _stem(other)) == (place.parent, name) for other in taken):
+def _unique_name(
+    name: str, place: pathlib.Path, names: Mapping[pathlib.Path, str]
+) -> str:
+    # Parent folders cannot distinguish pairs.tsv from pairs.jsonl in the same folder.
+    if any((p.parent, _stem(p)) == (place.parent, name) for p in names):
         name = wording.file_name(place.name)
     for part in reversed(place.parts[1:-1]):
-        if name not in names:
+        if name not in names.values():
             break
         name = f"{wording.file_name(part)}/{name}"
     return name
 
 
-def _load_placed(
+def _load_with_paths(
     path: str | os.PathLike,
 ) -> list[tuple[pathlib.Path, EvaluationSet]]:
     root = pathlib.Path(path)
@@ -182,12 +177,10 @@ def _load_placed(
         root = QUICKSTART
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; check the path")
-    found = _load_one(root)
-    if found:
-        return [(root.resolve(), found)]
+    if dataset := _load_one(root):
+        return [(root.resolve(), dataset)]
     children = sorted(root.iterdir()) if root.is_dir() else []
-    several = [(child.resolve(), _load_one(child)) for child in children]
-    several = [(place, found) for place, found in several if found]
+    several = [(c.resolve(), dataset) for c in children if (dataset := _load_one(c))]
     if not several:
         raise ValueError(
             f"{root}: nothing to evaluate; it must be a folder in the BEIR layout "
@@ -202,10 +195,8 @@ def _load_one(path: pathlib.Path) -> EvaluationSet | None:
     if path.is_dir():
         if reading.find(path, "corpus.jsonl"):
             return _load_retrieval(path)
-        parts = [_find_table(path, split) for split in _SPLITS]
-        if all(parts):
-            return _load_classification(path, [part for part in parts if part])
-        return None
+        parts = [reading.find(path, f"{s}.jsonl", f"{s}.tsv") for s in _SPLITS]
+        return _load_classification(path, parts) if all(parts) else None
     name = path.name.removesuffix(".gz")
     if not name.endswith((".tsv", ".jsonl")):
         return None
@@ -217,53 +208,34 @@ def _load_one(path: pathlib.Path) -> EvaluationSet | None:
 
 
 def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
-    passages = []
-    num_empty = 0
-    for record in text_files.read_texts(
-        _need(folder, "corpus.jsonl"), allow_empty=True
-    ):
-        if record.text.strip():
-            passages.append(record)
-        else:  # Some BEIR corpora have passages of nothing; none can be found.
-            num_empty += 1
-    if num_empty:
-        logging.warning("%s: %d passages without text are left out", folder, num_empty)
-    if not passages:
-        raise ValueError(f"{folder}/corpus.jsonl: an empty corpus; it needs passages")
-    queries = list(text_files.read_texts(_need(folder, "queries.jsonl")))
-    known = {query.id for query in queries}
-    in_corpus = {passage.id for passage in passages}
-    judged_path = reading.find(folder, *_QRELS)
-    if judged_path is None:
+    corpus_path, queries_path, qrels_path = (
+        reading.find(folder, *names)
+        for names in (("corpus.jsonl",), ("queries.jsonl",), _QRELS)
+    )
+    if corpus_path is None or queries_path is None:
+        raise ValueError(
+            f"{folder}: no queries.jsonl; a retrieval set needs corpus.jsonl, "
+            "queries.jsonl and judgements"
+        )
+    if qrels_path is None:
         raise ValueError(
             f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
         )
-    relevance: dict[str, dict[str, int | float]] = {}
-    num_absent = 0
-    for query, judged in qrels.load(judged_path).items():
-        for passage, (place, _) in judged.items():
-            if query not in known:
-                qrels.check_spelling(place, query, known)
-                raise ValueError(
-                    f"{place}: query {query!r} is not in queries.jsonl; add it there "
-                    "or drop the line"
-                )
-            if passage not in in_corpus:
-                qrels.check_spelling(place, passage, in_corpus)
-                num_absent += 1
-        relevance[query] = {passage: grade for passage, (_, grade) in judged.items()}
-    if num_absent:
-        logging.warning(
-            "%s: %d judged passages are not in the corpus and count as never found",
-            judged_path,
-            num_absent,
-        )
-    judged = [
-        q for q in queries if any(g > 0 for g in relevance.get(q.id, {}).values())
-    ]
+    records = list(text_files.read_texts(corpus_path, allow_empty=True))
+    # Some BEIR corpora have passages without text, which no search can return.
+    passages = [record for record in records if record.text.strip()]
+    if num_empty := len(records) - len(passages):
+        logging.warning("%s: %d passages without text are left out", folder, num_empty)
+    if not passages:
+        raise ValueError(f"{folder}/corpus.jsonl: empty corpus; it needs passages")
+    queries = list(text_files.read_texts(queries_path))
+    relevance = _load_relevance(
+        qrels_path, {q.id for q in queries}, {p.id for p in passages}
+    )
+    judged = [q for q in queries if max(relevance.get(q.id, {"": 0}).values()) > 0]
     if not judged:
         raise ValueError(
-            f"{judged_path}: no query has a relevant passage (score above 0)"
+            f"{qrels_path}: no query has a relevant passage (a score above 0); add one"
         )
     return RetrievalSet(
         name=_stem(folder),
@@ -277,6 +249,32 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
     )
 
 
+def _load_relevance(
+    path: pathlib.Path, query_ids: set[str], passage_ids: set[str]
+) -> dict[str, dict[str, int | float]]:
+    relevance: dict[str, dict[str, int | float]] = {}
+    num_absent = 0
+    for query, judged in qrels.load(path).items():
+        for passage, (place, _) in judged.items():
+            if query not in query_ids:
+                qrels.check_spelling(place, query, query_ids)
+                raise ValueError(
+                    f"{place}: query {query!r} is not in queries.jsonl; add it there "
+                    "or drop the line"
+                )
+            if passage not in passage_ids:
+                qrels.check_spelling(place, passage, passage_ids)
+                num_absent += 1
+        relevance[query] = {passage: grade for passage, (_, grade) in judged.items()}
+    if num_absent:
+        logging.warning(
+            "%s: %d judged passages are not in the corpus; no ranking can contain them",
+            path,
+            num_absent,
+        )
+    return relevance
+
+
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
     rows = [
         (
@@ -287,78 +285,52 @@ def _load_similarity(path: pathlib.Path) -> SimilaritySet:
         for place, row in columns.read(path, _PAIR)
     ]
     if len(rows) < 2:
-        raise ValueError(
-            f"{path}: {wording.counted(len(rows), 'pair')}; Spearman needs at least 2"
-        )
+        counted = wording.counted(len(rows), "pair")
+        raise ValueError(f"{path}: {counted}; Spearman's correlation needs 2 or more")
     first, second, scores = zip(*rows, strict=True)
     return SimilaritySet(_stem(path), first, second, np.array(scores, np.float64))
 
 
-def _load_classification(
-    path: pathlib.Path, parts: Sequence[pathlib.Path]
-) -> ClassificationSet:
-    """Reads one file with the column split, or one file for each split."""
+def _load_classification(path: pathlib.Path, parts: Sequence[Any]) -> ClassificationSet:
+    """Reads one file with a column "split", or one file for each split."""
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in _SPLITS}
-    for part, known in zip(parts, _SPLITS, strict=False):
-        split = known if len(parts) > 1 else None
-        for place, text, label, named in _read_labelled(part, split):
-            if named not in rows:
+    names = _CLASS if len(parts) == 1 else _CLASS[:2]
+    for part, split in zip(parts, _SPLITS, strict=False):
+        for place, row in columns.read(part, names):
+            if len(parts) == 1:
+                split = inputs.string_field(place, row, "split")
+            if split not in rows:
                 raise ValueError(
-                    f"{place}: split {named!r} must be one of {', '.join(_SPLITS)}"
+                    f"{place}: split {split!r} must be one of {', '.join(_SPLITS)}"
                 )
-            rows[named].append((text, label))
+            content = inputs.string_field(place, row, "text")
+            rows[split].append((content, inputs.id_field(place, row, "label")))
     for split, labelled in rows.items():
         if not labelled:
             raise ValueError(f"{path}: no texts of the split {split}; add some")
-    train, test = (
-        Labelled(*(tuple(column) for column in zip(*rows[split], strict=True)))
-        for split in _SPLITS
-    )
+    train, test = (Labelled(*zip(*rows[split], strict=True)) for split in _SPLITS)
     if len(set(train.labels)) < 2:
         raise ValueError(
-            f"{path}: the training texts have one label, {train.labels[0]!r}; "
-            "classification needs two"
+            f"{path}: all training texts have the label {train.labels[0]!r}; add texts "
+            "of another label"
         )
-    unknown = sorted(set(test.labels) - set(train.labels))
-    if unknown:
+    if unknown := sorted(set(test.labels) - set(train.labels)):
         raise ValueError(
-            f"{path}: no training text has the label {unknown[0]!r} of the test; add "
-            "some, or drop its test texts"
+            f"{path}: no training text has the test label {unknown[0]!r}; add some, or "
+            "drop the test texts of this label"
         )
     return ClassificationSet(_stem(path), train, test)
 
 
-def _read_labelled(
-    path: pathlib.Path, split: str | None
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yields (place, text, label, split); a `split` given stands for a column."""
-    names = _CLASS if split is None else _CLASS[:2]
-    for place, row in columns.read(path, names):
-        text = inputs.string_field(place, row, "text")
-        label = inputs.id_field(place, row, "label")
-        named = inputs.string_field(place, row, "split") if split is None else split
-        yield place, text, label, named
-
-
-def _need(folder: pathlib.Path, name: str) -> pathlib.Path:
-    path = reading.find(folder, name)
-    if path is None:
-        raise ValueError(
-            f"{folder}: no {name}; a retrieval set needs corpus.jsonl, queries.jsonl "
-            "and judgements"
-        )
-    return path
-
-
-def _find_table(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
-    return reading.find(folder, f"{stem}.jsonl", f"{stem}.tsv")
-
-
 def _stem(path: pathlib.Path) -> str:
-    """Returns the name of a set: its file's without endings, or its folder's."""
+    """Returns the name of a folder, or of a file without its extensions."""
     if path.is_dir():
         return wording.file_name(path.resolve().name)
     return wording.file_name(path.name.removesuffix(".gz").rpartition(".")[0])
+
+
+def _take(values: Sequence[str], positions: Sequence[int]) -> tuple[str, ...]:
+    return tuple(values[position] for position in positions)
 
 
 def _spread(items: Sequence[int], limit: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tables: the scores of systems on evaluation sets, to be printed and saved."""
+"""Scores of systems on evaluation sets: records, text tables and files."""
 
 import dataclasses
 import io
@@ -14,19 +14,19 @@ from gecko_jax.inference import quantization
 from gecko_jax.io import checksums, field_rules, wording, writing
 from gecko_jax.plots import quality
 
-# The task that stands for all queries, pairs or texts.
+# Task of the rows over all queries, pairs or texts.
 ALL = "all"
 
-# Systems beside the model, and how tables call them.
+# Names of the systems.
 MODEL, BM25 = "model", "BM25"
 UNTRAINED = "untrained model"
 BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
 SYSTEMS = (MODEL, BM25, UNTRAINED, BAG, IDF_BAG)
 
-# Note on the row of BM25 when no query finds a passage.
+# Note on the rows of BM25 if no query has a result.
 NO_HIT = "no query shares a word with a passage"
 
-# Metric -> its name in a table, and what is counted of its sets.
+# Metric -> its column heading, and the unit of its sets.
 METRICS: dict[str, tuple[str, str]] = {
     "ndcg_at_10": ("nDCG@10", "queries"),
     "recall_at_100": ("recall@100", "queries"),
@@ -49,7 +49,7 @@ _ROW = {
     "precision": field_rules.optional(field_rules.one_of(*quantization.PRECISIONS)),
     "note": field_rules.optional(field_rules.TEXT),
 }
-# What results.json must hold; there may be more.
+# Required fields of results.json; others are allowed.
 _FIELDS = {
     "rows": field_rules.list_of(field_rules.object_of(_ROW, only=True)),
     "about": field_rules.object_of(
@@ -69,12 +69,12 @@ class Row:
     Attributes:
         set: Name of the evaluation set.
         system: One of `SYSTEMS`, or the name of another model.
-        dim: Entries of the vectors; None for BM25.
-        task: The queries' task, `ALL` for all of them.
-        count: Queries, pairs of sentences, or texts to classify.
+        dim: Width of the vectors; None for BM25.
+        task: Task of the queries; `ALL` for all queries.
+        count: Number of queries, pairs of sentences, or texts to classify.
         metrics: ndcg_at_10, recall_at_100 and mrr_at_10, or spearman, or accuracy.
-        precision: How the vectors of passages are stored (`quantization`).
-        note: What the numbers do not say, such as `NO_HIT`; "" for nothing.
+        precision: Precision of the passages' vectors (`quantization`).
+        note: Remark below the table, such as `NO_HIT`; "" for none.
     """
 
     set: str
@@ -88,20 +88,21 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The system, and its precision where that is not float32."""
-        is_exact = self.precision == quantization.FLOAT32
-        return self.system if is_exact else f"{self.system}, {self.precision}"
+        """The system, with its precision unless that is float32."""
+        if self.precision == quantization.FLOAT32:
+            return self.system
+        return f"{self.system}, {self.precision}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Scores, and what must be known to reproduce them."""
+    """Scores, and the settings that reproduce them."""
 
     rows: tuple[Row, ...]
     about: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that JSON can hold."""
+        """Returns a JSON object."""
         rows = [dataclasses.asdict(row) for row in self.rows]
         for row in rows:
             if not row["note"]:
@@ -110,24 +111,20 @@ class Results:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Results":
-        """Inverse of `to_dict`, of values that have the fields of results.json."""
+        """Inverse of `to_dict`."""
         rows = []
         for row in values["rows"]:
-            given: dict[str, Any] = {
-                key: value
-                for key, value in row.items()
-                if key == "dim" or value is not None
-            }
-            given["metrics"] = {key: float(v) for key, v in row["metrics"].items()}
-            rows.append(Row(**given))
+            metrics = {name: float(value) for name, value in row["metrics"].items()}
+            given = {name: v for name, v in row.items() if v is not None}
+            rows.append(Row(**{"dim": None, **given, "metrics": metrics}))
         return cls(tuple(rows), dict(values["about"]))
 
     def check_model(self, model_files: model_folder.ModelFiles) -> "Results":
-        """Returns itself; raises ValueError if the scores are of another model."""
+        """Returns itself; raises ValueError if the scores belong to another model."""
         if self.about.get("revision") != model_files.revision:
             raise ValueError(
-                f"the results are of revision {self.about.get('revision')}, the model "
-                f"is {model_files.revision}: evaluate this model, or leave them out"
+                f"the results have revision {self.about.get('revision')} and the model "
+                f"has {model_files.revision}; evaluate this model, or omit the results"
             )
         return self
 
@@ -141,89 +138,86 @@ class Results:
 
 
 def format_table(results: Results, width: int = 100) -> str:
-    """Returns the scores as tables, one per set, and one of means over several."""
+    """Returns one table per set, and a table of means if there are several sets."""
+    names = dict.fromkeys(row.set for row in results.rows)
+    groups = [[row for row in results.rows if row.set == name] for name in names]
+    if means := _means(results):
+        groups.append(means)
+    return render([_build_table(results, rows) for rows in groups], width)
+
+
+def new_table(title: str, caption: str = "") -> Any:
+    """Returns an empty table of `rich`; the texts may hold any characters."""
+    from rich import box, table
+
+    return table.Table(
+        title=wording.printable(title),
+        title_justify="left",
+        caption=wording.lines(caption) or None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+
+
+def render(tables: Sequence[Any], width: int) -> str:
+    """Returns tables of `rich` as plain text."""
     from rich import console
 
     buffer = io.StringIO()
-    # A name may look like markup.
+    # Without markup: names are shown as they are.
     screen = console.Console(file=buffer, width=width, markup=False, emoji=False)
-    for name in dict.fromkeys(row.set for row in results.rows):
-        rows = [row for row in results.rows if row.set == name]
-        screen.print(_build_table(results, name, rows))
-    means = _means(results)
-    if means:
-        screen.print(_build_table(results, means[0].set, means))
-    lines = buffer.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines).strip()
+    for table in tables:
+        screen.print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip()
 
 
-def _build_table(results: Results, name: str, rows: Sequence[Row]) -> Any:
-    from rich import box, table
-
+def _build_table(results: Results, rows: Sequence[Row]) -> Any:
+    """Returns the table of one set."""
     overall = [row for row in rows if row.task == ALL]
     tasks = list(dict.fromkeys(row.task for row in rows if row.task != ALL))
     scored = {metric for row in overall for metric in row.metrics}
     metrics = [metric for metric in METRICS if metric in scored]
-    unit = METRICS[metrics[0]][1]
     has_codes = any(row.precision != quantization.FLOAT32 for row in overall)
-    num_passages = (results.about.get("num_passages") or {}).get(name)
-    title = f"{wording.printable(name)}: {overall[0].count:,} {unit}"
-    title += f", {wording.counted(num_passages, 'passage')}" if num_passages else ""
-    captions = ["under a task: nDCG@10 of its queries"] if tasks else []
-    captions += [
-        wording.printable(f"{row.label}: {row.note}") for row in overall if row.note
-    ]
+    name, unit = overall[0].set, METRICS[metrics[0]][1]
+    title = f"{name}: {overall[0].count:,} {unit}"
+    if num_passages := (results.about.get("num_passages") or {}).get(name):
+        title += f", {wording.counted(num_passages, 'passage')}"
+    captions = ["columns of tasks: nDCG@10 of their queries"] if tasks else []
+    captions += [f"{row.label}: {row.note}" for row in overall if row.note]
     if num_own := (results.about.get("num_own_left_out") or {}).get(name):
         left_out = wording.counted(num_own, "passage")
         captions.append(f"left out of rankings: {left_out} with the id of the query")
-    built = table.Table(
-        title=title,
-        title_justify="left",
-        caption="\n".join(captions) or None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    built.add_column("system", no_wrap=True)
-    built.add_column("dims", justify="right")
+    table = new_table(title, "\n".join(captions))
+    table.add_column("system", no_wrap=True)
+    table.add_column("dims", justify="right")
     if has_codes:
-        built.add_column("bytes", justify="right")
+        table.add_column("bytes", justify="right")
     for metric in metrics:
-        built.add_column(METRICS[metric][0], justify="right", no_wrap=True)
+        table.add_column(METRICS[metric][0], justify="right", no_wrap=True)
     for task in tasks:
-        built.add_column(wording.printable(task), justify="right", style="dim")
-    for label in dict.fromkeys(row.label for row in overall):
-        for row in overall:
-            if row.label != label:
-                continue
-            by_task = {
-                other.task: other.metrics.get("ndcg_at_10")
-                for other in rows
-                if (other.label, other.dim) == (label, row.dim) and other.task != ALL
-            }
-            built.add_row(
-                wording.printable(label),
-                str(row.dim or ""),
-                *([_bytes(row)] if has_codes else []),
-                *(_score(row.metrics.get(metric)) for metric in metrics),
-                *(_score(by_task.get(task)) for task in tasks),
-                style="bold" if label == MODEL else None,
-            )
-    return built
-
-
-def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _bytes(row: Row) -> str:
-    """Memory of a passage; BM25 has no vectors."""
-    if row.dim is None:
-        return ""
-    return f"{quantization.bytes_per_vector(row.precision, row.dim):,}"
+        table.add_column(wording.printable(task), justify="right", style="dim")
+    labels = list(dict.fromkeys(row.label for row in overall))
+    for row in sorted(overall, key=lambda row: labels.index(row.label)):
+        by_task = {
+            other.task: other.metrics.get("ndcg_at_10")
+            for other in rows
+            if (other.label, other.dim) == (row.label, row.dim)
+        }
+        scores = [row.metrics.get(metric) for metric in metrics]
+        scores += [by_task.get(task) for task in tasks]
+        num_bytes = row.dim and quantization.bytes_per_vector(row.precision, row.dim)
+        table.add_row(
+            wording.printable(row.label),
+            str(row.dim or ""),
+            *([f"{num_bytes:,}" if num_bytes else ""] if has_codes else []),
+            *("" if score is None else f"{score:.3f}" for score in scores),
+            style="bold" if row.label == MODEL else None,
+        )
+    return table
 
 
 def _means(results: Results) -> list[Row]:
-    """Returns means over the retrieval sets, when there are several."""
+    """Returns means over the retrieval sets if there are several."""
     groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in results.rows:
         if row.task == ALL and "ndcg_at_10" in row.metrics:
@@ -257,7 +251,7 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
     with writing.write_file(paths[1]) as temporary:
         temporary.write_text(format_table(results) + "\n")
     with writing.write_file(paths[2]) as temporary:
-        # The picture compares systems; codes of one are in the table.
+        # The plot compares systems, so it omits quantized vectors.
         exact = [r for r in results.rows if r.precision == quantization.FLOAT32]
         shown = dataclasses.replace(results, rows=tuple(exact) or results.rows)
         quality.plot_quality(shown.to_dict(), temporary)
@@ -268,14 +262,14 @@ def read(path: str | os.PathLike) -> Results:
     """Reads a results.json that `save` wrote.
 
     Raises:
-        ValueError: The file is missing or is no such results.
+        ValueError: The file is missing or is not such a file.
     """
     path = pathlib.Path(path)
     try:
         values = checksums.read_object(
             path,
             _FIELDS,
-            remedy="give the results.json of `gecko evaluate`, or evaluate again",
+            remedy="pass the results.json of `gecko evaluate`, or evaluate again",
         )
     except FileNotFoundError:
         raise ValueError(
@@ -287,7 +281,6 @@ def read(path: str | os.PathLike) -> Results:
             row.metrics for row in results.rows if (row.set, row.task) == (name, ALL)
         ):
             raise ValueError(
-                f"{path}: the set {name!r} has no row with the scores of all its "
-                "queries; evaluate again"
+                f"{path}: set {name!r} has no row for all its queries; evaluate again"
             )
     return results

@@ -1,7 +1,7 @@
-"""mteb's folder of results, in which a killed run leaves no half of a file.
+"""mteb's folder of results, written atomically.
 
-mteb writes results in place. Here they are written elsewhere, and then put in place one
-by one, each whole; the result itself last, so that where it is, the rest is too.
+mteb writes results in place. This cache writes them elsewhere and then moves each file
+to its place. The result itself comes last: if it is there, the other files are, too.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from gecko_jax.io import writing
 
-# Facts about the runs, to which mteb adds those of each task.
+# Facts about the runs; mteb appends those of each task.
 _RUNS = "run_settings.jsonl"
 
 

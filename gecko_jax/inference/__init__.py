@@ -1,8 +1,9 @@
-"""Inference: a trained model at work.
+"""Inference with a trained model.
 
-embedding      `Gecko`: texts in, normalized vectors out
-vector_files   a file of texts, embedded shard by shard
+embedding      `Gecko`: encodes texts as normalized vectors
+vector_files   embeds a file of texts shard by shard
 vector_index   exact search over vectors
+passage_lines  ids, titles and texts of an index on disk
 quantization   int8 and binary vectors
 ranking        nDCG and other metrics; BM25
 """

@@ -1,11 +1,11 @@
-"""Quantization: embeddings of a byte, or of a bit, per entry.
+"""Quantized embeddings: one byte or one bit per entry.
 
     int8     255 steps between the least and the greatest value of each dim
-    binary   the sign of each entry, eight to a byte
+    binary   the sign of each entry, eight entries per byte
 
-Both are those of sentence-transformers (`quantize_embeddings` with "int8" and
-"ubinary"). Queries stay float32: a search decodes passages block by block, which loses
-far less than comparing codes with codes, and costs no memory that matters.
+Both equal `quantize_embeddings` of sentence-transformers ("int8" and "ubinary").
+Queries stay float32: a search decodes passages block by block, which loses far less
+accuracy than comparing codes with codes.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ _DTYPES = {FLOAT32: np.float32, INT8: np.int8, BINARY: np.uint8}
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """Embeddings at some precision.
+    """Embeddings at one of `PRECISIONS`.
 
     Attributes:
         values: float32 or int8 [P, D], or uint8 [P, D / 8, rounded up].
         precision: One of `PRECISIONS`.
-        dim: Entries of an embedding, D.
-        ranges: Least and greatest value of each dim, [2, D]; int8 only.
+        dim: Width D of the embeddings.
+        ranges: Least and greatest value of each dim; int8 only.
     """
 
     values: Shaped[np.ndarray, "P W"]
@@ -42,37 +42,36 @@ class Codes:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Memory of one embedding."""
+        """Bytes of one embedding."""
         return bytes_per_vector(self.precision, self.dim)
 
     def decode(self) -> Float[np.ndarray, "P D"]:
-        """Returns the embeddings that the codes stand for."""
+        """Returns the embeddings; approximate unless they are float32."""
         if self.precision == FLOAT32:
             return self.values
         return np.asarray(decode(self.values, self.precision, self.dim, self.ranges))
 
 
-def check_precision(precision: str) -> str:
-    """Returns `precision`; raises ValueError unless it is one of `PRECISIONS`."""
+def check_precision(precision: str) -> None:
+    """Raises ValueError unless `precision` is one of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision={precision!r}: it must be one of {', '.join(PRECISIONS)}"
         )
-    return precision
 
 
 def bytes_per_vector(precision: str, dim: int) -> int:
-    """Returns the memory of one embedding of `dim` entries."""
-    return {FLOAT32: 4 * dim, INT8: dim, BINARY: -(-dim // 8)}[precision]
+    """Returns the bytes of one embedding of `dim` entries."""
+    return width(precision, dim) * np.dtype(dtype(precision)).itemsize
 
 
 def width(precision: str, dim: int) -> int:
-    """Returns the entries of a row of codes."""
+    """Returns the number of entries in a row of codes."""
     return -(-dim // 8) if precision == BINARY else dim
 
 
 def dtype(precision: str) -> type:
-    """Returns the type of the codes' entries."""
+    """Returns the dtype of codes."""
     return _DTYPES[precision]
 
 
@@ -80,12 +79,12 @@ def calibrate(vectors: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "2 D"]:
     """Returns the least and the greatest value of each dim, for int8.
 
     Raises:
-        ValueError: Fewer than two vectors, which span no range.
+        ValueError: There are fewer than two vectors.
     """
     if len(vectors) < 2:
         raise ValueError(
-            f"{len(vectors)} vectors to set the ranges of int8 by: at least 2 are "
-            "needed; embed more texts, or use float32 or binary"
+            f"{len(vectors)} vectors: int8 needs at least 2 to find the range of each "
+            "dim; embed more texts, or use float32 or binary"
         )
     return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
 
@@ -97,15 +96,11 @@ def encode(
 ) -> Codes:
     """Quantizes embeddings.
 
-    Args:
-        vectors: The embeddings.
-        precision: One of `PRECISIONS`.
-        ranges: For int8, see `calibrate`; values beyond them are clipped. None takes
-            those of `vectors`.
+    int8 clips values outside of `ranges`; None uses those of `vectors` (`calibrate`).
 
     Raises:
-        ValueError: An unknown precision, too few vectors to find ranges by, or a vector
-            that is not finite, which a code of fewer bits could not show.
+        ValueError: The precision is unknown, there are too few vectors for ranges, or
+            a vector is not finite, which int8 and binary cannot represent.
     """
     check_precision(precision)
     vectors = np.asarray(vectors, np.float32)
@@ -115,9 +110,8 @@ def encode(
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ValueError(
-            f"vectors[{int(np.argmin(finite))}]: the vector is not finite and has no "
-            f"{precision} code; embed the text again with a model whose weights are "
-            "finite"
+            f"vectors[{int(np.argmin(finite))}]: not finite, so it has no {precision} "
+            "code; embed the text with a model whose weights are finite"
         )
     if precision == BINARY:
         return Codes(np.packbits(vectors > 0, axis=1), precision, dim)
@@ -134,9 +128,9 @@ def decode(
     dim: int,
     ranges: Float[np.ndarray | Array, "2 D"] | None = None,
 ) -> Any:
-    """Returns what codes stand for, [P, D]; traceable.
+    """Returns the embeddings that codes represent, [P, D]; traceable.
 
-    An int8 code stands for the middle of its step; the signs are scaled to length 1.
+    An int8 code represents the middle of its step. Signs are scaled to unit length.
     """
     if precision == BINARY:
         bits = jnp.unpackbits(jnp.asarray(values), axis=1, count=dim)

@@ -1,11 +1,12 @@
-"""Ranking: how good a ranked list is, and BM25, the line every embedder must beat.
+"""Ranking metrics, the order of ties, and the BM25 baseline.
 
 A *ranking* is a list of passage ids, best first. *Relevance* maps passage ids to
-grades; a passage that is missing or graded 0 or below is not relevant. Metrics are
-those of trec_eval and lie in [0, 1], Spearman's correlation in [-1, 1].
+grades; a passage without a grade, or with a grade of 0 or below, is not relevant.
+Metrics equal those of trec_eval and lie in [0, 1]; Spearman's correlation lies in
+[-1, 1].
 
 Passages with equal scores rank as in trec_eval, pytrec_eval and mteb: the greater id
-first, compared as a string ("p9" before "p10"). `tie_order` gives that order.
+first, compared as a string ("p9" before "p10"). `tie_order` returns that order.
 
     ranking   ["p3", "p7", "p1"]
     relevance {"p7": 2, "p9": 1}
@@ -16,30 +17,29 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from gecko_jax.io import wording
 from gecko_jax.text import word_rule
 
 
 def ndcg_at_k(
     ranking: Sequence[str], relevance: Mapping[str, int | float], k: int = 10
 ) -> float:
-    """Returns the discounted gain of the first k over the best one possible.
+    """Returns the discounted gain of the first k results, relative to the ideal one.
 
-    The gain is the grade itself (linear, as in trec_eval and BEIR) and the discount
-    log2(rank + 1). Without a relevant passage the result is 0. Grades may be fractions:
-    the result does not change when all grades are multiplied by the same factor.
+    The gain is the grade itself (linear, as in trec_eval and BEIR), the discount is
+    log2(rank + 1). Without a relevant passage the result is 0. Multiplying all grades
+    by one factor does not change the result.
     """
     discounts = 1.0 / np.log2(np.arange(2, k + 2))
     grades = {p: float(grade) for p, grade in relevance.items() if grade > 0}
     if not grades:
         return 0.0
-    # A power of two scales without rounding, and keeps the sums of huge grades finite.
+    # Scaling by a power of two is exact and keeps the sums of huge grades finite.
     _, exponent = math.frexp(max(grades.values()))
     ideal = np.ldexp(sorted(grades.values(), reverse=True)[:k], -exponent)
     gains = np.ldexp([grades.get(passage, 0.0) for passage in ranking[:k]], -exponent)
@@ -70,13 +70,10 @@ def spearman(
 ) -> float:
     """Returns the correlation of the ranks; equal values share their mean rank.
 
-    A constant side orders nothing: the result is then 0.
+    The result is 0 if either side is constant.
     """
     if len(predicted) < 2:
-        raise ValueError(
-            f"{wording.counted(len(predicted), 'pair')}: Spearman's correlation needs "
-            "at least 2"
-        )
+        raise ValueError(f"{len(predicted)} pairs: Spearman needs at least 2")
     ranks = np.stack([_mean_ranks(predicted), _mean_ranks(gold)])
     ranks -= ranks.mean(axis=1, keepdims=True)
     norms = np.sqrt((ranks**2).sum(axis=1))
@@ -96,8 +93,8 @@ def _mean_ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 def tie_order(ids: Sequence[str]) -> list[int]:
     """Returns the positions of passages from the greatest id to the least.
 
-    A search in a corpus of this order that keeps the earlier of two equal scores ranks
-    ties as trec_eval does, at the border of a list too.
+    If the corpus is in this order, a search that prefers the earlier of two equal
+    scores ranks ties as trec_eval does, also at the end of a cut-off list.
     """
     return sorted(range(len(ids)), key=ids.__getitem__, reverse=True)
 
@@ -105,28 +102,27 @@ def tie_order(ids: Sequence[str]) -> list[int]:
 def distinct_rows(
     rows: Shaped[np.ndarray, "N W"],
 ) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " N"]]:
-    """Returns the first position of each distinct row, and the number of each row's.
+    """Returns the first position of each distinct row, and each row's index in them.
 
-    The products of equal rows can differ in the last bit, because a matrix product
-    treats the rows at its edges differently. Scores that are computed once for each
-    distinct row are equal.
+    A matrix product treats the rows at its edges differently, so the scores of equal
+    rows can differ in the last bit. Computing the score of each distinct row once keeps
+    them equal.
     """
-    numbers: dict[bytes, int] = {}
+    index_of: dict[bytes, int] = {}
     first: list[int] = []
-    number_of = np.empty(len(rows), np.int64)
+    indices = np.empty(len(rows), np.int64)
     for position, row in enumerate(np.ascontiguousarray(rows)):
         key = hashlib.blake2b(row.data, digest_size=16).digest()
-        number = numbers.setdefault(key, len(first))
-        if number == len(first):
+        indices[position] = index_of.setdefault(key, len(first))
+        if len(index_of) > len(first):
             first.append(position)
-        number_of[position] = number
-    return np.array(first, np.int64), number_of
+    return np.array(first, np.int64), indices
 
 
 def best_positions(scores: Float[np.ndarray, " P"], k: int) -> Int[np.ndarray, " T"]:
     """Returns the positions of the k highest scores, best first.
 
-    Of equal scores the earlier position wins, at the border of the list too.
+    The earlier of two equal scores wins, also at the end of the list.
     """
     k = min(k, len(scores))
     if k == 0:
@@ -136,47 +132,56 @@ def best_positions(scores: Float[np.ndarray, " P"], k: int) -> Int[np.ndarray, "
     return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
 
 
-class Bm25:
-    """BM25 over a corpus (bm25s, English stemmer), built once for many queries.
-
-    Terms are those of `words.terms`. Terms of one letter, as in "R" or "C++", have an
-    index of their own, whose scores are added: formulas and code are full of them, and
-    would seem longer than they are.
-    """
-
-    def __init__(self, passages: Sequence[str]):
-        """Indexes the passages; a title belongs in front of its text."""
-        import bm25s
-
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # It tells every step.
-        self._retrievers: list[bm25s.BM25 | None] = []
-        for terms in zip(*map(_terms, passages), strict=True):
-            retriever = None
-            if any(terms):  # Else nothing but stop words: there is nothing to index.
-                retriever = bm25s.BM25()
-                retriever.index(list(terms), show_progress=False)
-            self._retrievers.append(retriever)
+@runtime_checkable
+class Retriever(Protocol):
+    """Finds passages for queries."""
 
     def search(
-        self, queries: Sequence[str], k: int
-    ) -> Iterator[tuple[Int[np.ndarray, " T"], Float[np.ndarray, " T"]]]:
-        """Yields positions and scores of the k best passages, query by query.
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Returns positions and scores of the k best passages per query."""
+        ...
 
-        Passages that share no term with the query never appear, so there may be fewer.
-        """
+
+class Bm25Retriever:
+    """BM25 (bm25s, English stemmer); ignores tasks.
+
+    Terms are those of `word_rule.terms`. Terms of one letter, as in "R" or "C++", have
+    a separate index whose scores are added. In one index, the many single letters of
+    formulas and code would inflate the length of passages.
+    """
+
+    def __init__(self, passages: Sequence[tuple[str, str]], task: str = ""):
+        """Indexes (title, text) of every passage."""
+        del task
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # Logs every step.
+        texts = (f"{title}\n{body}" for title, body in passages)
+        self._indexes: list[bm25s.BM25 | None] = []
+        for terms in zip(*map(_terms, texts), strict=True):
+            index = None
+            if any(terms):  # bm25s cannot index a corpus without terms.
+                index = bm25s.BM25()
+                index.index(list(terms), show_progress=False)
+            self._indexes.append(index)
+
+    def search(
+        self, queries: Sequence[str], tasks: Sequence[str], k: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """See `Retriever.search`; omits passages that share no term with the query."""
+        del tasks
+        results = []
         for query in queries:
             parts = []
-            for retriever, terms in zip(self._retrievers, _terms(query), strict=True):
-                known = retriever.get_tokens_ids(terms) if retriever else []
-                if known and retriever:
-                    parts.append(retriever.get_scores_from_ids(known))
-            if not parts:
-                yield np.empty(0, np.int64), np.empty(0, np.float32)
-                continue
-            scores = np.asarray(sum(parts), np.float32)
+            for index, terms in zip(self._indexes, _terms(query), strict=True):
+                if index and (known := index.get_tokens_ids(terms)):
+                    parts.append(index.get_scores_from_ids(known))
+            scores = np.asarray(sum(parts) if parts else [], np.float32)
             best = best_positions(scores, k)
             best = best[scores[best] > 0]
-            yield best, scores[best]
+            results.append((best.tolist(), scores[best].tolist()))
+        return results
 
 
 def _terms(text: str) -> tuple[list[str], list[str]]:
@@ -197,54 +202,22 @@ def _english() -> tuple[frozenset[str], Any]:
     return frozenset(stopwords.STOPWORDS_EN), Stemmer.Stemmer("english")
 
 
-@runtime_checkable
-class Retriever(Protocol):
-    """Finds passages for queries."""
-
-    def search(
-        self, queries: Sequence[str], tasks: Sequence[str], k: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """Returns positions and scores of the k best passages per query."""
-        ...
-
-
-class Bm25Retriever:
-    """Words in common; the task has no part in it."""
-
-    def __init__(self, passages: Sequence[tuple[str, str]], task: str = ""):
-        """Indexes (title, text) of every passage."""
-        del task
-        self._bm25 = Bm25([f"{title}\n{body}" for title, body in passages])
-
-    def search(
-        self, queries: Sequence[str], tasks: Sequence[str], k: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """See `Retriever.search`; passages without a common word are never found."""
-        del tasks
-        found = self._bm25.search(queries, k)
-        return [(best.tolist(), scores.tolist()) for best, scores in found]
-
-
 def bm25_rankings(
     queries: Sequence[str],
     passages: Sequence[str],
     ids: Sequence[str],
     k: int = 100,
 ) -> list[list[str]]:
-    """Ranks the passages for every query with BM25 (bm25s, English stemmer).
+    """Returns the ids of the k best passages for each query by BM25.
 
-    Args:
-        queries: What is looked for, without any task format.
-        passages: The corpus; a title belongs in front of its text.
-        ids: One id per passage.
-        k: Longest ranking. Passages that share no word with the query never appear,
-            so a ranking may be shorter.
-
-    Returns:
-        The ids of the best passages for each query; equal scores in `tie_order`.
+    A title precedes the text of its passage. Passages that share no term with the query
+    are omitted, so a ranking may be shorter. Equal scores are in `tie_order`.
     """
     if len(passages) != len(ids):
-        raise ValueError(f"{len(passages)} passages but {len(ids)} ids: one id each")
+        raise ValueError(
+            f"{len(passages)} passages and {len(ids)} ids: pass one id for each"
+        )
     order = tie_order(ids)
-    found = Bm25([passages[position] for position in order]).search(queries, k)
-    return [[ids[order[int(place)]] for place in best] for best, _ in found]
+    retriever = Bm25Retriever([("", passages[position]) for position in order])
+    results = retriever.search(queries, [""] * len(queries), k)
+    return [[ids[order[position]] for position in best] for best, _ in results]

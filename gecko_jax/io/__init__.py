@@ -1,13 +1,13 @@
-"""Files and messages: what every other room reads, writes and reports with.
+"""Files and messages, for all rooms.
 
 reading        lines and JSON records, with file and line in every error
-writing        files and folders written whole or not at all
+writing        files and folders, written atomically
 inputs         rules for a field of a user's file
 columns        rows with named columns, as JSON lines or TSV
 qrels          relevance judgements
-field_rules    the fields that a JSON object must have, declared once
+field_rules    declared types for the fields of JSON objects
 npy            `.npy` arrays, mapped into memory
 checksums      checksums of files and arrays
 progress       a progress bar, or log lines
-wording        plurals, and other people's text made printable
+wording        plurals, and untrusted text made printable
 """

@@ -1,17 +1,17 @@
-"""Checksums: what proves that a file, or an array, is still what was written.
+"""Checksums that detect damage to files and arrays.
 
-A folder of ours has a JSON file. That file lists the other files with their sizes and
-hashes, and holds a hash of its own content:
+The JSON file of a folder lists the other files with their sizes and hashes, and holds
+a hash of its own content:
 
     {..., "files": {"vectors.npy": {"bytes": 1152, "xxh128": "99aa..."}}, "xxh128": ...}
 
-The hash is XXH3 of 128 bits, which `xxh128sum FILE` prints too. It guards against
-faults of disks and copies, not against people: it is ten times as fast as SHA-256 and
-four times as fast as CRC-32 (`benchmarks/checksums.py`).
+The hash is 128-bit XXH3, which `xxh128sum FILE` prints, too. It detects faults of disks
+and copies, not manipulation. It is ten times as fast as SHA-256 and four times as fast
+as CRC-32 (`benchmarks/checksums.py`).
 
-Arrays of a training state have digests that do not depend on how they are sharded:
-each element is mixed with its position, and the results are summed modulo 2^32. A
-device computes its part where the array lies, and the processes add the parts up.
+Arrays of a train state have digests that do not depend on their sharding: each element
+is mixed with its position, and the results are summed modulo 2^32. Each device computes
+its part where the array is stored, and the processes add the parts.
 """
 
 import functools
@@ -26,23 +26,21 @@ from absl import logging
 
 from gecko_jax.io import reading, writing
 
-# Names in the JSON of a folder.
+# Field names in the JSON file of a folder.
 FILES, CHECKSUM = "files", "xxh128"
 
-_BLOCK_BYTES = 4 * 2**20
-
-# Odd, so that multiplication by them is a bijection of 32-bit words: one changed
+# Odd factors, so that each multiplication is a bijection of 32-bit words: one changed
 # element always changes the sum.
 _POSITION, _MIX_1, _MIX_2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 
-# Elements of a host array that are mixed at a time, so that they stay in the cache.
+# Elements of a host array per block, so that a block stays in the cache.
 _BLOCK_ELEMENTS = 1 << 16
 
 
 def of_file(path: pathlib.Path) -> str:
     """Returns the hash of a file's bytes, in hex."""
     state = xxhash.xxh3_128()
-    block = bytearray(_BLOCK_BYTES)
+    block = bytearray(4 * 2**20)
     view = memoryview(block)
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -51,7 +49,7 @@ def of_file(path: pathlib.Path) -> str:
 
 
 def of_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns the entries of `files` for some files of a folder."""
+    """Returns the field `FILES` for the named files of a folder."""
     return {
         name: {
             "bytes": (folder / name).stat().st_size,
@@ -68,7 +66,7 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_object(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a sealed JSON object, whole or not at all."""
+    """Writes a sealed JSON object atomically."""
     with writing.write_file(path) as temporary:
         temporary.write_text(json.dumps(seal(values), indent=2) + "\n")
 
@@ -80,10 +78,7 @@ def read_object(
     remedy: str,
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Reads the JSON object of a folder, and verifies it and the files it lists.
-
-    Takes and raises what `files.read_object` does.
-    """
+    """Like `reading.read_object`; also verifies the object and the files it lists."""
     values = reading.read_object(path, fields, remedy=remedy, defaults=defaults)
     values = check_object(path, values, remedy)
     check_files(path.parent, values, remedy)
@@ -93,43 +88,33 @@ def read_object(
 def check_object(
     path: pathlib.Path, values: Mapping[str, Any], remedy: str
 ) -> dict[str, Any]:
-    """Compares a JSON object with its own checksum, and returns it without.
+    """Verifies the JSON object of a file, and returns it without its checksum.
 
-    Args:
-        path: The file that holds the object.
-        values: The object. One without a checksum is from an earlier version.
-        remedy: What to do about a damaged file.
-
-    Raises:
-        ValueError: The object is not what was written.
+    An object of an earlier version may have no checksum. Raises ValueError if the
+    checksum does not match.
     """
     content = {key: value for key, value in values.items() if key != CHECKSUM}
     if CHECKSUM not in values:
-        logging.info("%s: from before checksums; damage would go unnoticed", path)
+        logging.info("%s: no checksum, so damage cannot be detected", path)
     elif values[CHECKSUM] != _of_json(content):
         raise ValueError(
-            f"{path}: damaged or edited (its content does not have the {CHECKSUM} that "
-            f"it names); {remedy}, or remove {CHECKSUM} from it if the edit is wanted"
+            f"{path}: damaged or edited (its content does not match its {CHECKSUM}); "
+            f"{remedy}, or remove {CHECKSUM} from it to keep an edit"
         )
     return content
 
 
 def check_files(folder: pathlib.Path, values: Mapping[str, Any], remedy: str) -> None:
-    """Compares the files of a folder with the checksums in its JSON.
+    """Verifies the files of a folder that its JSON object lists.
 
-    Args:
-        folder: The folder.
-        values: The object of its JSON file. One of an earlier version lists no files.
-        remedy: What to do about a damaged file.
-
-    Raises:
-        ValueError: A file is missing, or is not what was written; names it.
+    An object of an earlier version may list none. Raises ValueError if a file is
+    missing or damaged.
     """
     listed = values.get(FILES, {})
     for name, entry in listed.items() if isinstance(listed, dict) else ():
         if not isinstance(entry, dict) or entry.keys() != {"bytes", CHECKSUM}:
             raise ValueError(
-                f"{folder}: the entry of {name!r} under {FILES!r} in its JSON is "
+                f"{folder}: the entry of {name!r} in the {FILES!r} of its JSON is "
                 f"damaged or edited; {remedy}"
             )
         path = writing.member(folder, name)
@@ -137,18 +122,17 @@ def check_files(folder: pathlib.Path, values: Mapping[str, Any], remedy: str) ->
             raise ValueError(f"{path}: missing; {remedy}")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise ValueError(
-                f"{path}: damaged ({size:,} bytes, not {entry['bytes']}); {remedy}"
-            )
-        if of_file(path) != entry[CHECKSUM]:
-            raise ValueError(
-                f"{path}: damaged (its {CHECKSUM} is not {entry[CHECKSUM]}); {remedy}"
-            )
+            problem = f"{size:,} bytes, not {entry['bytes']}"
+        elif of_file(path) != entry[CHECKSUM]:
+            problem = f"its {CHECKSUM} is not {entry[CHECKSUM]}"
+        else:
+            continue
+        raise ValueError(f"{path}: damaged ({problem}); {remedy}")
 
 
 def _of_json(content: Mapping[str, Any]) -> str:
-    """Returns the checksum of what JSON says, however it is laid out."""
-    # Through JSON first, which turns keys into strings: they sort in another order.
+    """Returns the checksum of a JSON value, independent of its formatting."""
+    # The round trip turns keys into strings, which have another sort order.
     plain = json.loads(json.dumps(content))
     return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -156,9 +140,9 @@ def _of_json(content: Mapping[str, Any]) -> str:
 def of_arrays(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Returns the digests of arrays; all processes of a run must call this together.
 
-    A digest is a sum over elements, so that every device digests the shards it holds,
-    with their positions in the whole array, and the sums are added up: first in each
-    process, then once over all of them. It is the same on any mesh.
+    A digest is a sum over elements, so each device digests its shards, with their
+    positions in the whole array, and the sums are added: first in each process, then
+    once over all processes. The result is the same on any mesh.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -174,16 +158,18 @@ def of_arrays(arrays: Mapping[str, Any]) -> dict[str, int]:
             ]
         else:
             parts[name] = [of_host_array(np.asarray(array))] if is_first else []
-    found = jax.device_get(parts)
-    sums = np.array([sum(map(int, found[name])) % 2**32 for name in parts], np.uint32)
+    digests = jax.device_get(parts)
+    sums = np.array([sum(map(int, digests[name])) % 2**32 for name in parts], np.uint32)
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint64)
     return {name: int(total) % 2**32 for name, total in zip(parts, sums, strict=True)}
 
 
 def of_host_array(array: np.ndarray) -> int:
-    """Returns the digest of an array in the host's memory."""
-    words = _host_words(array)
+    """Returns the digest of an array in host memory."""
+    # The bits of each element in C order; two words for elements of 8 bytes.
+    array = np.ascontiguousarray(array).reshape(-1)
+    words = array.view(np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}"))
     total = 0
     positions = np.arange(_BLOCK_ELEMENTS, dtype=np.uint32) * np.uint32(_POSITION)
     for start in range(0, len(words), _BLOCK_ELEMENTS):
@@ -194,13 +180,6 @@ def of_host_array(array: np.ndarray) -> int:
         block *= np.uint32(_MIX_2)
         total += int(block.sum(dtype=np.uint64))
     return total % 2**32
-
-
-def _host_words(array: np.ndarray) -> np.ndarray:
-    """Returns the bits of each element, in C order; of 8 bytes, both halves."""
-    array = np.ascontiguousarray(array).reshape(-1)
-    size = min(array.dtype.itemsize, 4)
-    return array.view(np.dtype(f"uint{8 * size}"))
 
 
 @functools.cache
@@ -215,7 +194,7 @@ def _build_digest() -> Any:
         size = min(shard.dtype.itemsize, 4)
         words = jax.lax.bitcast_convert_type(shard, jnp.dtype(f"uint{8 * size}"))
         words = words.astype(jnp.uint32)
-        # Of 8 bytes, both halves: one more axis, which is never split.
+        # Elements of 8 bytes become two words along a new axis, which is not sharded.
         whole = (*shape, *words.shape[shard.ndim :])
         position = jnp.zeros(words.shape, jnp.uint32)
         stride = 1
@@ -233,6 +212,6 @@ def _build_digest() -> Any:
 
 
 def _digest_shard(shard: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> Any:
-    """Returns the sum of a shard, which lies at `index` of an array of this shape."""
+    """Returns the digest of the shard at `index` of an array of this shape."""
     starts = np.array([part.start or 0 for part in index], np.uint32)
     return _build_digest()(shard, starts, shape=shape)

@@ -1,12 +1,12 @@
-"""Inputs: what a field of a user's file may hold, in every kind of file.
+"""Rules for the fields of users' files, the same for all formats.
 
     {"_id": 7, "title": null, "text": "Geckos climb walls.", "score": 2.0}
     id_field(place, record, "_id")           -> "7"
     string_field(..., "title", default="")   -> ""
     number_field(place, record, "score")     -> 2
 
-A value of null is missing, and so is NaN, which the readers turn into null. A text is a
-string. An id is a string or an integer. The place, `file:line`, starts every error.
+null counts as a missing value, and so does NaN, which the readers turn into null. A
+text is a string, an id a string or an integer. Errors start with the place, file:line.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# A float holds every integer up to here.
+# Floats represent all integers up to here exactly.
 _EXACT = 2**53
-# float() would also take "1_000" and the digits of other scripts.
+# float() also accepts "1_000" and the digits of other scripts.
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 def kind(value: Any) -> str:
-    """Returns what JSON calls a value: "a number", "null", ..."""
+    """Returns JSON's name for the type of a value: "a number", "null", ..."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     names = {str: "a string", list: "a list", dict: "an object"}
@@ -32,29 +32,22 @@ def kind(value: Any) -> str:
 
 
 def check_characters(place: str, record: Mapping[str, Any]) -> None:
-    """Refuses half of a surrogate pair, which JSON can spell and no file can hold."""
+    """Refuses a lone surrogate, which JSON can escape but UTF-8 cannot encode."""
     for name, value in record.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"{place}: field {name!r} holds a lone surrogate, which is no "
-                "character; write the text again as UTF-8"
+                f"{place}: field {name!r} holds a lone surrogate, which is not a "
+                "character; write the text as UTF-8"
             ) from None
 
 
 def check_id(name: str, value: Any) -> str | int:
-    """Returns an id: a string as it is, or an integer.
+    """Returns an id, a string or an integer.
 
-    A whole float is read as an integer: pandas turns a column of integers into floats
-    when a value is missing.
-
-    Args:
-        name: The field, for errors.
-        value: Any value but None.
-
-    Raises:
-        ValueError: It is something else, or a string without a visible character.
+    A whole float becomes an integer: pandas turns a column of integers into floats if
+    a value is missing. Raises ValueError for other types and for blank strings.
     """
     if isinstance(value, float) and abs(value) <= _EXACT and value.is_integer():
         value = int(value)
@@ -73,7 +66,7 @@ def id_field(
 ) -> str:
     """Returns the first of the named fields that has a value, as an id (`check_id`).
 
-    Without a default one of them must have a value. Labels follow the same rule.
+    Without a default, one of them must have a value. Labels follow the same rule.
     """
     for name in names:
         if (value := record.get(name)) is not None:
@@ -91,7 +84,7 @@ def string_field(
 ) -> str:
     """Returns the first of the named fields that has a value, which must be a string.
 
-    Without a default one of them must have a value with more than whitespace.
+    Without a default, one of them must have a value that is not blank.
     """
     for name in names:
         value = record.get(name)
@@ -112,60 +105,52 @@ def string_field(
 
 
 def number_field(place: str, record: Mapping[str, Any], name: str) -> int | float:
-    """Returns a field that must be a finite number, or a string of its digits."""
+    """Returns a finite number; the field may hold it as a string."""
     value = record.get(name)
     if value is None:
         raise no_value(place, record, name)
-    found = math.nan
+    number = math.nan
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
         with contextlib.suppress(OverflowError):
-            found = float(value)
-    if not math.isfinite(found):
+            number = float(value)
+    if not math.isfinite(number):
         shown = f"{value!r}"[:80]
         raise ValueError(
             f"{place}: {name} {shown} is not a number; write a finite number or drop "
             "the line"
         )
-    return int(found) if found.is_integer() else found
+    return int(number) if number.is_integer() else number
 
 
 def no_value(place: str, record: Mapping[str, Any], *names: str) -> ValueError:
-    """Returns the error of a record that has no value for any of the named fields."""
+    """Returns the error for a record without a value in any of the named fields."""
     if present := [name for name in names if name in record]:
         return ValueError(
-            f"{place}: field {present[0]!r} is null or NaN, which is no value; give it "
-            "one or drop the line"
+            f"{place}: field {present[0]!r} is null or NaN; give it a value or drop "
+            "the line"
         )
     has = ", ".join(sorted(record)) or "no fields"
-    wanted = " or ".join(map(repr, names))
-    return ValueError(f"{place}: no field {wanted} (it has {has}); every line needs it")
+    expected = " or ".join(map(repr, names))
+    return ValueError(
+        f"{place}: no field {expected} (it has {has}); every line needs it"
+    )
 
 
 class UniqueIds:
-    """Refuses an id that comes twice, and names both lines.
-
-    Memory is some 150 bytes for each id.
-    """
+    """Refuses duplicate ids, and names both lines; takes some 200 bytes per id."""
 
     def __init__(self):
-        """Starts without an id."""
-        self._paths: list[str] = []
-        # Digest of an id -> number of its file, and its line there.
-        self._seen: dict[bytes, tuple[int, int]] = {}
+        """Starts without ids."""
+        self._places: dict[bytes, str] = {}
 
     def add(self, place: str, identity: str) -> None:
-        """Takes the id of the record at `place` (file:line)."""
-        path, _, line = place.rpartition(":")
-        if not self._paths or self._paths[-1] != path:
-            self._paths.append(path)
+        """Adds the id of the record at `place` (file:line)."""
         key = identity.encode(errors="surrogatepass")
         key = hashlib.blake2b(key, digest_size=12).digest()
-        if key in self._seen:
-            file, earlier = self._seen[key]
+        earlier = self._places.setdefault(key, place)
+        if earlier is not place:
             raise ValueError(
-                f"{place}: id {identity!r} was given before, at "
-                f"{self._paths[file]}:{earlier}; ids must differ: drop one of the two "
-                "lines"
+                f"{place}: id {identity!r} was given before, at {earlier}; ids must "
+                "differ: drop one of the two lines"
             )
-        self._seen[key] = len(self._paths) - 1, int(line)

@@ -1,10 +1,10 @@
-"""Progress: a bar with the time left on a terminal, log lines elsewhere.
+"""Progress bars with the time left on a terminal, log lines elsewhere.
 
-Bars go to stderr. Several may be open at once (evaluation inside training): they
-share one display, and the innermost is the lowest.
+Bars go to stderr. Nested bars (evaluation inside training) share one display, with the
+innermost at the bottom.
 """
 
-import contextlib
+import operator
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,32 +16,23 @@ from gecko_jax.io import wording
 
 T = TypeVar("T")
 
-# Elsewhere than on a terminal: seconds between two log lines.
+# Seconds between log lines if stderr is not a terminal.
 LOG_EVERY_SECONDS = 10.0
 
 
 def track(
-    iterable: Iterable[T], description: str, total: int | None = None, start: int = 0
+    iterable: Iterable[T], description: str, total: int | None = None
 ) -> Iterator[T]:
-    """Yields the items of `iterable` while showing how far it has come.
-
-    Args:
-        iterable: What to go through.
-        description: A few words, such as "Encoding passages".
-        total: Number of all items, those before `start` too; None asks `len`.
-        start: Items that were finished before, by an earlier run.
-    """
-    if total is None:
-        with contextlib.suppress(TypeError):
-            total = start + len(iterable)  # pyright: ignore[reportArgumentType]
-    with Progress(description, total, start) as progress:
-        for step, item in enumerate(iterable, start=start + 1):
+    """Yields the items of `iterable`, `total` in all, and shows the progress."""
+    total = total or operator.length_hint(iterable) or None
+    with Progress(description, total) as progress:
+        for step, item in enumerate(iterable, start=1):
             yield item
             progress.update(step)
 
 
 class Progress:
-    """A counter that a loop moves; a context manager that closes the bar."""
+    """Progress of a loop; a context manager that closes the bar."""
 
     def __init__(
         self,
@@ -52,11 +43,7 @@ class Progress:
     ):
         """Opens the bar, or the log, at `start` of `total` steps.
 
-        Args:
-            description: A few words, such as "Training".
-            total: Steps at the end; None when unknown.
-            start: Steps finished earlier; the rate does not count them.
-            enabled: False shows nothing, as on every process but the first.
+        Steps before `start` do not count for the rate. `total` is None if unknown.
         """
         self._description = description = wording.printable(description)
         self._total = total
@@ -64,17 +51,17 @@ class Progress:
         self._text = ""
         self._began = self._logged = time.monotonic()
         self._logged_step: int | None = None
-        # The first update, step and time: what comes before (compiling) happens once,
-        # and says nothing of the time left.
+        # Step and time of the first update. What happens before it, such as compiling,
+        # happens once, so it does not count for the time left.
         self._first: tuple[int, float] | None = None
         self._open = enabled
         self._task: Any = None
-        # Python has None for an error output that was closed.
+        # sys.stderr is None if it was closed.
         if enabled and sys.stderr is not None and sys.stderr.isatty():
             self._task = _open_bar(description, total, start)
 
     def update(self, step: int, text: str = "") -> None:
-        """Moves to `step` finished steps; `text` is shown beside them."""
+        """Moves to `step` finished steps, and shows `text` next to them."""
         self._step = step
         self._first = self._first or (step, time.monotonic())
         self._text = wording.printable(text) or self._text
@@ -86,7 +73,7 @@ class Progress:
             self._log()
 
     def skip(self, step: int) -> None:
-        """Moves to `step` past work that was done earlier; the rate leaves it out."""
+        """Moves to `step` past work of an earlier run, which the rate leaves out."""
         skipped = step - self._step
         self._start += skipped
         if self._first:
@@ -94,7 +81,7 @@ class Progress:
         self.update(step)
 
     def close(self) -> None:
-        """Ends the bar, or logs the last line. Calling it again does nothing."""
+        """Ends the bar, or logs the last line. Further calls do nothing."""
         if not self._open:
             return
         self._open = False
@@ -110,29 +97,24 @@ class Progress:
         self.close()
 
     def _log(self) -> None:
-        self._logged = time.monotonic()
+        self._logged = now = time.monotonic()
         self._logged_step = self._step
-        logging.info("%s", self._line(self._logged - self._began))
-
-    def _line(self, seconds: float) -> str:
         parts = [f"{self._description}: {self._step:,}"]
         if self._total:
             parts[0] += f"/{self._total:,} ({self._step / self._total:.0%})"
         left = (self._total or 0) - self._step
-        done, elapsed = self._step - self._start, seconds
-        if left > 0 and self._first:
-            done = self._step - self._first[0]
-            elapsed = seconds - (self._first[1] - self._began)
+        start = self._first if left > 0 and self._first else (self._start, self._began)
+        done, elapsed = self._step - start[0], now - start[1]
         if done > 0 and elapsed > 0:
             rate = done / elapsed
             parts.append(f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
             if left > 0:
                 parts.append(f"{_clock(left / rate)} left")
             else:
-                parts.append(f"took {_clock(seconds)}")
+                parts.append(f"took {_clock(elapsed)}")
         if self._text:
             parts.append(self._text)
-        return ", ".join(parts)
+        logging.info("%s", ", ".join(parts))
 
 
 def _clock(seconds: float) -> str:
@@ -141,18 +123,18 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# The one rich display of the process, while at least one bar is open.
+# The rich display of the process, while a bar is open.
 _display: Any = None
-_bars: int = 0
+_num_bars = 0
 
 
 def _open_bar(description: str, total: int | None, start: int) -> Any:
-    global _display, _bars
+    global _display, _num_bars
     from rich import console, progress
 
     if _display is None:
         _display = progress.Progress(
-            # A name of a file may look like rich's markup.
+            # File names may contain the markup of rich.
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -163,15 +145,15 @@ def _open_bar(description: str, total: int | None, start: int) -> Any:
             console=console.Console(stderr=True),
         )
         _display.start()
-    _bars += 1
+    _num_bars += 1
     return _display.add_task(description, total=total, completed=start, text="")
 
 
 def _close_bar(task: Any) -> None:
-    global _display, _bars
-    _bars -= 1
-    if _bars:
-        _display.remove_task(task)  # An inner bar leaves no trace.
+    global _display, _num_bars
+    _num_bars -= 1
+    if _num_bars:
+        _display.remove_task(task)  # Only the outermost bar stays visible.
     else:
         _display.stop()
         _display = None

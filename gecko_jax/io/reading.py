@@ -14,13 +14,8 @@ from typing import Any
 
 from gecko_jax.io import field_rules, inputs
 
-# What JSON calls a value.
-kind = inputs.kind
-
-
-# What a field of an object that this package wrote must hold.
+# Type of a field that `read_object` checks.
 Field = type | tuple[Any, ...] | field_rules.Kind
-
 
 _KINDS = {
     int: field_rules.integer(1),
@@ -28,22 +23,17 @@ _KINDS = {
     dict: field_rules.OBJECT,
 }
 
-
-# Of JSON: the deepest of ours, a config, has three levels.
+# Maximum nesting of JSON; configs, the deepest of our files, have three levels.
 _MOST_NESTED = 50
 
-
-# Reads NaN as None; built once, since json.loads would build one for each line.
+# Reads NaN as None. Built once, because json.loads would build a decoder per line.
 _NAN_IS_NULL = json.JSONDecoder(
     parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get
 )
 
-
 _CONVERT = "convert it, for example with `iconv -f UTF-16 -t UTF-8`"
 
-
-# First bytes of files that are given for UTF-8 text by mistake: what they are, and
-# what to do.
+# First bytes of files that are mistaken for UTF-8 text, their format, and the remedy.
 _OTHER_FORMATS = (
     (codecs.BOM_UTF32_LE, "UTF-32", _CONVERT.replace("16", "32")),
     (codecs.BOM_UTF32_BE, "UTF-32", _CONVERT.replace("16", "32")),
@@ -57,22 +47,21 @@ _OTHER_FORMATS = (
 
 
 def check_is_file(path: str | os.PathLike) -> None:
-    """Refuses a folder, a pipe or a device where a file is expected.
+    """Refuses a folder, a pipe or a device.
 
-    A pipe would block the reader, and many files are read more than once. What is not
-    there passes: opening it gives the error.
+    A pipe would block the reader, and many files are read more than once. A missing
+    file passes: opening it raises the error.
     """
     try:
         mode = pathlib.Path(path).stat().st_mode
-    except (OSError, ValueError):  # Missing, or in a cloud.
+    except (OSError, ValueError):  # Missing, or a cloud path.
         return
     if stat.S_ISDIR(mode):
         raise ValueError(f"{path}: a folder, not a file; name the file in it")
     if not stat.S_ISREG(mode):
         kind_of = "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
         raise ValueError(
-            f"{path}: {kind_of}, not a file; write its content to a file and give "
-            "that one"
+            f"{path}: {kind_of}, not a file; write its content to a file and pass that"
         )
 
 
@@ -96,18 +85,12 @@ def decode_lines(
 ) -> Iterator[tuple[str, str]]:
     r"""Yields (place, line) of UTF-8 text, without blank lines and line breaks.
 
-    A line ends at "\n" or "\r\n", and never at U+0085 or U+2028, which are
-    characters of a text or an id like any other. A byte order mark is dropped. The
-    place is `source:number`, for errors.
+    A line ends at "\n" or "\r\n", but not at U+0085 or U+2028, which are ordinary
+    characters of texts and ids. A byte order mark is dropped. The place is
+    `source:number`.
 
-    Args:
-        source: Path of the file, or another name of it.
-        lines: The lines as bytes.
-        skip: Receives the error of a line that is not UTF-8, which is then passed
-            over; None raises it.
-
-    Raises:
-        ValueError: The text is not UTF-8, or not a whole gzip file.
+    `skip` receives the error of each line that is not UTF-8, which is then skipped;
+    None raises the error. Raises ValueError also for a truncated or damaged gzip file.
     """
     number = 0
     try:
@@ -118,13 +101,13 @@ def decode_lines(
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                fault = ValueError(
+                problem = ValueError(
                     f"{source}:{number}: not UTF-8 ({error.reason} at byte "
                     f"{error.start}); write it as UTF-8"
                 )
                 if skip is None:
-                    raise fault from error
-                skip(fault)
+                    raise problem from error
+                skip(problem)
                 continue
             text = text.removesuffix("\n").removesuffix("\r")
             if text.strip():
@@ -133,12 +116,12 @@ def decode_lines(
         raise ValueError(
             f"{source}:{number + 1}: not a whole gzip file ({error}); copy it again"
         ) from error
-    except OSError as error:  # A failing read does not name its file.
+    except OSError as error:  # The error of a failed read does not name the file.
         raise OSError(error.errno, error.strerror, source) from error
 
 
 def _check_encoding(source: str, line: bytes) -> None:
-    """Names a file that its first bytes show to be something else than UTF-8 text."""
+    """Refuses a file whose first bytes show that it is not UTF-8 text."""
     for start, what, remedy in _OTHER_FORMATS:
         if line.startswith(start):
             raise ValueError(f"{source}: {what}, not UTF-8 text; {remedy}")
@@ -152,12 +135,8 @@ def read_records(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (place, record) of a JSON-lines file, `.gz` or plain.
 
-    NaN, by which pandas writes a missing value, is read as null.
-
-    Args:
-        path: The file.
-        any_characters: Also halves of surrogate pairs, which no file can hold: for
-            those who sort out bad texts themselves.
+    NaN, which pandas writes for a missing value, is read as null.
+    `any_characters` allows lone surrogates, for callers that filter bad texts.
     """
     for place, line in read_lines(path):
         try:
@@ -169,11 +148,11 @@ def read_records(
             ) from error
         except ValueError as error:
             raise ValueError(
-                f"{place}: JSON that cannot be read ({error}); mend or drop the line"
+                f"{place}: JSON that cannot be read ({error}); fix or drop the line"
             ) from error
         if not isinstance(record, dict):
             raise ValueError(
-                f"{place}: {kind(record)}; each line must be one JSON object"
+                f"{place}: {inputs.kind(record)}; each line must be one JSON object"
             )
         if "\\u" in line and not any_characters:
             inputs.check_characters(place, record)
@@ -181,29 +160,24 @@ def read_records(
 
 
 def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) -> Any:
-    """Returns what JSON text holds.
+    """Returns the value of JSON text; `decode` may treat NaN differently.
 
-    Args:
-        content: The text.
-        decode: Reads it; `json.loads`, or one that treats NaN otherwise.
-
-    Raises:
-        ValueError: It is not JSON, or is nested deeper than anything that is meant:
-            what goes through it would run out of Python's stack.
+    Raises ValueError if the text is not JSON, or is nested so deeply that it could
+    exhaust Python's stack.
     """
     too_deep = f"brackets are nested more than {_MOST_NESTED} deep"
     try:
-        found = decode(content)
+        value = decode(content)
     except RecursionError:
         raise ValueError(too_deep) from None
-    level = [found]
+    level = [value]
     for _ in range(_MOST_NESTED):
-        inside = [part for part in level if isinstance(part, dict | list)]
-        if not inside:
-            return found
+        containers = [part for part in level if isinstance(part, dict | list)]
+        if not containers:
+            return value
         level = [
             part
-            for outer in inside
+            for outer in containers
             for part in (outer.values() if isinstance(outer, dict) else outer)
         ]
     raise ValueError(too_deep)
@@ -218,44 +192,34 @@ def read_object(
 ) -> dict[str, Any]:
     """Returns the JSON object of a file that this package wrote.
 
-    Args:
-        path: The file.
-        fields: What the object must have: a kind of `fields`, a type, or one of some
-            values. An `int` is 1 or more.
-        remedy: What to do about a file that is something else.
-        defaults: Fields that older files lack.
-
-    Raises:
-        FileNotFoundError: There is no file.
-        ValueError: It holds something else; names every fault, and the remedy.
+    A field has a `field_rules.Kind`, a type (`int` means 1 or more), or a tuple of
+    allowed values; `defaults` has the fields that older files lack. Raises
+    FileNotFoundError, or a ValueError that lists all invalid fields and the remedy.
     """
     path = pathlib.Path(path)
     try:
-        found = parse_json(path.read_text("utf-8"))
+        values = parse_json(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: {kind(found)}, not an object; {remedy}")
-    found = {**(defaults or {}), **found}
-    kinds = {name: _kind_of(wanted) for name, wanted in fields.items()}
-    faults = field_rules.faults(found, kinds)
-    if faults:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: {inputs.kind(values)}, not an object; {remedy}")
+    values = {**(defaults or {}), **values}
+    kinds = {name: _kind_of(field) for name, field in fields.items()}
+    if faults := field_rules.faults(values, kinds):
         raise ValueError(f"{path}: damaged or edited ({', '.join(faults)}); {remedy}")
-    return found
+    return values
 
 
-def _kind_of(wanted: Field) -> field_rules.Kind:
-    if isinstance(wanted, tuple):
-        return field_rules.one_of(*wanted)
-    return wanted if isinstance(wanted, field_rules.Kind) else _KINDS[wanted]
+def _kind_of(field: Field) -> field_rules.Kind:
+    if isinstance(field, tuple):
+        return field_rules.one_of(*field)
+    return field if isinstance(field, field_rules.Kind) else _KINDS[field]
 
 
 def find(folder: Any, *names: str) -> Any | None:
-    """Returns the first file of these names in a folder, plain or `.gz`, or None.
+    """Returns the first existing file of these names, plain or `.gz`, or None.
 
-    Args:
-        folder: A `pathlib.Path`, or a path of a cloud that has the same methods.
-        names: Paths below it.
+    `folder` is a `pathlib.Path`, or a cloud path with the same methods.
     """
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):
@@ -265,7 +229,7 @@ def find(folder: Any, *names: str) -> Any | None:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Returns the checksum of the file's bytes, in hex."""
+    """Returns the SHA-256 of the file's bytes, in hex."""
     check_is_file(path)
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,9 @@
-"""How messages word what they count, and show the texts of others.
+"""Wording of counts in messages, and escaping of untrusted text.
 
-The names, texts and settings in a file come from whoever wrote the file. A terminal
-obeys escape codes in them, and a Markdown reader obeys markup and HTML. Text passes
-through `printable`, `message` or `json_line` before it is printed, and through
-`markdown` or `markdown_code` before it enters a card.
+Names, texts and settings in a file come from whoever wrote it. Terminals interpret
+escape codes in them, and Markdown readers markup and HTML. Pass text through
+`printable`, `message` or `json_line` before printing it, and through `markdown` or
+`markdown_code` before writing it into a card.
 """
 
 import json
@@ -11,20 +11,18 @@ import os
 import re
 from typing import Any
 
-# What a terminal obeys or cannot show: control characters, separators of lines,
-# characters that turn the direction of the text around them, and halves of surrogate
-# pairs. The halves by which Python spells the bytes of a file name are printed as those
-# bytes.
+# Control characters, line separators, characters that change the text direction, and
+# lone surrogates, except those by which Python represents the bytes of a file name.
 _CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]"
 )
-# Characters of a line of a message.
+# Maximum characters per line of a message.
 _LONGEST = 4_000
-# What can begin markup of Markdown, or HTML, within a line.
+# Characters that can start Markdown or HTML markup within a line.
 _MARKUP = re.compile(r"[\\`*_<>\[\]#|~&]")
-# Without a backslash: simple readers of HTML and of links pass over those.
+# Entities instead of backslashes, which simple HTML and link parsers ignore.
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "[": "&#91;", "]": "&#93;"}
-# Text that would end a code span, or is markup for a reader that ignores code spans.
+# Text that would end a code span, or is markup for parsers that ignore code spans.
 _NO_CODE = re.compile(r"[`<\x00-\x1f]|\]\(")
 
 
@@ -34,28 +32,28 @@ def counted(number: int, noun: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """Returns the name of a file with a mark for each byte that is not UTF-8.
+    """Returns a file name with U+FFFD for each byte that is not UTF-8.
 
-    Python has halves of surrogate pairs in their places, which no JSON or table holds.
+    Python represents these bytes as lone surrogates, which UTF-8 cannot encode.
     """
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
 def printable(text: str) -> str:
-    """Returns a text on one line, with a mark in place of each control character."""
+    """Returns a text on one line, with U+FFFD for each control character."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def lines(text: str) -> str:
-    """Returns a text of several lines, each of them printable."""
+    """Returns a text with each of its lines made printable."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def message(text: str) -> str:
-    """Returns an error or a note for the terminal, its other lines indented.
+    """Returns a message for the terminal, with all lines but the first indented.
 
-    A name in it may hold line breaks. The indentation keeps what follows them from
-    looking like a message of its own.
+    A name in it may contain line breaks; without indentation, the text after them could
+    look like a separate message.
     """
     first, *others = map(_shortened, text.rstrip().split("\n"))
     indented = (line if line.startswith("  ") else f"  {line}" for line in others)
@@ -68,24 +66,22 @@ def _shortened(line: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    """Returns a value as one line of JSON, with escapes for control characters."""
+    """Returns a value as one line of JSON, with escaped control characters."""
     encoded = json.dumps(value, ensure_ascii=False)
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", encoded)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", encoded)
 
 
 def markdown(text: str) -> str:
-    """Returns a text for one line of Markdown, or a cell, that shows as it is."""
+    """Returns Markdown, for a line or a table cell, that displays the text verbatim."""
     return _MARKUP.sub(
-        lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), printable(text)
+        lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), printable(text)
     )
 
 
 def markdown_code(text: str, *, in_table: bool = False) -> str:
-    """Returns a text as a code span of Markdown, or as plain text where it cannot be.
+    """Returns a Markdown code span, or plain Markdown if the text allows no code span.
 
-    Args:
-        text: Any text.
-        in_table: Whether it goes into a cell, where "|" needs an escape.
+    In a table, "|" is escaped.
     """
     if _NO_CODE.search(text) or not text.strip():
         return markdown(text)

@@ -1,7 +1,7 @@
-"""Writing files and folders whole or not at all.
+"""Atomic writes of files and folders.
 
-Output is written under a temporary name beside its destination and renamed when it is
-complete, so an interrupted run leaves no partial file.
+Output goes to a temporary path next to its destination, which is renamed when complete.
+An interrupted run leaves no partial file.
 """
 
 import contextlib
@@ -18,35 +18,29 @@ from collections.abc import Iterator, Sequence
 from gecko_jax.io import wording
 
 
-@contextlib.contextmanager
-def write_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a temporary path; on a clean exit it becomes `path`, else it goes.
+def write_file(
+    path: str | os.PathLike,
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Yields a temporary path, which replaces `path` unless an error is raised.
 
     Raises:
         ValueError: `path` is a folder or a device.
-        OSError: The disk is full, or the place cannot be written; the message names
-            `path` and the remedy.
+        OSError: The disk is full, or the location is not writable.
     """
-    path = _follow(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: there, but not a file; choose another name")
-    temporary = _temporary(path, "tmp")
-    try:
-        with _explain_failure(path, temporary):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
-            yield temporary
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    return _write(path, "file")
+
+
+def write_folder(
+    path: str | os.PathLike,
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Like `write_file` for a folder."""
+    return _write(path, "folder")
 
 
 def member(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the path of a file of a folder, which may be missing.
+    """Returns the path of a file in a folder; the file may be missing.
 
-    Raises:
-        ValueError: It is a folder or a device, or lies outside of the folder.
+    Raises ValueError if it is not a file, or is outside of the folder.
     """
     path = inside(folder, name)
     if path.exists() and not path.is_file():
@@ -55,25 +49,24 @@ def member(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the path of what a folder holds, a file or a folder, or may hold.
+    """Returns the path of a file or folder in a folder; it may be missing.
 
-    Raises:
-        ValueError: It lies outside of the folder. A link may lead from a snapshot of
-            the hub's cache into that cache.
+    Raises ValueError if it is outside of the folder. Links from a snapshot in the cache
+    of the Hugging Face hub into the same cache are allowed.
     """
     if wording.printable(name) != name:
         raise ValueError(
-            f"{folder}: it names {name!r}, which holds characters that no name of a "
-            "file has; copy the folder again"
+            f"{folder}: the file name {name!r} has invalid characters; copy the folder "
+            "again"
         )
     path = folder / name
-    place, root = path.resolve(), folder.resolve()
+    target, root = path.resolve(), folder.resolve()
     for parent in root.parents:
         if parent.name.startswith("models--") and (parent / "snapshots").is_dir():
             root = parent
-    if not place.is_relative_to(root):
+    if not target.is_relative_to(root):
         raise ValueError(
-            f"{path}: leads out of its folder, to {place}; put the file itself there"
+            f"{path}: leads out of its folder, to {target}; put the file itself there"
         )
     return path
 
@@ -81,22 +74,17 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 def check_replaceable(
     path: str | os.PathLike, markers: Sequence[str], others: Sequence[str] = ()
 ) -> None:
-    """Refuses a folder with anything in it that is not about to be written anew.
+    """Refuses a folder whose files would not all be written again.
 
-    Args:
-        path: Where a folder is to be written.
-        markers: Patterns; every folder of the same kind has a file for each.
-        others: Patterns of the files it may hold besides.
-
-    Raises:
-        ValueError: `path` is a file, or a folder with files in it, but one for each
-            marker is missing or there are more.
+    A folder with files must be an earlier export: it has a match for each pattern in
+    `markers`, and all its files match a pattern in `markers` or `others`. Otherwise,
+    raises ValueError.
     """
     path = pathlib.Path(path)
     if not path.exists():
         return
     if not path.is_dir():
-        raise ValueError(f"{path}: there, but not a folder; choose another name")
+        raise ValueError(f"{path}: exists and is not a folder; choose another name")
     names = [
         child.relative_to(path).as_posix()
         for child in path.rglob("*")
@@ -119,69 +107,65 @@ def check_replaceable(
 
 
 @contextlib.contextmanager
-def write_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder; on a clean exit it replaces `path`, else it goes.
-
-    Raises:
-        ValueError: `path` is there and is no folder.
-        OSError: The disk is full, or the place cannot be written; the message names
-            `path` and the remedy.
-    """
-    path = _follow(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: there, but not a folder; choose another name")
-    temporary, old = _temporary(path, "tmp"), _temporary(path, "old")
+def _write(path: str | os.PathLike, kind: str) -> Iterator[pathlib.Path]:
+    path = pathlib.Path(path)
+    path = path.resolve() if path.is_symlink() else path  # The link stays a link.
+    is_folder = kind == "folder"
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        raise ValueError(f"{path}: exists and is not a {kind}; choose another name")
+    # The token keeps threads apart that write the same path.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    old = path.with_name(f".{path.name}.{writer}.old")
     try:
         with _explain_failure(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path)
-            temporary.mkdir()
+            if is_folder:
+                temporary.mkdir()
             yield temporary
-            _replace_folder(path, temporary, old)
+            if is_folder:
+                _replace_folder(path, temporary, old)
+            else:
+                temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(temporary)
+        _remove(old)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _replace_folder(path: pathlib.Path, new: pathlib.Path, old: pathlib.Path) -> None:
-    """Renames `new` to `path`, and what is there to `old`; the last writer wins."""
+    """Renames `path` to `old` and `new` to `path`; the last writer wins."""
     while True:
         with contextlib.suppress(FileNotFoundError):
-            path.rename(old)  # A folder cannot be renamed over a full one.
+            path.rename(old)  # A rename cannot replace a folder with files.
         try:
             new.rename(path)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            shutil.rmtree(old, ignore_errors=True)  # Another writer came between.
-
-
-def _follow(path: str | os.PathLike) -> pathlib.Path:
-    """Returns where a link leads, so that writing leaves the link a link."""
-    path = pathlib.Path(path)
-    return path.resolve() if path.is_symlink() else path
-
-
-def _temporary(path: pathlib.Path, ending: str) -> pathlib.Path:
-    # Threads of a process may write the same path.
-    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    return path.with_name(f".{path.name}.{writer}.{ending}")
+            shutil.rmtree(old, ignore_errors=True)  # Another writer was faster.
 
 
 def _remove_leftovers(path: pathlib.Path) -> None:
-    """Removes what killed processes of this machine left half-written for `path`."""
+    """Removes temporary files for `path` of killed processes on this machine."""
     begin = f".{path.name}.{socket.gethostname()}-"
     for ending in (".tmp", ".old"):
         for left in path.parent.glob(f"{glob.escape(begin)}*{ending}"):
             number = left.name.removeprefix(begin).partition("-")[0]
-            if number.isdecimal() and not _is_alive(int(number)):
-                if ending == ".old" and not path.exists():
-                    left.rename(path)  # It died before the new one was in place.
-                elif left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+            if not number.isdecimal() or _is_alive(int(number)):
+                continue
+            if ending == ".old" and not path.exists():
+                left.rename(path)  # Killed before the new folder was in place.
+            else:
+                _remove(left)
 
 
 def _is_alive(process: int) -> bool:
@@ -189,8 +173,8 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # Someone else's.
-        return True
+    except PermissionError:  # A process of another user.
+        pass
     return True
 
 
@@ -202,16 +186,16 @@ def _explain_failure(path: pathlib.Path, temporary: pathlib.Path) -> Iterator[No
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno,
-                f"no disk space left for {path}; nothing half-written was kept: free "
-                "some space, or choose another place, and run the same command again",
+                f"no disk space left for {path}; free some space or choose another "
+                "place, and run the same command again (partial output was removed)",
             ) from error
         where = pathlib.Path(error.filename) if error.filename else None
         if where is None or not (
             where in path.parents or temporary in (where, *where.parents)
         ):
-            raise  # About another file.
+            raise  # The error concerns another file.
         why = "not a folder" if where.is_file() else (error.strerror or "").lower()
         raise OSError(
             error.errno,
-            f"{path}: cannot be written ({where}: {why}); choose another place",
+            f"{path}: cannot be written ({where}: {why}); choose another location",
         ) from error

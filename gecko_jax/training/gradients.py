@@ -160,8 +160,8 @@ def _build_embed(
 ) -> Callable[[Any, Mapping[str, Any]], dict[str, Float[Array, "R S D"]]]:
     """Returns a differentiable function that embeds the microbatches of both sides.
 
-    Both of its backward passes are written out, because automatic differentiation would
-    reduce gradients over the mesh in the activation dtype, once for each side.
+    Its backward pass is written out, because automatic differentiation would reduce
+    gradients over the mesh in the activation dtype, once for each side.
     """
     config = encoder.config
     gathered_specs = dual_encoder.stack_specs(specs, config)
@@ -176,33 +176,13 @@ def _build_embed(
         )
         return embedded
 
-    def gather_params(params: Any) -> Any:
-        # Cast and stack first: half the bytes, and once per step.
-        params = dual_encoder.compute_params(params, config)
-        return jax.tree.map(_gather, params, gathered_specs)
+    def encode_at_once(params: Any, sides: Mapping[str, Any]) -> dict[str, Array]:
+        return {
+            side: encode(params, jax.tree.map(lambda leaf: leaf[0], rows))
+            for side, rows in sides.items()
+        }
 
-    def reduce_gradients(gradients: Any) -> Any:
-        gradients = jax.tree.map(
-            lambda leaf, spec: _reduce(leaf.astype(jnp.float32), spec),
-            gradients,
-            gathered_specs,
-        )
-        return dual_encoder.unstack_gradients(gradients, config)
-
-    # Parameters on every device; backward, gradients reduced in float32.
-    gather = jax.custom_vjp(gather_params)
-    gather.defvjp(
-        lambda params: (gather_params(params), None),
-        lambda _, cotangents: (reduce_gradients(cotangents),),
-    )
-
-    # GradCache: the residuals are the parameters and the tokens, not the activations.
-    @jax.custom_vjp
     def encode_in_microbatches(params: Any, sides: Mapping[str, Any]) -> dict[str, Any]:
-        return forward(params, sides)[0]
-
-    def forward(params: Any, sides: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        params = gather_params(params)
         embedded = {}
         for side, rows in sides.items():
             with jax.named_scope(MICROBATCHES):
@@ -210,11 +190,11 @@ def _build_embed(
                     lambda _, chunk: (None, encode(params, chunk)), None, rows
                 )
             embedded[side] = chunks.reshape(-1, *chunks.shape[2:])
-        return embedded, (params, sides)
+        return embedded
 
-    def backward(residuals: Any, cotangents: dict[str, Array]) -> tuple[Any, None]:
-        params, sides = residuals
-
+    def pull_back_in_microbatches(
+        params: Any, sides: Mapping[str, Any], cotangents: dict[str, Array]
+    ) -> tuple[Any]:
         def add_gradients(so_far: Any, chunk: Any) -> tuple[Any, None]:
             # Encode the microbatch again, and pull its embeddings' cotangents back.
             rows, cotangent = chunk
@@ -226,25 +206,40 @@ def _build_embed(
 
         gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
         for side, rows in sides.items():
-            # The cotangents, cut as the rows are.
+            # Cut the cotangents like the rows.
             shape = (*rows["tokens"].shape[:2], *cotangents[side].shape[1:])
             chunks = (rows, cotangents[side].reshape(shape))
             with jax.named_scope(MICROBATCHES):
                 gradients, _ = jax.lax.scan(add_gradients, gradients, chunks)
-        return reduce_gradients(gradients), None
+        return (gradients,)
 
-    encode_in_microbatches.defvjp(forward, backward)
-
+    @jax.custom_vjp
     def embed(params: Any, sides: Mapping[str, Any]) -> dict[str, Array]:
-        if any(len(rows["tokens"]) > 1 for rows in sides.values()):
-            return encode_in_microbatches(params, sides)
-        # One microbatch: encoding it twice would save no memory.
-        params = gather(params)
-        return {
-            side: encode(params, jax.tree.map(lambda leaf: leaf[0], rows))
-            for side, rows in sides.items()
-        }
+        return forward(params, sides)[0]
 
+    # The residual is a function that pulls the embeddings' cotangents back.
+    def forward(params: Any, sides: Mapping[str, Any]) -> tuple[dict[str, Array], Any]:
+        # Cast and stack before gathering: half the bytes, and once per step.
+        params = dual_encoder.compute_params(params, config)
+        params = jax.tree.map(_gather, params, gathered_specs)
+        if all(len(rows["tokens"]) == 1 for rows in sides.values()):
+            # One microbatch: encoding it twice would save no memory.
+            return jax.vjp(lambda params: encode_at_once(params, sides), params)
+        # GradCache: keep parameters and tokens instead of activations.
+        pull_back = jax.tree_util.Partial(pull_back_in_microbatches, params, sides)
+        return encode_in_microbatches(params, sides), pull_back
+
+    def backward(pull_back: Any, cotangents: dict[str, Array]) -> tuple[Any, None]:
+        (gradients,) = pull_back(cotangents)
+        # Reduce once, in float32.
+        gradients = jax.tree.map(
+            lambda leaf, spec: _reduce(leaf.astype(jnp.float32), spec),
+            gradients,
+            gathered_specs,
+        )
+        return dual_encoder.unstack_gradients(gradients, config), None
+
+    embed.defvjp(forward, backward)
     return embed
 
 

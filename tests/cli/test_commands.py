@@ -1,4 +1,4 @@
-"""Whole verbs, from the command line to what lies on disk."""
+"""Whole verbs, from the command line to the files that they write."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def test_an_export_in_half_precision_is_smaller(gecko, tiny_folder, tmp_path):
     assert sizes[0] < 0.6 * sizes[1]
     status, _, err = gecko(*arguments, "--to=t5x")
     assert status == 1
-    assert "--dtype=float16: the format t5x is written in float32" in err
+    assert "--dtype=float16: the format t5x is always written in float32" in err
 
 
 def test_an_export_is_written_in_every_format(gecko, tiny_folder, tmp_path):
@@ -54,14 +54,14 @@ def test_an_export_is_written_in_every_format(gecko, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dim=8"], "gecko holds the whole embedding"),
-        (["--to=onnx", "--dim=9"], "dim=9 is not one.*4, 8, 16"),
+        (["--dim=8"], "gecko stores the full embedding"),
+        (["--to=onnx", "--dim=9"], "dim=9: the model was not trained.*4, 8, 16"),
         (["--to=t5x", "--results=r.json"], "t5x has no model card"),
         (["--to=sentence-transformers", "--results=r.json"], "r.json: no such file"),
         (["--push=gecko"], "OWNER/NAME"),
     ],
 )
-def test_an_export_that_cannot_be_writes_nothing(
+def test_an_invalid_export_writes_nothing(
     gecko, tiny_folder, tmp_path, arguments, message
 ):
     output = tmp_path / "out"
@@ -72,9 +72,7 @@ def test_an_export_that_cannot_be_writes_nothing(
     assert not output.exists()
 
 
-def test_an_export_is_pushed_when_it_is_whole(
-    gecko, tiny_folder, tmp_path, monkeypatch
-):
+def test_a_complete_export_is_pushed(gecko, tiny_folder, tmp_path, monkeypatch):
     pushed = []
 
     def push(folder, repo_id):
@@ -93,7 +91,7 @@ def test_an_export_is_pushed_when_it_is_whole(
     assert repo_id == "a/b"
 
 
-def test_an_average_says_what_went_in(gecko, tiny_folder, tmp_path):
+def test_an_average_prints_its_inputs(gecko, tiny_folder, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(tiny_folder, tmp_path / name)
     models = [str(tmp_path / name) for name in ("a", "b")]
@@ -101,10 +99,10 @@ def test_an_average_says_what_went_in(gecko, tiny_folder, tmp_path):
     status, out, _ = gecko("average", *models, output, "--weights=3,1")
     assert status == 0
     assert f"0.750  {models[0]}" in out
-    assert "cosine 1.0000 with the one before" in out
+    assert "cosine 1.0000 to the previous" in out
     assert (tmp_path / "soup" / "model.safetensors").is_file()
     status, _, err = gecko("average", *models, output, "--weights=much")
-    assert (status, "numbers with commas" in err) == (2, True)
+    assert (status, "comma-separated list of numbers" in err) == (2, True)
     status, _, err = gecko("average", *models, output, "--steps=2")
     assert (status, "leave it out" in err) == (1, True)
 
@@ -134,16 +132,16 @@ def test_a_teacher_is_made_by_a_model_or_from_vectors(gecko, tiny_folder, tmp_pa
     status, out, err = gecko(*teach, f"--vectors={texts}", f"--output={folder}")
     assert (status, "8 vectors of 3 dims" in out, err) == (0, True, "")
     for wrong, message in (
-        ((), "needs one of --model, --vectors, --texts"),
-        ((f"--texts={texts}", f"--vectors={texts}"), "needs one of"),
+        ((), "exactly one of --model, --vectors and --texts"),
+        ((f"--texts={texts}", f"--vectors={texts}"), "exactly one of"),
         ((f"--vectors={texts}",), "need --output"),
-        ((f"--texts={texts}", f"--output={folder}"), "is an output itself"),
+        ((f"--texts={texts}", f"--output={folder}"), "--texts takes none"),
     ):
         status, _, err = gecko(*teach, *wrong)
         assert (status, message in err) == (2, True)
 
 
-def test_fewer_bits_go_from_embed_to_search(gecko, tiny_folder, tmp_path):
+def test_int8_works_from_embed_to_search(gecko, tiny_folder, tmp_path):
     (tmp_path / "t.txt").write_text("one passage\nanother thing\nthree\n")
     status, out, _ = gecko(
         "embed",
@@ -200,14 +198,14 @@ def test_hard_negatives_and_a_vocabulary_are_made_from_pairs(gecko, tmp_path):
         "--model=mini",
     )
     assert status == 0
-    assert "fewer than 9 for 4 of them: their task has no other passage left\n" in out
+    assert "4 of them have fewer than 9: their task has no other passage\n" in out
     for line in harder.read_text().splitlines():
         record = json.loads(line)
         assert len(record["negatives"]) == 3
         assert record["positive"] not in record["negatives"]
     status, _, err = gecko("data", "prepare", "snli", "--model=mini")
     assert status == 1
-    assert "--model=mini: is for files, and snli is a set" in err
+    assert "--model=mini: applies to files, and snli is a data set" in err
 
     output = tmp_path / "pairs.model"
     status, out, _ = gecko(

@@ -1,4 +1,4 @@
-"""Options that set a config: the type of their key, or an error that names it."""
+"""Config overrides take the type of their key; errors name the key."""
 
 import pathlib
 
@@ -67,30 +67,30 @@ def test_a_config_without_an_argument_is_its_default(config_file):
         ("--config.loss.mrl_dims=(1,", "mrl_dims"),
     ],
 )
-def test_a_wrong_key_or_value_is_told(gecko, config_file, override, message):
+def test_an_invalid_key_or_value_is_one_line(gecko, config_file, override, message):
     status, _, err = gecko("train", f"--config={config_file}", "--workdir=w", override)
     assert status == 1
     assert message in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_config_that_is_not_there_is_told():
+def test_a_missing_config_is_an_error():
     with pytest.raises(ValueError, match=r"no file nowhere\.py"):
         flags.load("nowhere.py:local")
 
 
 @pytest.mark.parametrize("kind", ["TRAIN", "EVALUATE", "FRET"])
-def test_a_config_for_another_verb_is_told(kind):
+def test_a_config_for_another_verb_is_an_error(kind):
     names = {"TRAIN": "prefinetune", "EVALUATE": "evaluate", "FRET": "fret"}
-    of_kind = getattr(flags, kind)
-    assert of_kind[1] == f"configs/{names[kind]}.py"
+    expected = getattr(flags, kind)
+    assert expected[1] == f"configs/{names[kind]}.py"
     for name, other in names.items():
         path = str(ROOT / f"configs/{other}.py")
         if name == kind:
-            assert flags.load(path, kind=of_kind)
+            assert flags.load(path, kind=expected)
         else:
-            with pytest.raises(ValueError, match=f"another verb; take {of_kind[1]}"):
-                flags.load(path, kind=of_kind)
+            with pytest.raises(ValueError, match=f"another verb.*use {expected[1]}"):
+                flags.load(path, kind=expected)
 
 
 def test_the_config_is_locked(config_file):
@@ -110,7 +110,7 @@ def test_the_config_is_locked(config_file):
         (["--config=c.py", "--config.a", "-1"], ["--config.a=-1"], ["--config=c.py"]),
     ],
 )
-def test_overrides_are_set_apart(arguments, overrides, others):
+def test_overrides_are_split_off(arguments, overrides, others):
     assert flags.split(arguments) == (overrides, others)
 
 
@@ -124,7 +124,7 @@ def test_overrides_are_set_apart(arguments, overrides, others):
         ("def get_config(arg): 1 / 0", "ZeroDivisionError"),
     ],
 )
-def test_a_fault_of_the_config_file_is_one_error(tmp_path, code, message):
+def test_an_error_in_the_config_file_is_one_error(tmp_path, code, message):
     path = tmp_path / "own.py"
     path.write_text(code + "\n")
     with pytest.raises(ValueError, match=rf"--config=.*own\.py:x: .*{message}"):

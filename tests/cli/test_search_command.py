@@ -1,4 +1,4 @@
-"""`gecko search`: queries given, on standard input, and at its prompt."""
+"""`gecko search` with queries as arguments, on standard input and at its prompt."""
 
 import io
 import json
@@ -45,6 +45,43 @@ def test_search_answers_every_query_in_order(gecko, tiny_folder, index_folder):
         assert scores == sorted(scores, reverse=True)
 
 
+def test_search_reads_files_and_folders_and_caches_their_index(
+    gecko, tiny_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.md").write_text("Small lizards climb\nwalls.\n\nArrays of any type.\n")
+    (notes / "b.txt").write_text("The shortest path in a graph.\n")
+    command = ("search", "shortest graph", "--json", f"--model={tiny_folder}")
+    command += ("--hybrid", "--texts", str(notes))
+    status, out, err = gecko(*command)
+    assert status == 0
+    assert "Embedding" in err
+    (answer,) = map(json.loads, out.splitlines())
+    ids = [hit["id"] for hit in answer["hits"]]
+    assert sorted(ids) == [f"{notes}/a.md:1", f"{notes}/a.md:4", f"{notes}/b.txt:1"]
+    # The words decide: the model is untrained.
+    assert ids.index(f"{notes}/b.txt:1") < 2
+    by_id = {hit["id"]: hit["text"] for hit in answer["hits"]}
+    assert by_id[f"{notes}/a.md:1"] == "Small lizards climb walls."
+
+    status, again, err = gecko(*command)
+    assert (status, again) == (0, out)
+    assert "Embedding" not in err
+    (notes / "b.txt").write_text("The shortest path in a graph.\nBread.\n")
+    status, out, err = gecko(*command)
+    assert len(json.loads(out)["hits"]) == 4
+    assert "Embedding" in err
+
+
+def test_search_wants_an_index_or_texts(gecko, tiny_folder, index_folder):
+    for extra in ((), (f"--index={index_folder}", "--texts", "x.txt")):
+        status, out, err = gecko("search", f"--model={tiny_folder}", *extra, "query")
+        assert (status, out) == (1, "")
+        assert "--index, --texts: give one of them" in err
+
+
 def test_search_shows_titles_and_texts(gecko, tiny_folder, index_folder):
     status, out, _ = gecko(
         *("search", f"--model={tiny_folder}", f"--index={index_folder}", "lizard"),
@@ -75,11 +112,11 @@ def test_search_reads_queries_from_standard_input(
     ("arguments", "message"),
     [
         (["   "], "is empty: a query or passage needs"),
-        (["x", "--index=nowhere"], "nowhere: no index.json here"),
+        (["x", "--index=nowhere"], "nowhere: not an index (no index.json)"),
         (["x", "--model=nowhere"], "nowhere: no such folder, and not the name"),
     ],
 )
-def test_a_search_that_cannot_be_is_one_line(
+def test_a_search_error_is_one_line(
     gecko, tiny_folder, index_folder, arguments, message
 ):
     start = ["search", f"--model={tiny_folder}", f"--index={index_folder}"]
@@ -89,7 +126,7 @@ def test_a_search_that_cannot_be_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_a_search_without_queries_or_standard_input_is_told(gecko, monkeypatch):
+def test_a_search_without_queries_or_standard_input_is_an_error(gecko, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)  # As Python has it after `<&-`.
     status, _, err = gecko("search", "--model=m", "--index=i")
     assert status == 1
@@ -104,7 +141,7 @@ def test_a_search_without_standard_output_is_silent(
     assert gecko(*arguments)[0] == 0
 
 
-# `gecko search` at a terminal of its own, with a model that finds what was asked.
+# `gecko search` at a pseudo-terminal, with a fake model and index.
 _AT_A_TERMINAL = r"""
 import fcntl, sys, termios, types
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -131,15 +168,15 @@ __main__.run()
 """
 
 
-def _read_until(terminal, wanted):
-    found, end = b"", time.monotonic() + 20
-    while wanted not in found and time.monotonic() < end:
+def _read_until(terminal, expected):
+    output, end = b"", time.monotonic() + 20
+    while expected not in output and time.monotonic() < end:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
-                found += os.read(terminal, 1 << 16)
-            except OSError:  # The other side has gone.
+                output += os.read(terminal, 1 << 16)
+            except OSError:  # The process has exited.
                 break
-    return found.decode(errors="replace")
+    return output.decode(errors="replace")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +189,7 @@ def _read_until(terminal, wanted):
     ],
     ids=["end", "empty", "blank", "interrupt"],
 )
-def test_the_prompt_answers_until_it_is_left(keys, status, last):
+def test_the_prompt_answers_until_it_is_closed(keys, status, last):
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", _AT_A_TERMINAL],
@@ -164,7 +201,7 @@ def test_the_prompt_answers_until_it_is_left(keys, status, last):
     )
     os.close(inside)
     try:
-        assert "One query a line" in _read_until(terminal, b"query> ")
+        assert "one query per line" in _read_until(terminal, b"query> ")
         for line, answer in (
             (b"lizard", "  1  0.500  6  found"),
             (b"\xff", "gecko search: no character"),
@@ -172,7 +209,7 @@ def test_the_prompt_answers_until_it_is_left(keys, status, last):
         ):
             os.write(terminal, line + b"\r")
             assert answer in _read_until(terminal, b"\nquery> ")
-        # One by one: CPython misses a signal that comes while a key is taken.
+        # One at a time: CPython misses a signal that arrives while it reads a key.
         for key in keys:
             os.write(terminal, bytes([key]))
             time.sleep(0.2)

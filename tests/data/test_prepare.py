@@ -329,7 +329,7 @@ def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
         (["fever", "--source=none.csv"], "none.csv: cannot tell what it is"),
         (["fever", "--source=tfds:no_such_set:train"], "TFDS has no such set"),
         (["quickstart_docs"], "lies ready as JSONL"),
-        (["nothing"], "nothing: is no set of the table"),
+        (["nothing"], "nothing: not a known data set"),
     ],
 )
 def test_bad_requests_are_told(tmp_path, capsys, arguments, message):

@@ -187,7 +187,7 @@ def test_stats_are_printed_and_drawn(tmp_path, capsys, options):
     picture = tmp_path / "new" / "lengths.png"
     status, out, _ = gecko(capsys, *options, "--stats", f"--output={picture}")
     assert status == 0
-    assert "2 tasks, 5 lines; tokens are those of all" in out
+    assert "2 tasks, 5 lines; token counts are those of all lines" in out
     assert re.search(
         r"\n  a +4 of 4 +80\.0% +\d+ +\d+ +\d+ +\d+ +0\.0% +0\.0% +▃█", out
     )
@@ -196,7 +196,7 @@ def test_stats_are_printed_and_drawn(tmp_path, capsys, options):
     assert re.search(r"\n  a +2 \(50\.0%\) +2 \(50\.0%\) +1 \(25\.0%\)\n", out)
     assert re.search(r"\n  a, b +1 +0 +0\n", out)
     assert re.search(r"\n  packed +\d", out)
-    assert "a: task descriptions of their own on 1 line, 1 in all: 'facts' 1" in out
+    assert "a: 1 line with a task description, 1 distinct: 'facts' 1" in out
     assert picture.exists()
     # Nothing is tokenized into the cache for a look.
     assert not (tmp_path / "cache" / "tasks").exists()
@@ -208,12 +208,12 @@ def test_contamination_is_printed(tmp_path, capsys, options):
     status, out, _ = gecko(capsys, *options, f"--decontaminate={sts},quickstart")
     assert status == 0
     assert re.search(r"\n  a +4 +sts +2 \(50\.00%\) +2 +2 sentence\n", out)
-    assert f"\na, {tmp_path}/pairs.jsonl:1: the query holds\n" in out
-    assert "  sentence 1 of sts, the same text:\n    one gecko\n" in out
+    assert f"\na, {tmp_path}/pairs.jsonl:1: the query contains\n" in out
+    assert "  sentence 1 of sts, same text:\n    one gecko\n" in out
     clean = tmp_path / "clean.tsv"
     clean.write_text("nothing\tof\t3\nit\tat all\t1\n")
     _, out, _ = gecko(capsys, *options, f"--decontaminate={clean}")
-    assert "a: none in 4 lines" in out
+    assert "a: no matches in 4 lines" in out
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_mixture_is_printed_prepared_or_not(capsys, prepared):
     assert "\nstackexchange_qa: 3 examples, 0.0%; licence CC-BY-SA-4.0\n" in out
     assert "\nstackexchange_title_body: unknown size, -; licence" in out
     assert "  jsonl; t = 'question answering'\n" in out
-    assert "  may hold texts of CQADupstack, " in out
+    assert "  may contain texts of CQADupstack, " in out
     _, out, _ = gecko(capsys, "snli", f"--prepared-dir={prepared}")
     assert out.startswith("snli: 1 task, ")
     assert "t = 'semantic similarity', symmetric" in out
@@ -257,9 +257,11 @@ def test_reports_take_what_is_prepared(capsys, prepared):
         f"--config={CONFIG}",
     )
     assert status == 0
-    assert out.startswith("Not prepared, and left out: gooaq, stackexchange_title_body")
+    assert out.startswith(
+        "Left out, because not prepared: gooaq, stackexchange_title_body"
+    )
     assert "1 task, 3 lines" in out
-    assert "stackexchange_qa: none in 3 lines" in out
+    assert "stackexchange_qa: no matches in 3 lines" in out
     status, again, _ = gecko(
         capsys,
         "gecko_prefinetune",
@@ -275,9 +277,12 @@ def test_reports_take_what_is_prepared(capsys, prepared):
     ("arguments", "message"),
     [
         (["nothing"], "mixture 'nothing' is unknown: choose one of quickstart"),
-        (["quickstart", "--stats"], "--stats needs lengths and a vocabulary: add"),
-        (["--decontaminate=quickstart"], "needs data: give a MIXTURE, or --config"),
-        (["quickstart", "--output=a.png"], "--output is the picture of --stats"),
+        (["quickstart", "--stats"], "--stats: needs lengths and a vocabulary; add"),
+        (
+            ["--decontaminate=quickstart"],
+            "--decontaminate: needs data; give a MIXTURE or --config",
+        ),
+        (["quickstart", "--output=a.png"], "--output: is the plot of --stats"),
         (["quickstart", "--decontaminate=nowhere"], "nowhere: no such file or folder"),
         (
             ["gecko_academic", "--prepared-dir=nowhere", "--decontaminate=quickstart"],

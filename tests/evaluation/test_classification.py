@@ -20,7 +20,7 @@ def test_each_experiment_draws_eight_of_every_label():
     assert classification.draw(LABELS) == drawn
 
 
-def test_what_can_be_separated_is_and_noise_is_not():
+def test_accuracy_is_high_for_separable_classes_and_low_for_noise():
     rng = np.random.default_rng(0)
     corners = {label: rng.standard_normal(8) for label in set(LABELS)}
     vectors = np.stack([corners[label] for label in LABELS]).astype(np.float32)
@@ -30,7 +30,7 @@ def test_what_can_be_separated_is_and_noise_is_not():
     assert classification.accuracy(noise, LABELS, noise[::-1], LABELS) < 0.7
 
 
-def test_a_missing_scikit_learn_is_told(monkeypatch):
+def test_the_error_for_a_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     vectors = np.ones((len(LABELS), 2), np.float32)
     with pytest.raises(ImportError, match=r"gecko-jax\[eval\]"):

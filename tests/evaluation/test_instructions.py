@@ -39,11 +39,11 @@ SYMMETRIC = True
         ("Tatoeba", "BitextMining", "semantic similarity", SYMMETRIC),
     ],
 )
-def test_a_task_is_read_as_table_9_says(name, kind, task, symmetric):
+def test_instructions_equal_table_9(name, kind, task, symmetric):
     assert instructions.find(name, kind) == instructions.Instruction(task, symmetric)
 
 
-def test_a_name_comes_before_what_it_was_made_from_and_its_type():
+def test_a_name_precedes_the_original_names_and_the_type():
     found = instructions.find("NanoQuoraRetrieval", "Retrieval", ["QuoraRetrieval"])
     assert found == instructions.BY_NAME["QuoraRetrieval"]
     # Made from SCIDOCS in mteb's book.

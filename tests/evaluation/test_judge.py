@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from gecko_jax import evaluation
-from gecko_jax.evaluation import classification, judge, sets, tables
+from gecko_jax.evaluation import (
+    classification,
+    judge,
+    retrieval_scores,
+    sets,
+    tables,
+)
 from gecko_jax.formats import model_folder
 from gecko_jax.inference import embedding, ranking
 
@@ -52,7 +58,7 @@ def _ndcg(results, system, dim, task="all"):
     return row.metrics["ndcg_at_10"]
 
 
-def test_another_model_stands_beside_the_model(tiny_gecko, folder):
+def test_tables_include_other_models(tiny_gecko, folder):
     other = embedding.Gecko(
         dataclasses.replace(tiny_gecko.files, mrl_dims=(2, 4), revision="other-1")
     )
@@ -64,13 +70,13 @@ def test_another_model_stands_beside_the_model(tiny_gecko, folder):
     assert _ndcg(found, "mini", 4) == _ndcg(found, tables.MODEL, 4)
     assert found.about["beside"] == {"mini": "other-1"}
     assert "mini" in evaluation.format_table(found)
-    with pytest.raises(ValueError, match=r"'BM25': the tables have another system"):
+    with pytest.raises(ValueError, match=r"'BM25': the tables use this name"):
         evaluation.evaluate(tiny_gecko, [folder], beside={"BM25": other})
     with pytest.raises(ValueError, match="16"):
         evaluation.evaluate(tiny_gecko, [folder], dims=(16,), beside={"mini": other})
 
 
-def test_scores_are_those_of_ranking_every_passage(results, tiny_gecko, folder):
+def test_scores_equal_those_of_ranking_every_passage(results, tiny_gecko, folder):
     (found,) = sets.load(folder)
     known = {"docs": [], "sts": []}
     for dim in (8, 16):
@@ -127,7 +133,7 @@ def test_similarity_is_the_correlation_of_cosines(results, tiny_gecko):
     assert rows[1].metrics["spearman"] == pytest.approx(expected)
 
 
-def test_results_say_what_reproduces_them_and_survive_json(results):
+def test_results_hold_the_settings_and_survive_json(results):
     about = results.about
     assert (about["revision"], about["step"], about["dims"]) == ("tiny-7", 7, [8, 16])
     assert about["text_format"]["query"].startswith("task: ")
@@ -163,7 +169,7 @@ def test_saving_writes_numbers_table_and_plot(results, tmp_path):
 
 
 def test_an_untrained_dim_is_refused_before_anything_is_encoded(tiny_gecko, folder):
-    with pytest.raises(ValueError, match="dim=5 is not one"):
+    with pytest.raises(ValueError, match=r"dim=5: .* not trained"):
         evaluation.evaluate(tiny_gecko, [folder], dims=(5,))
 
 
@@ -194,10 +200,10 @@ def test_the_callback_reads_its_set_at_the_start(folder, tmp_path):
         evaluation.build_callback(_config(tmp_path / "none"), tmp_path)
 
 
-def test_a_bag_is_its_seed(tiny_gecko):
+def test_a_bag_depends_only_on_its_seed(tiny_gecko):
     found = sets.load("quickstart")[0].limit(20, 100)
     one, two, other = (
-        judge.bag_of_words_baseline(
+        retrieval_scores.score_bag_of_words(
             tiny_gecko.vocabulary, found, dim=16, idf=True, seed=seed
         )
         for seed in (0, 0, 1)
@@ -206,21 +212,21 @@ def test_a_bag_is_its_seed(tiny_gecko):
     assert one != other
 
 
-def test_a_task_the_model_does_not_know_falls_back(tiny_gecko, folder, monkeypatch):
+def test_unknown_tasks_use_the_given_task(tiny_gecko, folder, monkeypatch):
     asked = []
 
-    def encode(self, texts, task, **settings):
-        asked.append(task)
+    def encode(self, texts, tasks, **settings):
+        asked.extend(tasks)
         return np.ones((len(texts), 16), np.float32) / 4
 
     monkeypatch.setattr(embedding.Gecko, "encode_queries", encode)
     (found,) = sets.load(folder)
     strange = dataclasses.replace(found, tasks=("unknown",) * len(found.tasks))
-    judge._judge(tiny_gecko, strange, (16,), "my task", "model", "x")
-    assert asked == ["my task"]
+    retrieval_scores.score_model(tiny_gecko, strange, (16,), "my task")
+    assert asked == ["my task"] * len(found.tasks)
 
 
-def test_classes_are_judged_by_the_vectors_of_their_texts(tiny_gecko, tmp_path):
+def test_classification_scores_the_vectors_of_the_texts(tiny_gecko, tmp_path):
     file = tmp_path / "topics.tsv"
     rows = [
         f"{word} {n}\t{word}\t{'train' if n % 2 else 'test'}"
@@ -259,7 +265,7 @@ def test_texts_without_sides_may_be_as_long_as_passages(tiny_gecko):
     assert np.abs(vector - cut).max() > 1e-4
 
 
-def test_fewer_bits_have_a_row_each(tiny_gecko, folder, tmp_path):
+def test_each_precision_has_a_row(tiny_gecko, folder, tmp_path):
     judged = evaluation.evaluate(
         tiny_gecko,
         [folder.parent],
@@ -293,14 +299,14 @@ def test_fewer_bits_have_a_row_each(tiny_gecko, folder, tmp_path):
 
 def test_results_of_another_model_are_refused(results, tiny_files):
     assert results.check_model(tiny_files) is results
-    with pytest.raises(ValueError, match="revision tiny-7, the model is other"):
+    with pytest.raises(ValueError, match="revision tiny-7 and the model has other"):
         results.check_model(dataclasses.replace(tiny_files, revision="other"))
 
 
-def test_a_file_that_is_no_results_is_refused(tmp_path):
+def test_other_files_are_refused_as_results(tmp_path):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"no rows, no about\); give the results\.json"
+        ValueError, match=r"no rows, no about\); pass the results\.json"
     ):
         evaluation.read(tmp_path / "r.json")
     with pytest.raises(ValueError, match="no such file"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gecko_jax import evaluation
-from gecko_jax.evaluation import judge, judgements, sets, tables
+from gecko_jax.evaluation import judgements, retrieval_scores, sets, tables
 from gecko_jax.inference import ranking
 
 PASSAGES = {
@@ -53,7 +53,7 @@ def _write(folder, found):
     return folder
 
 
-def test_a_judged_passage_stays_though_it_has_the_id_of_the_query(tiny_gecko, tmp_path):
+def test_a_judged_passage_with_the_id_of_the_query_stays(tiny_gecko, tmp_path):
     # By its name too, and if it has the text of the query.
     for name in ("numbers", "arguana"):
         found = _set({q: {q: 1} for q in "123"}, queries=PASSAGES, name=name)
@@ -72,14 +72,14 @@ def test_a_passage_with_another_text_stays_in_a_set_of_another_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["arguana", "ArguAna", "quora", "QuoraRetrieval"])
-def test_an_own_passage_goes_where_the_set_ignores_identical_ids(name):
+def test_own_passages_are_left_out_of_sets_that_ignore_identical_ids(name):
     found = _set({"1": {"2": 1}, "3": {"1": 1}}, name=name)
     assert judgements.find_own(found) == {"1", "3"}
     ranked = judgements.leave_out_own(found, [["1", "3", "2"], ["1", "3"]])
     assert ranked == [["3", "2"], ["1"]]
 
 
-def test_an_own_passage_goes_where_it_is_the_query(tiny_gecko, tmp_path):
+def test_own_passages_with_the_text_of_the_query_are_left_out(tiny_gecko, tmp_path):
     queries = {"1": f"  {PASSAGES['1']}", "2": "Loaf Bread is baked.", "3": "else"}
     passages = PASSAGES | {"2": "Bread is baked."}
     found = _set(
@@ -103,11 +103,13 @@ def test_ties_do_not_depend_on_the_order_of_the_corpus(tiny_gecko):
     order = np.random.default_rng(0).permutation(list(passages)).tolist()
     other = _set(relevance, {"q": "a table of rows"}, {p: passages[p] for p in order})
     one, two = (
-        judge._judge(
-            tiny_gecko, each, (4, 16), None, "model", "x", ("float32", "binary")
+        retrieval_scores.score_model(
+            tiny_gecko, each, (4, 16), precisions=("float32", "binary")
         )
-        + judge._judge_bm25(each)
-        + judge.bag_of_words_baseline(tiny_gecko.vocabulary, each, dim=8, idf=True)
+        + retrieval_scores.score_bm25(each)
+        + retrieval_scores.score_bag_of_words(
+            tiny_gecko.vocabulary, each, dim=8, idf=True
+        )
         for each in (found, other)
     )
     assert one == two
@@ -132,19 +134,19 @@ def test_judgements_of_another_corpus_are_refused(tiny_gecko, tmp_path):
         judgements.check(_set({"q1": {"1": 0}, "q2": {"2": -1}}))
 
 
-def test_queries_whose_answers_are_absent_are_told(caplog):
+def test_queries_without_their_answers_in_the_corpus_give_a_warning(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         judgements.check(_set({"q1": {"x7": 1, "2": 0}, "q2": {"1": 1}}))
-    assert "1 of 2 queries score 0, such as 'q1'" in caplog.text
+    assert "1 of 2 queries, such as 'q1', score 0" in caplog.text
 
 
-def test_grades_that_order_nothing_are_told(caplog):
+def test_equal_grades_give_a_warning(caplog):
     every = dict.fromkeys(PASSAGES, 2)
     with caplog.at_level("WARNING", logger="absl"):
         judgements.check(_set({"q1": every | {"4": 1}, "q2": every}))
         assert not caplog.records
         judgements.check(_set({"q1": every, "q2": every}))
-    assert "every ranking of it scores the same" in caplog.text
+    assert "all rankings score the same" in caplog.text
     pairs = sets.SimilaritySet("pairs", ("a", "b"), ("c", "d"), np.array([3.0, 3.0]))
     with pytest.raises(ValueError, match="all 2 pairs have the gold score 3"):
         judgements.check(pairs)

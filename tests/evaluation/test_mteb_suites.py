@@ -187,7 +187,9 @@ def odd(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["overlap", "ties", "grades"])
-def test_odd_sets_have_the_same_scores_both_ways(tiny_gecko, odd, tmp_path, name):
+def test_edge_cases_have_the_same_scores_in_mteb_and_judge(
+    tiny_gecko, odd, tmp_path, name
+):
     config = _config(tmp_path)
     config.folders = (str(odd / name),)
     board = mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
@@ -231,7 +233,7 @@ def test_results_of_whole_grades_and_distinct_ids_stay_valid(folder):
     )
 
 
-def test_sets_that_ignore_identical_ids_are_those_of_mteb():
+def test_sets_that_ignore_identical_ids_equal_those_of_mteb():
     import mteb
 
     tasks = mteb.get_tasks(languages=["eng"], exclude_superseded=False)
@@ -302,7 +304,7 @@ def test_every_dim_comes_from_one_encoding_over_the_mesh(run, tiny_gecko, folder
     assert most - len(topics.train.texts) <= num_encoded <= most
 
 
-def test_a_second_run_takes_up_the_first(run, tiny_gecko, monkeypatch):
+def test_a_second_run_resumes_the_first(run, tiny_gecko, monkeypatch):
     tmp_path, config, board = run
     monkeypatch.setattr(embedding.Gecko, "encode", None)
     again = mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
@@ -317,7 +319,7 @@ def test_a_second_run_takes_up_the_first(run, tiny_gecko, monkeypatch):
     assert path.exists()
 
 
-def test_a_file_that_changed_is_judged_anew(tiny_gecko, tmp_path):
+def test_a_changed_file_is_scored_again(tiny_gecko, tmp_path):
     file = tmp_path / "pairs.tsv"
     rows = [
         f"{a} {b}\t{b}\t{n}\n" for n, (a, b) in enumerate(itertools.pairwise(WORDS))
@@ -350,17 +352,19 @@ def test_results_of_another_model_are_refused(run, tiny_files, change, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_results_of_nobody_are_refused(tiny_gecko, folder, tmp_path):
+def test_results_without_a_model_are_refused(tiny_gecko, folder, tmp_path):
     (tmp_path / "out" / "results").mkdir(parents=True)
     config = _config(tmp_path)
     config.folders = (str(folder),)
     with pytest.raises(
-        ValueError, match=r"no evaluation\.json that says of which model"
+        ValueError, match=r"without an evaluation\.json that names the model"
     ):
         mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
 
 
-def test_half_a_result_is_never_in_its_place(tiny_gecko, folder, tmp_path, monkeypatch):
+def test_a_killed_run_leaves_no_partial_result(
+    tiny_gecko, folder, tmp_path, monkeypatch
+):
     import mteb
 
     write = mteb.TaskResult.to_disk
@@ -384,7 +388,7 @@ def test_half_a_result_is_never_in_its_place(tiny_gecko, folder, tmp_path, monke
     assert found >= {"evaluation.json", "pairs.json", "model_meta.json"}
 
 
-def test_a_damaged_result_is_named(run, tiny_gecko):
+def test_errors_name_a_damaged_result(run, tiny_gecko):
     tmp_path, config, _ = run
     (path,) = (tmp_path / "out").glob("results/gecko-jax__tiny/*/pairs.json")
     content = path.read_text()
@@ -397,7 +401,7 @@ def test_a_damaged_result_is_named(run, tiny_gecko):
 
 
 @pytest.mark.usefixtures("offline")
-def test_what_needs_the_network_fails_alone(tiny_gecko, folder, tmp_path, capsys):
+def test_only_tasks_that_need_the_network_fail(tiny_gecko, folder, tmp_path, capsys):
     config = _config(tmp_path)
     config.suites = ("MIRACL", "NanoBEIR")
     config.tasks = ("STS12", "CQADupstackRetrieval")
@@ -415,7 +419,7 @@ def test_what_needs_the_network_fails_alone(tiny_gecko, folder, tmp_path, capsys
 
 
 @pytest.mark.usefixtures("offline")
-def test_an_absent_hub_is_found_once(tiny_gecko, tmp_path, monkeypatch, caplog):
+def test_an_unreachable_hub_is_detected_once(tiny_gecko, tmp_path, monkeypatch, caplog):
     import huggingface_hub
     from datasets import config as datasets_config
     from huggingface_hub import constants
@@ -445,14 +449,17 @@ def test_an_absent_hub_is_found_once(tiny_gecko, tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=m"], "name folders to judge on, or a --config"),
-        (["f", "--config=c.py", "--model=m"], "folders does not go with --config"),
-        (["--config=c.py", "--dims=8", "--model=m"], "--dims does not go with"),
+        (["--model=m"], "give at least one FOLDER, or a --config"),
+        (
+            ["f", "--config=c.py", "--model=m"],
+            "FOLDER cannot be combined with --config",
+        ),
+        (["--config=c.py", "--dims=8", "--model=m"], "--dims cannot be combined with"),
         (["--config=c.py", "--model=m"], "--config needs --output"),
         (["f", "--config.dims=8", "--model=m"], "--config.dims=8 needs a --config"),
     ],
 )
-def test_folders_and_a_config_are_two_ways(arguments, message, capsys):
+def test_folders_and_a_config_exclude_each_other(arguments, message, capsys):
     assert entry.main(["evaluate", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -487,11 +494,11 @@ def test_the_command_ends_with_the_tables_and_an_error(
     ("changes", "message"),
     [
         ({"tasks": ("SciFat",)}, "no task 'SciFat'; did you mean SciFact"),
-        ({"dims": (5,)}, "dim=5 is not one"),
+        ({"dims": (5,)}, r"dim=5: .* not trained"),
         ({"folders": ("nowhere",)}, "nowhere: no such file"),
     ],
 )
-def test_a_wrong_config_is_told_before_anything_is_written(
+def test_a_wrong_config_is_refused_before_anything_is_written(
     tiny_gecko, tmp_path, changes, message
 ):
     config = _config(tmp_path)
@@ -504,7 +511,7 @@ def test_a_wrong_config_is_told_before_anything_is_written(
 def test_two_sets_of_one_name_are_refused(tiny_gecko, folder, tmp_path):
     config = _config(tmp_path)
     config.folders = (str(folder), str(folder / "pairs.tsv"))
-    with pytest.raises(ValueError, match="two sets are called 'pairs'"):
+    with pytest.raises(ValueError, match="two sets have the name 'pairs'"):
         mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
 
 
@@ -516,7 +523,7 @@ def test_queries_that_need_two_kinds_of_passages_are_refused(tiny_gecko, folder)
         local_tasks.build(tiny_gecko, mixed)
 
 
-def test_a_symmetric_set_agrees_too(tiny_gecko, folder, tmp_path):
+def test_a_symmetric_set_has_the_same_score_in_mteb(tiny_gecko, folder, tmp_path):
     from gecko_jax.evaluation import mteb_suites
 
     (found,) = sets.load(folder / "finding")
@@ -534,12 +541,12 @@ def test_a_symmetric_set_agrees_too(tiny_gecko, folder, tmp_path):
         result = mteb.evaluate(
             encoder, local_tasks.build(tiny_gecko, symmetric), cache=None
         )
-    (row,) = judge._judge(tiny_gecko, symmetric, (16,), None, "model", "x")
+    (row,) = judge._judge(tiny_gecko, symmetric, (16,))
     score = result.task_results[0].get_score()
     assert score == pytest.approx(row.metrics["ndcg_at_10"], abs=1e-5)
 
 
-def test_every_task_of_the_suites_has_an_instruction_of_its_own():
+def test_every_task_of_the_suites_has_an_instruction():
     import mteb
 
     for suite in ("MTEB(eng, v1)", "MTEB(eng, v2)", "NanoBEIR"):
@@ -610,7 +617,9 @@ def test_every_argument_of_the_config(argument, names):
         gecko_jax.config.check_evaluation(config)
 
 
-def test_a_missing_mteb_is_told(tiny_gecko, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_mteb_names_the_extra(
+    tiny_gecko, tmp_path, monkeypatch
+):
     import sys
 
     monkeypatch.setitem(sys.modules, "mteb", None)

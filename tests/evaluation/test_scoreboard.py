@@ -29,7 +29,7 @@ def test_means_are_over_tasks_and_over_types():
     assert means["all tasks"] == (pytest.approx(20), 3)
 
 
-def test_published_scores_stand_under_their_own_suite_alone():
+def test_published_scores_appear_only_under_their_own_suite():
     suites = {"MTEB(eng, v1)": RETRIEVAL + STS, "MTEB(eng, v2)": RETRIEVAL + STS}
     table = scoreboard.format_board(_board(suites))
     first, _, second = table.partition("MTEB(eng, v2)")
@@ -44,7 +44,7 @@ def test_published_scores_stand_under_their_own_suite_alone():
         assert {row["suite"] for row in suite["published"]} == {name}
 
 
-def test_a_mean_over_a_part_says_so():
+def test_a_mean_over_part_of_a_suite_shows_the_number_of_tasks():
     table = scoreboard.format_board(_board({"NanoBEIR": RETRIEVAL}))
     assert "40.00" in table
     assert "40.00 3/" not in table

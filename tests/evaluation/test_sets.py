@@ -105,7 +105,7 @@ def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
     ("name", "content", "message"),
     [
         ("corpus.jsonl", '{"_id": "p1"}\n', r"corpus.jsonl:1: no field 'text'"),
-        ("corpus.jsonl", "", r"corpus.jsonl: an empty corpus"),
+        ("corpus.jsonl", "", r"corpus.jsonl: empty corpus"),
         ("queries.jsonl", '{"_id": "q1", "text": " "}\n', r"queries.jsonl:1: .*empty"),
         ("qrels.jsonl", '{"query-id": "q1"}\n', r"qrels.jsonl:1: no field 'corpus-id'"),
         (
@@ -127,7 +127,7 @@ def test_a_limit_keeps_judged_passages_and_spreads_the_rest():
         ("qrels.tsv", "q1\tp1\n", r"qrels.tsv:1: 2 columns"),
     ],
 )
-def test_a_fault_in_a_set_is_named(tmp_path, name, content, message):
+def test_errors_name_the_line_in_a_set(tmp_path, name, content, message):
     folder = _make(tmp_path / "set")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -138,7 +138,7 @@ def test_a_fault_in_a_set_is_named(tmp_path, name, content, message):
     ("name", "message"),
     [("queries.jsonl", "no queries.jsonl"), ("qrels.jsonl", "no judgements; it needs")],
 )
-def test_a_missing_file_is_named(tmp_path, name, message):
+def test_errors_name_a_missing_file(tmp_path, name, message):
     folder = _make(tmp_path / "set")
     (folder / name).unlink()
     with pytest.raises(ValueError, match=message):
@@ -158,10 +158,10 @@ def test_nothing_to_evaluate(tmp_path):
         ("a\tb\n", r"sts.tsv:1: 2 columns; it must hold sentence1"),
         ("a\tb\t1\na\t \t2\n", r"sts.tsv:2: column 'sentence2' is empty"),
         ("a\tb\tnan\n", r"sts.tsv:1: score 'nan'"),
-        ("a\tb\t1\n", r"1 pair; Spearman needs at least 2"),
+        ("a\tb\t1\n", r"1 pair; Spearman's correlation needs 2"),
     ],
 )
-def test_a_fault_in_a_similarity_file_is_named(tmp_path, content, message):
+def test_errors_name_the_line_in_a_similarity_file(tmp_path, content, message):
     (tmp_path / "sts.tsv").write_text(content)
     with pytest.raises(ValueError, match=message):
         sets.load(tmp_path / "sts.tsv")
@@ -225,20 +225,20 @@ def test_a_limit_leaves_the_training_texts(tmp_path):
         ("a\tx\ttrain\nb\ty\n", r"c.tsv:3: column 'split' is empty"),
         ("a\tx\ttrain\nb\ty\tdev\n", r"c.tsv:3: split 'dev' must be one of train"),
         ("a\tx\ttrain\nb\ty\ttrain\n", r"c.tsv: no texts of the split test"),
-        ("a\tx\ttrain\nb\tx\ttest\n", r"one label, 'x'; classification needs two"),
+        ("a\tx\ttrain\nb\tx\ttest\n", r"all training texts have the label 'x'"),
         (
             "a\tx\ttrain\nb\ty\ttrain\nc\tz\ttest\n",
-            r"no training text has the label 'z'",
+            r"no training text has the test label 'z'",
         ),
     ],
 )
-def test_a_fault_in_a_classification_file_is_named(tmp_path, content, message):
+def test_errors_name_the_line_in_a_classification_file(tmp_path, content, message):
     (tmp_path / "c.tsv").write_text("text\tlabel\tsplit\n" + content)
     with pytest.raises(ValueError, match=message):
         sets.load(tmp_path / "c.tsv")
 
 
-def test_sets_of_one_name_are_told_apart(tmp_path, tiny_gecko):
+def test_sets_with_equal_names_get_unique_names(tmp_path, tiny_gecko):
     pairs = _lines(
         {"sentence1": "a", "sentence2": b, "score": s} for b, s in (("b", 1), ("c", 2))
     )
@@ -255,7 +255,7 @@ def test_sets_of_one_name_are_told_apart(tmp_path, tiny_gecko):
     assert "two/pairs: 2 pairs" in table
 
 
-def test_a_name_that_is_not_utf8_is_shown_with_a_mark(tmp_path):
+def test_bytes_of_a_name_that_are_not_utf8_are_replaced(tmp_path):
     path = tmp_path / os.fsdecode(b"s\xff.tsv")
     try:
         path.write_text("a\tb\t1\nc\td\t2\n")

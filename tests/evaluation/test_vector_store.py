@@ -19,7 +19,9 @@ def _again(store, gecko, tmp_path):
     return vector_store.Store(tmp_path, gecko, max_gib=1)
 
 
-def test_vectors_are_those_of_the_model_and_encoded_once(store, tiny_gecko, tmp_path):
+def test_vectors_equal_those_of_the_model_and_are_encoded_once(
+    store, tiny_gecko, tmp_path
+):
     expected = tiny_gecko.encode(TEXTS, **SIDE)
     np.testing.assert_allclose(store.encode(TEXTS, **SIDE), expected, atol=1e-6)
     assert store.num_encoded == len(TEXTS)
@@ -59,7 +61,7 @@ def test_another_revision_has_its_own_vectors(store, tiny_files, tmp_path):
     assert len(vector_store.Store(tmp_path, other, max_gib=1)) == 0
 
 
-def test_an_interrupted_run_goes_on(store, tiny_gecko, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(store, tiny_gecko, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "TEXTS_PER_CHUNK", 16)
     encode = embedding.Gecko.encode
     calls = []
@@ -91,7 +93,7 @@ def test_a_damaged_shard_is_encoded_again(store, tiny_gecko, tmp_path, part):
     assert opened.num_encoded == len(TEXTS)
 
 
-def test_trim_removes_what_was_used_longest_ago(tmp_path, tiny_gecko):
+def test_trim_removes_the_least_recently_used_shards(tmp_path, tiny_gecko):
     store = vector_store.Store(tmp_path, tiny_gecko, max_gib=1)
     for start in (0, 10, 20, 30):
         store.encode(TEXTS[start : start + 10], **SIDE)

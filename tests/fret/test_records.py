@@ -260,8 +260,10 @@ def test_a_lock_has_one_holder(tmp_path):
 
 def test_bm25_built_once_ranks_as_before():
     texts = ["a gecko on a wall", "the honey jar", "a wall of honey", "nothing"]
-    found = list(ranking.Bm25(texts).search(["honey wall", "xyz"], 2))
-    assert [best.tolist() for best, _ in found] == [[2, 0], []]
+    retriever = ranking.Bm25Retriever([("", text) for text in texts])
+    found = retriever.search(["honey wall", "xyz"], ["", ""], 2)
+    assert [best for best, _ in found] == [[2, 0], []]
     ids = ranking.bm25_rankings(["honey wall", "xyz"], texts, list("abcd"), 2)
     assert ids == [["c", "b"], []]  # a and b tie
-    assert next(ranking.Bm25(["the", "of"]).search(["the"], 1))[0].size == 0
+    stop_words = ranking.Bm25Retriever([("", "the"), ("", "of")])
+    assert stop_words.search(["the"], [""], 1) == [([], [])]

@@ -18,7 +18,7 @@ def test_int8_codes_are_off_by_half_a_step_at_most(vectors):
     assert (codes.values.min(), codes.values.max()) == (-128, 127)
 
 
-def test_each_dim_has_ranges_of_its_own(vectors):
+def test_each_dim_has_its_own_ranges(vectors):
     scaled = vectors * np.linspace(0.01, 10, 20, dtype=np.float32)
     codes = quantization.encode(scaled, "int8")
     np.testing.assert_array_equal(codes.ranges[0], scaled.min(0))
@@ -27,7 +27,7 @@ def test_each_dim_has_ranges_of_its_own(vectors):
     assert (np.ptp(codes.values.astype(int), axis=0) >= 254).all()
 
 
-def test_what_lies_beyond_the_ranges_is_clipped(vectors):
+def test_values_outside_the_ranges_are_clipped(vectors):
     ranges = quantization.calibrate(vectors[:100])
     codes = quantization.encode(vectors * 5, "int8", ranges)
     step = (ranges[1] - ranges[0]) / 255
@@ -37,7 +37,7 @@ def test_what_lies_beyond_the_ranges_is_clipped(vectors):
     assert decoded.max() > ranges.max() - step.max()
 
 
-def test_a_dim_that_never_changes_stays_what_it_is(vectors):
+def test_a_constant_dim_is_exact(vectors):
     constant = vectors.copy()
     constant[:, 3] = 0.25
     decoded = quantization.encode(constant, "int8").decode()
@@ -52,7 +52,7 @@ def test_binary_codes_are_the_signs(vectors):
     np.testing.assert_allclose(codes.decode(), expected, atol=1e-6)
 
 
-def test_float32_stays_as_it_is(vectors):
+def test_float32_is_unchanged(vectors):
     np.testing.assert_array_equal(
         quantization.encode(vectors, "float32").decode(), vectors
     )
@@ -72,13 +72,13 @@ def test_an_unknown_precision_is_refused(vectors):
         quantization.encode(vectors, "fp4")
 
 
-def test_one_vector_spans_no_range(vectors):
-    with pytest.raises(ValueError, match="at least 2 are needed"):
+def test_int8_needs_two_vectors(vectors):
+    with pytest.raises(ValueError, match="int8 needs at least 2"):
         quantization.encode(vectors[:1], "int8")
 
 
 @pytest.mark.torch
-def test_codes_are_those_of_sentence_transformers(vectors):
+def test_codes_equal_those_of_sentence_transformers(vectors):
     from sentence_transformers.util import quantization as theirs
 
     np.testing.assert_array_equal(
@@ -100,8 +100,8 @@ def test_codes_are_those_of_sentence_transformers(vectors):
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_has_no_code(vectors, precision, bad):
+def test_vectors_that_are_not_finite_have_no_code(vectors, precision, bad):
     damaged = vectors.copy()
     damaged[3, 1] = bad
-    with pytest.raises(ValueError, match=rf"vectors\[3\]: .* has no {precision} code"):
+    with pytest.raises(ValueError, match=rf"vectors\[3\]: .* no {precision} code"):
         quantization.encode(damaged, precision)

@@ -92,14 +92,14 @@ def test_spearman_of_a_constant_is_zero_and_of_one_pair_an_error():
         ranking.spearman(np.ones(1), np.ones(1))
 
 
-def test_equal_scores_keep_their_order_at_the_border_too():
+def test_equal_scores_keep_their_order_also_at_the_end_of_the_list():
     scores = np.array([1.0, 2.0, 1.0, 1.0, 3.0])
     assert ranking.best_positions(scores, 3).tolist() == [4, 1, 0]
     assert ranking.best_positions(scores, 99).tolist() == [4, 1, 0, 2, 3]
     assert ranking.best_positions(scores[:0], 5).tolist() == []
 
 
-def test_bm25_finds_by_stemmed_words_and_leaves_the_rest_out():
+def test_bm25_matches_stems_and_omits_other_passages():
     passages = ["The cats were running", "A dog sleeps", "Running dogs", "Nothing here"]
     ranked = ranking.bm25_rankings(
         ["cat run", "dogs", "zebra", "the"], passages, list("abcd")
@@ -143,7 +143,7 @@ def test_ties_rank_as_in_trec_eval():
         assert found == pytest.approx(expected["ndcg_cut_10"], abs=1e-12)
 
 
-def test_equal_rows_are_found_whatever_their_type():
+def test_distinct_rows_of_any_dtype():
     rows = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [5, 6]])
     for dtype in (np.float32, np.int8, np.uint8):
         first, number_of = ranking.distinct_rows(rows.astype(dtype))
@@ -164,7 +164,7 @@ def test_ndcg_does_not_depend_on_the_unit_of_the_grades(factor):
 
 def test_bm25_survives_a_corpus_of_stop_words():
     assert ranking.bm25_rankings(["cat"], ["the", "of the"], ["a", "b"]) == [[]]
-    with pytest.raises(ValueError, match="one id each"):
+    with pytest.raises(ValueError, match="one id for each"):
         ranking.bm25_rankings(["cat"], ["the"], ["a", "b"])
 
 

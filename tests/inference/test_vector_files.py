@@ -32,7 +32,8 @@ def test_shards_hold_the_vectors_of_the_texts_in_order(tiny_gecko, source, folde
         "shard-00001.npz",
         "shard-00002.npz",
     ]
-    ids, found = vector_files.read_shards(folder)
+    ids, codes = vector_files.read_codes(folder)
+    found = codes.decode()
     assert ids == [f"p{i}" for i in range(10)]
     assert found.dtype == np.float32
     expected = tiny_gecko.encode_passages(
@@ -52,7 +53,8 @@ def test_queries_of_a_txt_file(tiny_gecko, tmp_path, folder):
     vector_files.embed_file(
         tiny_gecko, tmp_path / "q.txt", folder, side="query", task="docs"
     )
-    ids, found = vector_files.read_shards(folder)
+    ids, codes = vector_files.read_codes(folder)
+    found = codes.decode()
     assert ids == ["1", "2"]
     expected = tiny_gecko.encode_queries(["one", "two"], "docs")
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -86,27 +88,27 @@ def test_a_rerun_embeds_only_what_is_missing(tiny_gecko, source, folder, tmp_pat
     with pytest.raises(
         ValueError, match=r"shard-00002.npz: missing .* \(shard 3 of 3\)"
     ):
-        vector_files.read_shards(folder)
+        vector_files.read_codes(folder)
     again = _Counting(tiny_gecko)
     _embed(again, source, folder)
     assert again.count == 2
     _embed(tiny_gecko, source, tmp_path / "other")
     np.testing.assert_array_equal(
-        vector_files.read_shards(folder)[1],
-        vector_files.read_shards(tmp_path / "other")[1],
+        vector_files.read_codes(folder)[1].decode(),
+        vector_files.read_codes(tmp_path / "other")[1].decode(),
     )
 
 
-def test_a_damaged_shard_is_refused_and_made_again(tiny_gecko, source, folder):
+def test_a_damaged_shard_is_refused_and_embedded_again(tiny_gecko, source, folder):
     _embed(tiny_gecko, source, folder)
     path = folder / "shard-00001.npz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"shard-00001.npz: missing or damaged"):
-        vector_files.read_shards(folder)
+        vector_files.read_codes(folder)
     again = _Counting(tiny_gecko)
     _embed(again, source, folder)
     assert again.count == 4
-    assert len(vector_files.read_shards(folder)[0]) == 10
+    assert len(vector_files.read_codes(folder)[0]) == 10
 
 
 @pytest.mark.parametrize("ids", [np.arange(4), np.array([["a"]] * 4), np.array("a")])
@@ -117,14 +119,14 @@ def test_a_shard_with_other_ids_than_strings_is_damaged(
     path = folder / "shard-00001.npz"
     np.savez(path, ids=ids, vectors=np.load(path)["vectors"])
     with pytest.raises(ValueError, match=r"shard-00001.npz: missing or damaged"):
-        vector_files.read_shards(folder)
+        vector_files.read_codes(folder)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [("[]", "a list"), ("{}", "no revision, no dim"), ("[" * 9_999, "not JSON")],
 )
-def test_edited_settings_are_named(tmp_path, content, message):
+def test_errors_name_edited_settings(tmp_path, content, message):
     (tmp_path / "embeddings.json").write_text(content)
     with pytest.raises(ValueError, match=rf"embeddings\.json: .*{message}.*again"):
         vector_files.read_settings(tmp_path)
@@ -138,7 +140,7 @@ def test_edited_settings_are_named(tmp_path, content, message):
         ({"task": "docs"}, "task was None and is now 'docs'"),
     ],
 )
-def test_a_folder_made_otherwise_is_refused(
+def test_a_folder_with_other_settings_is_refused(
     tiny_gecko, source, folder, settings, message
 ):
     _embed(tiny_gecko, source, folder)
@@ -157,13 +159,13 @@ def test_a_folder_of_another_source_or_model_is_refused(tiny_gecko, source, fold
         _embed(tiny_gecko, source, folder)
 
 
-def test_a_moved_source_is_the_same_source(tiny_gecko, source, folder, tmp_path):
+def test_a_moved_source_is_accepted(tiny_gecko, source, folder, tmp_path):
     _embed(tiny_gecko, source, folder)
     moved = shutil.move(source, tmp_path / "moved.jsonl")
     _embed(tiny_gecko, moved, folder)
 
 
-def test_a_bad_line_is_found_before_anything_is_made(tiny_gecko, source, folder):
+def test_a_bad_line_is_reported_before_anything_is_written(tiny_gecko, source, folder):
     source.write_text(source.read_text() + '{"_id": "p10", "text": " "}\n')
     with pytest.raises(ValueError, match=r"corpus.jsonl:11: text .* is empty"):
         vector_files.embed_file(tiny_gecko, source, folder)
@@ -175,10 +177,10 @@ def test_an_empty_file_and_a_foreign_folder_are_refused(tiny_gecko, tmp_path, fo
     with pytest.raises(ValueError, match=r"empty.jsonl: no texts"):
         vector_files.embed_file(tiny_gecko, tmp_path / "empty.jsonl", folder)
     with pytest.raises(ValueError, match=r"no embeddings.json"):
-        vector_files.read_shards(tmp_path)
+        vector_files.read_codes(tmp_path)
 
 
-def test_a_full_disk_keeps_finished_shards_and_no_half(
+def test_a_full_disk_keeps_finished_shards_only(
     tiny_gecko, source, folder, monkeypatch
 ):
     real, calls = np.savez, []
@@ -198,22 +200,22 @@ def test_a_full_disk_keeps_finished_shards_and_no_half(
         "shard-00000.npz",
     ]
     _embed(tiny_gecko, source, folder)
-    assert len(vector_files.read_shards(folder)[0]) == 10
+    assert len(vector_files.read_codes(folder)[0]) == 10
 
 
 @pytest.mark.parametrize(("precision", "size"), [("int8", 8), ("binary", 1)])
-def test_shards_of_codes_come_near_the_vectors(
+def test_shards_of_codes_approximate_the_vectors(
     tiny_gecko, source, folder, tmp_path, precision, size
 ):
     _embed(tiny_gecko, source, folder, precision=precision, dim=8)
     _embed(tiny_gecko, source, tmp_path / "exact", dim=8)
     ids, codes = vector_files.read_codes(folder)
     assert codes.values.nbytes == 10 * size
-    exact = vector_files.read_shards(tmp_path / "exact")[1]
-    found = vector_files.read_shards(folder)[1]
+    exact = vector_files.read_codes(tmp_path / "exact")[1].decode()
+    found = vector_files.read_codes(folder)[1].decode()
     cosines = np.sum(exact * found, axis=1) / np.linalg.norm(found, axis=1)
     assert cosines.mean() > (0.95 if precision == "int8" else 0.6)
-    assert ids == vector_files.read_shards(tmp_path / "exact")[0]
+    assert ids == vector_files.read_codes(tmp_path / "exact")[0]
 
 
 def test_all_shards_share_the_ranges_of_the_first(tiny_gecko, source, folder):

@@ -28,14 +28,25 @@ class _Terminal(io.StringIO):
 
 def test_track_yields_everything_and_logs_share_rate_and_time_left(clock, lines):
     seen = []
-    for item in progress.track(range(8), "Encoding", start=2):
+    for item in progress.track(range(8), "Encoding"):
         seen.append(item)
         clock[0] += 6.0
     assert seen == list(range(8))
     # Every 10 seconds or so, then once at the end.
-    assert lines[0] == "Encoding: 4/10 (40%), 6.0 s each, 0:36 left"
-    assert lines[-1] == "Encoding: 10/10 (100%), 6.0 s each, took 0:48"
+    assert lines[0] == "Encoding: 2/8 (25%), 6.0 s each, 0:36 left"
+    assert lines[-1] == "Encoding: 8/8 (100%), 6.0 s each, took 0:48"
     assert len(lines) == 4
+
+
+def test_steps_of_an_earlier_run_do_not_count_in_the_rate(clock, lines):
+    with progress.Progress("Training", total=10, start=6) as bar:
+        for step in range(7, 11):
+            clock[0] += 6.0
+            bar.update(step)
+    assert lines == [
+        "Training: 8/10 (80%), 6.0 s each, 0:12 left",
+        "Training: 10/10 (100%), 6.0 s each, took 0:24",
+    ]
 
 
 def test_update_shows_the_latest_text(clock, lines):
@@ -59,7 +70,7 @@ def test_skipped_steps_do_not_count_in_the_rate(clock, lines):
     assert lines[0] == "Embedding: 90/100 (90%), 1.0/s, 0:10 left"
 
 
-def test_what_comes_before_the_first_update_is_not_in_the_time_left(clock, lines):
+def test_time_before_the_first_update_does_not_count_for_the_time_left(clock, lines):
     with progress.Progress("Training", total=11) as bar:
         clock[0] += 40.0  # Compiling.
         bar.update(1)
@@ -74,7 +85,7 @@ def test_what_comes_before_the_first_update_is_not_in_the_time_left(clock, lines
     ]
 
 
-def test_steps_skipped_later_do_not_count_in_the_rate_either(clock, lines):
+def test_steps_skipped_after_an_update_do_not_count_in_the_rate(clock, lines):
     with progress.Progress("Embedding", total=100) as bar:
         bar.update(10)
         bar.skip(80)
@@ -84,7 +95,7 @@ def test_steps_skipped_later_do_not_count_in_the_rate_either(clock, lines):
 
 
 def test_without_a_length_there_is_no_share(clock, lines):
-    list(progress.track(iter("abc"), "Reading"))
+    list(progress.track((item for item in "abc"), "Reading"))
     assert lines == ["Reading: 3"]
 
 

@@ -78,7 +78,7 @@ JUDGING = {"evaluate": _judged_by_evaluate, "data prepare": _judged_by_prepare}
 
 @pytest.mark.parametrize("verb", JUDGING)
 @pytest.mark.parametrize("oddity", QRELS)
-def test_every_verb_reads_the_same_judgements(tmp_path, oddity, verb):
+def test_every_command_reads_the_same_judgements(tmp_path, oddity, verb):
     assert JUDGING[verb](tmp_path, ["p1", "p2"], QRELS[oddity]) == JUDGED
 
 
@@ -117,7 +117,7 @@ BAD_QRELS = {
     "another query": (HEADER + "r\tp1\t1\n", "tsv:2: query 'r' is not in queries"),
     "BEIR with a fourth column": (
         "q\tp1\t2\tx\n",
-        "tsv:1: 4 columns, of which the second is 'p1'; in TREC's form it is 0. Name",
+        "tsv:1: 4 columns, of which the second is 'p1'; TREC has 0 there. Name",
     ),
     "TREC, but not in every line": (
         "q\t0\tp1\t2\nq\tp2\t0\t1\n",
@@ -152,7 +152,7 @@ BAD_QRELS = {
 
 @pytest.mark.parametrize("verb", JUDGING)
 @pytest.mark.parametrize("oddity", BAD_QRELS)
-def test_every_verb_refuses_the_same_judgements(tmp_path, oddity, verb):
+def test_every_command_refuses_the_same_judgements(tmp_path, oddity, verb):
     content, message = BAD_QRELS[oddity]
     split = "test" if verb == "evaluate" else "train"
     path = tmp_path / "qrels" / f"{split}.tsv"
@@ -164,8 +164,8 @@ def test_every_verb_refuses_the_same_judgements(tmp_path, oddity, verb):
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ("NaN", "field 'score' is null or NaN, which is no value"),
-        ("null", "field 'score' is null or NaN, which is no value"),
+        ("NaN", "field 'score' is null or NaN; give it a value"),
+        ("null", "field 'score' is null or NaN; give it a value"),
         ("true", "score True is not a number"),
         ("[1]", r"score \[1\] is not a number"),
         ("-Infinity", "score -inf is not a number"),

@@ -92,7 +92,7 @@ GOOD = {
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("oddity", GOOD)
-def test_every_verb_reads_the_same_texts(tmp_path, tiny_gecko, oddity, verb):
+def test_every_command_reads_the_same_texts(tmp_path, tiny_gecko, oddity, verb):
     name, content, expected = GOOD[oddity]
     ids = [identity for identity, _ in expected]
     assert VERBS[verb](tmp_path, content, name, ids, tiny_gecko) == expected
@@ -190,7 +190,7 @@ BAD = {
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("oddity", BAD)
-def test_every_verb_gives_the_same_error(tmp_path, tiny_gecko, oddity, verb):
+def test_every_command_gives_the_same_error(tmp_path, tiny_gecko, oddity, verb):
     name, content, message = BAD[oddity]
     message = f"{tmp_path}/{message.format(tmp_path / name)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -198,7 +198,7 @@ def test_every_verb_gives_the_same_error(tmp_path, tiny_gecko, oddity, verb):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_pipe_or_folder_is_refused_by_every_verb(tmp_path, tiny_gecko, verb):
+def test_every_command_refuses_a_pipe_or_folder(tmp_path, tiny_gecko, verb):
     for make, kind in ((os.mkfifo, "a pipe"), (os.mkdir, "a folder")):
         folder = tmp_path / kind
         folder.mkdir()
@@ -208,7 +208,7 @@ def test_a_pipe_or_folder_is_refused_by_every_verb(tmp_path, tiny_gecko, verb):
 
 
 @pytest.mark.parametrize("value", ["null", "NaN"])
-def test_an_id_without_a_value_is_missing(tmp_path, tiny_gecko, value):
+def test_a_null_id_is_a_missing_id(tmp_path, tiny_gecko, value):
     for verb, read in VERBS.items():
         arguments = (_with_id(value), "corpus.jsonl", ["p1"], tiny_gecko)
         if verb == "fret":  # It needs no id.
@@ -304,7 +304,7 @@ MISSING = ("title", "task_description", "query_id", "passage_id", "negative_grou
 
 
 @pytest.mark.parametrize("value", ["null", "NaN"])
-def test_a_missing_value_of_a_pair_is_no_field(tmp_path, value):
+def test_a_null_field_of_a_pair_is_a_missing_field(tmp_path, value):
     plain = json.dumps(PAIR_RECORD)
     fields = [f'"{name}": {value}' for name in MISSING]
     fields += [

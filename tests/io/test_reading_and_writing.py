@@ -36,7 +36,7 @@ def test_texts_of_json_lines_plain_and_packed(tmp_path):
         assert records[1].place == f"{path}:3"
 
 
-def test_a_txt_file_is_one_text_a_line_under_its_number(tmp_path):
+def test_a_txt_file_has_one_text_per_line_with_its_number_as_id(tmp_path):
     path = _write(tmp_path / "texts.txt", "first", "", "third")
     assert [(r.id, r.text) for r in text_files.read_texts(path)] == [
         ("1", "first"),
@@ -66,7 +66,7 @@ def test_a_txt_file_is_one_text_a_line_under_its_number(tmp_path):
         ),
     ],
 )
-def test_a_bad_line_is_named_with_its_rule(tmp_path, line, message):
+def test_errors_name_a_bad_line_and_its_rule(tmp_path, line, message):
     path = _write(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "x"}', line)
     with pytest.raises(ValueError, match=message):
         list(text_files.read_texts(path))
@@ -168,7 +168,7 @@ def _ended_process():
     return process.pid
 
 
-def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
+def test_leftovers_of_killed_processes_are_removed_and_others_stay(tmp_path):
     path = tmp_path / "out"
     begin = f".out.{socket.gethostname()}-"
     dead = tmp_path / f"{begin}{_ended_process()}-0.tmp"
@@ -180,7 +180,7 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([alive, path])
 
 
-def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path):
+def test_a_folder_is_restored_after_a_killed_replacement(tmp_path):
     old = tmp_path / f".out.{socket.gethostname()}-{_ended_process()}-0.old"
     old.mkdir()
     (old / "kept").write_text("x")
@@ -231,7 +231,7 @@ def test_json_may_be_nested_as_deep_as_it_is_used(opening):
         (f'{{"size": {"[" * 51}{"]" * 51}}}', "not JSON .*nested more than 50 deep"),
     ],
 )
-def test_a_file_of_ours_with_other_content_is_told(tmp_path, content, message):
+def test_errors_list_the_invalid_fields_of_a_file(tmp_path, content, message):
     path = tmp_path / "about.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
     fields = {"size": int, "kind": ("a", "b")}

@@ -7,7 +7,7 @@ from gecko_jax.cli import entry
 from gecko_jax.io import wording
 
 
-def test_one_is_no_plural():
+def test_counts_have_singular_and_plural():
     counts = {0: "0 pairs", 1: "1 pair", 2: "2 pairs", 2_000: "2,000 pairs"}
     assert {n: wording.counted(n, "pair") for n in counts} == counts
 
@@ -37,7 +37,7 @@ def test_a_line_of_json_has_no_control_characters_and_means_the_same():
     assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u202e]", line)
 
 
-def test_text_in_markdown_is_text():
+def test_untrusted_text_is_escaped_in_markdown():
     for written in (
         wording.markdown(mutations.HOSTILE),
         wording.markdown_code(mutations.HOSTILE),

@@ -124,7 +124,7 @@ def test_two_processes_train_die_and_go_on_as_one(tmp_path):
     assert time.monotonic() - died < 60
     assert [process.returncode for process in pair] == [1, 1]
     assert "process 1 was ended by SIGKILL" in told[1]
-    assert "What was saved is whole" in told[0], told[0]
+    assert "Its checkpoints are complete" in told[0], told[0]
     step = checkpoints.latest_step(tmp_path / "killed")
     assert step is not None
     assert step < 60

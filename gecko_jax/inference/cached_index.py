@@ -1,0 +1,66 @@
+"""An index of files and folders, built at the first search and kept in a cache.
+
+    ~/.cache/gecko_jax/search/KEY/files.json    the files, with their checksums
+    ~/.cache/gecko_jax/search/KEY/texts.jsonl   their passages
+    ~/.cache/gecko_jax/search/KEY/index         the index
+
+The key belongs to the paths and the model. If a file changes, the entry is built again.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+from gecko_jax.inference import embedding, vector_files, vector_index
+from gecko_jax.io import reading, writing
+from gecko_jax.text import corpora
+
+CACHE = "~/.cache/gecko_jax/search"
+
+
+def open_index(
+    gecko: embedding.Gecko,
+    paths: Sequence[str | os.PathLike],
+    cache: str | os.PathLike = CACHE,
+) -> vector_index.Index:
+    """Returns an index of the passages in some files and folders.
+
+    An interrupted build resumes after the last shard of vectors.
+
+    Args:
+        gecko: The model.
+        paths: Files and folders, see `text.corpora`.
+        cache: Folder of all cached indexes.
+
+    Raises:
+        ValueError: A path is of an unknown kind, or a line breaks a rule.
+    """
+    files = corpora.find_files(paths)
+    names = [str(file.absolute()) for file in files]
+    key = hashlib.sha256(json.dumps([gecko.revision, names]).encode()).hexdigest()[:16]
+    folder = pathlib.Path(cache).expanduser() / key
+    listing = folder / "files.json"
+    checksums = {name: reading.sha256(name) for name in names}
+    if not listing.exists() or json.loads(listing.read_text("utf-8")) != checksums:
+        shutil.rmtree(folder, ignore_errors=True)
+        _write_texts(files, folder / "texts.jsonl")
+        with writing.write_file(listing) as temporary:
+            temporary.write_text(json.dumps(checksums, indent=1), "utf-8")
+    if (folder / "index").exists():
+        return vector_index.load(folder / "index")
+    vectors = folder / "vectors"
+    vector_files.embed_file(gecko, folder / "texts.jsonl", vectors)
+    index = vector_index.from_embeddings(vectors)
+    index.save(folder / "index")
+    shutil.rmtree(vectors)
+    return index
+
+
+def _write_texts(files: Sequence[pathlib.Path], path: pathlib.Path) -> None:
+    with writing.write_file(path) as temporary, temporary.open("w") as output:
+        for passage in corpora.read_passages(files):
+            record = {"_id": passage.id, "title": passage.title, "text": passage.text}
+            output.write(json.dumps(record) + "\n")
