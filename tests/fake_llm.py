@@ -157,6 +157,7 @@ class FakeServer:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # Headers and body in one packet: no delayed ACK.
 
             def log_message(self, *unused):
                 pass

@@ -43,7 +43,6 @@ ROOMS_OF = {
     "transformers": set(),
     "sentence_transformers": set(),
     "argparse": {"cli"},
-    "httpcore": {"llm"},
     "apache_beam": {"data", "fret"},
 }
 
@@ -62,7 +61,6 @@ ONLY_INSIDE_FUNCTIONS = (
     "datasets",
     "huggingface_hub",
     "sklearn",
-    "httpcore",
     "gguf",
     "tokenizers",
     "apache_beam",

@@ -1,9 +1,9 @@
-r"""What a model wrote, read as text that nobody vouches for.
+r"""Parsing of generated answers, which are untrusted text.
 
     " fact checking\nQuery: geckos shed their skin"  ->  ("fact checking", "geckos ...")
 
-An answer that breaks a rule is `Rejected` with a reason of a few words; nothing is
-mended that would change what the model said.
+An answer that breaks a rule is `Rejected` with a short reason. Nothing is repaired that
+would change the meaning.
 """
 
 import dataclasses
@@ -14,27 +14,26 @@ from gecko_jax.fret import prompts
 from gecko_jax.text import word_rule
 
 _QUOTES = "\"'`“”‘’«»*"
-# The most that a task description may be, in words and characters.
 _MAX_TASK_WORDS, _MAX_TASK_CHARACTERS = 8, 60
 
 
 class Rejected(Exception):
-    """An answer that is no query."""
+    """An answer without a valid query; answers are counted by `reason`."""
 
     def __init__(self, reason: str):
-        """Keeps the reason, by which answers are counted."""
+        """Keeps the reason."""
         super().__init__(reason)
         self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a query must be.
+    """Limits of a query.
 
     Attributes:
         min_words: Fewest words.
         max_words: Most words.
-        max_copied_words: Longest run of words taken from the passage; 0 for any.
+        max_copied_words: Longest run of words from the passage; 0 for no limit.
     """
 
     min_words: int
@@ -55,20 +54,21 @@ def parse(
     """Returns task description and query of an answer.
 
     Args:
-        answer: What the model wrote after the prompt.
-        prompt: That it was asked with.
-        rules: What a query must be.
-        task: The task that was given; None if the model was to write it.
-        passage: The seed.
-        shots: Examples of the prompt, none of which may be repeated.
-        is_cut: The limit of tokens ended the answer: a query without an end is none.
+        answer: Text that the model generated.
+        prompt: The prompt file.
+        rules: Limits of the query.
+        task: The given task, or None if the model writes it.
+        passage: The seed passage.
+        shots: Examples in the prompt, whose queries the answer may not repeat.
+        is_cut: Whether the token limit ended the answer; a query without end is
+            rejected.
 
     Raises:
         Rejected: A rule is broken.
     """
-    for stop in prompt.stop:  # Not every server stops where it was told to.
-        head, found, _ = answer.partition(stop)
-        answer, is_cut = head, is_cut and not found
+    for stop in prompt.stop:  # Not every server stops there.
+        answer, separator, _ = answer.partition(stop)
+        is_cut = is_cut and not separator
     lines = [line.strip() for line in answer.strip().splitlines() if line.strip()]
     if not lines:
         raise Rejected("empty")
@@ -77,52 +77,50 @@ def parse(
         if len(lines) < 2 or not lines[1].startswith(marker):
             raise Rejected("no_query")
         task = _clean(lines[0]).lower().rstrip(".:")
-        lines[1] = lines[1].removeprefix(marker)
-        if not 0 < word_rule.count(word_rule.words(task)) <= _MAX_TASK_WORDS:
+        num_words = word_rule.count(word_rule.words(task))
+        if not 0 < num_words <= _MAX_TASK_WORDS or len(task) > _MAX_TASK_CHARACTERS:
             raise Rejected("no_task")
-        if len(task) > _MAX_TASK_CHARACTERS:
-            raise Rejected("no_task")
-        lines = lines[1:]
+        lines = [lines[1].removeprefix(marker), *lines[2:]]
     if is_cut and len(lines) == 1:
         raise Rejected("cut_off")
     query = _clean(lines[0])
-    _check(query, prompt, rules, passage, shots)
+    if reason := _find_fault(query, prompt, rules, passage, shots):
+        raise Rejected(reason)
     if any(marker.lower() in task.lower() for marker in prompt.markers):
         raise Rejected("marker")
     return task, query
 
 
-def _check(
+def _find_fault(
     query: str,
     prompt: prompts.Prompt,
     rules: Rules,
     passage: str,
     shots: Sequence[int],
-) -> None:
+) -> str | None:
     words = word_rule.words(query)
     num_words = word_rule.count(words)
     if "\ufffd" in query:
-        raise Rejected("not_text")
+        return "not_text"
     if any(marker.lower() in query.lower() for marker in prompt.markers):
-        raise Rejected("marker")
-    if prompt.neutralize(query or "-") != (query or "-"):
-        raise Rejected("special_token")
+        return "marker"
+    if query and prompt.neutralize(query) != query:
+        return "special_token"
     if num_words < rules.min_words:
-        raise Rejected("too_short")
+        return "too_short"
     if num_words > rules.max_words:
-        raise Rejected("too_long")
-    copied = {
-        " ".join(word_rule.words(prompt.examples[shot]["query"])) for shot in shots
-    }
-    if " ".join(words) in copied:
-        raise Rejected("copied_example")
-    run = rules.max_copied_words
-    if run and longest_copy(words, word_rule.words(passage)) > run:
-        raise Rejected("copied_passage")
+        return "too_long"
+    examples = [word_rule.words(prompt.examples[shot]["query"]) for shot in shots]
+    if words in examples:
+        return "copied_example"
+    limit = rules.max_copied_words
+    if limit and longest_copy(words, word_rule.words(passage)) > limit:
+        return "copied_passage"
+    return None
 
 
 def longest_copy(words: Sequence[str], source: Sequence[str]) -> int:
-    """Returns how many words the longest run has that `source` holds too."""
+    """Returns the length in words of the longest run that `source` contains, too."""
     best = end = 0
     text = f" {' '.join(source)} "
     for begin in range(len(words)):
@@ -134,7 +132,7 @@ def longest_copy(words: Sequence[str], source: Sequence[str]) -> int:
 
 
 def _clean(line: str) -> str:
-    """Takes off the quotes and stars that models put around an answer."""
+    """Removes the quotes and asterisks that models put around an answer."""
     line = " ".join(unicodedata.normalize("NFC", line).split())
     while len(line) > 1 and line[0] in _QUOTES and line[-1] in _QUOTES:
         line = line[1:-1].strip()

@@ -1,12 +1,13 @@
-"""Passages by Apache Beam: what `passages.read` does in order, on many workers.
+"""Makes the passages with Apache Beam: `passages.read` on many workers.
 
 The same passages are kept, with the same numbers, in the same bytes. Equal texts meet
-by their hash and nearly equal ones by a band of their signature; of two that are alike
-the later is dropped, unless the earlier was dropped itself, which one worker decides
-over the few pairs that were found. A file is read by one worker, and its passages are
-numbered by one: give many files.
+by hash, and near duplicates by a band of their signature. Of two similar passages the
+later is dropped, unless the earlier was dropped itself; one worker decides this over
+the similar pairs. One worker reads a file and one numbers its passages, so give many
+files.
 
-A passage is known by its *place*, (file, line): that is the order of `passages.read`.
+A passage is identified by its *place*, (file, line), which is the order of
+`passages.read`.
 """
 
 import functools
@@ -25,7 +26,8 @@ _COUNTS = ".counts.json"
 _KEPT = "kept"
 
 _Place = tuple[int, int]
-_Signed = tuple[_Place, bytes]
+_Signed = tuple[_Place, bytes]  # A place and its signature.
+_Judged = tuple[_Place, tuple[dict[str, Any], str | None]]  # Record, reason to drop.
 
 
 def write(
@@ -36,19 +38,14 @@ def write(
     shard_rows: int,
     options: Sequence[str],
 ) -> None:
-    """Makes the shards of the passages and closes their stage.
+    """Writes the shards of the passages and closes their stage; see `passages.read`.
 
-    Args:
-        paths: As of `passages.read`; every worker must find them.
-        rules: What a passage must be.
-        decontaminate: Evaluation sets that it must not be in.
-        stage: Where the shards go; every worker must find its folder.
-        shard_rows: Passages of a shard.
-        options: Of Apache Beam, such as ("--runner=DirectRunner",).
+    Every worker needs access to the files and to the folder of the stage. `options` are
+    those of Apache Beam, such as ("--runner=DirectRunner",).
 
     Raises:
-        ImportError: The extra is missing.
-        ValueError: A limit, which needs an order; no passage is left.
+        ImportError: Apache Beam is missing.
+        ValueError: `rules` has a limit, which needs an order, or no passage is left.
     """
     try:
         import apache_beam as beam
@@ -60,22 +57,15 @@ def write(
     if rules.limit:
         raise ValueError(
             f"passages.limit={rules.limit}: Beam reads all files at once; set it to 0, "
-            "or do without Beam"
+            "or run without Beam"
         )
-    # Beam takes annotations for the types of its collections, and disputes them.
+    # Beam would derive the types of its collections from annotations, and reject them.
     parsed = beam.options.pipeline_options.PipelineOptions(
         [*options, "--no_pipeline_type_check"]
     )
+    files, sets = list(map(str, paths)), tuple(decontaminate)
     with beam.Pipeline(options=parsed) as pipeline:
-        _build(
-            pipeline,
-            beam,
-            list(map(str, paths)),
-            rules,
-            tuple(decontaminate),
-            stage,
-            shard_rows,
-        )
+        _build(pipeline, beam, files, rules, sets, stage, shard_rows)
     path = stage.folder / _COUNTS
     dropped = dict(sorted(json.loads(path.read_text()).items()))
     path.unlink()
@@ -103,42 +93,42 @@ def _build(
     )
     first = (
         judged
-        | "Good" >> beam.Filter(lambda found: found[1][1] is None)
+        | "Good" >> beam.Filter(lambda one: one[1][1] is None)
         | "ByText" >> beam.Map(_by_text, bool(rules.near_duplicate))
         | "First" >> beam.CombinePerKey(min)
         | beam.Values()
     )
-    found = {
+    joined = {
         "judged": judged,
         "first": first | "FirstPlaces" >> beam.Map(lambda signed: (signed[0], True)),
     }
     if rules.near_duplicate:
-        found["near"] = (
+        joined["near"] = (
             first
             | beam.FlatMap(_by_band)
             | "Bands" >> beam.GroupByKey()
-            | beam.FlatMap(_alike, rules.near_duplicate)
+            | beam.FlatMap(_similar, rules.near_duplicate)
             | beam.combiners.ToList()
             | beam.FlatMap(later_of_the_kept)
             | beam.Map(lambda place: (place, True))
         )
-    settled = found | beam.CoGroupByKey() | beam.Map(_settle)
+    settled = joined | beam.CoGroupByKey() | beam.Map(_settle)
     _ = (
         settled
-        | "Fates" >> beam.Map(lambda found: found[2])
+        | "Fates" >> beam.Map(lambda one: one[2])
         | "Count" >> beam.combiners.Count.PerElement()
         | "AllCounts" >> beam.combiners.ToList()
         | beam.Map(_write_counts, stage)
     )
-    kept = settled | "Kept" >> beam.Filter(lambda found: found[2] == _KEPT)
+    kept = settled | "Kept" >> beam.Filter(lambda one: one[2] == _KEPT)
     sizes = (
         kept
-        | "Files" >> beam.Map(lambda found: found[0][0])
+        | "Files" >> beam.Map(lambda one: one[0][0])
         | "CountFiles" >> beam.combiners.Count.PerElement()
     )
     _ = (
         kept
-        | "ByFile" >> beam.Map(lambda found: (found[0][0], (found[0][1], found[1])))
+        | "ByFile" >> beam.Map(lambda one: (one[0][0], (one[0][1], one[1])))
         | "FileGroups" >> beam.GroupByKey()
         | beam.FlatMap(_number, beam.pvalue.AsDict(sizes), shard_rows)
         | "ShardGroups" >> beam.GroupByKey()
@@ -148,23 +138,21 @@ def _build(
 
 @functools.cache
 def _known(decontaminate: tuple[str, ...]) -> Any:
-    """Reads the evaluation sets once a worker."""
+    """Reads the evaluation sets once per worker."""
     return set_texts.read(decontaminate)
 
 
 def _read(
     numbered: tuple[int, str], rules: passages.Rules, decontaminate: tuple[str, ...]
-) -> Iterator[tuple[_Place, tuple[dict[str, Any], str | None]]]:
+) -> Iterator[_Judged]:
     file, path = numbered
     for line, record in enumerate(passages.read_file(path)):
         reason = passages.clean(record, rules, _known(decontaminate))
         yield (file, line), (record if reason is None else {}, reason)
 
 
-def _by_text(
-    found: tuple[_Place, tuple[dict[str, Any], str | None]], is_signed: bool
-) -> tuple[tuple[int, int], _Signed]:
-    place, (record, _) = found
+def _by_text(judged: _Judged, is_signed: bool) -> tuple[tuple[int, int], _Signed]:
+    place, (record, _) = judged
     body = record["text"]
     signature = minhash.text_signature(body).tobytes() if is_signed else b""
     return text_formats.content_id(body), (place, signature)
@@ -174,10 +162,10 @@ def _by_band(signed: _Signed) -> list[tuple[bytes, _Signed]]:
     return [(band, signed) for band in minhash.bands(_entries(signed))]
 
 
-def _alike(
+def _similar(
     band: tuple[bytes, Iterable[_Signed]], threshold: float
 ) -> Iterator[tuple[_Place, _Place]]:
-    """Yields (earlier, later) of the texts of a band that are nearly the same."""
+    """Yields (earlier, later) of the near duplicates in a band."""
     signed = sorted(band[1])
     for number, later in enumerate(signed):
         for earlier in signed[:number]:
@@ -187,10 +175,10 @@ def _alike(
 
 
 def later_of_the_kept(pairs: Iterable[tuple[_Place, _Place]]) -> list[_Place]:
-    """Returns the places that a kept earlier one resembles, in order.
+    """Returns, in order, the places that resemble an earlier place that is kept.
 
     Args:
-        pairs: (earlier, later) of each two that are alike, in any order.
+        pairs: (earlier, later) of each similar pair, in any order.
     """
     dropped: set[_Place] = set()
     for earlier, later in sorted(set(pairs), key=lambda pair: (pair[1], pair[0])):
@@ -200,10 +188,10 @@ def later_of_the_kept(pairs: Iterable[tuple[_Place, _Place]]) -> list[_Place]:
 
 
 def _settle(
-    found: tuple[_Place, Mapping[str, Iterable[Any]]],
+    group: tuple[_Place, Mapping[str, Iterable[Any]]],
 ) -> tuple[_Place, dict[str, Any], str]:
-    """Returns place, record and what becomes of it."""
-    place, parts = found
+    """Returns place, record, and "kept" or the reason to drop it."""
+    place, parts = group
     ((record, reason),) = parts["judged"]
     if reason is None and not parts["first"]:
         reason = "duplicate"
@@ -228,8 +216,8 @@ def _number(
 def _write_shard(
     group: tuple[int, Iterable[dict[str, Any]]], stage: records.Stage
 ) -> None:
-    shard, found = group
-    stage.write(shard, sorted(found, key=lambda record: record["id"]))
+    shard, rows = group
+    stage.write(shard, sorted(rows, key=lambda record: record["id"]))
 
 
 def _write_counts(counts: list[tuple[str, int]], stage: records.Stage) -> None:

@@ -1,6 +1,6 @@
-"""Bootstrap: the initial retriever, trained on (query, seed passage) (section 3.2).
+"""Bootstrap: trains the initial retriever on (query, seed) pairs (section 3.2).
 
-In-batch negatives only. What it finds are the candidates of the next round:
+It has in-batch negatives only, and finds the candidates of the next round:
 
     gecko fret run --until=generate ...
     gecko fret bootstrap --output=runs/initial ...
@@ -11,33 +11,27 @@ import pathlib
 
 import ml_collections
 
-from gecko_jax.fret import export, pipeline, runs
+from gecko_jax.fret import export, runs
 from gecko_jax.io import wording
-from gecko_jax.llm import request_log
-
-PAIRS = "pairs.jsonl"
 
 
 def write_pairs(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> tuple[pathlib.Path, int]:
-    """Writes the pairs of a run whose queries are generated.
-
-    Returns:
-        The file, and how many pairs it holds.
+    """Writes the pairs of a run with generated queries; returns the file and its rows.
 
     Raises:
-        ValueError: The queries are not there yet, or are those of other settings.
+        ValueError: The queries are missing, or were made with other settings.
     """
-    source = runs.prepare(config, workdir, request_log.Budget(), runs.open_model)
-    passes: pipeline.Pipeline = runs.main_pipeline(source)
+    source = runs.prepare(config, workdir)
+    passes = runs.main_pipeline(source)
     passes.generate.begin()
     if passes.generate.done() is None:
         raise ValueError(
             f"{passes.generate.folder}: not finished; run `gecko fret run "
             "--until=generate` with this config first"
         )
-    path = workdir / "bootstrap" / PAIRS
+    path = workdir / "bootstrap" / "pairs.jsonl"
     return path, export.write_pairs(passes, path)
 
 
@@ -49,17 +43,10 @@ def training_config(
     batch_size: int | None = None,
     num_steps: int | None = None,
 ) -> ml_collections.ConfigDict:
-    """Returns a pre-finetuning config that trains on the pairs.
-
-    Args:
-        config: Of `configs/prefinetune.py`.
-        pairs: What `write_pairs` wrote.
-        num_pairs: Their number.
-        batch_size: Examples of a step; None is the config's.
-        num_steps: Of training; None is the config's.
+    """Returns a pre-finetuning config that trains on the pairs of `write_pairs`.
 
     Raises:
-        ValueError: The config has hard negatives, or batches that no pairs fill.
+        ValueError: The config has hard negatives, or batches larger than the pairs.
     """
     if config.data.num_negatives:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Fusion: two ways to judge the candidates become one order (section 3.2).
+"""Fusion of the two judgements of the candidates into one order (section 3.2).
 
     R(q, p) = 1 / r_QL(q, p) + 1 / r_RC(q, p)          ranks from 1
 
-The positive is the candidate of the highest R, the hard negative that of the lowest.
+The positive is the candidate with the highest R, the hard negative the lowest.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How ranks become a triple.
+    """Settings of fusion and of the choice.
 
     Attributes:
-        k: Added to each rank; the paper has none.
-        likelihood_weight: Of 1 / r_QL; 0 leaves it out.
-        relevance_weight: Of 1 / r_RC; 0 leaves it out.
+        k: Constant added to each rank; 0 in the paper.
+        likelihood_weight: Weight of 1 / r_QL; 0 leaves it out.
+        relevance_weight: Weight of 1 / r_RC; 0 leaves it out.
         relevance: "log_prob" of the best label, or "log_odds" of the upper half of the
             grades against the lower.
         positive: "relabelled", or "seed" for the seed passage.
         negative: "lowest", "sampled" from the rest, or "none".
-        min_information: Least log p(q|p) - log p(q|generic passage) of the positive,
-            in nats; used where a generic passage was scored.
+        min_information: Least log p(q|positive) - log p(q|generic passage), in nats;
+            used if a generic passage is scored.
     """
 
     k: float
@@ -39,7 +39,7 @@ class Settings:
 
 
 def ranks(scores: Sequence[float]) -> Int[np.ndarray, " N"]:
-    """Returns ranks from 1; of equal scores, the earlier candidate is first."""
+    """Returns ranks from 1; of equal scores, the earlier candidate ranks first."""
     order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
     result = np.empty(len(order), np.int64)
     result[order] = np.arange(1, len(order) + 1)
@@ -49,13 +49,7 @@ def ranks(scores: Sequence[float]) -> Int[np.ndarray, " N"]:
 def relevance_score(
     log_probs: Sequence[float], grades: Sequence[int], kind: str
 ) -> float:
-    """Returns one number from the log-probabilities of the labels.
-
-    Args:
-        log_probs: One per label, in nats.
-        grades: One per label; the highest is the best.
-        kind: "log_prob" or "log_odds".
-    """
+    """Returns one score from the log-probabilities of the labels; see `Settings`."""
     if kind == "log_prob":
         return log_probs[int(np.argmax(grades))]
     middle = (max(grades) + min(grades)) / 2
@@ -64,19 +58,25 @@ def relevance_score(
     return _log_sum_exp(upper) - _log_sum_exp(lower)
 
 
+def _log_sum_exp(values: Sequence[float]) -> float:
+    highest = max(values)
+    return highest + math.log(sum(math.exp(value - highest) for value in values))
+
+
 def fuse(
     likelihood_ranks: Sequence[int] | Int[np.ndarray, " N"] | None,
     relevance_ranks: Sequence[int] | Int[np.ndarray, " N"] | None,
     settings: Settings,
 ) -> Float[np.ndarray, " N"]:
-    """Returns R of every candidate; ranks that are None have no part."""
-    parts = []
-    for found, weight in (
-        (likelihood_ranks, settings.likelihood_weight),
-        (relevance_ranks, settings.relevance_weight),
-    ):
-        if found is not None and weight:
-            parts.append(weight / (settings.k + np.asarray(found, np.float64)))
+    """Returns R of every candidate; None leaves a judgement out."""
+    parts = [
+        weight / (settings.k + np.asarray(judged, np.float64))
+        for judged, weight in (
+            (likelihood_ranks, settings.likelihood_weight),
+            (relevance_ranks, settings.relevance_weight),
+        )
+        if judged is not None and weight
+    ]
     if not parts:
         raise ValueError("fuse: both weights are 0; give one of them a weight above 0")
     return np.sum(parts, axis=0)
@@ -90,12 +90,8 @@ def choose(
 ) -> tuple[int, int | None]:
     """Returns the positions of the positive and of the hard negative.
 
-    Args:
-        fused: R of every candidate, in the order of retrieval, which settles ties: of
-            equal candidates the earlier is the positive, the later the negative.
-        seed_position: Where the seed stands.
-        settings: What to choose.
-        rng: Seeded by the row; draws a sampled negative.
+    `fused` is in the order of retrieval: of equal candidates, the earlier one is the
+    positive and the later the negative. `rng` draws a sampled negative.
     """
     positive = seed_position
     if settings.positive == "relabelled":
@@ -106,8 +102,3 @@ def choose(
     if settings.negative == "sampled":
         return positive, int(rng.choice(rest))
     return positive, min(rest, key=lambda position: (fused[position], -position))
-
-
-def _log_sum_exp(values: Sequence[float]) -> float:
-    highest = max(values)
-    return highest + math.log(sum(math.exp(value - highest) for value in values))

@@ -1,14 +1,13 @@
-"""The report: one static page that shows what a run made, to somebody who must decide.
+"""The report: one static page that shows what a run made and helps to judge it.
 
-Everything that a model or a passage wrote is escaped, and the page may load and run
-nothing: it is what it shows. Plots are drawn as SVG by `charts`.
+All text of models and passages is escaped, and the page cannot load or run anything.
+Charts are HTML and CSS.
 """
 
-import dataclasses
 import html
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,74 +15,48 @@ import numpy as np
 
 from gecko_jax.fret import fusion, pipeline, runs, stages
 from gecko_jax.io import writing
-from gecko_jax.llm import request_log
-from gecko_jax.plots import charts
 from gecko_jax.text import word_rule
 
 OUTPUT = "report.html"
 _PAPER_MOVED = 0.15  # section 4.3 of the paper
 _MAX_TASKS = 16
-_CUT = 420  # characters of a passage that are shown
+_MAX_CHARACTERS = 420  # of a passage
+_MAX_BINS = 15  # of a histogram
 
 
-@dataclasses.dataclass
-class Facts:
-    """What the page tells, gathered shard by shard.
-
-    Attributes:
-        rows: Triples.
-        moved: Those whose positive is not the seed.
-        ranks: Name of a histogram -> rank -> number of rows.
-        agreements: Kendall's tau of the two judges, row by row.
-        same_first: Rows whose best candidate is the same for both.
-        tasks: Task -> number of queries.
-        query_words: Of each query.
-        passage_words: Of each seed passage.
-        shown: Rows drawn at random, side by side.
-    """
-
-    rows: int
-    moved: int
-    ranks: dict[str, Counter[int]]
-    agreements: list[float]
-    same_first: int
-    tasks: Counter[str]
-    query_words: list[int]
-    passage_words: list[int]
-    shown: list[dict[str, Any]]
+# Records of generate, retrieve and fuse.
+_Row = tuple[stages.Record, stages.Record, stages.Record]
 
 
 def write(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, num_rows: int
 ) -> pathlib.Path:
-    """Writes the page of a run, finished or not.
-
-    Args:
-        config: That the run was made with.
-        workdir: Of the run.
-        num_rows: Random rows to show.
+    """Writes the page of a run, finished or not, with some random rows.
 
     Raises:
-        ValueError: Nothing is fused yet, or the settings are not those of the run.
+        ValueError: No shard is fused yet, or the settings are not those of the run.
     """
     if not (workdir / "passages").is_dir():
         raise ValueError(f"{workdir}: no run here; start one with `gecko fret run`")
-    source = runs.prepare(config, workdir, request_log.Budget(), runs.open_model)
+    source = runs.prepare(config, workdir)
     passes = runs.main_pipeline(source)
     for step in passes.steps:
         if step.stage.folder.is_dir():
             step.stage.begin()
-    facts = gather(passes, num_rows)
+    page = _render(passes, *_gather(passes, num_rows))
     path = workdir / OUTPUT
     with writing.write_file(path) as temporary:
-        temporary.write_text(render(passes, facts), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def gather(passes: pipeline.Pipeline, num_rows: int) -> Facts:
-    """Reads every finished shard."""
-    facts = Facts(0, 0, {}, [], 0, Counter(), [], [], [])
+def _gather(
+    passes: pipeline.Pipeline, num_rows: int
+) -> tuple[list[dict[str, Any]], list[_Row]]:
+    """Returns the facts about every triple, and some random rows."""
     source = passes.source
+    facts: list[dict[str, Any]] = []
+    shown: list[_Row] = []
     rng = np.random.default_rng(source.config.seed)
     finished = [s for s in range(len(passes.shards)) if passes.fuse.has(s)]
     if not finished:
@@ -94,241 +67,245 @@ def gather(passes: pipeline.Pipeline, num_rows: int) -> Facts:
         queries = stages.by_id(passes.generate.read(shard))
         retrieved = stages.by_id(passes.retrieve.read(shard))
         for record in stages.kept(passes.fuse.read(shard)):
-            query, found = queries[record["id"]], retrieved[record["id"]]
-            facts.rows += 1
-            facts.moved += record["moved"]
-            facts.tasks[query["task"]] += 1
-            facts.query_words.append(word_rule.count(word_rule.words(query["query"])))
-            seed = source.store.texts[record["id"]][1]
-            facts.passage_words.append(word_rule.count(word_rule.words(seed)))
-            _count_ranks(facts, record, found)
-            # Each row is as likely to be shown as any other.
-            row = {"record": record, "query": query, "found": found}
-            if len(facts.shown) < num_rows:
-                facts.shown.append(row)
+            row = queries[record["id"]], retrieved[record["id"]], record
+            facts.append(_measure(source, *row))
+            # Reservoir sampling: all rows are equally likely to be shown.
+            if len(shown) < num_rows:
+                shown.append(row)
             elif num_rows:
-                place = int(rng.integers(facts.rows))
+                place = int(rng.integers(len(facts)))
                 if place < num_rows:
-                    facts.shown[place] = row
+                    shown[place] = row
+    return facts, shown
+
+
+def _measure(
+    source: pipeline.Source,
+    query: stages.Record,
+    row: stages.Record,
+    record: stages.Record,
+) -> dict[str, Any]:
+    """Returns the facts about a triple; ranks have the names of their charts."""
+    first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
+    for values in (record["fused"], first, second):
+        if values is not None:
+            stages.of_candidates(values, row)
+    seed = stages.position(row, record["id"])
+    ranks = {"seed, by retrieval": row["seed_rank"] or len(row["candidates"]) + 1}
+    if first is not None:
+        ranks["seed, by QL"] = first[seed]
+    if second is not None:
+        ranks["seed, by RC"] = second[seed]
+    ranks["seed, fused"] = int(fusion.ranks(record["fused"])[seed])
+    for name in ("positive", "negative"):
+        if record[name] is not None:
+            rank = stages.position(row, record[name]) + 1
+            ranks[f"{name}, by retrieval"] = rank
+    facts = {
+        "moved": record["moved"],
+        "task": query["task"],
+        "query": _num_words(query["query"]),
+        "passage": _num_words(source.store.texts[record["id"]][1]),
+        "ranks": ranks,
+    }
+    if first is not None and second is not None:
+        facts["tau"] = kendall(first, second)
+        facts["same_first"] = np.argmin(first) == np.argmin(second)
     return facts
 
 
-def _count_ranks(facts: Facts, record: dict[str, Any], found: dict[str, Any]) -> None:
-    def count(name: str, rank: int) -> None:
-        facts.ranks.setdefault(name, Counter())[rank] += 1
-
-    candidates = found["candidates"]
-    seed = stages.position(found, record["id"])
-    for values in (record["fused"], *record["ranks"].values()):
-        if values is not None:
-            stages.of_candidates(values, found)
-    count("seed, by retrieval", found["seed_rank"] or len(candidates) + 1)
-    for name, title in (("likelihood", "QL"), ("relevance", "RC")):
-        if record["ranks"][name] is not None:
-            count(f"seed, by {title}", record["ranks"][name][seed])
-    count("seed, fused", int(fusion.ranks(record["fused"])[seed]))
-    count("positive, by retrieval", stages.position(found, record["positive"]) + 1)
-    if record["negative"] is not None:
-        count("negative, by retrieval", stages.position(found, record["negative"]) + 1)
-    first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
-    if first is not None and second is not None:
-        facts.agreements.append(kendall(first, second))
-        facts.same_first += _best(first) == _best(second)
-
-
-def _best(ranks: Sequence[int]) -> int:
-    return int(np.argmin(ranks))
+def _num_words(text: str) -> int:
+    return word_rule.count(word_rule.words(text))
 
 
 def kendall(first: Sequence[int], second: Sequence[int]) -> float:
-    """Returns the share of pairs in the same order less that of those in the other."""
+    """Returns Kendall's tau: the share of concordant less that of discordant pairs."""
     a, b = np.asarray(first), np.asarray(second)
     upper = np.triu_indices(len(a), 1)
     signs = np.sign(a[:, None] - a)[upper] * np.sign(b[:, None] - b)[upper]
     return float(signs.mean())
 
 
-def render(passes: pipeline.Pipeline, facts: Facts) -> str:
+def _render(
+    passes: pipeline.Pipeline, facts: Sequence[dict[str, Any]], shown: Sequence[_Row]
+) -> str:
     """Returns the page."""
-    source = passes.source
-    config = source.config
-    last = max((max(counter) for counter in facts.ranks.values()), default=1)
+    source, config = passes.source, passes.source.config
+    last = max((max(one["ranks"].values()) for one in facts), default=1)
+    names = dict.fromkeys(name for one in facts for name in one["ranks"])
+    charts = []
+    for name in names:
+        counts = Counter(one["ranks"].get(name) for one in facts)
+        values = {str(rank): counts[rank] for rank in range(1, last + 1)}
+        charts.append(_columns(values, f"rank of the {name}"))
+    lengths = [
+        _columns(_histogram([one[side] for one in facts]), f"words of a {title}")
+        for side, title in (("query", "query"), ("passage", "seed passage"))
+    ]
+    tasks = Counter(one["task"] for one in facts)
+    common = tasks.most_common(_MAX_TASKS)
+    if rest := tasks.total() - sum(count for _, count in common):
+        common.append((f"{len(tasks) - len(common):,} other tasks", rest))
     parts = [
         _PAGE_HEAD,
         f"<h1>FRet: {_escape(source.workdir.resolve().name)}</h1>",
-        f"<p class=lead>{facts.rows:,} triples, written and judged by "
+        f"<p class=lead>{len(facts):,} triples, written and judged by "
         f"<b>{_escape(source.model_facts['model'])}</b>, candidates by "
         f"<b>{_escape(config.retrieve.model or 'BM25')}</b>.</p>",
-        _tiles(facts, passes),
+        _tiles(facts, len(tasks), passes),
         "<h2>From passages to triples</h2>",
         _funnel(passes),
-        "<h2>Where the ranks lie</h2>",
+        "<h2>Ranks</h2>",
         "<p>The seed is the passage that the query was written for. A good retriever "
-        "and good judges put it near the top; where they do not, either another "
-        "passage answers the query better, or the judge errs. A seed that retrieval "
-        "did not find stands one place behind the last.</p>",
-        _figures(
-            charts.bars(
-                {str(rank): counter[rank] for rank in range(1, last + 1)},
-                f"rank of the {name}",
-            )
-            for name, counter in facts.ranks.items()
-            if sum(counter.values())
-        ),
+        "and good judges rank it near the top; otherwise either another passage "
+        "answers the query better, or the judge errs. A seed that retrieval did not "
+        "find counts as one place behind the last.</p>",
+        f"<div class=figures>{''.join(charts)}</div>",
         "<h2>Tasks and lengths</h2>",
-        charts.rows(_top(facts.tasks), "queries of each task"),
-        _figures(
-            [
-                charts.histogram(facts.query_words, "words of a query"),
-                charts.histogram(facts.passage_words, "words of a seed passage"),
-            ]
-        ),
-        "<h2>What it took</h2>",
+        _table(("task", "*queries"), [(name, f"{count:,}") for name, count in common]),
+        f"<div class=figures>{''.join(lengths)}</div>",
+        "<h2>Cost</h2>",
         _costs(passes),
-        f"<h2>{len(facts.shown)} random rows</h2>",
+        f"<h2>{len(shown)} random rows</h2>",
         "<p>Candidates in the order of retrieval. A filled mark is the choice: the "
-        "positive, and the hard negative. Move along the table to see all of it.</p>",
-        *(_row(source, row) for row in facts.shown),
+        "positive, and the hard negative. Scroll the table sideways to see all of "
+        "it.</p>",
+        *(_row(source, *records) for records in shown),
         "</main></body></html>\n",
     ]
     return "\n".join(parts)
 
 
-def _tiles(facts: Facts, passes: pipeline.Pipeline) -> str:
-    rows = max(facts.rows, 1)
-    tiles = [
-        (
-            f"{facts.moved / rows:.1%}",
-            "of positives are not the seed",
-            f"the paper's: about {_PAPER_MOVED:.0%}",
-        )
-    ]
-    if facts.agreements:
-        tiles.append(
-            (
-                f"{np.mean(facts.agreements):.2f}",
-                "agreement of QL and RC",
-                "Kendall's tau; 1 is the same order, 0 is chance",
-            )
-        )
-        tiles.append(
-            (
-                f"{facts.same_first / rows:.0%}",
-                "of rows have the same best candidate",
-                "for QL and for RC",
-            )
-        )
+def _tiles(
+    facts: Sequence[dict[str, Any]], num_tasks: int, passes: pipeline.Pipeline
+) -> str:
     seeds = sum(map(len, passes.shards))
-    tiles.append(
-        (f"{facts.rows / max(seeds, 1):.0%}", "of seeds became a triple", f"{seeds:,}")
+    rows = max(len(facts), 1)
+    share = sum(one["moved"] for one in facts) / rows
+    moved = f"the paper's: about {_PAPER_MOVED:.0%}"
+    tiles = [(f"{share:.1%}", "of positives are not the seed", moved)]
+    if taus := [one["tau"] for one in facts if "tau" in one]:
+        same = sum(one.get("same_first", False) for one in facts) / rows
+        note = "Kendall's tau; 1 is the same order, 0 is chance"
+        tiles += [
+            (f"{np.mean(taus):.2f}", "agreement of QL and RC", note),
+            (f"{same:.0%}", "of rows have the same best candidate", "for QL and RC"),
+        ]
+    tiles += [
+        (f"{len(facts) / max(seeds, 1):.0%}", "of seeds became a triple", f"{seeds:,}"),
+        (f"{num_tasks:,}", "different tasks", ""),
+    ]
+    cells = (
+        f"<div class=tile><b>{value}</b><span>{name}</span><small>{note}</small></div>"
+        for value, name, note in tiles
     )
-    tiles.append((f"{len(facts.tasks):,}", "different tasks", ""))
-    return (
-        "<div class=tiles>"
-        + "".join(
-            f"<div class=tile><b>{value}</b><span>{name}</span><small>{note}</small>"
-            "</div>"
-            for value, name, note in tiles
-        )
-        + "</div>"
-    )
+    return f"<div class=tiles>{''.join(cells)}</div>"
 
 
 def _funnel(passes: pipeline.Pipeline) -> str:
-    lines = []
-    for stage in (passes.source.stage, *(step.stage for step in passes.steps)):
-        done = stage.done()
+    rows = []
+    for stage, done in passes.done().items():
         if done is None:
-            lines.append(f"<tr><td>{stage.name}<td colspan=3><i>not finished</i>")
+            rows.append((stage, "", "", "not finished"))
         elif done["records"]:
-            why = ", ".join(
-                f"{count:,} {_escape(name)}"
-                for name, count in sorted(
-                    done["dropped"].items(), key=lambda item: -item[1]
-                )
-            )
-            lines.append(
-                f"<tr><td>{stage.name}<td class=n>{done['records']:,}"
-                f"<td class=n>{done['kept']:,}<td>{why}"
-            )
-    head = "<tr><th>stage<th class=n>records<th class=n>kept<th>dropped, by reason"
-    return f"<table>{head}{''.join(lines)}</table>"
+            dropped = sorted(done["dropped"].items(), key=lambda item: -item[1])
+            reasons = ", ".join(f"{count:,} {name}" for name, count in dropped)
+            counts = f"{done['records']:,}", f"{done['kept']:,}"
+            rows.append((stage, *counts, reasons))
+    return _table(("stage", "*records", "*kept", "dropped, by reason"), rows)
 
 
 def _costs(passes: pipeline.Pipeline) -> str:
     prices = runs.open_budget(passes.source.config)
-    lines, totals = [], np.zeros(3, np.int64)
-    for step in passes.steps:
-        done = step.stage.done()
-        usage = done["usage"] if done else {}
-        if not usage:
-            continue
-        numbers = [
-            usage.get(n, 0) for n in ("requests", "prompt_tokens", "completion_tokens")
-        ]
-        totals += numbers
-        lines.append(_cost_row(step.stage.name, numbers, prices))
-    lines.append(_cost_row("together", totals.tolist(), prices))
-    head = (
-        "<tr><th>stage<th class=n>requests<th class=n>tokens read"
-        "<th class=n>tokens written<th class=n>cost"
-    )
-    return f"<table>{head}{''.join(lines)}</table>"
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    usages = {
+        stage: [done["usage"].get(name, 0) for name in names]
+        for stage, done in passes.done().items()
+        if done and done["usage"]
+    }
+    usages["total"] = np.sum([*usages.values(), [0, 0, 0]], axis=0).tolist()
+    rows = [
+        (name, *(f"{n:,}" for n in numbers), f"{prices.price(*numbers[1:]):,.4f}")
+        for name, numbers in usages.items()
+    ]
+    head = ("stage", "*requests", "*prompt tokens", "*completion tokens", "*cost")
+    return _table(head, rows)
 
 
-def _cost_row(name: str, numbers: Sequence[int], prices: request_log.Budget) -> str:
-    cells = "".join(f"<td class=n>{number:,}" for number in numbers)
-    cost = prices.price(numbers[1], numbers[2])
-    return f"<tr><td>{name}{cells}<td class=n>{cost:,.4f}"
-
-
-def _row(source: pipeline.Source, row: dict[str, Any]) -> str:
-    record, query, found = row["record"], row["query"], row["found"]
+def _row(
+    source: pipeline.Source,
+    query: stages.Record,
+    row: stages.Record,
+    record: stages.Record,
+) -> str:
+    """Returns one row with its candidates."""
     lines = []
-    for place, number in enumerate(found["candidates"]):
-        marks = ""
-        if number == record["positive"]:
-            marks += "<span class=positive>positive</span>"
-        if number == record["negative"]:
-            marks += "<span class=negative>negative</span>"
-        if number == record["id"]:
-            marks += "<span class=seed>seed</span>"
-        cells = "".join(
-            f"<td class=n>{'–' if ranks is None else ranks[place]}"
-            for ranks in (record["ranks"]["likelihood"], record["ranks"]["relevance"])
+    judged = (record["ranks"]["likelihood"], record["ranks"]["relevance"])
+    for place, number in enumerate(row["candidates"]):
+        marks = "".join(
+            f"<span class={name}>{name}</span>"
+            for name, chosen in (
+                ("positive", record["positive"]),
+                ("negative", record["negative"]),
+                ("seed", record["id"]),
+            )
+            if number == chosen
         )
-        shown = _escape(_shorten(source.store.write(number)))
-        lines.append(
-            f"<tr><td class=n>{place + 1}{cells}"
-            f"<td class=n>{record['fused'][place]:.3f}<td>{marks}<td class=text>{shown}"
-        )
-    head = (
-        "<tr><th class=n>retrieval<th class=n>QL<th class=n>RC<th class=n>fused<th>"
-        "<th>passage"
-    )
+        ranks = ("–" if values is None else str(values[place]) for values in judged)
+        text = source.store.write(number)
+        if len(text) > _MAX_CHARACTERS:
+            text = f"{text[:_MAX_CHARACTERS].rsplit(' ', 1)[0]} …"
+        fused = f"{record['fused'][place]:.3f}"
+        lines.append((str(place + 1), *ranks, fused, _Markup(marks), text))
+    head = ("*retrieval", "*QL", "*RC", "*fused", "", "passage")
     moved = " · moved" if record["moved"] else ""
     return (
         f"<article><h3>{_escape(query['query'])}</h3><p class=note>"
         f"{_escape(query['task'])} · seed {record['id']} · prompt "
         f"{_escape(query['prompt'])}, examples {_escape(query['shots'])}{moved}</p>"
-        f"<div class=wide><table>{head}{''.join(lines)}</table></div></article>"
+        f"<div class=wide>{_table(head, lines)}</div></article>"
     )
 
 
-def _figures(drawn: Iterable[str]) -> str:
-    return f"<div class=figures>{''.join(drawn)}</div>"
+class _Markup(str):
+    """HTML that is not escaped again."""
 
 
-def _top(counter: Counter[str]) -> dict[str, int]:
-    """Returns the most frequent, and the rest as one."""
-    common = dict(counter.most_common(_MAX_TASKS))
-    rest = counter.total() - sum(common.values())
-    others = len(counter) - len(common)
-    return common | ({f"{others:,} other tasks": rest} if rest else {})
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table; a "*" before a heading marks a column of numbers."""
+    classes = ["class=n" if name.startswith("*") else "" for name in head]
+
+    def line(tag: str, cells: Iterable[str]) -> str:
+        return "<tr>" + "".join(
+            f"<{tag} {name}>{cell if isinstance(cell, _Markup) else _escape(cell)}"
+            for name, cell in zip(classes, cells, strict=True)
+        )
+
+    lines = [line("th", (name.removeprefix("*") for name in head))]
+    return f"<table>{''.join(lines + [line('td', row) for row in rows])}</table>"
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= _CUT else f"{text[:_CUT].rsplit(' ', 1)[0]} …"
+def _histogram(values: Sequence[int]) -> dict[str, int]:
+    """Counts values in bins of equal, whole width, named by their first value."""
+    low, high = min(values, default=0), max(values, default=0)
+    step = -(-(high - low + 1) // _MAX_BINS)
+    edges = np.arange(low, high + step + 1, step)
+    counts, _ = np.histogram(values, edges)
+    return dict(zip(map(str, edges), counts.tolist(), strict=False))
+
+
+def _columns(values: Mapping[str, int], caption: str) -> str:
+    """Returns a column chart."""
+    highest = max(*values.values(), 1)
+    columns = "".join(
+        f'<span title="{name}: {count:,}"><i style="height:{count / highest:.1%}"></i>'
+        f"<small>{name}</small></span>"
+        for name, count in values.items()
+    )
+    return (
+        f"<figure><small>{highest:,}</small><div class=columns>{columns}</div>"
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _escape(text: Any) -> str:
@@ -359,16 +336,21 @@ p { max-width: 46rem; margin: .3rem 0 .8rem; }
 .tile { padding: .9rem 1rem; display: flex; flex-direction: column; }
 .tile b { font-size: 1.6rem; color: #135457; }
 figure { margin: 0; padding: .8rem 1rem; }
-figure svg { width: 100%; height: auto; display: block; }
+.columns { display: flex; height: 8rem; gap: .2rem; border-top: 1px solid #e4e8ec; }
+.columns span { flex: 1; min-width: 0; display: grid; grid-template-rows: 1fr auto;
+  text-align: center; }
+.columns i { align-self: end; background: #3fa796; }
+.columns small { font-size: .7rem; overflow: hidden; }
 article { padding: 1rem 1.2rem; margin: 0 0 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 article table { border: 0; }
 .wide { overflow-x: auto; }
+.wide td:last-child { min-width: 24rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .7rem;
   border-bottom: 1px solid #eef1f3; }
+td:last-child { overflow-wrap: anywhere; }
 th { color: #61707d; font-weight: 600; font-size: .8rem; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.text { min-width: 24rem; overflow-wrap: anywhere; }
 .positive, .negative, .seed { border-radius: 3px; padding: .05rem .4rem;
   margin: 0 .2rem .2rem 0; font-size: .78rem; display: inline-block; }
 .positive { background: #1f7a73; color: #fff; }

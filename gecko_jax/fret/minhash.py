@@ -1,13 +1,13 @@
-"""MinHash: texts that are nearly the same, found without comparing every two.
+"""MinHash, which finds near-duplicate texts without comparing all pairs.
 
-The *resemblance* of two texts is the share of their runs of `SHINGLE_WORDS` words that
-both have. A signature holds, for each of `SIZE` hash functions, the smallest value over
-a text's runs; the share of equal entries estimates the resemblance with a standard
-error of at most 1 / (2 sqrt(SIZE)). Texts that agree in a whole band of entries are
-compared, which misses hardly any pair above 0.75.
+The *resemblance* of two texts is the Jaccard similarity of their sets of shingles, runs
+of `SHINGLE_WORDS` words. A signature holds, for each of `SIZE` hash functions, the
+smallest hash of a text's shingles. The share of equal entries estimates the resemblance
+with a standard error of at most 1 / (2 sqrt(SIZE)). Only texts that agree in a whole
+band of entries are compared, which misses hardly any pair above 0.75.
 
-Our own hundred lines rather than a library's: signatures must stay the same from one
-version to the next, for what is dropped decides every later record.
+This is not a library's MinHash because signatures must never change between versions:
+which passages are dropped decides all later records.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ _FACTORS = _rng.integers(1, 1 << 32, SIZE, dtype=np.uint64)
 _OFFSETS = _rng.integers(0, 1 << 32, SIZE, dtype=np.uint64)
 
 
-def shingles(tokens: list[str], length: int) -> UInt64[np.ndarray, " S"]:
-    """Returns the hashes of all runs of `length` words; a shorter text is one run."""
-    count = max(len(tokens) - length + 1, 1)
-    runs = {" ".join(tokens[begin : begin + length]) for begin in range(count)}
+def shingles(words: list[str]) -> UInt64[np.ndarray, " S"]:
+    """Returns the hashes of a text's shingles; a shorter text is one shingle."""
+    count = max(len(words) - SHINGLE_WORDS + 1, 1)
+    runs = {" ".join(words[begin : begin + SHINGLE_WORDS]) for begin in range(count)}
     digests = b"".join(
         hashlib.blake2b(run.encode(), digest_size=8).digest() for run in sorted(runs)
     )
@@ -37,7 +37,7 @@ def shingles(tokens: list[str], length: int) -> UInt64[np.ndarray, " S"]:
 
 
 def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
-    """Returns the smallest value of each hash function over the runs."""
+    """Returns the smallest value of each hash function over the shingles."""
     low = hashes & np.uint64(0xFFFFFFFF)
     # Multiply and shift, modulo 2^64: the high half is the hash.
     mixed = low[:, None] * _FACTORS[None, :] * np.uint64(0x9E3779B97F4A7C15)
@@ -48,8 +48,8 @@ def signature(hashes: UInt64[np.ndarray, " S"]) -> UInt32[np.ndarray, " H"]:
 
 
 def text_signature(text: str) -> UInt32[np.ndarray, " H"]:
-    """Returns the signature of a text's runs of words."""
-    return signature(shingles(word_rule.words(text), SHINGLE_WORDS))
+    """Returns the signature of a text."""
+    return signature(shingles(word_rule.words(text)))
 
 
 def resemblance(
@@ -60,26 +60,22 @@ def resemblance(
 
 
 def bands(entries: UInt32[np.ndarray, " H"]) -> list[bytes]:
-    """Returns the keys of a signature: texts that share none are not compared."""
+    """Returns the keys of a signature; texts that share no key are not compared."""
     rows = entries.reshape(_BANDS, _ROWS)
     return [bytes([band]) + rows[band].tobytes() for band in range(_BANDS)]
 
 
 class NearDuplicates:
-    """The signatures seen so far."""
+    """An index of signatures."""
 
     def __init__(self, threshold: float):
-        """Starts empty.
-
-        Args:
-            threshold: Resemblance, in (0, 1], from which two texts count as the same.
-        """
+        """Starts empty; duplicates have at least the resemblance `threshold`."""
         self._threshold = threshold
         self._signatures: list[UInt32[np.ndarray, " H"]] = []
         self._bands: dict[bytes, list[int]] = {}
 
-    def find(self, text: str) -> int | None:
-        """Returns the number of an added text that resembles this one, or None."""
+    def add(self, text: str) -> int | None:
+        """Returns the number of a text that resembles this one, or adds this one."""
         seen: set[int] = set()
         entries = text_signature(text)
         for key in bands(entries):
@@ -89,13 +85,7 @@ class NearDuplicates:
                     same = resemblance(self._signatures[number], entries)
                     if same >= self._threshold:
                         return number
-        return None
-
-    def add(self, text: str) -> int:
-        """Adds a text and returns its number."""
-        entries = text_signature(text)
-        number = len(self._signatures)
-        self._signatures.append(entries)
         for key in bands(entries):
-            self._bands.setdefault(key, []).append(number)
-        return number
+            self._bands.setdefault(key, []).append(len(self._signatures))
+        self._signatures.append(entries)
+        return None

@@ -1,11 +1,11 @@
-"""Passages: read, cleaned, each kept once, and none of an evaluation set.
+"""Passages: reads and cleans them, and drops duplicates and texts of evaluation sets.
 
     {"_id": "d1", "title": "Lizards", "text": "Geckos ...", "licence": "CC0-1.0"}
  -> {"id": 0, "source": "corpus.jsonl", "source_id": "d1", "title": "Lizards",
      "text": "Geckos ...", "licence": "CC0-1.0"}
 
 A passage that breaks a rule is counted under its reason; a file that cannot be read is
-an error. Texts of evaluation sets are known as `gecko_jax.text.overlap` says.
+an error. `gecko_jax.text.overlap` defines what counts as a text of an evaluation set.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ _KEPT_FIELDS = ("licence", "license", "src", "url")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a passage must be.
+    """Limits of a passage.
 
     Attributes:
         min_words: Fewest words.
         max_characters: Most characters.
-        near_duplicate: Resemblance from which two passages count as the same; 0 keeps
-            all that differ at all.
+        near_duplicate: Least resemblance of near duplicates, in (0, 1]; 0 drops only
+            equal texts.
         limit: Most passages kept; 0 for all.
     """
 
@@ -45,39 +45,34 @@ class Rules:
 def read(
     paths: Sequence[str | os.PathLike], rules: Rules, known: overlap.Contamination
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Returns the passages that are kept, numbered, and the others by reason.
+    """Returns the kept passages, numbered, and the counts of the others by reason.
 
-    Args:
-        paths: JSON lines or `.txt` files, see `files.read_texts`; of a file of pairs
-            the field `positive` or `passage` is the text.
-        rules: What a passage must be.
-        known: What it must not be.
+    Files are JSON lines or `.txt`, see `text_files.read_texts_or_records`. In a file of
+    pairs, the field `positive` or `passage` is the text.
 
     Raises:
-        ValueError: A file is missing or is not what its name says; no passage is left.
+        ValueError: A file is missing or malformed, or no passage is left.
     """
     dropped: Counter[str] = Counter()
     kept: list[dict[str, Any]] = []
     seen: set[tuple[int, int]] = set()
     near = minhash.NearDuplicates(rules.near_duplicate or 1.0)
-    lines = itertools.chain.from_iterable(map(read_file, paths))
-    for record in progress.track(lines, "Reading passages"):
+    records = itertools.chain.from_iterable(map(read_file, paths))
+    for record in progress.track(records, "Reading passages"):
         if rules.limit and len(kept) == rules.limit:
             break
         reason = clean(record, rules, known)
         if reason is None:
-            # A text under another title would be a doubtful negative.
+            # Titles are ignored: an equal text would be a doubtful negative.
             content = text_formats.content_id(record["text"])
             if content in seen:
                 reason = "duplicate"
-            elif rules.near_duplicate and near.find(record["text"]) is not None:
+            elif rules.near_duplicate and near.add(record["text"]) is not None:
                 reason = "near_duplicate"
             seen.add(content)
         if reason is not None:
             dropped[reason] += 1
             continue
-        if rules.near_duplicate:
-            near.add(record["text"])
         kept.append({"id": len(kept), **record})
     if not kept:
         raise none_left(paths, dropped)
@@ -87,20 +82,20 @@ def read(
 def none_left(
     paths: Sequence[str | os.PathLike], dropped: Mapping[str, int]
 ) -> ValueError:
-    """Returns the error of files that gave nothing."""
-    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    named = ", ".join(str(path) for path in paths) or "passages.files=()"
+    """Returns the error for files of which no passage is kept."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    names = ", ".join(map(str, paths)) or "passages.files=()"
     return ValueError(
-        f"{named}: no passage is left ({told or 'there was none'}); give files "
+        f"{names}: no passage is left ({reasons or 'there was none'}); give files "
         "with passages, or relax the rules under passages"
     )
 
 
 def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Yields the passages of a file as they are, with what is known of them.
+    """Yields the passages of a file, with their source and licence.
 
     Raises:
-        ValueError: The file cannot be read, or an id is none or comes twice.
+        ValueError: The file cannot be read, or an id is invalid or repeated.
     """
     name = wording.file_name(pathlib.Path(path).name)
     ids = inputs.UniqueIds()
@@ -109,22 +104,22 @@ def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         if identity:
             ids.add(place, identity)
         known = {"source": name, "source_id": identity or place.rpartition(":")[2]}
-        for kept in _KEPT_FIELDS:
-            if isinstance(record.get(kept), str):
-                known[kept] = record[kept]
+        for field in _KEPT_FIELDS:
+            if isinstance(record.get(field), str):
+                known[field] = record[field]
         inputs.check_characters(place, known)
         title = record.get("title")
-        given = (record.get(field) for field in ("text", "positive", "passage"))
-        body = next((value for value in given if value is not None), None)
+        values = (record.get(field) for field in ("text", "positive", "passage"))
+        body = next((value for value in values if value is not None), None)
         yield {**known, "title": "" if title is None else title, "text": body}
 
 
 def clean(
     record: dict[str, Any], rules: Rules, known: overlap.Contamination
 ) -> str | None:
-    """Cleans title and text in place; returns why the passage is not kept.
+    """Cleans title and text in place; returns why the passage is dropped, or None.
 
-    Whether another is the same is for others to say.
+    Duplicates are left to the caller.
     """
     title, body = record["title"], record["text"]
     if not isinstance(body, str):
@@ -147,12 +142,11 @@ def clean(
 
 
 def _is_binary(content: str) -> bool:
-    """Whether more than a few characters are none that text is made of."""
+    """Whether over 2% of the characters do not belong in text."""
     categories = Counter(
         unicodedata.category(c) for c in content if c not in "\t\n\r\f"
     )
-    # Half of a surrogate pair is no character and cannot be written.
-    if "\x00" in content or categories["Cs"]:
+    if "\x00" in content or categories["Cs"]:  # A lone surrogate cannot be written.
         return True
     strange = categories["Cc"] + categories["Co"] + categories["Cn"]
     return 50 * (strange + content.count("\ufffd")) > len(content)

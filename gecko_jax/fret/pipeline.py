@@ -1,12 +1,13 @@
-"""The pipeline: which stages there are, what decides each, and how a shard is made.
+"""The pipeline: its stages, what decides their content, and how a shard is made.
 
 A `Pipeline` is one pass over a list of seed passages: all of them in `gecko fret run`,
-those held out in `gecko fret calibrate`. Shard s of a stage needs shard s of the stages
-before it, and retrieval all vectors; so workers that share the folder take whatever
-shard is ready and nobody else holds.
+the held-out ones in `gecko fret calibrate`. Shard s of a stage needs shard s of the
+stages before it, and retrieval needs all embeddings. Workers that share the folder take
+any shard that is ready and not locked.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -22,7 +23,7 @@ from gecko_jax.io import progress, writing
 from gecko_jax.llm import protocol, request_log
 from gecko_jax.text import overlap
 
-# Raised whenever what a stage writes for the same input changes.
+# Raised whenever the records that a stage writes for equal inputs change.
 CODE_VERSION = {
     "passages": 2,
     "generate": 2,
@@ -33,31 +34,38 @@ CODE_VERSION = {
     "fuse": 1,
 }
 _LLM_STAGES = ("generate", "likelihood", "relevance")
-# Between two looks at shards that another worker holds.
+# Pause before looking again at shards that another worker holds.
 _WAIT_SECONDS = 0.2
 
 
 @dataclasses.dataclass
 class Step:
-    """A stage within a pipeline.
+    """A stage of a pipeline.
 
     Attributes:
-        stage: Its folder.
-        make: Returns the records of a shard; None for a stage of arrays.
-        needs: Stages whose shard of the same number comes first.
-        needs_all: A stage of which every shard comes first.
+        stage: Folder of the stage.
+        make: Returns the records of a shard; None if it writes an array itself.
+        count: Number of shards.
+        needs: Stages whose shard of the same number must exist.
+        needs_all: Step whose shards must all exist.
     """
 
     stage: records.Stage
     make: Callable[[int], list[stages.Record] | None]
+    count: int
     needs: tuple[records.Stage, ...] = ()
-    needs_all: records.Stage | None = None
+    needs_all: "Step | None" = None
+
+    def missing(self, worker: tuple[int, int] = (0, 1)) -> list[int]:
+        """Returns the unfinished shards of worker i of n."""
+        shards = range(worker[0], self.count, worker[1])
+        return [shard for shard in shards if not self.stage.has(shard)]
 
 
 class Source:
-    """What every pipeline of a run shares: passages, prompts, model, retriever.
+    """What all pipelines of a run share: passages, prompts, model, retriever.
 
-    A context manager, which lets go of the model.
+    A context manager that closes the model.
     """
 
     def __init__(
@@ -67,9 +75,9 @@ class Source:
         stage: records.Stage,
         contamination: overlap.Contamination,
         model_facts: dict[str, Any],
-        connect: Callable[[], protocol.CachedModel],
+        connect: Callable[[], protocol.LanguageModel],
     ):
-        """Reads the finished passages; the model is asked for when it is needed."""
+        """Reads the finished passages; the model is opened at its first use."""
         self.config = config
         self.workdir = workdir
         self.stage = stage
@@ -77,19 +85,16 @@ class Source:
         self.prompts = settings.Prompts(config)
         self.model_facts = model_facts
         self._connect = connect
-        self._model: protocol.CachedModel | None = None
-        self._gecko: Any = None
-        self._retriever: ranking.Retriever | None = None
         done = stage.done()
         assert done is not None
         self.num_shards = done["shards"]
-        found = [record for s in range(self.num_shards) for record in stage.read(s)]
-        if [record["id"] for record in found] != list(range(len(found))):
+        passages = [record for s in range(self.num_shards) for record in stage.read(s)]
+        if [record["id"] for record in passages] != list(range(len(passages))):
             raise ValueError(
                 f"{stage.folder}: its passages are not numbered from 0 on; a shard was "
                 "changed: restore it, or begin again in another workdir"
             )
-        self.store = stages.Passages(found)
+        self.store = stages.Passages(passages)
         self.embed: records.Stage | None = None
         if config.retrieve.model:
             facts = {
@@ -104,47 +109,41 @@ class Source:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._model is not None:
-            self._model.close()
+        if "model" in vars(self):
+            self.model.close()
 
-    @property
-    def model(self) -> protocol.CachedModel:
-        """The language model, connected and checked at the first use."""
-        if self._model is None:
-            self._model = self._connect()
-        return self._model
+    @functools.cached_property
+    def model(self) -> protocol.LanguageModel:
+        """The language model, opened and checked at the first use."""
+        return self._connect()
 
-    @property
+    @functools.cached_property
     def gecko(self) -> Any:
-        """The initial embedding model."""
-        if self._gecko is None:
-            from gecko_jax.inference import embedding
+        """The embedding model of retrieval."""
+        from gecko_jax.inference import embedding
 
-            self._gecko = embedding.load(self.config.retrieve.model)
-        return self._gecko
+        return embedding.load(self.config.retrieve.model)
 
-    @property
+    @functools.cached_property
     def retriever(self) -> ranking.Retriever:
-        """Finds the candidates; built at the first use."""
-        if self._retriever is None:
-            if self.embed is None:
-                self._retriever = ranking.Bm25Retriever(self.store.texts)
-            else:
-                paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
-                self._retriever = retrieval.GeckoRetriever(
-                    self.gecko, retrieval.read_vectors(paths)
-                )
-        return self._retriever
+        """The retriever, built at the first use."""
+        if self.embed is None:
+            return ranking.Bm25Retriever(self.store.texts)
+        paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
+        return retrieval.GeckoRetriever(self.gecko, retrieval.read_vectors(paths))
 
-    def make_vectors(self, shard: int) -> None:
-        """Embeds the passages of a shard."""
-        assert self.embed is not None
-        rows = self.config.passages.shard_rows
-        retrieval.write_vectors(
-            self.embed.shard_path(shard),
-            self.gecko,
-            self.store.texts[shard * rows : (shard + 1) * rows],
-            self.config.retrieve.dim,
+    def generate(self, seeds: Sequence[int]) -> list[stages.Record]:
+        """Generates a query for each of these seed passages."""
+        return stages.generate(
+            seeds,
+            self.store,
+            self.model,
+            self.prompts.generate,
+            settings.query_rules(self.config),
+            settings.sampling(self.config, self.prompts.generate),
+            self.contamination,
+            shots=self.config.generate.shots,
+            seed=self.config.seed,
         )
 
 
@@ -153,7 +152,7 @@ class Pipeline:
 
     Attributes:
         source: What all pipelines share.
-        shards: The seed passages of each shard.
+        shards: Seed passages of each shard.
         steps: The stages, in order.
         has_likelihood: Whether candidates are scored by QL.
         has_relevance: Whether candidates are scored by RC.
@@ -168,14 +167,10 @@ class Pipeline:
         *,
         scores_all: bool = False,
     ):
-        """Describes the stages; nothing is read or written yet.
+        """Describes the stages in a folder of the workdir; reads and writes nothing.
 
-        Args:
-            source: What all pipelines share.
-            shards: The seed passages of each shard.
-            folder: Within the workdir; "" for the workdir itself.
-            facts: Which seeds they are; part of the first stage's facts.
-            scores_all: Scores by QL and RC even where one has no weight.
+        `facts` identify the seeds and are part of the first stage's facts. `scores_all`
+        scores by QL and RC even without a weight.
         """
         self.source = source
         self.shards = shards
@@ -186,7 +181,6 @@ class Pipeline:
         )
         self.has_relevance = bool(config.fuse.relevance_weight) or scores_all
         sampling = settings.sampling(config, prompts.generate)
-        rules = settings.query_rules(config)
         self.generate = self._stage(
             "generate",
             passages=source.stage.hash,
@@ -194,7 +188,7 @@ class Pipeline:
             prompt=prompts.generate.facts,
             model=source.model_facts,
             sampling=dataclasses.asdict(sampling),
-            rules=dataclasses.asdict(rules),
+            rules=dataclasses.asdict(settings.query_rules(config)),
             shots=config.generate.shots,
             seed=config.seed,
             **facts,
@@ -227,42 +221,49 @@ class Pipeline:
             settings=dataclasses.asdict(settings.fusion_settings(config)),
             seed=config.seed,
         )
-        self.steps = [Step(self.generate, self._generate)]
+        count, embed = len(shards), None
+        self.steps = [Step(self.generate, lambda s: source.generate(shards[s]), count)]
         if source.embed:
-            self.steps.append(Step(source.embed, source.make_vectors))
+            embed = Step(source.embed, self._embed, source.num_shards)
+            self.steps.append(embed)
         self.steps.append(
-            Step(self.retrieve, self._retrieve, (self.generate,), source.embed)
+            Step(self.retrieve, self._retrieve, count, (self.generate,), embed)
         )
         if self.has_likelihood:
-            self.steps.append(Step(self.likelihood, self._likelihood, (self.retrieve,)))
+            self.steps.append(
+                Step(self.likelihood, self._likelihood, count, (self.retrieve,))
+            )
         if self.has_relevance:
-            self.steps.append(Step(self.relevance, self._relevance, (before,)))
-        self.steps.append(Step(self.fuse, self._fuse, (self.retrieve, *judged)))
+            self.steps.append(Step(self.relevance, self._relevance, count, (before,)))
+        needs = (self.retrieve, *judged)
+        self.steps.append(Step(self.fuse, self._fuse, count, needs))
+
+    def done(self) -> dict[str, dict[str, Any] | None]:
+        """Returns `records.Stage.done` of every stage, by name."""
+        steps = [self.source.stage, *(step.stage for step in self.steps)]
+        return {stage.name: stage.done() for stage in steps}
 
     def run(self, until: str = "fuse", worker: tuple[int, int] = (0, 1)) -> None:
-        """Makes every shard that is missing, up to a stage.
+        """Makes every missing shard, up to a stage.
 
         Args:
             until: Name of the last stage.
             worker: (i, n) makes every n-th shard from the i-th on, and waits for the
-                others only where a stage needs all of theirs; (0, 1) makes all that
-                nobody else is making.
+                others only where a stage needs all of their shards; (0, 1) makes all
+                shards that are not locked.
 
         Raises:
             ValueError: A stage was begun with other settings, or the model fails too
                 often.
-            requests.BudgetError: The limit is reached; finished shards stay.
+            request_log.BudgetError: The limit is reached; finished shards stay.
         """
         names = [step.stage.name for step in self.steps]
         steps = self.steps[: names.index(until) + 1]
         for step in steps:
             step.stage.compare()
-            step.stage.done()  # Raises where a shard was changed or lost since.
-        # A model that cannot answer must not decide what the folders are made with.
-        if any(
-            step.stage.name in _LLM_STAGES and not self._has_all(step, worker)
-            for step in steps
-        ):
+            step.stage.done()  # Raises if a shard was changed or lost since.
+        # A model that does not open must not leave its facts in the folders.
+        if any(s.stage.name in _LLM_STAGES and s.missing(worker) for s in steps):
             _ = self.source.model
         for step in steps:
             step.stage.begin()
@@ -270,42 +271,28 @@ class Pipeline:
             with writing.write_file(self.source.workdir / "config.json") as temporary:
                 temporary.write_text(gecko_jax.config.to_json(self.source.config))
         while True:
-            moved = False
-            for step in steps:
-                moved |= self._run_step(step, worker)
-            if not self._is_missing(steps, worker):
+            moved = [self._run_step(step, worker) for step in steps]
+            if not any(step.missing(worker) for step in steps):
                 break
-            if not moved:
-                time.sleep(_WAIT_SECONDS)  # Others hold what is left, or come first.
-        if self._is_missing(steps, (0, 1)):
+            if not any(moved):
+                time.sleep(_WAIT_SECONDS)
+        if any(step.missing() for step in steps):
             return
         for step in steps:
             if step.stage.done() is None:
-                step.stage.finish(len(self._numbers(step, (0, 1))))
-
-    def _is_missing(self, steps: Sequence[Step], worker: tuple[int, int]) -> bool:
-        return not all(self._has_all(step, worker) for step in steps)
-
-    def _has_all(self, step: Step, worker: tuple[int, int]) -> bool:
-        return all(map(step.stage.has, self._numbers(step, worker)))
-
-    def _numbers(self, step: Step, worker: tuple[int, int]) -> range:
-        is_embed = step.stage is self.source.embed
-        count = self.source.num_shards if is_embed else len(self.shards)
-        return range(worker[0], count, worker[1])
+                step.stage.finish(step.count)
 
     def _run_step(self, step: Step, worker: tuple[int, int]) -> bool:
-        """Makes the shards of a stage that are ready; returns whether there was one."""
-        numbers = self._numbers(step, worker)
-        waiting = [shard for shard in numbers if not step.stage.has(shard)]
-        if not waiting or not self._is_ready(step):
+        """Makes the shards of a stage that are ready; returns whether any was."""
+        missing = step.missing(worker)
+        if not missing or (step.needs_all and step.needs_all.missing()):
             return False
         moved = False
         title = step.stage.folder.relative_to(self.source.workdir).as_posix()
-        finished = len(numbers) - len(waiting)
-        bar = progress.Progress(title, len(numbers), finished)
-        with bar:
-            for shard in waiting:
+        total = len(range(worker[0], step.count, worker[1]))
+        finished = total - len(missing)
+        with progress.Progress(title, total, finished) as bar:
+            for shard in missing:
                 if not all(stage.has(shard) for stage in step.needs):
                     continue
                 lock = f"{title.replace('/', '-')}-{shard:05}.lock"
@@ -315,39 +302,34 @@ class Pipeline:
                         self._make(step, shard)
                         moved = True
                     if got:
-                        # Gone where another had opened it before we were done.
+                        # Another worker may have removed the file before.
                         path.unlink(missing_ok=True)
                 finished += 1
                 bar.update(finished)
         return moved
 
-    def _is_ready(self, step: Step) -> bool:
-        stage = step.needs_all
-        return stage is None or all(map(stage.has, range(self.source.num_shards)))
-
     def _make(self, step: Step, shard: int) -> None:
         name = step.stage.name
-        if name not in _LLM_STAGES:
-            made = step.make(shard)
-        else:
+        if name in _LLM_STAGES:
             root = self.source.workdir / request_log.FOLDER / self._folder / name
-            model = self.source.model
             with request_log.RequestLog(root / f"shard-{shard:05}.jsonl") as log:
-                model.log = log
-                made = step.make(shard)
-        if made is None:
+                self.source.model.log = log
+                rows = step.make(shard)
+        else:
+            rows = step.make(shard)
+        if rows is None:
             return
-        errors = [record for record in made if stages.is_error(record)]
+        errors = [row for row in rows if stages.is_error(row)]
         rate = self.source.config.run.max_error_rate
-        if len(errors) > math.ceil(rate * len(made)):
+        if len(errors) > math.ceil(rate * len(rows)):
             detail = errors[0].get("detail", "")
             raise ValueError(
-                f"{step.stage.folder}, shard {shard}: {len(errors)} of {len(made)} "
-                f"rows had no answer, such as {errors[0][records.DROPPED]} ({detail}); "
-                f"more than run.max_error_rate={rate}. Answers are kept: mend the "
+                f"{step.stage.folder}, shard {shard}: {len(errors)} of {len(rows)} "
+                f"rows had no answer: {errors[0][records.DROPPED]} ({detail}); "
+                f"more than run.max_error_rate={rate}. Answers are kept: repair the "
                 "server and run the same command again"
             )
-        step.stage.write(shard, made)
+        step.stage.write(shard, rows)
 
     def _stage(self, name: str, **facts: Any) -> records.Stage:
         return records.Stage(
@@ -358,18 +340,14 @@ class Pipeline:
             num_passages=len(self.source.store),
         )
 
-    def _generate(self, shard: int) -> list[stages.Record]:
-        source, config = self.source, self.source.config
-        return stages.generate(
-            self.shards[shard],
-            source.store,
-            source.model,
-            source.prompts.generate,
-            settings.query_rules(config),
-            settings.sampling(config, source.prompts.generate),
-            source.contamination,
-            shots=config.generate.shots,
-            seed=config.seed,
+    def _embed(self, shard: int) -> None:
+        assert self.source.embed is not None
+        rows = self.source.config.passages.shard_rows
+        retrieval.write_vectors(
+            self.source.embed.shard_path(shard),
+            self.source.gecko,
+            self.source.store.texts[shard * rows : (shard + 1) * rows],
+            self.source.config.retrieve.dim,
         )
 
     def _retrieve(self, shard: int) -> list[stages.Record]:
@@ -389,7 +367,7 @@ class Pipeline:
 
     def _relevance(self, shard: int) -> list[stages.Record]:
         rows = stages.kept(self.retrieve.read(shard))
-        if self.has_likelihood:  # What has no likelihood is not paid for again.
+        if self.has_likelihood:  # Rows without a likelihood are dropped anyway.
             scored = stages.by_id(self.likelihood.read(shard))
             rows = [row for row in rows if row["id"] in scored]
         return stages.relevance(

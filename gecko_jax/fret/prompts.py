@@ -1,20 +1,19 @@
-r"""Prompts: versioned files with strict templates, and texts that cannot forge them.
+r"""Prompt files: versioned templates that untrusted texts cannot forge.
 
-A prompt file is TOML: an instruction, the form of an example, and examples.
+A prompt file is TOML with an instruction, a template of an example, and examples:
 
     version = 1
     kind = "generate"
     markers = ["Passage:", "Task:", "Query:"]
     instruction = "Read the passage ..."
     example = "Passage: {passage}\nTask: {task}\nQuery: {query}"
-    answer = "Task:"                the last example ends where this begins
+    answer = "Task:"                where the last example ends
     [[examples]]
     passage = "..."
 
-A rendered prompt is the instruction, some examples and the open one, a blank line
-between. Texts are made one line, and the markers of the template and the special
-tokens of chat templates are broken up in them: a line that begins with a marker is
-ours.
+A rendered prompt is the instruction, some examples and the open example, separated by
+blank lines. Texts are put on one line, and the markers of the template and the special
+tokens of chat templates are broken up in them.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ import os
 import pathlib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from gecko_jax.text import text_formats
 
 FOLDER = pathlib.Path(__file__).parent / "prompt_files"
 
-# What an example must hold besides its answer, and what the answer is made of.
+# Kind -> fields of an example before and in the answer.
 _FIELDS = {
     "generate": ({"passage"}, {"task", "query"}),
     "generate_for_task": ({"passage", "task"}, {"query"}),
@@ -40,7 +39,7 @@ _FIELDS = {
     "relevance": ({"passage", "query"}, {"label"}),
 }
 _SEPARATOR = "\n\n"
-# The special tokens of chat templates, which servers read in prompts as such.
+# Special tokens of chat templates, which servers interpret in prompts.
 _SPECIAL = re.compile(
     r"<(?=[|｜])|<(?=<?/?(?:s|bos|eos|pad|unk|mask|unused\d+|SYS|"
     r"(?:start|end)_of_(?:turn|image))>)|"
@@ -56,16 +55,16 @@ class Prompt:
     """A prompt file.
 
     Attributes:
-        name: Of the file, without its ending.
-        version: Written beside every record.
-        sha256: Of the file's bytes.
+        name: Name of the file without its suffix.
+        version: Version, recorded with every row.
+        sha256: Checksum of the file.
         kind: "generate", "generate_for_task", "likelihood" or "relevance".
-        instruction: The first paragraph; may be empty.
+        instruction: First paragraph; may be empty.
         example: Template of an example.
-        answer: Marker whose line the model continues.
-        markers: Strings that no text may hold.
-        examples: Values of the template's fields.
-        labels: Of relevance: label -> grade, best first.
+        answer: Marker after which the model continues.
+        markers: Strings that are broken up in texts.
+        examples: Field values of the examples.
+        labels: Relevance only: label -> grade, best first.
     """
 
     name: str
@@ -81,57 +80,50 @@ class Prompt:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Names the prompt in hashes and records."""
+        """What identifies the prompt in hashes and records."""
         return {"name": self.name, "version": self.version, "sha256": self.sha256}
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The task descriptions of the examples, each once."""
+        """The distinct task descriptions of the examples."""
         return tuple(dict.fromkeys(e["task"] for e in self.examples if "task" in e))
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Strings that end an answer: its line, or what begins a next example."""
+        """Strings that end an answer."""
         if self.kind == "generate_for_task":
             return ("\n",)
         return (_SEPARATOR, f"\n{self.markers[0]}")
 
     def choose(self, count: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """Draws the few-shot examples of a row, of different tasks while there are.
+        """Draws indices of a row's few-shot examples, of different tasks if possible.
 
-        Args:
-            count: Examples; 0 or more than there are takes all, in their order.
-            rng: Seeded by the row.
-
-        Returns:
-            Positions of the examples, in the order of the prompt.
+        A count of 0, or one that is too large, takes all examples in their order.
         """
         if not 0 < count < len(self.examples):
             return tuple(range(len(self.examples)))
-        order = rng.permutation(len(self.examples))
         seen: set[str] = set()
         first, rest = [], []
-        for position in order:
-            task = self.examples[position].get("task", str(position))
-            (rest if task in seen else first).append(int(position))
+        for index in map(int, rng.permutation(len(self.examples))):
+            task = self.examples[index].get("task", str(index))
+            (rest if task in seen else first).append(index)
             seen.add(task)
         return tuple((first + rest)[:count])
 
     def render(self, shots: Sequence[int], **fields: str) -> str:
-        """Writes a prompt that ends where the model goes on.
+        """Returns a prompt that ends where the model continues.
 
-        Args:
-            shots: Positions of the examples.
-            **fields: Texts of the open example; neutralized here.
+        `shots` are indices of examples; `fields` are the texts of the open example,
+        which are neutralized here.
         """
         parts = [self.instruction] if self.instruction else []
-        parts += [fill(self.example, self.examples[shot]) for shot in shots]
+        parts += [_fill(self.example, self.examples[shot]) for shot in shots]
         clean = {name: self.neutralize(value) for name, value in fields.items()}
-        head = self.example[: self._begin_of_answer()]
-        return _SEPARATOR.join([*parts, fill(head, clean) + self.answer])
+        head, _, _ = self.example.partition(self.answer)
+        return _SEPARATOR.join([*parts, _fill(head, clean) + self.answer])
 
     def neutralize(self, content: str) -> str:
-        """Returns one line that holds neither a marker nor a special token."""
+        """Returns a text on one line without markers and special tokens."""
         line = text_formats.clean(_INVISIBLE.sub(" ", content))
         line = _SPECIAL.sub(lambda match: f"{match[0]} ", line)
         for marker in self.markers:
@@ -139,19 +131,12 @@ class Prompt:
             line = re.sub(re.escape(marker), lambda _, b=broken: b, line, flags=re.I)
         return line
 
-    def _begin_of_answer(self) -> int:
-        return self.example.index(self.answer)
-
 
 def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
-    """Reads a prompt file and checks it.
-
-    Args:
-        name: Of a bundled file, such as "generate", or the path of one's own.
-        kinds: What it may be.
+    """Reads and checks a prompt file: a bundled one, such as "generate", or a path.
 
     Raises:
-        ValueError: No such file, or every rule that it breaks.
+        ValueError: The file is missing, or breaks rules (lists all).
     """
     path = pathlib.Path(name)
     if not path.suffix:
@@ -166,7 +151,7 @@ def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
     try:
         values = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML ({error})") from error
+        raise ValueError(f"{path}: not TOML ({error}); correct it") from error
     return parse(path.stem, values, hashlib.sha256(content).hexdigest(), kinds)
 
 
@@ -177,74 +162,78 @@ def parse(
     kind = values.get("kind")
     if kind not in kinds or kind not in _FIELDS:
         raise ValueError(f"{name}: kind={kind!r}; it must be {' or '.join(kinds)}")
-    known = {field.name for field in dataclasses.fields(Prompt)} - {"name", "sha256"}
-    given, answered = _FIELDS[kind]
-    example, answer = values.get("example"), values.get("answer")
-    examples, markers = values.get("examples", []), values.get("markers", [])
-    labels = values.get("labels", {})
-    faults = [f"unknown field {key!r}" for key in values if key not in known]
-    if type(values.get("version")) is not int:
-        faults.append("version must be a whole number")
-    if not isinstance(values.get("instruction", ""), str):
-        faults.append("instruction must be a string")
-    if not isinstance(example, str) or not isinstance(answer, str) or not answer:
-        faults.append("example and answer must be strings")
-    elif example.count(answer) != 1:
-        faults.append(f"example must hold the answer's marker {answer!r} once")
-    else:
-        head, _, tail = example.partition(answer)
-        for part, fields in ((head, given), (tail, answered)):
-            found = sorted(re.findall(r"\{(\w+)\}", part))
-            if found != sorted(fields):
-                faults.append(
-                    f"{part!r} must hold each of {sorted(fields)} once, has {found}"
-                )
-        if head and not head.endswith("\n"):
-            faults.append(f"{answer!r} must begin a line")
-        if answer[-1:].isspace():
-            faults.append(f"{answer!r} must not end in a space: the answer begins so")
-    if not markers or not all(isinstance(m, str) and len(m) > 1 for m in markers):
-        faults.append("markers must be strings of two characters or more")
-    elif isinstance(answer, str) and answer not in markers:
-        faults.append(f"markers must hold {answer!r}")
-    for number, entry in enumerate(examples):
-        if not isinstance(entry, dict) or set(entry) != given | answered:
-            faults.append(f"examples[{number}] must hold {sorted(given | answered)}")
-        elif not all(isinstance(v, str) and v.strip() for v in entry.values()):
-            faults.append(f"examples[{number}] must hold texts that are not empty")
-        elif labels and entry["label"] not in labels:
-            faults.append(f"examples[{number}]: {entry['label']!r} is not a label")
-    faults += _label_faults(labels) if kind == "relevance" else []
+    faults = [*_template_faults(kind, values), *_example_faults(kind, values)]
     if faults:
         raise ValueError(f"the prompt {name} has faults:\n  " + "\n  ".join(faults))
+    labels = values.get("labels", {})
     return Prompt(
         name=name,
         version=values["version"],
         sha256=sha256,
         kind=kind,
         instruction=values.get("instruction", "").strip(),
-        example=str(example),
-        answer=str(answer),
-        markers=tuple(markers),
-        examples=tuple(examples),
+        example=values["example"],
+        answer=values["answer"],
+        markers=tuple(values["markers"]),
+        examples=tuple(values.get("examples", [])),
         labels=dict(sorted(labels.items(), key=lambda item: -item[1])),
     )
 
 
-def fill(template: str, fields: Mapping[str, str]) -> str:
-    """Fills all fields in one pass: a text may itself hold "{query}"."""
+def _fill(template: str, fields: Mapping[str, str]) -> str:
+    """Fills all fields in one pass, since a text may itself hold "{query}"."""
     return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
 
 
-def _label_faults(labels: Any) -> list[str]:
+def _template_faults(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
+    known = {field.name for field in dataclasses.fields(Prompt)} - {"name", "sha256"}
+    yield from (f"unknown field {key!r}" for key in values if key not in known)
+    if type(values.get("version")) is not int:
+        yield "version must be a whole number"
+    if not isinstance(values.get("instruction", ""), str):
+        yield "instruction must be a string"
+    example, answer = values.get("example"), values.get("answer")
+    if not isinstance(example, str) or not isinstance(answer, str) or not answer:
+        yield "example and answer must be strings"
+        answer = None
+    elif example.count(answer) != 1:
+        yield f"example must hold the answer's marker {answer!r} once"
+    else:
+        head, _, tail = example.partition(answer)
+        for part, fields in zip((head, tail), _FIELDS[kind], strict=True):
+            names = sorted(re.findall(r"\{(\w+)\}", part))
+            if names != sorted(fields):
+                yield f"{part!r} must hold each of {sorted(fields)} once, has {names}"
+        if head and not head.endswith("\n"):
+            yield f"{answer!r} must begin a line"
+        if answer[-1].isspace():
+            yield f"{answer!r} must not end in a space, with which the answer begins"
+    markers = values.get("markers")
+    if not markers or not all(isinstance(m, str) and len(m) > 1 for m in markers):
+        yield "markers must be strings of two characters or more"
+    elif answer is not None and answer not in markers:
+        yield f"markers must hold {answer!r}"
+
+
+def _example_faults(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
+    labels = values.get("labels", {})
+    fields = set.union(*_FIELDS[kind])
+    for number, entry in enumerate(values.get("examples", [])):
+        if not isinstance(entry, dict) or set(entry) != fields:
+            yield f"examples[{number}] must hold {sorted(fields)}"
+        elif not all(isinstance(v, str) and v.strip() for v in entry.values()):
+            yield f"examples[{number}] must hold texts that are not empty"
+        elif labels and entry["label"] not in labels:
+            yield f"examples[{number}]: {entry['label']!r} is not a label"
+    if kind != "relevance":
+        return
     if not isinstance(labels, dict) or len(labels) < 2:
-        return ["labels must hold two labels or more, each with its grade"]
-    if not all(type(grade) is int for grade in labels.values()):
-        return ["the grades of labels must be whole numbers"]
-    faults = []
-    if len(set(labels.values())) < len(labels):
-        faults.append("the grades of labels must differ")
-    # They are told apart by their first token, which may be as short as a letter.
-    if len({label[:1].lower() for label in labels}) < len(labels):
-        faults.append("labels must begin with different letters")
-    return faults
+        yield "labels must hold two labels or more, each with its grade"
+    elif not all(type(grade) is int for grade in labels.values()):
+        yield "the grades of labels must be whole numbers"
+    else:
+        if len(set(labels.values())) < len(labels):
+            yield "the grades of labels must differ"
+        # Their first tokens distinguish them, and may be as short as a letter.
+        if len({label[:1].lower() for label in labels}) < len(labels):
+            yield "labels must begin with different letters"

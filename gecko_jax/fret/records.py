@@ -1,13 +1,13 @@
-"""Records: the folders of shards that stages read and write.
+"""Folders of shards, which the stages read and write.
 
-    generate/stage.json             facts that decide what the stage writes
-    generate/shard-00000.jsonl      a record a line; whole, or not there
-    generate/.done.json             counts; there once every shard is
+    generate/stage.json             facts that decide the content of the stage
+    generate/shard-00000.jsonl      one record per line; complete or absent
+    generate/.done.json             counts; written once every shard exists
 
-A shard is written under a temporary name and renamed. While a process works on one it
-holds a lock that the system takes back when the process ends, however it ends; so
-several may share a folder, and none waits for a dead one. Where locks do not reach, as
-between machines on a bucket, `worker=(i, n)` gives each every n-th shard.
+A shard is written to a temporary name and renamed. A process holds a lock while it
+makes a shard, and the system releases the lock when the process ends, however it ends;
+so several processes may share a folder. Where locks do not work, as between machines on
+a bucket, `worker=(i, n)` assigns every n-th shard to each.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from typing import Any
 
 from gecko_jax.io import field_rules, reading, writing
 
-DROPPED = "dropped"  # A record with this field goes no further; it holds the reason.
-LOCKS = ".locks"  # Folder of a workdir; holds nothing that is worth keeping.
+DROPPED = "dropped"  # Field of a record that goes no further; holds the reason.
+LOCKS = ".locks"  # Folder of lock files in a workdir.
 _FACTS, _DONE = "stage.json", ".done.json"
 
+_USAGE = field_rules.map_of(field_rules.COUNT)
+_MAYBE_TEXT = field_rules.optional(field_rules.TEXT)
 _DONE_FIELDS = {
     "stage": field_rules.NAME,
     "hash": field_rules.NAME,
@@ -33,35 +35,28 @@ _DONE_FIELDS = {
     "records": field_rules.COUNT,
     "kept": field_rules.COUNT,
     DROPPED: field_rules.map_of(field_rules.COUNT),
-    "usage": field_rules.map_of(field_rules.COUNT),
+    "usage": _USAGE,
     "bytes": field_rules.list_of(field_rules.COUNT),
-    "sha256": field_rules.optional(field_rules.NAME),  # The exported file.
+    "sha256": field_rules.optional(field_rules.NAME),  # Of the exported file.
 }
-# Every record has an id; one that was dropped has nothing else that is read again.
 _DROPPED_FIELDS = {
+    "id": field_rules.COUNT,
     DROPPED: field_rules.NAME,
-    "detail": field_rules.optional(field_rules.TEXT),
-    "usage": field_rules.optional(field_rules.map_of(field_rules.COUNT)),
+    "detail": _MAYBE_TEXT,
+    "usage": field_rules.optional(_USAGE),
 }
 _RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 
 
 def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
-    """Returns the fields of a stage's records that were not dropped.
-
-    Args:
-        stage: Name of the stage.
-        num_passages: Passages of the run, which other records name by their number.
-    """
+    """Returns the fields of a stage's kept records, which name passages by number."""
     passage = field_rules.integer(0, num_passages - 1)
-    usage = {"usage": field_rules.map_of(field_rules.COUNT)}
-    return {
+    fields = {
         "passages": {
             "title": field_rules.TEXT,
             "text": field_rules.NAME,
             **dict.fromkeys(
-                ("source", "source_id", "licence", "license", "src", "url"),
-                field_rules.optional(field_rules.TEXT),
+                ("source", "source_id", "licence", "license", "src", "url"), _MAYBE_TEXT
             ),
         },
         "generate": {
@@ -70,7 +65,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             "prompt": field_rules.NAME,
             "model": field_rules.NAME,
             "shots": field_rules.list_of(field_rules.COUNT),
-            **usage,
+            "usage": _USAGE,
         },
         "retrieve": {
             "candidates": field_rules.list_of(passage, 2),
@@ -83,13 +78,13 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             "log_probs": field_rules.list_of(field_rules.LOG_PROB, 1),
             "generic_log_prob": field_rules.optional(field_rules.LOG_PROB),
             "num_tokens": field_rules.integer(1),
-            **usage,
+            "usage": _USAGE,
         },
         "relevance": {
             "label_log_probs": field_rules.list_of(
                 field_rules.list_of(field_rules.LOG_PROB, 2), 1
             ),
-            **usage,
+            "usage": _USAGE,
         },
         "fuse": {
             "positive": passage,
@@ -99,15 +94,16 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             "fused": field_rules.list_of(field_rules.number(), 2),
             "information": field_rules.optional(field_rules.number()),
         },
-    }.get(stage, {})
+    }
+    return {"id": field_rules.COUNT, **fields.get(stage, {})}
 
 
 class Stage:
     """A folder of shards.
 
     Attributes:
-        name: Of the stage, and of its folder.
-        folder: Where its shards lie.
+        name: Name of the stage and of its folder.
+        folder: Folder of the shards.
         facts: What decides the content: settings, prompts, model, code version and
             the hash of the stage before.
     """
@@ -121,36 +117,30 @@ class Stage:
         seeds: Sequence[Sequence[int]] | None = None,
         num_passages: int = 0,
     ):
-        """Names the folder; `begin` makes it.
+        """Describes the folder in `workdir`; `begin` makes it.
 
-        Args:
-            workdir: Where the folder lies.
-            name: Name of the stage, and of its folder.
-            facts: See the class.
-            suffix: How its shards' names end.
-            seeds: The seed passages of each shard, by which records are known; None
-                for any.
-            num_passages: Passages of the run; 0 while they are made.
+        `seeds` holds the ids of each shard's records, None allows any;
+        `num_passages` is 0 while the passages are made.
         """
         self.name = name
-        self._seeds = seeds
-        self._kinds = kinds(name, num_passages)
-        self._suffix = suffix
         self.folder = workdir / name
         self.facts = json.loads(json.dumps(facts, default=list))
+        self._suffix = suffix
+        self._seeds = seeds
+        self._kinds = kinds(name, num_passages)
+        self._remedy = (
+            f"restore it, or remove {self.folder} and the folders of the stages after "
+            "it: the same command makes them again from the kept answers"
+        )
 
     @property
     def hash(self) -> str:
-        """Changes with whatever the stage's records depend on."""
+        """Hash of everything that decides the stage's records."""
         encoded = json.dumps([self.name, self.facts], sort_keys=True)
         return hashlib.sha256(encoded.encode()).hexdigest()[:16]
 
     def begin(self) -> None:
-        """Writes the facts, or compares them with those of an earlier run.
-
-        Raises:
-            ValueError: See `compare`.
-        """
+        """Writes the facts, or compares them with those of an earlier run."""
         self.compare()
         path = self.folder / _FACTS
         if not path.exists():
@@ -161,27 +151,23 @@ class Stage:
         """Compares the facts with those of an earlier run, if there was one.
 
         Raises:
-            ValueError: The folder was begun with others; names each difference.
+            ValueError: The facts differ; lists each difference.
         """
         path = self.folder / _FACTS
         if not path.exists():
             return
-        try:
-            before = reading.parse_json(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: not JSON ({error}); remove the folder, or restore the file"
-            ) from None
+        remedy = "remove the folder, or restore the file"
+        before = reading.read_object(path, {}, remedy=remedy)
         changed = list(_differences(before, self.facts))
         if changed:
             raise ValueError(
                 f"{self.folder}: begun with other settings. Set these back, remove "
-                "the folder and those of the stages after it to make them anew, or "
+                "the folder and those of the stages after it to make them again, or "
                 "choose another workdir:\n  " + "\n  ".join(changed)
             )
 
     def shard_path(self, shard: int) -> pathlib.Path:
-        """Returns where a shard lies, or will."""
+        """Returns the path of a shard."""
         return self.folder / f"shard-{shard:05}{self._suffix}"
 
     def has(self, shard: int) -> bool:
@@ -189,51 +175,45 @@ class Stage:
         return self.shard_path(shard).exists()
 
     def read(self, shard: int) -> list[dict[str, Any]]:
-        """Returns the records of a finished shard, dropped ones among them.
+        """Returns the records of a finished shard, including dropped ones.
 
         Raises:
             ValueError: A record is not as the stage writes it.
         """
-        path = self.shard_path(shard)
-        remedy = (
-            "the shard was changed: restore it, or remove "
-            f"{self.folder} and the folders of the stages after it, which the same "
-            "command makes anew"
-        )
-        identity = {"id": field_rules.COUNT}
+        remedy = f"the shard was changed: {self._remedy}"
         seeds = None if self._seeds is None else set(self._seeds[shard])
         result: dict[int, dict[str, Any]] = {}
-        for place, record in reading.read_records(path):
-            found = _DROPPED_FIELDS if DROPPED in record else self._kinds
-            field_rules.check(place, record, identity | found, remedy)
+        for place, record in reading.read_records(self.shard_path(shard)):
+            is_dropped = DROPPED in record
+            fields = _DROPPED_FIELDS if is_dropped else self._kinds
+            field_rules.check(place, record, fields, remedy)
             number = record["id"]
             if number in result or (seeds is not None and number not in seeds):
                 raise ValueError(f"{place}: id {number} is not of this shard; {remedy}")
-            if self.name == "retrieve" and DROPPED not in record:
-                chosen = record["candidates"]
-                if number not in chosen or len({*chosen}) < len(chosen):
+            if self.name == "retrieve" and not is_dropped:
+                candidates = record["candidates"]
+                if number not in candidates or len({*candidates}) < len(candidates):
                     raise ValueError(
-                        f"{place}: the candidates lack the seed, or one comes twice; "
+                        f"{place}: the candidates lack the seed, or repeat one; "
                         f"{remedy}"
                     )
             result[number] = record
         return list(result.values())
 
     def write(self, shard: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes a shard whole."""
+        """Writes a complete shard."""
         with (
             writing.write_file(self.shard_path(shard)) as temporary,
             temporary.open("w", encoding="utf-8") as lines,
         ):
-            for record in records:
-                lines.write(to_line(record))
+            lines.writelines(map(to_line, records))
 
     def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:
         """Counts the records of every shard and closes the stage.
 
         Returns:
-            What `.done.json` holds: shards and their bytes, records, those dropped by
-            reason, tokens.
+            The content of `.done.json`: shards and their bytes, records, dropped
+            records by reason, tokens.
         """
         counts: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
@@ -242,8 +222,7 @@ class Stage:
                 counts["records"] += 1
                 if DROPPED in record:
                     reasons[record[DROPPED]] += 1
-                for name, number in record.get("usage", {}).items():
-                    counts[name] += number
+                counts.update(record.get("usage", {}))
         done = {
             "stage": self.name,
             "hash": self.hash,
@@ -261,51 +240,45 @@ class Stage:
         return done
 
     def done(self) -> dict[str, Any] | None:
-        """Returns what `.done.json` holds, None while the stage is unfinished.
+        """Returns the content of `.done.json`; None if the stage is unfinished.
 
         Raises:
-            ValueError: It is damaged, or a shard is not as long as it was.
+            ValueError: The file is damaged, or a shard has changed its size.
         """
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"
         try:
-            done = reading.parse_json(path.read_text("utf-8"))
+            done = reading.read_object(path, _DONE_FIELDS, remedy=remedy)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-        field_rules.check(path, done, _DONE_FIELDS, remedy)
-        # An export counts its rows, and has no shards.
+        # An export counts its rows and has no shards.
         if (
             done["stage"] != self.name
             or done["shards"] != len(done["bytes"])
             or done["kept"] != done["records"] - sum(done[DROPPED].values())
         ):
             raise ValueError(f"{path}: its counts contradict each other; {remedy}")
-        for shard, size in enumerate(done["bytes"]):
-            found = self.shard_path(shard)
-            there = found.stat().st_size if found.exists() else 0
-            if there != size:
+        for shard, expected in enumerate(done["bytes"]):
+            file = self.shard_path(shard)
+            size = file.stat().st_size if file.exists() else 0
+            if size != expected:
                 raise ValueError(
-                    f"{found}: has {there:,} bytes, and had {size:,} when its stage "
-                    f"ended. Restore it, or remove {self.folder} and the folders of "
-                    "the stages after it: the same command makes them anew, and asks "
-                    "for no answer again"
+                    f"{file}: has {size:,} bytes, and had {expected:,} when its stage "
+                    f"ended; {self._remedy}"
                 )
         return done
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """Returns a record as a line; the same record is always the same bytes."""
+    """Returns a record as a line; equal records have equal bytes."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
 def try_lock(path: pathlib.Path) -> Iterator[bool]:
-    """Gives whether the lock could be had; nobody is waited for.
+    """Yields whether this process got the lock, without waiting for it.
 
-    The file stays. It belongs to whoever holds it, and to nobody once that process
-    has ended.
+    The file stays; the lock ends with the process that holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -321,7 +294,7 @@ def try_lock(path: pathlib.Path) -> Iterator[bool]:
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Yields `key: was ..., is ...` of every leaf that differs."""
+    """Yields `key: was ..., is ...` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             path = f"{key}.{name}" if key else name

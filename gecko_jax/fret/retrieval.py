@@ -1,10 +1,9 @@
-"""Retrieval: the candidates of a query by any gecko checkpoint.
+"""Retrieval of the candidates with a Gecko checkpoint.
 
-For the first round BM25 does (`ranking.Bm25Retriever`); `gecko fret bootstrap` trains
-the paper's initial retriever. With a checkpoint the passages are embedded shard by
-shard into
+BM25 serves the first round (`ranking.Bm25Retriever`); `gecko fret bootstrap` trains the
+paper's initial retriever. With a checkpoint, the passages are embedded shard by shard:
 
-    embed/shard-00000.npy       float32, one row a passage
+    embed/shard-00000.npy       float32, one row per passage
 """
 
 import pathlib
@@ -20,10 +19,10 @@ _REMEDY = "remove it, and the same command makes it again"
 
 
 class GeckoRetriever:
-    """Exact search over the vectors of a checkpoint; the query is written "t q"."""
+    """Exact search over embeddings of the passages."""
 
     def __init__(self, gecko: Any, vectors: Float[np.ndarray, "P D"]):
-        """Takes a `gecko_jax.inference.embedding.Gecko` and the passages' vectors."""
+        """Takes a `gecko_jax.inference.embedding.Gecko` and the embeddings."""
         from gecko_jax.inference import vector_index
 
         self._gecko = gecko
@@ -38,16 +37,13 @@ class GeckoRetriever:
             return []
         encoded = self._gecko.encode_queries(queries, tasks, dim=self._index.dim)
         scores, positions = self._index.search_positions(encoded, k)
-        return [
-            (row.tolist(), values.tolist())
-            for row, values in zip(positions, scores, strict=True)
-        ]
+        return list(zip(positions.tolist(), scores.tolist(), strict=True))
 
 
 def searched_by(
     gecko: Any,
 ) -> Callable[[Sequence[tuple[str, str]], str], GeckoRetriever]:
-    """Returns what makes the retriever of (title, text) of a task's passages."""
+    """Returns a function that indexes the (title, text) pairs of a task's passages."""
 
     def build(passages: Sequence[tuple[str, str]], task: str) -> GeckoRetriever:
         titles, texts = zip(*passages, strict=True)
@@ -66,21 +62,18 @@ def searched_by(
 def write_vectors(
     path: pathlib.Path, gecko: Any, passages: Sequence[tuple[str, str]], dim: int
 ) -> None:
-    """Embeds (title, text) of a shard of passages; `dim` 0 is the largest."""
-    vectors = gecko.encode_passages(
-        [body for _, body in passages],
-        [title for title, _ in passages],
-        dim=dim or None,
-    )
+    """Embeds the (title, text) pairs of a shard; `dim` 0 is the full width."""
+    titles, texts = zip(*passages, strict=True)
+    vectors = gecko.encode_passages(list(texts), list(titles), dim=dim or None)
     with writing.write_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, vectors)
 
 
 def read_vectors(paths: Sequence[pathlib.Path]) -> Float[np.ndarray, "P D"]:
-    """Returns the vectors of every shard, in order.
+    """Returns the embeddings of all shards, in order.
 
     Raises:
-        ValueError: A shard is damaged.
+        ValueError: A shard is damaged or missing.
     """
     parts = []
     for path in paths:

@@ -1,12 +1,12 @@
-"""A run: raw passages become training triples in a workdir (section 3.2).
+"""A run: turns raw passages into training triples in a workdir (section 3.2).
 
     passages/ generate/ [embed/] retrieve/ likelihood/ relevance/ fuse/   shards
-    requests/             the answers of the language model, as they came
-    export/fret.jsonl     the triples; export/README.md says what they are
+    requests/             the language model's answers, as they arrived
+    export/fret.jsonl     the triples; export/README.md describes them
     config.json           the settings
 
-Killed at any moment and started again, it ends with the same bytes, and what was
-answered is not asked again.
+A run that is killed at any moment and restarted ends with the same bytes, and does not
+repeat answered requests.
 """
 
 import dataclasses
@@ -24,17 +24,21 @@ from gecko_jax.io import reading
 from gecko_jax.llm import canary, in_process, protocol, request_log, server
 from gecko_jax.text import overlap
 
-# What "quickstart" stands for: passages, and the answers of a model about some of them.
+# The bundled passages, and recorded answers about some of them: "quickstart".
 _QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
-_HELD_OUT = 3  # Purpose of the randomness; see `stages.row_rng`.
+_HELD_OUT = 3  # Purpose of random numbers; see `stages.row_rng`.
+
+Connect = Callable[
+    [ml_collections.ConfigDict, request_log.Budget], protocol.LanguageModel
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a call did.
+    """Result of a call.
 
     Attributes:
-        stages: What `.done.json` of each finished stage holds.
+        stages: Content of `.done.json` of each finished stage.
         budget: What this call sent.
         stopped: Why it ended early; "" if it did not.
         output: The exported file; None if there is none yet.
@@ -53,27 +57,28 @@ def run(
     budget: request_log.Budget | None = None,
     worker: tuple[int, int] = (0, 1),
     until: str = "export",
-    connect: Callable[..., protocol.CachedModel] | None = None,
+    connect: Connect | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> Summary:
-    """Runs the stages that are missing, and exports.
+    """Runs the missing stages, and exports.
 
     Args:
         config: See `configs/fret.py`.
-        workdir: Of the run; shared by all of its workers.
-        budget: What may be sent; None sets no limit.
-        worker: (i, n): see `Pipeline.run`.
-        until: The last stage, or "export".
-        connect: Gives the model for (config, budget); None is `open_model`.
-        beam_options: Of Apache Beam, which then makes the passages; None does without.
+        workdir: Workdir of the run; all of its workers share it.
+        budget: Limits of this call; None sets none.
+        worker: (i, n), see `Pipeline.run`.
+        until: Last stage, or "export".
+        connect: Opens the model; None is `open_model`.
+        beam_options: Options of Apache Beam, which then makes the passages; None
+            makes them in this process.
 
     Raises:
-        ValueError: A bad setting, file or answer; the workdir was begun otherwise.
-        OSError: The server is gone, or the disk is full. What was answered is kept.
+        ValueError: A setting, file or answer is wrong, or the workdir was begun with
+            other settings.
+        OSError: The server is gone, or the disk is full. All answers are kept.
     """
     budget = budget or open_budget(config)
     stopped = ""
-    connect = connect or open_model
     with prepare(config, workdir, budget, connect, beam_options) as source:
         passes = main_pipeline(source)
         try:
@@ -81,36 +86,37 @@ def run(
                 passes.run("fuse" if until == "export" else until, worker)
         except request_log.BudgetError as error:
             stopped = str(error)
-    steps = [source.stage, *(step.stage for step in passes.steps)]
-    done = {stage.name: stage.done() for stage in steps}
-    output = None
-    if until == "export" and done["fuse"]:
-        output = export.export(passes)
-    finished = {name: found for name, found in done.items() if found}
+    done = passes.done()
+    output = export.export(passes) if until == "export" and done["fuse"] else None
+    finished = {name: counts for name, counts in done.items() if counts}
     return Summary(finished, budget, stopped, output)
 
 
 def prepare(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    budget: request_log.Budget,
-    connect: Callable[..., protocol.CachedModel],
+    budget: request_log.Budget | None = None,
+    connect: Connect | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
-    """Checks the config, makes the passages, and returns what the pipelines share."""
+    """Checks the config, makes the passages, and returns what the pipelines share.
+
+    See `run` for the arguments.
+    """
     settings.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     contamination = set_texts.read(config.passages.decontaminate)
     stage = _passages(config, workdir, contamination, beam_options)
-    facts = _model_facts(config)
-    name = facts.pop("name")
+    name, facts = _describe_model(config)
 
-    def open_and_check() -> protocol.CachedModel:
-        model = connect(config, budget)
+    def open_and_record() -> protocol.LanguageModel:
+        model = (connect or open_model)(config, budget or open_budget(config))
         request_log.write_model(workdir, name, facts)
         return model
 
-    return pipeline.Source(config, workdir, stage, contamination, facts, open_and_check)
+    return pipeline.Source(
+        config, workdir, stage, contamination, facts, open_and_record
+    )
 
 
 def open_budget(
@@ -126,10 +132,10 @@ def open_budget(
 
 def open_model(
     config: ml_collections.ConfigDict, budget: request_log.Budget
-) -> protocol.CachedModel:
-    """Returns the recorded model, or that of this process, or that of the server.
+) -> protocol.LanguageModel:
+    """Returns the recorded model, the in-process model, or the server's model.
 
-    The last is trusted once the canary has sung.
+    A server is used once `canary.check` has passed.
     """
     if config.llm.recording:
         return protocol.recorded(_recording(config))
@@ -155,7 +161,7 @@ def open_model(
 
 
 def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
-    """Returns the seeds that calibrate the judges and stay out of the run."""
+    """Returns the seed passages that calibrate the judges and stay out of the run."""
     count = min(config.calibrate.num_seeds, num_passages // 5)
     rng = np.random.default_rng([config.seed, _HELD_OUT])
     return sorted(rng.permutation(num_passages)[:count].tolist())
@@ -164,10 +170,10 @@ def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
 def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
     """Returns the pass over all passages that are not held out."""
     out = set(held_out(source.config, len(source.store)))
-    rows = source.config.passages.shard_rows
+    rows, total = source.config.passages.shard_rows, len(source.store)
     shards = [
-        [n for n in range(s, min(s + rows, len(source.store))) if n not in out]
-        for s in range(0, len(source.store), rows)
+        [n for n in range(start, min(start + rows, total)) if n not in out]
+        for start in range(0, total, rows)
     ]
     return pipeline.Pipeline(source, shards, "", {"held_out": len(out)})
 
@@ -176,7 +182,7 @@ def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
     """Returns the pass over the held-out passages, scored by both judges."""
     chosen = held_out(source.config, len(source.store))
     rows = source.config.passages.shard_rows
-    shards = [chosen[s : s + rows] for s in range(0, len(chosen), rows)]
+    shards = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
     return pipeline.Pipeline(
         source, shards, "calibration", {"seeds": len(chosen)}, scores_all=True
     )
@@ -190,19 +196,19 @@ def _passages(
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
     paths = [
-        _QUICKSTART / "train.jsonl" if path == "quickstart" else path
+        _QUICKSTART / "train.jsonl" if path == "quickstart" else pathlib.Path(path)
         for path in config.passages.files
     ]
-    for path in map(pathlib.Path, paths):
+    for path in paths:
         if not path.is_file():
             raise ValueError(f"passages.files: {path}: no such file; check the path")
-    rules = settings.passage_rules(config)
+    rules, rows = settings.passage_rules(config), config.passages.shard_rows
     facts = {
         "code": pipeline.CODE_VERSION["passages"],
-        "files": {pathlib.Path(path).name: reading.sha256(path) for path in paths},
+        "files": {path.name: reading.sha256(path) for path in paths},
         "decontaminate": config.passages.decontaminate,
         "rules": dataclasses.asdict(rules),
-        "shard_rows": config.passages.shard_rows,
+        "shard_rows": rows,
     }
     stage = records.Stage(workdir, "passages", facts)
     stage.begin()
@@ -214,12 +220,11 @@ def _passages(
                     rules,
                     config.passages.decontaminate,
                     stage,
-                    config.passages.shard_rows,
+                    rows,
                     beam_options,
                 )
             elif got and stage.done() is None:
                 kept, dropped = passages.read(paths, rules, contamination)
-                rows = config.passages.shard_rows
                 starts = range(0, len(kept), rows)
                 for shard, start in enumerate(starts):
                     stage.write(shard, kept[start : start + rows])
@@ -231,16 +236,17 @@ def _passages(
 
 
 def _recording(config: ml_collections.ConfigDict) -> pathlib.Path:
-    found = config.llm.recording
-    return _QUICKSTART / "recording" if found == "quickstart" else pathlib.Path(found)
+    path = config.llm.recording
+    return _QUICKSTART / "recording" if path == "quickstart" else pathlib.Path(path)
 
 
-def _model_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _describe_model(config: ml_collections.ConfigDict) -> tuple[str, dict[str, Any]]:
+    """Returns name and facts of the model without opening it."""
     if config.llm.recording:
         name, facts, _ = request_log.read_recording(_recording(config))
-        return facts | {"name": name}
+        return name, facts
     if config.llm.weights:
-        found = in_process.facts(config.llm.weights, config.llm.dtype)
-        return found | {"name": found["model"]}
-    found = settings.server_settings(config)
-    return server.facts(found) | {"name": server.name(found)}
+        facts = in_process.facts(config.llm.weights, config.llm.dtype)
+        return facts["model"], facts
+    served = settings.server_settings(config)
+    return server.name(served), server.facts(served)

@@ -1,95 +1,80 @@
-"""Settings: the keys of `configs/fret.py`, checked, and grouped for the stages.
+"""Settings of a run: the keys of `configs/fret.py`, checked and grouped for the stages.
 
-`check` names every fault at once, before anything is read or sent.
+`check` reports all faults at once, before anything is read or sent.
 """
 
 from typing import Any
 
 import ml_collections
 
-import gecko_jax.config
+from gecko_jax import config as config_rules
 from gecko_jax.fret import answers, fusion, passages, prompts
 from gecko_jax.llm import protocol, server, wire
 from gecko_jax.text import text_formats
 
-_Rule = gecko_jax.config.Rule
+_SHARE = config_rules.Rule(float, "must be in [0, 1]", lambda v: 0 <= v <= 1)
 
-
-def _one_of(*names: str) -> _Rule:
-    return _Rule(str, "must be one of " + ", ".join(names), lambda v: v in names)
-
-
-_TEXT, _SWITCH = _Rule(str), _Rule(bool)
-_NAME = _Rule(str, "must not be empty", bool)
-_POSITIVE = _Rule(int, "must be at least 1", lambda v: v >= 1)
-_COUNT = _Rule(int, "must be 0 or more", lambda v: v >= 0)
-_NOT_NEGATIVE = _Rule(float, "must be 0 or more", lambda v: v >= 0)
-_SHARE = _Rule(float, "must be in [0, 1]", lambda v: 0 <= v <= 1)
-_ABOVE_ZERO = _Rule(float, "must be above 0", lambda v: v > 0)
-
-SCHEMA: dict[str, _Rule] = {
-    "seed": _COUNT,
-    "passages.files": _Rule(tuple, "must name a file or more", bool),
-    "passages.decontaminate": _Rule(tuple),
-    "passages.min_words": _POSITIVE,
-    "passages.max_characters": _Rule(
-        int,
-        f"must be 1 to {text_formats.MAX_CHARACTERS}",
-        lambda v: 1 <= v <= text_formats.MAX_CHARACTERS,
-    ),
+SCHEMA: dict[str, config_rules.Rule] = {
+    "seed": config_rules.COUNT,
+    "passages.files": config_rules.Rule(tuple, "must name a file or more", bool),
+    "passages.decontaminate": config_rules.Rule(tuple),
+    "passages.min_words": config_rules.POSITIVE,
+    "passages.max_characters": config_rules.between(1, text_formats.MAX_CHARACTERS),
     "passages.near_duplicate": _SHARE,
-    "passages.limit": _COUNT,
-    "passages.shard_rows": _POSITIVE,
-    "llm.recording": _TEXT,
-    "llm.weights": _TEXT,
-    "llm.dtype": _one_of("float32", "bfloat16"),
-    "llm.tensor": _POSITIVE,
-    "llm.compilation_cache": _TEXT,
-    "llm.url": _Rule(
+    "passages.limit": config_rules.COUNT,
+    "passages.shard_rows": config_rules.POSITIVE,
+    "llm.recording": config_rules.TEXT,
+    "llm.weights": config_rules.TEXT,
+    "llm.dtype": config_rules.one_of("float32", "bfloat16"),
+    "llm.tensor": config_rules.POSITIVE,
+    "llm.compilation_cache": config_rules.TEXT,
+    "llm.url": config_rules.Rule(
         str,
         "must begin with http:// or https:// and have no /v1",
         lambda v: (
             v.startswith(("http://", "https://")) and not v.rstrip("/").endswith("/v1")
         ),
     ),
-    "llm.model": _TEXT,
-    "llm.revision": _TEXT,
-    "llm.licence": _TEXT,
-    "llm.api_key_env": _TEXT,
-    "llm.chat": _SWITCH,
-    "llm.scoring": _one_of(*wire.SCORING),
-    "llm.top_log_probs": _POSITIVE,
-    "llm.concurrency": _POSITIVE,
-    "llm.retries": _COUNT,
-    "llm.retry_seconds": _NOT_NEGATIVE,
-    "llm.timeout_seconds": _ABOVE_ZERO,
-    "llm.requests_per_minute": _COUNT,
-    "llm.tokens_per_minute": _COUNT,
-    "llm.price_input": _NOT_NEGATIVE,
-    "llm.price_output": _NOT_NEGATIVE,
-    "generate.prompt": _NAME,
-    "generate.shots": _COUNT,
-    "generate.temperature": _NOT_NEGATIVE,
+    "llm.model": config_rules.TEXT,
+    "llm.revision": config_rules.TEXT,
+    "llm.licence": config_rules.TEXT,
+    "llm.api_key_env": config_rules.TEXT,
+    "llm.chat": config_rules.SWITCH,
+    "llm.scoring": config_rules.one_of(*wire.SCORING),
+    "llm.top_log_probs": config_rules.POSITIVE,
+    "llm.concurrency": config_rules.POSITIVE,
+    "llm.retries": config_rules.COUNT,
+    "llm.retry_seconds": config_rules.NOT_NEGATIVE,
+    "llm.timeout_seconds": config_rules.ABOVE_ZERO,
+    "llm.requests_per_minute": config_rules.COUNT,
+    "llm.tokens_per_minute": config_rules.COUNT,
+    "llm.price_input": config_rules.NOT_NEGATIVE,
+    "llm.price_output": config_rules.NOT_NEGATIVE,
+    "generate.prompt": config_rules.NAME,
+    "generate.shots": config_rules.COUNT,
+    "generate.temperature": config_rules.NOT_NEGATIVE,
     "generate.top_p": _SHARE,
-    "generate.max_tokens": _POSITIVE,
-    "generate.min_words": _POSITIVE,
-    "generate.max_words": _POSITIVE,
-    "generate.max_copied_words": _COUNT,
-    "retrieve.model": _TEXT,
-    "retrieve.dim": _COUNT,
-    "retrieve.num_candidates": _Rule(int, "must be at least 2", lambda v: v >= 2),
-    "likelihood.prompt": _NAME,
-    "likelihood.generic_passage": _TEXT,
-    "relevance.prompt": _NAME,
-    "fuse.k": _NOT_NEGATIVE,
-    "fuse.likelihood_weight": _NOT_NEGATIVE,
-    "fuse.relevance_weight": _NOT_NEGATIVE,
-    "fuse.relevance": _one_of("log_prob", "log_odds"),
-    "fuse.positive": _one_of("relabelled", "seed"),
-    "fuse.negative": _one_of("lowest", "sampled", "none"),
-    "fuse.min_information": _Rule(float),
-    "export.max_tasks": _POSITIVE,
-    "calibrate.num_seeds": _COUNT,
+    "generate.max_tokens": config_rules.POSITIVE,
+    "generate.min_words": config_rules.POSITIVE,
+    "generate.max_words": config_rules.POSITIVE,
+    "generate.max_copied_words": config_rules.COUNT,
+    "retrieve.model": config_rules.TEXT,
+    "retrieve.dim": config_rules.COUNT,
+    "retrieve.num_candidates": config_rules.Rule(
+        int, "must be at least 2", lambda v: v >= 2
+    ),
+    "likelihood.prompt": config_rules.NAME,
+    "likelihood.generic_passage": config_rules.TEXT,
+    "relevance.prompt": config_rules.NAME,
+    "fuse.k": config_rules.NOT_NEGATIVE,
+    "fuse.likelihood_weight": config_rules.NOT_NEGATIVE,
+    "fuse.relevance_weight": config_rules.NOT_NEGATIVE,
+    "fuse.relevance": config_rules.one_of("log_prob", "log_odds"),
+    "fuse.positive": config_rules.one_of("relabelled", "seed"),
+    "fuse.negative": config_rules.one_of("lowest", "sampled", "none"),
+    "fuse.min_information": config_rules.Rule(float),
+    "export.max_tasks": config_rules.POSITIVE,
+    "calibrate.num_seeds": config_rules.COUNT,
     "run.max_error_rate": _SHARE,
 }
 
@@ -100,9 +85,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
-    flat = gecko_jax.config.flatten(config)
-    gecko_jax.config.refuse(
-        gecko_jax.config.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
+    flat = config_rules.flatten(config)
+    config_rules.refuse(
+        config_rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
     )
 
 
@@ -112,7 +97,7 @@ def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
     if is_served and not flat["llm.model"]:
         faults.append(
             "llm.model='': name the model that llm.url serves, or set llm.weights to "
-            "one for this process"
+            "run one in this process"
         )
     if flat["llm.recording"] and flat["llm.weights"]:
         faults.append(
@@ -128,7 +113,7 @@ def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
         faults.append(
             f"fuse.likelihood_weight={flat['fuse.likelihood_weight']}: with llm.chat="
             f"{flat['llm.chat']}, llm.scoring={flat['llm.scoring']!r} no query is "
-            "scored; set it to 0, or ask a server that can"
+            "scored; set it to 0, or use a server that can score"
         )
     if flat["generate.max_words"] < flat["generate.min_words"]:
         faults.append(
@@ -143,53 +128,39 @@ class Prompts:
 
     def __init__(self, config: ml_collections.ConfigDict):
         """Reads and checks the files that the config names."""
-        self.generate = prompts.load(
-            config.generate.prompt, ("generate", "generate_for_task")
-        )
+        kinds = ("generate", "generate_for_task")
+        self.generate = prompts.load(config.generate.prompt, kinds)
         self.likelihood = prompts.load(config.likelihood.prompt, ("likelihood",))
         self.relevance = prompts.load(config.relevance.prompt, ("relevance",))
 
 
 def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:
-    """Returns where and how the model is asked."""
-    values = config.llm.to_dict()
-    for key in (
-        *("recording", "weights", "dtype", "tensor", "compilation_cache"),
-        *("licence", "price_input", "price_output"),
-    ):
-        values.pop(key)
-    return server.ServerSettings(**values)
+    """Returns the settings of the server."""
+    names = server.ServerSettings.__dataclass_fields__
+    return server.ServerSettings(**{name: config.llm[name] for name in names})
 
 
 def passage_rules(config: ml_collections.ConfigDict) -> passages.Rules:
-    """Returns what a passage must be."""
-    values = config.passages.to_dict()
-    for key in ("files", "decontaminate", "shard_rows"):
-        values.pop(key)
-    return passages.Rules(**values)
+    """Returns the limits of a passage."""
+    names = passages.Rules.__dataclass_fields__
+    return passages.Rules(**{name: config.passages[name] for name in names})
 
 
 def query_rules(config: ml_collections.ConfigDict) -> answers.Rules:
-    """Returns what a generated query must be."""
-    return answers.Rules(
-        config.generate.min_words,
-        config.generate.max_words,
-        config.generate.max_copied_words,
-    )
+    """Returns the limits of a generated query."""
+    names = answers.Rules.__dataclass_fields__
+    return answers.Rules(**{name: config.generate[name] for name in names})
 
 
 def sampling(
     config: ml_collections.ConfigDict, prompt: prompts.Prompt
 ) -> protocol.Sampling:
-    """Returns how queries are drawn."""
-    return protocol.Sampling(
-        config.generate.temperature,
-        config.generate.top_p,
-        config.generate.max_tokens,
-        prompt.stop,
-    )
+    """Returns the sampling settings of queries."""
+    names = ("temperature", "top_p", "max_tokens")
+    values = {name: config.generate[name] for name in names}
+    return protocol.Sampling(**values, stop=prompt.stop)
 
 
 def fusion_settings(config: ml_collections.ConfigDict) -> fusion.Settings:
-    """Returns how ranks become a triple."""
+    """Returns the settings of fusion and of the choice."""
     return fusion.Settings(**config.fuse.to_dict())

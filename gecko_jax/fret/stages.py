@@ -1,4 +1,4 @@
-r"""The stages: each turns the records of a shard into the records of the next.
+r"""The stages: each maps the records of a shard to the records of the next stage.
 
     generate    {"id": 7, "task": "fact checking", "query": "Honey ...", "shots": [3],
                  "prompt": "generate@1", "raw": " fact checking\nQuery: Honey ...",
@@ -8,8 +8,8 @@ r"""The stages: each turns the records of a shard into the records of the next.
     relevance   {"id": 7, "label_log_probs": [[-0.2, -1.9, ...], ...], "usage": {...}}
     fuse        {"id": 7, "positive": 41, "negative": 12, "moved": true, "ranks": ...}
 
-The id is the seed passage's. A record with `dropped` holds the reason and goes no
-further; reasons that begin with `error_` are the server's.
+The id is the number of the seed passage. A record with `dropped` holds the reason and
+goes no further; a reason that begins with `error_` is a failure of the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ Record = dict[str, Any]
 
 
 class Passages:
-    """(title, text) of every passage, by its number."""
+    """The (title, text) pairs of all passages, by number."""
 
-    def __init__(self, found: Sequence[Mapping[str, Any]]):
+    def __init__(self, passages: Sequence[Mapping[str, Any]]):
         """Takes the records of the passages stage, in order."""
-        self.texts = [(record["title"], record["text"]) for record in found]
+        self.texts = [(record["title"], record["text"]) for record in passages]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -41,12 +41,12 @@ class Passages:
         return f"{title}. {body}" if title else body
 
 
+_FEW_SHOT, _NEGATIVE = 1, 2  # Purposes of random numbers.
+
+
 def row_rng(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """Returns the randomness of one row, whatever its shard."""
+    """Returns the random generator of a row, which does not depend on its shard."""
     return np.random.default_rng([seed, purpose, number])
-
-
-_FEW_SHOT, _NEGATIVE = 1, 2
 
 
 def generate(
@@ -61,18 +61,10 @@ def generate(
     shots: int,
     seed: int,
 ) -> list[Record]:
-    """Asks for a task and a query of every seed passage: LLM(P_QG, p) -> (t, q).
+    """Generates a task and a query for every seed passage: LLM(P_QG, p) -> (t, q).
 
-    Args:
-        numbers: The seed passages.
-        store: All passages.
-        model: Writes.
-        prompt: P_QG; with a task given, one is drawn evenly for each row.
-        rules: What a query must be.
-        sampling: How text is drawn.
-        contamination: What a query must not be.
-        shots: Few-shot examples of a row; 0 for all.
-        seed: Of the run.
+    A prompt that takes a task gets one drawn uniformly for each row. A query must not
+    repeat a text of `contamination`. `shots` 0 shows all examples.
     """
     rows, texts, seeds = [], [], []
     for number in numbers:
@@ -114,21 +106,22 @@ def retrieve(
     rows: Sequence[Record], retriever: ranking.Retriever, num_candidates: int
 ) -> list[Record]:
     """Finds the candidates of every query; the seed passage is always one of them."""
-    found = retriever.search(
+    results = retriever.search(
         [row["query"] for row in rows], [row["task"] for row in rows], num_candidates
     )
     result = []
-    for row, (positions, scores) in zip(rows, found, strict=True):
-        # Six decimals: what is written does not depend on the last bit.
-        rounded = [round(score, 6) for score in scores]
-        record = {"id": row["id"], "candidates": positions, "scores": rounded}
-        record["seed_rank"] = None
-        if row["id"] in positions:
-            record["seed_rank"] = positions.index(row["id"]) + 1
-        else:  # It takes the last place, with a score that nothing gave it.
-            record["candidates"] = [*positions[: num_candidates - 1], row["id"]]
-            record["scores"] = [*scores[: num_candidates - 1], None]
-        if len(record["candidates"]) < 2:
+    for row, (candidates, scores) in zip(rows, results, strict=True):
+        number, seed_rank = row["id"], None
+        if number in candidates:
+            seed_rank = candidates.index(number) + 1
+            # Rounding makes the file independent of the last bits.
+            scores = [round(score, 6) for score in scores]
+        else:  # The seed takes the last place, without a score.
+            candidates = [*candidates[: num_candidates - 1], number]
+            scores = [*scores[: num_candidates - 1], None]
+        record = {"id": number, "candidates": candidates, "scores": scores}
+        record["seed_rank"] = seed_rank
+        if len(candidates) < 2:
             record[records.DROPPED] = "no_candidates"
         result.append(record)
     return result
@@ -144,14 +137,8 @@ def likelihood(
 ) -> list[Record]:
     """Scores every candidate by QL(q, p) = log LLM(q | p, P_QL).
 
-    Args:
-        rows: Of retrieve.
-        queries: Of generate, by id.
-        store: All passages.
-        model: Scores.
-        prompt: P_QL.
-        generic_passage: Scored as one more candidate, for what the query says beyond
-            any text; "" for none.
+    A generic passage, "" for none, is scored like a candidate, to measure how likely
+    the query is given any text.
     """
     shots = range(len(prompt.examples))
     texts, continuations = [], []
@@ -161,18 +148,18 @@ def likelihood(
         for passage in shown + [generic_passage] * bool(generic_passage):
             texts.append(prompt.render(shots, passage=passage))
             continuations.append(query)
-    found = iter(model.score(texts, continuations))
+    scored = iter(model.score(texts, continuations))
     result = []
     for row in rows:
-        scores = [next(found) for _ in row["candidates"]]
-        generic = next(found) if generic_passage else None
-        asked = [*scores, generic] if generic else scores
+        scores = [next(scored) for _ in row["candidates"]]
         record: Record = {"id": row["id"]}
         record["log_probs"] = [_number(score, "log_prob") for score in scores]
-        if generic is not None:
-            record["generic_log_prob"] = _number(generic, "log_prob")
+        record_scores = list(scores)
+        if generic_passage:
+            record_scores.append(next(scored))
+            record["generic_log_prob"] = _number(record_scores[-1], "log_prob")
         record["num_tokens"] = _number(scores[0], "num_tokens")
-        result.append(record | _total(asked))
+        result.append(record | _total(record_scores))
     return result
 
 
@@ -192,10 +179,10 @@ def relevance(
         for row in rows
         for number in row["candidates"]
     ]
-    found = iter(model.label_log_probs(texts, list(prompt.labels)))
+    scored = iter(model.label_log_probs(texts, list(prompt.labels)))
     result = []
     for row in rows:
-        scores = [next(found) for _ in row["candidates"]]
+        scores = [next(scored) for _ in row["candidates"]]
         record: Record = {"id": row["id"]}
         record["label_log_probs"] = [_number(score, "log_probs") for score in scores]
         result.append(record | _total(scores))
@@ -213,13 +200,8 @@ def fuse(
 ) -> list[Record]:
     """Ranks the candidates by both judgements and chooses the triple.
 
-    Args:
-        rows: Of retrieve.
-        likelihoods: Kept records of likelihood by id; empty if it has no weight.
-        relevances: Kept records of relevance by id; empty if it has no weight.
-        grades: Of the labels, in the order of `label_log_probs`.
-        settings: How to fuse and choose.
-        seed: Of the run.
+    A judgement without a weight is not used. The grades are those of the labels, in the
+    order of `label_log_probs`.
     """
     result = []
     for row in rows:
@@ -250,83 +232,68 @@ def fuse(
             "negative": None if negative is None else candidates[negative],
             "moved": positive != seed_position,
             "ranks": {
-                name: None if found is None else found.tolist()
-                for name, found in ranks.items()
+                name: None if values is None else values.tolist()
+                for name, values in ranks.items()
             },
             "fused": [round(float(value), 6) for value in fused],
         }
         generic = likelihoods.get(number, {}).get("generic_log_prob")
         if generic is not None:
-            told = likelihoods[number]["log_probs"][positive] - generic
-            record["information"] = round(told, 4)
-            if told < settings.min_information:
+            information = likelihoods[number]["log_probs"][positive] - generic
+            record["information"] = round(information, 4)
+            if information < settings.min_information:
                 record[records.DROPPED] = "low_information"
         result.append(record)
     return result
 
 
-def kept(found: Sequence[Record]) -> list[Record]:
+def kept(rows: Sequence[Record]) -> list[Record]:
     """Returns the records that were not dropped."""
-    return [record for record in found if records.DROPPED not in record]
+    return [row for row in rows if records.DROPPED not in row]
 
 
 class _ById(dict[int, Record]):
-    """Records by their id, which names one that is missing."""
+    """Records by id; a missing id raises a `ValueError`."""
 
     def __missing__(self, number: int) -> Record:
-        raise _strangers(number, "one stage has no record of it")
+        raise _mismatch(number, "one stage has no record of it")
 
 
-def by_id(found: Sequence[Record]) -> dict[int, Record]:
-    """Returns the records that were not dropped, by their id."""
-    return _ById((record["id"], record) for record in kept(found))
+def by_id(rows: Sequence[Record]) -> dict[int, Record]:
+    """Returns the records that were not dropped, by id."""
+    return _ById((row["id"], row) for row in kept(rows))
 
 
 def of_candidates(values: Sequence[Any], row: Record) -> Sequence[Any]:
-    """Returns values of which each candidate of a row has one.
-
-    Raises:
-        ValueError: There are more or fewer.
-    """
+    """Returns the values if there is one for each candidate of the row, or raises."""
     if len(values) != len(row["candidates"]):
-        told = f"{len(values)} numbers for {len(row['candidates'])} candidates"
-        raise _strangers(row["id"], told)
+        fault = f"{len(values)} numbers for {len(row['candidates'])} candidates"
+        raise _mismatch(row["id"], fault)
     return values
 
 
 def position(row: Record, number: int) -> int:
-    """Returns the place of a passage among a row's candidates.
-
-    Raises:
-        ValueError: It is none of them.
-    """
+    """Returns the position of a passage among a row's candidates, or raises."""
     if number not in row["candidates"]:
-        raise _strangers(row["id"], f"passage {number} is not among its candidates")
+        raise _mismatch(row["id"], f"passage {number} is not among its candidates")
     return row["candidates"].index(number)
 
 
 def relevance_scores(
     record: Record, row: Record, grades: Sequence[int], kind: str
 ) -> list[float]:
-    """Returns one number for each candidate of a row; see `fusion.relevance_score`.
-
-    Args:
-        record: Of relevance.
-        row: Of retrieve.
-        grades: Grades of the labels.
-        kind: "log_prob" or "log_odds".
-    """
+    """Returns one score per candidate of a row; see `fusion.relevance_score`."""
     listed = of_candidates(record["label_log_probs"], row)
     if any(len(log_probs) != len(grades) for log_probs in listed):
-        raise _strangers(row["id"], f"not every candidate has {len(grades)} labels")
-    return [fusion.relevance_score(found, grades, kind) for found in listed]
+        raise _mismatch(row["id"], f"not every candidate has {len(grades)} labels")
+    return [fusion.relevance_score(values, grades, kind) for values in listed]
 
 
-def _strangers(number: int, why: str) -> ValueError:
+def _mismatch(number: int, fault: str) -> ValueError:
     return ValueError(
-        f"seed passage {number}: the records of two stages do not belong together "
-        f"({why}); a shard was changed: restore it, or remove its folder and those of "
-        "the stages after it, and the same command makes them anew"
+        f"seed passage {number}: the records of two stages do not match ({fault}); a "
+        "shard was changed: restore it, or remove its folder and those of the stages "
+        "after it, and the same command makes them again"
     )
 
 
@@ -336,7 +303,7 @@ def is_error(record: Mapping[str, Any]) -> bool:
 
 
 def _number(answer: Any, name: str) -> Any:
-    """Returns a rounded number of an answer; None where there is none."""
+    """Returns a rounded number of an answer, or None for a failure."""
     if isinstance(answer, protocol.Failure):
         return None
     value = getattr(answer, name)
@@ -345,12 +312,12 @@ def _number(answer: Any, name: str) -> Any:
     return round(value, 6)
 
 
-def _total(answers_of_row: Sequence[Any]) -> Record:
-    """Returns the tokens of a row, and the first failure if there is one."""
-    usages = [a.usage for a in answers_of_row if not isinstance(a, protocol.Failure)]
+def _total(row_answers: Sequence[Any]) -> Record:
+    """Returns the tokens of a row, and its first failure if there is one."""
+    failures = [one for one in row_answers if isinstance(one, protocol.Failure)]
+    usages = [one.usage for one in row_answers if not isinstance(one, protocol.Failure)]
     fields: Record = {"usage": _usage(sum(usages, protocol.Usage(0, 0, 0)))}
-    failed = [a for a in answers_of_row if isinstance(a, protocol.Failure)]
-    return fields | _error(failed[0]) if failed else fields
+    return fields | _error(failures[0]) if failures else fields
 
 
 def _error(failure: protocol.Failure) -> Record:

@@ -1,10 +1,10 @@
-"""Alignments: where the echoed tokens put the border of a prompt and what follows it.
+"""Finds the tokens of a continuation in the echoed tokens of prompt and continuation.
 
     find(["The", " cat", " sat", "."], "The cat", " sat", None)    yields (2, 3)
 
-Tokens show their texts, but a character that is split over tokens is whole in none of
-them: each shows a replacement character, or vLLM's `bytes:` form. So the texts are
-compared byte by byte, and every way to read such a mark is followed.
+Tokens show their texts. A character that is split over several tokens appears in each
+as a replacement character or in vLLM's `bytes:` form, so texts are compared byte by
+byte, and every way to read a replacement character is followed.
 """
 
 import re
@@ -12,31 +12,27 @@ from collections.abc import Iterator, Sequence
 
 SPLIT = "\N{REPLACEMENT CHARACTER}"
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")
-# Ways to read the tokens that are followed at once; more take longer than they help.
-_MOST_STATES = 128
+# Bounds the time that a hostile server can cost.
+_MAX_STATES = 128
 
 
 def find(
-    tokens: Sequence[str], head: str, tail: str, num_prompt_tokens: int | None
+    tokens: Sequence[str], prompt: str, continuation: str, num_prompt_tokens: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Yields every (begin, end) of the continuation with which the tokens agree.
+    """Yields every (begin, end) of the continuation that agrees with the tokens' texts.
 
-    Args:
-        tokens: As a server shows them.
-        head: The prompt.
-        tail: The continuation.
-        num_prompt_tokens: Tokens before the continuation, where they are known.
+    `num_prompt_tokens` counts the tokens before the continuation; None if unknown.
 
     Raises:
         ValueError: Split characters can be read in too many ways.
     """
-    border = len(head.encode("utf-8", "surrogatepass"))
-    text = (head + tail).encode("utf-8", "surrogatepass")
-    # (bytes spelled so far, the continuation's first token if it has begun)
+    border = len(prompt.encode("utf-8", "surrogatepass"))
+    text = (prompt + continuation).encode("utf-8", "surrogatepass")
+    # (bytes spelled so far, first token of the continuation or None before it)
     states: set[tuple[int, int | None]] = {(0, None)}
     for position, token in enumerate(tokens):
         if position == 1:
-            states.add((0, None))  # After a special token.
+            states.add((0, None))  # The first token may be a special token.
         if num_prompt_tokens in (None, position) and (border, None) in states:
             states.add((border, position))
         states = {
@@ -45,12 +41,12 @@ def find(
             for after in _spell(text, before, token)
             if begin is not None or after <= border
         }
-        if len(states) > _MOST_STATES:
+        if len(states) > _MAX_STATES:
             raise ValueError("too many characters are split over tokens")
         for after, begin in list(states):
             if after == len(text):
                 states.discard((after, begin))
-                # We ask for one token more; some servers leave it out.
+                # The request asks for one more token; some servers leave it out.
                 if begin is not None and position + 2 >= len(tokens):
                     yield begin, position + 1
         if not states and position:
@@ -58,24 +54,19 @@ def find(
 
 
 def _spell(text: bytes, start: int, token: str) -> set[int]:
-    """Returns where a token may end that begins at `start`; empty if it does not."""
+    """Returns the possible ends of a token that begins at `start`."""
     if match := _BYTES.fullmatch(token):
         raw = bytes.fromhex(match[1].replace("\\x", ""))
         return {start + len(raw)} if text.startswith(raw, start) else set()
-    first, *rest = token.split(SPLIT)
-    ends = _spell_part(text, {start}, first)
-    for part in rest:
-        # One mark stands for a part of a character: one to three bytes above ASCII.
-        split = {
-            end + size
-            for end in ends
-            for size in (1, 2, 3)
-            if end + size <= len(text) and min(text[end : end + size]) > 127
-        }
-        ends = _spell_part(text, split, part)
+    ends = {start}
+    for number, part in enumerate(token.split(SPLIT)):
+        if number:  # A mark stands for one to three bytes of a character above ASCII.
+            ends = {
+                end + size
+                for end in ends
+                for size in (1, 2, 3)
+                if end + size <= len(text) and min(text[end : end + size]) > 127
+            }
+        raw = part.encode("utf-8", "surrogatepass")
+        ends = {end + len(raw) for end in ends if text.startswith(raw, end)}
     return ends
-
-
-def _spell_part(text: bytes, starts: set[int], part: str) -> set[int]:
-    raw = part.encode("utf-8", "surrogatepass")
-    return {start + len(raw) for start in starts if text.startswith(raw, start)}

@@ -1,8 +1,8 @@
-"""The canary: a few requests that show a misleading server before it costs anything.
+"""A few requests that expose a misleading server before a run pays for its answers.
 
-Some servers accept `echo` and repeat nothing, some report a constant, some score the
-wrong tokens. A fluent sentence must be likelier than the same words shuffled; two
-sentences must not score alike; every token must have its number.
+Some servers accept `echo` and repeat nothing, report a constant, or score the wrong
+tokens. A fluent sentence must be likelier than the same words shuffled, two sentences
+must not score alike, and every token must have a number.
 """
 
 from gecko_jax.llm import protocol
@@ -19,15 +19,12 @@ _QUESTION = (
 
 
 def check(model: protocol.LanguageModel, *, scores: bool, labels: bool) -> None:
-    """Asks the model what any right one answers alike.
+    """Sends requests whose answers any correct server agrees on.
 
-    Args:
-        model: Answers through the server that the run will use.
-        scores: Continuations will be scored.
-        labels: Labels will be scored.
+    `scores` and `labels` say what the run scores.
 
     Raises:
-        ValueError: Names what is wrong with the answers, and the remedy.
+        ValueError: Lists what is wrong with the answers, and the remedy.
     """
     faults = []
     sampling = protocol.Sampling(0.0, 1.0, 8, ())
@@ -40,8 +37,8 @@ def check(model: protocol.LanguageModel, *, scores: bool, labels: bool) -> None:
         faults += _label_faults(model)
     if faults:
         raise ValueError(
-            f"{model.name}: the canary found that the server's answers cannot be "
-            "trusted; see docs/fret.md for the settings of each server:\n  "
+            f"{model.name}: the canary requests show that the server's answers cannot "
+            "be trusted; see docs/fret.md for the settings of each server:\n  "
             + "\n  ".join(faults)
         )
 
@@ -51,32 +48,31 @@ def _score_faults(model: protocol.LanguageModel) -> list[str]:
     answers = model.score([_PROMPT.rstrip()] * 3, [f" {text}" for text in sentences])
     scores = [answer for answer in answers if isinstance(answer, protocol.Score)]
     if len(scores) < 3:
-        failed = next(a for a in answers if isinstance(a, protocol.Failure))
-        return [f"score: {failed.reason} ({failed.detail}); set llm.scoring"]
-    fluent, shuffled, other = scores
-    faults = []
-    # A token is at least a character and rarely longer than a word.
-    for text, score in zip(sentences, scores, strict=True):
-        if not len(text.split()) <= score.num_tokens <= len(text):
-            faults.append(
-                f"score: {score.num_tokens} tokens for {len(text.split())} words"
-            )
-    if fluent.log_prob == other.log_prob or fluent.log_prob == 0.0:
-        faults.append(f"score: the same number {fluent.log_prob} for two sentences")
-    elif fluent.log_prob <= shuffled.log_prob:
+        failure = next(a for a in answers if isinstance(a, protocol.Failure))
+        return [f"score: {failure.reason} ({failure.detail}); set llm.scoring"]
+    fluent, shuffled, other = (score.log_prob for score in scores)
+    # A token has at least one character and is rarely longer than a word.
+    faults = [
+        f"score: {score.num_tokens} tokens for {len(text.split())} words"
+        for text, score in zip(sentences, scores, strict=True)
+        if not len(text.split()) <= score.num_tokens <= len(text)
+    ]
+    if fluent in (other, 0.0):
+        faults.append(f"score: the same number {fluent} for two sentences")
+    elif fluent <= shuffled:
         faults.append(
-            f"score: a fluent sentence has {fluent.log_prob:.2f} nats, its words "
-            f"shuffled {shuffled.log_prob:.2f}"
+            f"score: a fluent sentence has {fluent:.2f} nats, its words shuffled "
+            f"{shuffled:.2f}"
         )
     return faults
 
 
 def _label_faults(model: protocol.LanguageModel) -> list[str]:
-    answers = model.label_log_probs([_QUESTION], _LABELS)
-    if isinstance(answers[0], protocol.Failure):
+    (answer,) = model.label_log_probs([_QUESTION], _LABELS)
+    if isinstance(answer, protocol.Failure):
         return [
-            f"labels: {answers[0].reason} ({answers[0].detail}); raise "
-            "llm.top_log_probs, or ask a server that lists log-probabilities"
+            f"labels: {answer.reason} ({answer.detail}); raise llm.top_log_probs, or "
+            "use a server that lists log-probabilities"
         ]
-    first, second = answers[0].log_probs
+    first, second = answer.log_probs
     return [f"labels: the same number {first} for both"] if first == second else []

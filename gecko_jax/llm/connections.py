@@ -1,45 +1,29 @@
-"""Connections: an HTTP request with one deadline, a bounded reply, and an interrupt.
+"""HTTP requests with one deadline, a bounded reply and an interrupt.
 
-A timeout of a socket starts anew with every byte that arrives. Here the deadline is the
-whole request's: connecting, headers and body together. A reply is read up to a number
-of bytes, after decompression. `Connections.abort` ends every request at once.
+A socket's timeout restarts with every byte that arrives. Here one timer per request
+covers connecting, headers and body, and shuts the socket down when it fires.
+`Connections.abort` does the same to all requests. Redirects are not followed, and
+proxies are not used.
 """
 
 import contextlib
-import dataclasses
+import functools
+import http.client
+import select
 import socket
 import threading
-import time
+import urllib.parse
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
-# Bytes of a request that are sent before the deadline is looked at again.
-_SENT_AT_ONCE = 65_536
+from gecko_jax.llm import wire
 
-
-class Failed(Exception):
-    """No whole reply came.
-
-    Attributes:
-        reason: "connection", "timeout", "cut_off" or "too_large".
-    """
-
-    def __init__(self, reason: str, detail: str):
-        """Keeps the reason apart from the detail."""
-        super().__init__(detail)
-        self.reason = reason
+_CLIENTS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What a server sent.
-
-    Attributes:
-        status: HTTP status.
-        headers: Fields by their names in lower case.
-        body: Content, decompressed.
-    """
+class Reply(NamedTuple):
+    """A reply: HTTP status, headers by lower-case name, and decompressed body."""
 
     status: int
     headers: Mapping[str, str]
@@ -47,187 +31,144 @@ class Reply:
 
 
 class Connections:
-    """The connections to one server, shared by all threads."""
+    """The connections to one server; threads share them."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], most: int):
-        """Opens nothing yet.
-
-        Args:
-            url: Root of the server.
-            headers: Sent with every request.
-            most: Connections that are open at once.
+    def __init__(self, url: str, headers: Mapping[str, str]):
+        """Parses the URL of the server's root; `headers` are sent with every request.
 
         Raises:
-            ImportError: httpcore is not installed.
-            ValueError: No such URL can be.
+            ValueError: The URL is malformed.
         """
         try:
-            import httpcore
-        except ImportError as error:
-            raise ImportError(
-                "a language model behind a server needs httpcore: pip install "
-                '"gecko-jax[fret]"'
+            parts = urllib.parse.urlsplit(url.rstrip("/"))
+            client = functools.partial(_CLIENTS[parts.scheme], parts.hostname or "")
+            client(port=parts.port)  # Checks host and port.
+        except (ValueError, KeyError, http.client.InvalidURL) as error:
+            raise ValueError(
+                f"llm.url={url!r}: not a URL ({error}); write it as http://host:port"
             ) from error
-        try:
-            httpcore.URL(url)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"llm.url={url!r}: no URL ({error})") from error
-        self._url = url.rstrip("/")
+        self._new = functools.partial(client, port=parts.port)
+        self._root = parts.path
         self._headers = {"Accept-Encoding": "identity", **headers}
-        self._httpcore = httpcore
-        self._deadline = threading.local()
-        self._open: set[Any] = set()
         self._lock = threading.Lock()
-        backend = _backend(httpcore, self._remaining, self._open, self._lock)
-        self._pool = httpcore.ConnectionPool(
-            max_connections=most,
-            max_keepalive_connections=most,
-            network_backend=backend,
-        )
+        self._idle: list[http.client.HTTPConnection] = []
+        self._busy: set[http.client.HTTPConnection] = set()
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._pool.close()
+        """Closes the idle connections."""
+        with self._lock:
+            while self._idle:
+                self._idle.pop().close()
 
     def abort(self) -> None:
-        """Ends every request that is on its way; each raises `Failed` in its thread."""
+        """Ends every open request, which raises `wire.NoAnswer` in its thread."""
         with self._lock:
-            streams = list(self._open)
-        for stream in streams:
-            with contextlib.suppress(OSError, AttributeError):
-                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            for connection in self._busy:
+                _shut(connection)
 
     def request(
-        self, method: str, path: str, body: bytes | None, seconds: float, most: int
+        self, method: str, path: str, body: bytes | None, seconds: float, max_bytes: int
     ) -> Reply:
-        """Returns the reply to a request.
+        """Sends a request and returns the reply.
 
         Args:
             method: "GET" or "POST".
-            path: Below the root of the server.
-            body: JSON; None for none.
-            seconds: For all of it together.
-            most: Bytes that the body of the reply may have.
+            path: Path below the root of the server.
+            body: JSON, or None.
+            seconds: Deadline, from connecting to the last byte.
+            max_bytes: Largest body of the reply, compressed or not.
 
         Raises:
-            Failed: No whole reply came in time.
+            wire.NoAnswer: The reply did not arrive whole and in time. The reason is
+                "connection", "timeout", "cut_off" or "too_large".
         """
-        core = self._httpcore
-        self._deadline.time = time.monotonic() + seconds
         headers = dict(self._headers)
         if body is not None:
             headers["Content-Type"] = "application/json"
+        connection = self._take(seconds)
+        is_late = threading.Event()
+
+        def expire() -> None:
+            is_late.set()
+            _shut(connection)
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        reason, is_reusable = "connection", False
         try:
-            with self._pool.stream(
-                method,
-                self._url + path,
-                headers=list(headers.items()),
-                content=body,
-                extensions={"timeout": {"pool": seconds}},
-            ) as reply:
-                fields = {
-                    name.decode("latin-1").lower(): value.decode("latin-1")
-                    for name, value in reply.headers
-                }
-                encoding = fields.get("content-encoding", "identity").strip().lower()
-                content = _read(reply.iter_stream(), encoding, most)
-                return Reply(reply.status, fields, content)
-        except core.TimeoutException as error:
-            raise Failed("timeout", f"no reply within {seconds:g} s") from error
-        except core.ConnectError as error:
-            raise Failed("connection", str(error)) from error
-        except (core.NetworkError, core.ProtocolError) as error:
-            raise Failed("cut_off", f"{type(error).__name__}: {error}") from error
-        except (core.UnsupportedProtocol, UnicodeError) as error:
-            raise Failed("connection", str(error)) from error
+            if connection.sock is None:
+                connection.connect()
+            reason = "cut_off"
+            # A server may reply and close before it has read the whole request.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, self._root + path, body, headers)
+            response = connection.getresponse()
+            content = response.read(max_bytes + 1)
+            if is_late.is_set():  # The timer may have cut a body without a length.
+                raise TimeoutError
+            is_reusable = response.isclosed() and not response.will_close
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if is_late.is_set() or isinstance(error, TimeoutError):
+                late = f"no reply within {seconds:g} s"
+                raise wire.NoAnswer("timeout", late) from error
+            raise wire.NoAnswer(reason, f"{type(error).__name__}: {error}") from error
+        finally:
+            timer.cancel()
+            timer.join()  # It must not fire once another request has the connection.
+            with self._lock:
+                self._busy.discard(connection)
+                if is_reusable and not is_late.is_set():
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+        if len(content) <= max_bytes and response.length:
+            raise wire.NoAnswer("cut_off", f"{response.length:,} bytes are missing")
+        fields = {name.lower(): value for name, value in response.headers.items()}
+        encoding = fields.get("content-encoding", "identity").strip().lower()
+        if len(content) <= max_bytes:
+            content = _decompress(content, encoding, max_bytes)
+        if len(content) > max_bytes:
+            detail = f"the reply has more than {max_bytes:,} bytes"
+            raise wire.NoAnswer("too_large", detail)
+        return Reply(response.status, fields, content)
 
-    def _remaining(self) -> float:
-        """Returns the seconds that this thread's request may still take."""
-        seconds = self._deadline.time - time.monotonic()
-        if seconds <= 0:
-            raise self._httpcore.ReadTimeout("deadline")
-        return seconds
+    def _take(self, seconds: float) -> http.client.HTTPConnection:
+        """Returns an idle connection that the server has not closed, or a new one."""
+        with self._lock:
+            connection = self._new(timeout=seconds)
+            while self._idle:
+                idle = self._idle.pop()
+                poll = select.poll()
+                poll.register(idle.sock, select.POLLIN)
+                if not poll.poll(0):
+                    connection = idle
+                    break
+                idle.close()  # Nothing was requested, so what arrived is the end.
+            self._busy.add(connection)
+        return connection
 
 
-def _read(parts: Iterable[bytes], encoding: str, most: int) -> bytes:
-    """Returns a body, decompressed as far as it may be long."""
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        parts = _decompress(parts, most)
-    elif encoding != "identity":
-        raise Failed("cut_off", f"the reply is encoded as {encoding!r}")
-    content = bytearray()
-    for part in parts:
-        content += part
-        if len(content) > most:
-            raise Failed("too_large", f"the reply has more than {most:,} bytes")
-    return bytes(content)
+def _shut(connection: http.client.HTTPConnection) -> None:
+    """Wakes the thread that reads or writes this connection with an error."""
+    if (sock := connection.sock) is not None:
+        with contextlib.suppress(OSError):
+            # Not TLS's own shutdown, which may only run in the thread that reads.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def _decompress(parts: Iterable[bytes], most: int) -> Iterator[bytes]:
-    # Gzip and zlib, told apart by their headers.
+def _decompress(content: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Returns at most one byte more than `max_bytes`."""
+    if encoding == "identity":
+        return content
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise wire.NoAnswer("cut_off", f"the reply is encoded as {encoding!r}")
+    # Detects gzip and zlib by their headers.
     decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
     try:
-        for part in parts:
-            while part:
-                yield decompressor.decompress(part, most + 1)
-                part = decompressor.unconsumed_tail
+        content = decompressor.decompress(content, max_bytes + 1)
     except zlib.error as error:
-        raise Failed("cut_off", f"badly compressed ({error})") from error
-    if not decompressor.eof:
-        raise Failed("cut_off", "the compressed reply has no end")
-
-
-def _backend(httpcore: Any, remaining: Any, opened: set[Any], lock: Any) -> Any:
-    """Returns sockets that know the deadline of the request that uses them.
-
-    Args:
-        httpcore: The module, which is imported where it is needed.
-        remaining: Returns the seconds that are left, or raises.
-        opened: Streams that are open, for `Connections.abort`.
-        lock: Guards `opened`.
-    """
-
-    class Stream(httpcore.NetworkStream):
-        def __init__(self, stream: Any):
-            self._stream = stream
-            with lock:
-                opened.add(stream)
-
-        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-            return self._stream.read(max_bytes, remaining())
-
-        def write(self, buffer: bytes, timeout: float | None = None) -> None:
-            for start in range(0, len(buffer), _SENT_AT_ONCE):
-                part = buffer[start : start + _SENT_AT_ONCE]
-                self._stream.write(part, remaining())
-
-        def close(self) -> None:
-            with lock:
-                opened.discard(self._stream)
-            self._stream.close()
-
-        def start_tls(
-            self,
-            ssl_context: Any,
-            server_hostname: str | None = None,
-            timeout: float | None = None,
-        ) -> Any:
-            stream = self._stream.start_tls(ssl_context, server_hostname, remaining())
-            with lock:
-                opened.discard(self._stream)
-            return Stream(stream)
-
-        def get_extra_info(self, info: str) -> Any:
-            return self._stream.get_extra_info(info)
-
-    class Backend(httpcore.NetworkBackend):
-        def __init__(self) -> None:
-            self._backend = httpcore.SyncBackend()
-
-        def connect_tcp(self, host: str, port: int, *unused: Any, **other: Any) -> Any:
-            return Stream(self._backend.connect_tcp(host, port, timeout=remaining()))
-
-        def sleep(self, seconds: float) -> None:
-            self._backend.sleep(seconds)
-
-    return Backend()
+        raise wire.NoAnswer("cut_off", f"badly compressed ({error})") from error
+    if len(content) <= max_bytes and not decompressor.eof:
+        raise wire.NoAnswer("cut_off", "the compressed reply has no end")
+    return content

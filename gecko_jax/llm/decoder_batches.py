@@ -1,8 +1,8 @@
-"""Batches of requests: what they share, their lengths and their shapes.
+"""Batches of requests with few distinct shapes.
 
-Requests whose prompts begin alike are a *family*; what all of it begins with is the
-*prefix*, which is read once. What is left is cut into batches of like length, padded to
-one of a few lengths and a power of two of rows, so that few shapes are compiled.
+Requests whose prompts begin alike form a *family*. Its common *prefix* is read once.
+The rest is cut into batches of similar length, padded to one of a few lengths and a
+power of two of rows, so that few shapes are compiled.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from jaxtyping import Int
 
 from gecko_jax.models import transformer
 
-# Prompts that begin with the same so many tokens are a family, if it is large enough
-# to pay for a call of its own.
+# Prompts that share this many first tokens form a family if there are enough of them
+# to pay for a call.
 FAMILY_TOKENS = 16
 FAMILY_SIZE = 4
 
-# The least length; above it a fifth is padding at worst.
+# Shortest padded length; above it, at most a fifth of a row is padding.
 SHORTEST = 16
 
 PREFIX_MULTIPLE = 64
@@ -28,7 +28,13 @@ PREFIX_MULTIPLE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, what is fed after it, and what is asked at the last of these tokens."""
+    """A prompt to score or continue.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        fed: Tokens read after the prompt.
+        targets: Tokens to score after each of the last `len(targets)` tokens.
+    """
 
     prompt: list[int]
     fed: list[int]
@@ -36,7 +42,7 @@ class Request:
 
 
 class Batch(NamedTuple):
-    """Requests by number, and how many of their first tokens are in the prefix."""
+    """Indices of requests, their prefix, and the padded shape."""
 
     requests: list[int]
     prefix: tuple[int, ...]
@@ -45,26 +51,25 @@ class Batch(NamedTuple):
 
 
 def families(prompts: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
-    """Groups prompts by the tokens they begin with: what they share -> their numbers.
+    """Groups the indices of prompts by their common prefix; `()` holds the rest.
 
-    Of every prompt at least one token is left, whose hidden state is needed. Those
-    without a family share nothing, `()`.
+    A prefix leaves at least one token of every prompt, whose hidden state is needed.
     """
     heads: dict[tuple[int, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
         heads.setdefault(tuple(prompt[:FAMILY_TOKENS]), []).append(number)
-    found: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for members in heads.values():
-        # What the first and the last in order share, all between them share.
+        # The first and last prompt in sorted order share what all of them share.
         first = min(prompts[n] for n in members)
         last = max(prompts[n] for n in members)
         pairs = zip(first, last, strict=False)
-        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        shared = [token for token, _ in alike]
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        shared = [token for token, _ in equal]
         shared = shared[: min(len(prompts[n]) for n in members) - 1]
         pays = len(members) >= FAMILY_SIZE and len(shared) >= FAMILY_TOKENS // 2
-        found.setdefault(tuple(shared) if pays else (), []).extend(members)
-    return found
+        groups.setdefault(tuple(shared) if pays else (), []).extend(members)
+    return groups
 
 
 def round_up(length: int) -> int:
@@ -75,11 +80,6 @@ def round_up(length: int) -> int:
     return -(-length // step) * step
 
 
-def round_up_prefix(length: int) -> int:
-    """Returns the next multiple of 64: prefixes are few, and read by all."""
-    return -(-length // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
-
-
 def split(
     requests: Sequence[Request],
     families: Mapping[tuple[int, ...], Sequence[int]],
@@ -87,24 +87,22 @@ def split(
     row_multiple: int,
     call_cost: int,
 ) -> Iterator[Batch]:
-    """Yields batches of like length within a family, the longest first.
+    """Yields batches of similar length within each family, the longest first.
 
-    Of all ways to cut the sorted requests it is the one that costs least, padding
-    counted like text.
+    The cut of the sorted requests is the one with the least total cost, where padding
+    costs as much as text.
 
     Args:
-        requests: All of a call.
-        families: Of the prompts.
-        tokens_per_call: Rows times length, at most, unless a row is longer.
-        row_multiple: Divides the number of rows: devices they are split over.
-        call_cost: What a batch costs beside its rows times length, in tokens.
+        requests: All requests of a call.
+        families: See `families`.
+        tokens_per_call: Largest rows times length, unless one row is longer.
+        row_multiple: Divisor of the number of rows: the devices that share them.
+        call_cost: Fixed cost of a batch, in tokens.
     """
     for prefix, members in families.items():
         lengths = {
-            number: len(requests[number].prompt)
-            + len(requests[number].fed)
-            - len(prefix)
-            for number in members
+            n: len(requests[n].prompt) + len(requests[n].fed) - len(prefix)
+            for n in members
         }
         order = sorted(members, key=lambda number: (-lengths[number], number))
         rounded = [round_up(lengths[number]) for number in order]
@@ -118,16 +116,12 @@ def split(
 def _cut(
     lengths: Sequence[int], tokens_per_call: int, row_multiple: int, call_cost: int
 ) -> Iterator[int]:
-    """Yields the rows of one batch after the other, at the least cost of all.
+    """Yields the rows of each batch at the least total cost, by dynamic programming.
 
-    Args:
-        lengths: Of the rows, the longest first; a batch has that of its first.
-        tokens_per_call: As in `split`.
-        row_multiple: As in `split`.
-        call_cost: As in `split`.
+    `lengths` descend, and a batch has the length of its first row; see `split`.
     """
     count = len(lengths)
-    # From each row on: the least cost, and the rows of the batch that begins there.
+    # Per first row: the least cost of the rest, and the rows of the batch that begins.
     best = [(0, 0)] * (count + 1)
     for start in range(count - 1, -1, -1):
         choices = []
@@ -135,26 +129,25 @@ def _cut(
         while True:
             cost = num_rows * lengths[start] + call_cost
             choices.append((cost + best[min(start + num_rows, count)][0], num_rows))
+            if start + num_rows >= count:
+                break
             num_rows *= 2
-            is_full = num_rows * lengths[start] > tokens_per_call
-            if is_full or start + num_rows // 2 >= count:
+            if num_rows * lengths[start] > tokens_per_call:
                 break
         best[start] = min(choices)
     start = 0
     while start < count:
-        num_rows = best[start][1]
-        yield num_rows
-        start += num_rows
+        yield best[start][1]
+        start += best[start][1]
 
 
 def rows(
     batch: Batch, requests: Sequence[Request]
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """Returns tokens and positions of the rows, behind their prefix."""
+    """Returns tokens and positions of the rows after their prefix."""
     tokens = np.zeros((batch.num_rows, batch.length), np.int32)
     positions = np.full_like(tokens, transformer.PAD_POSITION)
-    # A row that only fills the batch has a token too.
-    positions[:, 0] = len(batch.prefix)
+    positions[:, 0] = len(batch.prefix)  # Padding rows need a token, too.
     for row, number in enumerate(batch.requests):
         request = requests[number]
         rest = (request.prompt + request.fed)[len(batch.prefix) :]
@@ -166,10 +159,7 @@ def rows(
 def questions(
     batch: Batch, requests: Sequence[Request]
 ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"], Int[np.ndarray, "T Y"]]:
-    """Returns row, column and targets of every position that is asked about.
-
-    They are padded with the first.
-    """
+    """Returns row, column and targets of every scored position, padded by the first."""
     places = [
         (row, len(request.prompt) + len(request.fed) - len(batch.prefix) - back)
         for row, request in enumerate(requests[n] for n in batch.requests)
@@ -178,5 +168,4 @@ def questions(
     targets = [t for number in batch.requests for t in requests[number].targets]
     padding = round_up(len(places)) - len(places)
     row, column = np.array(places + [(0, 0)] * padding, np.int32).T
-    targets = np.array(targets + targets[:1] * padding, np.int32)
-    return row, column, targets
+    return row, column, np.array(targets + targets[:1] * padding, np.int32)

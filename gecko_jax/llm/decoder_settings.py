@@ -1,136 +1,209 @@
-"""Settings of a decoder that every format of files spells in its own way.
+"""Decoder settings, read from the keys of a Hugging Face `config.json`.
 
-`gguf` and `safetensors_folder` read the numbers; what a family of models does with them
-is said here, once.
+`gguf` translates its header into the same keys. Everything that the decoder does not
+implement is an error.
 """
 
-import dataclasses
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gecko_jax.io import field_rules
 from gecko_jax.models import transformer
 
-# What a setting can be, by its name here. The limits are far beyond any model: they
-# keep a damaged file from being taken at its word.
+FAMILIES = ("llama", "gemma3_text")
+REMEDY = "copy the file again, or choose another model"
+_SERVE = "serve this model and give the server's address"
+
+# The limits are far beyond any model and protect from damaged files.
 _WIDTH = field_rules.integer(1, 1 << 24)
-KINDS = {
+_HEADS = field_rules.integer(1, 65_536)
+_LENGTH = field_rules.integer(1, 1 << 31)
+_ABOVE_ZERO = field_rules.number(above=0)
+_MAYBE_ABOVE_ZERO = field_rules.optional(_ABOVE_ZERO)
+_MAYBE_NUMBER = field_rules.optional(field_rules.number())
+_MAYBE_NAME = field_rules.optional(field_rules.NAME)
+_MAYBE_FLAG = field_rules.optional(field_rules.FLAG)
+_MAYBE_EVERY = field_rules.optional(field_rules.integer(1, 4_096))
+_ROPE = {
+    "rope_type": _MAYBE_NAME,
+    "type": _MAYBE_NAME,
+    "rope_theta": _MAYBE_ABOVE_ZERO,
+    "factor": _MAYBE_ABOVE_ZERO,
+    "original_max_position_embeddings": _MAYBE_ABOVE_ZERO,
+    "low_freq_factor": _MAYBE_NUMBER,
+    "high_freq_factor": _MAYBE_NUMBER,
+}
+_ROPE_OF_KIND = field_rules.optional(field_rules.object_of(_ROPE))
+_MAYBE_ROPE = field_rules.optional(
+    field_rules.object_of(
+        {**_ROPE, "full_attention": _ROPE_OF_KIND, "sliding_attention": _ROPE_OF_KIND}
+    )
+)
+_SETTINGS = {
     "vocab_size": _WIDTH,
-    "model_dim": _WIDTH,
-    "num_layers": field_rules.integer(1, 4_096),
-    "num_heads": field_rules.integer(1, 65_536),
-    "num_kv_heads": field_rules.integer(1, 65_536),
-    "head_dim": field_rules.integer(2, 65_536),
-    "mlp_dim": _WIDTH,
-    "context_length": field_rules.integer(1, 1 << 31),
-    "norm_epsilon": field_rules.number(above=0),
-    "rope_base": field_rules.number(above=0),
-    "local_window": field_rules.integer(1, 1 << 31),
-    "global_every": field_rules.integer(1, 4_096),
-    "local_rope_base": field_rules.number(above=0),
-    "query_scalar": field_rules.number(above=0),
+    "hidden_size": _WIDTH,
+    "num_hidden_layers": field_rules.integer(1, 4_096),
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": field_rules.optional(_HEADS),
+    "head_dim": field_rules.optional(field_rules.integer(2, 65_536)),
+    "intermediate_size": _WIDTH,
+    "max_position_embeddings": _LENGTH,
+    "rms_norm_eps": _ABOVE_ZERO,
+    "rope_theta": _MAYBE_ABOVE_ZERO,
+    "rope_parameters": _MAYBE_ROPE,
+    "rope_scaling": _MAYBE_ROPE,
+    "tie_word_embeddings": field_rules.FLAG,
+    "attention_bias": _MAYBE_FLAG,
+    "mlp_bias": _MAYBE_FLAG,
+    "use_bidirectional_attention": _MAYBE_FLAG,
+    "attn_logit_softcapping": _MAYBE_NUMBER,
+    "final_logit_softcapping": _MAYBE_NUMBER,
+}
+_UNSUPPORTED = tuple(_SETTINGS)[-5:]
+_GEMMA_SETTINGS = {
+    "query_pre_attn_scalar": _ABOVE_ZERO,
+    "sliding_window": _LENGTH,
+    "sliding_window_pattern": _MAYBE_EVERY,
+    "_sliding_window_pattern": _MAYBE_EVERY,
+    "rope_local_base_freq": _MAYBE_ABOVE_ZERO,
+    "layer_types": field_rules.optional(field_rules.list_of(field_rules.TEXT)),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Gemma3:
-    """What only Gemma 3 has.
-
-    Attributes:
-        query_scalar: Queries are divided by its square root.
-        local_window: Keys that a local layer sees.
-        global_every: Of so many layers the last is global.
-        local_rope_base: Rotary base of the local layers.
-    """
-
-    query_scalar: float
-    local_window: int
-    global_every: int
-    local_rope_base: float
-
-
-def check_family(place: str, name: str, found: str, known: Collection[str]) -> None:
-    """Refuses a family that the decoder does not run.
-
-    Args:
-        place: The file, for the error.
-        name: How its format calls the family.
-        found: In the file.
-        known: Those that the decoder runs.
-    """
-    if found not in known:
+def check_family(place: object, key: str, name: str, known: Collection[str]) -> None:
+    """Raises for a model family that the decoder does not implement."""
+    if name not in known:
         raise ValueError(
-            f"{place}: {name} {found!r}; the in-process decoder runs "
-            f"{' and '.join(known)}: choose such a model, or serve this one and give "
-            "the server's address"
+            f"{place}: {key} {name!r}; the in-process decoder runs "
+            f"{' and '.join(known)}: choose such a model, or {_SERVE}"
         )
 
 
 def build(
-    place: str, common: dict[str, Any], gemma: Gemma3 | None
+    place: object,
+    settings: Mapping[str, Any],
+    rope_factors: tuple[float, ...] | None = None,
 ) -> transformer.DecoderConfig:
-    """Returns the decoder's settings.
+    """Returns the decoder's settings from values by the keys of `config.json`.
 
-    Args:
-        place: The file, for the error.
-        common: Fields of `decoder.DecoderConfig` that both families have.
-        gemma: Settings of Gemma 3; None for the Llama family.
+    `rope_factors` are divisors of the rotary frequencies; None reads the settings.
 
     Raises:
-        ValueError: A setting is out of its range, or two contradict each other.
+        ValueError: A setting is missing, out of range or unsupported, or two settings
+            contradict each other.
     """
-    values = common | (dataclasses.asdict(gemma) if gemma else {})
-    kinds = {name: kind for name, kind in KINDS.items() if name in values}
-    remedy = "copy the file again, or choose another model"
-    field_rules.check(place, values, kinds, remedy)
-    heads, kv_heads = common["num_heads"], common["num_kv_heads"]
-    if heads % kv_heads or common["head_dim"] % 2:
+    is_gemma = settings["model_type"] == "gemma3_text"
+    kinds = _SETTINGS | (_GEMMA_SETTINGS if is_gemma else {})
+    field_rules.check(place, settings, kinds, REMEDY)
+    for key in _UNSUPPORTED:
+        if (value := settings.get(key)) is not None and value is not False:
+            raise ValueError(
+                f"{place}: {key}={value}; the in-process decoder does not support it: "
+                f"{_SERVE}"
+            )
+    model_dim, num_heads = settings["hidden_size"], settings["num_attention_heads"]
+    num_kv_heads = settings.get("num_key_value_heads") or num_heads
+    head_dim = settings.get("head_dim") or model_dim // num_heads
+    if num_heads % num_kv_heads or head_dim % 2 or not head_dim:
         raise ValueError(
-            f"{place}: {heads} query heads for {kv_heads} key heads of the width "
-            f"{common['head_dim']}; the first must be a multiple of the second, and "
-            f"the width even: {remedy}"
+            f"{place}: {num_heads} query heads, {num_kv_heads} key heads, head_dim "
+            f"{head_dim}; the first must be a multiple of the second, and head_dim "
+            f"even: {REMEDY}"
         )
-    factors = common["rope_factors"]
-    if factors is not None and (
-        len(factors) != common["head_dim"] // 2
-        or not all(0 < factor < float("inf") for factor in factors)
+    # transformers 5 stores rotary settings per kind of layer.
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    local_rope = rope.get("sliding_attention") or {}
+    rope = rope.get("full_attention") or rope
+    default_base = 1e6 if is_gemma else 1e4
+    base = float(rope.get("rope_theta") or settings.get("rope_theta") or default_base)
+    if rope_factors is None:
+        rope_factors = _rope_factors(place, rope, base, head_dim)
+    elif len(rope_factors) != head_dim // 2 or not all(
+        0 < factor < math.inf for factor in rope_factors
     ):
         raise ValueError(
-            f"{place}: {len(factors)} divisors of rotary frequencies; there must be "
-            f"{common['head_dim'] // 2}, all above 0: {remedy}"
+            f"{place}: {len(rope_factors)} divisors of rotary frequencies; there must "
+            f"be {head_dim // 2}, all above 0: {REMEDY}"
         )
-    if gemma is None:
-        return transformer.DecoderConfig(**common)
+    gemma = {}
+    if is_gemma:
+        local_base = local_rope.get("rope_theta")
+        gemma = {
+            "activation": "gelu",
+            "embedding_scale": model_dim**0.5,
+            "query_scale": settings["query_pre_attn_scalar"] ** -0.5,
+            "sandwich_norms": True,
+            "head_norms": True,
+            "local_window": settings["sliding_window"],
+            "global_every": _global_every(place, settings),
+            "local_rope_base": float(
+                local_base or settings.get("rope_local_base_freq") or 1e4
+            ),
+        }
     return transformer.DecoderConfig(
-        **common,
-        activation="gelu",
-        embedding_scale=common["model_dim"] ** 0.5,
-        query_scale=gemma.query_scalar**-0.5,
-        sandwich_norms=True,
-        head_norms=True,
-        local_window=gemma.local_window,
-        global_every=gemma.global_every,
-        local_rope_base=gemma.local_rope_base,
+        vocab_size=settings["vocab_size"],
+        model_dim=model_dim,
+        num_layers=settings["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mlp_dim=settings["intermediate_size"],
+        context_length=settings["max_position_embeddings"],
+        norm_epsilon=float(settings["rms_norm_eps"]),
+        rope_base=base,
+        rope_factors=rope_factors,
+        tied=settings["tie_word_embeddings"],
+        **gemma,
     )
 
 
-def linear_rope(
-    place: str, kind: str, factor: float | None, head_dim: int
-) -> tuple[float, ...]:
-    """Returns what divides each rotary frequency, where all are divided alike.
+def _global_every(place: object, settings: Mapping[str, Any]) -> int:
+    """Returns the period of the global layers; `layer_types` must agree."""
+    every = (
+        settings.get("sliding_window_pattern")
+        or settings.get("_sliding_window_pattern")
+        or 6
+    )
+    expected = [
+        "sliding_attention" if (layer + 1) % every else "full_attention"
+        for layer in range(settings["num_hidden_layers"])
+    ]
+    if settings.get("layer_types") not in (None, expected):
+        raise ValueError(
+            f"{place}: layer_types do not repeat {every - 1} local layers and a global "
+            f"one, which is all that the in-process decoder supports: {_SERVE}"
+        )
+    return every
 
-    Args:
-        place: The file, for the error.
-        kind: Of scaling, as the file calls it.
-        factor: Of linear scaling.
-        head_dim: Width of a head.
 
-    Raises:
-        ValueError: Another kind.
-    """
-    if kind != "linear" or factor is None:
+def _rope_factors(
+    place: object, rope: Mapping[str, Any], base: float, head_dim: int
+) -> tuple[float, ...] | None:
+    """Returns the divisor of each rotary frequency; None for no scaling."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    factor = rope.get("factor")
+    if kind == "default":
+        return None
+    if kind == "linear" and factor is not None:
+        return (float(factor),) * (head_dim // 2)
+    if kind != "llama3":
         raise ValueError(
             f"{place}: rotary positions scaled by {kind!r}; the in-process decoder "
-            "knows linear scaling and Llama 3's: choose another model"
+            "supports linear scaling and Llama 3's: choose another model"
         )
-    return (float(factor),) * (head_dim // 2)
+    names = ("factor", "original_max_position_embeddings")
+    names += ("low_freq_factor", "high_freq_factor")
+    missing = [name for name in names if rope.get(name) is None]
+    factor, original, low, high = (rope.get(name) or 0 for name in names)
+    if missing or low >= high:
+        fault = f"no {', '.join(missing)}" if missing else f"{low} not below {high}"
+        raise ValueError(f"{place}: Llama 3's rotary scaling has {fault}; {REMEDY}")
+    factors = []
+    for pair in range(head_dim // 2):
+        turns = original * base ** (-2 * pair / head_dim) / (2 * math.pi)
+        # Frequencies with few turns in the original context are divided by the factor;
+        # those with many stay.
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(factors)

@@ -1,12 +1,11 @@
-"""The decoder's parameters, as they lie in files and as `decoder` wants them.
+"""Decoder parameters: names and layout in files, and loading onto the mesh.
 
-Both formats store a matrix as [out, in], one per layer, under a name of their own. Here
-they become [in, heads, width] and the like, stacked over layers, in the dtype of the
-products, and lie on the mesh by the rules of `sharding`.
+GGUF and Hugging Face files store a matrix per layer as [out, in]. The decoder takes
+[in, heads, width] and the like, stacked over layers, in the dtype of the products.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,117 +14,139 @@ from gecko_jax.io import wording
 from gecko_jax.models import transformer
 from gecko_jax.parallel import sharding
 
-# A name of `decoder` -> the name in a file; `{}` is the layer's number.
-Names = Mapping[str, str]
+# Parameter -> its name in GGUF and in Hugging Face files.
+_NAMES = {
+    "embedding": ("token_embd", "model.embed_tokens"),
+    "final_norm": ("output_norm", "model.norm"),
+    "output": ("output", "lm_head"),
+    "attention_norm": ("attn_norm", "input_layernorm"),
+    "query": ("attn_q", "self_attn.q_proj"),
+    "key": ("attn_k", "self_attn.k_proj"),
+    "value": ("attn_v", "self_attn.v_proj"),
+    "out": ("attn_output", "self_attn.o_proj"),
+    "mlp_norm": ("ffn_norm", "post_attention_layernorm"),
+    "gate": ("ffn_gate", "mlp.gate_proj"),
+    "up": ("ffn_up", "mlp.up_proj"),
+    "down": ("ffn_down", "mlp.down_proj"),
+}
+_GEMMA_NAMES = _NAMES | {
+    "query_norm": ("attn_q_norm", "self_attn.q_norm"),
+    "key_norm": ("attn_k_norm", "self_attn.k_norm"),
+    "post_attention_norm": ("post_attention_norm", "post_attention_layernorm"),
+    "mlp_norm": ("ffn_norm", "pre_feedforward_layernorm"),
+    "post_mlp_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
+}
+
+Format = Literal["gguf", "hugging_face"]
 
 
-def names(config: transformer.DecoderConfig, table: Names) -> dict[str, list[str]]:
-    """Returns the names in a file of every parameter, one per layer where it has any.
+@runtime_checkable
+class ModelFile(Protocol):
+    """An open model, see `gguf.Gguf` and `safetensors_folder.SafetensorsFolder`.
 
-    Args:
-        config: The decoder; it decides which parameters there are.
-        table: Of the file's format.
+    Attributes:
+        config: The decoder's settings.
+        file_format: Format of the tensor names.
     """
+
+    config: transformer.DecoderConfig
+    file_format: Format
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor: matrices as [out, in], norm weights as multipliers.
+
+        Rows of queries and keys are in Hugging Face's order of rotary pairs.
+        """
+        ...
+
+
+def file_names(
+    config: transformer.DecoderConfig, file_format: Format
+) -> dict[str, list[str]]:
+    """Returns the tensor names of each parameter, one per layer where it has any."""
+    column, layers = {"gguf": (0, "blk"), "hugging_face": (1, "model.layers")}[
+        file_format
+    ]
+    table = _GEMMA_NAMES if config.sandwich_norms else _NAMES
     axes = transformer.logical_axes(config)
-    found = {
-        name: [table[name].format(layer) for layer in range(config.num_layers)]
+    return {
+        name: [f"{table[name][column]}.weight"] for name in axes if name != "layers"
+    } | {
+        name: [
+            f"{layers}.{layer}.{table[name][column]}.weight"
+            for layer in range(config.num_layers)
+        ]
         for name in axes["layers"]
     }
-    return found | {name: [table[name]] for name in axes if name != "layers"}
 
 
 def check(
-    place: str,
+    place: object,
     config: transformer.DecoderConfig,
-    table: Names,
+    file_format: Format,
     shapes: Mapping[str, tuple[int, ...]],
     ignored: Collection[str] = (),
 ) -> None:
-    """Checks names and shapes of a file before anything is read.
-
-    Args:
-        place: The file, for the error.
-        config: What the file's own settings say.
-        table: Of the file's format.
-        shapes: Shape of every tensor in the file.
-        ignored: Names of tensors that a file may hold beside the parameters.
+    """Compares the names and shapes of a file's tensors with its settings.
 
     Raises:
         ValueError: Lists missing, unexpected and wrong-shape tensors together.
     """
     expected = {}
-    for ours, theirs in names(config, table).items():
-        expected |= dict.fromkeys(theirs, file_shape(config, ours))
+    for parameter, names in file_names(config, file_format).items():
+        expected |= dict.fromkeys(names, _file_shape(config, parameter))
     faults = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys() - set(ignored)),
         "wrong shape": [
-            f"{name} {shapes[name]} for {shape}"
+            f"{name} {shapes[name]}, expected {shape}"
             for name, shape in expected.items()
             if name in shapes and shapes[name] != shape
         ],
     }
-    listed = [
-        f"{fault}: {', '.join(found[:5])}" + (", ..." if len(found) > 5 else "")
-        for fault, found in faults.items()
-        if found
-    ]
+    listed = "; ".join(
+        f"{fault}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+        for fault, names in faults.items()
+        if names
+    )
     if listed:
-        told = wording.printable("; ".join(listed))
         raise ValueError(
-            f"{place}: its tensors are not those of its settings ({told});"
-            " copy the file again, or choose a model of the Llama or Gemma 3 family"
+            f"{place}: the tensors do not match the settings "
+            f"({wording.printable(listed)}); copy the file again, or choose a model of "
+            "the Llama or Gemma 3 family"
         )
 
 
-def file_shape(config: transformer.DecoderConfig, name: str) -> tuple[int, ...]:
-    """Returns the shape of a parameter, or of one layer of it, in a file."""
+def _file_shape(config: transformer.DecoderConfig, name: str) -> tuple[int, ...]:
+    """Returns the shape of a parameter, or of one of its layers, in a file."""
     shapes = transformer.param_shapes(config)
     shape = shapes["layers"][name][1:] if name in shapes["layers"] else shapes[name]
     if len(shape) == 1 or name in ("embedding", "output"):
         return shape
-    rows = shape[:-1] if name == "out" else shape[:1]
-    columns = shape[len(rows) :]
-    return int(np.prod(columns)), int(np.prod(rows))
+    num_inputs = 2 if name == "out" else 1
+    return int(np.prod(shape[num_inputs:])), int(np.prod(shape[:num_inputs]))
 
 
-def load(
-    read: Callable[[str], np.ndarray],
-    config: transformer.DecoderConfig,
-    table: Names,
-    *,
-    dtype: Any,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, Any]:
-    """Reads all parameters and puts each onto the mesh before the next is read.
-
-    Args:
-        read: Returns a tensor of the file by name: [out, in], a query's or key's
-            halves as Hugging Face's rotary positions pair them, a norm's weight as
-            what it multiplies with.
-        config: The decoder.
-        table: Of the file's format.
-        dtype: Of the parameters.
-        mesh: Where they go.
-    """
-    shapes = transformer.param_shapes(config)
-    axes = transformer.logical_axes(config)
-    found = names(config, table)
+def load(file: ModelFile, *, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Reads the parameters one at a time onto the mesh, by the rules of `sharding`."""
+    names = file_names(file.config, file.file_format)
 
     def place(path: Any, shape: tuple[int, ...], axes: Any) -> jax.Array:
-        name = path[-1].key
-        layers = len(path) > 1
-        whole = np.empty(shape, dtype)
-        for layer, theirs in enumerate(found[name]):
-            tensor = read(theirs)
-            if tensor.ndim == 2 and layers:
-                tensor = tensor.T
-            part = shape[1:] if layers else shape
-            whole[layer if layers else ...] = tensor.reshape(part)
+        is_layered = len(path) > 1
+        values = np.empty(shape, dtype)
+        for layer, name in enumerate(names[path[-1].key]):
+            tensor = file.read(name)
+            if is_layered:
+                values[layer] = tensor.T.reshape(shape[1:])
+            else:
+                values[...] = tensor
         struct = jax.ShapeDtypeStruct(shape, dtype)
         where = sharding.param_shardings(struct, axes, mesh)
-        return jax.make_array_from_callback(shape, where, lambda index: whole[index])
+        return jax.make_array_from_callback(shape, where, lambda index: values[index])
 
     return jax.tree.map_with_path(
-        place, shapes, axes, is_leaf=lambda node: isinstance(node, tuple)
+        place,
+        transformer.param_shapes(file.config),
+        transformer.logical_axes(file.config),
+        is_leaf=lambda node: isinstance(node, tuple),
     )

@@ -1,6 +1,6 @@
-"""What runs on the device for a batch: a prefix, scores, and sampled tokens.
+"""Device functions for a batch: shared prefix, scores, and sampled tokens.
 
-Each function is compiled once per shape; `local` keeps the shapes few.
+Each function is compiled once per shape; `local` keeps the number of shapes small.
 """
 
 import functools
@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gecko_jax.models import transformer
 
-# Tokens that are drawn between two looks at what they spell.
+# Tokens that one call of `decode` draws.
 STEPS = 16
 
-# Halvings of an interval of log-probabilities 100 nats wide: to float32's precision.
-_HALVINGS = 32
+# Bisection steps over 100 nats, which reach float32's precision.
+_BISECTIONS = 32
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -26,7 +26,7 @@ def compute_prefix(
     tokens: Int[Array, " S"],
     positions: Int[Array, " S"],
 ) -> transformer.KeyValues:
-    """Returns keys and values that any number of rows may share."""
+    """Returns keys and values that any number of rows can share."""
     _, own = transformer.extend(params, config, tokens[None], positions[None])
     return transformer.KeyValues(own.keys[:, 0], own.values[:, 0], positions)
 
@@ -39,7 +39,7 @@ def read(
     tokens: Int[Array, "B L"],
     positions: Int[Array, "B L"],
 ) -> Float[Array, "B L M"]:
-    """Returns the hidden states of rows behind their prefix."""
+    """Returns the hidden states of rows after their prefix."""
     return transformer.extend(params, config, tokens, positions, prefix)[0]
 
 
@@ -52,11 +52,12 @@ def score(
     columns: Int[Array, " T"],
     targets: Int[Array, "T Y"],
 ) -> Float[Array, "T Y"]:
-    """Returns log-probabilities of targets after the tokens at [rows, columns].
+    """Returns the log-probabilities of targets after the tokens at [rows, columns].
 
-    Apart from `read`, so that T does not multiply the shapes that compile slowly.
+    It is separate from `read` so that the values of T do not multiply the shapes of the
+    layers, which compile slowly. Only these positions meet the output head, which is
+    larger than all layers together.
     """
-    # Only these meet the output head, which is larger than all layers together.
     return transformer.token_log_probs(params, config, hidden[rows, columns], targets)
 
 
@@ -73,7 +74,7 @@ def start(
 
     Returns:
         The hidden state at the end of each prompt, and a cache with `num_slots` free
-        slots behind the prompts.
+        slots after the prompts.
     """
     hidden, own = transformer.extend(params, config, tokens, positions, prefix)
     is_text = positions != transformer.PAD_POSITION
@@ -111,18 +112,18 @@ def decode(
     """Draws `STEPS` tokens for every row.
 
     Args:
-        params: Of the decoder.
-        config: The decoder.
-        prefix: What all rows share.
-        cache: What each row has read and drawn; given away.
+        params: Parameters of the decoder.
+        config: Settings of the decoder.
+        prefix: Keys and values that all rows share.
+        cache: Keys and values of each row; donated.
         hidden: Hidden state of each row's last token.
-        positions: Of each row's next token.
-        slot: Of the cache where the next tokens go.
-        keys: Randomness of each row; with a position it decides a draw.
-        temperature: Divides the logits; unused when greedy.
-        top_p: Share of the probability that may be drawn; unused unless nucleus.
-        is_greedy: Takes the likeliest token.
-        is_nucleus: Leaves out the unlikely ones.
+        positions: Position of each row's next token.
+        slot: Cache slot of the next tokens.
+        keys: Random key of each row, folded with the position of each draw.
+        temperature: Divisor of the logits; unused if greedy.
+        top_p: Probability mass of the nucleus; unused unless `is_nucleus`.
+        is_greedy: Whether to take the likeliest token.
+        is_nucleus: Whether to draw from the nucleus only.
 
     Returns:
         The tokens, the cache with them, and the hidden state of the last.
@@ -158,7 +159,7 @@ def _draw(
     top_p: Float[Array, ""],
     is_nucleus: bool,
 ) -> Int[Array, " B"]:
-    """Draws from each row by its own key, so that no row depends on another."""
+    """Draws from each row with its own key, so that rows are independent."""
     if is_nucleus:
         logits = jnp.where(is_in_nucleus(logits, top_p), logits, -jnp.inf)
 
@@ -172,10 +173,9 @@ def _draw(
 def is_in_nucleus(
     logits: Float[Array, "B V"], top_p: Float[Array, ""]
 ) -> Array:  # Bool[Array, "B V"]
-    """Whether a token is of the fewest whose probabilities reach `top_p`.
+    """Marks the smallest set of likeliest tokens whose probabilities reach `top_p`.
 
-    The least log-probability among them is found by halving, which a CPU does faster
-    than sorting a vocabulary.
+    Bisection finds the threshold, because sorting a vocabulary is slow on a CPU.
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
 
@@ -187,5 +187,5 @@ def is_in_nucleus(
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
     high = jnp.max(log_probs, axis=-1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (high - 100.0, high))
+    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (high - 100.0, high))
     return log_probs >= low

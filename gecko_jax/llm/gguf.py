@@ -1,72 +1,59 @@
 """GGUF: a decoder and its tokenizer in one file, as llama.cpp reads it.
 
-The `gguf` package reads the container and undoes the quantization; here is what the
-settings and the names mean, and where llama.cpp stores a tensor otherwise than Hugging
-Face: Llama's query and key rows are interleaved for its rotary positions. Norms are
-stored as what they multiply with, Gemma's too.
+The `gguf` package reads the container and dequantizes tensors. This module translates
+the header into the keys of `decoder_settings`, and undoes llama.cpp's layout of Llama's
+query and key rows, which interleaves the rotary pairs.
 """
 
+import functools
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from gecko_jax.io import field_rules, wording
-from gecko_jax.llm import decoder_settings, decoder_weights, gguf_header
+from gecko_jax.llm import (
+    decoder_settings,
+    decoder_tokenizer,
+    decoder_weights,
+    gguf_header,
+)
 from gecko_jax.models import transformer
 
-_LLAMA: decoder_weights.Names = {
-    "embedding": "token_embd.weight",
-    "attention_norm": "blk.{}.attn_norm.weight",
-    "query": "blk.{}.attn_q.weight",
-    "key": "blk.{}.attn_k.weight",
-    "value": "blk.{}.attn_v.weight",
-    "out": "blk.{}.attn_output.weight",
-    "mlp_norm": "blk.{}.ffn_norm.weight",
-    "gate": "blk.{}.ffn_gate.weight",
-    "up": "blk.{}.ffn_up.weight",
-    "down": "blk.{}.ffn_down.weight",
-    "final_norm": "output_norm.weight",
-    "output": "output.weight",
+_MODEL_TYPES = {"llama": "llama", "gemma3": "gemma3_text"}
+# Key of `config.json` -> key of the header, `{}` for the architecture.
+_KEYS = {
+    "hidden_size": "{}.embedding_length",
+    "num_hidden_layers": "{}.block_count",
+    "num_attention_heads": "{}.attention.head_count",
+    "intermediate_size": "{}.feed_forward_length",
+    "max_position_embeddings": "{}.context_length",
+    "rms_norm_eps": "{}.attention.layer_norm_rms_epsilon",
 }
-NAMES: dict[str, decoder_weights.Names] = {
-    "llama": _LLAMA,
-    "gemma3": _LLAMA
-    | {
-        "query_norm": "blk.{}.attn_q_norm.weight",
-        "key_norm": "blk.{}.attn_k_norm.weight",
-        "post_attention_norm": "blk.{}.post_attention_norm.weight",
-        "post_mlp_norm": "blk.{}.post_ffw_norm.weight",
-    },
+_OPTIONAL_KEYS = {
+    "num_key_value_heads": "{}.attention.head_count_kv",
+    "head_dim": "{}.attention.key_length",
 }
-
-# Llama 3's frequency divisors, which belong to the settings.
+# Llama 3's divisors of the rotary frequencies are stored as a tensor.
 _ROPE_FACTORS = "rope_freqs.weight"
-
-# Not in the file: Gemma 3's local layers, and its 27B model, known by its depth.
-_GEMMA3_LOCAL_ROPE_BASE = 10_000.0
-_GEMMA3_GLOBAL_EVERY = 6
-_GEMMA3_27B_LAYERS = 62
+# Values of Gemma 3 that the header does not hold: the 27B model is known by its depth.
+_GEMMA = {"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
+_GEMMA_27B_LAYERS, _GEMMA_27B_SCALAR = 62, 168
 
 
 class Gguf:
-    """An open file: settings, and tensors by name.
+    """An open file, see `decoder_weights.ModelFile`."""
 
-    Attributes:
-        path: The file.
-        architecture: "llama" or "gemma3".
-        config: The decoder's settings.
-    """
+    file_format: decoder_weights.Format = "gguf"
 
     def __init__(self, path: str | os.PathLike):
-        """Reads settings and names, and checks them against each other.
+        """Reads settings and tensor names, and compares them.
 
         Raises:
             ImportError: The `gguf` package is missing.
-            ValueError: No whole GGUF file, or another family of models.
+            ValueError: The file is damaged, or of an unsupported family.
         """
         try:
             import gguf
@@ -75,133 +62,106 @@ class Gguf:
                 "reading GGUF needs the gguf package: "
                 'pip install "gecko-jax[llm-local]"'
             ) from error
-        self.path = pathlib.Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file; give a .gguf file")
-        gguf_header.check(self.path)
+        self._path = pathlib.Path(path)
+        if not self._path.is_file():
+            raise ValueError(f"{self._path}: no such file; give a .gguf file")
+        gguf_header.check(self._path)
         try:
-            # With "r" the file is mapped, so that only what is used is read.
-            reader = gguf.GGUFReader(self.path, "r")
-        except Exception as error:  # A damaged file ends in any of a dozen of them.
+            reader = gguf.GGUFReader(self._path, "r")  # Mapped, not read.
+        except Exception as error:  # Damaged files raise many types.
             raise ValueError(
-                f"{self.path}: not a whole GGUF file "
+                f"{self._path}: not a complete GGUF file "
                 f"({wording.printable(str(error))}); copy it again"
             ) from error
         self._fields: dict[str, Any] = dict(reader.fields)
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
-        self._dequantize: Callable[..., np.ndarray] = gguf.dequantize
-        self.architecture: str = self._typed("general.architecture", field_rules.NAME)
+        self._dequantize: Any = gguf.dequantize
+        architecture = {"general.architecture": self.setting("general.architecture")}
+        kinds = dict.fromkeys(architecture, field_rules.NAME)
+        field_rules.check(self._path, architecture, kinds, decoder_settings.REMEDY)
+        (self._architecture,) = architecture.values()
         decoder_settings.check_family(
-            str(self.path), "architecture", self.architecture, NAMES
+            self._path, "architecture", self._architecture, _MODEL_TYPES
         )
-        self.config: transformer.DecoderConfig = self._read_config()
-        shapes = {
-            # GGUF counts dimensions from the innermost.
+        shapes = {  # GGUF lists the innermost dimension first.
             name: tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
         }
+        self.config: transformer.DecoderConfig = self._read_config(shapes)
         decoder_weights.check(
-            str(self.path),
-            self.config,
-            NAMES[self.architecture],
-            shapes,
-            ignored=(_ROPE_FACTORS,),
+            self._path, self.config, self.file_format, shapes, {_ROPE_FACTORS}
         )
 
+    @functools.cached_property
+    def tokenizer(self) -> decoder_tokenizer.Tokenizer:
+        """The tokenizer of the header."""
+        return decoder_tokenizer.from_gguf(self.setting, str(self._path))
+
     def setting(self, key: str, default: Any = ...) -> Any:
-        """Returns a value of the header; `{}` in a key is the architecture.
+        """Returns a value of the header.
 
         Raises:
-            ValueError: It is not there and there is no default.
+            ValueError: The value is damaged, or is missing and has no default.
         """
-        if "{}" in key:
-            key = key.format(self.architecture)
         if key in self._fields:
             try:
                 return self._fields[key].contents()
-            except Exception as error:  # See above.
+            except Exception as error:  # Damaged files raise many types.
                 raise ValueError(
-                    f"{self.path}: {key} cannot be read "
+                    f"{self._path}: {key} cannot be read "
                     f"({wording.printable(str(error))}); copy the file again"
                 ) from error
         if default is ...:
-            raise ValueError(f"{self.path}: no setting {key}; copy the file again")
+            raise ValueError(f"{self._path}: no setting {key}; copy the file again")
         return default
 
-    def _typed(self, key: str, kind: field_rules.Kind, default: Any = ...) -> Any:
-        value = self.setting(key, default)
-        if default is None and value is None:
-            return None
-        remedy = "copy the file again, or choose another model"
-        field_rules.check(self.path, {key: value}, {key: kind}, remedy)
-        return value
-
     def read(self, name: str) -> Float[np.ndarray, "..."]:
-        """Returns a tensor, not quantized any more, as `decoder_weights.load` wants."""
-        tensor = self._tensors[name]
-        try:
-            values = self._dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"{self.path}: {name} is quantized as {tensor.tensor_type.name}, which "
-                "the gguf package cannot undo; choose a file in Q4_K_M, Q8_0 or F16"
-            ) from error
+        """Returns a dequantized tensor."""
+        values = self._dequantized(name)
         heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
         kind = name.split(".")[-2]
-        if self.architecture == "llama" and kind in heads:
+        if self._architecture == "llama" and kind in heads:
             pairs = values.reshape(heads[kind], -1, 2, values.shape[1])
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         return values
 
-    def _read_config(self) -> transformer.DecoderConfig:
-        kinds = decoder_settings.KINDS
+    def _dequantized(self, name: str) -> Float[np.ndarray, "..."]:
+        tensor = self._tensors[name]
+        try:
+            return self._dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self._path}: {name} is quantized as {tensor.tensor_type.name}, "
+                "which the gguf package cannot read; choose a file in Q4_K_M, Q8_0 or "
+                "F16"
+            ) from error
 
-        def whole(key: str, name: str, default: Any = ...) -> int:
-            return self._typed(f"{{}}.{key}", kinds[name], default)
-
-        num_heads = whole("attention.head_count", "num_heads")
-        model_dim = whole("embedding_length", "model_dim")
-        num_layers = whole("block_count", "num_layers")
-        head_dim = whole("attention.key_length", "head_dim", model_dim // num_heads)
-        tokens = field_rules.list_of(field_rules.TEXT)
-        embedding = self._tensors.get("token_embd.weight")
-        common = {
-            "vocab_size": int(embedding.shape[1])
-            if embedding is not None and len(embedding.shape) == 2
-            else len(self._typed("tokenizer.ggml.tokens", tokens)),
-            "model_dim": model_dim,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "num_kv_heads": whole("attention.head_count_kv", "num_kv_heads", num_heads),
-            "head_dim": head_dim,
-            "mlp_dim": whole("feed_forward_length", "mlp_dim"),
-            "context_length": whole("context_length", "context_length"),
-            "norm_epsilon": self._typed(
-                "{}.attention.layer_norm_rms_epsilon", kinds["norm_epsilon"]
-            ),
-            "rope_base": float(
-                self._typed("{}.rope.freq_base", kinds["rope_base"], 10_000.0)
-            ),
-            "rope_factors": self._read_rope_factors(head_dim),
-            "tied": "output.weight" not in self._tensors,
+    def _read_config(
+        self, shapes: dict[str, tuple[int, ...]]
+    ) -> transformer.DecoderConfig:
+        name = self._architecture
+        settings = {key: self.setting(_KEYS[key].format(name)) for key in _KEYS}
+        for key, header_key in _OPTIONAL_KEYS.items():
+            settings[key] = self.setting(header_key.format(name), None)
+        scaling = self.setting(f"{name}.rope.scaling.type", "none")
+        settings |= {
+            "model_type": _MODEL_TYPES[name],
+            "vocab_size": (*shapes.get("token_embd.weight", ()), 1)[0],
+            "tie_word_embeddings": "output.weight" not in shapes,
+            "rope_theta": self.setting(f"{name}.rope.freq_base", 10_000.0),
         }
-        gemma = None
-        if self.architecture == "gemma3":
-            is_27b = num_layers == _GEMMA3_27B_LAYERS
-            gemma = decoder_settings.Gemma3(
-                query_scalar=model_dim / num_heads if is_27b else head_dim,
-                local_window=whole("attention.sliding_window", "local_window"),
-                global_every=_GEMMA3_GLOBAL_EVERY,
-                local_rope_base=_GEMMA3_LOCAL_ROPE_BASE,
-            )
-        return decoder_settings.build(str(self.path), common, gemma)
-
-    def _read_rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
-        if _ROPE_FACTORS in self._tensors:
-            return tuple(np.ravel(self.read(_ROPE_FACTORS)).tolist())
-        kind = self._typed("{}.rope.scaling.type", field_rules.NAME, "none")
-        if kind == "none":
-            return None
-        above_zero = field_rules.number(above=0)
-        factor = self._typed("{}.rope.scaling.factor", above_zero, None)
-        return decoder_settings.linear_rope(str(self.path), kind, factor, head_dim)
+        if scaling != "none":
+            factor = self.setting(f"{name}.rope.scaling.factor", None)
+            settings["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+        if name == "gemma3":
+            is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
+            settings |= _GEMMA | {
+                "sliding_window": self.setting("gemma3.attention.sliding_window"),
+                "query_pre_attn_scalar": _GEMMA_27B_SCALAR
+                if is_27b
+                else self.setting("gemma3.attention.key_length"),
+            }
+        factors = None
+        if _ROPE_FACTORS in shapes:
+            factors = tuple(np.ravel(self._dequantized(_ROPE_FACTORS)).tolist())
+        return decoder_settings.build(self._path, settings, factors)

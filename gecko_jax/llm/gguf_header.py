@@ -1,20 +1,19 @@
-"""The header of a GGUF file: its counts and lengths, compared with the bytes there.
+"""Compares the counts and lengths in a GGUF header with the size of the file.
 
-The `gguf` package takes a file at its word: a header that claims a list of a million
-million entries is read until memory is full. This walk over the header comes first. It
-allocates nothing, and stops at the first size that the file cannot hold.
+The `gguf` package trusts a file: it reads a list that claims a million million entries
+until memory is full. This check runs first, allocates nothing, and stops at the first
+size that the file cannot hold.
 """
 
 import mmap
 import pathlib
 import struct
 
-_MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-# Far beyond any model; a header that claims more would be read for minutes.
-_MOST_SETTINGS, _MOST_TENSORS, _MOST_ENTRIES = 65_536, 1 << 20, 1 << 22
-_MOST_DIMENSIONS = 4
-# Bytes of a value, by its type; strings and lists have none of their own.
+# Far beyond any model. A header that claims more would take minutes to read.
+_MAX_SETTINGS, _MAX_TENSORS, _MAX_ENTRIES = 65_536, 1 << 20, 1 << 22
+_MAX_DIMENSIONS = 4
+# Bytes of a value, by type. The sizes of strings and lists vary.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _LIST = 8, 9
 
@@ -23,87 +22,79 @@ def check(path: pathlib.Path) -> None:
     """Walks over the header of a file.
 
     Raises:
-        ValueError: It is no GGUF file, or claims more than it holds.
+        ValueError: The file is not GGUF, or claims more than it holds.
     """
     try:
         with (
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            _walk(_Cursor(data))
-    except ValueError as error:  # Also of an empty file, which cannot be mapped.
+            _Cursor(data).walk()
+    except ValueError as error:  # Also raised for an empty file.
         raise ValueError(
-            f"{path}: not a whole GGUF file ({error}); copy it again"
+            f"{path}: not a complete GGUF file ({error}); copy it again"
         ) from None
 
 
 class _Cursor:
-    """A place in the file; it never moves past the end."""
+    """A position in the file that never moves past the end."""
 
     def __init__(self, data: mmap.mmap):
         self._data = data
         self._place = 0
-        if self.take(4) != _MAGIC:
+        if self._take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        version = self.take(4)
-        # The version is small, so its bytes tell their order.
+        version = self._take(4)
+        # The version is small, so its first byte reveals the byte order.
         self._order = "<" if version[0] else ">"
-        found = struct.unpack(f"{self._order}I", version)[0]
-        if found not in _VERSIONS:
-            raise ValueError(f"version {found} is not known")
+        (number,) = struct.unpack(f"{self._order}I", version)
+        if number not in _VERSIONS:
+            raise ValueError(f"unknown version {number}")
 
-    def skip(self, size: int) -> None:
-        if size > len(self._data) - self._place:
+    def walk(self) -> None:
+        """Skips all settings and tensor descriptions."""
+        num_tensors = self._count(_MAX_TENSORS, "tensors")
+        for _ in range(self._count(_MAX_SETTINGS, "settings")):
+            self._skip_string()
+            kind, count = self._number(), 1
+            if kind == _LIST:
+                kind = self._number()
+                count = self._count(_MAX_ENTRIES, "entries in a list")
+            if kind in _SIZES:
+                self._skip(_SIZES[kind] * count)
+            elif kind == _STRING:
+                for _ in range(count):
+                    self._skip_string()
+            else:
+                raise ValueError(f"a setting of the unknown type {kind}")
+        for _ in range(num_tensors):
+            self._skip_string()
+            num_dimensions = self._number()
+            if num_dimensions > _MAX_DIMENSIONS:
+                raise ValueError(f"a tensor of {num_dimensions:,} dimensions")
+            self._skip(8 * num_dimensions + 4 + 8)  # Sizes, type and offset.
+
+    def _skip(self, size: int) -> None:
+        rest = len(self._data) - self._place
+        if size > rest:
             raise ValueError(
-                f"at byte {self._place:,}, {size:,} bytes are claimed and "
-                f"{len(self._data) - self._place:,} are left"
+                f"it claims {size:,} bytes at byte {self._place:,} and has {rest:,}"
             )
         self._place += size
 
-    def take(self, size: int) -> bytes:
+    def _take(self, size: int) -> bytes:
         start = self._place
-        self.skip(size)
+        self._skip(size)
         return self._data[start : self._place]
 
-    def short(self) -> int:
-        return struct.unpack(f"{self._order}I", self.take(4))[0]
+    def _number(self) -> int:
+        return struct.unpack(f"{self._order}I", self._take(4))[0]
 
-    def long(self, most: int, what: str) -> int:
-        found = struct.unpack(f"{self._order}Q", self.take(8))[0]
-        if found > most:
-            raise ValueError(f"it claims {found:,} {what}")
-        return found
+    def _count(self, limit: int, noun: str) -> int:
+        (number,) = struct.unpack(f"{self._order}Q", self._take(8))
+        if number > limit:
+            raise ValueError(f"it claims {number:,} {noun}")
+        return number
 
-    def skip_string(self) -> None:
-        self.skip(self.long(len(self._data), "bytes of text"))
-
-
-def _walk(cursor: _Cursor) -> None:
-    num_tensors = cursor.long(_MOST_TENSORS, "tensors")
-    for _ in range(cursor.long(_MOST_SETTINGS, "settings")):
-        cursor.skip_string()
-        _skip_value(cursor, cursor.short())
-    for _ in range(num_tensors):
-        cursor.skip_string()
-        num_dimensions = cursor.short()
-        if num_dimensions > _MOST_DIMENSIONS:
-            raise ValueError(f"a tensor of {num_dimensions:,} dimensions")
-        cursor.skip(8 * num_dimensions + 4 + 8)  # Sizes, type and place.
-
-
-def _skip_value(cursor: _Cursor, kind: int) -> None:
-    if kind != _LIST:
-        _skip_values(cursor, kind, 1)
-        return
-    inner = cursor.short()
-    _skip_values(cursor, inner, cursor.long(_MOST_ENTRIES, "entries in a list"))
-
-
-def _skip_values(cursor: _Cursor, kind: int, count: int) -> None:
-    if kind in _SIZES:
-        cursor.skip(_SIZES[kind] * count)
-    elif kind == _STRING:
-        for _ in range(count):
-            cursor.skip_string()
-    else:
-        raise ValueError(f"a setting of the unknown type {kind}")
+    def _skip_string(self) -> None:
+        self._skip(self._count(len(self._data), "bytes of text"))

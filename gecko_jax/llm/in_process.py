@@ -1,8 +1,8 @@
 """The decoder of this process behind the request log, like a server's model.
 
-Requests are answered in blocks of like length, and a block is always computed whole,
-even where some of its answers are known: rounding differs between shapes of batches,
-so this is what lets a run that was stopped end with the bytes of one that was not.
+Requests are answered in blocks of similar length. A block is always computed whole,
+even where some answers are known: rounding differs between batch shapes, and only so
+does a resumed run end with the bytes of an uninterrupted one.
 """
 
 import pathlib
@@ -14,23 +14,16 @@ import jax
 from gecko_jax.llm import decoder_files, local, protocol, request_log
 from gecko_jax.parallel import sharding
 
-# Of a block on CPU: what an interruption may lose.
+# Requests of a block on CPU: what an interruption may lose.
 _REQUESTS = 128
-
-# The same where a call reads more tokens: a block is some calls.
+# On accelerators a block has one request per this many tokens of a call.
 _TOKENS_PER_REQUEST = 32
-
-# Digits after the point: those below are rounding.
+# Decimals of a recorded log-probability; further digits are rounding.
 _DECIMALS = 4
 
 
 def facts(weights: str, dtype: str) -> dict[str, Any]:
-    """Returns what decides an answer, without loading the model.
-
-    Args:
-        weights: A `.gguf` file, a model folder, or "smollm2".
-        dtype: Of the products.
-    """
+    """Returns what changes an answer, without loading the model; see `open_model`."""
     name = decoder_files.name(decoder_files.find(weights), dtype)
     return {"backend": "in_process", "model": name}
 
@@ -41,30 +34,30 @@ def open_model(
     tensor: int,
     compilation_cache: str,
     budget: request_log.Budget,
-) -> protocol.CachedModel:
+) -> protocol.LanguageModel:
     """Loads the model.
 
     Args:
         weights: A `.gguf` file, a model folder, or "smollm2".
-        dtype: Of the products.
-        tensor: Devices that it is split over; rows go to the rest.
-        compilation_cache: Folder of what was compiled before; "" for none.
-        budget: What may be asked.
+        dtype: Dtype of the products.
+        tensor: Devices that share the weights; the remaining axis shares the rows.
+        compilation_cache: Folder of JAX's compilation cache; "" for none.
+        budget: Limits of the run.
 
     Raises:
         ImportError: A package or the model is not installed (names it).
-        ValueError: No such model, a damaged file, or another family.
+        ValueError: No such model, a damaged file, or an unsupported family.
     """
     if compilation_cache:
         cache = pathlib.Path(compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     model = local.load(weights, mesh=sharding.build_mesh(tensor=tensor), dtype=dtype)
-    found = {"backend": "in_process", "model": model.name}
-    return protocol.CachedModel(model.name, found, _Asker(model, budget).ask)
+    about = {"backend": "in_process", "model": model.name}
+    return protocol.LanguageModel(model.name, about, _Asker(model, budget).ask)
 
 
 class _Asker:
-    """Answers requests, block by block."""
+    """Answers requests block by block."""
 
     def __init__(self, model: local.LocalModel, budget: request_log.Budget):
         self._model = model
@@ -78,73 +71,74 @@ class _Asker:
         new: Sequence[int],
         keep: Callable[[int, Any], None],
     ) -> None:
-        """Answers the new requests; see `llm.Ask`."""
+        """Answers the new requests; see `protocol.Ask`."""
         answer = {
             "generate": self._generate,
             "score": self._score,
             "labels": self._labels,
         }[kind]
-        faults = {n: fault for n, b in enumerate(bodies) if (fault := self._fault(b))}
+        failures = {
+            number: failure
+            for number, body in enumerate(bodies)
+            if (failure := self._find_failure(body))
+        }
         unanswered = set(new)
-        for number in unanswered & faults.keys():
-            keep(number, faults[number])
-        # Like beside like: a row is padded to the longest of its batch.
+        for number in unanswered & failures.keys():
+            keep(number, failures[number])
+        # Similar lengths side by side need little padding.
         order = sorted(
-            set(range(len(bodies))) - faults.keys(),
+            set(range(len(bodies))) - failures.keys(),
             key=lambda number: (len(bodies[number]["prompt"]), number),
         )
         for start in range(0, len(order), self._size):
             block = order[start : start + self._size]
-            wanted = [number for number in block if number in unanswered]
-            if not wanted:
-                continue
-            stopped, reserved = None, []
+            missing = [number for number in block if number in unanswered]
+            stopped, prices = None, {}
             try:
-                for number in wanted:
-                    reserved.append(self._budget.reserve(*self._price(bodies[number])))
+                for number in missing:
+                    prices[number] = self._budget.reserve(*self._cost(bodies[number]))
             except request_log.BudgetError as error:
                 stopped = error
-            answers = {}
-            if reserved:
-                found = answer([bodies[number] for number in block])
-                answers = dict(zip(block, found, strict=True))
-            for number, price in zip(wanted, reserved, strict=False):
-                usage = answers[number].usage
-                self._budget.settle(price, usage.prompt_tokens, usage.completion_tokens)
-                keep(number, answers[number])
+            if prices:
+                answers = answer([bodies[number] for number in block])
+                for number, one in zip(block, answers, strict=True):
+                    if number in prices:
+                        used = one.usage.prompt_tokens, one.usage.completion_tokens
+                        self._budget.settle(prices[number], *used)
+                        keep(number, one)
             if stopped is not None:
                 raise stopped
 
-    def _price(self, body: dict[str, Any]) -> tuple[int, int]:
+    def _cost(self, body: dict[str, Any]) -> tuple[int, int]:
         read = body["prompt"] + body.get("continuation", "")
         return self._model.num_tokens(read) + 1, body.get("max_tokens", 1)
 
-    def _fault(self, body: dict[str, Any]) -> protocol.Failure | None:
+    def _find_failure(self, body: dict[str, Any]) -> protocol.Failure | None:
+        """Returns why the model cannot answer a request, if so."""
         texts = [body["prompt"], *body.get("labels", ())]
         texts += [body["continuation"]] if "continuation" in body else []
         if not all(texts):
-            return protocol.Failure("empty", "a prompt or what shall follow it")
+            return protocol.Failure("empty", "an empty prompt or continuation")
         try:
             lengths = [len(self._model.tokenizer.encode(t, begin=True)) for t in texts]
         except ValueError as error:
             return protocol.Failure("not_unicode", str(error))
-        most = self._model.config.context_length
+        limit = self._model.config.context_length
         length = lengths[0] + max(*lengths[1:], body.get("max_tokens", 0), 0)
-        if length > most:
-            return protocol.Failure(
-                "too_long", f"{length:,} tokens; the model reads {most}"
-            )
+        if length > limit:
+            detail = f"{length:,} tokens; the model reads {limit}"
+            return protocol.Failure("too_long", detail)
         return None
 
     def _generate(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.Generation]:
-        first = bodies[0]  # They differ in prompt and seed alone.
+        first = bodies[0]  # The bodies of a call differ in prompt and seed only.
         sampling = protocol.Sampling(
             first["temperature"],
             first["top_p"],
             first["max_tokens"],
             tuple(first["stop"]),
         )
-        found = self._model.complete(
+        completions = self._model.complete(
             [body["prompt"] for body in bodies],
             [body["seed"] for body in bodies],
             sampling,
@@ -153,11 +147,11 @@ class _Asker:
             protocol.Generation(
                 one.text, one.is_cut, self._usage(body["prompt"], one.num_tokens)
             )
-            for body, one in zip(bodies, found, strict=True)
+            for body, one in zip(bodies, completions, strict=True)
         ]
 
     def _score(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.Score]:
-        found = self._model.score_tokens(
+        scored = self._model.score_tokens(
             [body["prompt"] for body in bodies],
             [body["continuation"] for body in bodies],
         )
@@ -167,19 +161,21 @@ class _Asker:
                 len(values),
                 self._usage(body["prompt"] + body["continuation"], 0),
             )
-            for body, values in zip(bodies, found, strict=True)
+            for body, values in zip(bodies, scored, strict=True)
         ]
 
     def _labels(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.LabelScores]:
         # A prompt ends in a colon, so a label begins with a space, as a query does.
         labels = [f" {label}" for label in bodies[0]["labels"]]
-        found = self._model.label_log_probs([body["prompt"] for body in bodies], labels)
+        prompts = [body["prompt"] for body in bodies]
         return [
             protocol.LabelScores(
                 tuple(round(values[label], _DECIMALS) for label in labels),
-                self._usage(body["prompt"], 1),
+                self._usage(prompt, 1),
             )
-            for body, values in zip(bodies, found, strict=True)
+            for prompt, values in zip(
+                prompts, self._model.label_log_probs(prompts, labels), strict=True
+            )
         ]
 
     def _usage(self, read: str, written: int) -> protocol.Usage:

@@ -1,11 +1,11 @@
-"""Language models: the one protocol that the stages speak, and its recorded form.
+"""The language model interface of the FRet stages, and recorded answers.
 
-    model.generate(prompts, seeds)            texts that go on where the prompts end
+    model.generate(prompts, seeds, sampling)  texts that continue the prompts
     model.score(prompts, continuations)       log LLM(continuation | prompt), in nats
     model.label_log_probs(prompts, labels)    log LLM(label | prompt) of every label
 
-An answer is a number or a text that the model gave. What it did not give is a
-`Failure` with a reason: never a constant in its place.
+An answer is a number or text from the model. Where the model gave none, the answer is a
+`Failure` with a reason, never a constant.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from gecko_jax.llm import request_log, wire
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens that an answer took.
+    """Cost of an answer.
 
     Attributes:
-        prompt_tokens: Read.
-        completion_tokens: Written.
-        requests: Sent for it, those answered with an error left out.
+        prompt_tokens: Tokens read.
+        completion_tokens: Tokens written.
+        requests: Successful requests.
     """
 
     prompt_tokens: int = 0
@@ -42,13 +42,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A text.
-
-    Attributes:
-        text: What the model wrote, as it came.
-        is_cut: It was stopped by the limit of tokens, not by its own end.
-        usage: Of tokens.
-    """
+    """A generated text; `is_cut` if the token limit ended it."""
 
     text: str
     is_cut: bool
@@ -74,59 +68,26 @@ class LabelScores:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """No answer.
+    """A missing answer.
 
     Attributes:
         reason: One of a few words, by which failures are counted.
-        detail: What came instead, for people.
+        detail: What arrived instead, for people.
     """
 
     reason: str
     detail: str = ""
 
 
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What a stage asks of a model. Answers are in the order of the prompts."""
-
-    @property
-    def name(self) -> str:
-        """Model and revision, as written beside every record."""
-        ...
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Everything about the model that changes an answer."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: "Sampling"
-    ) -> list[Generation | Failure]:
-        """Continues each prompt, with its own seed."""
-        ...
-
-    def score(
-        self, prompts: Sequence[str], continuations: Sequence[str]
-    ) -> list[Score | Failure]:
-        """Scores each continuation of its prompt."""
-        ...
-
-    def label_log_probs(
-        self, prompts: Sequence[str], labels: Sequence[str]
-    ) -> list[LabelScores | Failure]:
-        """Scores every label as the continuation of each prompt."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How text is drawn.
+    """Sampling settings.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_p: Share of the probability that may be drawn.
-        max_tokens: Most tokens of an answer.
-        stop: Strings that end it; they are not part of it.
+        temperature: Divisor of the logits; 0 is greedy.
+        top_p: Probability mass of the nucleus, in (0, 1].
+        max_tokens: Token limit of an answer.
+        stop: Strings that end an answer and are not part of it.
     """
 
     temperature: float
@@ -135,85 +96,41 @@ class Sampling:
     stop: tuple[str, ...]
 
 
-def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """Returns the name of a request: equal ones have the same answer.
+# Answers requests of one kind. Arguments: the kind, the bodies of all requests of a
+# call, the indices of those without an answer, and a callback (index, answer).
+Ask = Callable[
+    [str, list[dict[str, Any]], Sequence[int], Callable[[int, Any], None]], None
+]
 
-    Args:
-        kind: "generate", "score" or "labels".
-        facts: Backend, model and revision.
-        body: Rendered prompt, parameters and seed.
+
+class LanguageModel:
+    """A language model behind a request log: no request is answered twice.
+
+    Attributes:
+        name: Model and revision, written into every record.
+        facts: Everything about the model that changes an answer.
+        close: Releases the resources of the model.
+        log: The request log; the stages open one per shard.
     """
-    encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
-    # A text may hold half of a surrogate pair, which UTF-8 proper cannot write.
-    content = encoded.encode("utf-8", "surrogatepass")
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
-def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
-    """Returns plain values that JSON can hold."""
-    return dataclasses.asdict(answer)
-
-
-def from_record(
-    kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
-) -> Any:
-    """Returns the answer that `to_record` wrote.
-
-    Args:
-        kind: "generate", "score" or "labels".
-        record: Checked by the log that it is from.
-        body: The request.
-        key: The request's, for the error.
-
-    Raises:
-        ValueError: It answers another kind of request, or other labels.
-    """
-    used = record["usage"]
-    usage = Usage(used["prompt_tokens"], used["completion_tokens"], used["requests"])
-    if kind == "generate" and "text" in record:
-        text = wire.whole_characters(record["text"])
-        return Generation(text, record["is_cut"], usage)
-    if kind == "score" and "log_prob" in record:
-        # Rounding may leave a little above 0.
-        return Score(min(float(record["log_prob"]), 0.0), record["num_tokens"], usage)
-    if kind == "labels" and len(record.get("log_probs", ())) == len(body["labels"]):
-        return LabelScores(
-            tuple(min(float(p), 0.0) for p in record["log_probs"]), usage
-        )
-    raise ValueError(
-        f"recorded answer {key}: it has {', '.join(sorted(record))}, and is no answer "
-        f"to a request of the kind {kind!r}; remove its line from the request log"
-    )
-
-
-class CachedModel:
-    """A model behind a request log: what was answered before is not asked again."""
 
     def __init__(
         self,
         name: str,
         facts: dict[str, Any],
-        ask: "Ask",
+        ask: Ask,
         close: Callable[[], None] = lambda: None,
     ):
-        """Starts without a log; the stages open one for each shard.
-
-        Args:
-            name: Model and revision.
-            facts: Everything that changes an answer; part of every key.
-            ask: See `Ask`.
-            close: Lets go of what `ask` holds.
-        """
+        """Starts with a log in memory; see the class and `Ask`."""
         self.name = name
         self.facts = facts
-        self._ask = ask
         self.close = close
-        self.log: request_log.RequestLog = request_log.RequestLog(None)
+        self.log = request_log.RequestLog(None)
+        self._ask = ask
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
     ) -> list[Generation | Failure]:
-        """See `LanguageModel.generate`."""
+        """Continues each prompt, with its own seed."""
         settings = dataclasses.asdict(sampling) | {"stop": list(sampling.stop)}
         bodies = [
             {"prompt": prompt, "seed": seed, **settings}
@@ -224,7 +141,7 @@ class CachedModel:
     def score(
         self, prompts: Sequence[str], continuations: Sequence[str]
     ) -> list[Score | Failure]:
-        """See `LanguageModel.score`."""
+        """Scores each continuation of its prompt."""
         bodies = [
             {"prompt": prompt, "continuation": continuation}
             for prompt, continuation in zip(prompts, continuations, strict=True)
@@ -234,13 +151,13 @@ class CachedModel:
     def label_log_probs(
         self, prompts: Sequence[str], labels: Sequence[str]
     ) -> list[LabelScores | Failure]:
-        """See `LanguageModel.label_log_probs`."""
+        """Scores every label as the continuation of each prompt."""
         bodies = [{"prompt": prompt, "labels": list(labels)} for prompt in prompts]
         return self._answer("labels", bodies)
 
     def _answer(self, kind: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
         keys = [request_key(kind, self.facts, body) for body in bodies]
-        distinct = dict(zip(keys, bodies, strict=True))  # Equal requests are one.
+        distinct = dict(zip(keys, bodies, strict=True))
         order = list(distinct)
         new = [n for n, key in enumerate(order) if self.log.get(key) is None]
         failures: dict[str, Failure] = {}
@@ -264,35 +181,67 @@ class CachedModel:
         return answers
 
 
-# Called with the kind, the bodies of a call's requests, the numbers of those that have
-# no answer yet, and a function to call with (number, answer) as each answer comes.
-Ask = Callable[
-    [str, list[dict[str, Any]], Sequence[int], Callable[[int, Any], None]], None
-]
+def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """Returns the key of a request; equal requests have the same answer.
+
+    The kind is "generate", "score" or "labels".
+    """
+    encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
+    # A text may hold a lone surrogate, which strict UTF-8 cannot encode.
+    content = encoded.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
-def recorded(folder: str | os.PathLike) -> CachedModel:
-    """Returns a model that knows only the answers of a run's request logs.
+def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
+    """Returns an answer as JSON values."""
+    return dataclasses.asdict(answer)
 
-    Args:
-        folder: The workdir of a run, or its folder `requests`.
+
+def from_record(
+    kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
+) -> Generation | Score | LabelScores:
+    """Returns the answer that `to_record` wrote, from a record the log has checked.
 
     Raises:
-        ValueError: No recording there.
+        ValueError: The record answers another kind of request, or other labels.
+    """
+    usage = Usage(**record["usage"])
+    # Rounding may leave a log-probability slightly above 0.
+    if kind == "generate" and "text" in record:
+        text = wire.whole_characters(record["text"])
+        return Generation(text, record["is_cut"], usage)
+    if kind == "score" and "log_prob" in record:
+        return Score(min(float(record["log_prob"]), 0.0), record["num_tokens"], usage)
+    if kind == "labels" and len(record.get("log_probs", ())) == len(body["labels"]):
+        log_probs = tuple(min(float(p), 0.0) for p in record["log_probs"])
+        return LabelScores(log_probs, usage)
+    raise ValueError(
+        f"recorded answer {key}: it has {', '.join(sorted(record))}, which does not "
+        f"answer a request of kind {kind!r}; remove its line from the request log"
+    )
+
+
+def recorded(folder: str | os.PathLike) -> LanguageModel:
+    """Returns a model that replays the answers in a workdir, or its folder `requests`.
+
+    Raises:
+        ValueError: The folder holds no recording.
     """
     name, facts, answers = request_log.read_recording(folder)
 
     def ask(
-        kind: str, bodies: list[dict[str, Any]], new: Sequence[int], keep: Any
+        kind: str,
+        bodies: list[dict[str, Any]],
+        new: Sequence[int],
+        keep: Callable[[int, Any], None],
     ) -> None:
         for number in new:
             body = bodies[number]
             key = request_key(kind, facts, body)
-            record = answers.get(key)
-            if record is None:
-                detail = body["prompt"][-80:]
-                keep(number, Failure("not_recorded", f"no answer to ...{detail!r}"))
+            if key in answers:
+                keep(number, from_record(kind, answers[key], body, key))
             else:
-                keep(number, from_record(kind, record, body, key))
+                detail = f"no answer to ...{body['prompt'][-80:]!r}"
+                keep(number, Failure("not_recorded", detail))
 
-    return CachedModel(name, facts, ask)
+    return LanguageModel(name, facts, ask)

@@ -1,8 +1,8 @@
-"""Requests: what was asked before, what it cost, and how much may still be spent.
+"""Request logs, which keep every answer of the language model, and the budget of a run.
 
-A request log is a JSON-lines file beside the shard whose requests it holds. A line is
-written as soon as an answer comes, so a killed run has paid only for what was on its
-way; the logs of a run are also its recording, which `llm.recorded` replays.
+A request log is a JSON-lines file next to the shard whose requests it holds. A line is
+written as soon as an answer arrives, so a killed run loses only the requests in flight.
+The logs of a run are also its recording, which `protocol.recorded` replays.
 
     requests/generate/shard-00000.jsonl     {"key": "3f...", "answer": {...}}
     requests/model.json                     {"name": "...", "facts": {...}}
@@ -20,28 +20,26 @@ from gecko_jax.io import field_rules, reading, writing
 FOLDER = "requests"
 _MODEL = "model.json"
 
+_COUNTS = ("prompt_tokens", "completion_tokens", "requests")
 _USAGE = {
-    "prompt_tokens": field_rules.COUNT,
-    "completion_tokens": field_rules.COUNT,
-    "requests": field_rules.COUNT,
+    "usage": field_rules.object_of(dict.fromkeys(_COUNTS, field_rules.COUNT), only=True)
 }
-# What each kind of request is answered with; see `llm`.
-ANSWERS = {
-    "generate": {"text": field_rules.TEXT, "is_cut": field_rules.FLAG},
-    "score": {"log_prob": field_rules.LOG_PROB, "num_tokens": field_rules.integer(1)},
-    "labels": {"log_probs": field_rules.list_of(field_rules.LOG_PROB, 1)},
-}
-_DAMAGED = "the log is damaged: remove the line, and its request is sent again"
+# Fields of an answer to each kind of request.
+_ANSWERS = (
+    {"text": field_rules.TEXT, "is_cut": field_rules.FLAG, **_USAGE},
+    {"log_prob": field_rules.LOG_PROB, "num_tokens": field_rules.integer(1), **_USAGE},
+    {"log_probs": field_rules.list_of(field_rules.LOG_PROB, 1), **_USAGE},
+)
+_REMEDY = "the log is damaged: remove the line, and its request is sent again"
 
 
 class RequestLog:
-    """The answers of one shard, by the key of the request."""
+    """The answers of one shard, by request key."""
 
     def __init__(self, path: pathlib.Path | None):
-        """Reads what an earlier attempt left; a torn last line is cut off.
+        """Reads the answers of an earlier attempt and cuts off a torn last line.
 
-        Args:
-            path: The file; None keeps the answers in memory alone.
+        Without a path, answers are kept in memory only.
         """
         self._answers: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -56,18 +54,17 @@ class RequestLog:
         self._size = path.stat().st_size
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Returns the answer that was kept under `key`."""
+        """Returns the answer with this key."""
         return self._answers.get(key)
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
-        """Keeps an answer; it is in the file when this returns.
+        """Stores an answer; it is in the file when this returns.
 
         Raises:
-            OSError: The disk is full; the file holds whole lines all the same.
+            OSError: The disk is full. The file still holds whole lines.
         """
-        record = {"key": key, "answer": answer}
-        # Half of a surrogate pair, which only JSON can spell, stays spelled so.
-        line = json.dumps(record).encode() + b"\n"
+        # ASCII: a lone surrogate, which only JSON can spell, stays an escape.
+        line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
         with self._lock:
             if self._file is not None:
                 self._append(line)
@@ -75,8 +72,7 @@ class RequestLog:
 
     def _append(self, line: bytes) -> None:
         try:
-            written = self._file.write(line)
-            if written < len(line):
+            if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             os.ftruncate(self._file.fileno(), self._size)
@@ -101,35 +97,34 @@ class RequestLog:
 
     def _read(self, path: pathlib.Path) -> None:
         content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
             with path.open("r+b") as file:
-                file.truncate(whole)
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
+                file.truncate(end)
+        for number, line in enumerate(content[:end].splitlines(), start=1):
             place = f"{path}:{number}"
             try:
                 record = reading.parse_json(line)
             except ValueError as error:
-                raise ValueError(f"{place}: not JSON ({error}); {_DAMAGED}") from None
-            key, answer = _read_answer(place, record, _DAMAGED)
+                raise ValueError(f"{place}: not JSON ({error}); {_REMEDY}") from None
+            key, answer = _read_answer(place, record)
             self._answers[key] = answer
 
 
-def _read_answer(place: str, record: Any, remedy: str) -> tuple[str, dict[str, Any]]:
+def _read_answer(place: str, record: Any) -> tuple[str, dict[str, Any]]:
     """Returns key and answer of a line of a request log."""
-    found = {"key": field_rules.NAME, "answer": field_rules.OBJECT}
-    field_rules.check(place, record, found, remedy)
+    fields = {"key": field_rules.NAME, "answer": field_rules.OBJECT}
+    field_rules.check(place, record, fields, _REMEDY)
     answer = record["answer"]
-    for kinds in ANSWERS.values():
-        if kinds.keys() & answer.keys():
-            kinds = {**kinds, "usage": field_rules.object_of(_USAGE)}
-            field_rules.check(f"{place}: answer", answer, kinds, remedy, only=True)
+    for fields in _ANSWERS:
+        if (fields.keys() - {"usage"}) & answer.keys():
+            field_rules.check(f"{place}: answer", answer, fields, _REMEDY, only=True)
             return record["key"], answer
-    raise ValueError(f"{place}: an answer of no kind that is known; {remedy}")
+    raise ValueError(f"{place}: the answer is of no known kind; {_REMEDY}")
 
 
 def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
-    """Says whose answers the logs of a run hold."""
+    """Records which model's answers the logs of a run hold."""
     path = workdir / FOLDER / _MODEL
     if not path.exists():
         with writing.write_file(path) as temporary:
@@ -139,54 +134,47 @@ def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None
 def read_recording(
     folder: str | os.PathLike,
 ) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns the model's name and facts, and every answer of its logs.
-
-    Args:
-        folder: The workdir of a run, or its folder `requests`.
+    """Returns the model's name, its facts, and every recorded answer by key.
 
     Raises:
-        ValueError: No recording there, or a damaged one.
+        ValueError: The folder is neither a workdir with a recording nor its folder
+            `requests`, or the recording is damaged.
     """
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     remedy = "give the workdir of a run of `gecko fret run`, or its folder 'requests'"
     path = root / _MODEL
+    facts = {"model": field_rules.NAME, "backend": field_rules.NAME}
+    fields = {"name": field_rules.NAME, "facts": field_rules.object_of(facts)}
     try:
-        about = reading.parse_json(path.read_text("utf-8"))
+        about = reading.read_object(path, fields, remedy=remedy)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder}: no {_MODEL} here, so no recorded answers; {remedy}"
+            f"{folder}: no {_MODEL}, so no recorded answers; {remedy}"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-    kinds = {
-        "name": field_rules.NAME,
-        "facts": field_rules.object_of(
-            {"model": field_rules.NAME, "backend": field_rules.NAME}
-        ),
-    }
-    field_rules.check(path, about, kinds, remedy)
     answers: dict[str, dict[str, Any]] = {}
-    paths = [*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]
-    for path in sorted(paths):
-        # Half of a character may be in a text: `llm` marks it.
+    for path in sorted([*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]):
+        # Texts may hold lone surrogates, which `protocol.from_record` replaces.
         for place, record in reading.read_records(path, any_characters=True):
-            key, answer = _read_answer(
-                place, record, "not a line of a request log; remove it"
-            )
+            key, answer = _read_answer(place, record)
             answers[key] = answer
     return about["name"], about["facts"], answers
 
 
 class BudgetError(Exception):
-    """The run may send no more requests; what was answered is kept."""
+    """The run may send no more requests; its answers are kept."""
 
 
 class Budget:
-    """What a run may still send, and what it has spent.
+    """The limits of a run, and what it has spent.
 
-    A request is reserved before it is sent and settled when it is answered, so that
-    what is on its way can never carry the run over its limit.
+    A request is reserved before it is sent and settled when it is answered, so the
+    requests in flight can never carry the run over its limit.
+
+    Attributes:
+        requests: Requests sent, each try counted.
+        prompt_tokens: Tokens read.
+        completion_tokens: Tokens written.
     """
 
     def __init__(
@@ -199,15 +187,15 @@ class Budget:
         """Starts with nothing spent.
 
         Args:
-            max_requests: Most requests, each try counted; None for any number.
-            max_cost: Most money, in the currency of the prices; None for any sum.
-            price_input: Of a million prompt tokens.
-            price_output: Of a million completion tokens.
+            max_requests: Limit of requests, each try counted; None for no limit.
+            max_cost: Limit of the cost, in the currency of the prices; None for none.
+            price_input: Price of a million prompt tokens.
+            price_output: Price of a million completion tokens.
         """
         if max_cost is not None and not (price_input or price_output):
             raise ValueError(
-                f"max_cost={max_cost}: without prices nothing costs anything; set "
-                "llm.price_input and llm.price_output (of a million tokens)"
+                f"max_cost={max_cost}: it needs prices; set llm.price_input and "
+                "llm.price_output (per million tokens)"
             )
         self._max_requests = max_requests
         self._max_cost = max_cost
@@ -222,45 +210,42 @@ class Budget:
     def price(
         self, prompt_tokens: int | float, completion_tokens: int | float
     ) -> float:
-        """Returns what so many tokens cost."""
-        return (
-            prompt_tokens * self._prices[0] + completion_tokens * self._prices[1]
-        ) / 1e6
+        """Returns the cost of these tokens."""
+        read, written = self._prices
+        return (prompt_tokens * read + completion_tokens * written) / 1e6
 
     @property
     def cost(self) -> float:
-        """What was spent."""
+        """Cost so far."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
     def reserve(
         self, prompt_tokens: int, completion_tokens: int, *, waits: bool = False
     ) -> float:
-        """Counts a request that is about to be sent, and returns its highest price.
+        """Counts a request that is about to be sent, and returns its maximum cost.
 
         Args:
             prompt_tokens: Most tokens that it may read.
             completion_tokens: Most tokens that it may write.
-            waits: Where the limit would be passed, waits for the requests of other
-                threads, most of which cost less than their highest price.
+            waits: Whether to wait at the cost limit for the requests of other threads,
+                most of which cost less than was reserved for them.
 
         Raises:
-            BudgetError: It would pass a limit.
+            BudgetError: The request would exceed a limit.
         """
         price = self.price(prompt_tokens, completion_tokens)
         with self._lock:
             while True:
-                if (
-                    self._max_requests is not None
-                    and self.requests >= self._max_requests
-                ):
-                    raise BudgetError(f"max_requests={self._max_requests:,} were sent")
+                limit = self._max_requests
+                if limit is not None and self.requests >= limit:
+                    raise BudgetError(f"max_requests={limit:,} were sent")
                 planned = self.cost + self._reserved + price
                 if self._max_cost is None or planned <= self._max_cost:
                     break
                 if not waits or not self._num_reserved:
                     raise BudgetError(
                         f"max_cost={self._max_cost:g}: {self.cost:.4f} is spent, and "
-                        f"the next request might cost {price:.4f}"
+                        f"the next request may cost {price:.4f}"
                     )
                 self._lock.wait()
             self.requests += 1
@@ -271,13 +256,12 @@ class Budget:
     def settle(
         self, reserved: float, prompt_tokens: int = 0, completion_tokens: int = 0
     ) -> None:
-        """Replaces a reservation by what was used."""
+        """Replaces a reservation by the tokens used."""
         with self._lock:
             self._num_reserved -= 1
-            # Sums of floats leave a rest.
-            self._reserved = max(self._reserved - reserved, 0.0)
-            if not self._num_reserved:
-                self._reserved = 0.0
+            # Rounding must not leave a rest when nothing is reserved.
+            rest = max(self._reserved - reserved, 0.0)
+            self._reserved = rest if self._num_reserved else 0.0
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
             self._lock.notify_all()

@@ -1,9 +1,9 @@
 """A language model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, hosted.
 
-Requests run side by side. Each has one deadline and is tried again, with growing and
-jittered pauses, after 429, 5xx, a timeout or a reply that is cut off; it becomes a
-`Failure` when that does not help. What no retry can mend (a wrong key, an unknown
-model, a server that is gone) stops the run, which keeps what was answered.
+Requests run concurrently. Each has one deadline and is retried, with growing and
+jittered pauses, after 429, 5xx, a timeout or a truncated reply; if that fails, it
+becomes a `Failure`. What no retry can fix (a wrong key, an unknown model, a server that
+is gone) stops the run, which keeps its answers.
 """
 
 import concurrent.futures
@@ -14,46 +14,30 @@ import json
 import math
 import os
 import random
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gecko_jax.io import inputs, reading, wording
-from gecko_jax.llm import connections, protocol, request_log, wire
+from gecko_jax.llm import connections, pacing, protocol, request_log, wire
+
+_Result = TypeVar("_Result")
 
 _RETRIED = frozenset({408, 409, 425, 429})  # And every status from 500 on.
 _MAX_PAUSE_SECONDS = 60.0
-# Seconds that an interrupt leaves to the requests on their way.
+# Time that an interrupt leaves to the requests in flight.
 _GRACE_SECONDS = 1.0
-# Failures of a request that the server may have answered, and so charged for.
+# Failures of requests that the server may have processed, and may charge for.
 _MAYBE_CHARGED = ("timeout", "cut_off", "too_large", "bad_json")
-# Tokens that a server may add to a prompt, by its form.
-_ADDED_TOKENS = {False: 8, True: 64}
-# Bytes of a reply: for each byte of the prompt, which may be an echoed token with its
-# number and its neighbours, and at least and at most for all.
+# Most tokens that a server adds to a prompt; chat templates add more.
+_ADDED_TOKENS, _ADDED_CHAT_TOKENS = 8, 64
+# Size limit of a reply: bytes per prompt byte, each of which may be an echoed token
+# with its number and alternatives; and the minimum and maximum of the limit.
 _BYTES_PER_BYTE, _LEAST_BYTES, _MOST_BYTES = 512, 1 << 20, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """Where a model is served, and how it is asked.
-
-    Attributes:
-        url: Root of the server, without `/v1`.
-        model: Name under which it is served.
-        revision: Of its weights: a commit or a checksum; recorded with every row.
-        api_key_env: Environment variable that holds the key; "" for none.
-        chat: Ask through the chat API, which cannot score.
-        scoring: One of `wire.SCORING`.
-        top_log_probs: First tokens listed when labels are scored.
-        concurrency: Requests on their way at once.
-        retries: Further tries of a request.
-        retry_seconds: Before the first further try; doubled each time.
-        timeout_seconds: Seconds that a try may take, from connecting to the last byte.
-        requests_per_minute: At most; 0 for no limit.
-        tokens_per_minute: At most, read and written; 0 for no limit.
-    """
+    """Server and request settings, see the keys `llm` of `configs/fret.py`."""
 
     url: str
     model: str
@@ -72,13 +56,12 @@ class ServerSettings:
 
 def connect(
     settings: ServerSettings, budget: request_log.Budget
-) -> protocol.CachedModel:
-    """Returns the model of a server that answers and serves it.
+) -> protocol.LanguageModel:
+    """Returns the model of a running server.
 
     Raises:
         OSError: No server answers.
-        ValueError: It does not serve the model, or refuses the key.
-        ImportError: httpcore is not installed.
+        ValueError: The server does not serve the model, or refuses the key.
     """
     client = _Client(settings, budget)
     try:
@@ -86,30 +69,20 @@ def connect(
     except BaseException:
         client.close()
         raise
-    return protocol.CachedModel(
+    return protocol.LanguageModel(
         name(settings), facts(settings), client.ask, close=client.close
     )
 
 
 def name(settings: ServerSettings) -> str:
-    """Returns model and revision, as written beside every record."""
+    """Returns model and revision, as written into every record."""
     return settings.model + (f"@{settings.revision}" if settings.revision else "")
 
 
 def facts(settings: ServerSettings) -> dict[str, Any]:
-    """Returns what decides an answer; where the model is served does not."""
-    return {
-        "backend": "server",
-        "model": settings.model,
-        "revision": settings.revision,
-        "chat": settings.chat,
-        "scoring": settings.scoring,
-        "top_log_probs": settings.top_log_probs,
-    }
-
-
-class _Stopped(Exception):
-    """Another request has stopped the run."""
+    """Returns what changes an answer; the address of the server does not."""
+    names = ("model", "revision", "chat", "scoring", "top_log_probs")
+    return {"backend": "server", **{name: getattr(settings, name) for name in names}}
 
 
 class _Answer(NamedTuple):
@@ -120,48 +93,34 @@ class _Answer(NamedTuple):
 
 
 class _Client:
-    """The connection, shared by all threads."""
+    """The client of one server; threads share it."""
 
     def __init__(self, settings: ServerSettings, budget: request_log.Budget):
-        key = ""
-        if settings.api_key_env:
-            key = os.environ.get(settings.api_key_env, "").strip()
-            if not key:
-                raise ValueError(
-                    f"llm.api_key_env={settings.api_key_env!r}: that variable is not "
-                    "set; export the key, or set llm.api_key_env='' if none is needed"
-                )
-            if not (key.isascii() and key.isprintable()):
-                raise ValueError(
-                    f"llm.api_key_env={settings.api_key_env!r}: that variable holds "
-                    "characters that no key has; export the key again"
-                )
         self._settings = settings
         self._budget = budget
-        self._connections = connections.Connections(
-            settings.url,
-            {"Authorization": f"Bearer {key}"} if key else {},
-            settings.concurrency,
+        key = _read_key(settings.api_key_env)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._connections = connections.Connections(settings.url, headers)
+        self._pace = pacing.Pace(
+            settings.requests_per_minute, settings.tokens_per_minute
         )
-        self._stop = threading.Event()
-        self._pace = threading.Lock()
-        self._next_send = 0.0
+        self._stop = self._pace.stop
 
     def close(self) -> None:
         """Closes the connections."""
         self._connections.close()
 
     def check_model(self) -> None:
-        """Raises unless the server answers and lists the model, or lists none."""
+        """Raises unless the server answers and lists the model, or has no list."""
         path = "/v1/models"
         try:
             reply = self._connections.request(
                 "GET", path, None, self._settings.timeout_seconds, _MOST_BYTES
             )
-        except connections.Failed as error:
+        except wire.NoAnswer as error:
             if error.reason == "too_large":
                 return
-            raise self._gone(error) from error
+            raise self._gone(error.detail) from error
         self._check_status("GET", path, reply)
         try:
             listed = [entry["id"] for entry in reading.parse_json(reply.body)["data"]]
@@ -181,10 +140,10 @@ class _Client:
         new: Sequence[int],
         keep: Callable[[int, Any], None],
     ) -> None:
-        """Sends the new requests side by side; see `llm.Ask`.
+        """Sends the new requests concurrently; see `protocol.Ask`.
 
-        When one stops the run, those on their way are waited for and kept: they are
-        paid for. An interrupt gives them a moment and then ends them.
+        When one request stops the run, the requests in flight are completed and their
+        answers kept, since they are paid for. An interrupt ends them after a moment.
         """
         self._stop.clear()
         answer = {
@@ -198,9 +157,9 @@ class _Client:
                 return
             try:
                 keep(number, answer(bodies[number]))
-            except wire.Malformed as error:
+            except wire.NoAnswer as error:
                 keep(number, protocol.Failure(error.reason, error.detail))
-            except _Stopped:
+            except pacing.Stopped:
                 pass
             except BaseException:
                 self._stop.set()
@@ -219,71 +178,63 @@ class _Client:
                 raise
         except BaseException as error:
             self._stop.set()
-            if not isinstance(error, Exception):
-                self._interrupt(pool, futures)
+            if not isinstance(error, Exception):  # An interrupt.
+                pool.shutdown(wait=False, cancel_futures=True)
+                try:
+                    concurrent.futures.wait(futures, _GRACE_SECONDS)
+                finally:
+                    self._connections.abort()
+                    # An aborted thread may still have an answer to keep.
+                    concurrent.futures.wait(futures, _GRACE_SECONDS)
             raise
         finally:
             pool.shutdown(wait=False)
 
-    def _interrupt(
-        self,
-        pool: concurrent.futures.ThreadPoolExecutor,
-        futures: Sequence[concurrent.futures.Future[None]],
-    ) -> None:
-        """Ends the requests that are on their way, after a moment for the last ones."""
-        pool.shutdown(wait=False, cancel_futures=True)
-        try:
-            concurrent.futures.wait(futures, _GRACE_SECONDS)
-        finally:
-            self._connections.abort()
-            # Threads that are woken so may still have an answer to keep.
-            concurrent.futures.wait(futures, _GRACE_SECONDS)
-
     def _generate(self, body: Mapping[str, Any]) -> protocol.Generation:
         chat, prompt = self._settings.chat, body["prompt"]
         fields = wire.generation_body(body, chat)
-        answer = self._complete(fields, prompt, body["max_tokens"])
+        answer = self._post(fields, prompt, body["max_tokens"])
         text, is_cut = wire.read_generation(answer.content, chat, prompt)
         return protocol.Generation(text, is_cut, answer.usage)
 
     def _labels(self, body: Mapping[str, Any]) -> protocol.LabelScores:
         chat, prompt = self._settings.chat, body["prompt"]
         fields = wire.label_body(prompt, self._settings.top_log_probs, chat)
-        answer = self._complete(fields, prompt, 1)
-        numbers = wire.read_labels(answer.content, body["labels"], chat, prompt)
+        answer = self._post(fields, prompt, 1)
+        numbers = wire.read_labels(answer.content, body["labels"], prompt)
         return protocol.LabelScores(tuple(numbers), answer.usage)
 
     def _score(self, body: Mapping[str, Any]) -> protocol.Score:
         prompt, continuation = body["prompt"], body["continuation"]
-        if self._settings.scoring == "none" or self._settings.chat:
+        scoring = self._settings.scoring
+        if scoring == "none" or self._settings.chat:
             raise ValueError(
-                f"llm.scoring={self._settings.scoring!r}, llm.chat="
-                f"{self._settings.chat}: this server scores no continuations; set "
-                "fuse.likelihood_weight=0, or serve the model where it can echo"
+                f"llm.scoring={scoring!r}, llm.chat={self._settings.chat}: this server "
+                "scores no continuations; set fuse.likelihood_weight=0, or serve the "
+                "model where it can echo"
             )
         text = prompt + continuation
-        if self._settings.scoring == "echo":
-            answer = self._complete(wire.echo_body(text), text, 1)
+        if scoring == "echo":
+            answer = self._post(wire.echo_body(text), text, 1)
             value, count = wire.read_echo(answer.content, prompt, continuation)
             return protocol.Score(value, count, answer.usage)
         head, tail = self._tokenize(prompt, True), self._tokenize(continuation, False)
-        if self._settings.scoring == "echo_tokens":
+        if scoring == "echo_tokens":
             fields = wire.echo_body([*head, *tail])
-            num_tokens = len(head) + len(tail)
-            answer = self._complete(fields, text, 1, num_tokens)
+            answer = self._post(fields, text, 1, len(head) + len(tail))
             value, count = wire.read_echo(
                 answer.content, prompt, continuation, len(head)
             )
             if count != len(tail):
-                raise wire.Malformed("border", f"{count} tokens, {len(tail)} sent")
+                raise wire.NoAnswer("border", f"{count} tokens, {len(tail)} sent")
             return protocol.Score(value, count, answer.usage)
         fields = wire.forced_body(head, tail)
-        answer = self._post("/completion", fields, text, len(tail), len(head))
+        answer = self._post(fields, text, len(tail), len(head), "/completion")
         value = wire.read_forced(answer.content, head, tail, continuation)
         return protocol.Score(value, len(tail), answer.usage)
 
     def _tokenize(self, text: str, is_beginning: bool) -> list[int]:
-        # The fields of vLLM, then those of llama.cpp: each passes over the other's.
+        # The fields of vLLM, then those of llama.cpp; each ignores the other's.
         fields = {
             "model": self._settings.model,
             "prompt": text,
@@ -291,107 +242,97 @@ class _Client:
             "content": text,
             "add_special": is_beginning,
         }
-        return wire.read_tokens(self._post("/tokenize", fields, text).content, text)
+        content = json.dumps(fields).encode()
+        reply = self._retry(lambda: self._send("/tokenize", content, text))
+        return wire.read_tokens(reply, text)
 
-    def _complete(
+    def _post(
         self,
         fields: dict[str, Any],
         text: str,
         max_tokens: int,
         num_tokens: int | None = None,
+        path: str = "",
     ) -> _Answer:
-        path = "/v1/chat/completions" if self._settings.chat else "/v1/completions"
-        body = {"model": self._settings.model, **fields}
-        return self._post(path, body, text, max_tokens, num_tokens)
+        """Sends a request to the model, within the budget and the rate limits.
 
-    def _post(
-        self,
-        path: str,
-        body: dict[str, Any],
-        text: str,
-        max_tokens: int | None = None,
-        num_tokens: int | None = None,
-    ) -> _Answer:
-        """Returns the reply.
-
-        Args:
-            path: Path of the endpoint.
-            body: Sent as JSON.
-            text: The text that the server reads.
-            max_tokens: Most tokens written; None for a request that asks no model.
-            num_tokens: Tokens of the prompt where they are known.
+        `text` is what the model reads, of `num_tokens` tokens if known; `path` is by
+        default that of OpenAI's API.
 
         Raises:
-            wire.Malformed: None came, and the tries are used up.
+            wire.NoAnswer: No try succeeded.
         """
+        chat = self._settings.chat
+        path = path or ("/v1/chat/completions" if chat else "/v1/completions")
+        content = json.dumps({"model": self._settings.model, **fields}).encode()
+        # A token has at least one byte, and a word has at least one token.
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
-        most_bytes = min(_LEAST_BYTES + _BYTES_PER_BYTE * num_bytes, _MOST_BYTES)
-        # A token has at least a byte, and a word at least a token.
-        most = num_tokens or num_bytes + _ADDED_TOKENS[self._settings.chat]
-        least = num_tokens or wire.num_words(text)
-        content = json.dumps(body).encode()
-        failure, told = protocol.Failure("not_asked"), 0.0
+        added = _ADDED_CHAT_TOKENS if chat else _ADDED_TOKENS
+        max_read = num_tokens or num_bytes + added
+        min_read = num_tokens or len(text.split())
+
+        def send() -> _Answer:
+            self._pace.wait_for_turn()
+            reserved = self._budget.reserve(max_read, max_tokens, waits=True)
+            used = (0, 0)
+            try:
+                if self._stop.is_set():
+                    raise pacing.Stopped
+                reply = self._send(path, content, text)
+                used = wire.tokens_used(reply, min_read, max_read, max_tokens)
+                return _Answer(reply, protocol.Usage(*used))
+            except wire.NoAnswer as error:
+                if error.reason in _MAYBE_CHARGED:
+                    used = (max_read, max_tokens)
+                raise
+            finally:
+                self._budget.settle(reserved, *used)
+                self._pace.delay_by_tokens(sum(used))
+
+        return self._retry(send)
+
+    def _retry(self, send: Callable[[], _Result]) -> _Result:
+        """Calls `send` until it succeeds or the retries are used up."""
+        failure = wire.NoAnswer("not_asked", "")
         for attempt in range(self._settings.retries + 1):
             if attempt:
-                self._pause(attempt, told)
-            elif self._stop.is_set():
-                raise _Stopped
-            if max_tokens is None:
-                reply, failure, told = self._try(path, content, most_bytes)
-                used = (0, 0)
-            else:
-                self._wait_for_turn()
-                reserved = self._budget.reserve(most, max_tokens, waits=True)
-                used = (0, 0)
-                try:
-                    if self._stop.is_set():
-                        raise _Stopped
-                    reply, failure, told = self._try(path, content, most_bytes)
-                    if reply is not None:
-                        used = wire.tokens_used(reply, least, most, max_tokens)
-                    elif failure.reason in _MAYBE_CHARGED:
-                        used = (most, max_tokens)
-                finally:
-                    self._budget.settle(reserved, *used)
-                self._charge(sum(used))
-            if reply is not None:
-                return _Answer(reply, protocol.Usage(*used))
-            if failure.reason == "rejected":
-                break
+                self._pause(attempt, failure.retry_after)
             if self._stop.is_set():
-                raise _Stopped
+                raise pacing.Stopped
+            try:
+                return send()
+            except wire.NoAnswer as error:
+                failure = error
+                if error.reason == "rejected":
+                    break
         if failure.reason == "connection":
             raise self._gone(failure.detail)
-        raise wire.Malformed(failure.reason, failure.detail)
+        raise failure
 
-    def _try(
-        self, path: str, content: bytes, most_bytes: int
-    ) -> tuple[dict[str, Any] | None, protocol.Failure, float]:
-        """Returns the reply or the failure, and the seconds the server asks to wait."""
-        try:
-            reply = self._connections.request(
-                "POST", path, content, self._settings.timeout_seconds, most_bytes
-            )
-        except connections.Failed as error:
-            return None, protocol.Failure(error.reason, str(error)), 0.0
+    def _send(self, path: str, content: bytes, text: str) -> dict[str, Any]:
+        """Sends a request once and returns the JSON object of its reply."""
+        num_bytes = len(text.encode("utf-8", "surrogatepass"))
+        max_bytes = min(_LEAST_BYTES + _BYTES_PER_BYTE * num_bytes, _MOST_BYTES)
+        reply = self._connections.request(
+            "POST", path, content, self._settings.timeout_seconds, max_bytes
+        )
         if reply.status in _RETRIED or reply.status >= 500:
-            told = _seconds(reply.headers.get("retry-after", ""))
-            return None, protocol.Failure(f"status_{reply.status}", _text(reply)), told
+            seconds = _seconds(reply.headers.get("retry-after", ""))
+            raise wire.NoAnswer(f"status_{reply.status}", _text(reply), seconds)
         self._check_status("POST", path, reply)
         if reply.status >= 300:
             detail = f"status {reply.status}: {_text(reply)}"
-            return None, protocol.Failure("rejected", detail), 0.0
+            raise wire.NoAnswer("rejected", detail)
         try:
             parsed = reading.parse_json(reply.body)
-        except ValueError as error:  # Not JSON, or not UTF-8.
-            detail = f"{error}: {_text(reply)}"
-            return None, protocol.Failure("bad_json", detail), 0.0
+        except ValueError as error:
+            raise wire.NoAnswer("bad_json", f"{error}: {_text(reply)}") from None
         if not isinstance(parsed, dict):
-            return None, protocol.Failure("bad_json", inputs.kind(parsed)), 0.0
-        return parsed, protocol.Failure(""), 0.0
+            raise wire.NoAnswer("bad_json", inputs.kind(parsed))
+        return parsed
 
     def _check_status(self, method: str, path: str, reply: connections.Reply) -> None:
-        """Raises for what no other request would do better."""
+        """Raises for a status that every other request would have, too."""
         where = f"{self._settings.url.rstrip('/')}{path}"
         if reply.status in (401, 403):
             raise ValueError(
@@ -400,47 +341,42 @@ class _Client:
             )
         if reply.status == 404 and method == "POST":
             raise ValueError(
-                f"{where}: status 404, no such endpoint or model "
-                f"({_text(reply)}); check llm.url, llm.model="
-                f"{self._settings.model!r}, llm.chat and llm.scoring="
-                f"{self._settings.scoring!r}"
+                f"{where}: status 404, no such endpoint or model ({_text(reply)}); "
+                f"check llm.url, llm.model={self._settings.model!r}, llm.chat and "
+                f"llm.scoring={self._settings.scoring!r}"
             )
 
-    def _gone(self, error: object) -> OSError:
+    def _gone(self, detail: str) -> OSError:
         return OSError(
-            f"{self._settings.url}: no server answers ({error}); start it, or set "
-            "llm.url. What was answered is kept, and the same command goes on"
+            f"{self._settings.url}: no server answers ({detail}); start it, or set "
+            "llm.url. All answers are kept, and the same command continues"
         )
 
-    def _pause(self, attempt: int, told: float) -> None:
-        """Waits before another try, at least as long as the server asks for."""
+    def _pause(self, attempt: int, retry_after: float) -> None:
+        """Waits before a retry, at least as long as the server demands."""
         seconds = self._settings.retry_seconds * 2.0 ** (attempt - 1)
-        seconds = max(seconds, told)
-        if told:  # It is meant for all requests, not for this one alone.
-            with self._pace:
-                self._next_send = max(self._next_send, time.monotonic() + told)
-        # Jitter keeps requests that failed together from coming back together.
+        seconds = max(seconds, retry_after)
+        if retry_after:  # The demand concerns all requests.
+            self._pace.delay_by(retry_after)
+        # Jitter separates requests that failed together.
         seconds = min(seconds, _MAX_PAUSE_SECONDS) * random.uniform(0.75, 1.25)
-        if self._stop.wait(seconds):
-            raise _Stopped
+        self._pace.wait(seconds)
 
-    def _wait_for_turn(self) -> None:
-        per_request = self._settings.requests_per_minute
-        with self._pace:
-            now = time.monotonic()
-            turn = max(self._next_send, now)
-            if per_request:
-                self._next_send = turn + 60.0 / per_request
-        if turn > now and self._stop.wait(turn - now):
-            raise _Stopped
 
-    def _charge(self, tokens: int) -> None:
-        """Puts off the next requests by the time that the tokens stand for."""
-        if self._settings.tokens_per_minute:
-            with self._pace:
-                begin = max(self._next_send, time.monotonic())
-                share = tokens / self._settings.tokens_per_minute
-                self._next_send = begin + 60.0 * share
+def _read_key(variable: str) -> str:
+    """Returns the API key in an environment variable; "" if no variable is named."""
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if variable and not key:
+        raise ValueError(
+            f"llm.api_key_env={variable!r}: that variable is not set; export the key, "
+            "or set llm.api_key_env='' if none is needed"
+        )
+    if key and not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"llm.api_key_env={variable!r}: that variable holds characters that no key "
+            "has; export the key again"
+        )
+    return key
 
 
 def _text(reply: connections.Reply) -> str:
@@ -449,7 +385,7 @@ def _text(reply: connections.Reply) -> str:
 
 
 def _seconds(retry_after: str) -> float:
-    """Returns the seconds that a `Retry-After` asks for: a number, or a date."""
+    """Parses a `Retry-After` header: seconds or a date; 0.0 if it is neither."""
     try:
         seconds = float(retry_after)
     except ValueError:

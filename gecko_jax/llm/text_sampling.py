@@ -1,7 +1,7 @@
-"""Drawing: texts that a decoder writes, some tokens at a time, until each has its end.
+"""Sampling: draws continuations a few tokens at a time until each one has ended.
 
-Every row has randomness of its own, which its prompt and seed decide: what is drawn
-does not depend on the rows beside it.
+Every row has its own random key, made from its prompt and seed, so a draw does not
+depend on the other rows of the batch.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from gecko_jax.models import transformer
 
 
 class Completion(NamedTuple):
-    """What a model wrote.
+    """A generated text.
 
     Attributes:
-        text: Without the stop string that ended it.
-        is_cut: The limit of tokens ended it.
-        num_tokens: Drawn, the one that ended it included.
+        text: Text without the stop string that ended it.
+        is_cut: Whether the token limit ended it.
+        num_tokens: Generated tokens, including the one that ended it.
     """
 
     text: str
@@ -44,7 +44,7 @@ def check(sampling: protocol.Sampling) -> None:
 
 
 def key(seed: int, prompt: Sequence[int]) -> UInt32[np.ndarray, " 2"]:
-    """Returns the randomness that a seed and the prompt's tokens decide."""
+    """Returns the random key for a seed and a prompt's tokens."""
     digest = hashlib.sha256(f"{seed} {list(prompt)}".encode()).digest()
     return np.frombuffer(digest[:8], np.uint32)
 
@@ -61,19 +61,10 @@ def draw(
     sampling: protocol.Sampling,
     count: int,
 ) -> list[Completion]:
-    """Draws a continuation of each of the first `count` rows; the others are filling.
+    """Draws a continuation of each of the first `count` rows; the rest is padding.
 
-    Args:
-        params: Of the decoder.
-        config: The decoder.
-        tokenizer: Its tokens.
-        prefix: What all rows share.
-        tokens: Of the prompts, behind the prefix.
-        positions: Of these tokens.
-        lengths: Tokens of each whole prompt.
-        keys: Randomness of each row.
-        sampling: How to draw.
-        count: Rows whose ends are waited for.
+    `tokens` are those of the prompts after the shared prefix, `lengths` count the
+    tokens of whole prompts, and `keys` are the rows' random keys.
     """
     rounds = -(-sampling.max_tokens // decoding.STEPS)
     hidden, cache = decoding.start(
@@ -81,9 +72,8 @@ def draw(
     )
     drawn = np.empty((count, 0), np.int32)
     completions: list[Completion] = []
-    for turn in range(rounds):
-        start = turn * decoding.STEPS
-        fresh, cache, hidden = decoding.decode(
+    for start in range(0, rounds * decoding.STEPS, decoding.STEPS):
+        new, cache, hidden = decoding.decode(
             params,
             config,
             prefix,
@@ -97,7 +87,7 @@ def draw(
             is_greedy=sampling.temperature == 0,
             is_nucleus=sampling.temperature > 0 and sampling.top_p < 1,
         )
-        drawn = np.concatenate([drawn, np.asarray(fresh)[:count]], axis=1)
+        drawn = np.concatenate([drawn, np.asarray(new)[:count]], axis=1)
         drawn = drawn[:, : sampling.max_tokens]
         completions = [_complete(row, tokenizer, sampling.stop) for row in drawn]
         if not any(completion.is_cut for completion in completions):
@@ -111,9 +101,9 @@ def _complete(
     stop: Sequence[str],
 ) -> Completion:
     text = tokenizer.decode(tokens.tolist())
-    ends = [at for at in (text.find(mark) for mark in stop) if at >= 0]
-    control = np.isin(tokens, list(tokenizer.end_ids))
-    num_tokens = int(control.argmax()) + 1 if control.any() else len(tokens)
-    if ends:
-        return Completion(text[: min(ends)], False, num_tokens)
-    return Completion(text, not control.any(), num_tokens)
+    stops = [place for place in map(text.find, stop) if place >= 0]
+    is_end = np.isin(tokens, list(tokenizer.end_ids))
+    num_tokens = int(is_end.argmax()) + 1 if is_end.any() else len(tokens)
+    if stops:
+        return Completion(text[: min(stops)], False, num_tokens)
+    return Completion(text, not is_end.any(), num_tokens)

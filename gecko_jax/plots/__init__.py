@@ -1,1 +1,1 @@
-"""Plots: how long texts are, how training went, how good the model is."""
+"""Plots of text lengths, training and quality."""

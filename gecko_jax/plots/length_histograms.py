@@ -1,4 +1,4 @@
-"""How long the texts of tasks are, and where they are cut."""
+"""Histograms of text lengths, with the length at which texts are cut."""
 
 import os
 import pathlib
@@ -14,20 +14,16 @@ def plot_lengths(
     passage_length: int,
     output: str | os.PathLike,
 ) -> pathlib.Path:
-    """Draws how many tokens the texts of each task have, and where they are cut.
+    """Draws the token counts of each task's texts, and the limits.
 
     Args:
-        tasks: Name, tokens of the queries and tokens of the passages of each.
-        query_length: Tokens that are kept of a query.
-        passage_length: Tokens that are kept of a passage.
+        tasks: Name, token counts of queries and token counts of passages of each task.
+        query_length: Longest query, in tokens.
+        passage_length: Longest passage, in tokens.
         output: The PNG to write.
     """
-    longest = [
-        2 * max([kept, *(length for task in tasks for length in task[column])])
-        for column, kept in ((1, query_length), (2, passage_length))
-    ]
-    pyplot, drawn = style.start()
-    with drawn:
+    pyplot, styled = style.start()
+    with styled:
         figure, axes = pyplot.subplots(
             len(tasks),
             2,
@@ -36,35 +32,33 @@ def plot_lengths(
             sharex="col",
             layout="constrained",
         )
+        limits = (query_length, passage_length)
         for row, (name, *sides) in enumerate(tasks):
-            for column, (lengths, kept) in enumerate(
-                zip(sides, (query_length, passage_length), strict=True)
-            ):
-                _draw_lengths(axes[row, column], lengths, kept)
-            shown = name if len(name) <= 18 else f"{name[:17]}…"
+            for ax, lengths, limit in zip(axes[row], sides, limits, strict=True):
+                _draw_lengths(ax, lengths, limit)
             axes[row, 0].set_ylabel(
-                shown, rotation=0, ha="right", va="center", labelpad=8
+                style.shorten(name, 18), rotation=0, ha="right", va="center", labelpad=8
             )
         for column, side in enumerate(("queries", "passages")):
+            longest = max([limits[column], *(n for t in tasks for n in t[column + 1])])
             axes[0, column].set_title(side)
-            axes[0, column].set_xlim(2, longest[column])
+            axes[0, column].set_xlim(2, 2 * longest)
             axes[-1, column].set_xlabel("tokens, cut at the line")
         return style.save(figure, output)
 
 
-def _draw_lengths(axes: Any, lengths: Sequence[int], kept: int) -> None:
-    """Draws the share of texts in four bins for each doubling of the length."""
-    edges = [2 ** (step / 4) for step in range(4 * 14 + 1)]
+def _draw_lengths(axes: Any, lengths: Sequence[int], limit: int) -> None:
+    """Draws the share of texts in four bins per doubling of the length."""
     axes.hist(
         lengths,
-        bins=edges,
+        bins=[2 ** (step / 4) for step in range(4 * 14 + 1)],
         weights=[1 / max(len(lengths), 1)] * len(lengths),
         color=style.DIMS[1],
     )
-    axes.axvline(kept, color=style.LINE_TO_BEAT, linewidth=1.5)
-    over = sum(length > kept for length in lengths) / max(len(lengths), 1)
+    axes.axvline(limit, color=style.LINE_TO_BEAT, linewidth=1.5)
+    cut = sum(length > limit for length in lengths) / max(len(lengths), 1)
     axes.annotate(
-        f"{over:.1%} cut" if over else "",
+        f"{cut:.1%} cut" if cut else "",
         (0.98, 0.8),
         xycoords="axes fraction",
         ha="right",

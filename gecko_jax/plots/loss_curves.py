@@ -1,12 +1,16 @@
-"""How training went: loss and evaluation over the steps."""
+"""Loss and evaluation over the training steps."""
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from gecko_jax.plots import style
 from gecko_jax.training import metrics
+
+_EVALUATION = "evaluation/"
 
 
 def plot_training(
@@ -21,19 +25,19 @@ def plot_training(
     Raises:
         ValueError: A file holds no logged step.
     """
-    logs = []
+    logs = {}
     for path in map(pathlib.Path, runs):
         lines = metrics.read(path)
         if not any("loss" in line for line in lines):
             raise ValueError(f"{path}: no logged step to plot; train first")
-        logs.append((path.resolve().parent.name, lines))
-    scores = [_series(lines, "evaluation/") for _, lines in logs]
-    score = style.first_metric(
-        name.rpartition("/")[0] for series in scores for name in series
+        logs[path] = lines
+    keys = {key for lines in logs.values() for line in lines for key in line}
+    metric = style.first_metric(
+        key.split("/")[1] for key in keys if key.startswith(_EVALUATION)
     )
-    num_rows = 2 if score else 1
-    pyplot, drawn = style.start()
-    with drawn:
+    num_rows = 2 if metric else 1
+    pyplot, styled = style.start()
+    with styled:
         figure, axes = pyplot.subplots(
             num_rows,
             len(logs),
@@ -42,91 +46,59 @@ def plot_training(
             sharey="row",
             layout="constrained",
         )
-        for column, (name, lines) in enumerate(logs):
-            _draw_losses(axes[0, column], name, lines)
-            if score:
-                _draw_scores(axes[1, column], scores[column], score)
-            axes[-1, column].set_xlabel("step")
+        for column, (path, lines) in zip(axes.T, logs.items(), strict=True):
+            _draw_losses(column[0], lines)
+            column[0].set_title(path.resolve().parent.name)
+            if metric:
+                _draw_scores(column[1], lines, f"{_EVALUATION}{metric}/")
+            column[-1].set_xlabel("step")
         axes[0, 0].set_ylabel("loss (nats)")
-        if score:
-            axes[1, 0].set_ylabel(style.LABELS[score])
+        if metric:
+            axes[1, 0].set_ylabel(style.LABELS[metric])
         return style.save(figure, output)
 
 
-def _draw_losses(
-    axes: Any, name: str, lines: Sequence[Mapping[str, int | float]]
-) -> None:
+def _dims(lines: Sequence[Mapping[str, Any]], prefix: str) -> list[int]:
+    """Returns the numbers that follow a prefix among the keys, ascending."""
+    ends = {k.removeprefix(prefix) for n in lines for k in n if k.startswith(prefix)}
+    return sorted(int(end) for end in ends if end.isdigit())
+
+
+def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the loss of each dim, faintly, and its running mean."""
     logged = [line for line in lines if "loss" in line]
     steps = [line["step"] for line in logged]
-    last = logged[-1]
-    dims = sorted(
-        int(key.removeprefix("loss_"))
-        for key in last
-        if key.startswith("loss_") and key.removeprefix("loss_").isdigit()
-    )
-    for dim, color in zip(dims, style.shades(len(dims)), strict=True):
-        _draw_smooth(
-            axes, steps, [line[f"loss_{dim}"] for line in logged], color, f"{dim} dims"
-        )
-    if not dims:
-        _draw_smooth(
-            axes, steps, [line["loss"] for line in logged], style.DIMS[2], "loss"
-        )
-    axes.set_title(name)
+    dims = _dims(logged[-1:], "loss_")
+    curves = {f"{dim} dims": f"loss_{dim}" for dim in dims} or {"loss": "loss"}
+    window = max(len(logged) // 25, 1)
+    for (label, key), color in zip(
+        curves.items(), style.shades(len(curves)), strict=True
+    ):
+        values = [line[key] for line in logged]
+        means = [
+            np.mean(values[max(0, i - window) : i + window + 1])
+            for i in range(len(values))
+        ]
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+        axes.plot(steps, means, color=color, linewidth=2, label=label)
     axes.set_xlim(left=0)
     axes.legend(ncols=3, fontsize=9, loc="upper right")
 
 
-def _draw_smooth(
-    axes: Any,
-    steps: Sequence[int | float],
-    values: Sequence[int | float],
-    color: str,
-    label: str,
-) -> None:
-    """Draws the values faintly and their running mean firmly."""
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    window = max(len(values) // 25, 1)
-    means = [
-        sum(values[max(0, i - window) : i + window + 1])
-        / len(values[max(0, i - window) : i + window + 1])
-        for i in range(len(values))
-    ]
-    axes.plot(steps, means, color=color, linewidth=2, label=label)
-
-
-def _draw_scores(
-    axes: Any, series: Mapping[str, list[tuple[int | float, int | float]]], metric: str
-) -> None:
-    names = sorted(
-        (name for name in series if name.startswith(f"{metric}/")),
-        key=lambda name: int(name.rpartition("/")[2]),
-    )
-    for name, color in zip(names, style.shades(len(names)), strict=True):
-        steps, values = zip(*series[name], strict=True)
-        label = f"{name.rpartition('/')[2]} dims"
+def _draw_scores(axes: Any, lines: Sequence[Mapping[str, Any]], prefix: str) -> None:
+    dims = _dims(lines, prefix)
+    for dim, color in zip(dims, style.shades(len(dims)), strict=True):
+        scored = [line for line in lines if f"{prefix}{dim}" in line]
         axes.plot(
-            steps,
-            values,
+            [line["step"] for line in scored],
+            [line[f"{prefix}{dim}"] for line in scored],
             color=color,
             marker="o",
             markersize=4,
             linewidth=2,
-            label=label,
+            label=f"{dim} dims",
         )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    if names:
+    if dims:
         axes.legend(ncols=3, fontsize=9, loc="lower right")
-
-
-def _series(
-    lines: Iterable[Mapping[str, int | float]], prefix: str
-) -> dict[str, list[tuple[int | float, int | float]]]:
-    series: dict[str, list[tuple[int | float, int | float]]] = {}
-    for line in lines:
-        for name, value in line.items():
-            if name.startswith(prefix):
-                short = name.removeprefix(prefix)
-                series.setdefault(short, []).append((line["step"], value))
-    return series

@@ -1,4 +1,4 @@
-"""How good a model is at every dim, beside the lines to beat."""
+"""Quality of a model at every dim, next to the baselines."""
 
 import itertools
 import math
@@ -11,11 +11,14 @@ from gecko_jax.plots import style
 
 
 def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathlib.Path:
-    """Draws quality over dims beside the lines to beat, and per task or set.
+    """Draws quality over dims next to the baselines, and per task or set.
 
     Args:
         results: `evaluation.Results.to_dict()`.
         output: The PNG to write.
+
+    Raises:
+        ValueError: The results hold no scores of a model.
     """
     rows = results["rows"]
     metric = style.first_metric(name for row in rows for name in row["metrics"])
@@ -24,47 +27,45 @@ def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathl
     if metric is None or dim is None:
         raise ValueError("no scores of a model to plot")
     sets = list(dict.fromkeys(row["set"] for row in rows))
-    # Other models, which have a line of their own and a colour.
-    named = results.get("about", {}).get("beside", ())
-    others = dict(zip(named, itertools.cycle(style.OTHERS), strict=False))
+    names = results.get("about", {}).get("beside", ())
+    others = dict(zip(names, itertools.cycle(style.OTHERS), strict=False))
     groups = _groups(rows, sets, ("model", *others, "BM25"))
-    pyplot, drawn = style.start()
-    with drawn:
-        each = 0.95 + 0.6 * len(others)
-        width = 5.6 + (1.6 + each * len(groups) if groups else 0)
+    pyplot, styled = style.start()
+    with styled:
+        group_width = 0.95 + 0.6 * len(others)
+        widths = [5.6] + ([1.6 + group_width * len(groups)] if groups else [])
         figure, axes = pyplot.subplots(
             1,
-            2 if groups else 1,
-            figsize=(width, 4.4),
+            len(widths),
+            figsize=(sum(widths), 4.4),
             squeeze=False,
             layout="constrained",
-            width_ratios=(5.6, width - 5.6) if groups else None,
+            width_ratios=widths,
         )
-        title = sets[0] if len(sets) == 1 else f"mean of {len(sets)} sets"
         overall = [row for row in rows if row["task"] == "all"]
-        _draw_dims(axes[0, 0], overall, metric, title, others)
+        _draw_dims(axes[0, 0], overall, metric, others)
+        title = sets[0] if len(sets) == 1 else f"mean of {len(sets)} sets"
+        axes[0, 0].set_title(title)
         if groups:
-            shown = {
-                "model": (f"Gecko, {dim} dims", style.DIMS[2]),
-                **{name: (name, color) for name, color in others.items()},
-                "BM25": ("BM25", style.LINE_TO_BEAT),
-            }
-            _draw_bars(axes[0, 1], groups, metric, shown, len(sets) > 1)
+            shown = {"model": (f"Gecko, {dim} dims", style.DIMS[2])}
+            shown |= {name: (name, color) for name, color in others.items()}
+            shown["BM25"] = ("BM25", style.LINE_TO_BEAT)
+            _draw_bars(axes[0, 1], groups, shown)
+            axes[0, 1].set_title("by set" if len(sets) > 1 else "by task")
+        for ax in axes[0]:
+            ax.set_ylabel(style.LABELS[metric])
+            ax.grid(visible=False, axis="x")
         return style.save(figure, output)
 
 
 def _draw_dims(
-    axes: Any,
-    rows: Sequence[Mapping[str, Any]],
-    metric: str,
-    title: str,
-    models: Mapping[str, str],
+    axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, models: Mapping[str, str]
 ) -> None:
+    """Draws a curve for each model and a line for each system without dims."""
     points: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
-        points.setdefault((row["system"], row["dim"]), []).append(
-            row["metrics"][metric]
-        )
+        key = row["system"], row["dim"]
+        points.setdefault(key, []).append(row["metrics"][metric])
     means = {key: sum(values) / len(values) for key, values in points.items()}
     dims = sorted(dim for system, dim in means if system == "model" and dim)
     values = [means["model", dim] for dim in dims]
@@ -73,19 +74,17 @@ def _draw_dims(
     axes.plot(x, values, color=own, linewidth=2.5, marker="o", markersize=7, zorder=3)
     margin = 0.35 * max(x[-1] - x[0], 1.0)
     left, right = x[0] - 0.5 * margin, x[-1] + 0.5 * margin
-    # The systems that no one trained are flat lines to be compared with.
-    others = {
+    best = {
         system: max(v for (s, _), v in means.items() if s == system)
         for system, _ in means
         if system != "model"
     }
-    others["Gecko"] = values[-1]
-    top = max(others.values())
-    # A line of text, in the units of the axis.
-    height = 0.062 * 1.2 * top
-    lines = [v for system, v in others.items() if system not in ("Gecko", *models)]
+    best["Gecko"] = values[-1]
+    top = max(best.values())
+    text_height = 0.062 * 1.2 * top  # In units of the axis.
+    lines = [v for system, v in best.items() if system not in ("Gecko", *models)]
     for place, value in zip(x, values, strict=True):
-        side = _clear_side(value, lines, 1.5 * height)
+        side = _clear_side(value, lines, 1.5 * text_height)
         axes.annotate(
             f"{value:.3f}",
             (place, value),
@@ -95,13 +94,12 @@ def _draw_dims(
             va="bottom" if side > 0 else "top",
             fontweight="bold",
             color=own,
-            # Where lines are on both sides, or a steep one is near.
+            # Keeps the label legible over a line.
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
-    labels = _apart(others, height)
-    for system, value in others.items():
-        known = {"Gecko": own, "BM25": style.LINE_TO_BEAT, **models}
-        color = known.get(system, style.BAG)
+    colors = {"Gecko": own, "BM25": style.LINE_TO_BEAT, **models}
+    for system, height in _apart(best, text_height).items():
+        value, color = best[system], colors.get(system, style.BAG)
         if system in models:
             places = sorted(dim for s, dim in means if s == system and dim)
             axes.plot(
@@ -115,10 +113,9 @@ def _draw_dims(
         elif system != "Gecko":
             dashes = "--" if system == "BM25" else ":"
             axes.plot([left, right], [value] * 2, color=color, ls=dashes, linewidth=1.8)
-        shown = system if system == "Gecko" else f"{system}  {value:.3f}"
         axes.annotate(
-            shown,
-            (right, labels[system]),
+            system if system == "Gecko" else f"{system}  {value:.3f}",
+            (right, height),
             textcoords="offset points",
             xytext=(6, 0),
             va="center",
@@ -129,48 +126,28 @@ def _draw_dims(
     axes.set_xlim(left, right)
     axes.set_ylim(0, 1.2 * top if top > 0 else 1)
     axes.set_xticks(x, [str(dim) for dim in dims])
-    axes.grid(visible=False, axis="x")
     axes.set_xlabel("dims of the embedding")
-    axes.set_ylabel(style.LABELS[metric])
-    axes.set_title(title)
 
 
 def _draw_bars(
     axes: Any,
     groups: Mapping[str, Mapping[str, float]],
-    metric: str,
     shown: Mapping[str, tuple[str, str]],
-    by_set: bool,
 ) -> None:
-    """Draws a group of bars for each task or set; `shown` has label and colour."""
+    """Draws a group of bars per task or set; `shown` has (label, colour) per system."""
     width = 0.76 / len(shown)
     for number, (system, (label, color)) in enumerate(shown.items()):
         offset = (number - (len(shown) - 1) / 2) * width
-        places = [p for p, group in enumerate(groups.values()) if system in group]
-        values = [group[system] for group in groups.values() if system in group]
-        if not values:
-            continue
-        bars = axes.bar(
-            [place + offset for place in places],
-            values,
-            width,
-            color=color,
-            label=label,
-        )
-        axes.bar_label(bars, fmt="%.2f", fontsize=9, padding=2, color=style.INK)
-    names = [name if len(name) <= 14 else f"{name[:13]}…" for name in groups]
-    steep = len(groups) > 6
-    axes.set_xticks(
-        range(len(groups)),
-        names,
-        rotation=30 if steep else 0,
-        ha="right" if steep else "center",
-    )
+        bars = {p: g[system] for p, g in enumerate(groups.values()) if system in g}
+        if bars:
+            places = [place + offset for place in bars]
+            drawn = axes.bar(places, bars.values(), width, color=color, label=label)
+            axes.bar_label(drawn, fmt="%.2f", fontsize=9, padding=2, color=style.INK)
+    names = [style.shorten(name, 14) for name in groups]
+    tilt = {"rotation": 30, "ha": "right"} if len(groups) > 6 else {}
+    axes.set_xticks(range(len(groups)), names, **tilt)
     highest = max(value for group in groups.values() for value in group.values())
     axes.set_ylim(0, 1.25 * highest if highest > 0 else 1)
-    axes.grid(visible=False, axis="x")
-    axes.set_ylabel(style.LABELS[metric])
-    axes.set_title("by set" if by_set else "by task")
     axes.legend(ncols=len(shown), fontsize=9, loc="upper right")
 
 
@@ -188,7 +165,7 @@ def _groups(
 
 
 def _apart(values: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Moves labels up until no two are nearer than `gap`."""
+    """Returns label heights, moved up until no two are closer than `gap`."""
     places: dict[str, float] = {}
     floor = -math.inf
     for name, value in sorted(values.items(), key=lambda item: item[1]):
@@ -197,9 +174,8 @@ def _apart(values: Mapping[str, float], gap: float) -> dict[str, float]:
 
 
 def _clear_side(value: float, lines: Sequence[float], reach: float) -> int:
-    """Returns where the label of a point meets no line: 1 above it, -1 below."""
-    is_met = {
-        side: any(0 <= side * (line - value) <= reach for line in lines)
-        for side in (1, -1)
-    }
-    return -1 if is_met[1] and not is_met[-1] else 1
+    """Returns the side on which a point's label meets no line: 1 above, -1 below."""
+    above, below = (
+        any(0 <= side * (line - value) <= reach for line in lines) for side in (1, -1)
+    )
+    return -1 if above and not below else 1

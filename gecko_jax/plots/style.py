@@ -1,4 +1,4 @@
-"""What all plots share: colours, the names of metrics, opening and saving."""
+"""Colours, metric names, and opening and saving of figures."""
 
 import os
 import pathlib
@@ -9,10 +9,10 @@ INK, MUTED, GRID = "#22313f", "#7b8794", "#e4e8ec"
 LINE_TO_BEAT, BAG = "#d1603d", "#a9b2bc"
 # Other models, in the order in which they are named.
 OTHERS = ("#8c5fa8", "#c2933b", "#4f7fb8")
-# Dims, from the smallest to the largest: one hue, growing darker.
+# Dims, from the smallest to the largest.
 DIMS = ("#7cc6b3", "#3fa796", "#1f7a73", "#135457", "#0b3540")
 
-# Metric -> its name on an axis, the one to draw first.
+# Metric -> label of an axis, in the order of preference.
 LABELS = {"ndcg_at_10": "nDCG@10", "spearman": "Spearman", "accuracy": "accuracy"}
 
 _STYLE: dict[Any, Any] = {
@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def start() -> tuple[Any, Any]:
-    """Returns pyplot without a screen, and the style as a context."""
+    """Returns pyplot without a display, and a context with the style."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +49,7 @@ def start() -> tuple[Any, Any]:
 
 
 def save(figure: Any, output: str | os.PathLike) -> pathlib.Path:
-    """Writes the figure as a PNG, closes it, and returns where it lies."""
+    """Writes the figure as a PNG, closes it, and returns the path."""
     from matplotlib import pyplot
 
     output = pathlib.Path(output)
@@ -59,14 +59,19 @@ def save(figure: Any, output: str | os.PathLike) -> pathlib.Path:
     return output
 
 
+def shorten(name: str, length: int) -> str:
+    """Returns a name of at most `length` characters."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def first_metric(names: Iterable[str]) -> str | None:
-    """Returns the metric to draw: the first of `LABELS` that is there."""
+    """Returns the first metric of `LABELS` among the names."""
     names = set(names)
     return next((metric for metric in LABELS if metric in names), None)
 
 
 def shades(count: int) -> list[str]:
-    """Returns the colours of so many dims, darker for each."""
+    """Returns a colour per dim, from light to dark."""
     if count == 1:
         return [DIMS[2]]
     return [DIMS[round(i * (len(DIMS) - 1) / max(count - 1, 1))] for i in range(count)]

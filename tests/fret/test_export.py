@@ -1,4 +1,4 @@
-"""What leaves a run: the triples, and the pairs of the initial retriever."""
+"""The exported triples, and the pairs of the initial retriever."""
 
 import json
 

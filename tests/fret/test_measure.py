@@ -1,4 +1,4 @@
-"""What a run will cost, and whether its judges can be trusted."""
+"""The plan and the calibration of a run."""
 
 import fake_llm
 import fret_runs

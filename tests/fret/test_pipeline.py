@@ -1,4 +1,4 @@
-"""Which stages a run has, and what becomes of rows without an answer."""
+"""The stages of a run, and rows without an answer."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Prompts say what they always said, and no text can forge or break them."""
+"""Prompts are stable, and no text can forge or break them."""
 
 import string
 import tomllib

@@ -1,4 +1,4 @@
-"""Passages are cleaned and each kept once; ranks become triples by the formula."""
+"""Passages, fusion of ranks, and the folders of shards."""
 
 import dataclasses
 import json
@@ -133,7 +133,7 @@ def test_signatures_estimate_the_resemblance():
         first = rng.choice(vocabulary, 400).tolist()
         cut = int(share * 400)
         second = first[:cut] + rng.choice(vocabulary, 400 - cut).tolist()
-        a, b = (minhash.shingles(words, 3) for words in (first, second))
+        a, b = (minhash.shingles(words) for words in (first, second))
         truth = len(np.intersect1d(a, b)) / len(np.union1d(a, b))
         same = np.mean(minhash.signature(a) == minhash.signature(b))
         # Four standard errors of the mean of 128 equal-or-not.
@@ -142,7 +142,7 @@ def test_signatures_estimate_the_resemblance():
 
 def test_signatures_never_change():
     # What is dropped decides every later record: a change here is a new CODE_VERSION.
-    entries = minhash.signature(minhash.shingles(word_rule.words(GOOD), 3))
+    entries = minhash.signature(minhash.shingles(word_rule.words(GOOD)))
     assert entries[:3].tolist() == [91446792, 735418930, 920565559]
 
 
@@ -151,10 +151,8 @@ def test_near_duplicates_are_found_among_many():
     vocabulary = [f"w{number}" for number in range(2_000)]
     texts = [" ".join(rng.choice(vocabulary, 80)) for _ in range(200)]
     near = minhash.NearDuplicates(0.75)
-    for number, text in enumerate(texts):
-        assert near.find(text) is None
-        assert near.add(text) == number
-    found = [near.find(f"{text} and more") for text in texts]
+    assert [near.add(text) for text in texts] == [None] * 200
+    found = [near.add(f"{text} and more") for text in texts]
     assert found == list(range(200))
 
 

@@ -1,4 +1,4 @@
-"""A run ends with the same bytes however it is interrupted, and asks nothing twice."""
+"""An interrupted run ends with the same bytes and repeats no request."""
 
 import gc
 import json
@@ -206,8 +206,8 @@ SCRIPT = """
 import pathlib, sys
 sys.path[:0] = [{tests!r}]
 import fret_runs
-from gecko_jax.fret import run
-run.run(fret_runs.load({corpus!r}, {url!r}), pathlib.Path({workdir!r}))
+from gecko_jax.fret import runs
+runs.run(fret_runs.load({corpus!r}, {url!r}), pathlib.Path({workdir!r}))
 """
 
 

@@ -1,7 +1,7 @@
-"""Servers that answer wrongly: an error row or the right number, and soon.
+"""Faulty servers lead to an error row or to the right number, without delay.
 
-Each fault is applied in every way of asking. `fake_llm` answers rightly; a fault
-changes its reply, or a server of a few raw bytes stands in for it.
+Each fault is applied in every request mode. `fake_llm` answers correctly; a fault
+changes its reply, or a server of a few raw bytes replaces it.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ import fret_runs
 import pytest
 
 from gecko_jax.fret import runs
-from gecko_jax.llm import connections, protocol, request_log, server
+from gecko_jax.llm import connections, protocol, request_log, server, wire
 
 PROMPT = "Passage: geckos eat insects on warm walls\nQuery:"
 TEXTS = (" geckos eat", " planes land soon")
 LABELS = ("Perfect", "Good", "Slight", "Irrelevant")
 SAMPLING = protocol.Sampling(0.0, 1.0, 16, ("\n\n",))
 
-# How the model is asked -> settings of the client.
+# Request mode -> settings of the client.
 MODES = {
     "echo": {},
     "echo_tokens": {"scoring": "echo_tokens"},
@@ -68,7 +68,7 @@ def connected(url, budget=None, **changes):
 
 
 def ask(model, mode):
-    """Two answers, as plain values."""
+    """Returns two answers as plain values."""
     if mode.endswith("generate"):
         found = model.generate([PROMPT, f"{PROMPT} a"], [0, 1], SAMPLING)
         return [getattr(answer, "text", None) for answer in found]
@@ -83,7 +83,7 @@ def ask(model, mode):
 
 
 def _echo(change):
-    """A fault of the lists of echoed tokens and their numbers."""
+    """Returns a fault of the echoed tokens and their numbers."""
 
     def fault(reply):
         chosen = reply.get("choices", [{}])[0].get("logprobs") or {}
@@ -126,7 +126,7 @@ def _other_tail(chosen, reply):
 
 
 def _number(value, everywhere=False):
-    """One number in the place of a model's, in every form of a reply."""
+    """Returns a fault that replaces the log-probabilities, in every form of a reply."""
 
     def fault(reply):
         for entry in reply.get("completion_probabilities", ()):
@@ -353,7 +353,7 @@ def test_a_request_whose_reply_is_lost_is_charged():
 
 @contextlib.contextmanager
 def raw_server(*parts, pause=0.0, endless=False):
-    """Answers every request with bytes, part by part, and the last one for ever."""
+    """Answers every request with these parts, and repeats the last if endless."""
     ended = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -410,9 +410,9 @@ CHUNKS = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 )
 def test_a_request_has_one_deadline(parts, pause):
     with raw_server(*parts, pause=pause, endless=True) as url:
-        opened = connections.Connections(url, {}, 2)
+        opened = connections.Connections(url, {})
         begin = time.monotonic()
-        with pytest.raises(connections.Failed) as failed:
+        with pytest.raises(wire.NoAnswer) as failed:
             opened.request("POST", "/x", b"{}", 0.7, 1 << 20)
         assert 0.5 < time.monotonic() - begin < 3.0
         opened.close()
@@ -432,8 +432,8 @@ def _bomb():
 )
 def test_a_reply_has_a_size(parts):
     with raw_server(*parts, endless=len(parts) > 1) as url:
-        opened = connections.Connections(url, {}, 2)
-        with pytest.raises(connections.Failed, match="more than 1,048,576") as failed:
+        opened = connections.Connections(url, {})
+        with pytest.raises(wire.NoAnswer, match="more than 1,048,576") as failed:
             opened.request("POST", "/x", b"{}", 10.0, 1 << 20)
         opened.close()
     assert failed.value.reason == "too_large"
@@ -445,11 +445,11 @@ def test_a_compressed_reply_is_read_whole_or_refused(keep):
     part = packed[: int(keep * len(packed))]
     fields = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(part)
     with raw_server(HEAD + fields + part) as url:
-        opened = connections.Connections(url, {}, 2)
+        opened = connections.Connections(url, {})
         if keep == 1.0:
             assert opened.request("POST", "/", b"{}", 5.0, 99).body == b'{"a": 1}'
         else:
-            with pytest.raises(connections.Failed, match="has no end"):
+            with pytest.raises(wire.NoAnswer, match="has no end"):
                 opened.request("POST", "/", b"{}", 5.0, 99)
         opened.close()
 
@@ -510,7 +510,7 @@ def test_retry_after_is_seconds_or_a_date():
     assert server._seconds("Fri, 27 Nov 1926 22:00:00 GMT") == 0.0
 
 
-# --- Words of strangers -------------------------------------------------------------
+# --- Untrusted text -------------------------------------------------------------
 
 
 def test_no_server_speaks_to_the_terminal():

@@ -1,4 +1,4 @@
-"""The decoder of this process goes through the pipeline as a server's model does."""
+"""The in-process decoder runs the pipeline as a server's model does."""
 
 import dataclasses
 import importlib.util
@@ -12,6 +12,7 @@ import tiny_decoder
 from gecko_jax.cli import flags
 from gecko_jax.fret import records, runs
 from gecko_jax.llm import (
+    decoder_batches,
     decoder_files,
     in_process,
     local,
@@ -74,6 +75,8 @@ def _words():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_sampling, "_complete", complete)
         patch.setattr(sharding, "build_mesh", lambda tensor: tiny_decoder.mesh())
+        # One length for all prompts: few shapes to compile.
+        patch.setattr(decoder_batches, "SHORTEST", 128)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a real model answered, replayed: the whole pipeline without any model."""
+"""The whole pipeline on recorded answers of a real model."""
 
 import gzip
 import json

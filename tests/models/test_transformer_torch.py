@@ -92,11 +92,8 @@ def test_log_probs_equal_those_of_transformers(build, tmp_path):
 
     theirs = _save(build(), tmp_path)
     folder = safetensors_folder.SafetensorsFolder(tmp_path)
-    table = safetensors_folder.NAMES[folder.architecture]
     mesh = tiny_decoder.mesh()
-    params = decoder_weights.load(
-        folder.read, folder.config, table, dtype=np.float32, mesh=mesh
-    )
+    params = decoder_weights.load(folder, dtype=np.float32, mesh=mesh)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 60))
     with torch.no_grad():
         logits = theirs(torch.from_numpy(tokens)).logits
