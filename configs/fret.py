@@ -17,87 +17,17 @@ are ours.
 
 import ml_collections
 
-from gecko_jax.config import parse_arg
+import gecko_jax.config
+from gecko_jax.fret import settings
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
-    arg = parse_arg(arg, local=False, recorded=False, llama_cpp=False, hosted=False)
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-
-    config.passages = ml_collections.ConfigDict()
-    config.passages.files = ()  # JSONL with `text` (maybe `title`, `_id`), or .txt
-    config.passages.decontaminate = ()  # BEIR folders and STS files to keep clear of
-    config.passages.min_words = 10
-    config.passages.max_characters = 4_000
-    config.passages.near_duplicate = 0.8  # resemblance; 0 keeps all that differ
-    config.passages.limit = 0  # passages; 0 for all
-    config.passages.shard_rows = 256  # passages of a shard, which is written whole
-
-    config.llm = ml_collections.ConfigDict()
-    config.llm.recording = ""  # workdir whose answers stand for the model
-    config.llm.weights = ""  # .gguf, folder or "smollm2", run in this process
-    config.llm.dtype = "float32"  # of that model; bfloat16 on an accelerator
-    config.llm.tensor = 1  # devices that it is split over; rows go to the rest
-    config.llm.compilation_cache = "~/.cache/gecko_jax/compiled"  # empty for none
-    config.llm.url = "http://localhost:8000"  # of a server otherwise, without /v1
-    config.llm.model = ""  # name under which it is served
-    config.llm.revision = ""  # commit or checksum of the weights, for the record
-    config.llm.licence = ""  # of the model's output, for the record
-    config.llm.api_key_env = ""  # environment variable that holds the key
-    config.llm.chat = False  # the chat API, which cannot score continuations
-    config.llm.scoring = "echo"  # or echo_tokens, forced (llama.cpp), none
-    config.llm.top_log_probs = 20  # first tokens listed when labels are scored
-    config.llm.concurrency = 64  # requests on their way at once
-    config.llm.retries = 6
-    config.llm.retry_seconds = 1.0  # before the first retry; doubled each time
-    config.llm.timeout_seconds = 300.0
-    config.llm.requests_per_minute = 0  # 0 for no limit
-    config.llm.tokens_per_minute = 0  # 0 for no limit
-    config.llm.price_input = 0.0  # of a million tokens
-    config.llm.price_output = 0.0  # of a million tokens
-
-    config.generate = ml_collections.ConfigDict()
-    config.generate.prompt = "generate"  # generate_for_task: the task is drawn
-    config.generate.shots = 5  # few-shot examples of a row; 0 for all
-    config.generate.temperature = 0.7
-    config.generate.top_p = 1.0
-    config.generate.max_tokens = 96
-    config.generate.min_words = 3  # of a query
-    config.generate.max_words = 40
-    config.generate.max_copied_words = 8  # in a row from the passage; 0 for any
-
-    config.retrieve = ml_collections.ConfigDict()
-    config.retrieve.model = ""  # workdir or export of a gecko; empty for BM25
-    config.retrieve.dim = 0  # 0 for the largest
-    config.retrieve.num_candidates = 20  # tables 3 and 5 of the paper speak of p_20
-
-    config.likelihood = ml_collections.ConfigDict()
-    config.likelihood.prompt = "likelihood"
-    config.likelihood.generic_passage = ""  # scored too, for fuse.min_information
-
-    config.relevance = ml_collections.ConfigDict()
-    config.relevance.prompt = "relevance"
-
-    config.fuse = ml_collections.ConfigDict()
-    config.fuse.k = 0.0  # added to ranks; the paper has none
-    config.fuse.likelihood_weight = 1.0
-    config.fuse.relevance_weight = 1.0
-    config.fuse.relevance = "log_prob"  # of the best label (paper); or log_odds
-    config.fuse.positive = "relabelled"  # or seed
-    config.fuse.negative = "lowest"  # or sampled, none
-    config.fuse.min_information = 0.0  # nats above the generic passage
-
-    config.export = ml_collections.ConfigDict()
-    config.export.max_tasks = 64  # tasks of their own; rarer ones are "search result"
-
-    config.calibrate = ml_collections.ConfigDict()
-    config.calibrate.num_seeds = 100  # held out of the run, at most a fifth
-
-    config.run = ml_collections.ConfigDict()
-    config.run.max_error_rate = 0.05  # of a shard's rows, from which the run stops
-
+    arg = gecko_jax.config.parse_arg(
+        arg, local=False, recorded=False, llama_cpp=False, hosted=False
+    )
+    # Every key with its default, unit and source: gecko_jax/fret/settings.py.
+    config = gecko_jax.config.defaults(settings.KEYS)
     if arg.llama_cpp:
         config.llm.url = "http://localhost:8080"
         config.llm.scoring = "forced"

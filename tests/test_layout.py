@@ -206,8 +206,7 @@ def test_configs_import_only_what_describes_a_run(path):
     allowed = (
         "ml_collections",
         "gecko_jax.config",
-        "gecko_jax.models.dual_encoder",
-        "gecko_jax.parallel.sharding",
+        "gecko_jax.fret.settings",
     )
     for module, node, _ in _imports(path):
         assert any(_is_within(module, name) for name in allowed), (

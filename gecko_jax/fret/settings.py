@@ -7,76 +7,201 @@ from typing import Any
 
 import ml_collections
 
-from gecko_jax import config as config_rules
+import gecko_jax.config
 from gecko_jax.fret import answers, fusion, passages, prompts
 from gecko_jax.llm import protocol, server, wire
 from gecko_jax.text import text_formats
 
-_SHARE = config_rules.Rule(float, "must be in [0, 1]", lambda v: 0 <= v <= 1)
+rules = gecko_jax.config
+Key, Rule = rules.Key, rules.Rule
 
-SCHEMA: dict[str, config_rules.Rule] = {
-    "seed": config_rules.COUNT,
-    "passages.files": config_rules.Rule(tuple, "must name a file or more", bool),
-    "passages.decontaminate": config_rules.Rule(tuple),
-    "passages.min_words": config_rules.POSITIVE,
-    "passages.max_characters": config_rules.between(1, text_formats.MAX_CHARACTERS),
-    "passages.near_duplicate": _SHARE,
-    "passages.limit": config_rules.COUNT,
-    "passages.shard_rows": config_rules.POSITIVE,
-    "llm.recording": config_rules.TEXT,
-    "llm.weights": config_rules.TEXT,
-    "llm.dtype": config_rules.one_of("float32", "bfloat16"),
-    "llm.tensor": config_rules.POSITIVE,
-    "llm.compilation_cache": config_rules.TEXT,
-    "llm.url": config_rules.Rule(
-        str,
-        "must begin with http:// or https:// and have no /v1",
-        lambda v: (
-            v.startswith(("http://", "https://")) and not v.rstrip("/").endswith("/v1")
+_SHARE = Rule(float, "must be in [0, 1]", lambda v: 0 <= v <= 1)
+
+# Defaults without a source are ours: the paper gives neither prompts, model, N nor
+# filters.
+KEYS: dict[str, Key] = {
+    "seed": Key(0, rules.COUNT, "PRNG seed."),
+    "passages.files": Key(
+        (),
+        Rule(tuple, "must name a file or more", bool),
+        "JSONL with `text` (optionally `title`, `_id`), or .txt files.",
+    ),
+    "passages.decontaminate": Key(
+        (),
+        Rule(tuple),
+        "BEIR folders and STS files whose texts are dropped.",
+    ),
+    "passages.min_words": Key(10, rules.POSITIVE, "Shortest passage, in words."),
+    "passages.max_characters": Key(
+        4000,
+        rules.between(1, text_formats.MAX_CHARACTERS),
+        "Longest passage, in characters.",
+    ),
+    "passages.near_duplicate": Key(
+        0.8, _SHARE, "Resemblance of near duplicates; 0 keeps all that differ."
+    ),
+    "passages.limit": Key(0, rules.COUNT, "Largest number of passages; 0 for all."),
+    "passages.shard_rows": Key(
+        256,
+        rules.POSITIVE,
+        "Passages per shard, which is written as a whole.",
+    ),
+    "llm.recording": Key(
+        "", rules.TEXT, "Workdir whose recorded answers replace the model."
+    ),
+    "llm.weights": Key(
+        "",
+        rules.TEXT,
+        "Model of this process: .gguf, folder or `smollm2`; empty for a server.",
+    ),
+    "llm.dtype": Key(
+        "float32",
+        rules.one_of("float32", "bfloat16"),
+        "Dtype of the model of this process.",
+    ),
+    "llm.tensor": Key(
+        1,
+        rules.POSITIVE,
+        "Devices that it is split over; rows go to the others.",
+    ),
+    "llm.compilation_cache": Key(
+        "~/.cache/gecko_jax/compiled",
+        rules.TEXT,
+        "Folder of compiled functions; empty for none.",
+    ),
+    "llm.url": Key(
+        "http://localhost:8000",
+        Rule(
+            str,
+            "must begin with http:// or https:// and have no /v1",
+            lambda v: (
+                v.startswith(("http://", "https://"))
+                and not v.rstrip("/").endswith("/v1")
+            ),
         ),
+        "Address of the server, without /v1.",
     ),
-    "llm.model": config_rules.TEXT,
-    "llm.revision": config_rules.TEXT,
-    "llm.licence": config_rules.TEXT,
-    "llm.api_key_env": config_rules.TEXT,
-    "llm.chat": config_rules.SWITCH,
-    "llm.scoring": config_rules.one_of(*wire.SCORING),
-    "llm.top_log_probs": config_rules.POSITIVE,
-    "llm.concurrency": config_rules.POSITIVE,
-    "llm.retries": config_rules.COUNT,
-    "llm.retry_seconds": config_rules.NOT_NEGATIVE,
-    "llm.timeout_seconds": config_rules.ABOVE_ZERO,
-    "llm.requests_per_minute": config_rules.COUNT,
-    "llm.tokens_per_minute": config_rules.COUNT,
-    "llm.price_input": config_rules.NOT_NEGATIVE,
-    "llm.price_output": config_rules.NOT_NEGATIVE,
-    "generate.prompt": config_rules.NAME,
-    "generate.shots": config_rules.COUNT,
-    "generate.temperature": config_rules.NOT_NEGATIVE,
-    "generate.top_p": _SHARE,
-    "generate.max_tokens": config_rules.POSITIVE,
-    "generate.min_words": config_rules.POSITIVE,
-    "generate.max_words": config_rules.POSITIVE,
-    "generate.max_copied_words": config_rules.COUNT,
-    "retrieve.model": config_rules.TEXT,
-    "retrieve.dim": config_rules.COUNT,
-    "retrieve.num_candidates": config_rules.Rule(
-        int, "must be at least 2", lambda v: v >= 2
+    "llm.model": Key("", rules.TEXT, "Name under which the server serves the model."),
+    "llm.revision": Key(
+        "", rules.TEXT, "Commit or checksum of the weights, for the record."
     ),
-    "likelihood.prompt": config_rules.NAME,
-    "likelihood.generic_passage": config_rules.TEXT,
-    "relevance.prompt": config_rules.NAME,
-    "fuse.k": config_rules.NOT_NEGATIVE,
-    "fuse.likelihood_weight": config_rules.NOT_NEGATIVE,
-    "fuse.relevance_weight": config_rules.NOT_NEGATIVE,
-    "fuse.relevance": config_rules.one_of("log_prob", "log_odds"),
-    "fuse.positive": config_rules.one_of("relabelled", "seed"),
-    "fuse.negative": config_rules.one_of("lowest", "sampled", "none"),
-    "fuse.min_information": config_rules.Rule(float),
-    "export.max_tasks": config_rules.POSITIVE,
-    "calibrate.num_seeds": config_rules.COUNT,
-    "run.max_error_rate": _SHARE,
+    "llm.licence": Key(
+        "", rules.TEXT, "Licence of the model's output, for the record."
+    ),
+    "llm.api_key_env": Key(
+        "", rules.TEXT, "Environment variable that holds the API key."
+    ),
+    "llm.chat": Key(
+        False,
+        rules.SWITCH,
+        "Uses the chat API, which cannot score continuations.",
+    ),
+    "llm.scoring": Key(
+        "echo",
+        rules.one_of(*wire.SCORING),
+        "How the server scores: echo, echo_tokens, forced (llama.cpp) or none.",
+    ),
+    "llm.top_log_probs": Key(
+        20,
+        rules.POSITIVE,
+        "Number of first tokens listed when labels are scored.",
+    ),
+    "llm.concurrency": Key(64, rules.POSITIVE, "Requests in flight."),
+    "llm.retries": Key(6, rules.COUNT, "Retries of a failed request."),
+    "llm.retry_seconds": Key(
+        1.0,
+        rules.NOT_NEGATIVE,
+        "Seconds before the first retry; doubled each time.",
+    ),
+    "llm.timeout_seconds": Key(
+        300.0, rules.ABOVE_ZERO, "Deadline of a request, in seconds."
+    ),
+    "llm.requests_per_minute": Key(
+        0, rules.COUNT, "Rate limit in requests; 0 for none."
+    ),
+    "llm.tokens_per_minute": Key(0, rules.COUNT, "Rate limit in tokens; 0 for none."),
+    "llm.price_input": Key(
+        0.0, rules.NOT_NEGATIVE, "Price of a million prompt tokens."
+    ),
+    "llm.price_output": Key(
+        0.0, rules.NOT_NEGATIVE, "Price of a million completion tokens."
+    ),
+    "generate.prompt": Key(
+        "generate", rules.NAME, "Prompt; `generate_for_task` draws the task."
+    ),
+    "generate.shots": Key(5, rules.COUNT, "Few-shot examples per row; 0 for all."),
+    "generate.temperature": Key(0.7, rules.NOT_NEGATIVE, "Sampling temperature."),
+    "generate.top_p": Key(
+        1.0, _SHARE, "Nucleus sampling: smallest probability mass to draw from."
+    ),
+    "generate.max_tokens": Key(
+        96, rules.POSITIVE, "Largest number of tokens to generate."
+    ),
+    "generate.min_words": Key(3, rules.POSITIVE, "Shortest query, in words."),
+    "generate.max_words": Key(40, rules.POSITIVE, "Longest query, in words."),
+    "generate.max_copied_words": Key(
+        8,
+        rules.COUNT,
+        "Longest run of words copied from the passage; 0 for any.",
+    ),
+    "retrieve.model": Key(
+        "", rules.TEXT, "Workdir or export of a Gecko; empty for BM25."
+    ),
+    "retrieve.dim": Key(0, rules.COUNT, "Dims of its embeddings; 0 for all."),
+    "retrieve.num_candidates": Key(
+        20,
+        Rule(int, "must be at least 2", lambda v: v >= 2),
+        "Candidates per query (tables 3 and 5 of the paper: p_20).",
+    ),
+    "likelihood.prompt": Key(
+        "likelihood", rules.NAME, "Prompt of query likelihood (QL)."
+    ),
+    "likelihood.generic_passage": Key(
+        "", rules.TEXT, "Passage scored as well, for `fuse.min_information`."
+    ),
+    "relevance.prompt": Key(
+        "relevance", rules.NAME, "Prompt of relevance classification (RC)."
+    ),
+    "fuse.k": Key(
+        0.0,
+        rules.NOT_NEGATIVE,
+        "Constant added to ranks (RRF); the paper has none.",
+    ),
+    "fuse.likelihood_weight": Key(1.0, rules.NOT_NEGATIVE, "Weight of the QL ranking."),
+    "fuse.relevance_weight": Key(1.0, rules.NOT_NEGATIVE, "Weight of the RC ranking."),
+    "fuse.relevance": Key(
+        "log_prob",
+        rules.one_of("log_prob", "log_odds"),
+        "RC score: log-probability of the best label (paper), or log-odds.",
+    ),
+    "fuse.positive": Key(
+        "relabelled",
+        rules.one_of("relabelled", "seed"),
+        "Positive: the best candidate (paper), or the seed passage.",
+    ),
+    "fuse.negative": Key(
+        "lowest",
+        rules.one_of("lowest", "sampled", "none"),
+        "Hard negative: the lowest candidate (paper), a sampled one, or none.",
+    ),
+    "fuse.min_information": Key(
+        0.0,
+        Rule(float),
+        "Least QL above that of the generic passage, in nats.",
+    ),
+    "export.max_tasks": Key(
+        64,
+        rules.POSITIVE,
+        "Most tasks to keep; rarer ones become `search result`.",
+    ),
+    "calibrate.num_seeds": Key(
+        100, rules.COUNT, "Seeds held out of the run, at most a fifth."
+    ),
+    "run.max_error_rate": Key(
+        0.05, _SHARE, "Share of failed rows in a shard that stops the run."
+    ),
 }
+SCHEMA = {name: key.rule for name, key in KEYS.items()}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -85,9 +210,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: Lists every fault: the key, its value, the rule, the remedy.
     """
-    flat = config_rules.flatten(config)
-    config_rules.refuse(
-        config_rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
+    flat = gecko_jax.config.flatten(config)
+    gecko_jax.config.refuse(
+        gecko_jax.config.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
     )
 
 
