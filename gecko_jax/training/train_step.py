@@ -136,7 +136,6 @@ def build(
     """
     microbatch_size = config.train.microbatch_size
     sharding.check_batch(config.data.batch_size, microbatch_size, mesh)
-    sharding.check_rules(config.mesh.rules)
     encoder_config = gecko_jax.config.encoder_config(config)
     encoder = dual_encoder.DualEncoder(encoder_config)
     schedule, tx = build_optimizer(config)
