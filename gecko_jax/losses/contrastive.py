@@ -148,6 +148,7 @@ def contrastive_loss(
         A pair is dropped if its content ids are equal in any entry of `duplicates`.
         """
         duplicates = duplicates if mask_duplicates else ()
+        # Hard negatives have G keys per row; they share the row's index and group.
         keys_per_row = right.shape[0] // batch_size
         row_ids = _stack([left_id for left_id, _ in duplicates], batch_size)
         key_ids = _stack([right_id for _, right_id in duplicates], right.shape[0])
@@ -180,12 +181,14 @@ def contrastive_loss(
     if negatives is not None and negatives.shape[1]:
         negatives = dual_encoder.normalize(negatives)
         keep = ids.negative_mask
+        # A hard negative with the text of the positive is a false negative.
         if mask_duplicates:
             keep &= ~jnp.all(ids.negative_id == ids.passage_id[:, None], axis=-1)
         similarity = jnp.einsum(
             "bd,bgd->bg", queries, negatives, precision=jax.lax.Precision.HIGHEST
         )
         weighted = similarity / temperature
+        # exp(hardness * cosine) as a factor of the term is a summand of its logit.
         if hardness:
             weighted += hardness * jax.lax.stop_gradient(similarity)
         logits.append(jnp.where(keep, weighted, -jnp.inf))
@@ -199,9 +202,12 @@ def contrastive_loss(
             )
             logits.append(of_others.log_sum_exp[:, None])
             best_other.append(of_others.best)
+    # Cross-entropy: log of the denominator minus log of the numerator. `to_positives`
+    # includes the row's own positive (`with_self`).
     denominator = jax.nn.logsumexp(jnp.concatenate(logits, axis=1), axis=1)
     loss = denominator - own / temperature
 
+    # The other direction: row i of `positives` must prefer row i of `queries`.
     if bidirectional:
         backward = compare(positives, queries, duplicates, with_self=True)
         loss += backward.log_sum_exp - own / temperature
@@ -248,6 +254,7 @@ def embedding_matching(
     def distance(
         student: Float[Array, "*N D"], target: Float[Array, "*N T"]
     ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
+        # A teacher vector of zeros means that the text has none.
         target = target.astype(jnp.float32)
         has_target = jnp.any(target != 0, axis=-1)
         student = dual_encoder.normalize(student[..., : target.shape[-1]])

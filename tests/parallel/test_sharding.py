@@ -147,22 +147,27 @@ def test_the_first_rule_with_free_mesh_axes_applies():
 
 def test_factored_moments_are_sharded_like_the_dimensions_they_keep():
     mesh = sharding.build_mesh(data=1, fsdp=4, tensor=2)
+    tx = optimizer.build_optimizer(
+        "adafactor",
+        lambda _: 1e-3,
+        token_rate=1.0,
+        weight_decay=0.0,
+        clip_norm=0.0,
+        beta1=0.0,
+        beta2=0.0,
+    )
+
+    @jax.jit
+    def first_state(params):
+        return tx.update(params, tx.init(params), params)[1]
+
     for shape in ((128, 128), (128, 256), (256, 128)):
         shapes = {"kernel": jax.ShapeDtypeStruct(shape, np.float32)}
         axes = {"kernel": PartitionSpec("embed", "mlp")}
         shardings = sharding.param_shardings(shapes, axes, mesh)
-        tx = optimizer.build_optimizer(
-            "adafactor",
-            lambda _: 1e-3,
-            token_rate=1.0,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            beta1=0.0,
-            beta2=0.0,
-        )
         rng = np.random.default_rng(0)
         params = {"kernel": rng.normal(size=shape).astype(np.float32)}
-        _, state = jax.jit(lambda p: tx.update(p, tx.init(p), p))(params)
+        state = first_state(params)
         places = sharding.state_shardings(state, shapes, shardings, mesh)
         mean_square = np.square(params["kernel"])
         specs = {}

@@ -153,6 +153,6 @@ def test_a_full_disk_names_the_file_and_closes(tmp_path, monkeypatch):
     writer = metrics.Writer(tmp_path, 0)
     writer._file.close()
     writer._file = open("/dev/full", "a")  # noqa: PTH123, SIM115
-    with pytest.raises(OSError, match=r"/dev/full: the metrics of step 1 .*make room"):
+    with pytest.raises(OSError, match=r"/dev/full: the metrics of step 1 .*free disk space"):
         writer.write(1, {"loss": 1.0})
     writer.close()
