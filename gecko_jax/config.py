@@ -377,7 +377,6 @@ LOCAL: dict[str, Any] = {
     "optimizer.beta1": 0.9,
     "optimizer.beta2": 0.98,
     "train.log_every_steps": 10,
-    "train.compilation_cache": "",
     "checkpoint.keep_every_steps": 0,
     "evaluation.folder": "quickstart",
     "evaluation.max_queries": 0,

@@ -15,7 +15,7 @@ import mutations
 import numpy as np
 import pytest
 import samples
-import test_convert_tokenizer
+from formats import test_tokenizer
 from sentencepiece import sentencepiece_model_pb2
 
 import gecko_jax
@@ -117,7 +117,7 @@ def _tokenizer(folder, _):
     folder.mkdir()
     trained = sentencepiece_model_pb2.ModelProto.FromString(TRAINED.read_bytes())
     del trained.pieces[400:]
-    values = test_convert_tokenizer._json(trained.SerializeToString())
+    values = test_tokenizer._json(trained.SerializeToString())
     added = {str(token["id"]): token for token in values["added_tokens"]}
     contents = {
         "tokenizer.json": values,

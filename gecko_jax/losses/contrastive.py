@@ -102,24 +102,22 @@ def contrastive_loss(
     Args:
         queries: Query embeddings, normalized here.
         positives: Embeddings of the relevant passages.
-        negatives: Embeddings of the hard negatives; None for none.
+        negatives: Embeddings of the hard negatives, or None.
         ids: Integer ids by which self, duplicates and padding are masked.
         temperature: Divides the similarities; larger is softer. Must be > 0.
         same_tower: Adds the other queries to the denominator (eq. 3).
-        same_tower_passages: Adds the similarities between the row's positive and the
-            other positives (SamToNe, Qwen3-Embedding).
+        same_tower_passages: Adds similarities of the row's positive and the others
+            (SamToNe, Qwen3-Embedding).
         bidirectional: Adds the loss of choosing the query for the passage, among the
-            queries of the batch only. The result is the sum of both directions, as in
-            t5x_retrieval (GTR).
+            queries of the batch only; a sum, as in t5x_retrieval (GTR).
         all_hard_negatives: Adds the hard negatives of every other row (GTR).
         mask_duplicates: Drops false negatives: an equal query, an equal positive, and
             a query or negative equal to the row's own positive.
         hardness: Multiplies the term of an own hard negative by exp(hardness * its
             cosine); the factor has no gradient (EmbeddingGemma uses 5).
-        spread_weight: Weight of the spread-out regularizer: the mean squared cosine
-            between the row's query and its in-batch negatives' queries, plus the same
-            for positives. It is the second moment of the global orthogonal
-            regularization (GOR, Zhang et al. 2017), as in EmbeddingGemma.
+        spread_weight: Weight of the spread-out regularizer (GOR's second moment, Zhang
+            et al. 2017; EmbeddingGemma): the mean squared cosine of the row's query
+            with the other queries, plus that of its positive with other positives.
         axis_names: Mesh axes over which the batch is split, inside a `shard_map`. The
             arguments are then the rows of one device; negatives still come from all.
         block_size: Keys per block. It affects memory and rounding only.
@@ -127,52 +125,32 @@ def contrastive_loss(
     Returns:
         The terms of each query, not reduced. Only `loss` has a gradient.
     """
-    queries = dual_encoder.normalize(queries)
-    positives = dual_encoder.normalize(positives)
+    queries, positives = map(dual_encoder.normalize, (queries, positives))
     ids = jax.tree.map(jnp.asarray, ids)
     batch_size = queries.shape[0]
     # Index of each row in the global batch.
     first = jax.lax.axis_index(axis_names) * batch_size if axis_names else 0
     index = first + jnp.arange(batch_size)
 
-    def compare(
-        left: Array,
-        right: Array,
-        duplicates: Sequence[tuple[Array, Array]],
-        *,
-        with_self: bool = False,
-        mask: Array = ids.example_mask,
-    ) -> blockwise.Sums:
-        """Sums over all keys of the global batch; each row has one or more in `right`.
-
-        A pair is dropped if its content ids are equal in any entry of `duplicates`.
-        """
-        duplicates = duplicates if mask_duplicates else ()
-        # Hard negatives have G keys per row; they share the row's index and group.
-        keys_per_row = right.shape[0] // batch_size
-        row_ids = _stack([left_id for left_id, _ in duplicates], batch_size)
-        key_ids = _stack([right_id for _, right_id in duplicates], right.shape[0])
-        rows = blockwise.Rows(index, ids.negative_group, row_ids)
-        keys = blockwise.Keys(
-            jnp.repeat(index, keys_per_row),
-            jnp.repeat(ids.negative_group, keys_per_row),
-            key_ids,
-            mask,
-        )
-        return blockwise.sums(
-            left, right, rows, keys, temperature, with_self, axis_names, block_size
-        )
+    compare = functools.partial(
+        _compare,
+        ids=ids,
+        index=index,
+        mask_duplicates=mask_duplicates,
+        temperature=temperature,
+        axis_names=axis_names,
+        block_size=block_size,
+    )
 
     # The numerator, and the denominator's terms: positives of the batch ...
     own = jnp.sum(queries * positives, axis=-1)
     duplicates = [(ids.query_id, ids.query_id), (ids.passage_id, ids.passage_id)]
     to_positives = compare(queries, positives, duplicates, with_self=True)
     in_batch = [to_positives]
-    # ... other queries (same tower); in a symmetric task another query may be the very
-    # text of the row's positive ...
+    # ... other queries; one of them may have the same text as the row's positive ...
     if same_tower:
-        crossed = (ids.passage_id, ids.query_id)
-        in_batch.append(compare(queries, queries, [*duplicates, crossed]))
+        crossed = [*duplicates, (ids.passage_id, ids.query_id)]
+        in_batch.append(compare(queries, queries, crossed))
     if same_tower_passages:
         in_batch.append(compare(positives, positives, duplicates))
     logits = [sums.log_sum_exp[:, None] for sums in in_batch]
@@ -180,18 +158,14 @@ def contrastive_loss(
     # ... and hard negatives: the row's own, then everyone's.
     if negatives is not None and negatives.shape[1]:
         negatives = dual_encoder.normalize(negatives)
-        keep = ids.negative_mask
-        # A hard negative with the text of the positive is a false negative.
-        if mask_duplicates:
-            keep &= ~jnp.all(ids.negative_id == ids.passage_id[:, None], axis=-1)
         similarity = jnp.einsum(
             "bd,bgd->bg", queries, negatives, precision=jax.lax.Precision.HIGHEST
         )
-        weighted = similarity / temperature
-        # exp(hardness * cosine) as a factor of the term is a summand of its logit.
-        if hardness:
-            weighted += hardness * jax.lax.stop_gradient(similarity)
-        logits.append(jnp.where(keep, weighted, -jnp.inf))
+        weight = hardness * jax.lax.stop_gradient(similarity) if hardness else 0.0
+        keep = ids.negative_mask
+        if mask_duplicates:
+            keep &= ~jnp.all(ids.negative_id == ids.passage_id[:, None], axis=-1)
+        logits.append(jnp.where(keep, similarity / temperature + weight, -jnp.inf))
         best_other.append(jnp.max(jnp.where(keep, similarity, -jnp.inf), axis=1))
         if all_hard_negatives:
             of_others = compare(
@@ -202,21 +176,17 @@ def contrastive_loss(
             )
             logits.append(of_others.log_sum_exp[:, None])
             best_other.append(of_others.best)
-    # Cross-entropy: log of the denominator minus log of the numerator. `to_positives`
-    # includes the row's own positive (`with_self`).
+    # Cross-entropy. `to_positives` includes the row's own positive (`with_self`).
     denominator = jax.nn.logsumexp(jnp.concatenate(logits, axis=1), axis=1)
     loss = denominator - own / temperature
 
-    # The other direction: row i of `positives` must prefer row i of `queries`.
-    if bidirectional:
+    if bidirectional:  # Row i of `positives` must prefer row i of `queries`, too.
         backward = compare(positives, queries, duplicates, with_self=True)
         loss += backward.log_sum_exp - own / temperature
     spread = None
     if spread_weight:
-        spread = jnp.zeros_like(own)
-        for side in (queries, positives):
-            pairs = compare(side, side, duplicates)
-            spread += pairs.squares / jnp.maximum(pairs.number, 1.0)
+        spread = _mean_square(compare(queries, queries, duplicates))
+        spread += _mean_square(compare(positives, positives, duplicates))
         loss += spread_weight * spread
 
     terms = LossTerms(
@@ -227,6 +197,56 @@ def contrastive_loss(
         spread=spread,
     )
     return jax.tree.map(lambda term: jnp.where(ids.example_mask, term, 0.0), terms)
+
+
+def _compare(
+    left: Float[Array, "B D"],
+    right: Float[Array, "N D"],
+    duplicates: Sequence[tuple[Array, Array]],
+    *,
+    ids: BatchIds,
+    index: Int[Array, " B"],
+    mask_duplicates: bool,
+    temperature: float,
+    axis_names: Sequence[str],
+    block_size: int,
+    mask: Bool[Array, " N"] | None = None,
+    with_self: bool = False,
+) -> blockwise.Sums:
+    """Sums similarities over all keys of the global batch.
+
+    Args:
+        left: Vector of each row.
+        right: Vectors of this device's keys; each row has one or more of them.
+        duplicates: Pairs of content ids, of rows and of keys; a key is dropped if the
+            ids of any pair are equal.
+        ids: Ids of this device's examples.
+        index: Index of each row in the global batch.
+        mask_duplicates: Whether to drop anything.
+        temperature: See `contrastive_loss`.
+        axis_names: See `contrastive_loss`.
+        block_size: See `contrastive_loss`.
+        mask: False where there is no key; None for the examples' mask.
+        with_self: Whether a row's own key counts.
+    """
+    duplicates = duplicates if mask_duplicates else ()
+    # Hard negatives have G keys per row, which share the row's index and group.
+    num_rows, num_keys = left.shape[0], right.shape[0]
+    keys_per_row = num_keys // num_rows
+    rows = blockwise.Rows(
+        index,
+        ids.negative_group,
+        _stack([row_id for row_id, _ in duplicates], num_rows),
+    )
+    keys = blockwise.Keys(
+        jnp.repeat(index, keys_per_row),
+        jnp.repeat(ids.negative_group, keys_per_row),
+        _stack([key_id for _, key_id in duplicates], num_keys),
+        ids.example_mask if mask is None else mask,
+    )
+    return blockwise.sums(
+        left, right, rows, keys, temperature, with_self, axis_names, block_size
+    )
 
 
 def embedding_matching(
@@ -340,6 +360,10 @@ def cut(
 ) -> tuple[Array, Array, Array | None]:
     """Returns the first `dim` dims of every embedding."""
     return jax.tree.map(lambda embedding: embedding[..., :dim], embeddings)
+
+
+def _mean_square(sums: blockwise.Sums) -> Float[Array, " B"]:
+    return sums.squares / jnp.maximum(sums.number, 1.0)
 
 
 def _stack(ids: Sequence[Array], num: int) -> UInt32[Array, "C E 2"]:

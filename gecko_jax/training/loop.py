@@ -309,7 +309,8 @@ def _profile(step: int, profile_steps: int, workdir: pathlib.Path) -> None:
 
 
 def _set_compilation_cache(folder: str) -> None:
-    if folder:
+    """Keeps compiled steps in the folder, unless JAX already has a cache."""
+    if folder and not jax.config.values["jax_compilation_cache_dir"]:
         path = pathlib.Path(folder).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(path))
 

@@ -277,7 +277,7 @@ def test_a_changed_mixture_is_named(open_batches, pairs, tmp_path):
     position = {"mixture_hash": before.mixture_hash, "mixture": before.facts}
     position = json.loads(json.dumps(position))
     config = flags.load("configs/finetune.py:local")
-    workdirs.check_position(position, before, config)
+    workdirs.check_position(position, before, config, None)
     changed = tmp_path / "changed.jsonl"
     lines = [line for line in pairs.read_text().splitlines() if "term" not in line]
     changed.write_text("\n".join(lines[:-1]))
@@ -287,7 +287,7 @@ def test_a_changed_mixture_is_named(open_batches, pairs, tmp_path):
         text_format=text_formats.TextFormat(task_descriptions={"docs": "finding"}),
     )
     with pytest.raises(ValueError, match="the data has changed") as caught:
-        workdirs.check_position(position, after, config)
+        workdirs.check_position(position, after, config, None)
     message = str(caught.value)
     for fact in (
         "task term.examples: was 6, is None",

@@ -132,7 +132,7 @@ def test_two_processes_train_die_and_go_on_as_one(tmp_path):
     alone = _start(tmp_path / "killed", cache, 8)
     notes = alone.communicate(timeout=600)[1]
     assert alone.returncode == 0, notes
-    assert f"going on from step {step}" in notes
+    assert f"continuing from step {step}" in notes
     params = [_read_params(tmp_path / name) for name in ("whole", "killed")]
     for name, leaf in params[0].items():
         # Sums over devices in another order, sixty times over.
@@ -161,7 +161,7 @@ def test_four_processes_go_on_where_two_were_killed(tmp_path):
         process.communicate(timeout=600)[1]
         for process in _start_some(tmp_path / "killed", cache, 4)
     ]
-    assert f"going on from step {step}" in told[0], told[0]
+    assert f"continuing from step {step}" in told[0], told[0]
     runs = [tmp_path / name for name in ("whole", "killed")]
     losses = [
         [line["loss"] for line in metrics.read(run / metrics.METRICS)] for run in runs

@@ -98,7 +98,7 @@ def test_training_resumes_and_embeds_from_a_cache_without_tensorflow(folder):
     shutil.rmtree(folder / "run" / "checkpoints" / "4")
     status, output = train_light(folder)
     assert status == 0, output
-    assert "going on from step 2" in output
+    assert "continuing from step 2" in output
     (folder / "texts.txt").write_text("the word a\nthe word b\n")
     steps = (
         ("embed", folder / "texts.txt", f"--output={folder / 'vectors'}"),

@@ -234,7 +234,7 @@ def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path, monkeypatch
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(cache, tmp_path):
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="exceed"):
         loop.train(build(cache, model__vocab_size=64), tmp_path)
 
 
