@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax import core as flax_core
 from flax.linen import partitioning
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gecko_jax.data import registration, t5x_features
 from gecko_jax.formats import model_folder, parameters, to_t5x
@@ -191,18 +191,7 @@ def _model_class() -> Any:
         ) -> Any:
             """Returns `params`, and `params_axes` with their logical axes."""
             del input_shapes, input_types  # No parameter depends on them.
-            # t5x looks up the logical axes of `NAME` under `NAME_axes`.
-            config = self.module.config
-            axes = {
-                f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
-                for name, spec in parameters.flatten(
-                    dual_encoder.abstract_params(config)[1]
-                ).items()
-            }
-            params = dual_encoder.init_params(config, _typed_key(rng))
-            return flax_core.freeze(
-                {"params": params, "params_axes": parameters.unflatten(axes)}
-            )
+            return _initial_variables(self.module.config, _typed_key(rng))
 
         def loss_fn(
             self,
@@ -217,52 +206,17 @@ def _model_class() -> Any:
             come from all devices without explicit collectives.
             """
             del flax_mutables
-            size = batch["query_tokens"].shape[0]
-            # One dropout key each for queries, positives and hard negatives.
-            keys = [None, None, None]
+            key = None
             if dropout_rng is not None and self.module.config.dropout_rate:
-                keys = list(jax.random.split(_typed_key(dropout_rng), 3))
-            queries = self._embed(params, batch["query_tokens"], keys[0])
-            positives = self._embed(params, batch["positive_tokens"], keys[1])
-            # Hard negatives are optional features; without them G is 0.
-            negatives = None
-            negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
-            negative_mask = jnp.zeros((size, 0), bool)
-            if "negative_tokens" in batch:
-                _, num, length = batch["negative_tokens"].shape
-                # Encode [B, G, L] as B * G texts.
-                flat = batch["negative_tokens"].reshape(size * num, length)
-                negatives = self._embed(params, flat, keys[2]).reshape(size, num, -1)
-                negative_id = batch["negative_id"]
-                negative_mask = batch["negative_mask"]
-            ids = contrastive.BatchIds(
-                query_id=batch["query_id"],
-                passage_id=batch["passage_id"],
-                negative_id=negative_id,
-                negative_mask=negative_mask,
-                # A row of zeros is padding.
-                example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
-                negative_group=batch["negative_group"],
-            )
-            loss, terms = contrastive.mrl_loss(
-                *(queries, positives, negatives, ids), **self.loss_settings
-            )
-            # Similarities are reported at the largest dim.
-            full = terms[max(terms)]
-            values = {
-                "loss": loss,
-                "accuracy": full.accuracy,
-                "positive_similarity": full.positive_similarity,
-                **{f"loss_{dim}": terms[dim].loss for dim in terms},
-            }
-            mask = ids.example_mask
+                key = _typed_key(dropout_rng)
+            values, mask = _loss(self.module, params, batch, key, self.loss_settings)
             metrics = {
                 name: clu_metrics.Average.from_model_output(value, mask=mask)
                 for name, value in values.items()
             }
             # The mean over examples; padding rows have a loss of 0.
             count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
-            return jnp.sum(loss) / count, metrics
+            return jnp.sum(values["loss"]) / count, metrics
 
         def score_batch(
             self,
@@ -273,10 +227,9 @@ def _model_class() -> Any:
         ) -> Float[Array, " B"]:
             """Returns the cosine similarity of each query and its positive."""
             del return_intermediates, flax_mutables
-            # Without dropout: scores are for evaluation.
             queries, positives = (
                 dual_encoder.normalize(
-                    self._embed(params, batch[f"{side}_tokens"], None)
+                    _embed(self.module, params, batch[f"{side}_tokens"])
                 )
                 for side in ("query", "positive")
             )
@@ -291,24 +244,84 @@ def _model_class() -> Any:
         ) -> tuple[Float[Array, "B D"], Mapping[str, Array]]:
             """Returns the normalized query embeddings at full width."""
             del rng, flax_mutables
-            queries = self._embed(params, batch["query_tokens"], None)
+            queries = _embed(self.module, params, batch["query_tokens"])
             epsilon = self.module.config.l2_epsilon
             return dual_encoder.normalize(queries, epsilon), {}
 
-        def _embed(
-            self, params: Any, tokens: Int[Array, "B L"], key: Any
-        ) -> Float[Array, "B D"]:
-            keys = None if key is None else jax.random.split(key, tokens.shape[0])
-            # A text per row: t5x's batches are not packed.
-            rows: Any = self.module.apply(
-                {"params": flax_core.unfreeze(params)},
-                tokens,
-                (tokens > 0).astype(jnp.int32),
-                dropout_keys=keys,
-            )
-            return rows[:, 0]
-
     return GeckoModel
+
+
+def _initial_variables(config: dual_encoder.EncoderConfig, key: Any) -> Any:
+    # t5x looks up the logical axes of the parameter NAME under NAME_axes.
+    flat_axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
+    axes = {
+        f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
+        for name, spec in flat_axes.items()
+    }
+    params = dual_encoder.init_params(config, key)
+    return flax_core.freeze(
+        {"params": params, "params_axes": parameters.unflatten(axes)}
+    )
+
+
+def _loss(
+    module: dual_encoder.DualEncoder,
+    params: Any,
+    batch: Mapping[str, Array],
+    key: Any,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Float[Array, " B"]], Bool[Array, " B"]]:
+    """Returns the loss and other values of each example, and the examples' mask."""
+    # One dropout key each for queries, positives and hard negatives.
+    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+    queries = _embed(module, params, batch["query_tokens"], keys[0])
+    positives = _embed(module, params, batch["positive_tokens"], keys[1])
+    # Hard negatives are optional features; without them G is 0.
+    size = queries.shape[0]
+    negatives = None
+    negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
+    negative_mask = jnp.zeros((size, 0), bool)
+    if "negative_tokens" in batch:
+        # Encode [B, G, L] as B * G texts.
+        _, num, length = batch["negative_tokens"].shape
+        flat = batch["negative_tokens"].reshape(size * num, length)
+        negatives = _embed(module, params, flat, keys[2]).reshape(size, num, -1)
+        negative_id, negative_mask = batch["negative_id"], batch["negative_mask"]
+    ids = contrastive.BatchIds(
+        query_id=batch["query_id"],
+        passage_id=batch["passage_id"],
+        negative_id=negative_id,
+        negative_mask=negative_mask,
+        # A row of zeros is padding.
+        example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
+        negative_group=batch["negative_group"],
+    )
+    loss, terms = contrastive.mrl_loss(queries, positives, negatives, ids, **settings)
+    # Similarities are reported at the largest dim.
+    full = terms[max(terms)]
+    values = {
+        "loss": loss,
+        "accuracy": full.accuracy,
+        "positive_similarity": full.positive_similarity,
+        **{f"loss_{dim}": terms[dim].loss for dim in terms},
+    }
+    return values, ids.example_mask
+
+
+def _embed(
+    module: dual_encoder.DualEncoder,
+    params: Any,
+    tokens: Int[Array, "B L"],
+    key: Any = None,
+) -> Float[Array, "B D"]:
+    """Embeds one text per row: t5x's batches are not packed."""
+    rows: Any = module.apply(
+        {"params": flax_core.unfreeze(params)},
+        tokens,
+        (tokens > 0).astype(jnp.int32),
+        dropout_keys=None if key is None else jax.random.split(key, tokens.shape[0]),
+    )
+    return rows[:, 0]
 
 
 def _typed_key(key: Any) -> Any:
