@@ -1,4 +1,4 @@
-"""The TPU script: the very commands it would run, and none with --dry-run."""
+"""The TPU script: the exact commands it runs, and no commands with --dry-run."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ SSH = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
 
 @pytest.fixture
 def call(tmp_path):
-    """Runs the script beside a `gcloud` and a `git` that write down what they get."""
+    """Runs the script with a `gcloud` and a `git` that only log their arguments."""
     log = tmp_path / "log"
     for name in ("gcloud", "git"):
         fake = tmp_path / name
@@ -60,7 +60,7 @@ def call(tmp_path):
         ),
     ],
 )
-def test_create_asks_for_the_slice(call, options, expected):
+def test_create_creates_the_slice(call, options, expected):
     result, done = call("create", "pod", ZONE, *options)
     assert result.returncode == 0, result.stderr
     kind = options[0].replace("--type", "--accelerator-type")
@@ -68,7 +68,7 @@ def test_create_asks_for_the_slice(call, options, expected):
     assert done == [["gcloud", "compute", "tpus", *expected, kind, *spot, ZONE]]
 
 
-def test_setup_copies_what_is_committed_and_mounts_the_bucket(call):
+def test_setup_copies_the_commit_and_mounts_the_bucket(call):
     result, done = call("setup", "pod", ZONE, "--bucket=my-bucket")
     assert result.returncode == 0, result.stderr
     assert done[0][:2] == ["git", "archive"]
@@ -83,7 +83,7 @@ def test_setup_copies_what_is_committed_and_mounts_the_bucket(call):
     assert "gcsfuse --implicit-dirs my-bucket /mnt/bucket" in done[3][-2]
 
 
-def test_flags_reach_the_hosts_as_they_were_given(call):
+def test_flags_reach_the_hosts_unchanged(call):
     result, done = call("train", "pod", ZONE, "--", *FLAGS)
     assert result.returncode == 0, result.stderr
     ((*head, command, zone),) = done
@@ -93,7 +93,7 @@ def test_flags_reach_the_hosts_as_they_were_given(call):
     assert words[start : start + 2] == FLAGS
 
 
-def test_resume_makes_again_what_is_gone(call):
+def test_resume_recreates_a_preempted_slice(call):
     options = ["resume", "pod", ZONE, "--type=v5litepod-16", "--spot", "--", *FLAGS]
     verbs = {}
     for state in ("READY", "PREEMPTED"):
@@ -139,7 +139,7 @@ def test_the_other_verbs(call, arguments, words):
     assert done == [words]
 
 
-def test_a_dry_run_prints_the_commands_and_runs_none(call):
+def test_a_dry_run_prints_the_commands_without_running_them(call):
     for options in (
         ["create", "pod", ZONE, "--type=v5litepod-16"],
         ["setup", "pod", ZONE, "--bucket=b"],
@@ -164,7 +164,7 @@ def test_a_dry_run_prints_the_commands_and_runs_none(call):
         (["sync", "pod", ZONE, "--from=x", "--to=y"], "gs://BUCKET"),
     ],
 )
-def test_faults_are_told_and_nothing_is_run(call, arguments, message):
+def test_wrong_arguments_are_reported_before_anything_runs(call, arguments, message):
     result, done = call(*arguments)
     assert result.returncode == 2
     assert message in result.stderr

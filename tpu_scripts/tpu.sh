@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# One TPU slice, from nothing to a trained model and back to nothing.
+# Manages one TPU slice: creates it, trains on it, and deletes it.
 #
 #   tpu_scripts/tpu.sh VERB NAME --zone=ZONE [option...] [-- flags of gecko train...]
 #
-#   create   a slice: --type=v5litepod-256, and --spot, --queued if wanted
-#   setup    this clone and its packages onto every host; --bucket=NAME: at /mnt/bucket
-#   train    `gecko train --distributed` on every host, in the background
-#   logs     follows what host 0 says
-#   status   the state of the slice
-#   resume   after a preemption: creates and sets up again what is gone, then trains
+#   create   creates the slice: --type=v5litepod-256, optionally --spot and --queued
+#   setup    installs this clone on every host; --bucket=NAME mounts it at /mnt/bucket
+#   train    starts `gecko train --distributed` on every host, in the background
+#   logs     follows the log of host 0
+#   status   prints the state of the slice
+#   resume   after a preemption: recreates the slice if it is gone, then trains
 #   sync     copies a folder of host 0 to a bucket: --from=DIR --to=gs://BUCKET/DIR
-#   stop     SIGTERM on every host: saves and ends
-#   delete   the slice, and its queued request
+#   stop     sends SIGTERM to every host; the run saves a checkpoint and ends
+#   delete   deletes the slice, and its queued request with --queued
 #
-#   --dry-run prints the commands and runs none; --project=ID, --version=RUNTIME.
+#   --dry-run prints the commands without running them; --project=ID, --version=RUNTIME.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -54,7 +54,7 @@ done
 where=("--zone=$zone")
 if [[ -n $project ]]; then where+=("--project=$project"); fi
 
-# Prints a command as a shell reads it, and runs it unless --dry-run.
+# Prints a command with shell quoting, and runs it unless --dry-run is given.
 run() {
   printf '%q ' "$@" | sed 's/ $//'
   echo
@@ -63,7 +63,7 @@ run() {
 
 tpu() { run gcloud compute tpus "$@" "${where[@]}"; }
 
-# One command on the hosts: --worker=all, or 0.
+# Runs a command on all hosts, or on host 0.
 on_hosts() { tpu tpu-vm ssh "$name" "--worker=$1" "--command=$2"; }
 
 runtime() {
@@ -89,7 +89,7 @@ create() {
 }
 
 setup() {
-  # What is committed here is what runs there.
+  # Copies the commit; uncommitted changes do not reach the hosts.
   run git archive --format=tar.gz --prefix=gecko_jax/ --output=/tmp/gecko_jax.tar.gz HEAD
   tpu tpu-vm scp /tmp/gecko_jax.tar.gz "$name:" --worker=all
   local install='tar xzf gecko_jax.tar.gz && cd gecko_jax && '
@@ -108,8 +108,8 @@ train() {
   (($# > 0)) || fail "train: give the flags of gecko train after --"
   local flags
   flags=$(printf '%q ' "$@")
-  # Quoted twice: the flags pass through a shell here and one on the host.
-  # `exec`, or a shell of the same words would be what `stop` finds.
+  # Quoted twice, because the flags pass through a shell here and one on the host.
+  # `exec` replaces the shell, whose command line `stop` would match as well.
   on_hosts all "cd gecko_jax && exec nohup .venv/bin/gecko train --distributed \
 ${flags% } >~/gecko.log 2>&1 </dev/null & echo started"
 }
@@ -137,7 +137,7 @@ resume() {
     if [[ $now != GONE ]]; then delete; fi
     create
     if [[ -n $queued ]]; then
-      echo "queued: when \`status\` says READY, resume again"
+      echo "queued: run resume again when \`status\` prints READY"
       [[ -n $dry ]] || exit 0
     fi
     setup
@@ -157,7 +157,7 @@ sync)
   on_hosts 0 "gcloud storage rsync --recursive $(printf '%q %q' "$from" "$to")"
   ;;
 stop)
-  # [g]: this command is not what it looks for. It ends when the run has saved and ended.
+  # The pattern [g]ecko does not match this command itself. Waits for the run to end.
   on_hosts all "pkill -TERM -o -f '[g]ecko train'; \
 while pgrep -f '[g]ecko train' >/dev/null; do sleep 1; done"
   ;;

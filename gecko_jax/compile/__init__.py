@@ -1,5 +1,5 @@
-"""Compilation for TPUs that are not there.
+"""Compilation of the train step for TPUs that the host does not have.
 
-aot    compiles the train step for a TPU topology on a CPU host
-hlo    reads memory and collectives from the compiled program
+aot    compiles the step for a TPU topology on a CPU host
+hlo    reads memory traffic and collectives from the compiled program
 """

@@ -1,15 +1,14 @@
-"""Proof without a pod: the train step compiled for a TPU topology on a CPU host.
+"""Compiles the train step for a TPU topology on a host without a TPU.
 
-    report = compile.compile_step(config, "v5e:4x4")
-    for line in compile.describe(report):
+    report = compile_step(config, "v5e:4x4")
+    for line in describe(report):
         print(line)
 
-The compiler is the TPU's own (libtpu), and the step the one that `train` runs; only the
-batch is made up: every text has its full length. What it says of memory and of
-collectives is exact; a time is what the chip's data sheet allows, not a measurement.
+The compiler is the TPU's own (libtpu), and the step is the one that `train` runs, on a
+batch of full-length texts. Memory and collectives are exact. Times are lower bounds
+from the chip's data sheet, not measurements.
 """
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -36,85 +35,55 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "v4": _CUBES}
 
-# Google Cloud's names count chips, or for these kinds cores, of which a chip has two.
-_CLOUD_KINDS = {
-    "v5litepod": "v5e",
-    "v5e": "v5e",
-    "v6e": "v6e",
-    "v5p": "v5p",
-    "v4": "v4",
-}
+# The number in Google Cloud's names counts chips, or the two cores of these chips.
 _COUNTED_BY_CORES = ("v5p", "v4")
 
-# What must be left of a chip's memory for `search` to recommend a setting.
+# Smallest share of free memory with which `search` recommends a setting.
 SPARE_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler says of a step; bytes and FLOPs are those of one chip.
+    """Costs of a compiled step; bytes, FLOPs and seconds are those of one chip."""
 
-    Attributes:
-        topology: Of a slice, such as "v5e:4x4".
-        num_slices: Slices of the pod.
-        num_devices: JAX devices, one a chip.
-        mesh: Size of each mesh axis.
-        settings: The keys of the config that `search` varies.
-        batch_size: Global examples.
-        hbm_bytes: Memory of a device.
-        argument_bytes: Train state and batch.
-        temporary_bytes: What the step needs besides.
-        peak_bytes: Arguments, temporaries, results in new memory and the program.
-        flops: Of all matrix products, what is computed again included.
-        model_flops: Of the model alone.
-        memory_bytes: Read from and written to memory.
-        collectives: Bytes by kind, and how many run in a step.
-        in_microbatch_loop: Collectives that every microbatch waits for.
-        compute_seconds: Of the FLOPs at the chip's peak.
-        memory_seconds: Of the bytes at the memory's peak.
-        link_seconds: Of the collectives at the peak of the links inside a slice; those
-            between slices are slower.
-        compile_seconds: What the compiler took.
-    """
-
-    topology: str
+    topology: str  # of one slice, such as "v5e:4x4"
     num_slices: int
     num_devices: int
-    mesh: dict[str, int]
-    settings: dict[str, Any]
-    batch_size: int
-    hbm_bytes: float
-    argument_bytes: int
+    mesh: dict[str, int]  # axis -> size
+    settings: dict[str, Any]  # config keys that `search` varies
+    batch_size: int  # global examples
+    hbm_bytes: float  # memory of the chip
+    argument_bytes: int  # train state and batch
     temporary_bytes: int
-    peak_bytes: int
-    flops: float
-    model_flops: float
-    memory_bytes: float
-    collectives: dict[str, dict[str, int]]
-    in_microbatch_loop: int
-    compute_seconds: float
-    memory_seconds: float
-    link_seconds: float
+    peak_bytes: int  # arguments, temporaries, new results and the program
+    flops: float  # all matrix products, recomputation included
+    model_flops: float  # without recomputation
+    memory_bytes: float  # memory traffic
+    collectives: dict[str, dict[str, int]]  # kind -> "count" and "bytes" per step
+    in_microbatch_loop: int  # collectives that every microbatch waits for
+    compute_seconds: float  # FLOPs at the chip's peak rate
+    memory_seconds: float  # memory traffic at full bandwidth
+    link_seconds: float  # collectives at the bandwidth inside a slice; DCN is slower
     compile_seconds: float
 
     @property
     def spare_share(self) -> float:
-        """Share of the memory that is left; negative where it does not fit."""
+        """Share of the memory that is free; negative if the step does not fit."""
         return 1 - self.peak_bytes / self.hbm_bytes
 
     @property
     def roofline_seconds(self) -> float:
-        """The least a step can take, if compute, memory and links overlap."""
+        """Shortest time of a step, if compute, memory and links overlap."""
         return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
 
     @property
     def model_flops_utilisation(self) -> float:
-        """The utilisation that the roofline allows."""
+        """Model FLOPs utilisation (MFU) at the roofline."""
         peak_seconds = self.compute_seconds * self.model_flops / self.flops
         return peak_seconds / self.roofline_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that JSON can hold."""
+        """Returns plain values for JSON."""
         return dataclasses.asdict(self) | {
             "spare_share": self.spare_share,
             "roofline_seconds": self.roofline_seconds,
@@ -123,40 +92,39 @@ class Report:
 
 
 def parse_topology(name: str) -> str:
-    """Returns `KIND:SIZES` of a topology or of a cloud's accelerator type.
+    """Returns a topology such as "v5e:4x4", also for a cloud name (v5litepod-16).
 
     Raises:
-        ValueError: The name is not known; lists those that are.
+        ValueError: The name is unknown; lists the known ones.
     """
     kind, _, sizes = name.partition(":")
     if sizes in TOPOLOGIES.get(kind, ()):
         return name
-    cloud = re.fullmatch(r"(\w+)-(\d+)", name)
-    if cloud and cloud[1] in _CLOUD_KINDS:
-        kind = _CLOUD_KINDS[cloud[1]]
-        chips_wanted = int(cloud[2]) // (2 if kind in _COUNTED_BY_CORES else 1)
-        for sizes in TOPOLOGIES[kind]:
-            if math.prod(map(int, sizes.split("x"))) == chips_wanted:
+    if cloud := re.fullmatch(r"(\w+)-(\d+)", name):
+        kind = cloud[1].replace("v5litepod", "v5e")
+        num_chips = int(cloud[2]) // (2 if kind in _COUNTED_BY_CORES else 1)
+        for sizes in TOPOLOGIES.get(kind, ()):
+            if math.prod(map(int, sizes.split("x"))) == num_chips:
                 return f"{kind}:{sizes}"
     known = [f"{kind}:{{{','.join(sizes)}}}" for kind, sizes in TOPOLOGIES.items()]
     raise ValueError(
-        f"--topology={name}: unknown; known are {'; '.join(known)}; and the cloud's "
-        "names of these, such as v5litepod-16 or v5p-128"
+        f"--topology={name}: unknown topology; use {'; '.join(known)}, or a cloud name "
+        "of one of these, such as v5litepod-16 or v5p-128"
     )
 
 
 @contextlib.contextmanager
 def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[Any]]:
-    """Gives the devices of a topology, to compile for and not to run on.
+    """Yields the devices of a topology: a program can be compiled, not run, for them.
 
-    Only one process at a time may load libtpu: another one is waited for.
+    Only one process at a time can load libtpu, so this waits for other processes.
 
     Args:
-        topology: Of a slice, see `parse_topology`.
-        num_slices: Slices of the pod, joined by the data-centre network.
+        topology: Topology of one slice; see `parse_topology`.
+        num_slices: Slices, connected by DCN.
 
     Raises:
-        ValueError: The topology is unknown.
+        ValueError: The topology is unknown, or libtpu does not start.
         ImportError: libtpu is missing; names the extra.
     """
     topology = parse_topology(topology)
@@ -164,9 +132,9 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]  (extra)
     except ImportError as error:
         raise ImportError(
-            'compiling for TPUs needs libtpu: pip install "gecko-jax[tpu]"'
+            'libtpu is not installed, which compiles for TPUs; pip install "gecko-jax'
+            '[tpu]"'
         ) from error
-    # Without these it asks a cloud's metadata server which machine it is on.
     for name, value in platforms.NO_METADATA.items():
         os.environ.setdefault(name, value)
     path = pathlib.Path(tempfile.gettempdir()) / "gecko_jax_libtpu.lock"
@@ -178,10 +146,9 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
             fcntl.flock(file, fcntl.LOCK_EX)
         from jax.experimental import topologies
 
-        # The two cores of a v4 are one device, as they are on the machine.
-        options = {}
-        if topology.startswith("v4:"):
-            options["chip_config_name"] = "megacore"
+        # JAX sees the two cores of a v4 chip as one device.
+        is_v4 = topology.startswith("v4:")
+        options = {"chip_config_name": "megacore"} if is_v4 else {}
         try:
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=topology, num_slices=num_slices, **options
@@ -201,26 +168,21 @@ def compile_step(
 
     Args:
         config: The training config; its mesh must fit the topology.
-        topology: Of a slice, see `parse_topology`.
-        num_slices: Slices of the pod.
+        topology: Topology of one slice; see `parse_topology`.
+        num_slices: Slices, connected by DCN.
 
     Raises:
-        ValueError: The topology is unknown, the config or its mesh has faults, or
-            jaxlib cannot read what was compiled.
-        MemoryError: The compiler says that the step does not fit.
+        ValueError: The topology is unknown, the config or its mesh is wrong, or jaxlib
+            cannot read the compiled program.
+        MemoryError: The step does not fit the chip's memory.
         ImportError: libtpu is missing; names the extra.
     """
     gecko_jax.config.check(config)
     topology = parse_topology(topology)
-    kind = topology.partition(":")[0]
     with topology_devices(topology, num_slices) as devices:
         mesh = sharding.build_mesh(**train_step.mesh_sizes(config), devices=devices)
-        step = train_step.build(
-            config,
-            mesh,
-            num_segments=train_step.batch_shape(config, mesh).num_segments,
-            num_tasks=1,
-        )
+        num_segments = train_step.batch_shape(config, mesh).num_segments
+        step = train_step.build(config, mesh, num_segments=num_segments, num_tasks=1)
         batch = train_step.abstract_batch(config, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         began = time.monotonic()
@@ -230,7 +192,13 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise MemoryError(_why_too_large(str(error), topology)) from error
+            used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+            need = f"{used[1]} of {used[2]}" if used else "more than the available"
+            raise MemoryError(
+                f"{topology}: the step needs {need} memory; lower "
+                "train.microbatch_size, set model.remat=full, raise mesh.fsdp or "
+                "mesh.tensor, or use --search"
+            ) from error
     memory: Any = compiled.memory_analysis()
     peak_bytes = (
         memory.argument_size_in_bytes
@@ -242,23 +210,24 @@ def compile_step(
     try:
         program = hlo.Program(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as error:
-        # jaxlib parses the text, and may not know all that a newer libtpu writes.
+        # jaxlib parses the program itself, and may not know a newer libtpu's format.
         raise ValueError(
-            f"{topology}: the step compiles, and needs {peak_bytes / 2**30:.2f} GiB at "
-            "the peak, but this jaxlib cannot read what libtpu compiled, so that its "
-            f"collectives and traffic are not known; try other versions ({error})"
+            f"{topology}: the step compiles ({peak_bytes / 2**30:.2f} GiB peak "
+            "memory), but this jaxlib cannot read libtpu's program, so traffic and "
+            f"collectives are unknown; try other versions ({error})"
         ) from error
-    found = program.collectives()
-    by_kind: dict[str, dict[str, int]] = collections.defaultdict(
-        lambda: {"count": 0, "bytes": 0}
-    )
-    for one in found:
-        by_kind[one.kind]["count"] += one.times
-        by_kind[one.kind]["bytes"] += one.num_bytes * one.times
-    chip = chips.CHIPS[kind]
+    collectives: dict[str, dict[str, int]] = {}
+    in_microbatch_loop = 0
+    for one in program.collectives():
+        totals = collectives.setdefault(one.kind, {"count": 0, "bytes": 0})
+        totals["count"] += one.times
+        totals["bytes"] += one.times * one.num_bytes
+        if any(map(_is_microbatch_loop, one.loops)):
+            in_microbatch_loop += one.times
+    chip = chips.CHIPS[topology.partition(":")[0]]
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()
-    linked_bytes = sum(kind["bytes"] for kind in by_kind.values())
+    link_bytes = sum(totals["bytes"] for totals in collectives.values())
     return Report(
         topology=topology,
         num_slices=num_slices,
@@ -276,53 +245,50 @@ def compile_step(
         flops=flops,
         model_flops=train_step.model_flops(config) / mesh.size,
         memory_bytes=memory_bytes,
-        collectives={kind: dict(value) for kind, value in by_kind.items()},
-        in_microbatch_loop=sum(
-            one.times for one in found if any(map(_is_microbatch_loop, one.loops))
-        ),
+        collectives=collectives,
+        in_microbatch_loop=in_microbatch_loop,
         compute_seconds=flops / chip.flops_per_second,
         memory_seconds=memory_bytes / chip.hbm_bytes_per_second,
-        link_seconds=linked_bytes / chip.link_bytes_per_second,
+        link_seconds=link_bytes / chip.link_bytes_per_second,
         compile_seconds=time.monotonic() - began,
     )
 
 
 def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]:
-    """Compiles the step with several microbatches, remat policies and meshes.
+    """Compiles the step with several microbatch sizes, remat policies and meshes.
 
-    A compilation takes minutes, so that what cannot be faster is not tried: larger
-    microbatches of a step that compute already bounds, for they save memory traffic
-    alone; and a split over `tensor`, which makes every microbatch wait for other
-    devices, where the step fits without.
+    A compilation takes minutes, so this skips settings that cannot be faster. Larger
+    microbatches only save memory traffic, which does not help a step that compute
+    bounds. A split over `tensor` makes every microbatch wait for other devices, which
+    does not help a step that fits without it.
 
     Args:
-        config: The training config; what is varied is set on copies.
+        config: The training config; the settings are changed on copies.
         topology: See `parse_topology`.
 
     Yields:
-        A report for each that the compiler accepts, in the order tried.
+        A report for each setting that compiles.
     """
     with topology_devices(topology) as devices:
         num_devices = len(devices)
-    # From the least memory up: what is too large ends its series.
     fits_without_tensor = False
     for tensor, remat in itertools.product((1, 2), ("full", "dots", "none")):
         if tensor > 1 and fits_without_tensor:
             return
         shards = num_devices // tensor
+        # In order of memory, so the first size that does not fit ends the series.
         for rows in (1, 2, 4, 8, 16, 32):
             if rows * shards > config.data.batch_size:
                 break
             varied = config.copy_and_resolve_references()
             with varied.unlocked():
-                varied.mesh.data, varied.mesh.fsdp = 1, shards
-                varied.mesh.tensor = tensor
+                varied.mesh.update(data=1, fsdp=shards, tensor=tensor)
                 varied.model.remat = remat
                 varied.train.microbatch_size = rows * shards
             try:
                 report = compile_step(varied, topology)
             except MemoryError as error:
-                logging.info("%d rows a device, remat %s: %s", rows, remat, error)
+                logging.info("%d rows per device, remat=%s: %s", rows, remat, error)
                 break
             yield report
             if report.spare_share < SPARE_SHARE:
@@ -333,65 +299,65 @@ def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]
 
 
 def recommend(reports: Sequence[Report]) -> Report | None:
-    """Returns the fastest that leaves `SPARE_SHARE` of the memory, or None."""
+    """Returns the fastest report with `SPARE_SHARE` of the memory free, or None."""
     fitting = [report for report in reports if report.spare_share >= SPARE_SHARE]
     return min(fitting, key=lambda report: report.roofline_seconds, default=None)
 
 
 def describe(report: Report) -> list[str]:
-    """Returns lines for people."""
+    """Returns the report as lines of text."""
     gib = 2**30
     shape = " x ".join(f"{name} {size}" for name, size in report.mesh.items())
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items())
     slices = f"{report.num_slices} x " if report.num_slices > 1 else ""
-    lines = [
+    return [
         f"{slices}{report.topology}: {report.num_devices} devices, mesh {shape}, "
         f"batch {report.batch_size:,}, {settings}",
-        f"memory of a device: {report.argument_bytes / gib:.2f} GiB arguments, "
+        f"memory per device: {report.argument_bytes / gib:.2f} GiB arguments, "
         f"{report.temporary_bytes / gib:.2f} temporaries, "
-        f"{report.peak_bytes / gib:.2f} at the peak, of "
-        f"{report.hbm_bytes / gib:.0f}: {report.spare_share:.0%} spare",
-        f"work of a device: {report.flops:.3g} FLOPs ({report.model_flops:.3g} of the "
-        f"model), {report.memory_bytes / gib:,.1f} GiB to and from memory",
-    ]
-    for kind, found in sorted(report.collectives.items()):
-        lines.append(f"  {kind}: {found['count']}, {found['bytes'] / gib:.3f} GiB")
-    lines += [
+        f"{report.peak_bytes / gib:.2f} peak of {report.hbm_bytes / gib:.0f}: "
+        f"{report.spare_share:.0%} free",
+        f"work per device: {report.flops:.3g} FLOPs ({report.model_flops:.3g} model "
+        f"FLOPs), {report.memory_bytes / gib:,.1f} GiB memory traffic",
+        *(
+            f"  {kind}: {totals['count']}, {totals['bytes'] / gib:.3f} GiB"
+            for kind, totals in sorted(report.collectives.items())
+        ),
         f"collectives in the microbatch loop: {report.in_microbatch_loop}",
-        f"roofline: {report.roofline_seconds:.3f} s a step (compute "
+        f"roofline: {report.roofline_seconds:.3f} s per step (compute "
         f"{report.compute_seconds:.3f}, memory {report.memory_seconds:.3f}, links "
         f"{report.link_seconds:.3f}), "
-        f"{report.batch_size / report.roofline_seconds:,.0f} examples/s; "
-        f"allows {report.model_flops_utilisation:.0%} model FLOPs utilisation",
+        f"{report.batch_size / report.roofline_seconds:,.0f} examples/s, "
+        f"{report.model_flops_utilisation:.0%} model FLOPs utilisation",
         f"compiled in {report.compile_seconds:.0f} s; nothing was run",
     ]
-    return lines
 
 
 def count_flops(jaxpr: Any) -> float:
-    """Counts the FLOPs of the matrix products of a program, on all devices together."""
+    """Counts the FLOPs of a program's matrix products, over all devices.
+
+    XLA's `cost_analysis` would count the body of a scan once.
+    """
     total = 0.0
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        params, times = equation.params, 1
         if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+            (contracted, _), _ = params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             depth = math.prod(left[axis] for axis in contracted)
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
-            continue
-        times = 1
-        if equation.primitive.name == "scan":
-            times = equation.params["length"]
+        elif equation.primitive.name == "scan":
+            times = params["length"]
         elif equation.primitive.name == "shard_map":
-            mesh = equation.params["mesh"]
-            axes = equation.params["newly_manual_axes"]
-            times = math.prod(mesh.shape[axis] for axis in axes)
-        for inner in _inner(equation.params):
-            total += times * count_flops(inner)
+            times = math.prod(
+                params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+            )
+        total += times * sum(map(count_flops, _inner(params)))
     return total
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields the programs in an equation's parameters."""
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
@@ -400,12 +366,3 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
 
 def _is_microbatch_loop(path: str) -> bool:
     return bool(re.search(rf"{gradients.MICROBATCHES}\)*/while$", path))
-
-
-def _why_too_large(message: str, topology: str) -> str:
-    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    what = f"needs {found[1]} of {found[2]}" if found else "needs more than there is"
-    return (
-        f"{topology}: the step {what} of memory; lower train.microbatch_size, set "
-        "model.remat=full, raise mesh.fsdp or mesh.tensor, or let --search find it"
-    )

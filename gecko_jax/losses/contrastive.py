@@ -115,10 +115,9 @@ def contrastive_loss(
             a query or negative equal to the row's own positive.
         hardness: Multiplies the term of an own hard negative by exp(hardness * its
             cosine); the factor has no gradient (EmbeddingGemma uses 5).
-        spread_weight: Weight of the spread-out regularizer (EmbeddingGemma): the mean
-            squared cosine of the row's query and other queries, plus that of its
-            positive and other positives. It is the second moment of GOR (Zhang et al.
-            2017).
+        spread_weight: Weight of the spread-out regularizer (GOR's second moment, Zhang
+            et al. 2017; EmbeddingGemma): the mean squared cosine of the row's query
+            with the other queries, plus that of its positive with other positives.
         axis_names: Mesh axes over which the batch is split, inside a `shard_map`. The
             arguments are then the rows of one device; negatives still come from all.
         block_size: Keys per block. It affects memory and rounding only.
@@ -148,7 +147,7 @@ def contrastive_loss(
     duplicates = [(ids.query_id, ids.query_id), (ids.passage_id, ids.passage_id)]
     to_positives = compare(queries, positives, duplicates, with_self=True)
     in_batch = [to_positives]
-    # ... other queries, of which one may be the very text of the row's positive ...
+    # ... other queries; one of them may have the same text as the row's positive ...
     if same_tower:
         crossed = [*duplicates, (ids.passage_id, ids.query_id)]
         in_batch.append(compare(queries, queries, crossed))
@@ -177,10 +176,11 @@ def contrastive_loss(
             )
             logits.append(of_others.log_sum_exp[:, None])
             best_other.append(of_others.best)
+    # Cross-entropy. `to_positives` includes the row's own positive (`with_self`).
     denominator = jax.nn.logsumexp(jnp.concatenate(logits, axis=1), axis=1)
     loss = denominator - own / temperature
 
-    if bidirectional:
+    if bidirectional:  # Row i of `positives` must prefer row i of `queries`, too.
         backward = compare(positives, queries, duplicates, with_self=True)
         loss += backward.log_sum_exp - own / temperature
     spread = None
@@ -230,6 +230,7 @@ def _compare(
         with_self: Whether a row's own key counts.
     """
     duplicates = duplicates if mask_duplicates else ()
+    # Hard negatives have G keys per row, which share the row's index and group.
     num_rows, num_keys = left.shape[0], right.shape[0]
     keys_per_row = num_keys // num_rows
     rows = blockwise.Rows(
@@ -273,6 +274,7 @@ def embedding_matching(
     def distance(
         student: Float[Array, "*N D"], target: Float[Array, "*N T"]
     ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
+        # A teacher vector of zeros means that the text has none.
         target = target.astype(jnp.float32)
         has_target = jnp.any(target != 0, axis=-1)
         student = dual_encoder.normalize(student[..., : target.shape[-1]])

@@ -58,6 +58,7 @@ def mrl_loss(
 
     Each prefix is normalized after the cut, because `loss` takes cosines.
     """
+    # The paper trains all prefixes at once and sums their losses.
     total = jnp.zeros(len(embeddings[0]))
     for dim, weight in zip(mrl_dims, mrl_weights, strict=True):
         total += weight * loss(*(embedding[:, :dim] for embedding in embeddings))

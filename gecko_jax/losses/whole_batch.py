@@ -39,7 +39,7 @@ def mrl_loss(
     temperature: float,
     axis_names: tuple[str, ...],
 ) -> tuple[Float[Array, " B"], dict[int, contrastive.LossTerms]]:
-    """Sums a loss over prefixes of the embedding, inside a `shard_map`.
+    """Sums a user's loss over prefixes of the embedding, inside a `shard_map`.
 
     Args:
         loss: See the module's docstring.
@@ -64,6 +64,9 @@ def mrl_loss(
     def gather(leaf: Array) -> Array:
         return jax.lax.all_gather(leaf, axis_names, tiled=True)
 
+    # Gather embeddings, ids and features of the whole batch onto every device. The
+    # gradient of an all-gather is a reduce-scatter, so each device gets back the
+    # cotangents of its own embeddings, summed over all devices.
     batch_size = queries.shape[0]
     first = jax.lax.axis_index(axis_names) * batch_size
     embeddings = (queries, positives, negatives)
@@ -85,6 +88,7 @@ def mrl_loss(
             )
         values = jnp.where(all_ids.example_mask, values, 0.0)
         own = jax.lax.dynamic_slice_in_dim(values, first, batch_size)
+        # Metrics: the terms of eq. 2, without a gradient.
         own_prefixes = jax.lax.stop_gradient(contrastive.cut(embeddings, dim))
         metrics = contrastive.contrastive_loss(
             own_prefixes[0],

@@ -21,7 +21,7 @@ from gecko_jax.models import t5
 
 EncoderConfig = t5.EncoderConfig
 
-# T5 1.1 encoders (Shazeer 2020). `mini` is ours: a laptop CPU trains it.
+# T5 1.1 encoders (Shazeer 2020). `mini` is not from T5: it trains on a laptop CPU.
 PRESETS: dict[str, dict[str, Any]] = {
     name: {
         "vocab_size": vocab_size,
@@ -93,8 +93,10 @@ class DualEncoder(nn.Module):
         Returns:
             Text s of row r at [r, s - 1]; zeros where a row has fewer texts.
         """
+        # Eq. 1: mean over all tokens of a text, task description included.
         hidden = self.hidden_states(tokens, segment_ids, dropout_keys=dropout_keys)
         pooled = mean_pool(hidden, segment_ids, num_segments)
+        # The caller cuts and normalizes, in this order (MRL).
         return self.projection_layer(pooled) if self.config.projection else pooled
 
 
@@ -114,6 +116,7 @@ class _TokenEmbedder(nn.Module):
             (self.config.vocab_size, self.config.model_dim),
             jnp.float32,
         )
+        # The default mode masks ids outside the table, which never occur.
         return jnp.take(embedding, tokens, axis=0, mode="clip")
 
 
@@ -121,6 +124,8 @@ def mean_pool(
     hidden: Float[Array, "R L M"], segment_ids: Int[Array, "R L"], num_segments: int
 ) -> Float[Array, "R S M"]:
     """Averages the hidden states of each segment in float32; an empty one gives 0."""
+    # member[r, s, l]: token l of row r belongs to segment s + 1. A product with this
+    # mask sums each segment without a scatter, and leaves out padding (segment 0).
     segments = jnp.arange(1, num_segments + 1)
     member = (segment_ids[:, None, :] == segments[None, :, None]).astype(jnp.float32)
     total = jnp.einsum("rsl,rlm->rsm", member, hidden.astype(jnp.float32))
@@ -133,6 +138,7 @@ def normalize(
 ) -> Float[Array, "... D"]:
     """Scales vectors to unit length in float32; a zero vector stays zero."""
     x = x.astype(jnp.float32)
+    # The epsilon is under the root: the gradient of a zero vector is finite.
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
@@ -145,7 +151,7 @@ def gather_texts(
 
 def build_init(config: EncoderConfig):
     """Returns a function from a PRNG key to boxed parameters."""
-    dummy = jnp.ones((1, 8), jnp.int32)
+    dummy = jnp.ones((1, 8), jnp.int32)  # No parameter depends on the row length.
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         variables: Any = DualEncoder(config).init(key, dummy, dummy)
@@ -209,6 +215,7 @@ def stack_specs(specs: Mapping[str, Any], config: EncoderConfig) -> dict[str, An
     if not config.scan_layers:
         return dict(specs)
 
+    # The layer axis in front is not split; all layers have the same spec.
     def stack(spec: PartitionSpec, *_: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(None, *spec)
 
@@ -239,8 +246,10 @@ def flops_per_token(config: EncoderConfig, length: int) -> float:
     does not count.
     """
     width = config.num_heads * config.head_dim
+    # Weights of a layer: query, key, value and out; then the MLP's branches and `wo`.
     per_layer = 4 * config.model_dim * width
     per_layer += (len(config.mlp_activations) + 1) * config.model_dim * config.mlp_dim
+    # A token's logits and weighted sum cost as much as 2 * H * K * L weights.
     attention = 2 * width * length
     return 6.0 * config.num_layers * (per_layer + attention)
 

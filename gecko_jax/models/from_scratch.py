@@ -47,12 +47,14 @@ def weight_tokens(
     Returns:
         Parameters with a new token embedding and projection.
     """
+    # The first `num_hidden` dims are hidden from the projection.
     embedding = params["token_embedder"]["embedding"]
     kernel = params["projection_layer"]["kernel"]
     vocab_size, width = embedding.shape
     num_hidden = int(width * hidden_share)
     is_hidden = jnp.arange(width) < num_hidden
     directions = jax.random.normal(key, (vocab_size, width))
+    # Random unit vectors in both parts, mixed so that every token has length 1.
     weight = jnp.asarray(weights, jnp.float32)[:, None]
     hidden = dual_encoder.normalize(directions[:, :num_hidden])
     visible = dual_encoder.normalize(directions[:, num_hidden:])
@@ -82,7 +84,8 @@ def align_projection(
     Returns:
         Parameters with a rotated projection.
     """
-    # Only the symmetric part of C contributes to q^T C q.
+    # Only the symmetric part of C contributes to q^T C q. `eigh` sorts its eigenvalues
+    # upwards, so the columns are reversed: the first dims get the largest covariance.
     _, directions = jnp.linalg.eigh(covariance + covariance.T)
     kernel = params["projection_layer"]["kernel"]
     return params | {"projection_layer": {"kernel": kernel @ directions[:, ::-1]}}

@@ -115,6 +115,7 @@ def dropout(
     if keys is None or rate == 0.0:
         return x
     shape = (*x.shape[1:-2], 1, x.shape[-1])
+    # The remaining entries are scaled up, so the expectation does not change.
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
@@ -127,6 +128,7 @@ def relative_position_buckets(
     Each direction has half of the buckets. Half of those are exact distances; the rest
     grow logarithmically up to `max_distance` (T5, bidirectional).
     """
+    # The upper half of the buckets is for keys after the query.
     relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
     num_buckets //= 2
     buckets = (relative > 0).astype(np.int32) * num_buckets
@@ -245,6 +247,7 @@ class Attention(nn.Module):
         query = project("query", fan_in * config.head_dim**-0.5)
         key = project("key", fan_in)
         value = project("value", fan_in)
+        # Logits and softmax are float32 in every activation dtype.
         if _is_fused(config, dropout_keys):
             mixed = _fused_attention(query, key, value, bias)
         else:
@@ -300,6 +303,7 @@ class Mlp(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         hidden: Array | None = None
+        # A gated MLP multiplies its branches: gelu(x wi_0) * (x wi_1).
         for index, activation in enumerate(config.mlp_activations):
             name = "wi" if len(config.mlp_activations) == 1 else f"wi_{index}"
             init = nn.initializers.normal(config.model_dim**-0.5)
@@ -329,11 +333,14 @@ class EncoderLayer(nn.Module):
         """Runs the layer; without `shared_bias` it has its own (umT5)."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
+        # One dropout key each for the attention weights, the attention's output, the
+        # MLP's hidden units and its output.
         keys: Sequence[Array | None] = [None] * 4
         if dropout_keys is not None:
             keys = list(jax.vmap(lambda key: jax.random.split(key, 4))(dropout_keys).T)
         if shared_bias is None:
             shared_bias = RelativePositionBias(config, name="relpos_bias")(x.shape[1])
+        # Pre-norm residual blocks: x + f(norm(x)).
         y = LayerNorm(dtype, name="pre_attention_layer_norm")(x)
         bias = segment_mask + shared_bias[None]
         y = Attention(config, name="attention")(y, bias, keys[0])
@@ -358,6 +365,7 @@ class Encoder(nn.Module):
         """Returns normalized hidden states; those of padding are undefined."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
+        # Added to the logits: 0 inside a segment, a large negative number elsewhere.
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         segment_mask = jnp.where(same, 0.0, MASKED_LOGIT)[:, None]
         shared_bias = None
@@ -372,6 +380,7 @@ class Encoder(nn.Module):
 
         input_keys = layer_keys(config.num_layers)
         x = dropout(x.astype(dtype), config.dropout_rate, input_keys)
+        # Initialization always unrolls, so parameters have T5X's names `layers_{i}`.
         if config.scan_layers and not self.is_initializing():
             x = self._scan_layers(x, segment_mask, shared_bias, layer_keys)
         else:
@@ -396,6 +405,7 @@ class Encoder(nn.Module):
         the optimizer and the result do not depend on the setting (docs/decisions.md).
         """
         config = self.config
+        # Training stacks once per step (`compute_params`); other callers do it here.
         params: Any = self.variables["params"]
         if _STACKED not in params:
             params = stack_layers(params, config.num_layers)
@@ -440,6 +450,8 @@ def unstack_layers(params: Mapping[str, Any], num_layers: int) -> dict[str, Any]
 def _remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
     if policy == "none":
         return layer
+    # "dots" keeps the results of matrix products with weights and recomputes the rest,
+    # attention included; "full" keeps nothing but the layer's input.
     policies = jax.checkpoint_policies
     saveable = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return nn.remat(layer, policy=saveable, prevent_cse=True)

@@ -1,20 +1,20 @@
-"""The decoder: a language model of the Llama or the Gemma 3 family, as pure functions.
+"""A decoder language model of the Llama or Gemma 3 family, as pure functions.
 
     hidden, own = extend(params, config, tokens, positions)
     log_probs = token_log_probs(params, config, hidden[0], targets)
 
-`extend` is all there is: tokens in, hidden states and the tokens' keys and values out.
-What came before is handed in as `KeyValues`: a *prefix* that all rows share, held once
-however many rows there are, and a *cache* of each row's own. Order is told by positions
-alone: a token sees every key whose position is not after its own, so padding is a key
-at `PAD_POSITION`, which is after everything.
+`extend` takes tokens and returns their hidden states, keys and values. Earlier tokens
+are given as `KeyValues`: a *prefix* that all rows share and that is in memory once, and
+a *cache* with the keys and values of each row. A token attends to every key whose
+position is not after its own. Padding has the position `PAD_POSITION`, which is after
+every token of a text, so no token attends to it.
 
-Layers are stacked and run as a scan, so that a deep model compiles as fast as a flat
-one. RMS norms, rotary positions, grouped heads and gated MLPs are common to both
-families; what Gemma 3 adds are settings of `DecoderConfig`.
+Layers are stacked and run as a scan, so the compile time does not depend on the depth.
+Both families have RMS norms, rotary positions, grouped heads and gated MLPs; what
+Gemma 3 adds are settings of `DecoderConfig`.
 
-Dimension letters beside the usual: `R` query heads of a key head, `G` key heads, `S`
-keys, `T` scored positions, `Y` targets of a position.
+Additional dimension letters: `R` query heads per key head, `G` key heads, `S` keys, `T`
+scored positions, `Y` targets per position.
 """
 
 import dataclasses
@@ -28,35 +28,39 @@ from jaxtyping import Array, Float, Int
 
 PAD_POSITION = np.iinfo(np.int32).max
 
-# Logits that are in memory at once: 128 MiB in float32.
+# Most logits in memory at once: 128 MiB in float32.
 _HEAD_LOGITS = 1 << 25
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shapes and settings of a decoder.
+    """Sizes and settings of a decoder.
 
     Attributes:
-        vocab_size: Rows of the token table.
+        vocab_size: Rows of the token embedding.
         model_dim: Width of the hidden states.
-        num_layers: Layers.
+        num_layers: Number of layers.
         num_heads: Query heads.
-        num_kv_heads: Key and value heads; each serves `num_heads / num_kv_heads`.
+        num_kv_heads: Key and value heads; a divisor of `num_heads`.
         head_dim: Width of a head.
         mlp_dim: Width of the gated MLP.
-        context_length: Tokens the model was trained for.
-        norm_epsilon: Added to mean squares.
+        context_length: Longest context in training, in tokens.
+        norm_epsilon: Added to the mean square in norms.
         rope_base: Base of the rotary frequencies.
-        rope_factors: Divides each frequency (Llama 3's and linear scaling); None is 1.
-        tied: The output head is the token table.
-        activation: Of the MLP's gate; "gelu" is the tanh approximation.
-        embedding_scale: Multiplies the token embeddings.
-        query_scale: Multiplies the queries; None is `head_dim ** -0.5`.
-        sandwich_norms: Norms after attention and MLP as well as before.
-        head_norms: Norms of each query and key head.
-        local_window: Keys that a local layer sees; None where all layers are global.
-        global_every: Of so many layers the last is global, the others local.
-        local_rope_base: Base of the local layers, whose frequencies are not scaled.
+        rope_factors: Divisor of each frequency (Llama 3's and linear scaling); None
+            for no scaling.
+        tied: Whether the output head is the token embedding.
+        activation: Activation of the MLP's gate; "gelu" is the tanh approximation.
+        embedding_scale: Factor of the token embeddings.
+        query_scale: Factor of the queries; None is `head_dim ** -0.5`.
+        sandwich_norms: Whether a norm also follows the attention and the MLP.
+        head_norms: Whether each query and key head is normalized.
+        local_window: Keys that a token of a local layer attends to, itself included;
+            None if all layers are global.
+        global_every: Period of the global layers: the last of every `global_every`
+            layers is global, the others are local.
+        local_rope_base: Base of the rotary frequencies of local layers, which are not
+            scaled.
     """
 
     vocab_size: int
@@ -82,7 +86,7 @@ class DecoderConfig:
 
     @property
     def is_local(self) -> tuple[bool, ...]:
-        """Of each layer, whether it sees `local_window` keys only."""
+        """Whether each layer is local."""
         return tuple(
             self.local_window is not None and (layer + 1) % self.global_every != 0
             for layer in range(self.num_layers)
@@ -92,7 +96,7 @@ class DecoderConfig:
 class KeyValues(NamedTuple):
     """Keys and values of every layer, `[layers, B, S, G, K]`, and their positions.
 
-    A prefix that all rows share has no `B`.
+    A shared prefix has no axis `B`.
     """
 
     keys: Float[Array, "layers *rows S G K"]
@@ -108,19 +112,20 @@ def extend(
     prefix: KeyValues | None = None,
     cache: KeyValues | None = None,
 ) -> tuple[Float[Array, "B L M"], KeyValues]:
-    """Runs tokens on top of what came before them.
+    """Runs the decoder on tokens that follow a prefix and a cache.
 
     Args:
-        params: As `decoder_weights` loads them; their dtype is that of the products.
+        params: Parameters of `llm.decoder_weights`; matrix products use their dtype.
         config: The decoder.
-        tokens: Token ids, anything where there is padding.
-        positions: Of each token in its text, from 0; `PAD_POSITION` for padding.
+        tokens: Token ids; any id for padding.
+        positions: Position of each token in its text, from 0; `PAD_POSITION` for
+            padding.
         prefix: Keys and values that all rows share.
         cache: Keys and values of each row.
 
     Returns:
-        The normalized hidden states (padding's are meaningless), and the keys and
-        values of `tokens` alone.
+        The normalized hidden states (undefined for padding), and the keys and values of
+        `tokens`.
     """
     with _precision(params):
         return _extend(params, config, tokens, positions, prefix, cache)
@@ -132,10 +137,11 @@ def token_log_probs(
     hidden: Float[Array, "T M"],
     targets: Int[Array, "T Y"],
 ) -> Float[Array, "T Y"]:
-    """Returns the log-probabilities of tokens to come next, in nats, float32.
+    """Returns log-probabilities of the tokens after each position, in float32 nats.
 
-    The logits of a few positions are in memory at once, whatever T is.
+    Memory does not grow with T * V: positions are processed in blocks.
     """
+    # Pad the positions to whole blocks of `size`.
     size = min(max(_HEAD_LOGITS // config.vocab_size, 1), hidden.shape[0])
     blocks = -(-hidden.shape[0] // size)
     rows = ((0, blocks * size - hidden.shape[0]), (0, 0))
@@ -147,21 +153,22 @@ def token_log_probs(
         chosen = jnp.take_along_axis(logits, inputs[1], axis=1)
         return chosen - jax.nn.logsumexp(logits, axis=1, keepdims=True)
 
-    found = jax.lax.map(block, (hidden_blocks, target_blocks))
-    return found.reshape(blocks * size, targets.shape[1])[: hidden.shape[0]]
+    log_probs = jax.lax.map(block, (hidden_blocks, target_blocks))
+    # Drop the padding of the last block.
+    return log_probs.reshape(blocks * size, targets.shape[1])[: hidden.shape[0]]
 
 
 def next_logits(
     params: dict[str, Any], config: DecoderConfig, hidden: Float[Array, "T M"]
 ) -> Float[Array, "T V"]:
-    """Returns the logits of the token that follows each position, in float32."""
+    """Returns the logits of the token after each position, in float32."""
     head = params["embedding"] if config.tied else params["output"]
     with _precision(params):
         return jnp.einsum("tm,vm->tv", hidden, head, preferred_element_type=jnp.float32)
 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the logical axis names of every parameter, in the shape of the tree."""
+    """Returns a tree like the parameters, with their logical axes."""
     spec = jax.sharding.PartitionSpec
     layers = {
         "attention_norm": spec("layers", "embed"),
@@ -190,7 +197,7 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the shape of every parameter, in the shape of the tree."""
+    """Returns a tree like the parameters, with their shapes."""
     sizes = {
         "layers": config.num_layers,
         "embed": config.model_dim,
@@ -219,37 +226,41 @@ def _extend(
     prefix: KeyValues | None,
     cache: KeyValues | None,
 ) -> tuple[Array, KeyValues]:
+    # Gemma scales its token embeddings, in the dtype of the products.
     hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip")
     hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
-    # What each token may see of the prefix, of its row's cache, and of its own call.
-    seen = [positions]
+    # Up to three parts of keys: the prefix, the row's cache, and the tokens themselves.
+    key_positions = [positions]
     if cache is not None:
-        seen.insert(0, cache.positions)
+        key_positions.insert(0, cache.positions)
     if prefix is not None:
-        seen.insert(0, jnp.broadcast_to(prefix.positions, (1, *prefix.positions.shape)))
-    masks = [
-        keys[:, None, :] <= positions[:, :, None]  # B (or 1), L, S
-        for keys in seen
-    ]
+        key_positions.insert(0, prefix.positions[None])
+    # Causal masks, [B or 1, L, S]: True where a token attends to a key.
+    masks = [keys[:, None, :] <= positions[:, :, None] for keys in key_positions]
     rotary = _rotary(positions, config.rope_base, config.rope_factors, config.head_dim)
     has_local = any(config.is_local)
     local_masks, local_rotary = masks, rotary
     if config.local_window is not None:
+        # A local layer attends to the last `local_window` positions only.
         local_masks = [
             mask & (positions[:, :, None] - keys[:, None, :] < config.local_window)
-            for mask, keys in zip(masks, seen, strict=True)
+            for mask, keys in zip(masks, key_positions, strict=True)
         ]
         local_rotary = _rotary(positions, config.local_rope_base, None, config.head_dim)
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
-        weights, is_local, *before = inputs
+        weights, is_local, *earlier = inputs
         layer_masks, layer_rotary = masks, rotary
         if has_local:
+            # The scan runs one program for all layers, so local layers select their
+            # masks and rotary angles at run time.
             layer_masks, layer_rotary = jax.tree.map(
                 lambda local, full: jnp.where(is_local, local, full),
                 (local_masks, local_rotary),
                 (masks, rotary),
             )
+        # Attention. Keys are rotated before they are cached: a rotation depends only on
+        # the key's own position.
         normed = _norm(hidden, weights["attention_norm"], config)
         query, key, value = (
             jnp.einsum("blm,mhk->blhk", normed, weights[name])
@@ -261,22 +272,24 @@ def _extend(
         scale = config.query_scale or config.head_dim**-0.5
         query = _rotate(query, layer_rotary) * jnp.asarray(scale, query.dtype)
         key = _rotate(key, layer_rotary)
-        mixed = _attend(query, [*before, (key, value)], layer_masks)
+        mixed = _attend(query, [*earlier, (key, value)], layer_masks)
         attended = jnp.einsum("blhk,hkm->blm", mixed, weights["out"])
         if config.sandwich_norms:
             attended = _norm(attended, weights["post_attention_norm"], config)
         hidden = hidden + attended
+        # Gated MLP.
         normed = _norm(hidden, weights["mlp_norm"], config)
         gate = jnp.einsum("blm,mf->blf", normed, weights["gate"])
         gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate)
         up = jnp.einsum("blm,mf->blf", normed, weights["up"])
-        widened = jnp.einsum("blf,fm->blm", gate * up, weights["down"])
+        down = jnp.einsum("blf,fm->blm", gate * up, weights["down"])
         if config.sandwich_norms:
-            widened = _norm(widened, weights["post_mlp_norm"], config)
-        return hidden + widened, (key, value)
+            down = _norm(down, weights["post_mlp_norm"], config)
+        return hidden + down, (key, value)
 
-    earlier = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
-    inputs = (params["layers"], jnp.array(config.is_local), *earlier)
+    # Every input of the scan has a leading axis of layers, keys and values included.
+    parts = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
+    inputs = (params["layers"], jnp.array(config.is_local), *parts)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
     normed = _norm(hidden, params["final_norm"], config)
     return normed, KeyValues(keys, values, positions)
@@ -289,7 +302,8 @@ def _attend(
 ) -> Float[Array, "B L H K"]:
     """Attends to several parts of keys with one softmax over all of them.
 
-    A part without `B` is shared by the rows, and so is a mask whose first size is 1.
+    The parts are never concatenated, so a shared prefix is not copied to every row. A
+    part without the axis `B` is shared by the rows, and so is a mask with B = 1.
     """
     batch, length, heads, width = query.shape
     num_kv_heads = parts[0][0].shape[-2]
@@ -304,6 +318,7 @@ def _attend(
             next(own) if is_row else part
             for part, is_row in zip(parts, is_own, strict=True)
         ]
+        # Grouped-query attention: R query heads share a key head.
         grouped = query.reshape(length, num_kv_heads, -1, width)
         logits = [
             jnp.where(
@@ -318,6 +333,8 @@ def _attend(
             )
             for (keys, _), mask in zip(all_parts, masks, strict=True)
         ]
+        # A softmax over all parts: subtract the common maximum, exponentiate, divide by
+        # the common sum. The maximum is finite, because a token attends to its own key.
         top = functools.reduce(
             jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in logits]
         )
@@ -335,10 +352,11 @@ def _attend(
             )
             for part, (_, values) in zip(weights, all_parts, strict=True)
         )
+        # Dividing after the product takes K divisions per token instead of S.
         mixed = (mixed / total).astype(query.dtype)
         return mixed.transpose(2, 0, 1, 3).reshape(length, heads, width)
 
-    # A CPU is fastest row by row, whose logits stay in its caches.
+    # A CPU is fastest one row at a time, because a row's logits fit its caches.
     row_by_row = jax.default_backend() == "cpu" and length > 1
     over_rows = jax.lax.map if row_by_row else lambda f, rows: jax.vmap(f)(rows)
     return over_rows(attend_row, (query, own_parts, masks))
@@ -347,7 +365,7 @@ def _attend(
 def _norm(
     inputs: Float[Array, "*rows M"], weight: Float[Array, " M"], config: DecoderConfig
 ) -> Float[Array, "*rows M"]:
-    """Divides by the root mean square, in float32."""
+    """RMS norm: divides by the root mean square in float32, then scales."""
     wide = inputs.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + config.norm_epsilon)
@@ -361,11 +379,12 @@ def _rotary(
     factors: tuple[float, ...] | None,
     width: int,
 ) -> tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]:
-    """Returns cosine and sine of each position's angles."""
+    """Returns the cosine and sine of each position's rotary angles (RoPE)."""
+    # One frequency for each pair of dims; computed in float64 on the host.
     frequencies = base ** -(np.arange(0, width, 2) / width)
     if factors is not None:
         frequencies = frequencies / np.array(factors)
-    # Not a matrix product, which accelerators may round.
+    # A broadcast product: accelerators may round a matrix product.
     angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(
         frequencies.astype(np.float32)[None, None]
     )
@@ -375,14 +394,14 @@ def _rotary(
 def _rotate(
     heads: Float[Array, "B L N K"], rotary: tuple[Array, Array]
 ) -> Float[Array, "B L N K"]:
-    """Turns dimension i with dimension i + K/2, as Hugging Face's weights expect."""
+    """Rotates dims (i, i + K/2) as a pair, the order of Hugging Face's weights."""
     cosine, sine = rotary
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
 
 
 def _precision(params: dict[str, Any]) -> Any:
-    # Accelerators round float32 products unless they are told not to.
+    # By default, accelerators round the inputs of float32 products.
     is_float32 = params["embedding"].dtype == jnp.float32
     return jax.default_matmul_precision("highest" if is_float32 else "default")

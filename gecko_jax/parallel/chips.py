@@ -1,4 +1,4 @@
-"""What chips can do, by their makers' data sheets; nothing here is measured."""
+"""Peak rates of accelerators, from the vendors' data sheets; nothing is measured."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ import jax
 
 
 class Chip(NamedTuple):
-    """A kind of accelerator.
+    """Data sheet of an accelerator.
 
     Attributes:
-        flops_per_second: Peak of its matrix units in bfloat16.
-        hbm_bytes: Memory, as a data sheet counts it.
-        hbm_bytes_per_second: Of the memory.
-        link_bytes_per_second: Of all links to other chips of its slice together, one
-            way; 0 where there is no one number.
+        flops_per_second: Peak bfloat16 FLOPs of the matrix units.
+        hbm_bytes: Memory.
+        hbm_bytes_per_second: Memory bandwidth.
+        link_bytes_per_second: One-way bandwidth of all links to chips of the same slice
+            together; 0 if there is no single number.
     """
 
     flops_per_second: float
@@ -35,22 +35,18 @@ CHIPS = {
     "H200": Chip(989e12, 141e9, 4.8e12, 0.0),
 }
 
-# The first that is in JAX's name of the device.
-_KINDS = (
-    ("TPU v4", "v4"),
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5e", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v6", "v6e"),
-    ("A100", "A100"),
-    ("H200", "H200"),
-    ("H100", "H100"),
-)
+# Part of JAX's `device_kind` -> chip; the first match counts.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    **{name: name for name in ("A100", "H200", "H100")},
+}
 
 
 def of(device: jax.Device) -> Chip | None:
-    """Returns the chip behind a device, or None for one that is not listed."""
-    for part, name in _KINDS:
-        if part in device.device_kind:
-            return CHIPS[name]
-    return None
+    """Returns the data sheet of a device, or None for a device that is not listed."""
+    kinds = (kind for part, kind in _KINDS.items() if part in device.device_kind)
+    return CHIPS.get(next(kinds, ""))

@@ -1,15 +1,15 @@
-"""Right numbers on CPU: a flag for XLA, and a probe that says whether it took.
+"""The XLA flag that correct results on CPU need, and a check that it works.
 
-jaxlib 0.10.2 and later return uninitialised memory on CPU when a matrix product
-with a constant runs into a reduction:
+jaxlib 0.10.2 and later return uninitialised memory on CPU when a matrix product with a
+constant runs into a reduction:
 
     jax.jit(lambda x: (x @ jnp.ones((256, 256))).sum(-1))(x)   # 32 rows or more
 
-The cause is XLA's fusion of the two into one call of its YNN library. The flag
-`--xla_cpu_experimental_ynn_fusion_type=` (an empty list of fusions) gives right
-results, but XLA reads it only when its backend starts, and a flag that XLA does
-not know ends the process. So `import gecko_jax` sets it, where it is known and
-still in time, and `check` computes the case above before anything relies on it.
+XLA fuses the two into one call of its YNN library. The flag
+`--xla_cpu_experimental_ynn_fusion_type=` (an empty list of fusions) prevents that. XLA
+reads its flags only when its backend starts, and a flag that it does not know ends the
+process. So `import gecko_jax` sets the flag if every installed XLA knows it, and
+`check` runs the case above before training or encoding.
 """
 
 import functools
@@ -22,22 +22,21 @@ import sys
 
 _FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
-# The first version that is wrong without the flag.
+# First jaxlib with wrong results.
 _FIRST_WRONG = (0, 10, 2)
 
-# Versions seen to know the flag. Of any other, the compiled library is searched.
+# Versions that know the flag. For other versions, `_has_flag` searches the library.
 _KNOWN = ("0.10.2", "0.12.0.1")
 
-# Every package with an XLA of its own, which reads XLA_FLAGS too.
+# Packages with their own copy of XLA, which reads XLA_FLAGS too.
 _PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 
 
 def set_cpu_flags() -> None:
-    """Sets the flag in XLA_FLAGS, where it is known and JAX has not started.
+    """Adds the flag to XLA_FLAGS, if it is needed and JAX has not started.
 
-    Leaves the environment alone when jaxlib does not need the flag, when some
-    installed XLA would not know it, when XLA_FLAGS has it or names a file, and
-    when the backend is up already. `check` catches what that leaves wrong.
+    Leaves the environment alone if some installed XLA would not know the flag, or if
+    XLA_FLAGS already has it or names a file.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
     if _FLAG in flags or (flags and not flags.startswith("-")):
@@ -51,63 +50,47 @@ def set_cpu_flags() -> None:
 
 @functools.cache
 def check() -> None:
-    """Computes the known-wrong case once per process, on CPU.
-
-    Call it before training or encoding; on an accelerator it does nothing.
+    """Computes the known wrong case, once per process and only on CPU.
 
     Raises:
-        ArithmeticError: XLA's results are wrong; the message has the remedy.
+        ArithmeticError: The result is wrong.
     """
-    import jax
-
-    if jax.default_backend() != "cpu":
-        return
-    wrong = _probe_error()
-    # A right result differs by rounding only; NaN compares as wrong.
-    if not wrong < 1e-3:
-        raise ArithmeticError(
-            f"jaxlib {_jaxlib_version()} computes wrong numbers on this CPU: a "
-            f"matrix product with a constant is off by {wrong:.1e} of its size. "
-            "Import gecko_jax before anything runs in JAX, or start Python with "
-            f"XLA_FLAGS=--{_FLAG}= in the environment"
-        )
-
-
-def _probe_error() -> float:
-    """Largest error of the known-wrong case, relative to the results' size."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    # Up to 8 rows the result is right; from 32 rows on it is not.
+    if jax.default_backend() != "cpu":
+        return
+    # Up to 8 rows the result is correct; from 32 rows on it is not.
     rows = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
-    found = jax.jit(lambda x: (x @ jnp.ones((256, 256), jnp.float32)).sum(-1))(rows)
+    sums = jax.jit(lambda x: (x @ jnp.ones((256, 256), jnp.float32)).sum(-1))(rows)
     expected = rows.astype(np.float64).sum(-1) * 256
     with np.errstate(over="ignore", invalid="ignore"):
-        return float(
-            np.abs(np.asarray(found, np.float64) - expected).max()
-            / np.abs(expected).max()
+        errors = np.abs(np.asarray(sums, np.float64) - expected)
+        error = errors.max() / np.abs(expected).max()
+    # A correct result differs by rounding only. NaN fails the comparison.
+    if not error < 1e-3:
+        raise ArithmeticError(
+            f"jaxlib {_version('jaxlib')}: wrong results on this CPU (a matrix product "
+            f"has a relative error of {error:.1e}); import gecko_jax before anything "
+            f"runs in JAX, or start Python with XLA_FLAGS=--{_FLAG}= in the environment"
         )
 
 
 def _is_flag_known() -> bool:
-    """Whether jaxlib needs the flag and every installed XLA knows it."""
-    version = _jaxlib_version()
+    """Returns whether jaxlib needs the flag and every installed XLA knows it."""
+    version = _version("jaxlib") or "0"
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if numbers < _FIRST_WRONG:
         return False
     if version not in _KNOWN and not _has_flag("jaxlib"):
         return False
-    # A CUDA plugin of jaxlib's own version is built from the same XLA.
+    # A plugin of jaxlib's own version is built from the same XLA.
+    versions = {name: _version(name) for name in _PLUGINS}
     return all(
-        version == _version(name) or _has_flag(name)
-        for name in _PLUGINS
-        if _version(name)
+        plugin in (None, version) or _has_flag(name)
+        for name, plugin in versions.items()
     )
-
-
-def _jaxlib_version() -> str:
-    return _version("jaxlib") or "0"
 
 
 def _version(distribution: str) -> str | None:
@@ -118,13 +101,12 @@ def _version(distribution: str) -> str | None:
 
 
 def _has_flag(distribution: str) -> bool:
-    """Whether a library of an installed package holds the flag's name.
+    """Returns whether a large library of an installed package contains the flag.
 
-    The name as a C string is the flag itself; in the serialized description of
-    XLA's options, which may outlive the flag, no zero byte follows it.
+    The name as a C string is the flag itself. XLA's serialized list of options may name
+    a removed flag, but there no zero byte follows the name.
     """
-    files = importlib.metadata.files(distribution) or []
-    for file in files:
+    for file in importlib.metadata.files(distribution) or []:
         path = pathlib.Path(str(file.locate()))
         if path.suffix != ".so" or not path.is_file() or path.stat().st_size < 1 << 24:
             continue

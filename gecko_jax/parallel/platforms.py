@@ -1,8 +1,8 @@
-"""JAX's platforms: a TPU that is not there is not looked for.
+"""Keeps JAX from starting libtpu on a host without a TPU.
 
-Where libtpu is installed, as `gecko compile` needs it, JAX starts it on every host. On
-one without a TPU libtpu writes a page of complaints, takes a second, and holds a lock
-that keeps `gecko compile` waiting. So `import gecko_jax` tells JAX to leave it out.
+JAX starts libtpu wherever it is installed, and `gecko compile` needs it installed. On a
+host without a TPU, libtpu prints a page of errors, takes a second, and holds a lock
+that blocks `gecko compile`. `import gecko_jax` therefore tells JAX to skip it.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 
-# Where any of these is set, someone has said which platform they want.
+# Any of these variables means that the user has chosen a platform.
 _CHOICES = (
     "JAX_PLATFORMS",
     "JAX_FORCE_TPU_INIT",
@@ -20,35 +20,35 @@ _CHOICES = (
     "TPU_WORKER_HOSTNAMES",
 )
 
-# JAX's plugins for GPUs, as modules.
+# Modules of JAX's GPU plugins.
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
-# How libtpu knows which machine it is on without asking a cloud's metadata server.
+# Lets libtpu start without asking a cloud metadata server about its machine.
 NO_METADATA = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
-# Google's PCI vendor, and those of its devices that are network cards and disks.
+# Google's PCI vendor id, and the ids of its devices that are network cards and disks.
 _GOOGLE, _OTHER_DEVICES = "0x1ae0", ("0x0042", "0x001f")
 
 
 def skip_absent_tpu() -> None:
-    """Keeps JAX from starting libtpu where the host has no TPU.
+    """Keeps JAX from starting libtpu if the host has no TPU.
 
-    Leaves alone an environment that names a platform, and a JAX that has started.
+    Changes nothing if the environment names a platform or JAX has started.
     """
     if any(name in os.environ for name in _CHOICES):
         return
     if importlib.util.find_spec("libtpu") is None or _has_tpu():
         return
     if any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
-        # JAX must still find out whether there is a GPU. libtpu starts, and is quiet.
+        # JAX still has to look for a GPU. libtpu starts, but prints nothing.
         os.environ.update(NO_METADATA)
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
-    jax = sys.modules.get("jax")  # It has read the environment when it was imported.
+    jax = sys.modules.get("jax")  # Once imported, it ignores the environment.
     bridge = sys.modules.get("jax._src.xla_bridge")
     if jax is not None and not (bridge and bridge.backends_are_initialized()):
         jax.config.update("jax_platforms", "cpu")

@@ -1,11 +1,11 @@
 """Meshes and shardings: where each array of a run lives.
 
 Parameters carry T5X's *logical axis* names; rules map them to *mesh axes*. The mesh has
-three: `data` (examples), `fsdp` (examples, and a slice of every parameter) and `tensor`
-(heads, MLP and vocabulary). On a laptop all three are 1 and nothing changes.
+three axes: `data` splits the examples, `fsdp` splits the examples and every parameter,
+and `tensor` splits heads, MLP and vocabulary. On one device all three have size 1.
 
-Chips of one slice are joined by ICI; several slices are joined by the data-centre
-network (DCN), which is slow, so that only `data` and `fsdp` may reach across.
+The chips of a slice are connected by ICI. Several slices are connected by the slower
+data-center network (DCN), so only `data` and `fsdp` may span slices.
 """
 
 import collections
@@ -20,10 +20,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
-# The rows of a batch are split over both axes that hold examples.
+# Both axes that hold examples split the rows of a batch.
 BATCH_AXES = ("data", "fsdp")
 
-# As in T5X, the first rule of a logical axis whose mesh axes are still free is used.
+# As in T5X, the first rule of a logical axis whose mesh axes are still free applies.
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 RULES: Rules = (
     ("vocab", "tensor"),
@@ -50,25 +50,27 @@ def build_mesh(
     """Builds the mesh over all devices of all processes.
 
     Args:
-        data: Devices of a slice along `data`; at most one of the three is -1, for the
-            rest.
-        fsdp: Devices of a slice along `fsdp`.
-        tensor: Devices of a slice along `tensor`.
-        dcn_data: Slices along `data`; one of the two may be -1, for the rest.
+        data: Devices per slice along `data`. One of `data`, `fsdp` and `tensor` may be
+            -1, which takes the remaining devices.
+        fsdp: Devices per slice along `fsdp`.
+        tensor: Devices per slice along `tensor`.
+        dcn_data: Slices along `data`. One of the two may be -1, as above.
         dcn_fsdp: Slices along `fsdp`.
-        devices: Other devices than those of this run.
+        devices: Devices to use; all devices of the run by default.
 
     Raises:
         ValueError: The sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     num_slices = len({_slice_of(device) for device in devices})
-    within = _sizes(
+    within = _fill_sizes(
         {"data": data, "fsdp": fsdp, "tensor": tensor},
         len(devices) // num_slices,
         "devices" if num_slices == 1 else f"devices of each of {num_slices} slices",
     )
-    across = _sizes({"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, num_slices, "slices")
+    across = _fill_sizes(
+        {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, num_slices, "slices"
+    )
     if num_slices == 1:
         array = mesh_utils.create_device_mesh(
             within, devices, allow_split_physical_axes=True
@@ -81,86 +83,70 @@ def build_mesh(
 
 
 def _slice_of(device: Any) -> int:
-    # A host's CPUs are no slice.
+    # CPU devices never form slices.
     return 0 if device.platform == "cpu" else getattr(device, "slice_index", None) or 0
 
 
-def _sizes(sizes: dict[str, int], number: int, of_what: str) -> tuple[int, ...]:
-    """Fills in the -1, and checks the product."""
+def _fill_sizes(sizes: dict[str, int], number: int, what: str) -> tuple[int, ...]:
+    """Replaces a -1 and checks the product."""
     known = math.prod(size for size in sizes.values() if size != -1)
-    free = [name for name, size in sizes.items() if size == -1]
-    given = " ".join(f"{name}={size}" for name, size in sizes.items())
-    if free and number % known == 0:
-        sizes[free[0]] = number // known
-    if math.prod(sizes.values()) != number:
-        what = (
-            f"the product of the others, {known}, must divide"
-            if free
-            else (f"the product, {known}, must be")
-        )
+    filled = [number // known if size == -1 else size for size in sizes.values()]
+    if list(sizes.values()).count(-1) > 1 or math.prod(filled) != number:
+        given = " ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh {given}: {what} the number of {of_what}, {number}; set one of them "
-            "to -1 and the others to what divides it"
+            f"mesh {given}: the product must be the number of {what}, {number}; set "
+            f"one of them to -1 and the others to divisors of {number}"
         )
-    return tuple(sizes.values())
-
-
-def check_rules(rules: Rules) -> None:
-    """Checks the names in `mesh.rules`.
-
-    Raises:
-        ValueError: Names every rule with a mesh axis that does not exist.
-    """
-    for logical, axes in rules:
-        for name in axis_names(axes):
-            if name not in MESH_AXES:
-                raise ValueError(
-                    f"mesh.rules ({logical!r}, {axes!r}): {name!r} is no mesh axis; "
-                    f"known are {', '.join(MESH_AXES)}, and None for no split"
-                )
+    return tuple(filled)
 
 
 def param_shardings(
     shapes: Any, logical_axes: Any, mesh: Mesh, rules: Rules = RULES
 ) -> Any:
-    """Returns the sharding of each parameter by the rules.
+    """Returns the sharding of each parameter.
 
-    A dimension that its mesh axes do not divide stays whole, so that every preset fits
+    A dimension that does not divide by its mesh axes stays whole, so every preset fits
     every mesh.
 
     Raises:
-        ValueError: A logical axis has no rule.
+        ValueError: A logical axis has no rule, or a rule names an unknown mesh axis.
     """
+    for logical, axes in rules:
+        for name in axis_names(axes):
+            if name not in MESH_AXES:
+                raise ValueError(
+                    f"mesh.rules ({logical!r}, {axes!r}): {name!r} is not a mesh axis; "
+                    f"use {', '.join(MESH_AXES)}, or None for no split"
+                )
 
-    def place(shape: jax.ShapeDtypeStruct, axes: PartitionSpec) -> NamedSharding:
+    def place(shape: jax.ShapeDtypeStruct, logical_axes: Any) -> NamedSharding:
         spec = []
         used: set[str] = set()
-        for size, logical in zip(shape.shape, axes, strict=True):
-            if logical not in {name for name, _ in rules}:
+        for size, logical in zip(shape.shape, logical_axes, strict=True):
+            candidates = [axes for name, axes in rules if name == logical]
+            if not candidates:
                 raise ValueError(
                     f"mesh.rules: no rule for the logical axis {logical!r}; add "
                     f"({logical!r}, None) to leave it whole"
                 )
-            found = None
-            for name, wanted in rules:
-                parts = math.prod(mesh.shape[axis] for axis in axis_names(wanted))
-                if name == logical and not used & set(axis_names(wanted)):
-                    found = wanted if size % parts == 0 else None
-                    break
-            used |= set(axis_names(found))
-            spec.append(found)
+            free = (axes for axes in candidates if not used & set(axis_names(axes)))
+            axes = next(free, None)
+            if size % math.prod(mesh.shape[name] for name in axis_names(axes)):
+                axes = None
+            used |= set(axis_names(axes))
+            spec.append(axes)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, shapes, logical_axes)
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Returns shardings for a tree in which trees like `params` may occur.
+    """Returns the shardings of an optimizer state.
 
-    A leaf under a parameter's path and of its shape (a moment of AdamW) lies where the
-    parameter lies. A leaf of that shape less one dimension (Adafactor's row and column
-    means) lies as the dimensions do that it has left. Everything else (steps, and
-    Adafactor's stand-ins of one entry) is on every device.
+    A leaf with a parameter's path and shape (a moment of AdamW) is sharded like the
+    parameter. A leaf without one of its dimensions (Adafactor's row and column means)
+    is sharded like the remaining dimensions. Every other leaf (steps, and Adafactor's
+    placeholders) is on every device.
     """
     by_path = {
         _path(path): (shape.shape, sharding.spec)
@@ -171,25 +157,27 @@ def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         names = _path(path)
-        for start in range(len(names)):
-            if names[start:] in by_path:
-                shape, spec = by_path[names[start:]]
-                # Of a square matrix both fit; its columns are the first axis lost.
-                order = range(len(shape))
-                for lost in order if "v_col" in names else reversed(order):
-                    left = [axis for axis in order if axis != lost]
-                    if leaf.shape == tuple(shape[axis] for axis in left):
-                        kept = [spec[axis] for axis in left]
-                        return NamedSharding(mesh, PartitionSpec(*kept))
-                if leaf.shape == shape:
-                    return NamedSharding(mesh, spec)
+        suffixes = (names[start:] for start in range(len(names)))
+        matching = next((name for name in suffixes if name in by_path), None)
+        if matching is None:
+            return replicated(mesh)
+        shape, spec = by_path[matching]
+        if leaf.shape == shape:
+            return NamedSharding(mesh, spec)
+        # For a square matrix both dimensions fit. Optax's `v_row` lacks the last
+        # dimension, `v_col` the first.
+        dims = range(len(shape))
+        for missing in dims if "v_col" in names else reversed(dims):
+            left = [dim for dim in dims if dim != missing]
+            if leaf.shape == tuple(shape[dim] for dim in left):
+                return NamedSharding(mesh, PartitionSpec(*(spec[dim] for dim in left)))
         return replicated(mesh)
 
     return jax.tree.map_with_path(place, state)
 
 
 def batch_axes_spec(sharding: NamedSharding) -> PartitionSpec:
-    """Returns the spec without `tensor`: what a `shard_map` over examples may name."""
+    """Returns the spec without `tensor`, for a `shard_map` over the batch axes."""
     return PartitionSpec(
         *(
             tuple(name for name in axis_names(axes) if name in BATCH_AXES) or None
@@ -199,9 +187,9 @@ def batch_axes_spec(sharding: NamedSharding) -> PartitionSpec:
 
 
 def describe(shapes: Any, shardings: Any, count: int = 6) -> list[str]:
-    """Returns lines for people: the largest parameters, and what a chip holds of them.
+    """Returns a table of the largest parameters and their memory per chip.
 
-    Parameters that differ in their layer's number alone share a line.
+    Parameters that differ only in their layer's number share a line.
     """
     groups: dict[tuple[str, Any, Any], int] = collections.Counter()
     for (path, leaf), sharding in zip(
@@ -209,35 +197,26 @@ def describe(shapes: Any, shardings: Any, count: int = 6) -> list[str]:
     ):
         name = re.sub(r"layers_\d+", "layers_*", "/".join(_path(path)))
         groups[name, leaf, sharding] += 1
-
-    def num_bytes(shape: Sequence[int], dtype: Any, copies: int) -> int:
-        return math.prod(shape) * np.dtype(dtype).itemsize * copies
-
     rows = []
     for (name, leaf, sharding), copies in groups.items():
-        whole = num_bytes(leaf.shape, leaf.dtype, copies)
-        held = num_bytes(sharding.shard_shape(leaf.shape), leaf.dtype, copies)
+        total = copies * leaf.size * leaf.dtype.itemsize / 2**20
+        held = total * math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
         shape = "x".join(map(str, leaf.shape)) + (f" x{copies}" if copies > 1 else "")
         axes = ", ".join("+".join(axis_names(axes)) or "-" for axes in sharding.spec)
-        rows.append((whole, held, name, shape, axes))
-    rows.sort(reverse=True)
-    width = max(len(row[2]) for row in rows[:count])
-    lines = [
-        f"{name:<{width}}  {shape:>16}  ({axes})  {held / 2**20:,.1f} MiB a chip of "
-        f"{whole / 2**20:,.1f}"
-        for whole, held, name, shape, axes in rows[:count]
-    ]
-    whole, held = (sum(row[part] for row in rows) for part in (0, 1))
+        rows.append((total, held, f"{shape:>16}  ({axes})", name))
+    total, held = (sum(row[column] for row in rows) for column in (0, 1))
+    rows = sorted(rows, reverse=True)[:count]
+    width = max(len(row[3]) for row in rows)
     return [
-        *lines,
-        f"all parameters: {held / 2**20:,.1f} MiB a chip of {whole / 2**20:,.1f}",
-    ]
+        f"{name:<{width}}  {layout}  {held:,.1f} of {total:,.1f} MiB per chip"
+        for total, held, layout, name in rows
+    ] + [f"all parameters: {held:,.1f} of {total:,.1f} MiB per chip"]
 
 
 def batch_specs(batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
-    """Returns specs of model features: rows and examples split, the rest everywhere.
+    """Returns specs that split the rows and examples of model features.
 
-    Where a text's row is must be known to every device: any may have it.
+    The indices of texts stay whole, because any device may hold any text.
     """
     return {
         name: PartitionSpec() if name.endswith("_index") else PartitionSpec(BATCH_AXES)
@@ -246,42 +225,35 @@ def batch_specs(batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
 
 
 def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh) -> None:
-    """Checks that a batch and its microbatches can be split over the mesh.
+    """Checks that a batch and its microbatches divide over the mesh.
 
     Raises:
-        ValueError: Names the size and the next one that fits.
+        ValueError: A size does not divide; names the next larger one that does.
     """
     shards = num_batch_shards(mesh)
-    split = f"the {shards} devices of the mesh that split a batch (data x fsdp)"
-    if batch_size % shards:
-        fitting = -(-batch_size // shards) * shards
-        raise ValueError(
-            f"data.batch_size={batch_size}: must be a multiple of {split}; set it to "
-            f"{fitting}"
-        )
-    if microbatch_size % shards:
-        fitting = -(-microbatch_size // shards) * shards
-        raise ValueError(
-            f"train.microbatch_size={microbatch_size}: must be a multiple of {split}; "
-            f"set it to {fitting}"
-        )
+    sizes = {"data.batch_size": batch_size, "train.microbatch_size": microbatch_size}
+    for key, size in sizes.items():
+        if size % shards:
+            raise ValueError(
+                f"{key}={size}: must be a multiple of the {shards} devices that split "
+                f"a batch (data x fsdp); set it to {-(-size // shards) * shards}"
+            )
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns shardings of model features; see `batch_specs`."""
+    """Returns the shardings of model features; see `batch_specs`."""
     return {
         name: NamedSharding(mesh, spec) for name, spec in batch_specs(batch).items()
     }
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a global batch, the same on every process, onto the mesh."""
-    shardings = batch_shardings(batch, mesh)
+    """Puts a global batch, which every process has, onto the mesh."""
     return {
         name: jax.make_array_from_callback(
-            value.shape, shardings[name], lambda index, value=value: value[index]
+            batch[name].shape, sharding, batch[name].__getitem__
         )
-        for name, value in batch.items()
+        for name, sharding in batch_shardings(batch, mesh).items()
     }
 
 
@@ -298,7 +270,7 @@ def axis_names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Returns into how many parts the rows of a batch are split."""
+    """Returns the number of parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

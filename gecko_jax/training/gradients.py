@@ -116,6 +116,7 @@ def build(
             side: _split_rows(of_side, microbatch_size // num_shards, longest)
             for side, of_side in rows.items()
         }
+        # The loss is a mean over the examples of all devices; padding does not count.
         mask = jnp.sum(ids.example_mask.astype(jnp.float32))
         num_examples = jnp.maximum(jax.lax.psum(mask, sharding.BATCH_AXES), 1.0)
 
@@ -132,6 +133,7 @@ def build(
                 negatives = negatives.reshape(batch_size, num_negatives, -1)
             # What is left in the batch are features of single examples.
             row_loss, terms = device_loss(queries, positives, negatives, ids, batch)
+            # Sum over the rows of all devices.
             total = jax.lax.psum(jnp.sum(row_loss), sharding.BATCH_AXES)
             return total / num_examples, (row_loss, terms)
 
@@ -204,6 +206,7 @@ def _build_embed(
                 lambda total, leaf: total + leaf.astype(total.dtype), so_far, gradients
             ), None
 
+        # Accumulate in float32 over the microbatches of both sides.
         gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
         for side, rows in sides.items():
             # Cut the cotangents like the rows.
@@ -272,6 +275,7 @@ def _split_rows(
         microbatch_size: Rows of `longest` tokens per microbatch; 0 for all.
         longest: Length of a row of the longer side, in tokens.
     """
+    # [R, L] becomes [microbatches, rows, L], which the scans run over.
     num_rows, length = rows["tokens"].shape
     size = microbatch_rows(num_rows, microbatch_size, longest // length)
     return jax.tree.map(
@@ -287,6 +291,8 @@ def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
         microbatch_size: Rows of the longer side per microbatch; 0 for all.
         ratio: Length of the longer side's rows over that of this side's.
     """
+    # Up to `ratio` microbatches of the shorter side have the tokens of one microbatch
+    # of the longer side; merge as many as divide evenly.
     size = min(microbatch_size or num_rows, num_rows)
     parts, rest = divmod(num_rows, size)
     assert not rest, f"{num_rows} rows in microbatches of {size}"

@@ -48,6 +48,7 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
             "extra_ids": config.data.extra_ids,
         }
     start = model_folder.read_params(detection.open_model(source, **vocab))
+    # Add what the checkpoint lacks, each part with its own key.
     encoder_config = gecko_jax.config.encoder_config(config)
     if encoder_config.projection and not start.encoder_config.projection:
         logging.info("%s has no projection; adding a fresh one", source)
@@ -70,6 +71,8 @@ def _add_layers(
     params: Mapping[str, Any], config: dual_encoder.EncoderConfig, key: Key[Array, ""]
 ) -> dict[str, Any]:
     """Adds layers whose output matrices are 0."""
+    # The residual branches end in `out` and `wo`. With zeros there, the new layers do
+    # not change the hidden states of the bag of tokens at first.
     flat = parameters.flatten(params)
     for name, leaf in parameters.flatten(dual_encoder.init_params(config, key)).items():
         if name.startswith("encoder/layers_"):
@@ -180,6 +183,7 @@ def init_params(
         key, share = jax.random.fold_in(key, 1), config.init.token_weight_dims
         return from_scratch.weight_tokens(params, weights, key, share)
 
+    # Draw inside a jit with output shardings: no device holds all parameters.
     params = jax.jit(draw, out_shardings=shardings)(jax.random.fold_in(key, 0))
     if config.init.align_steps:
         covariance = _pair_covariance(
@@ -204,19 +208,23 @@ def _pair_covariance(
         mask = batch["example_mask"].astype(jnp.float32)[:, None]
 
         def embed(side: str) -> Array:
+            # Padding rows must not add to the sums.
             texts = dual_encoder.embed_texts(
                 encoder, params, batch, side, num_segments=batches.num_segments
             )
+            # The first passages are the positives; hard negatives follow.
             return dual_encoder.normalize(texts[: len(mask)]).astype(jnp.float32) * mask
 
         queries, positives = embed("query"), embed("passage")
         return queries.T @ positives, queries.sum(0), positives.sum(0), mask.sum()
 
+    # The batches are those that training begins with; they are encoded without dropout.
     total: Any = None
     for batch in progress.track(
         batches.iterate(0, num_steps), "Ordering the dims", num_steps
     ):
         step = sums(params, sharding.place_batch(batch, mesh))
         total = step if total is None else jax.tree.map(jnp.add, total, step)
+    # E[q p^T] - E[q] E[p]^T, from the sums over all batches.
     products, queries, positives, count = total
     return products / count - jnp.outer(queries / count, positives / count)

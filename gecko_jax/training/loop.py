@@ -93,7 +93,8 @@ def _train(
     _set_compilation_cache(config.train.compilation_cache)
     mesh = sharding.build_mesh(**train_step.mesh_sizes(config))
 
-    # The data, the compiled step, and the starting point.
+    # The data, the step, and the starting point. Bad data or a bad checkpoint fails
+    # before the step compiles.
     batches, start = _open_data(config, workdir, mesh, loss)
     step_fn = train_step.build(
         config,
@@ -109,7 +110,7 @@ def _train(
     state, saved = _starting_point(
         config, checkpointer, step_fn, batches, start, key, mesh, loss
     )
-    del start
+    del start  # Its parameters may be as large as the model.
     for line in train_step.describe(config, step_fn, mesh):
         logging.info("%s", line)
     step = first_step = int(state.step)
@@ -135,13 +136,17 @@ def _train(
             shapes.add(shape)
             state, summary = step_fn.run(state, sharding.place_batch(batch, mesh), key)
             clock.enter("step")
+            # The device now works on this step; read the metrics of the one before.
             if pending is not None:
                 report.add(*pending)
             pending = (step, summary, batch)
 
+            # Every process takes the same decisions, because saving and evaluating are
+            # collective.
             is_stopping = stop.is_raised(step)
             is_evaluating = report.is_evaluation_step(step)
             is_saving = is_stopping or _is_saving_step(config, step, saved_at)
+            # A checkpoint must include the metrics of its own step.
             if is_saving or is_evaluating:
                 report.add(*pending)
                 pending = None
@@ -152,10 +157,12 @@ def _train(
                 with clock.within("checkpoint"):
                     checkpointer.save(step, state.params, state.opt_state, position)
                 saved_at = time.monotonic()
+            # SIGTERM after the last step changes nothing, unless its evaluation is due.
             is_interrupted = is_stopping and (step < num_steps or is_evaluating)
             if is_interrupted:
                 break
             clock.enter("data")
+        # Checkpoints are written in the background.
         clock.enter("checkpoint")
         checkpointer.wait()
     finally:
@@ -208,6 +215,7 @@ def _starting_point(
     It comes from the workdir's newest checkpoint, else from `init.checkpoint`, else
     from fresh parameters.
     """
+    # Arrays are restored or created directly with their shardings.
     shardings = step_fn.shardings
     restored = checkpointer.restore(step_fn.shapes.params, step_fn.shapes.opt_state)
     if restored is not None:
@@ -223,6 +231,7 @@ def _starting_point(
             params = initialization.init_params(
                 config, step_fn.encoder, batches, key, mesh, shardings.params
             )
+        # The optimizer state is never restored from `init.checkpoint`.
         init = jax.jit(step_fn.tx.init, out_shardings=shardings.opt_state)
         opt_state = init(params)
     step = jax.device_put(np.int32(step), shardings.step)
@@ -235,6 +244,7 @@ def _num_bytes(tree: Any) -> int:
 
 def _batch_bytes(config: ml_collections.ConfigDict) -> int:
     """Returns the size of a batch whose texts all have full length, at least."""
+    # Each example has a query, a positive and G hard negatives.
     passages = (1 + config.data.num_negatives) * config.data.passage_length
     tokens = config.data.batch_size * (config.data.query_length + passages)
     return 2 * 4 * tokens  # ids and segments
@@ -269,6 +279,7 @@ def _is_saving_step(
         return True
     if not settings.every_minutes:
         return False
+    # Also by time, so that a preemption costs at most `every_minutes`.
     is_due = time.monotonic() - saved_at > 60 * settings.every_minutes
     if jax.process_count() == 1:
         return is_due

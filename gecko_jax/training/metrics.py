@@ -1,7 +1,6 @@
-"""Training metrics: means over a window of steps, to JSON lines and TensorBoard.
+"""Training metrics: means over a window of steps, as JSON lines and in TensorBoard.
 
-*Goodput* is the share of a run's time that its steps took; `Clock` says where the rest
-went.
+*Goodput* is the share of a run's time spent in training steps; `Clock` measures it.
 """
 
 import contextlib
@@ -17,12 +16,11 @@ from gecko_jax.io import reading
 
 METRICS = "metrics.jsonl"
 
-
 PHASES = ("init", "compile", "data", "step", "checkpoint", "evaluation")
 
 
 class Clock:
-    """Where the time of a run goes: each moment belongs to one of `PHASES`."""
+    """Time of a run by phase; at any moment the run is in one of `PHASES`."""
 
     def __init__(self):
         """Starts in "init"."""
@@ -31,7 +29,8 @@ class Clock:
         self._since = time.monotonic()
 
     def enter(self, phase: str) -> str:
-        """Begins another phase; returns the one that ends."""
+        """Starts a phase; returns the one that ends."""
+        # The time since the last switch belongs to the phase that ends.
         now = time.monotonic()
         self._seconds[self._phase] += now - self._since
         before, self._phase, self._since = self._phase, phase, now
@@ -39,7 +38,7 @@ class Clock:
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Spends what the context takes in a phase, and goes back to the one before."""
+        """Enters a phase for the context, then returns to the previous one."""
         before = self.enter(phase)
         try:
             yield
@@ -54,7 +53,7 @@ class Clock:
 
 
 class Window:
-    """Means of the steps since the last log, and how fast they went."""
+    """Means and speeds of the steps since the last log."""
 
     def __init__(
         self,
@@ -63,13 +62,13 @@ class Window:
         flops_per_token: Mapping[str, float] | None = None,
         peak_flops_per_second: float | None = None,
     ):
-        """Starts the clock.
+        """Starts an empty window.
 
         Args:
             task_names: Names of the entries of `task_loss_sum` and `task_count`.
-            flops_per_token: Of training the model, for each side; padding counts for
-                nothing.
-            peak_flops_per_second: Of all chips; without it no utilisation is given.
+            flops_per_token: Training FLOPs per token of each side. Padding does not
+                count.
+            peak_flops_per_second: Peak rate of all chips; None for no utilisation.
         """
         self._task_names = task_names
         self._flops_per_token = flops_per_token or {}
@@ -78,12 +77,10 @@ class Window:
 
     def _reset(self) -> None:
         self._num_steps = 0
-        # Sums over the steps: numbers, or a list with an entry for each task.
+        # Sums over steps: a number, or a list with an entry per task.
         self._sums: dict[str, Any] = {}
         self._tokens = self._slots = 0
-        self._reset_speed()
-
-    def _reset_speed(self) -> None:
+        # Speeds count this process only.
         self._timed_examples = self._timed_tokens = 0
         self._flops = 0.0
         self._began = time.monotonic()
@@ -98,12 +95,10 @@ class Window:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on with a window that another process began.
-
-        Speeds are those of this process alone.
+        """Continues a window that another process began; its speeds start anew.
 
         Args:
-            state: What `state` returned; empty for an empty window.
+            state: Result of `state`; empty for an empty window.
         """
         self._reset()
         if state:
@@ -114,6 +109,7 @@ class Window:
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
         """Counts the examples, tokens and padding of a batch."""
         self._timed_examples += int(batch["example_mask"].sum())
+        # Segment 0 is padding; the slots are tokens and padding.
         for side in ("query", "passage"):
             segments = batch[f"{side}_segment_ids"]
             tokens = int(np.count_nonzero(segments))
@@ -126,36 +122,34 @@ class Window:
         """Adds the metrics of one step."""
         self._num_steps += 1
         for name, value in values.items():
-            # In float64, which JSON holds exactly.
+            # JSON represents float64 exactly, so a resumed run has the same sums.
             value = np.asarray(value, np.float64) + self._sums.get(name, 0.0)
             self._sums[name] = value.tolist()
 
     def pause(self, seconds: float) -> None:
-        """Leaves time that was not training out of the speeds."""
+        """Excludes time that was not training from the speeds."""
         self._began += seconds
 
     def means(self) -> dict[str, float]:
-        """Returns the means of the window and opens the next one."""
+        """Returns the means of the window and starts the next one."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        if not self._num_steps:  # all were skipped
-            self._reset()
-            return {}
-        result = {
-            name: total / self._num_steps
-            for name, total in self._sums.items()
-            if not name.startswith("task_")
-        }
-        sums, counts = self._sums["task_loss_sum"], self._sums["task_count"]
-        for name, total, number in zip(self._task_names, sums, counts, strict=True):
-            if number:
-                result[f"loss/{name}"] = total / number
-        result |= {
-            "examples_per_second": self._timed_examples / seconds,
-            "tokens_per_second": self._timed_tokens / seconds,
-            "padding_share": 1 - self._tokens / max(self._slots, 1),
-        }
-        if self._peak:
-            result["model_flops_utilisation"] = self._flops / seconds / self._peak
+        result = {}
+        if self._num_steps:  # zero if every step was skipped
+            # Batch metrics: mean over steps.
+            for name, total in self._sums.items():
+                if not name.startswith("task_"):
+                    result[name] = total / self._num_steps
+            # Task losses: mean over the task's examples.
+            sums, counts = self._sums["task_loss_sum"], self._sums["task_count"]
+            for name, total, count in zip(self._task_names, sums, counts, strict=True):
+                if count:
+                    result[f"loss/{name}"] = total / count
+            result["examples_per_second"] = self._timed_examples / seconds
+            result["tokens_per_second"] = self._timed_tokens / seconds
+            result["padding_share"] = 1 - self._tokens / max(self._slots, 1)
+            # Model FLOPs count real tokens once: no padding, no recomputation.
+            if self._peak:
+                result["model_flops_utilisation"] = self._flops / seconds / self._peak
         self._reset()
         return result
 
@@ -166,11 +160,11 @@ class Writer:
     def __init__(
         self, workdir: str | pathlib.Path, first_step: int, enabled: bool = True
     ):
-        """Opens the files, and forgets what was logged after the restored step.
+        """Opens the files and drops lines from after the restored step.
 
         Args:
-            workdir: The run's folder.
-            first_step: Updates the run begins with; later lines are dropped.
+            workdir: Folder of the run.
+            first_step: Step at which this process starts.
             enabled: False on every process but the first.
         """
         self._file = self._board = None
@@ -179,6 +173,8 @@ class Writer:
         from tensorboardX import SummaryWriter
 
         path = pathlib.Path(workdir) / METRICS
+        # A resumed run computes these steps again. Replace the file in one rename, so a
+        # kill loses nothing.
         lines = [line for line in read(path) if line["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -189,7 +185,11 @@ class Writer:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line."""
+        """Adds one line.
+
+        Raises:
+            OSError: The file cannot be written; names it.
+        """
         if self._file is None or self._board is None:
             return
         line = {"step": step} | {k: round(v, 6) for k, v in values.items()}
@@ -198,33 +198,32 @@ class Writer:
             self._file.flush()
         except OSError as error:
             path = self._file.name
-            with contextlib.suppress(OSError):  # Closing writes again.
+            with contextlib.suppress(OSError):  # `close` flushes again.
                 self._file.close()
             self._file = None
             raise OSError(
                 error.errno,
                 f"{path}: the metrics of step {step} cannot be written "
-                f"({error.strerror}); make room on the disk, and the same command goes "
-                "on from the last checkpoint",
+                f"({error.strerror}); free disk space and run the same command to "
+                "continue from the last checkpoint",
             ) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Brings everything to disk."""
+        """Flushes TensorBoard's events; `metrics.jsonl` is flushed on every write."""
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, int | float]]:
-    """Returns the lines of a `metrics.jsonl`; a line cut off or damaged ends it."""
+    """Returns the lines of a `metrics.jsonl` up to the first damaged one."""
     lines: list[dict[str, int | float]] = []
     path = pathlib.Path(path)
     if path.exists():

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not a finite number: skipped, or the end of a run."""
+"""Steps whose loss or gradient is not finite: skipped, or the end of the run."""
 
 import pathlib
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from gecko_jax.formats import checkpoints
 
 
 class Guard:
-    """Counts such steps; their updates were not applied (`step.train_step`).
+    """Counts steps that are not finite; `train_step` does not apply their updates.
 
     Attributes:
-        total: Steps that were skipped.
+        total: Number of skipped steps.
     """
 
     def __init__(
         self, max_skipped: int, task_names: tuple[str, ...], workdir: pathlib.Path
     ):
-        """Starts with none.
+        """Starts at zero.
 
         Args:
-            max_skipped: How many in a row may be skipped.
-            task_names: What the per-task sums are of.
-            workdir: Named in the error.
+            max_skipped: Largest number of skipped steps in a row.
+            task_names: Names of the entries of the per-task sums.
+            workdir: Folder of the run, for the error.
         """
         self.total = 0
         self._in_a_row = 0
@@ -34,51 +34,53 @@ class Guard:
         self._workdir = workdir
 
     def state(self) -> dict[str, int]:
-        """Returns what a resumed run needs to go on counting, as JSON."""
+        """Returns the counts for a resumed run, as JSON."""
         return {"total": self.total, "in_a_row": self._in_a_row}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Goes on counting from a `state`; from 0 where it is empty."""
+        """Restores the counts of `state`; zeros if it is empty."""
         self.total = state.get("total", 0)
         self._in_a_row = state.get("in_a_row", 0)
 
     def is_finite(self, step: int, values: Mapping[str, Any]) -> bool:
-        """Returns whether the step counts; a warning says where it does not.
+        """Returns whether a step's metrics are finite; logs a warning if not.
 
         Raises:
-            FloatingPointError: More than `max_skipped` in a row do not.
+            FloatingPointError: More than `max_skipped` steps in a row are not.
         """
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
-            self._in_a_row = 0
+            self._in_a_row = 0  # Only consecutive steps count towards the limit.
             return True
         self.total += 1
         self._in_a_row += 1
-        what = (
+        message = (
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: "
             f"not finite, {self._where(values)}; the update was not applied"
         )
         if self._in_a_row > self._max_skipped:
             raise FloatingPointError(
-                f"{what}. Lower optimizer.learning_rate, set optimizer.clip_norm, "
-                "raise loss.temperature, or let train.max_skipped_steps in a row pass; "
-                f"the last checkpoint in {self._workdir / checkpoints.CHECKPOINTS} is "
-                "from before"
+                f"{message}. Lower optimizer.learning_rate, set optimizer.clip_norm, "
+                "raise loss.temperature, or raise train.max_skipped_steps to skip such "
+                f"steps; the checkpoints in {self._workdir / checkpoints.CHECKPOINTS} "
+                "are from earlier steps"
             )
         logging.warning(
-            "%s (%d in a row; %d may be, train.max_skipped_steps)",
-            what,
+            "%s (%d in a row; train.max_skipped_steps=%d)",
+            message,
             self._in_a_row,
             self._max_skipped,
         )
         return False
 
     def _where(self, values: Mapping[str, Any]) -> str:
-        of_tasks = zip(
-            self._task_names, values["task_loss_sum"], values["task_count"], strict=True
-        )
-        seen = [(name, total) for name, total, count in of_tasks if count]
-        bad = [name for name, total in seen if not np.isfinite(total)]
-        if bad:
+        sums, counts = values["task_loss_sum"], values["task_count"]
+        # Tasks without examples in this batch have a sum of 0.
+        totals = {
+            name: total
+            for name, total, count in zip(self._task_names, sums, counts, strict=True)
+            if count
+        }
+        # A finite loss with an infinite gradient overflowed in the backward pass.
+        if bad := [name for name, total in totals.items() if not np.isfinite(total)]:
             return f"in task {', '.join(bad)}"
-        names = ", ".join(name for name, _ in seen)
-        return f"in the gradient (the loss is finite; tasks {names})"
+        return f"in the gradient (the loss is finite; tasks {', '.join(totals)})"

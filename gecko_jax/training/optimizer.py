@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules, from optax.
 
-The paper names neither; the defaults are GTR's (Ni et al. 2021): Adafactor, 1e-3,
+The paper names neither. The defaults are GTR's (Ni et al. 2021): Adafactor at 1e-3 with
 linear decay.
 """
 
@@ -14,12 +14,12 @@ _TOKENS = "token_embedder"
 def build_schedule(
     name: str, *, learning_rate: float, warmup_steps: int, num_steps: int
 ) -> optax.Schedule:
-    """Returns step -> learning rate.
+    """Returns a function from the step to the learning rate.
 
     Args:
-        name: After the warm-up: "constant", "linear" or "cosine" decay to 0 at
+        name: Schedule after the warm-up: "constant", "linear" or "cosine" decay to 0 at
             `num_steps`, or T5's "rsqrt" decay.
-        learning_rate: The peak.
+        learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warm-up from 0.
         num_steps: Steps of the run.
     """
@@ -27,7 +27,8 @@ def build_schedule(
     timescale = max(warmup_steps, 1)
 
     def rsqrt(step):
-        # `join_schedules` asks every schedule at every step, so also before its own 0.
+        # `join_schedules` evaluates every schedule at every step, so also at negative
+        # steps of this one.
         return learning_rate * (timescale / (jnp.maximum(step, 0) + timescale)) ** 0.5
 
     decays = {
@@ -36,9 +37,9 @@ def build_schedule(
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, decay_steps),
         "rsqrt": lambda: rsqrt,
     }
-    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     if warmup_steps == 0:
         return decays[name]()
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     return optax.join_schedules([warmup, decays[name]()], [warmup_steps])
 
 
@@ -52,19 +53,19 @@ def build_optimizer(
     beta1: float,
     beta2: float,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer, gradient clipping included.
+    """Returns the optimizer, including gradient clipping.
 
     Args:
-        name: "adafactor" (T5's: factored second moments, updates clipped and scaled by
-            each parameter's size) or "adamw".
-        schedule: Step -> learning rate.
-        token_rate: Of token embeddings, times the learning rate. T5's have entries of
-            variance 1, those of other matrices 1 over their width, so one rate moves
-            the tokens of a small model from scratch by next to nothing.
-        weight_decay: Of matrices alone; norms and biases never decay. Per step this
-            takes `learning_rate * weight_decay` of a weight.
+        name: "adafactor" (T5's: factored second moments; updates are clipped and scaled
+            by each parameter's size) or "adamw".
+        schedule: Function from the step to the learning rate.
+        token_rate: Learning rate of the token embeddings, relative to the others. T5's
+            token embeddings have variance 1 and its matrices have variance 1/width, so
+            with one rate the tokens of a small model from scratch hardly change.
+        weight_decay: Decay of matrices; norms and biases never decay. Each step
+            subtracts `learning_rate * weight_decay` of a weight.
         clip_norm: Largest global gradient norm; 0 for no clipping.
-        beta1: First-moment decay of AdamW; Adafactor has none at 0.
+        beta1: First-moment decay. Adafactor has no first moment at 0.
         beta2: Second-moment decay of AdamW; Adafactor has its own schedule.
     """
 
@@ -76,28 +77,25 @@ def build_optimizer(
         tokens = jax.tree.map(lambda leaf: token_rate * leaf, updates[_TOKENS])
         return {**updates, _TOKENS: tokens}
 
-    scale = [optax.stateless(scale_tokens)] if token_rate != 1 else []
-    decay = optax.add_decayed_weights(weight_decay, mask=is_matrix)
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    # From gradients to updates of unit learning rate.
     if name == "adafactor":
-        # The pieces of `optax.adafactor`, which scales its decay by neither the
-        # learning rate nor a schedule of it.
-        parts = [
+        # The parts of `optax.adafactor`, which does not multiply its weight decay by
+        # the learning rate.
+        parts += [
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.scale_by_param_block_rms(),
-            *scale,
-            decay,
-            optax.scale_by_learning_rate(schedule),
         ]
-        if beta1:
-            parts.append(optax.ema(beta1, debias=False))
     else:
-        parts = [
-            optax.scale_by_adam(b1=beta1, b2=beta2),
-            *scale,
-            decay,
-            optax.scale_by_learning_rate(schedule),
-        ]
-    if clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+        parts.append(optax.scale_by_adam(b1=beta1, b2=beta2))
+    # The token rate applies to the update, but not to the decay.
+    if token_rate != 1:
+        parts.append(optax.stateless(scale_tokens))
+    parts += [
+        optax.add_decayed_weights(weight_decay, mask=is_matrix),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if name == "adafactor" and beta1:
+        parts.append(optax.ema(beta1, debias=False))
     return optax.chain(*parts)

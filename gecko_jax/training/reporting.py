@@ -87,14 +87,16 @@ class Report:
         Raises:
             FloatingPointError: Too many steps in a row were not finite.
         """
+        # Padding and duplicates are counted on the host, from the batch itself.
         self._window.count(batch)
         self._watch.add(batch)
-        values = jax.device_get(summary)
+        values = jax.device_get(summary)  # Waits for the step.
         if self._guard.is_finite(step, values):
-            self._window.add(values)
+            self._window.add(values)  # Means leave out skipped steps.
         self._bar.update(step, f"loss {values['loss']:.3f}")
         if step % self._log_every_steps == 0 or step == self._num_steps:
             self._watch.warn()
+            # Update n used the schedule's value at n - 1.
             rate = float(np.asarray(self._schedule(step - 1)))
             self.last = self._window.means() | self.clock.shares()
             self.last |= {"learning_rate": rate, "skipped_steps": self._guard.total}
@@ -117,12 +119,14 @@ class Report:
             }
         self._writer.write(step, results)
         self.last.update(results)
+        # Speeds are those of training alone.
         self._window.pause(time.monotonic() - began)
 
     def evaluate_once(self, step: int, params: Any) -> None:
         """Runs the evaluation of the first step, unless the run did before."""
         if not self.is_evaluation_step(step):
             return
+        # A resumed run has the evaluation of its first step, unless SIGTERM skipped it.
         is_done = any(
             line["step"] == step
             and any(name.startswith("evaluation/") for name in line)

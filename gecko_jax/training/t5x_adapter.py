@@ -1,14 +1,14 @@
-r"""The dual encoder as a `t5x.models.BaseModel`, so that t5x's own trainer drives it.
+r"""The dual encoder as a `t5x.models.BaseModel`, for t5x's own trainer.
 
     python -m t5x.train --gin_search_paths=configs \
         --gin_file=t5x/quickstart.gin --gin.MODEL_DIR=\"runs/t5x\"
 
 `configs/t5x/quickstart.gin` has every binding that a run needs, `configs/t5x/start.gin`
-those to start from a checkpoint, and `docs/t5x.md` explains them.
+has those to start from a checkpoint, and `docs/t5x.md` explains them.
 
-The parameters have T5X's names already, so checkpoints of either trainer load into the
-other's model (`gecko import`, `gecko export --to=t5x`). t5x comes from its repository
-(`requirements-t5x.txt`): the name on PyPI is an empty package.
+The parameters have T5X's names, so checkpoints of either trainer load into the other's
+model (`gecko import`, `gecko export --to=t5x`). Install t5x from its repository
+(`requirements-t5x.txt`): the package of that name on PyPI is empty.
 """
 
 import functools
@@ -22,30 +22,31 @@ import jax.numpy as jnp
 from etils import epath
 from flax import core as flax_core
 from flax.linen import partitioning
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gecko_jax.data import registration, t5x_features
 from gecko_jax.formats import model_folder, parameters, to_t5x
 from gecko_jax.losses import contrastive
 from gecko_jax.models import dual_encoder
 
-# Added to t5x's standard rules: the width of the projection, as in t5x_retrieval.
-LOGICAL_AXIS_RULES = (("affinity", None),)
-
 
 def logical_axis_rules() -> list[tuple[str, str | None]]:
-    """Returns t5x's standard rules and those of the projection, for a partitioner."""
+    """Returns the rules for t5x's partitioner.
+
+    `affinity`, the width of the projection, is added to t5x's standard rules, as in
+    t5x_retrieval.
+    """
     from t5x import partitioning as t5x_partitioning
 
     return list(
         t5x_partitioning.standard_logical_axis_rules(
-            additional_rules=LOGICAL_AXIS_RULES
+            additional_rules=(("affinity", None),)
         )
     )
 
 
 def logical_factor_rules() -> Mapping[str, Any]:
-    """Returns t5x's standard rules and those of the projection, for its Adafactor."""
+    """Returns the rules for t5x's Adafactor, with `affinity` added."""
     from t5x import adafactor
 
     return flax_core.freeze(
@@ -65,18 +66,18 @@ def summarize_config(
     mixture_or_task: Any,
     task_feature_lengths: Mapping[str, int],
 ) -> None:
-    """Writes t5x's summary of the config, and the settings that `gecko import` needs.
+    """Writes t5x's summary of the config, and the settings for `gecko import`.
 
-    A T5X checkpoint holds parameters alone. `gecko/` in the `model_dir` keeps the text
-    format, the vocabulary, the sizes, the MRL dims and the lengths.
+    A T5X checkpoint has only parameters. The folder `gecko/` in `model_dir` has the
+    text format, the vocabulary, the sizes, the MRL dims and the lengths.
 
     Args:
         model_dir: Folder of the run.
-        summary_writer: See `t5x.gin_utils.summarize_gin_config`.
-        step: See there.
-        t5x_model: What `build_model` returns.
-        mixture_or_task: Name of what it trains on, registered by `data.registration`.
-        task_feature_lengths: Lengths of the texts, as t5x's data takes them.
+        summary_writer: Argument of `t5x.gin_utils.summarize_gin_config`.
+        step: Argument of the same function.
+        t5x_model: Result of `build_model`.
+        mixture_or_task: Name of the training data, registered by `data.registration`.
+        task_feature_lengths: Tokens per text of each feature, as in t5x's data config.
     """
     from t5x import gin_utils
 
@@ -105,12 +106,12 @@ def _write_settings(
         mrl_dims=tuple(t5x_model.loss_settings["mrl_dims"]),
         query_length=lengths["query"],
         passage_length=lengths["positive"],
-        # Those of a checkpoint come from the checkpoint.
+        # `gecko import` takes step and revision from the checkpoint.
         step=0,
         revision="",
         provenance={"trained_by": "t5x"},
     )
-    # A `model_dir` is a bucket more often than not.
+    # `model_dir` may be a bucket, but `write_model_json` needs a local folder.
     with tempfile.TemporaryDirectory() as local:
         model_folder.write_model_json(pathlib.Path(local), settings)
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,23 +129,22 @@ def build_model(
     temperature: float,
     **switches: bool,
 ) -> Any:
-    """Returns a `t5x.models.BaseModel`.
+    """Returns a `t5x.models.BaseModel`; its batches come from `data.t5x_features`.
 
-    The batch is what `data.t5x_features` makes of a seqio task. t5x's microbatches
-    would leave each microbatch its own in-batch negatives only: keep
-    `num_microbatches` at None.
+    Keep t5x's `num_microbatches` at None: each of t5x's microbatches would see only its
+    own in-batch negatives.
 
     Args:
         config: Sizes and settings of the encoder.
         optimizer_def: One of `t5x.optimizers`.
         num_negatives: Hard negatives per query (G).
-        mrl_dims: See `losses.mrl_loss`.
-        mrl_weights: See `losses.mrl_loss`.
-        temperature: See `losses.contrastive_loss`.
-        **switches: Other keyword arguments of `losses.contrastive_loss`.
+        mrl_dims: Trained prefixes of the embedding.
+        mrl_weights: Weight of each prefix.
+        temperature: Divides the similarities.
+        **switches: Other keyword arguments of `contrastive.contrastive_loss`.
 
     Raises:
-        ImportError: t5x is not installed; says from where.
+        ImportError: t5x is not installed; names the command that installs it.
     """
     loss_settings = {
         "mrl_dims": tuple(mrl_dims),
@@ -152,12 +152,8 @@ def build_model(
         "temperature": temperature,
         **switches,
     }
-    return _model_class()(
-        config,
-        optimizer_def,
-        loss_settings,
-        t5x_features.feature_converter(num_negatives),
-    )
+    converter = t5x_features.feature_converter(num_negatives)
+    return _model_class()(config, optimizer_def, loss_settings, converter)
 
 
 @functools.cache
@@ -166,14 +162,14 @@ def _model_class() -> Any:
         import t5x.models as t5x_models
     except ImportError as error:
         raise ImportError(
-            f"t5x is not installed, or not all of it ({error}); `pip install "
-            "--no-deps -r requirements-t5x.txt` brings it from its repository (the "
-            "package of that name on PyPI is empty)"
+            f"t5x is not installed, or only in part ({error}); run `pip install "
+            "--no-deps -r requirements-t5x.txt`, which installs it from its repository "
+            "(the package of that name on PyPI is empty)"
         ) from error
     from clu import metrics as clu_metrics
 
     class GeckoModel(t5x_models.BaseModel):
-        """What t5x asks of a model, answered by `model` and `losses`."""
+        """The dual encoder and its loss behind t5x's interface."""
 
         def __init__(
             self,
@@ -193,21 +189,9 @@ def _model_class() -> Any:
             input_shapes: Mapping[str, Any],
             input_types: Mapping[str, Any] | None = None,
         ) -> Any:
-            """Returns `params`, and their logical axes as t5x wants them."""
+            """Returns `params`, and `params_axes` with their logical axes."""
             del input_shapes, input_types  # No parameter depends on them.
-            config = self.module.config
-            axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
-            return flax_core.freeze(
-                {
-                    "params": dual_encoder.init_params(config, _typed_key(rng)),
-                    "params_axes": parameters.unflatten(
-                        {
-                            f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
-                            for name, spec in axes.items()
-                        }
-                    ),
-                }
-            )
+            return _initial_variables(self.module.config, _typed_key(rng))
 
         def loss_fn(
             self,
@@ -216,52 +200,23 @@ def _model_class() -> Any:
             dropout_rng: Any,
             flax_mutables: Any = None,
         ) -> tuple[Array, Mapping[str, Any]]:
-            """Returns the mean MRL loss of the batch, and clu metrics."""
+            """Returns the mean MRL loss of the batch, and clu metrics.
+
+            t5x's partitioner compiles this for the global batch, so in-batch negatives
+            come from all devices without explicit collectives.
+            """
             del flax_mutables
-            size = batch["query_tokens"].shape[0]
-            keys = [None, None, None]
+            key = None
             if dropout_rng is not None and self.module.config.dropout_rate:
-                keys = list(jax.random.split(_typed_key(dropout_rng), 3))
-            queries = self._embed(params, batch["query_tokens"], keys[0])
-            positives = self._embed(params, batch["positive_tokens"], keys[1])
-            negatives = None
-            negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
-            negative_mask = jnp.zeros((size, 0), bool)
-            if "negative_tokens" in batch:
-                _, num, length = batch["negative_tokens"].shape
-                flat = batch["negative_tokens"].reshape(size * num, length)
-                negatives = self._embed(params, flat, keys[2]).reshape(size, num, -1)
-                negative_id = batch["negative_id"]
-                negative_mask = batch["negative_mask"]
-            ids = contrastive.BatchIds(
-                query_id=batch["query_id"],
-                passage_id=batch["passage_id"],
-                negative_id=negative_id,
-                negative_mask=negative_mask,
-                example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
-                negative_group=batch["negative_group"],
-            )
-            loss, terms = contrastive.mrl_loss(
-                queries,
-                positives,
-                negatives,
-                ids,
-                **self.loss_settings,
-            )
-            full = terms[max(terms)]
-            values = {
-                "loss": loss,
-                "accuracy": full.accuracy,
-                "positive_similarity": full.positive_similarity,
-                **{f"loss_{dim}": terms[dim].loss for dim in terms},
-            }
-            mask = ids.example_mask
+                key = _typed_key(dropout_rng)
+            values, mask = _loss(self.module, params, batch, key, self.loss_settings)
             metrics = {
                 name: clu_metrics.Average.from_model_output(value, mask=mask)
                 for name, value in values.items()
             }
+            # The mean over examples; padding rows have a loss of 0.
             count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
-            return jnp.sum(loss) / count, metrics
+            return jnp.sum(values["loss"]) / count, metrics
 
         def score_batch(
             self,
@@ -270,11 +225,11 @@ def _model_class() -> Any:
             return_intermediates: bool = False,
             flax_mutables: Any = None,
         ) -> Float[Array, " B"]:
-            """Returns the cosine of each query and its positive."""
+            """Returns the cosine similarity of each query and its positive."""
             del return_intermediates, flax_mutables
             queries, positives = (
                 dual_encoder.normalize(
-                    self._embed(params, batch[f"{side}_tokens"], None)
+                    _embed(self.module, params, batch[f"{side}_tokens"])
                 )
                 for side in ("query", "positive")
             )
@@ -287,29 +242,90 @@ def _model_class() -> Any:
             rng: Any = None,
             flax_mutables: Any = None,
         ) -> tuple[Float[Array, "B D"], Mapping[str, Array]]:
-            """Returns the normalized embeddings of the queries, at full width."""
+            """Returns the normalized query embeddings at full width."""
             del rng, flax_mutables
-            queries = self._embed(params, batch["query_tokens"], None)
+            queries = _embed(self.module, params, batch["query_tokens"])
             epsilon = self.module.config.l2_epsilon
             return dual_encoder.normalize(queries, epsilon), {}
-
-        def _embed(
-            self, params: Any, tokens: Int[Array, "B L"], key: Any
-        ) -> Float[Array, "B D"]:
-            keys = None if key is None else jax.random.split(key, tokens.shape[0])
-            rows: Any = self.module.apply(
-                {"params": flax_core.unfreeze(params)},
-                tokens,
-                (tokens > 0).astype(jnp.int32),
-                dropout_keys=keys,
-            )
-            return rows[:, 0]
 
     return GeckoModel
 
 
+def _initial_variables(config: dual_encoder.EncoderConfig, key: Any) -> Any:
+    # t5x looks up the logical axes of the parameter NAME under NAME_axes.
+    flat_axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
+    axes = {
+        f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
+        for name, spec in flat_axes.items()
+    }
+    params = dual_encoder.init_params(config, key)
+    return flax_core.freeze(
+        {"params": params, "params_axes": parameters.unflatten(axes)}
+    )
+
+
+def _loss(
+    module: dual_encoder.DualEncoder,
+    params: Any,
+    batch: Mapping[str, Array],
+    key: Any,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Float[Array, " B"]], Bool[Array, " B"]]:
+    """Returns the loss and other values of each example, and the examples' mask."""
+    # One dropout key each for queries, positives and hard negatives.
+    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+    queries = _embed(module, params, batch["query_tokens"], keys[0])
+    positives = _embed(module, params, batch["positive_tokens"], keys[1])
+    # Hard negatives are optional features; without them G is 0.
+    size = queries.shape[0]
+    negatives = None
+    negative_id = jnp.zeros((size, 0, 2), jnp.uint32)
+    negative_mask = jnp.zeros((size, 0), bool)
+    if "negative_tokens" in batch:
+        # Encode [B, G, L] as B * G texts.
+        _, num, length = batch["negative_tokens"].shape
+        flat = batch["negative_tokens"].reshape(size * num, length)
+        negatives = _embed(module, params, flat, keys[2]).reshape(size, num, -1)
+        negative_id, negative_mask = batch["negative_id"], batch["negative_mask"]
+    ids = contrastive.BatchIds(
+        query_id=batch["query_id"],
+        passage_id=batch["passage_id"],
+        negative_id=negative_id,
+        negative_mask=negative_mask,
+        # A row of zeros is padding.
+        example_mask=jnp.any(batch["query_tokens"] > 0, axis=1),
+        negative_group=batch["negative_group"],
+    )
+    loss, terms = contrastive.mrl_loss(queries, positives, negatives, ids, **settings)
+    # Similarities are reported at the largest dim.
+    full = terms[max(terms)]
+    values = {
+        "loss": loss,
+        "accuracy": full.accuracy,
+        "positive_similarity": full.positive_similarity,
+        **{f"loss_{dim}": terms[dim].loss for dim in terms},
+    }
+    return values, ids.example_mask
+
+
+def _embed(
+    module: dual_encoder.DualEncoder,
+    params: Any,
+    tokens: Int[Array, "B L"],
+    key: Any = None,
+) -> Float[Array, "B D"]:
+    """Embeds one text per row: t5x's batches are not packed."""
+    rows: Any = module.apply(
+        {"params": flax_core.unfreeze(params)},
+        tokens,
+        (tokens > 0).astype(jnp.int32),
+        dropout_keys=None if key is None else jax.random.split(key, tokens.shape[0]),
+    )
+    return rows[:, 0]
+
+
 def _typed_key(key: Any) -> Any:
-    """Returns a new-style key; t5x hands over the two words of an old one."""
+    """Returns a new-style key; t5x passes raw uint32 keys."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

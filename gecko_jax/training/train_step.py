@@ -74,16 +74,22 @@ def train_step(
         The next state, and metrics: means over the batch and sums per task. If the loss
         or a gradient is not finite, only the step of the state changes.
     """
+    # The step's key depends on the step alone, so a resumed run draws the same masks.
     key = jax.random.fold_in(key, state.step)
+    # The gradient is that of the mean loss over the global batch, however the batch is
+    # split into devices and microbatches.
     row_loss, terms, grads = loss_and_gradients(state.params, batch, key)
+    # Mean over the examples of the batch; padding has a loss of 0.
     mask = batch["example_mask"].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(mask), 1.0)
     loss = jnp.sum(row_loss) / count
     grad_norm = optax.tree.norm(grads)
     # Skip the update if it is not finite; the host decides whether to stop.
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # Compute it anyway and select afterwards: no branch, and no wait for the host.
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, updates), opt_state)
+    # Keep the old parameters and moments if the step is skipped.
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old),
         proposed,
@@ -101,6 +107,7 @@ def train_step(
     for name in ("spread", "matching"):
         if getattr(full, name) is not None:
             means[name] = getattr(full, name)
+    # Sums and counts per task: the host divides after summing over steps.
     by_task = functools.partial(
         jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
     )
@@ -136,15 +143,16 @@ def build(
     """
     microbatch_size = config.train.microbatch_size
     sharding.check_batch(config.data.batch_size, microbatch_size, mesh)
-    sharding.check_rules(config.mesh.rules)
     encoder_config = gecko_jax.config.encoder_config(config)
     encoder = dual_encoder.DualEncoder(encoder_config)
     schedule, tx = build_optimizer(config)
+    # Shapes first, without allocating: parameters are created with their shardings.
     shapes, logical_axes = dual_encoder.abstract_params(encoder_config)
     params = sharding.param_shardings(shapes, logical_axes, mesh, config.mesh.rules)
+    # Moments are sharded like the parameters they belong to.
     opt_shapes = jax.eval_shape(tx.init, shapes)
     opt_state = sharding.state_shardings(opt_shapes, shapes, params, mesh)
-    everywhere = sharding.replicated(mesh)
+    everywhere = sharding.replicated(mesh)  # of the step counter
     shardings = TrainState(params, opt_state, everywhere)
     step_shape = jax.ShapeDtypeStruct((), jnp.int32)
     run = functools.partial(
@@ -165,8 +173,10 @@ def build(
         encoder,
         schedule,
         tx,
+        # Shapes with shardings let `gecko compile` lower the step without arrays.
         _with_shardings(TrainState(shapes, opt_shapes, step_shape), shardings),
         shardings,
+        # Donating the state lets XLA update parameters and moments in place.
         jax.jit(
             run,
             in_shardings=(shardings, None, None),
@@ -244,6 +254,7 @@ def model_flops(config: ml_collections.ConfigDict, mean_length: float = 1.0) -> 
         config: The training config.
         mean_length: Mean text length, as a share of the maximum length.
     """
+    # Every query comes with its positive and G hard negatives.
     encoder_config = gecko_jax.config.encoder_config(config)
     texts = {
         "query": config.data.batch_size,
@@ -265,6 +276,7 @@ def describe(config: ml_collections.ConfigDict, step: Step, mesh: Mesh) -> list[
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     device = mesh.devices.flat[0]
     in_batch = data.batch_size - 1
+    # Negatives of one query.
     hard = data.num_negatives * (data.batch_size if loss.all_hard_negatives else 1)
     passages = data.batch_size * (1 + data.num_negatives)
     tokens = data.batch_size * data.query_length + passages * data.passage_length

@@ -90,6 +90,7 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
             f"{path}: damaged, not a config in JSON ({error}); restore it, or choose "
             "another workdir"
         ) from None
+    # Older runs lack keys that were added since; ADDED_KEYS has the values they used.
     before = gecko_jax.config.ADDED_KEYS | before
     now = gecko_jax.config.flatten(json.loads(gecko_jax.config.to_json(config)))
     changed = [
@@ -157,6 +158,7 @@ def position(
     loss: whole_batch.Loss | None,
 ) -> dict[str, Any]:
     """Returns what a checkpoint records of the data and the loss, as JSON."""
+    # The step is in the checkpoint; batch n depends on these facts and n alone.
     facts = {
         "mixture_hash": batches.mixture_hash,
         "mixture": batches.facts,
@@ -225,6 +227,7 @@ def write_model(
 
 def _revision(provenance: Mapping[str, Any]) -> str:
     """Returns a hash of everything that affects the parameters of the run."""
+    # Keys that may change on resume do not affect the parameters.
     facts = {
         key: value
         for key, value in gecko_jax.config.flatten(provenance).items()

@@ -1,4 +1,4 @@
-"""Proofs for TPU topologies: names, counts, and the loop that waits for nobody."""
+"""Ahead-of-time compilation for TPU topologies: names, FLOPs, collectives, search."""
 
 import contextlib
 import pathlib
@@ -28,17 +28,17 @@ ROOT = pathlib.Path(__file__).parents[2]
         ("v6e-4", "v6e:2x2"),
     ],
 )
-def test_names_of_the_cloud_are_those_of_the_compiler(name, topology):
+def test_cloud_names_map_to_topologies(name, topology):
     assert aot.parse_topology(name) == topology
 
 
 @pytest.mark.parametrize("name", ["v5e:3x3", "v7:2x2", "v5litepod-3", "v5e", ""])
-def test_an_unknown_topology_is_told_with_those_that_are(name):
-    with pytest.raises(ValueError, match=r"known are v5e:\{2x2,.*v5litepod-16"):
+def test_an_unknown_topology_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=r"use v5e:\{2x2,.*v5litepod-16"):
         aot.parse_topology(name)
 
 
-def test_flops_of_a_scan_and_of_recomputation_are_counted():
+def test_flops_include_scans_and_recomputation():
     def layer(x, w):
         return jnp.tanh(x @ w), None
 
@@ -48,7 +48,7 @@ def test_flops_of_a_scan_and_of_recomputation_are_counted():
     jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1)))(
         jnp.ones((3, 8, 8)), jnp.ones((4, 8))
     )
-    # Forward, again, and two products backward, in each of three layers.
+    # In each of three layers: forward, recomputed, and two products backward.
     assert aot.count_flops(jaxpr) == 3 * 4 * (2 * 4 * 8 * 8)
 
 
@@ -83,26 +83,27 @@ def _step(microbatch_size, **sizes):
 
 
 def _in_microbatch_loop(traced):
-    quickly = {"xla_backend_optimization_level": 0}
-    program = hlo.Program(traced.lower().compile(quickly).as_text())
-    found = program.collectives()
-    assert found
-    loops = [loop for one in found for loop in one.loops]
+    fast = {"xla_backend_optimization_level": 0}
+    program = hlo.Program(traced.lower().compile(fast).as_text())
+    collectives = program.collectives()
+    assert collectives
+    loops = [loop for one in collectives for loop in one.loops]
     return sum(map(aot._is_microbatch_loop, loops))
 
 
 def test_no_microbatch_waits_for_another_device():
     traced, config = _step(8, data=2, fsdp=4)
     assert _in_microbatch_loop(traced) == 0
-    # Layers run three times forward: for the embeddings, to begin the backward pass,
-    # and in it (remat); and backward for twice as much. The loss comes on top.
+    # Layers run three times forward (for the embeddings, at the start of the backward
+    # pass, and rematerialized in it) and once backward, at twice the cost. The loss is
+    # extra.
     flops = aot.count_flops(traced.jaxpr)
     model = train_step.model_flops(config)
     assert 5 / 3 * model < flops < 2 * model
 
 
 @pytest.mark.slow
-def test_a_split_over_heads_does_wait_in_the_loop():
+def test_a_split_over_heads_has_collectives_in_the_loop():
     traced, _ = _step(8, data=2, fsdp=2, tensor=2)
     assert _in_microbatch_loop(traced) > 0
 
@@ -132,7 +133,7 @@ def _report(rows, tensor, gib, memory_seconds, compute_seconds):
 
 
 @pytest.mark.parametrize("base_gib", [2, 20])
-def test_a_search_tries_what_can_be_faster_and_recommends_what_fits(
+def test_a_search_skips_slower_settings_and_recommends_one_that_fits(
     monkeypatch, base_gib
 ):
     tried = []
@@ -160,7 +161,7 @@ def test_a_search_tries_what_can_be_faster_and_recommends_what_fits(
     best = aot.recommend(reports)
     assert best is not None
     if base_gib == 2:
-        # With four rows compute bounds the step, and "none" fits with one alone.
+        # Compute bounds the step from four rows on; "none" fits with one row only.
         series = [(1, "full", rows) for rows in (1, 2, 4)]
         series += [(1, "dots", rows) for rows in (1, 2, 4)]
         assert tried == [*series, (1, "none", 1), (1, "none", 2)]
@@ -173,7 +174,7 @@ def test_a_search_tries_what_can_be_faster_and_recommends_what_fits(
 
 
 @pytest.mark.parametrize(("topology", "joined"), [("v4-32", True), ("v5p-8", False)])
-def test_the_cores_of_a_v4_are_one_device(monkeypatch, topology, joined):
+def test_the_cores_of_a_v4_chip_are_one_device(monkeypatch, topology, joined):
     from jax.experimental import topologies
 
     monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
@@ -186,7 +187,7 @@ def test_the_cores_of_a_v4_are_one_device(monkeypatch, topology, joined):
         assert (options.get("chip_config_name") == "megacore") == joined
 
 
-def test_a_libtpu_that_another_process_holds_is_told(monkeypatch):
+def test_a_libtpu_held_by_another_process_is_reported(monkeypatch):
     from jax.experimental import topologies
 
     def refuse(**_):
@@ -194,8 +195,8 @@ def test_a_libtpu_that_another_process_holds_is_told(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-    told = pytest.raises(ValueError, match=r"v5e:2x2: .*any other process.*lockfile")
-    with told, aot.topology_devices("v5e:2x2"):
+    error = pytest.raises(ValueError, match=r"v5e:2x2: .*any other process.*lockfile")
+    with error, aot.topology_devices("v5e:2x2"):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Reading XLA's text: bytes, loops, collectives."""
+"""HLO text: bytes, loops, collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +46,17 @@ ENTRY %main (rows.1: f32[8,4]) -> f32[8,4] {
 """.replace("AT", 'metadata={op_name="a/microbatches/while"}')
 
 
-def test_loops_count_as_often_as_they_run():
-    found = hlo.Program(TEXT).collectives()
-    assert [(one.kind, one.num_bytes, one.times, one.path) for one in found] == [
-        ("all-gather", 256, 1, "out"),
-        ("all-reduce", 128, 6, "here"),
+def test_collectives_are_multiplied_by_trip_counts():
+    assert hlo.Program(TEXT).collectives() == [
+        hlo.Collective("all-gather", 256, 1, ()),
+        hlo.Collective("all-reduce", 128, 6, ("a/microbatches/while",)),
     ]
-    assert [one.loops for one in found] == [(), ("a/microbatches/while",)]
 
 
-def test_a_slice_of_an_array_is_what_it_reads():
-    # Outside: 128 in, 256 out. Inside, six times: a row of 16 bytes in and out, the
-    # number of the row, and 128 in for a result that lies in another memory.
+def test_a_fusion_that_slices_an_array_reads_only_the_slice():
+    # Outside the loop: 128 bytes read, 256 written. Inside, six times: a row of 16
+    # bytes read and written, its index, and 128 bytes read for a result in another
+    # memory.
     assert hlo.Program(TEXT).memory_bytes() == 384 + 6 * (16 + 16 + 4 + 128)
 
 
@@ -88,17 +87,17 @@ NESTED = """\
     ("used", "called", "num_bytes"),
     [("%param_0, %param_1", "%slice", 16 + 4), ("%param_0", "%same", 128)],
 )
-def test_what_a_fusion_inside_of_a_fusion_reads(used, called, num_bytes):
-    # XLA writes so the matrix of a layer, cut from those of all, that is multiplied by.
+def test_a_nested_fusion_that_slices_reads_only_the_slice(used, called, num_bytes):
+    # XLA compiles a product with one layer's slice of a stacked matrix like this.
     before = TEXT[TEXT.index("%fused (") : TEXT.index("%condition (")]
     nested = NESTED.replace("USED", used).replace("CALLED", called)
     text = TEXT.replace(before, nested + "\n")
-    # Beside what it reads, the loop's row of 16 bytes and its sum of 128.
+    # The loop also writes its row of 16 bytes and reads 128 bytes for its sum.
     assert hlo.Program(text).memory_bytes() == 384 + 6 * (num_bytes + 16 + 128)
 
 
-def test_what_is_fetched_ahead_counts_once_and_in_part():
-    # 16 bytes of the slice read into another memory, and 128 copied both ways in main.
+def test_an_asynchronous_copy_or_slice_counts_once():
+    # The slice reads 16 bytes into another memory; the copy reads and writes 128.
     ahead = """\
   %some = ((f32[8,4]{1,0}), f32[1,4]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%rows.1), x
   %part = f32[1,4]{1,0:S(1)} slice-done(%some)
@@ -110,32 +109,32 @@ def test_what_is_fetched_ahead_counts_once_and_in_part():
     assert more == hlo.Program(TEXT).memory_bytes() + 16 + 2 * 128
 
 
-def test_pieces_of_one_collective_count_once():
+def test_the_pieces_of_a_collective_count_once():
     pieces = TEXT.replace("dimensions={0},", 'dimensions={0}, x={chain_id="3"},')
     line = next(line for line in pieces.splitlines() if "%all =" in line)
     twice = pieces.replace(line, line + "\n" + line.replace("%all =", "%all.2 ="))
     found = [(one.kind, one.times) for one in hlo.Program(twice).collectives()]
     assert found == [("all-gather", 1), ("all-reduce", 6)]
-    # One that lies in a loop with all of its pieces runs as often as the loop.
+    # A collective with all of its pieces in a loop runs as often as the loop.
     inside = twice.replace("to_apply=%add,", 'to_apply=%add, x={chain_id="4"},')
     assert [one.times for one in hlo.Program(inside).collectives()] == [1, 6]
 
 
-def test_it_reads_what_the_compiler_of_today_writes():
+def test_the_text_of_the_installed_xla_is_read():
     mesh = sharding.build_mesh()
     spec = PartitionSpec("data")
 
-    def shifted(rows):
+    def sum_rows(rows):
         def add(total, row):
             return total + jax.lax.psum(row, "data"), None
 
         start = jax.lax.pcast(jnp.zeros_like(rows[0]), (), to="varying")
         return jax.lax.scan(add, start, rows)[0]
 
-    compute = jax.shard_map(shifted, mesh=mesh, in_specs=spec, out_specs=spec)
+    compute = jax.shard_map(sum_rows, mesh=mesh, in_specs=spec, out_specs=spec)
     compiled = jax.jit(compute).lower(np.ones((40, 4), np.float32)).compile()
-    (found,) = hlo.Program(compiled.as_text()).collectives()
-    assert (found.kind, found.num_bytes, found.times) == ("all-reduce", 16, 5)
+    (one,) = hlo.Program(compiled.as_text()).collectives()
+    assert (one.kind, one.num_bytes, one.times) == ("all-reduce", 16, 5)
 
 
 @pytest.mark.parametrize(

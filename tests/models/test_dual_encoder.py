@@ -1,4 +1,4 @@
-"""The dual encoder: parity with T5X and Hugging Face, and what must not matter."""
+"""The dual encoder: parity with T5X and Hugging Face, and invariances."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ CONFIG = dual_encoder.EncoderConfig(
 def _params(config):
     init = jax.jit(dual_encoder.init_params, static_argnums=0)
     params = init(config, jax.random.key(0))
-    # A tenth of T5X's residual branches would hide faults in the layers.
+    # Small residual branches would hide errors in the layers.
     return jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim == 2 else leaf, params)
 
 
@@ -63,7 +63,7 @@ def _rows(texts, length):
 
 
 class TestT5X:
-    """Against what t5x and t5x_retrieval compute with the same parameters."""
+    """Parity with t5x and t5x_retrieval, given the same parameters."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -103,26 +103,27 @@ class TestT5X:
             parameters.flatten(tree) for tree in dual_encoder.abstract_params(config)
         )
         assert {n: list(s.shape) for n, s in shapes.items()} == info["params"]
-        theirs = {
+        expected = {
             name.removesuffix("_axes"): text
             for name, text in info["params_axes"].items()
         }
-        assert {n: f"AxisMetadata(names={tuple(a)})" for n, a in axes.items()} == theirs
+        names = {n: f"AxisMetadata(names={tuple(a)})" for n, a in axes.items()}
+        assert names == expected
 
     def test_hidden_states(self, reference, config, params):
         tokens = reference["left_tokens"]
-        found = _hidden(config, params, tokens, (tokens > 0).astype(np.int32))
+        actual = _hidden(config, params, tokens, (tokens > 0).astype(np.int32))
         real = tokens > 0
         np.testing.assert_allclose(
-            found[real], reference["left_hidden"][real], atol=ATOL
+            actual[real], reference["left_hidden"][real], atol=ATOL
         )
 
     def test_pooled(self, reference, config, params):
         tokens = reference["left_tokens"]
         segments = (tokens > 0).astype(np.int32)
         hidden = _hidden(config, params, tokens, segments)
-        found = dual_encoder.mean_pool(hidden, jnp.asarray(segments), 1)[:, 0]
-        np.testing.assert_allclose(found, reference["left_pooled"], atol=ATOL)
+        actual = dual_encoder.mean_pool(hidden, jnp.asarray(segments), 1)[:, 0]
+        np.testing.assert_allclose(actual, reference["left_pooled"], atol=ATOL)
 
     @pytest.mark.parametrize("scan_layers", [False, True])
     def test_projected_and_encodings(self, reference, config, params, scan_layers):
@@ -137,13 +138,15 @@ class TestT5X:
                 np.testing.assert_allclose(
                     projected, reference["left_projected"], atol=ATOL
                 )
-            found = dual_encoder.normalize(projected, config.l2_epsilon)
-            np.testing.assert_allclose(found, reference[f"{side}_encodings"], atol=ATOL)
+            actual = dual_encoder.normalize(projected, config.l2_epsilon)
+            np.testing.assert_allclose(
+                actual, reference[f"{side}_encodings"], atol=ATOL
+            )
 
     def test_a_row_of_padding_is_zero(self, reference, config, params):
         tokens = np.zeros((1, 10), np.int32)
-        found = dual_encoder.normalize(_embed(config, params, tokens, tokens)[:, 0])
-        np.testing.assert_array_equal(found, reference["pad_row_encoding"])
+        actual = dual_encoder.normalize(_embed(config, params, tokens, tokens)[:, 0])
+        np.testing.assert_array_equal(actual, reference["pad_row_encoding"])
 
     @pytest.mark.parametrize(
         ("name", "bidirectional", "hard"),
@@ -153,7 +156,7 @@ class TestT5X:
             ("loss_s100_neg_bi", True, True),
         ],
     )
-    def test_losses_are_t5x_retrievals(
+    def test_losses_equal_those_of_t5x_retrieval(
         self, reference, config, params, name, bidirectional, hard
     ):
         size, num_negatives, _ = reference["negative_tokens"].shape
@@ -190,7 +193,7 @@ class TestT5X:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["t5_1_0", "t5_1_1", "umt5"])
-def test_hidden_states_are_hugging_faces(kind):
+def test_hidden_states_equal_those_of_hugging_face(kind):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -204,11 +207,11 @@ def test_hidden_states_are_hugging_faces(kind):
         "feed_forward_proj": "relu" if kind == "t5_1_0" else "gated-gelu",
     }
     if kind == "umt5":
-        theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes))
+        hf_model = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes))
     else:
-        theirs = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+        hf_model = transformers.T5EncoderModel(transformers.T5Config(**sizes))
     with torch.no_grad():
-        for weights in theirs.parameters():
+        for weights in hf_model.parameters():
             weights.copy_(0.5 * torch.randn_like(weights))
     config = dual_encoder.EncoderConfig(
         **CONFIG.__dict__
@@ -218,7 +221,7 @@ def test_hidden_states_are_hugging_faces(kind):
         }
     )
     flat = {"projection_layer/kernel": np.zeros((16, 8), np.float32)}
-    for name, weights in theirs.named_parameters():
+    for name, weights in hf_model.named_parameters():
         flat[_t5x_name(name, kind)] = (
             weights.detach().numpy().T.copy()
             if weights.ndim == 2 and "shared" not in name
@@ -228,13 +231,13 @@ def test_hidden_states_are_hugging_faces(kind):
     parameters.check(params, config, source=kind)
     tokens, segments = _rows(_texts(5, 20), 20)
     with torch.no_grad():
-        expected = theirs.eval()(
+        expected = hf_model.eval()(
             input_ids=torch.tensor(tokens).long(),
             attention_mask=torch.tensor(segments),
         ).last_hidden_state.numpy()
-    found = _hidden(config, params, tokens, segments)
+    actual = _hidden(config, params, tokens, segments)
     real = segments > 0
-    np.testing.assert_allclose(found[real], expected[real], atol=ATOL)
+    np.testing.assert_allclose(actual[real], expected[real], atol=ATOL)
 
 
 def _t5x_name(name, kind):
@@ -261,18 +264,18 @@ def test_padding_and_bucket_length_do_not_change_an_embedding():
     texts = _texts(6, 20)
     base = _embed(CONFIG, _params(CONFIG), *_rows(texts, 20))
     for length in (32, 64):
-        found = _embed(CONFIG, _params(CONFIG), *_rows(texts, length))
-        np.testing.assert_allclose(found, base, atol=1e-5)
+        actual = _embed(CONFIG, _params(CONFIG), *_rows(texts, length))
+        np.testing.assert_allclose(actual, base, atol=1e-5)
 
 
 def test_tokens_under_padding_do_not_change_an_embedding():
     tokens, segments = _rows(_texts(6, 20), 32)
     base = _embed(CONFIG, _params(CONFIG), tokens, segments)
-    found = _embed(CONFIG, _params(CONFIG), np.where(segments, tokens, 9), segments)
-    np.testing.assert_array_equal(found, base)
+    actual = _embed(CONFIG, _params(CONFIG), np.where(segments, tokens, 9), segments)
+    np.testing.assert_array_equal(actual, base)
 
 
-def test_batch_position_and_neighbours_do_not_change_an_embedding():
+def test_the_other_rows_of_a_batch_do_not_change_an_embedding():
     texts, others = _texts(6, 20), _texts(6, 20, seed=1)
     base = _embed(CONFIG, _params(CONFIG), *_rows(texts, 20))
     reverse = _embed(CONFIG, _params(CONFIG), *_rows(texts[::-1], 20))
@@ -282,7 +285,7 @@ def test_batch_position_and_neighbours_do_not_change_an_embedding():
 
 
 @pytest.mark.parametrize("shared_relative_bias", [True, False])
-def test_packed_texts_get_the_embeddings_they_get_alone(shared_relative_bias):
+def test_packing_does_not_change_an_embedding(shared_relative_bias):
     config = dual_encoder.EncoderConfig(
         **CONFIG.__dict__ | {"shared_relative_bias": shared_relative_bias}
     )
@@ -300,8 +303,8 @@ def test_packed_texts_get_the_embeddings_they_get_alone(shared_relative_bias):
             index.append((row, number))
             at += size
     packed = _embed(config, _params(config), tokens, segments, 5)
-    found = dual_encoder.gather_texts(packed, jnp.asarray(index, jnp.int32))
-    np.testing.assert_allclose(found, alone, atol=1e-5)
+    actual = dual_encoder.gather_texts(packed, jnp.asarray(index, jnp.int32))
+    np.testing.assert_allclose(actual, alone, atol=1e-5)
     assert (packed[1, 3:] == 0).all()
 
 
@@ -337,12 +340,13 @@ def test_scan_and_remat_change_neither_outputs_nor_gradients(scan_layers, remat)
         dual_encoder.abstract_params(config)
     ) == jax.tree.structure(dual_encoder.abstract_params(CONFIG))
     expected = _outputs_and_gradients(dual_encoder.EncoderConfig(**base))
-    found = _outputs_and_gradients(config)
+    actual = _outputs_and_gradients(config)
     assert (abs(expected[0] - expected[1]) > 1e-3).any()  # dropout was on
-    for ours, theirs in zip(
-        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4),
+        actual,
+        expected,
+    )
 
 
 def test_scan_and_remat_do_not_change_fresh_parameters():
@@ -359,7 +363,7 @@ def test_scan_and_remat_do_not_change_fresh_parameters():
         )
 
 
-def test_bfloat16_changes_little_and_leaves_the_model_in_float32():
+def test_bfloat16_activations_give_close_float32_embeddings():
     config = dual_encoder.EncoderConfig(**CONFIG.__dict__ | {"dtype": "bfloat16"})
     tokens, segments = _rows(_texts(6, 20), 20)
     params = _params(CONFIG)
@@ -367,15 +371,15 @@ def test_bfloat16_changes_little_and_leaves_the_model_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     hidden = _hidden(config, params, tokens, segments)
     assert hidden.dtype == jnp.bfloat16
-    found = _embed(config, params, tokens, segments)
-    assert found.dtype == jnp.float32
+    actual = _embed(config, params, tokens, segments)
+    assert actual.dtype == jnp.float32
     # Pooling and projection are in float32: their results are not rounded again.
     pooled = np.asarray(hidden, np.float64) * segments[:, :, None]
     pooled = pooled.sum(1) / segments.sum(1, keepdims=True)
     exact = pooled @ np.asarray(params["projection_layer"]["kernel"], np.float64)
-    np.testing.assert_allclose(found[:, 0], exact, atol=1e-5)
+    np.testing.assert_allclose(actual[:, 0], exact, atol=1e-5)
     single = dual_encoder.normalize(_embed(CONFIG, params, tokens, segments))
-    cosine = jnp.sum(dual_encoder.normalize(found) * single, axis=-1)
+    cosine = jnp.sum(dual_encoder.normalize(actual) * single, axis=-1)
     assert cosine.min() > 0.999
     assert cosine.max() < 1 - 1e-7  # it did compute in bfloat16
 
@@ -395,11 +399,11 @@ def test_presets_have_the_parameter_counts_of_t5(size, millions):
         dual_encoder.EncoderConfig(**dual_encoder.PRESETS[size])
     )
     shapes.pop("projection_layer")
-    found = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
-    assert round(found, 0 if size == "xxl" else 1) == millions
+    actual = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
+    assert round(actual, 0 if size == "xxl" else 1) == millions
 
 
-def test_t5_1_0_has_one_wi_and_umt5_a_bias_in_each_layer():
+def test_t5_1_0_has_a_plain_mlp_and_umt5_a_bias_in_each_layer():
     config = dual_encoder.EncoderConfig(
         **CONFIG.__dict__
         | {"mlp_activations": ("relu",), "shared_relative_bias": False}
@@ -422,7 +426,7 @@ def test_a_cut_embedding_is_normalized_again():
     assert (dual_encoder.normalize(jnp.zeros((1, 8))) == 0).all()
 
 
-def test_weighed_tokens_count_by_their_weight_in_the_projection():
+def test_a_tokens_weight_is_its_share_in_the_projection():
     weights = np.linspace(0, 1, CONFIG.vocab_size).astype(np.float32)
     params = from_scratch.weight_tokens(
         _params(CONFIG), weights, jax.random.key(2), 0.25
@@ -443,8 +447,8 @@ def test_an_aligned_projection_keeps_similarities_and_puts_shared_dims_first():
     rows = _rows(_texts(9, 20), 20)
     before, after = (_embed(CONFIG, p, *rows)[:, 0] for p in (params, aligned))
     np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-4)
-    turn = np.linalg.lstsq(before, after, rcond=None)[0]
-    shares = np.diag(turn.T @ covariance @ turn)
+    rotation = np.linalg.lstsq(before, after, rcond=None)[0]
+    shares = np.diag(rotation.T @ covariance @ rotation)
     values = np.linalg.eigvalsh((covariance + covariance.T) / 2)[::-1]
     np.testing.assert_allclose(shares, values, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The parts of the encoder; the whole of it is in test_model.py."""
+"""The layers of the encoder; `test_dual_encoder.py` tests the whole encoder."""
 
 import json
 import pathlib
@@ -13,18 +13,18 @@ from gecko_jax.models import t5
 T5X = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 
 
-def test_relative_position_buckets_are_t5s():
+def test_relative_position_buckets_equal_those_of_t5():
     reference = np.load(T5X / "reference.npz")
     distances, buckets = reference["rel_distance"], reference["rel_bucket"]
     assert distances.min() == -200
     assert distances.max() == 200
-    found = t5.relative_position_buckets(201, 201, 32, 128)
-    # Row 200 holds the distances -200 to 0, row 0 those from 0 to 200.
-    np.testing.assert_array_equal(found[200], buckets[:201])
-    np.testing.assert_array_equal(found[0], buckets[200:])
+    actual = t5.relative_position_buckets(201, 201, 32, 128)
+    # Row 200 has the distances -200 to 0, row 0 has 0 to 200.
+    np.testing.assert_array_equal(actual[200], buckets[:201])
+    np.testing.assert_array_equal(actual[0], buckets[200:])
 
 
-def test_relative_position_buckets_depend_on_the_distance_alone():
+def test_relative_position_buckets_depend_only_on_the_distance():
     buckets = t5.relative_position_buckets(50, 50, 32, 128)
     for offset in (-49, -7, 0, 1, 20):
         assert len(set(np.diagonal(buckets, offset))) == 1
@@ -35,20 +35,20 @@ def test_relative_position_buckets_depend_on_the_distance_alone():
     )
 
 
-def test_the_norm_neither_centers_nor_leaves_float32():
+def test_the_norm_does_not_center_and_computes_in_float32():
     norm = t5.LayerNorm(jnp.dtype(jnp.bfloat16))
     x = 100 + jax.random.normal(jax.random.key(0), (2, 3, 8))
     scale = jnp.linspace(0.5, 2.0, 8)
-    found = norm.apply({"params": {"scale": scale}}, x)
-    assert found.dtype == jnp.bfloat16
+    actual = norm.apply({"params": {"scale": scale}}, x)
+    assert actual.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     exact = exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-6)
     exact = exact * np.asarray(scale)
-    # Rounded once, at the end: within half a unit in the last of 8 bits.
-    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8)
+    # Rounded once, at the end: half a unit in the last place of bfloat16.
+    np.testing.assert_allclose(np.asarray(actual, np.float64), exact, rtol=2**-8)
 
 
-def test_dropout_keeps_the_mean_and_shares_its_mask_along_a_row():
+def test_dropout_keeps_the_mean_and_shares_one_mask_per_row():
     x = jnp.ones((64, 7, 128))
     dropped = t5.dropout(x, 0.25, jax.random.split(jax.random.key(0), 64))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
@@ -57,7 +57,7 @@ def test_dropout_keeps_the_mean_and_shares_its_mask_along_a_row():
     assert (dropped[0] != dropped[1]).any()
 
 
-def test_a_rows_dropout_depends_on_its_key_alone():
+def test_the_dropout_of_a_row_depends_only_on_its_key():
     keys = jax.random.split(jax.random.key(0), 6)
     x = jnp.ones((6, 3, 2, 16))
     whole = t5.dropout(x, 0.5, keys)
@@ -74,11 +74,11 @@ def test_dropout_without_a_key_or_a_rate_changes_nothing():
 def test_the_gelu_is_the_tanh_form():
     x = np.linspace(-4, 4, 101)
     tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    found = t5.ACTIVATIONS["gelu"](jnp.float32(x))
-    np.testing.assert_allclose(found, tanh, atol=1e-6)
+    actual = t5.ACTIVATIONS["gelu"](jnp.float32(x))
+    np.testing.assert_allclose(actual, tanh, atol=1e-6)
 
 
-def test_a_config_from_json_is_the_config():
+def test_a_config_survives_json():
     config = t5.EncoderConfig(
         vocab_size=64,
         model_dim=16,
@@ -114,7 +114,7 @@ def test_attention_masks_other_segments_exactly(length):
     assert (alone[:, length:] != changed[:, length:]).all()
 
 
-def test_cudnn_attention_off_a_gpu_is_xlas():
+def test_cudnn_attention_equals_xla_without_a_gpu():
     settings = {
         "vocab_size": 64,
         "model_dim": 16,
@@ -135,7 +135,7 @@ def test_cudnn_attention_off_a_gpu_is_xlas():
 
 
 @pytest.mark.gpu
-def test_cudnn_attention_is_xlas_to_bfloat16():
+def test_cudnn_attention_equals_xla_to_bfloat16():
     keys = jax.random.split(jax.random.key(0), 4)
     heads = [jax.random.normal(key, (2, 4, 64, 64), jnp.bfloat16) for key in keys[:3]]
     bias = jax.random.normal(keys[3], (2, 4, 64, 64))
@@ -152,8 +152,7 @@ def test_cudnn_attention_is_xlas_to_bfloat16():
     parts = (*(0.1 * heads[0], heads[1], heads[2]), bias)
     arguments = (0, 1, 2, 3)
     fused = jax.grad(squares(t5._fused_attention), arguments)(*parts)
-    for ours, theirs in zip(
-        fused, jax.grad(squares(plain), arguments)(*parts), strict=True
-    ):
-        difference = jnp.linalg.norm((ours - theirs).astype(jnp.float32))
-        assert difference < 0.03 * jnp.linalg.norm(theirs.astype(jnp.float32))
+    expected = jax.grad(squares(plain), arguments)(*parts)
+    for one, other in zip(fused, expected, strict=True):
+        difference = jnp.linalg.norm((one - other).astype(jnp.float32))
+        assert difference < 0.03 * jnp.linalg.norm(other.astype(jnp.float32))

@@ -1,3 +1,5 @@
+"""The decoder: causality, prefixes, caches, local layers and log-probabilities."""
+
 import dataclasses
 
 import jax
@@ -33,7 +35,7 @@ def _whole(config, tokens):
     return extend(tiny_decoder.params(config), config, tokens, positions)
 
 
-def test_a_token_sees_nothing_after_it(config):
+def test_a_token_does_not_attend_to_later_tokens(config):
     hidden, _ = _whole(config, TOKENS)
     changed = TOKENS.copy()
     changed[:, 10] = (changed[:, 10] + 1) % 300
@@ -42,7 +44,7 @@ def test_a_token_sees_nothing_after_it(config):
     assert np.all(np.abs(hidden[:, 10:] - other[:, 10:]).max(axis=2) > 1e-4)
 
 
-def test_a_shared_prefix_equals_reading_it_in_every_row(config):
+def test_a_shared_prefix_equals_the_same_tokens_in_every_row(config):
     tokens = TOKENS.copy()
     tokens[:, :15] = TOKENS[:1, :15]
     params = tiny_decoder.params(config)
@@ -56,7 +58,7 @@ def test_a_shared_prefix_equals_reading_it_in_every_row(config):
     np.testing.assert_allclose(own.keys, whole.keys[:, :, 15:], atol=2e-5)
 
 
-def test_a_cache_equals_reading_all_at_once(config):
+def test_a_cache_equals_one_call_with_all_tokens(config):
     params = tiny_decoder.params(config)
     _, cache = extend(params, config, TOKENS[:, :20], _positions([20] * 3, 20))
     hidden, _ = extend(
@@ -66,7 +68,7 @@ def test_a_cache_equals_reading_all_at_once(config):
     np.testing.assert_allclose(hidden, expected[:, 20:], atol=2e-5)
 
 
-def test_padding_and_neighbours_change_nothing(config):
+def test_padding_and_other_rows_do_not_change_hidden_states(config):
     params = tiny_decoder.params(config)
     lengths = [5, 24, 11]
     hidden, _ = extend(params, config, TOKENS, _positions(lengths, 24))
@@ -75,7 +77,7 @@ def test_padding_and_neighbours_change_nothing(config):
         np.testing.assert_allclose(hidden[row, :length], alone[0], atol=2e-5)
 
 
-def test_a_local_layer_sees_its_window_only():
+def test_a_local_layer_attends_to_its_window_only():
     config = dataclasses.replace(tiny_decoder.GEMMA, num_layers=1)
     assert config.is_local == (True,)
     changed = TOKENS.copy()
@@ -85,11 +87,11 @@ def test_a_local_layer_sees_its_window_only():
         extend(params, config, tokens, _positions([24] * 3, 24))[0]
         for tokens in (TOKENS, changed)
     )
-    moved = np.abs(before - after).max(axis=(0, 2)) > 1e-5
-    assert np.flatnonzero(moved).tolist() == list(range(3, 3 + 7))
+    changes = np.abs(before - after).max(axis=(0, 2)) > 1e-5
+    assert np.flatnonzero(changes).tolist() == list(range(3, 3 + 7))
 
 
-def test_log_probs_equal_the_softmax_whatever_the_block(config, monkeypatch):
+def test_log_probs_equal_the_softmax_for_any_block_size(config, monkeypatch):
     hidden, _ = _whole(config, TOKENS)
     hidden = hidden.reshape(-1, config.model_dim)
     targets = np.random.default_rng(2).integers(0, 300, (len(hidden), 3))
@@ -100,17 +102,17 @@ def test_log_probs_equal_the_softmax_whatever_the_block(config, monkeypatch):
     expected = np.take_along_axis(log_probs, targets, axis=1)
     for logits_at_once in (1 << 25, 300 * 7):
         monkeypatch.setattr(transformer, "_HEAD_LOGITS", logits_at_once)
-        found = transformer.token_log_probs(
+        actual = transformer.token_log_probs(
             params, config, hidden, jnp.asarray(targets)
         )
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
-def test_the_nucleus_is_the_fewest_that_reach_top_p(top_p):
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
     logits = np.random.default_rng(3).standard_normal((5, 200)).astype(np.float32) * 3
-    found = decoding.is_in_nucleus(jnp.asarray(logits), jnp.float32(top_p))
-    for row, kept in zip(logits.astype(np.float64), np.asarray(found), strict=True):
+    actual = decoding.is_in_nucleus(jnp.asarray(logits), jnp.float32(top_p))
+    for row, kept in zip(logits.astype(np.float64), np.asarray(actual), strict=True):
         probs = np.exp(row) / np.exp(row).sum()
         order = np.argsort(-probs)
         count = int(np.argmax(np.cumsum(probs[order]) >= top_p)) + 1

@@ -1,4 +1,4 @@
-"""The same models in Hugging Face transformers, from the folders that it saves."""
+"""Parity with Hugging Face transformers, from the folders that it saves."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def _save(model, folder):
         for name, weight in model.named_parameters():
             scale = 0.3 if "norm" in name else 0.2
             noise = torch.randn(weight.shape, generator=generator) * scale
-            # Norms of Llama are near one as they are, of Gemma with the one they add.
+            # Norm weights are close to 1 in Llama. Gemma stores them minus 1.
             is_llama_norm = "norm" in name and model.config.model_type == "llama"
             weight.copy_(noise + (1 if is_llama_norm else 0))
     model.eval().save_pretrained(folder)
@@ -90,13 +90,13 @@ def _save(model, folder):
 def test_log_probs_equal_those_of_transformers(build, tmp_path):
     import torch
 
-    theirs = _save(build(), tmp_path)
+    hf_model = _save(build(), tmp_path)
     folder = safetensors_folder.SafetensorsFolder(tmp_path)
     mesh = tiny_decoder.mesh()
     params = decoder_weights.load(folder, dtype=np.float32, mesh=mesh)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 60))
     with torch.no_grad():
-        logits = theirs(torch.from_numpy(tokens)).logits
+        logits = hf_model(torch.from_numpy(tokens)).logits
     expected = torch.log_softmax(logits.double(), dim=-1).numpy()
     positions = jnp.broadcast_to(jnp.arange(60, dtype=jnp.int32), (2, 60))
 
@@ -106,5 +106,5 @@ def test_log_probs_equal_those_of_transformers(build, tmp_path):
         logits = transformer.next_logits(params, folder.config, hidden.reshape(120, 32))
         return jax.nn.log_softmax(logits)
 
-    found = log_probs(params, jnp.asarray(tokens, jnp.int32))
-    np.testing.assert_allclose(found, expected.reshape(120, 300), atol=1e-4, rtol=0)
+    actual = log_probs(params, jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_allclose(actual, expected.reshape(120, 300), atol=1e-4, rtol=0)

@@ -8,7 +8,7 @@ import pytest
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 
-_ERROR_OF_THE_CASE = """
+_WRONG_CASE = """
 import jax, jax.numpy as jnp, numpy as np
 x = np.random.default_rng(1).standard_normal((32, 256), dtype=np.float32)
 y = jax.jit(lambda x: (x @ jnp.ones((256, 256))).sum(-1))(x)
@@ -28,15 +28,17 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_importing_the_package_gives_right_numbers():
-    run = _run("import gecko_jax" + _ERROR_OF_THE_CASE)
-    assert run.stdout.split() == ["right"], run.stderr
+def test_importing_the_package_gives_correct_results_and_check_passes():
+    check = "from gecko_jax.parallel import numerics; numerics.check()"
+    run = _run("import gecko_jax" + _WRONG_CASE + check)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["right"]
 
 
-def test_without_the_flag_the_numbers_are_wrong_and_check_says_so():
-    # If the first line ever prints "right", XLA is mended: the guard can go.
+def test_without_the_flag_results_are_wrong_and_check_raises():
+    # If the first line prints "right", XLA has fixed the bug: remove `numerics`.
     run = _run(
-        _ERROR_OF_THE_CASE
+        _WRONG_CASE
         + """
 from gecko_jax.parallel import numerics
 try:
@@ -51,11 +53,6 @@ except ArithmeticError as error:
     assert f"XLA_FLAGS={_FLAG}" in message
 
 
-def test_check_passes_with_the_flag():
-    run = _run("from gecko_jax.parallel import numerics; numerics.check()")
-    assert run.returncode == 0, run.stderr
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -64,12 +61,12 @@ def test_check_passes_with_the_flag():
             "--xla_force_host_platform_device_count=2",
             f"--xla_force_host_platform_device_count=2 {_FLAG}",
         ),
-        # The user's own choice, and a file of flags, are left alone.
+        # The user's own value and a file of flags stay as they are.
         (f"{_FLAG}1", f"{_FLAG}1"),
         ("/tmp/flags.txt", "/tmp/flags.txt"),
     ],
 )
-def test_the_flag_is_added_to_the_users_own(before, after):
+def test_the_flag_is_added_to_the_users_flags(before, after):
     run = _run("import gecko_jax, os; print(os.environ['XLA_FLAGS'])", XLA_FLAGS=before)
     assert run.stdout.strip() == after, run.stderr
 
@@ -77,18 +74,18 @@ def test_the_flag_is_added_to_the_users_own(before, after):
 @pytest.mark.parametrize(
     ("versions", "libraries", "known"),
     [
-        ({"jaxlib": "0.10.1"}, {"jaxlib"}, False),  # right without the flag
+        ({"jaxlib": "0.10.1"}, {"jaxlib"}, False),  # correct without the flag
         ({"jaxlib": "0.10.2"}, set(), True),
         ({"jaxlib": "0.12.0.1"}, set(), True),
         ({"jaxlib": "0.99.0"}, {"jaxlib"}, True),
-        ({"jaxlib": "0.99.0"}, set(), False),  # the flag is gone from XLA
+        ({"jaxlib": "0.99.0"}, set(), False),  # XLA has removed the flag
         ({}, set(), False),
         ({"jaxlib": "0.10.2", "jax-cuda12-plugin": "0.10.2"}, set(), True),
         ({"jaxlib": "0.10.2", "libtpu": "0.0.50"}, {"libtpu"}, True),
         ({"jaxlib": "0.10.2", "libtpu": "0.0.1"}, set(), False),
     ],
 )
-def test_the_flag_is_set_only_where_every_xla_knows_it(
+def test_the_flag_is_set_only_if_every_xla_knows_it(
     monkeypatch, versions, libraries, known
 ):
     from gecko_jax.parallel import numerics

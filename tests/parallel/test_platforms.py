@@ -1,4 +1,4 @@
-"""Platforms: libtpu stays quiet where there is no TPU."""
+"""Platforms: JAX does not start libtpu on a host without a TPU."""
 
 import os
 import subprocess
@@ -11,10 +11,10 @@ from gecko_jax.parallel import platforms
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host of our making: which modules are installed, and whether it has a TPU."""
+    """Builds a host with given modules, environment variables, and maybe a TPU."""
     for name in (*platforms._CHOICES, *platforms.NO_METADATA):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delitem(sys.modules, "jax")  # As before anyone has imported it.
+    monkeypatch.delitem(sys.modules, "jax")  # As if nothing had imported it yet.
 
     def build(*modules, has_tpu=False, **environment):
         monkeypatch.setattr(platforms, "_has_tpu", lambda: has_tpu)
@@ -28,11 +28,11 @@ def host(monkeypatch):
     return build
 
 
-def test_libtpu_is_left_out_where_there_is_no_tpu(host):
+def test_libtpu_is_skipped_without_a_tpu(host):
     assert host("libtpu") == ("cpu", None)
 
 
-def test_a_gpu_is_still_looked_for(host):
+def test_jax_still_looks_for_a_gpu(host):
     assert host("libtpu", "jax_cuda12_plugin") == (None, "1")
 
 
@@ -42,12 +42,12 @@ def test_a_host_with_a_tpu_or_without_libtpu_is_left_alone(host):
 
 
 @pytest.mark.parametrize("name", ["JAX_PLATFORMS", "TPU_NAME", "JAX_FORCE_TPU_INIT"])
-def test_what_someone_chose_stays(host, name):
+def test_the_users_choice_is_kept(host, name):
     chosen = host("libtpu", **{name: "tpu"})
     assert chosen == ("tpu" if name == "JAX_PLATFORMS" else None, None)
 
 
-def test_jax_that_is_imported_first_is_told_too(tmp_path):
+def test_jax_imported_first_is_configured_too(tmp_path):
     (tmp_path / "libtpu.py").write_text("raise RuntimeError('libtpu was loaded')")
     code = (
         "import jax, gecko_jax; from gecko_jax.parallel import platforms; "

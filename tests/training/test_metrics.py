@@ -1,4 +1,4 @@
-"""Training metrics: means, speeds, and files that survive a kill."""
+"""Training metrics: means, speeds, and files after a kill."""
 
 import json
 
@@ -26,7 +26,7 @@ def batch(tokens, slots, examples):
     }
 
 
-def test_a_window_has_means_over_steps_and_over_examples_of_a_task():
+def test_a_window_has_means_over_steps_and_over_the_examples_of_each_task():
     window = metrics.Window(("a", "b", "unseen"))
     window.count(batch(tokens=6, slots=8, examples=4))
     window.count(batch(tokens=2, slots=8, examples=2))
@@ -42,7 +42,7 @@ def test_a_window_has_means_over_steps_and_over_examples_of_a_task():
     assert speed == pytest.approx(16 / 6)
 
 
-def test_a_window_goes_on_in_another_process():
+def test_a_window_continues_in_another_process():
     windows = [metrics.Window(("a", "b")), metrics.Window(("a", "b"))]
     rng = np.random.default_rng(0)
     for number in range(7):
@@ -51,20 +51,20 @@ def test_a_window_goes_on_in_another_process():
         for window in windows:
             window.count(batch(tokens=tokens, slots=8, examples=4))
             window.add(values)
-        # Through JSON, as a checkpoint has it.
+        # A checkpoint stores the state as JSON.
         state = json.loads(json.dumps(windows[1].state()))
         windows[1] = metrics.Window(("a", "b"))
         windows[1].restore(state)
-    left_alone, resumed = (window.means() for window in windows)
+    uninterrupted, resumed = (window.means() for window in windows)
     for name in ("loss", "loss/a", "padding_share"):
-        assert left_alone[name] == resumed[name]
-    # The speed is that of the process, which has seen no batch yet.
+        assert uninterrupted[name] == resumed[name]
+    # Speeds are those of this process, which has not counted a batch yet.
     assert resumed["tokens_per_second"] == 0
     windows[1].restore({})
     assert windows[1].means() == {}
 
 
-def test_a_pause_is_not_training():
+def test_a_pause_does_not_change_speeds():
     window = metrics.Window(("a",))
     window.count(batch(tokens=8, slots=8, examples=4))
     window.add(step(1.0, [1.0], [1]))
@@ -72,7 +72,7 @@ def test_a_pause_is_not_training():
     assert window.means()["examples_per_second"] == pytest.approx(4 / 1000, rel=0.01)
 
 
-def test_lines_after_the_restored_step_are_forgotten(tmp_path):
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
     writer = metrics.Writer(tmp_path, 0)
     for number in range(1, 5):
         writer.write(number, {"loss": 1.0 / number})
@@ -88,7 +88,7 @@ def test_lines_after_the_restored_step_are_forgotten(tmp_path):
     assert [json.loads(line) for line in (tmp_path / metrics.METRICS).open()] == lines
 
 
-def test_tensorboard_holds_the_same(tmp_path):
+def test_tensorboard_has_the_same_metrics(tmp_path):
     writer = metrics.Writer(tmp_path, 0)
     writer.write(7, {"loss": 0.5})
     writer.close()
@@ -110,7 +110,7 @@ def test_a_damaged_line_ends_the_log(tmp_path):
         assert metrics.read(path) == [{"step": 1}]
 
 
-def test_every_moment_belongs_to_one_phase(monkeypatch):
+def test_the_shares_of_all_phases_sum_to_one(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     clock = metrics.Clock()
@@ -127,7 +127,7 @@ def test_every_moment_belongs_to_one_phase(monkeypatch):
     assert sum(shares.values()) == 1
 
 
-def test_utilisation_counts_the_tokens_of_texts_alone(monkeypatch):
+def test_utilisation_does_not_count_padding(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     window = metrics.Window(
@@ -144,15 +144,17 @@ def test_utilisation_counts_the_tokens_of_texts_alone(monkeypatch):
     )
     window.add({"loss": 1.0, "task_loss_sum": [2.0], "task_count": [2.0]})
     now[0] = 2.0
-    # Three tokens of queries and five of passages in two seconds.
-    found = window.means()["model_flops_utilisation"]
-    assert found == (3 * 3.0 + 5 * 5.0) / 2 / 100
+    # Three query tokens and five passage tokens in two seconds.
+    utilisation = window.means()["model_flops_utilisation"]
+    assert utilisation == (3 * 3.0 + 5 * 5.0) / 2 / 100
 
 
 def test_a_full_disk_names_the_file_and_closes(tmp_path, monkeypatch):
     writer = metrics.Writer(tmp_path, 0)
     writer._file.close()
     writer._file = open("/dev/full", "a")  # noqa: PTH123, SIM115
-    with pytest.raises(OSError, match=r"/dev/full: the metrics of step 1 .*make room"):
+    with pytest.raises(
+        OSError, match=r"/dev/full: the metrics of step 1 .*free disk space"
+    ):
         writer.write(1, {"loss": 1.0})
     writer.close()

@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped, counted, and the end when too many."""
+"""Steps that are not finite: skipped and counted, or the end of the run."""
 
 import pathlib
 
@@ -28,7 +28,7 @@ def test_none_may_be_skipped_by_default():
         guard.is_finite(2, _values(np.nan, sums=(1.0, 0.0, np.nan)))
 
 
-def test_as_many_in_a_row_as_allowed_are_skipped_and_counted(caplog):
+def test_up_to_the_allowed_number_in_a_row_are_skipped_and_counted(caplog):
     guard = _guard(2)
     for step, loss in enumerate((np.inf, np.nan, 1.0, np.inf, np.inf)):
         assert guard.is_finite(step, _values(loss)) == (loss == 1.0)
@@ -38,12 +38,12 @@ def test_as_many_in_a_row_as_allowed_are_skipped_and_counted(caplog):
         guard.is_finite(5, _values(np.inf))
 
 
-def test_a_gradient_counts_as_well():
+def test_a_gradient_that_is_not_finite_counts_too():
     with pytest.raises(FloatingPointError, match=r"in the gradient.*tasks qa, sts\)"):
         _guard(0).is_finite(1, _values(grad_norm=np.inf))
 
 
-def test_a_resumed_run_goes_on_counting():
+def test_a_resumed_run_continues_counting():
     guard, resumed = _guard(1), _guard(1)
     assert not guard.is_finite(1, _values(np.nan))
     resumed.restore(guard.state())

@@ -32,7 +32,7 @@ def test_schedules_warm_up_and_decay(name, expected):
     np.testing.assert_allclose(
         rates(name, [10, 60, 110]), np.multiply(expected, RATE), atol=1e-9
     )
-    # Without a warm-up the first step has the whole rate.
+    # Without a warm-up the first step has the peak rate.
     np.testing.assert_allclose(rates(name, [0], warmup_steps=0), [RATE], rtol=1e-6)
 
 
@@ -48,7 +48,7 @@ NO_GRADS = {"kernel": jnp.zeros((4, 4)), "scale": jnp.zeros((4,))}
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_only_matrices_decay_and_by_rate_times_decay(name):
+def test_only_matrices_decay_by_rate_times_decay(name):
     updates = update(name, NO_GRADS, PARAMS, weight_decay=0.1)
     np.testing.assert_allclose(updates["kernel"], -RATE * 0.1 * PARAMS["kernel"])
     np.testing.assert_array_equal(updates["scale"], 0.0)
@@ -56,7 +56,7 @@ def test_only_matrices_decay_and_by_rate_times_decay(name):
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
 def test_the_gradient_is_clipped_by_its_global_norm(name):
-    """The first update has the size of the rate; the second moments show the clip."""
+    """The first update does not depend on the gradient's size; the moments do."""
     grads = {"kernel": jnp.full((4, 4), 30.0), "scale": jnp.full((4,), 40.0)}
     seventh = {key: value / 7.0 for key, value in grads.items()}
     norm = float(optax.tree.norm(seventh))
@@ -76,7 +76,7 @@ def test_the_gradient_is_clipped_by_its_global_norm(name):
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_adafactor_moves_a_parameter_by_a_share_of_its_size():
+def test_adafactor_scales_updates_by_the_size_of_the_parameter():
     big = {"kernel": jnp.full((4, 4), 2.0)}
     small = {"kernel": jnp.full((4, 4), 0.2)}
     grads = {"kernel": jnp.ones((4, 4))}
@@ -96,13 +96,13 @@ def test_momentum_averages_the_updates():
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_tokens_have_a_rate_of_their_own(name):
+def test_tokens_have_their_own_rate(name):
     params = {"token_embedder": {"embedding": jnp.ones((4, 4))}, "kernel": jnp.eye(4)}
     grads = jax.tree.map(jnp.ones_like, params)
     plain = update(name, grads, params, weight_decay=0.1)
     fast = update(name, grads, params, weight_decay=0.1, token_rate=20.0)
     np.testing.assert_array_equal(fast["kernel"], plain["kernel"])
-    # The decay is of the learning rate alone.
+    # The token rate does not apply to the decay.
     decay = -RATE * 0.1
     np.testing.assert_allclose(
         fast["token_embedder"]["embedding"] - decay,

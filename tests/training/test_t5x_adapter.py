@@ -1,7 +1,7 @@
-"""The adapter gives t5x our losses, our parameters and their axes.
+"""The t5x adapter: losses, parameters and logical axes.
 
-Where t5x is installed its own partitioner takes them; the rest runs against a stand-in
-with the abstract methods of `t5x.models.BaseModel`, for t5x does not come from PyPI.
+t5x is not on PyPI, so most tests use a stand-in with the abstract methods of
+`t5x.models.BaseModel`. One test needs t5x itself.
 """
 
 import abc
@@ -43,7 +43,7 @@ LOSS = {
 
 
 class _BaseModel(abc.ABC):
-    """The methods that t5x declares, by its names and arguments."""
+    """The methods of t5x's base class, with its names and arguments."""
 
     def __init__(self, optimizer_def):
         self.optimizer_def = optimizer_def
@@ -83,7 +83,7 @@ def adapted(monkeypatch):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Examples of a seqio task, through the converter that t5x makes."""
+    """A batch of a seqio task, converted as t5x does."""
     converter = t5x_features.feature_converter(2)(pack=False)
     task = registration.register("quickstart_docs")
     lengths = {"query": 16, "positive": 32, "negatives": 32}
@@ -113,7 +113,7 @@ def test_the_converter_pads_texts_and_keeps_ids(batch):
     np.testing.assert_array_equal(last, 1)
 
 
-def test_the_converter_keeps_the_negatives_there_are():
+def test_the_converter_keeps_existing_negatives():
     import tensorflow as tf
 
     converter = t5x_features.feature_converter(2)(pack=False)
@@ -128,7 +128,7 @@ def test_the_converter_keeps_the_negatives_there_are():
             "negative_group": tf.constant(0),
         }
     )
-    # The positive has lost its EOS to trimming.
+    # Trimming has removed the EOS of the positive.
     lengths = {"query": 4, "positive": 2, "negatives": 4}
     (row,) = converter(dataset, lengths).as_numpy_iterator()
     np.testing.assert_array_equal(row["negative_tokens"], [[8, 8, 1, 0], [0] * 4])
@@ -139,8 +139,8 @@ def test_the_converter_keeps_the_negatives_there_are():
         t5x_features.feature_converter(2)(pack=True)
 
 
-def test_without_negatives_there_are_no_features_of_them(adapted, batch):
-    """TensorFlow 2.21 crashes when t5x's evaluation takes apart what has no entries."""
+def test_without_negatives_there_are_no_negative_features(adapted, batch):
+    """TensorFlow 2.21 crashes when t5x's evaluation unbatches empty features."""
     converter = t5x_features.feature_converter(0)(pack=False)
     task = registration.register("quickstart_docs")
     lengths = {"query": 16, "positive": 32, "negatives": 32}
@@ -160,7 +160,7 @@ def test_without_negatives_there_are_no_features_of_them(adapted, batch):
 
 
 def test_variables_have_axes_that_t5x_accepts(adapted):
-    # t5x hands over an old-style key.
+    # t5x passes an old-style key.
     variables = adapted.get_initial_variables(jax.random.PRNGKey(0), {})
     assert isinstance(variables, flax.core.FrozenDict)
     params = parameters.flatten(variables["params"])
@@ -170,12 +170,12 @@ def test_variables_have_axes_that_t5x_accepts(adapted):
         metadata = axes[f"{name}_axes"]
         assert isinstance(metadata, partitioning.AxisMetadata)
         assert len(metadata.names) == leaf.ndim
-    # What PjitPartitioner asks of a model.
-    found = partitioning.get_axis_names(variables["params_axes"])
-    assert jax.tree.structure(found) == jax.tree.structure(variables["params"])
+    # PjitPartitioner calls this function.
+    names = partitioning.get_axis_names(variables["params_axes"])
+    assert jax.tree.structure(names) == jax.tree.structure(variables["params"])
 
 
-def test_the_loss_is_the_loss_of_our_own_step(adapted, batch):
+def test_the_loss_equals_mrl_loss(adapted, batch):
     params = dual_encoder.init_params(CONFIG, jax.random.key(1))
     loss, metrics = adapted.eval_fn(params, batch)
 
@@ -209,7 +209,7 @@ def test_the_loss_is_the_loss_of_our_own_step(adapted, batch):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
 
 
-def test_dropout_draws_from_the_key_that_t5x_gives(adapted, batch):
+def test_dropout_depends_on_the_key_from_t5x(adapted, batch):
     params = dual_encoder.init_params(CONFIG, jax.random.key(1))
     first, again, other = (
         float(adapted.loss_fn(params, batch, jax.random.PRNGKey(seed))[0])
@@ -218,7 +218,7 @@ def test_dropout_draws_from_the_key_that_t5x_gives(adapted, batch):
     assert first == again != other
 
 
-def test_a_missing_t5x_is_named(monkeypatch):
+def test_a_missing_t5x_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "t5x", None)
     t5x_adapter._model_class.cache_clear()
     with pytest.raises(
