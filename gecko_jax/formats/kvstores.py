@@ -2,7 +2,7 @@
 
     /models/t5/checkpoint_1000   gs://bucket/checkpoint_1000   https://host/checkpoint_1000
 
-Arrays are opened by their place alone: the files beside the chunks describe the array,
+Arrays are opened by their path alone: the files next to the chunks describe the array,
 and a driver that a checkpoint names may not exist here.
 """
 

@@ -60,7 +60,7 @@ class HybridIndex:
 def fuse(*rankings: Sequence[int]) -> list[tuple[int, float]]:
     """Returns (passage, score) by reciprocal rank fusion, best first.
 
-    Of equal scores, the passage that an earlier ranking found first comes first.
+    Ties keep the order of the first ranking that has the passage.
     """
     scores: dict[int, float] = {}
     for one in rankings:
