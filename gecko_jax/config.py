@@ -95,7 +95,7 @@ class Key:
     Attributes:
         default: The default value.
         rule: Type and range.
-        doc: What it is, with its unit and source.
+        doc: Meaning, unit and source.
     """
 
     default: Any
@@ -237,10 +237,12 @@ TRAINING: dict[str, Key] = {
     "model.remat": Key(
         "dots",
         one_of(*t5.REMAT_POLICIES),
-        "Rematerialization: nothing, all but matrix products, or everything.",
+        "Recomputed in the backward pass: none, all but matrix products, or full.",
     ),
     "model.l2_epsilon": Key(
-        1e-12, ABOVE_ZERO, "Added under the root when normalizing embeddings."
+        1e-12,
+        ABOVE_ZERO,
+        "Added under the root when a trained model normalizes embeddings.",
     ),
     "model.attention": Key(
         "xla",
@@ -267,7 +269,7 @@ TRAINING: dict[str, Key] = {
         "From scratch with `idf`: share of the token dims hidden from the projection.",
     ),
     "init.align_steps": Key(
-        0, COUNT, "From scratch: batches whose pairs order the embedding's dims."
+        0, COUNT, "From scratch: batches to align the projection on; 0 for none."
     ),
     "loss.temperature": Key(0.01, ABOVE_ZERO, "Divides the similarities (GTR)."),
     "loss.mrl_dims": Key((256,), _MRL_DIMS, "Trained prefixes (section 3.1)."),
@@ -278,11 +280,11 @@ TRAINING: dict[str, Key] = {
         True, SWITCH, "Same-tower negatives: other queries (eq. 3)."
     ),
     "loss.same_tower_passages": Key(
-        False, SWITCH, "Other positives against the own positive (SamToNe)."
+        False, SWITCH, "Same-tower negatives: other positives (SamToNe)."
     ),
     "loss.bidirectional": Key(False, SWITCH, "Adds the passage-to-query loss (GTR)."),
     "loss.all_hard_negatives": Key(
-        False, SWITCH, "Hard negatives of all examples, not only the own (GTR)."
+        False, SWITCH, "Adds the hard negatives of the other examples (GTR)."
     ),
     "loss.mask_duplicates": Key(
         False, SWITCH, "Masks in-batch negatives equal to the query or the positive."
@@ -317,7 +319,7 @@ TRAINING: dict[str, Key] = {
     "optimizer.beta2": Key(0.999, SHARE, "Second-moment decay of AdamW."),
     "train.num_steps": Key(20_000, POSITIVE, "Optimizer steps (GTR)."),
     "train.microbatch_size": Key(
-        0, COUNT, "Rows of the longer side per microbatch, over all hosts; 0 for all."
+        0, COUNT, "Rows of the longer side per microbatch, over all hosts; 0: no split."
     ),
     "train.log_every_steps": Key(100, POSITIVE, "Steps between lines of metrics."),
     "train.max_skipped_steps": Key(
@@ -326,7 +328,7 @@ TRAINING: dict[str, Key] = {
     "train.compilation_cache": Key(
         "~/.cache/gecko_jax/compiled", TEXT, "Folder of compiled steps; empty for none."
     ),
-    "mesh.data": Key(-1, _AXIS, "Devices of a slice along `data`."),
+    "mesh.data": Key(-1, _AXIS, "Devices per slice along `data`; -1: the rest."),
     "mesh.fsdp": Key(1, _AXIS, "Devices of a slice along `fsdp`."),
     "mesh.tensor": Key(1, _AXIS, "Devices of a slice along `tensor`."),
     "mesh.dcn_data": Key(-1, _AXIS, "Slices along `data`."),
@@ -340,7 +342,7 @@ TRAINING: dict[str, Key] = {
     ),
     "checkpoint.keep": Key(3, POSITIVE, "Newest checkpoints to keep."),
     "checkpoint.keep_every_steps": Key(
-        5_000, COUNT, "Checkpoints at its multiples are kept forever; 0 for none."
+        5_000, COUNT, "Also keeps checkpoints at multiples of this step; 0 for none."
     ),
     "evaluation.every_steps": Key(
         1_000, COUNT, "Steps between evaluations; 0 for start and end only."

@@ -104,4 +104,4 @@ def test_the_page_of_a_custom_loss_runs(tiny_files, tmp_path, monkeypatch):
         sum(metrics[f"loss_{dim}"] for dim in (4, 8, 16)), rel=1e-4
     )
     provenance = names["model"].files.provenance
-    assert provenance["loss"].endswith("margin_loss")
+    assert provenance["loss"].startswith("notebook.margin_loss (")

@@ -8,7 +8,7 @@
 Two texts of a batch that share a label must not be each other's negatives. The paper
 appends a unique id to the three texts of a triple, which makes the in-batch negatives
 trivial (section 3.3). A prepared set has the texts unchanged and a `negative_group` for
-each triple, which the loss masks by; with `data.unique_ids=True`, `append_id` turns the
+each triple, by which the loss masks; with `data.unique_ids=True`, `append_id` turns the
 group into the paper's id when the examples are read.
 """
 

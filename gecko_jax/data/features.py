@@ -55,8 +55,8 @@ class Shape:
         num_negatives: Hard negatives per query (G).
         packing: Put several texts into a row. Rows of both sides then have the longer
             of the two lengths.
-        row_multiple: Divisor of the numbers of rows: the devices that share a batch.
-        microbatch_rows: Divisor of larger numbers of rows; 0 for none.
+        row_multiple: Devices that split a batch; divides the numbers of rows.
+        microbatch_rows: Divides numbers of rows above it; 0 for no microbatches.
         teacher_dim: Width of a teacher's vectors (T); 0 for no teacher.
     """
 

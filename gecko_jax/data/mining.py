@@ -38,7 +38,7 @@ Mined = tuple[str, str, str | int | None]
 # Builds a retriever of the passages (title, text) of a task.
 Build = Callable[[Sequence[tuple[str, str]], str], ranking.Retriever]
 
-# Queries of a search.
+# Queries per search.
 _BLOCK = 256
 
 

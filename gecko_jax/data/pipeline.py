@@ -186,8 +186,8 @@ class Batches:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields `batch(start_step)`, ..., before `stop_step`, prepared in a thread.
 
-        None never stops. Errors of the thread are raised here; closing the iterator
-        ends the thread.
+        If `stop_step` is None, the batches never end. Errors of the thread are raised
+        here; closing the iterator ends the thread.
         """
         steps = itertools.count(start_step)
         if stop_step is not None:

@@ -332,7 +332,7 @@ def from_files(
     Args:
         files: JSONL files.
         examples: Task -> number of its examples, for each file.
-        text_format: Source of the descriptions; a task without one describes itself.
+        text_format: Has the descriptions of the tasks; by default the name of the task.
     """
     sizes: dict[str, int] = {}
     for counts in examples:

@@ -162,7 +162,7 @@ def write(
         folder: The folder; an earlier one is replaced.
         keys: Keys of the texts, in the order of the vectors.
         blocks: The vectors, not normalized.
-        made_by: Name of the teacher, for people.
+        made_by: Name of the teacher, for messages.
         dim: Width to project to, on the leading right singular vectors, which preserve
             the inner products best; 0 keeps all dims.
 

@@ -7,8 +7,8 @@
     checkpoint_1000/state/_METADATA                         Orbax (2023 on)
 
 Which leaves are inline depends on the version, so each leaf is examined. Only encoder,
-embedder, projection and step are read. A checkpoint is untrusted: whatever it claims is
-checked before it is used.
+embedder, projection and step are read. A checkpoint is untrusted: its
+contents are checked before use.
 """
 
 import dataclasses

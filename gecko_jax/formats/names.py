@@ -1,4 +1,4 @@
-"""Names of parameters and sizes: T5X's, which are ours, and Hugging Face's.
+"""Names of parameters and sizes in T5X, which this package uses, and Hugging Face.
 
     encoder/layers_0/attention/query/kernel  [M, H*K]
     encoder.block.0.layer.0.SelfAttention.q.weight  [H*K, M]

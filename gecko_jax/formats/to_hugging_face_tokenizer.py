@@ -2,7 +2,7 @@
 
 The ids equal those of `text.vocabularies` on the texts of `text.text_formats`. NFC and
 single spaces, which `text_formats.clean` does here, are part of the normalizer there.
-Where the usual converters differ from SentencePiece, this one does not:
+This converter avoids two errors of the usual converters:
 
 - The `Precompiled` normalizer looks up whole grapheme clusters by their first
   character, which drops accents ("½" with an accent). A control character before each

@@ -7,8 +7,8 @@
     README.md                           model card
     gecko.json  vocabulary.model        our settings, so that nothing is lost
 
-`encode(texts, prompt_name=task)` there equals `encode_queries(texts, task)` here, up to
-the length of a query: sentence-transformers has one length for all texts, so the
+The export's `encode(texts, prompt_name=task)` equals `encode_queries(texts, task)`
+up to the length of a query: sentence-transformers has one length for all texts, so the
 greater of ours is written. A prompt is always before the text; a format that writes
 something after it cannot be exported.
 """

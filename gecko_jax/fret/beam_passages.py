@@ -1,7 +1,7 @@
 """Makes the passages with Apache Beam: `passages.read` on many workers.
 
-The same passages are kept, with the same numbers, in the same bytes. Equal texts meet
-by hash, and near duplicates by a band of their signature. Of two similar passages the
+The output is byte for byte that of `passages.read`. Equal texts are grouped by hash,
+near duplicates by a band of their signature. Of two similar passages the
 later is dropped, unless the earlier was dropped itself; one worker decides this over
 the similar pairs. One worker reads a file and one numbers its passages, so give many
 files.

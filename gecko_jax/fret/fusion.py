@@ -1,4 +1,4 @@
-"""Fusion of the two judgements of the candidates into one order (section 3.2).
+"""Reciprocal rank fusion of the two rankings of the candidates (section 3.2).
 
     R(q, p) = 1 / r_QL(q, p) + 1 / r_RC(q, p)          ranks from 1
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of fusion and of the choice.
+    """Settings of the fusion, and of the choice of positive and negative.
 
     Attributes:
         k: Constant added to each rank; 0 in the paper.

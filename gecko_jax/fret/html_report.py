@@ -1,4 +1,4 @@
-"""The report: one static page that shows what a run made and helps to judge it.
+"""The report: one static page with statistics and examples of a run.
 
 All text of models and passages is escaped, and the page cannot load or run anything.
 Charts are HTML and CSS.

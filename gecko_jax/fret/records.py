@@ -5,8 +5,8 @@
     generate/.done.json             counts; written once every shard exists
 
 A shard is written to a temporary name and renamed. A process holds a lock while it
-makes a shard, and the system releases the lock when the process ends, however it ends;
-so several processes may share a folder. Where locks do not work, as between machines on
+makes a shard, and the system releases the lock when the process exits or is killed, so
+several processes may share a folder. Where locks do not work, as between machines on
 a bucket, `worker=(i, n)` assigns every n-th shard to each.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from gecko_jax.io import field_rules, reading, writing
 
-DROPPED = "dropped"  # Field of a record that goes no further; holds the reason.
+DROPPED = "dropped"  # Field with the reason why a record ends here.
 LOCKS = ".locks"  # Folder of lock files in a workdir.
 _FACTS, _DONE = "stage.json", ".done.json"
 

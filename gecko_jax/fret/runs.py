@@ -39,7 +39,7 @@ class Summary:
 
     Attributes:
         stages: Content of `.done.json` of each finished stage.
-        budget: What this call sent.
+        budget: Requests, tokens and cost of this call.
         stopped: Why it ended early; "" if it did not.
         output: The exported file; None if there is none yet.
     """

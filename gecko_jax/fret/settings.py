@@ -38,7 +38,7 @@ KEYS: dict[str, Key] = {
         "Longest passage, in characters.",
     ),
     "passages.near_duplicate": Key(
-        0.8, _SHARE, "Resemblance of near duplicates; 0 keeps all that differ."
+        0.8, _SHARE, "Least resemblance of near duplicates; 0 drops only equal texts."
     ),
     "passages.limit": Key(0, rules.COUNT, "Largest number of passages; 0 for all."),
     "passages.shard_rows": Key(
@@ -52,17 +52,17 @@ KEYS: dict[str, Key] = {
     "llm.weights": Key(
         "",
         rules.TEXT,
-        "Model of this process: .gguf, folder or `smollm2`; empty for a server.",
+        "Model in this process: .gguf, folder or `smollm2`; empty for a server.",
     ),
     "llm.dtype": Key(
         "float32",
         rules.one_of("float32", "bfloat16"),
-        "Dtype of the model of this process.",
+        "Dtype of the model in this process.",
     ),
     "llm.tensor": Key(
         1,
         rules.POSITIVE,
-        "Devices that it is split over; rows go to the others.",
+        "Devices over which the model is split; the other axis splits the rows.",
     ),
     "llm.compilation_cache": Key(
         "~/.cache/gecko_jax/compiled",

@@ -9,7 +9,7 @@ r"""The stages: each maps the records of a shard to the records of the next stag
     fuse        {"id": 7, "positive": 41, "negative": 12, "moved": true, "ranks": ...}
 
 The id is the number of the seed passage. A record with `dropped` holds the reason and
-goes no further; a reason that begins with `error_` is a failure of the model.
+ends there; a reason that begins with `error_` is a failure of the model.
 """
 
 from collections.abc import Mapping, Sequence

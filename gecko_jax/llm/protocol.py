@@ -71,8 +71,8 @@ class Failure:
     """A missing answer.
 
     Attributes:
-        reason: One of a few words, by which failures are counted.
-        detail: What arrived instead, for people.
+        reason: One of a few categories, by which failures are counted.
+        detail: What arrived instead, for messages.
     """
 
     reason: str

@@ -259,7 +259,7 @@ class Budget:
         """Replaces a reservation by the tokens used."""
         with self._lock:
             self._num_reserved -= 1
-            # Rounding must not leave a rest when nothing is reserved.
+            # Rounding must not leave a remainder when nothing is reserved.
             rest = max(self._reserved - reserved, 0.0)
             self._reserved = rest if self._num_reserved else 0.0
             self.prompt_tokens += prompt_tokens

@@ -31,7 +31,7 @@ class NoAnswer(Exception):
     """A request without a usable answer.
 
     Attributes:
-        reason: One of a few words, by which failures are counted.
+        reason: One of a few categories, by which failures are counted.
         detail: What arrived instead; may quote the server.
         retry_after: Seconds to wait before the next try, if the server says so.
     """

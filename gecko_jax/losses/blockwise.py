@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The same for a key; `mask` is False where there is no key."""
+    """The mask of a key, as in `Rows`; `mask` is False for padding."""
 
     row: Int[Array, " C"]
     group: Int[Array, " C"]

@@ -65,7 +65,8 @@ class EncoderConfig:
         scan_layers: Compiles one layer and scans over all, which compiles faster.
         remat: Rematerialization of each layer: "none", everything ("full"), or all but
             matrix products ("dots").
-        l2_epsilon: Added under the root when normalizing; t5x_retrieval uses 1e-6.
+        l2_epsilon: Added under the root when a trained model normalizes embeddings;
+            t5x_retrieval uses 1e-6. Losses use 1e-12.
         attention: "cudnn" runs the attention as one cuDNN kernel on a GPU, in bfloat16
             and without dropout. In all other cases it is the same as "xla".
         residual_init_scale: Scale of residual-branch initializers, relative to T5X's.

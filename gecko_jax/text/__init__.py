@@ -6,4 +6,5 @@ packing        which texts share a row of tokens
 word_rule      how text splits into words, in every script
 overlap        texts of evaluation sets in training data
 text_files     files of texts
+corpora        passages from files and folders
 """

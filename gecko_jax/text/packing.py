@@ -78,11 +78,11 @@ def pack(
 
 
 def round_up(number: int, multiple: int = 1) -> int:
-    """Rounds a number of rows up to a multiple of `multiple` times a step.
+    """Rounds up a number of rows, so that the batches of a run have one or two shapes.
 
-    The number of rows that random texts fill varies by about its square root. A step of
-    that size (a sixteenth of the number from 256 rows on) gives the batches of a run
-    one or two shapes.
+    The result is a multiple of `multiple`, in coarse steps: the number of rows that
+    random texts fill varies by about its square root, so a step has about that size (a
+    sixteenth of the number from 256 rows on).
     """
     root = 1 << (max(number, 1).bit_length() - 1) // 2
     parts = -(-number // multiple)

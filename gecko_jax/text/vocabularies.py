@@ -179,7 +179,7 @@ class Vocabulary:
         return [[*tokens[:keep], EOS_ID] for tokens in encoded]
 
     def _encode_around_added(self, text: str) -> list[int]:
-        """Cuts out added tokens, first of the raw text, then of the normalized rest."""
+        """Cuts added tokens out of the raw text, then out of the normalized rest."""
         raw, normalized = self._added_patterns
         ids: list[int] = []
         for part in _cut(text, raw):

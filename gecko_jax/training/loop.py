@@ -210,7 +210,7 @@ def _starting_point(
     mesh: jax.sharding.Mesh,
     loss: whole_batch.Loss | None,
 ) -> tuple[train_step.TrainState, dict[str, Any]]:
-    """Returns the first train state, and what its checkpoint says of the run.
+    """Returns the initial train state, and the position saved in its checkpoint.
 
     It comes from the workdir's newest checkpoint, else from `init.checkpoint`, else
     from fresh parameters.

@@ -270,7 +270,7 @@ def model_flops(config: ml_collections.ConfigDict, mean_length: float = 1.0) -> 
 
 
 def describe(config: ml_collections.ConfigDict, step: Step, mesh: Mesh) -> list[str]:
-    """Returns lines for people: what a step is, and what a chip holds of the model."""
+    """Returns lines that describe the batch, the FLOPs and the parameters of a step."""
     data, loss = config.data, config.loss
     params = step.shapes.params
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -7,6 +7,7 @@ workdir are listed in `formats.checkpoints`.
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -168,10 +169,17 @@ def position(
 
 
 def _loss_name(loss: whole_batch.Loss | None) -> str | None:
+    """Returns the name of a loss and a digest of its code, which must not change."""
     if loss is None:
         return None
-    name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    return f"{getattr(loss, '__module__', '')}.{name}"
+    name = getattr(loss, "__qualname__", repr(loss))
+    code = getattr(loss, "__code__", None)
+    try:
+        content = inspect.getsource(code or type(loss)).encode()
+    except (OSError, TypeError):  # No source, as in a REPL or for a built-in.
+        content = code.co_code + repr(code.co_consts).encode() if code else b""
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    return f"{getattr(loss, '__module__', '')}.{name} ({digest})"
 
 
 def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,12 +64,26 @@ def test_a_run_continues_only_with_its_own_loss():
     config = ml_collections.ConfigDict({"seed": 0})
     own = workdirs.position(batches, config, max)
     workdirs.check_position(own, batches, config, max)
-    with pytest.raises(ValueError, match=r"trained with builtins.max, not with config"):
+    with pytest.raises(
+        ValueError, match=r"trained with builtins.max .*not with config"
+    ):
         workdirs.check_position(own, batches, config, None)
     contrastive = workdirs.position(batches, config, None)
     assert "loss" not in contrastive
     with pytest.raises(ValueError, match=r"with config.loss, not with builtins.min"):
         workdirs.check_position(contrastive, batches, config, min)
+
+
+def test_a_loss_is_known_by_its_code():
+    def build(body):
+        names = {"__name__": "notebook"}
+        exec(f"def loss(queries, *_): return {body}", names)
+        return workdirs._loss_name(names["loss"])
+
+    assert build("queries.sum(1)") == build("queries.sum(1)")
+    assert build("queries.sum(1)") != build("queries.mean(1)")
+    assert build("queries + 1") != build("queries + 2")
+    assert build("queries").startswith("notebook.loss (")
 
 
 def test_a_run_goes_on_that_began_before_a_key_was_added(tmp_path):
