@@ -7,7 +7,6 @@ workdir are listed in `formats.checkpoints`.
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import json
 import os
 import pathlib
@@ -173,13 +172,17 @@ def _loss_name(loss: whole_batch.Loss | None) -> str | None:
     if loss is None:
         return None
     name = getattr(loss, "__qualname__", repr(loss))
-    code = getattr(loss, "__code__", None)
-    try:
-        content = inspect.getsource(code or type(loss)).encode()
-    except (OSError, TypeError):  # No source, as in a REPL or for a built-in.
-        content = code.co_code + repr(code.co_consts).encode() if code else b""
-    digest = hashlib.sha256(content).hexdigest()[:8]
+    content = _code(getattr(loss, "__code__", None))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return f"{getattr(loss, '__module__', '')}.{name} ({digest})"
+
+
+def _code(code: Any) -> str:
+    """Returns what a code object computes, without its file and lines."""
+    if not hasattr(code, "co_code"):
+        return repr(code)
+    constants = [_code(constant) for constant in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
