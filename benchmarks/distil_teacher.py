@@ -48,9 +48,9 @@ class Store:
     def add(self, texts: Sequence[str], vectors: Float[np.ndarray, "N T"]) -> None:
         """Writes a chunk: all of it or, if the process is killed, nothing."""
         number = len(list(self.folder.glob("*.npz")))
-        with files.write_file(self.folder / f"{number:05}.npz") as temporary:
-            with open(temporary, "wb") as out:
-                np.savez(out, digests=digests(texts), vectors=vectors)
+        path = self.folder / f"{number:05}.npz"
+        with files.write_file(path) as temporary, temporary.open("wb") as out:
+            np.savez(out, digests=digests(texts), vectors=vectors)
 
     def digests(self) -> set[int]:
         """Returns the digests of all texts that have a vector."""
@@ -72,6 +72,15 @@ class Store:
             blocks.append(chunk["vectors"][chosen >= 0])
         order = np.argsort(merged := np.concatenate(places))
         return merged[order], np.concatenate(blocks)[order]
+
+    def vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "N T"]:
+        """Returns the vectors of texts that all have one; texts may be equal."""
+        distinct = list(dict.fromkeys(texts))
+        found, vectors = self.find(distinct)
+        if len(found) != len(distinct):
+            raise ValueError(f"{self.folder}: {len(distinct) - len(found)} are missing")
+        index = {text: place for place, text in enumerate(distinct)}
+        return vectors[[index[text] for text in texts]]
 
     def _chunks(self):
         for path in sorted(self.folder.glob("*.npz")):
@@ -102,7 +111,8 @@ def teach(
 
     known = store.digests()
     keys = digests(texts).tolist()
-    texts = [text for text, key in zip(texts, keys, strict=True) if key not in known]
+    wanted = dict(zip(keys, texts, strict=True))
+    texts = [text for key, text in wanted.items() if key not in known]
     if not texts or time.monotonic() > until:
         return
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -127,7 +137,7 @@ def teach(
 def embed(
     encode: Encode, rows: Sequence[Sequence[int]], size: int
 ) -> Float[np.ndarray, "N T"]:
-    """Returns normalized vectors. The texts of a batch have equal lengths: no padding."""
+    """Returns normalized vectors. A batch has texts of one length, without padding."""
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         by_length.setdefault(len(row), []).append(index)
@@ -183,7 +193,7 @@ def torch_encoder(folder: pathlib.Path, torch: Any) -> Encode:
     return encode
 
 
-def load_weights(folder: pathlib.Path) -> dict[str, Float[np.ndarray, "..."]]:
+def load_weights(folder: pathlib.Path) -> dict[str, Float[np.ndarray, ...]]:
     """Returns the parameters of the encoder in float32."""
     stored = safetensors.load_file(folder / "model.safetensors")
     return {

@@ -42,9 +42,9 @@ def texts_of(rows: Iterable[dict[str, str]], spans: int) -> list[str]:
     """Returns distinct texts for the teacher: any first part of the list is a sample.
 
     They are queries, the openings of passages, sentences, and spans of 1 to 12 words of
-    a sentence, as short as the queries of a search. The order is random, but the teacher
-    needs less time for short texts, so they tend to come first. A text keeps its place
-    relative to the others if more rows are added.
+    a sentence, as short as the queries of a search. The order is random, but short texts
+    tend to come first, because the teacher needs less time for them. Two texts keep
+    their order if more rows are added.
 
     Args:
         rows: Rows of `text.py`.
@@ -87,7 +87,9 @@ def spans_of(sentence: str, number: int) -> Iterator[str]:
 
 def random_number(text: str) -> float:
     """Returns a number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+    )
 
 
 def tokenize(vocabulary: Any, texts: Sequence[str]) -> list[Int[np.ndarray, " L"]]:

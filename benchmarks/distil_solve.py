@@ -1,0 +1,92 @@
+"""A first table of token vectors by least squares, for `distil.py`."""
+
+from __future__ import annotations
+
+import typing
+
+import numpy as np
+import scipy.sparse
+from distil_texts import say
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float, Int
+
+# A token of frequency f starts with the weight SIF / (SIF + f).
+SIF = 1e-3
+# Weight of the distance to the first rows: it holds for tokens of few texts.
+RIDGE = 1.0
+# Rounds of least squares, each with as many steps of conjugate gradients.
+ROUNDS = 2
+STEPS = 12
+# Power of the standard deviation by which each dimension is divided at the end.
+WHITENING = 0.5
+
+
+def solve(
+    tokens: Sequence[Int[np.ndarray, " L"]],
+    targets: Float[np.ndarray, "N D"],
+    pieces: Float[np.ndarray, "V D"],
+) -> Float[np.ndarray, "V D"]:
+    """Returns the table whose sums over the tokens of each text fit the targets.
+
+    The loss compares directions, so each round of least squares divides the sums by
+    their lengths in the round before. The last step divides each dimension by a power
+    of its standard deviation: the teacher's first dimensions tell texts apart less than
+    their variance suggests.
+
+    Args:
+        tokens: Token ids of each text.
+        targets: The teacher's vector of each text, projected.
+        pieces: The teacher's vector of each token as a word, projected.
+    """
+    lengths = np.array([len(row) for row in tokens])
+    ids = np.concatenate(tokens).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    ones = np.ones(len(ids), np.float32)
+    counts = scipy.sparse.csr_matrix(
+        (ones, ids, starts), shape=(len(tokens), len(pieces))
+    )
+    frequencies = np.bincount(ids, minlength=len(pieces)) / len(ids)
+    table = (pieces * (SIF / (SIF + frequencies))[:, None]).astype(np.float32)
+    targets = targets.astype(np.float32)
+    scale = 1 / np.sqrt(lengths)
+    for _ in range(ROUNDS):
+        scaled = scipy.sparse.diags(scale.astype(np.float32)) @ counts
+        table = fit(scaled, targets, table)
+        sums = counts @ table
+        scale = 1 / np.maximum(np.linalg.norm(sums, axis=1), 1e-3)
+        cosines = np.sum(sums * targets, axis=1) * scale
+        say(f"least squares: mean cosine {np.mean(cosines):.4f}")
+    return table / np.std(targets, axis=0) ** WHITENING
+
+
+def fit(
+    texts: scipy.sparse.csr_matrix,
+    targets: Float[np.ndarray, "N D"],
+    table: Float[np.ndarray, "V D"],
+) -> Float[np.ndarray, "V D"]:
+    """Returns a table after some steps of conjugate gradients on the ridge problem.
+
+    Each column is a problem of its own. The diagonal is the preconditioner.
+    """
+    turned = texts.T.tocsr()
+
+    def normal(x):
+        return turned @ (texts @ x) + RIDGE * x
+
+    diagonal = np.asarray(texts.multiply(texts).sum(0)).reshape(-1, 1) + RIDGE
+    x = table.copy()
+    residual = turned @ targets + RIDGE * table - normal(x)
+    direction = scaled = residual / diagonal
+    product = np.sum(residual * scaled, axis=0)
+    for _ in range(STEPS):
+        image = normal(direction)
+        step = product / np.sum(direction * image, axis=0)
+        x += step * direction
+        residual -= step * image
+        scaled = residual / diagonal
+        before, product = product, np.sum(residual * scaled, axis=0)
+        direction = scaled + product / before * direction
+    return x
