@@ -42,8 +42,8 @@ def texts_of(rows: Iterable[dict[str, str]], spans: int) -> list[str]:
     """Returns distinct texts for the teacher: any first part of the list is a sample.
 
     They are queries, the openings of passages, sentences, and spans of 1 to 12 words of
-    a sentence, as short as the queries of a search. The order is random, but short texts
-    tend to come first, because the teacher needs less time for them. Two texts keep
+    a sentence, as short as the queries of a search. The order is random, but short
+    texts tend to come first, because the teacher needs less time for them. Two keep
     their order if more rows are added.
 
     Args:
