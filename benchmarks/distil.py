@@ -115,15 +115,17 @@ def run(options: argparse.Namespace) -> None:
         safetensors.save_file({"table": table}, first)
     table = safetensors.load_file(first)["table"]
     sides = list(zip(*pairs, strict=True))
+    side_tokens = [distil_texts.tokenize(vocabulary, side) for side in sides]
+    turn = distil_solve.turn(table, targets, *side_tokens)
     trainer = distil_training.Trainer(
         options,
         tokens,
         targets,
-        tuple(distil_texts.tokenize(vocabulary, side) for side in sides),
+        side_tokens,
         np.stack([np.unique(side, return_inverse=True)[1] for side in sides], axis=1),
-        rows=count,
+        turn,
     )
-    table, trained = trainer.train(table, RECIPE)
+    table, trained = trainer.train(table @ turn, RECIPE)
     facts = {
         "method": "distillation of a sentence encoder into a table of token vectors",
         "teacher": options.teacher.resolve().name,

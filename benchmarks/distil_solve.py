@@ -20,8 +20,10 @@ RIDGE = 1.0
 # Rounds of least squares, each with as many steps of conjugate gradients.
 ROUNDS = 2
 STEPS = 12
-# Power of the standard deviation by which each dimension is divided at the end.
+# Power of the standard deviation by which each dimension is divided.
 WHITENING = 0.5
+# Number of pairs from which the order of the dimensions is learned.
+PAIRS = 40_000
 
 
 def solve(
@@ -32,9 +34,7 @@ def solve(
     """Returns the table whose sums over the tokens of each text fit the targets.
 
     The loss compares directions, so each round of least squares divides the sums by
-    their lengths in the round before. The last step divides each dimension by a power
-    of its standard deviation: the teacher's first dimensions tell texts apart less than
-    their variance suggests.
+    their lengths in the round before.
 
     Args:
         tokens: Token ids of each text.
@@ -42,13 +42,9 @@ def solve(
         pieces: The teacher's vector of each token as a word, projected.
     """
     lengths = np.array([len(row) for row in tokens])
-    ids = np.concatenate(tokens).astype(np.int32)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    ones = np.ones(len(ids), np.float32)
-    counts = scipy.sparse.csr_matrix(
-        (ones, ids, starts), shape=(len(tokens), len(pieces))
-    )
-    frequencies = np.bincount(ids, minlength=len(pieces)) / len(ids)
+    counts = bags(tokens, len(pieces))
+    frequencies = np.asarray(counts.sum(0)).reshape(-1)
+    frequencies /= frequencies.sum()
     table = (pieces * (SIF / (SIF + frequencies))[:, None]).astype(np.float32)
     targets = targets.astype(np.float32)
     scale = 1 / np.sqrt(lengths)
@@ -59,7 +55,38 @@ def solve(
         scale = 1 / np.maximum(np.linalg.norm(sums, axis=1), 1e-3)
         cosines = np.sum(sums * targets, axis=1) * scale
         say(f"least squares: mean cosine {np.mean(cosines):.4f}")
-    return table / np.std(targets, axis=0) ** WHITENING
+    return table
+
+
+def turn(
+    table: Float[np.ndarray, "V D"],
+    targets: Float[np.ndarray, "N D"],
+    queries: Sequence[Int[np.ndarray, " L"]],
+    passages: Sequence[Int[np.ndarray, " L"]],
+) -> Float[np.ndarray, "D D"]:
+    """Returns a matrix that turns vectors so that their first dimensions say most.
+
+    First it divides each dimension by a power of its standard deviation: the teacher's
+    first dimensions tell texts apart less than their variance suggests. Then it rotates
+    the vectors, to the dimensions in which queries agree most with their passages.
+    """
+    scales = np.std(targets.astype(np.float32), axis=0) ** -WHITENING
+    step = max(1, len(queries) // PAIRS)
+    sides = []
+    for side in (queries, passages):
+        sums = bags(side[::step], len(table)) @ (table * scales)
+        sides.append(sums / np.linalg.norm(sums, axis=1, keepdims=True))
+    product = sides[0].T @ sides[1]
+    _, directions = np.linalg.eigh(product + product.T)
+    return (scales[:, None] * directions[:, ::-1]).astype(np.float32)
+
+
+def bags(tokens: Sequence[Int[np.ndarray, " L"]], size: int) -> scipy.sparse.csr_matrix:
+    """Returns how often each token comes in each text."""
+    ids = np.concatenate(tokens).astype(np.int32)
+    starts = np.cumsum([0, *(len(row) for row in tokens)])
+    ones = np.ones(len(ids), np.float32)
+    return scipy.sparse.csr_matrix((ones, ids, starts), shape=(len(tokens), size))
 
 
 def fit(

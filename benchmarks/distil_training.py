@@ -108,16 +108,26 @@ def unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
 
 
 def distil_loss(
-    student: Float[Array, "B D"], teacher: Float[Array, "B D"], recipe: Recipe
+    student: Float[Array, "B D"],
+    teacher: Float[Array, "B D"],
+    turned: Float[Array, "B D"],
+    recipe: Recipe,
 ) -> Float[Array, ""]:
-    """Returns the loss of a batch of texts, the weighted sum over the MRL dims."""
+    """Returns the loss of a batch of texts, the weighted sum over the MRL dims.
+
+    Args:
+        student: The student's vectors.
+        teacher: The teacher's vectors, whose similarities the student learns.
+        turned: The same, turned so that their prefixes are those of the student.
+        recipe: Weights and temperatures.
+    """
     total = jnp.zeros(())
     whole = unit(teacher)
     # Leave out the similarity of a text with itself: it is always 1.
     own = jnp.eye(len(student), dtype=bool)
     wanted = masked_softmax(whole @ whole.T / recipe.relate_temperature, own)
     for dim, share in zip(DIMS, recipe.shares, strict=True):
-        s, t = unit(student[:, :dim]), unit(teacher[:, :dim])
+        s, t = unit(student[:, :dim]), unit(turned[:, :dim])
         if recipe.match:
             total += share * recipe.match * jnp.mean(2 - 2 * jnp.sum(s * t, axis=1))
         if recipe.contrast:
@@ -173,13 +183,13 @@ class Trainer:
         options: argparse.Namespace,
         tokens: Sequence[Int[np.ndarray, " L"]],
         targets: Float[np.ndarray, "N D"],
-        pairs: tuple[Sequence[Int[np.ndarray, " L"]], ...],
+        pairs: Sequence[Sequence[Int[np.ndarray, " L"]]],
         ids: Int[np.ndarray, "P 2"],
-        rows: int,
+        turn: Float[np.ndarray, "D D"],
     ):
         """Keeps the texts with their targets, and the two sides of the pairs."""
         self.options = options
-        self.rows = rows
+        self.turn = turn
         self.targets = targets
         self.texts = Tokens(tokens, distil_texts.LENGTH)
         self.pairs = [
@@ -217,7 +227,9 @@ class Trainer:
             # The learning rate rises for 100 updates, then follows a cosine to 0.
             rate = 0.5 * (1 + np.cos(np.pi * step / recipe.steps))
             rate *= min(1.0, (step + 1) / 100)
-            state, loss = update(state, jnp.float32(rate), self.batch(random, recipe))
+            state, loss = update(
+                state, jnp.float32(rate), self.batch(random, recipe, len(table))
+            )
             losses.append(loss)
             if time.monotonic() - said > 10:
                 said = time.monotonic()
@@ -230,8 +242,16 @@ class Trainer:
         facts = {"seconds": round(elapsed), "loss": loss}
         return rows[:, :-1] * np.exp(rows[:, -1:]), facts
 
-    def batch(self, random: np.random.Generator, recipe: Recipe) -> dict[str, Any]:
-        """Returns random texts with their targets, and random pairs with their ids."""
+    def batch(
+        self, random: np.random.Generator, recipe: Recipe, count: int
+    ) -> dict[str, Any]:
+        """Returns random texts with their targets, and random pairs with their ids.
+
+        Args:
+            random: Generator of the choice.
+            recipe: Whether there are pairs.
+            count: Number of rows of the table.
+        """
         size = self.options.batch
         chosen = np.searchsorted(self.shares, random.random(size))
         chosen = np.minimum(chosen, len(self.shares) - 1)
@@ -255,9 +275,9 @@ class Trainer:
         # Rows of the tokens of this batch. The other rows do not change, which saves
         # most of the time of an update.
         rows, places = np.unique(np.concatenate(tokens), return_inverse=True)
-        most = min(-(-len(rows) // 4_096) * 4_096, self.rows)
+        most = min(-(-len(rows) // 4_096) * 4_096, count)
         found["rows"] = np.pad(
-            rows.astype(np.int32), (0, most - len(rows)), constant_values=self.rows
+            rows.astype(np.int32), (0, most - len(rows)), constant_values=count
         )
         ends = np.cumsum([len(one) for one in tokens])[:-1]
         found["places"] = np.split(places.astype(np.int32), ends)
@@ -271,9 +291,11 @@ class Trainer:
             list(zip(batch["places"], batch["texts"], strict=True)),
         )
 
+        teacher = batch["targets"].astype(jnp.float32)
+
         def loss_of(table):
             student = embed(table, *groups[0], self.options.batch)
-            loss = distil_loss(student, batch["targets"].astype(jnp.float32), recipe)
+            loss = distil_loss(student, teacher, teacher @ self.turn, recipe)
             if recipe.pairs:
                 size = self.options.pair_batch
                 queries, passages = (embed(table, *one, size) for one in groups[1:])

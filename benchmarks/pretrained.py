@@ -2,8 +2,8 @@
 
     python benchmarks/pretrained.py MODEL --text=DIR --results=FILE --output=DIR
 
-MODEL is a folder of `distilled.py`, `--text` the output of `text.py` and `--results` the
-results of `gecko evaluate`. The card (README.md) has scores, ten searches, the recipe,
+MODEL is a folder of `distilled.py`, `--text` the output of `text.py`, and `--results`
+the results of `gecko evaluate`. The card (README.md) has scores, ten searches, the recipe,
 and the source and licence of the text.
 """
 
