@@ -306,8 +306,8 @@ class Trainer:
 
         part = {name: value[rows] for name, value in state.items()}
         loss, gradient = jax.value_and_grad(loss_of)(part["table"])
-        rates = jnp.full(part["table"].shape[1], recipe.rate)
-        rates = rate * rates.at[-1].set(recipe.weight_rate)
+        rates = jnp.full((1, part["table"].shape[1]), recipe.rate)
+        rates = rate * rates.at[:, -1].set(recipe.weight_rate)
         part = adam(part, gradient, rates)
         state = {
             name: value.at[rows].set(part[name], mode="drop", unique_indices=True)
@@ -316,7 +316,7 @@ class Trainer:
         return state, loss
 
 
-def adam(part: State, gradient: Float[Array, "R D"], rates: Float[Array, " D"]):
+def adam(part: State, gradient: Float[Array, "R D"], rates: Float[Array, "1 D"]):
     """Returns rows after an update of Adam. The moments count a row's own updates."""
     updates = part["updates"] + 1
     mean = 0.9 * part["mean"] + 0.1 * gradient

@@ -3,7 +3,7 @@
     python benchmarks/pretrained.py MODEL --text=DIR --results=FILE --output=DIR
 
 MODEL is a folder of `distilled.py`, `--text` the output of `text.py`, and `--results`
-the results of `gecko evaluate`. The card (README.md) has scores, ten searches, the recipe,
+the results of `gecko evaluate`. The card (README.md) has scores, searches, the recipe,
 and the source and licence of the text.
 """
 
