@@ -97,9 +97,8 @@ def embed(
         texts: Text of each token, in order; `size` for a token of no text.
         size: Number of texts.
     """
-    rows = table[places]
-    rows = rows[:, :-1] * jnp.exp(rows[:, -1:])
-    return jax.ops.segment_sum(rows, texts, size, indices_are_sorted=True)
+    rows = table[:, :-1] * jnp.exp(table[:, -1:])
+    return jax.ops.segment_sum(rows[places], texts, size, indices_are_sorted=True)
 
 
 def unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
@@ -256,49 +255,50 @@ class Trainer:
         chosen = np.searchsorted(self.shares, random.random(size))
         chosen = np.minimum(chosen, len(self.shares) - 1)
         groups = [(self.texts, chosen)]
-        found: dict[str, Any] = {"targets": self.targets[chosen]}
+        found: dict[str, Any] = {"targets": self.targets[chosen].astype(np.float32)}
         if recipe.pairs:
             pairs = random.integers(0, len(self.ids), self.options.pair_batch)
             groups += [(side, pairs) for side in self.pairs]
             found["ids"] = self.ids[pairs]
-        tokens, texts = [], []
-        for number, (source, chosen) in enumerate(groups):
-            # All batches have the same shape: a few tokens too many are left out.
-            mean = source.lengths.mean()
-            if number == 0:
-                mean = np.sum(source.lengths**1.5) / np.sum(source.lengths**0.5)
-            most = int(ROOM * mean * len(chosen))
-            ids, places = (one[:most] for one in source.of(chosen))
-            rest = (0, most - len(ids))
-            tokens.append(np.pad(ids, rest))
-            texts.append(np.pad(places, rest, constant_values=len(chosen)))
+        tokens, texts, before = [], [], 0
+        for source, chosen in groups:
+            ids, places = source.of(chosen)
+            tokens.append(ids)
+            texts.append(places + before)
+            before += len(chosen)
+        # All batches have the same shape: a few tokens too many are left out.
+        most = round(ROOM * self.mean(recipe))
+        tokens = pad(np.concatenate(tokens), most, 0)
+        found["texts"] = pad(np.concatenate(texts), most, before)
         # Rows of the tokens of this batch. The other rows do not change, which saves
         # most of the time of an update.
-        rows, places = np.unique(np.concatenate(tokens), return_inverse=True)
-        most = min(-(-len(rows) // 4_096) * 4_096, count)
-        found["rows"] = np.pad(
-            rows.astype(np.int32), (0, most - len(rows)), constant_values=count
-        )
-        ends = np.cumsum([len(one) for one in tokens])[:-1]
-        found["places"] = np.split(places.astype(np.int32), ends)
-        found["texts"] = [one.astype(np.int32) for one in texts]
+        rows, places = np.unique(tokens, return_inverse=True)
+        found["rows"] = pad(rows, min(-(-len(rows) // 4_096) * 4_096, count), count)
+        found["places"] = places.astype(np.int32)
         return found
+
+    def mean(self, recipe: Recipe) -> float:
+        """Returns the mean number of tokens of a batch."""
+        lengths = self.texts.lengths
+        # Longer texts are drawn more often.
+        tokens = self.options.batch * np.sum(lengths**1.5) / np.sum(lengths**0.5)
+        if recipe.pairs:
+            sides = sum(np.mean(side.lengths) for side in self.pairs)
+            tokens += self.options.pair_batch * sides
+        return float(tokens)
 
     def update(self, recipe: Recipe, state: State, rate, batch: dict[str, Any]):
         """Returns the state after an update, and the loss before it."""
-        rows, groups = (
-            batch["rows"],
-            list(zip(batch["places"], batch["texts"], strict=True)),
-        )
-
-        teacher = batch["targets"].astype(jnp.float32)
+        rows = batch["rows"]
+        teacher = batch["targets"]
+        size = len(teacher)
+        sides = len(batch["ids"]) if recipe.pairs else 0
 
         def loss_of(table):
-            student = embed(table, *groups[0], self.options.batch)
-            loss = distil_loss(student, teacher, teacher @ self.turn, recipe)
+            vectors = embed(table, batch["places"], batch["texts"], size + 2 * sides)
+            loss = distil_loss(vectors[:size], teacher, teacher @ self.turn, recipe)
             if recipe.pairs:
-                size = self.options.pair_batch
-                queries, passages = (embed(table, *one, size) for one in groups[1:])
+                queries, passages = jnp.split(vectors[size:], 2)
                 loss += recipe.pairs * pair_loss(
                     queries, passages, batch["ids"], recipe
                 )
@@ -325,3 +325,9 @@ def adam(part: State, gradient: Float[Array, "R D"], rates: Float[Array, "1 D"])
     size = jnp.sqrt(square / (1 - 0.999**updates))
     table = part["table"] - rates * direction / (size + 1e-8)
     return {"table": table, "mean": mean, "square": square, "updates": updates}
+
+
+def pad(values: Int[np.ndarray, " N"], length: int, rest: int) -> np.ndarray:
+    """Returns the first values, filled up with the rest to a length."""
+    values = values[:length].astype(np.int32)
+    return np.pad(values, (0, length - len(values)), constant_values=rest)
