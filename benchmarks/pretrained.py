@@ -140,21 +140,22 @@ def search(folder: pathlib.Path) -> tuple[int, list[list[str]]]:
 
 
 def scores_table(results: tables.Results, dims: Sequence[int]) -> str:
-    """Returns the main score of each set at every dim, and BM25's."""
+    """Returns the main score of each set at every dim, and of baselines."""
     from gecko_jax.evaluation import tables
 
+    systems = {tables.BM25: "BM25", tables.IDF_BAG: "random vectors, IDF weights"}
     scores: dict[str, dict[str, float]] = {}
     for row in results.rows:
-        column = {tables.MODEL: str(row.dim), tables.BM25: "BM25"}.get(row.system)
-        if row.task == tables.ALL and column:
+        column = systems.get(row.system, str(row.dim))
+        if row.task == tables.ALL and row.system in (tables.MODEL, *systems):
             # The main metric is the first one.
             scores.setdefault(row.set, {})[column] = next(iter(row.metrics.values()))
-    columns = [*map(str, dims), "BM25"]
+    columns = [*map(str, dims), *systems.values()]
     lines = [
         [name, *(f"{found[c]:.3f}" if c in found else "" for c in columns)]
         for name, found in scores.items()
     ]
-    return table(["set", *(f"{dim} dims" for dim in dims), "BM25"], lines)
+    return table(["set", *(f"{dim} dims" for dim in dims), *systems.values()], lines)
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
