@@ -54,6 +54,8 @@ DIM = 256
 # Chosen on the dev sets.
 RECIPE = distil_training.Recipe(
     steps=2_500,
+    rate=4e-3,
+    weight_rate=4e-3,
     relate=1.0,
     match=0.5,
     contrast=0.5,
@@ -125,7 +127,9 @@ def run(options: argparse.Namespace) -> None:
         np.stack([np.unique(side, return_inverse=True)[1] for side in sides], axis=1),
         turn,
     )
-    table, trained = trainer.train(table @ turn, RECIPE)
+    table, trained = trainer.train(
+        table @ turn, RECIPE, options.output / "training.npz"
+    )
     facts = {
         "method": "distillation of a sentence encoder into a table of token vectors",
         "teacher": options.teacher.resolve().name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import pathlib
 import time
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gecko_jax import files
+
 if typing.TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
@@ -22,6 +25,8 @@ DIMS = (64, 128, 256)
 # Longest sides of a pair, in tokens.
 QUERY_LENGTH = 32
 PAIR_LENGTH = 128
+# Updates after which the state is stored.
+STORED = 250
 # Room in a batch for texts that are longer than the mean.
 ROOM = 1.15
 
@@ -201,9 +206,14 @@ class Trainer:
         self.shares = shares / shares[-1]
 
     def train(
-        self, table: Float[np.ndarray, "V D"], recipe: Recipe
+        self, table: Float[np.ndarray, "V D"], recipe: Recipe, stored: pathlib.Path
     ) -> tuple[Float[np.ndarray, "V D"], dict[str, Any]]:
         """Trains for the recipe's updates.
+
+        Args:
+            table: First table.
+            recipe: Losses and rates.
+            stored: File of the state of an unfinished training, which goes on there.
 
         Returns:
             The table, with each row times its weight, and facts about the training.
@@ -220,9 +230,16 @@ class Trainer:
         update = functools.partial(jax.jit, donate_argnums=0)(
             functools.partial(self.update, recipe)
         )
-        random = np.random.default_rng(self.options.seed)
-        losses = []
-        for step in range(recipe.steps):
+        first, losses = 0, []
+        if stored.exists():
+            with np.load(stored) as held:
+                state = {name: jnp.asarray(held[name]) for name in state}
+                first = int(held["step"])
+        for step in range(first, recipe.steps):
+            if step % STORED == 0 and step > first:
+                with files.write_file(stored) as path, path.open("wb") as out:
+                    np.savez(out, step=step, **jax.device_get(state))
+            random = np.random.default_rng((self.options.seed, step))
             # The learning rate rises for 100 updates, then follows a cosine to 0.
             rate = 0.5 * (1 + np.cos(np.pi * step / recipe.steps))
             rate *= min(1.0, (step + 1) / 100)
@@ -237,8 +254,9 @@ class Trainer:
         loss = float(np.mean(jax.device_get(losses[-50:])))
         elapsed = time.monotonic() - begun
         distil_texts.say(f"{len(losses):,} steps in {elapsed:.1f} s, loss {loss:.4f}")
+        stored.unlink(missing_ok=True)
         rows = np.asarray(state["table"])
-        facts = {"seconds": round(elapsed), "loss": loss}
+        facts = {"loss": round(loss, 4)}
         return rows[:, :-1] * np.exp(rows[:, -1:]), facts
 
     def batch(

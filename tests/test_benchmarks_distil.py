@@ -150,7 +150,7 @@ def test_a_turn_puts_the_dimensions_of_pairs_first():
     assert share[:2].min() > 0.9
 
 
-def test_training_brings_the_student_to_the_teacher():
+def test_training_brings_the_student_to_the_teacher(tmp_path):
     import distil_training
 
     random = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def test_training_brings_the_student_to_the_teacher():
     begin = random.normal(size=(count, 256)).astype(np.float32)
     begin[50:] = 0.5
     recipe = distil_training.Recipe(steps=80, rate=0.05, relate=1.0, pairs=0.1)
-    trained, facts = trainer.train(begin, recipe)
+    trained, facts = trainer.train(begin, recipe, tmp_path / "state.npz")
 
     def cosine(table):
         sums = np.stack([table[row].sum(0) for row in tokens])
@@ -181,7 +181,7 @@ def test_training_brings_the_student_to_the_teacher():
     assert np.isfinite(facts["loss"])
 
 
-def test_rows_without_tokens_in_the_batch_do_not_change():
+def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
     import distil_training
 
     random = np.random.default_rng(0)
@@ -193,7 +193,42 @@ def test_rows_without_tokens_in_the_batch_do_not_change():
         np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
     )  # fmt: skip
     begin = random.normal(size=(40, 256)).astype(np.float32)
-    trained, _ = trainer.train(begin, distil_training.Recipe(steps=3, relate=1.0))
+    recipe = distil_training.Recipe(steps=3, relate=1.0)
+    trained, _ = trainer.train(begin, recipe, tmp_path / "state.npz")
     scale = 1 / np.mean(np.linalg.norm(begin, axis=1))
     np.testing.assert_allclose(trained[30:], begin[30:] * scale, rtol=1e-6)
     assert np.abs(trained[2:30] - begin[2:30] * scale).max() > 1e-5
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    import distil_training
+
+    random = np.random.default_rng(0)
+    tokens = [random.integers(2, 30, 5).astype(np.uint16) for _ in range(50)]
+    targets = random.normal(size=(50, 256)).astype(np.float16)
+    options = types.SimpleNamespace(batch=8, pair_batch=4, seed=0)
+    trainer = distil_training.Trainer(
+        options, tokens, targets, [tokens, tokens],
+        np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
+    )  # fmt: skip
+    begin = random.normal(size=(30, 256)).astype(np.float32)
+    recipe = distil_training.Recipe(steps=9, relate=1.0, pairs=0.5)
+    stored = tmp_path / "state.npz"
+    whole, _ = trainer.train(begin, recipe, stored)
+    monkeypatch.setattr(distil_training, "STORED", 4)
+    batch = trainer.batch
+    calls = []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return batch(*arguments)
+
+    monkeypatch.setattr(trainer, "batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(begin, recipe, stored)
+    monkeypatch.setattr(trainer, "batch", batch)
+    rest, _ = trainer.train(begin[::-1], recipe, stored)
+    np.testing.assert_allclose(rest, whole, atol=1e-6)
+    assert not stored.exists()
