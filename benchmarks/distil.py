@@ -53,9 +53,9 @@ if typing.TYPE_CHECKING:
 DIM = 256
 # Chosen on the dev sets.
 RECIPE = distil_training.Recipe(
-    steps=2_500,
-    rate=4e-3,
-    weight_rate=4e-3,
+    steps=1_500,
+    rate=5e-3,
+    weight_rate=5e-3,
     relate=1.0,
     match=0.5,
     contrast=0.5,

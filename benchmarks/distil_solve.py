@@ -19,7 +19,7 @@ SIF = 1e-3
 RIDGE = 1.0
 # Rounds of least squares, each with as many steps of conjugate gradients.
 ROUNDS = 2
-STEPS = 12
+STEPS = 10
 # Power of the standard deviation by which each dimension is divided.
 WHITENING = 0.5
 # Number of pairs from which the order of the dimensions is learned.
