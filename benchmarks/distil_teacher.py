@@ -20,7 +20,7 @@ import numpy as np
 from distil_texts import say
 from safetensors import numpy as safetensors
 
-from gecko_jax import files
+from gecko_jax.io import writing
 
 if typing.TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -49,7 +49,7 @@ class Store:
         """Writes a chunk: all of it or, if the process is killed, nothing."""
         number = len(list(self.folder.glob("*.npz")))
         path = self.folder / f"{number:05}.npz"
-        with files.write_file(path) as temporary, temporary.open("wb") as out:
+        with writing.write_file(path) as temporary, temporary.open("wb") as out:
             np.savez(out, digests=digests(texts), vectors=vectors)
 
     def digests(self) -> set[int]:

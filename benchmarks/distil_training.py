@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gecko_jax import files
+from gecko_jax.io import writing
 
 if typing.TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -237,7 +237,7 @@ class Trainer:
                 first = int(held["step"])
         for step in range(first, recipe.steps):
             if step % STORED == 0 and step > first:
-                with files.write_file(stored) as path, path.open("wb") as out:
+                with writing.write_file(stored) as path, path.open("wb") as out:
                     np.savez(out, step=step, **jax.device_get(state))
             random = np.random.default_rng((self.options.seed, step))
             # The learning rate rises for 100 updates, then follows a cosine to 0.

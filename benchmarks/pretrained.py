@@ -22,8 +22,9 @@ from typing import Any
 import measured
 import quality_data
 
-from gecko_jax import config as config_lib
-from gecko_jax import files, model_folder
+import gecko_jax.config
+from gecko_jax.formats import model_folder
+from gecko_jax.io import writing
 
 if typing.TYPE_CHECKING:
     from gecko_jax.evaluation import tables
@@ -102,7 +103,7 @@ def write_card(options: argparse.Namespace) -> None:
         left_out=table(["reason", "rows"], left_out.items()),
         clear_of=", ".join(f"`{name}`" for name in chosen["clear_of"]),
     )
-    with files.write_folder(options.output) as folder:
+    with writing.write_folder(options.output) as folder:
         for path in held:
             shutil.copyfile(path, folder / path.name)
         (folder / "README.md").write_text(card)
@@ -112,7 +113,7 @@ def write_card(options: argparse.Namespace) -> None:
 
 def refuse_paths(provenance: Mapping[str, Any]) -> None:
     """Refuses a model whose provenance has paths of this machine."""
-    for key, value in config_lib.flatten(provenance).items():
+    for key, value in gecko_jax.config.flatten(provenance).items():
         values = value if isinstance(value, tuple) else (value,)
         for path in values:
             if isinstance(path, str) and path.startswith("/"):
@@ -121,8 +122,8 @@ def refuse_paths(provenance: Mapping[str, Any]) -> None:
 
 def search(folder: pathlib.Path) -> tuple[int, list[list[str]]]:
     """Returns the number of passages, and the first passage for each question."""
-    from gecko_jax import embedding
     from gecko_jax.evaluation import sets
+    from gecko_jax.inference import embedding
 
     (found,) = sets.load(quality_data.QUICKSTART)
     assert isinstance(found, sets.RetrievalSet)

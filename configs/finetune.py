@@ -8,10 +8,10 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mini` on a
-laptop CPU in two to three minutes; `local,shipped`, which starts from the model that the
-package brings; `local,taught`, the second stage of that recipe of
-prefinetune.py (docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and
-`fret`, for the triples that `gecko fret run` left in runs/fret (elsewhere:
+laptop CPU in two to three minutes; `local,shipped`, which starts from the model that
+the package brings; `local,taught`, the second stage of that recipe of prefinetune.py
+(docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and `fret`, for the
+triples that `gecko fret run` left in runs/fret (elsewhere:
 --config.data.files). `gecko data prepare` mines hard negatives for pairs.
 
 Three recipes name everything but the machine, for base, large and xl (docs/recipes.md):
@@ -139,6 +139,8 @@ def _check(arg: ml_collections.ConfigDict, recipes: list[str]) -> None:
     if len(sizes) > 1:
         raise ValueError("taught, shipped: name one of them")
     if sizes and not (arg.local and arg.size == "mini"):
-        raise ValueError(f"{sizes[0]}: has a size of its own; use it as local,{sizes[0]}")
+        raise ValueError(
+            f"{sizes[0]}: has a size of its own; use it as local,{sizes[0]}"
+        )
     if arg.hardware and arg.hardware not in HARDWARE:
         raise ValueError(f"hardware={arg.hardware}: known are {', '.join(HARDWARE)}")
