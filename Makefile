@@ -32,7 +32,7 @@ help: ## this list
 		awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
 
-# `make demo` fine-tunes `mini`, the model that comes along; `make demo START=scratch`
+# `make demo` fine-tunes `mini`, the bundled model; `make demo START=scratch`
 # trains a small Gecko from scratch, in the two stages of the paper.
 START := mini
 COMMA := ,
@@ -64,19 +64,19 @@ demo: $(VENV)/.core ## make data (FRet), fine-tune mini on it, judge it, search
 	$(GECKO) index demo/mini/embeddings --output=demo/mini/index
 	$(GECKO) search --model=demo/finetune$(TAG) --index=demo/index$(TAG) $(SEARCHES)
 	@echo
-	@echo "The same, answered by mini, the model that comes along:"
+	@echo "The same, answered by mini, the bundled model:"
 	$(GECKO) search --model=mini --index=demo/mini/index $(SEARCHES)
 	@echo
 	@echo "All of it lies in demo/:"
 	@echo "  fret          what a language model made of raw passages: report.html"
 	@echo "  finetune$(TAG)      the model: gecko_jax.load(\"demo/finetune$(TAG)\");"
 	@echo "                training.png shows the loss"
-	@echo "  evaluation$(TAG)    quality at every dimension beside mini, which comes along,"
+	@echo "  evaluation$(TAG)    quality at every dimension beside mini, the bundled model,"
 	@echo "                and BM25: table.txt, quality.png"
 	@echo "  index$(TAG)         the index: $(GECKO) search --model=demo/finetune$(TAG)" \
 		"--index=demo/index$(TAG)"
 
-# The model that comes along: a table of token vectors, distilled from a sentence encoder.
+# The bundled model: a table of token vectors, distilled from a sentence encoder.
 # TEACHER is a folder of all-MiniLM-L6-v2, T5_VOCABULARY T5's SentencePiece model. DATA=DIR
 # adds the permissive pairs of a data folder, and JUDGED names files of sentence pairs that
 # no text may share. A second run continues where the first stopped.
@@ -88,7 +88,7 @@ JUDGED :=
 DISTIL :=
 
 .PHONY: pretrained
-pretrained: $(VENV)/.test ## make the model that comes along anew: about two hours
+pretrained: $(VENV)/.test ## make the bundled model anew: about two hours
 	@test -n "$(TEACHER)" -a -n "$(T5_VOCABULARY)" || { \
 		echo "name the teacher and the vocabulary: make pretrained TEACHER=DIR" \
 		"T5_VOCABULARY=FILE" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""Writes the model that comes along, with its card. `make pretrained` runs this.
+"""Writes the bundled model, with its card. `make pretrained` runs this.
 
     python benchmarks/pretrained.py MODEL --text=DIR --results=FILE --output=DIR
 

@@ -53,7 +53,7 @@ core).
 
 
 # The last part of the page, which other commands make: it is kept as it is.
-_KEPT = "\n## The model that comes along\n"
+_KEPT = "\n## The bundled model\n"
 
 _PARTS = {"at 1/2": 2, "at 1/4": 4}
 

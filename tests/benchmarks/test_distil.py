@@ -1,4 +1,4 @@
-"""The scripts that distil the model that comes along."""
+"""The scripts that distil the bundled model."""
 
 import json
 import pathlib

@@ -205,7 +205,7 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
     (picture,) = tmp_path.glob("*.png")
     assert f"({picture.name})" in page
     # Another command makes the last part.
-    kept = "\n## The model that comes along\n\nIts scores.\n"
+    kept = "\n## The bundled model\n\nIts scores.\n"
     (tmp_path / "r.md").write_text(page + kept)
     quality_table.write(
         tmp_path / "rows", tmp_path / "r.md", quality_rows.ROWS, quality_rows.GROUPS
