@@ -53,7 +53,7 @@ if typing.TYPE_CHECKING:
 DIM = 256
 # Chosen on the dev sets.
 RECIPE = distil_training.Recipe(
-    steps=400,
+    steps=1_500,
     rate=5e-3,
     weight_rate=5e-3,
     relate=1.0,

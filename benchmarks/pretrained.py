@@ -30,18 +30,18 @@ if typing.TYPE_CHECKING:
     from gecko_jax.evaluation import tables
 
 CARD = pathlib.Path(__file__).with_name("pretrained_card.md")
-# A question, and words of the passage of `quickstart` that answers it.
+# Questions, and the passages of `quickstart` that answer them.
 SEARCHES = {
-    "which privileges does a role need": "privilege",
-    "how are modules found on import": "sys.path",
-    "large wading bird": "wading bird",
-    "how do I write a unit test": "unittest",
-    "a person who treats sick animals": "animal",
-    "make a copy of an array with new shape": "reshape",
-    "what happens when two transactions change the same row": "transaction",
-    "someone who wastes time in front of a computer": "computer",
-    "how to stop a program that hangs": "signal",
-    "a country in Africa": "Africa",
+    "how are modules found on import": ("t554", "t89"),
+    "copy a database while others use it": ("d179", "d170", "d134"),
+    "read a dump back into a database": ("d130",),
+    "two transactions wait for each other": ("t569",),
+    "stop a server with ctrl-c": ("d140",),
+    "large wading bird": ("t460", "t368"),
+    "a country in Africa": ("d68",),
+    "who discovered penicillin": ("d71",),
+    "woman doctor who fought for the vote": ("t388",),
+    "dog resting with its head down": ("d69",),
 }
 # Longest part of a passage in the card, in characters.
 SHOWN = 100
@@ -85,8 +85,7 @@ def write_card(options: argparse.Namespace) -> None:
         scores=scores_table(results, sorted(opened.mrl_dims, reverse=True)),
         passages=corpus,
         searches=table(["question", "first passage", "right"], searches),
-        command="make pretrained TEACHER=DIR T5_VOCABULARY=FILE"
-        + (" DATA=DIR" if len(chosen["clear_of"]) > 1 else ""),
+        command=make_command(chosen["clear_of"]),
         commit=measured.commit(),
         texts=made["texts"],
         rows=made["rows"],
@@ -111,6 +110,16 @@ def write_card(options: argparse.Namespace) -> None:
     print(f"{options.output}: {size / 1e6:.1f} MB")
 
 
+def make_command(judged: Sequence[str]) -> str:
+    """Returns the command that makes the model, given the sets that it is judged on."""
+    words = ["make pretrained TEACHER=DIR T5_VOCABULARY=FILE"]
+    if any("/" in name for name in judged):
+        words.append("DATA=DIR")
+    if files := [f"{n}.jsonl" for n in judged if "/" not in n and n != "quickstart"]:
+        words.append(f'JUDGED="{" ".join(files)}"')
+    return " ".join(words)
+
+
 def refuse_paths(provenance: Mapping[str, Any]) -> None:
     """Refuses a model whose provenance has paths of this machine."""
     for key, value in gecko_jax.config.flatten(provenance).items():
@@ -131,10 +140,10 @@ def search(folder: pathlib.Path) -> tuple[int, list[list[str]]]:
     queries = model.encode_queries(list(SEARCHES))
     passages = model.encode_passages(found.texts, titles=found.titles)
     lines = []
-    for row, (query, answer) in enumerate(SEARCHES.items()):
+    for row, (query, answers) in enumerate(SEARCHES.items()):
         best = int((passages @ queries[row]).argmax())
         text = f"{found.titles[best]} {found.texts[best]}"
-        right = "yes" if answer.lower() in text.lower() else "no"
+        right = "yes" if found.passage_ids[best] in answers else "no"
         shown = " ".join(text.split())[:SHOWN].replace("|", "\\|")
         lines.append([query, shown, right])
     return len(passages), sorted(lines, key=lambda line: line[-1], reverse=True)
