@@ -32,24 +32,29 @@ help: ## this list
 		awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo "Another Python: make test PYTHON=python3.12 VENV=.venv312"
 
-# `make demo START=mini` fine-tunes the model that comes along, not one from scratch.
-START :=
-TAG := $(if $(START),-$(START))
+# `make demo` fine-tunes `mini`, the bundled model; `make demo START=scratch`
+# trains a small Gecko from scratch, in the two stages of the paper.
+START := mini
+COMMA := ,
+SCRATCH := $(filter scratch,$(START))
+TAG := $(if $(filter mini,$(START)),,-$(START))
+BEGINNING := $(if $(SCRATCH),demo/prefinetune,$(START))
 SEARCHES := "which privileges does a role need" "how are modules found on import" \
 	"large wading bird"
 
 .PHONY: demo
-demo: $(VENV)/.core ## make data (FRet), train a small Gecko on it, judge it, search
+demo: $(VENV)/.core ## make data (FRet), fine-tune mini on it, judge it, search
 	$(GECKO) fret run --config=configs/fret.py:local,recorded --workdir=demo/fret
 	$(GECKO) fret report --config=configs/fret.py:local,recorded --workdir=demo/fret
-	$(if $(START),,$(GECKO) train --config=configs/prefinetune.py:local \
+	$(if $(SCRATCH),$(GECKO) train --config=configs/prefinetune.py:local \
 		--workdir=demo/prefinetune)
 	test -e demo/triples.jsonl || $(GECKO) data prepare $(CORPUS)/train.jsonl \
 		--output=demo/triples.jsonl --negatives=1
-	$(GECKO) train --config=configs/finetune.py:local --workdir=demo/finetune$(TAG) \
+	$(GECKO) train --workdir=demo/finetune$(TAG) \
+		--config=configs/finetune.py:local$(if $(SCRATCH),,$(COMMA)shipped) \
 		--config.data.files="('demo/triples.jsonl', 'demo/fret/export/fret.jsonl')" \
-		--config.init.checkpoint=$(or $(START),demo/prefinetune) \
-		$(if $(START),--config.data.vocabulary=$(START))
+		--config.init.checkpoint=$(BEGINNING) \
+		$(if $(SCRATCH),,--config.data.vocabulary=$(START))
 	$(GECKO) evaluate quickstart --model=demo/finetune$(TAG) --beside=mini --untrained \
 		--output=demo/evaluation$(TAG)
 	$(GECKO) embed $(CORPUS)/corpus.jsonl --model=demo/finetune$(TAG) \
@@ -59,81 +64,45 @@ demo: $(VENV)/.core ## make data (FRet), train a small Gecko on it, judge it, se
 	$(GECKO) index demo/mini/embeddings --output=demo/mini/index
 	$(GECKO) search --model=demo/finetune$(TAG) --index=demo/index$(TAG) $(SEARCHES)
 	@echo
-	@echo "The same, answered by mini, the model that comes along:"
+	@echo "The same, answered by mini, the bundled model:"
 	$(GECKO) search --model=mini --index=demo/mini/index $(SEARCHES)
 	@echo
 	@echo "All of it lies in demo/:"
 	@echo "  fret          what a language model made of raw passages: report.html"
 	@echo "  finetune$(TAG)      the model: gecko_jax.load(\"demo/finetune$(TAG)\");"
 	@echo "                training.png shows the loss"
-	@echo "  evaluation$(TAG)    quality at every dimension beside mini, which comes along,"
+	@echo "  evaluation$(TAG)    quality at every dimension beside mini, the bundled model,"
 	@echo "                and BM25: table.txt, quality.png"
 	@echo "  index$(TAG)         the index: $(GECKO) search --model=demo/finetune$(TAG)" \
 		"--index=demo/index$(TAG)"
 
-# The model that comes along. DATA=DIR adds the text of a data folder whose licence lets
-# the model be passed on; FIRST and SECOND are more options of the two stages.
+# The bundled model: a table of token vectors, distilled from a sentence encoder.
+# TEACHER is a folder of all-MiniLM-L6-v2, T5_VOCABULARY T5's SentencePiece model. DATA=DIR
+# adds the permissive pairs of a data folder, and JUDGED names files of sentence pairs that
+# no text may share. A second run continues where the first stopped.
 MADE := runs/pretrained
-DATA :=
-VOCABULARY_SIZE := 8000
-NEGATIVES := 1
-FIRST_CONFIG := configs/prefinetune.py:local,bag
-SECOND_CONFIG := configs/finetune.py:local
-FIRST :=
-SECOND :=
-
-.PHONY: pretrained
-pretrained: $(VENV)/.core ## train the model that comes along, anew; DATA=DIR adds text
-	test -e $(MADE)/text/text.json || $(BIN)/python benchmarks/pretrained.py text \
-		$(if $(DATA),--data=$(DATA)) --output=$(MADE)/text
-	test -e $(MADE)/vocabulary.model || $(GECKO) data vocabulary \
-		$(MADE)/text/train.jsonl.gz --output=$(MADE)/vocabulary.model \
-		--size=$(VOCABULARY_SIZE)
-	test -e $(MADE)/triples.jsonl.gz || $(GECKO) data prepare \
-		$(MADE)/text/train.jsonl.gz --output=$(MADE)/triples.jsonl.gz \
-		--negatives=$(NEGATIVES)
-	$(GECKO) train --config=$(FIRST_CONFIG) --workdir=$(MADE)/prefinetune \
-		--config.data.files=$(MADE)/text/train.jsonl.gz \
-		--config.data.vocabulary=$(MADE)/vocabulary.model $(FIRST)
-	$(GECKO) train --config=$(SECOND_CONFIG) --workdir=$(MADE)/finetune \
-		--config.data.files=$(MADE)/triples.jsonl.gz \
-		--config.data.vocabulary=$(MADE)/vocabulary.model \
-		--config.init.checkpoint=$(MADE)/prefinetune $(SECOND)
-	$(GECKO) export $(MADE)/finetune --output=$(MADE)/model --dtype=float16
-	$(GECKO) evaluate quickstart \
-		$(if $(DATA),$(dir $(wildcard $(DATA)/eval/test/*/corpus.jsonl))) \
-		--model=$(MADE)/model --output=$(MADE)/evaluation
-	$(BIN)/python benchmarks/pretrained.py card $(MADE)/model --text=$(MADE)/text \
-		--stages $(MADE)/prefinetune $(MADE)/finetune \
-		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini \
-		--settings "VOCABULARY_SIZE=$(VOCABULARY_SIZE)" "NEGATIVES=$(NEGATIVES)" \
-		"FIRST_CONFIG=$(FIRST_CONFIG)" "SECOND_CONFIG=$(SECOND_CONFIG)" \
-		"FIRST=$(FIRST)" "SECOND=$(SECOND)"
-
-# A table of token vectors, distilled from a sentence encoder. TEACHER is a folder of
-# all-MiniLM-L6-v2, T5_VOCABULARY T5's SentencePiece model. DATA=DIR adds the permissive
-# pairs of a data folder. A second run continues where the first stopped.
-DISTILLED := runs/distilled
 TEACHER :=
 T5_VOCABULARY :=
+DATA :=
+JUDGED :=
 DISTIL :=
 
-.PHONY: distilled
-distilled: $(VENV)/.torch ## distil a table of token vectors: minutes on a GPU, hours on a CPU
+.PHONY: pretrained
+pretrained: $(VENV)/.test ## make the bundled model anew: about two hours
 	@test -n "$(TEACHER)" -a -n "$(T5_VOCABULARY)" || { \
-		echo "name the teacher and the vocabulary: make distilled TEACHER=DIR" \
+		echo "name the teacher and the vocabulary: make pretrained TEACHER=DIR" \
 		"T5_VOCABULARY=FILE" >&2; exit 1; }
-	test -e $(DISTILLED)/text/text.json || $(BIN)/python benchmarks/text.py \
-		$(if $(DATA),--data=$(DATA)) --output=$(DISTILLED)/text
-	test -e $(DISTILLED)/tables/relate_pairs.safetensors || \
-		$(BIN)/python benchmarks/distil.py --text=$(DISTILLED)/text \
-		--teacher=$(TEACHER) --vocabulary=$(T5_VOCABULARY) \
-		--output=$(DISTILLED)/tables $(DISTIL)
-	$(BIN)/python benchmarks/distilled.py $(DISTILLED)/tables --variant=relate_pairs \
-		--vocabulary=$(T5_VOCABULARY) --output=$(DISTILLED)/model
-	$(GECKO) evaluate quickstart \
-		$(if $(DATA),$(dir $(wildcard $(DATA)/eval/test/*/corpus.jsonl))) \
-		--model=$(DISTILLED)/model --beside=mini --output=$(DISTILLED)/evaluation
+	test -e $(MADE)/text/text.json || $(BIN)/python benchmarks/text.py \
+		$(if $(DATA),--data=$(DATA)) --judged $(JUDGED) --output=$(MADE)/text
+	$(BIN)/python benchmarks/distil.py --text=$(MADE)/text --teacher=$(TEACHER) \
+		--vocabulary=$(T5_VOCABULARY) --output=$(MADE)/tables $(DISTIL)
+	$(BIN)/python benchmarks/distilled.py $(MADE)/tables \
+		--vocabulary=$(T5_VOCABULARY) --output=$(MADE)/model
+	$(GECKO) evaluate quickstart $(JUDGED) \
+		$(if $(DATA),$(patsubst %/,%,$(wildcard $(DATA)/eval/test/*/))) \
+		--model=$(MADE)/model --output=$(MADE)/evaluation
+	$(BIN)/python benchmarks/pretrained.py $(MADE)/model --text=$(MADE)/text \
+		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini
 
 # Tests of one file share what they have compiled, and so one process.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)

@@ -1,30 +1,28 @@
-"""Texts, tokens and teacher vectors for `distil.py`."""
+"""Texts and tokens for `distil.py`."""
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import gc
+import hashlib
 import json
 import lzma
 import os
 import pathlib
-import random
 import re
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors import numpy as safetensors
 
 if typing.TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
 
-# Longest text that the teacher and the student read, in tokens of each.
+# Longest text that the student reads, in tokens.
 LENGTH = 256
 EOS = 1
+# Longest part of a passage that the teacher reads, in characters.
+OPENING = 400
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(“‘]?[A-Z0-9])")
 _START = time.monotonic()
 
@@ -34,44 +32,64 @@ def say(*words: object) -> None:
     print(f"[{time.monotonic() - _START:6.1f}]", *words, flush=True)
 
 
-def load_texts(
-    path: pathlib.Path, most: int, spans: int, seed: int
-) -> tuple[int, list[str], Int[np.ndarray, "P 2"]]:
-    """Returns the number of rows, the distinct texts, and the pairs.
+def load_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the rows of `text.py`: a passage (`t`), often a query (`q`)."""
+    with lzma.open(path, "rt") as lines:
+        return [json.loads(line) for line in lines]
 
-    Passages and queries come first, then sentences, then random spans of words.
+
+def texts_of(rows: Iterable[dict[str, str]], spans: int) -> list[str]:
+    """Returns distinct texts for the teacher: any first part of the list is a sample.
+
+    They are queries, the openings of passages, sentences, and spans of 1 to 12 words of
+    a sentence, as short as the queries of a search. The order is random, but short
+    texts tend to come first, because the teacher needs less time for them. Two keep
+    their order if more rows are added.
 
     Args:
-        path: Rows of `text.py`: a passage (`t`), often a query (`q`).
-        most: Largest number of texts.
-        spans: Largest number of spans.
-        seed: Seed of the order of the sentences and of the spans.
-
-    Returns:
-        Pairs are indices into the texts: query, passage.
+        rows: Rows of `text.py`.
+        spans: Number of spans of a sentence.
     """
-    rng = random.Random(seed)
-    with lzma.open(path, "rt") as lines:
-        rows = [json.loads(line) for line in lines]
-    index: dict[str, int] = {}
-    pairs = []
+    texts: set[str] = set()
     for row in rows:
-        passage = index.setdefault(row["t"], len(index))
-        if query := row.get("q"):
-            pairs.append((index.setdefault(query, len(index)), passage))
-    sentences = [s for row in rows for s in _SENTENCE.split(row["t"]) if len(s) > 12]
-    rng.shuffle(sentences)
-    for sentence in sentences:
-        if len(index) >= most:
+        texts.add(row.get("q", "."))
+        texts.add(opening(row["t"]))
+        for sentence in _SENTENCE.split(row["t"]):
+            if len(sentence) > 12:
+                texts.add(opening(sentence))
+                texts.update(spans_of(sentence, spans))
+
+    def place(text: str) -> tuple[float, str]:
+        return random_number(text) * (80 + len(text)), text
+
+    return sorted(texts, key=place)
+
+
+def opening(text: str) -> str:
+    """Returns the first sentences of a text, at least a part of the first."""
+    part = ""
+    for sentence in _SENTENCE.split(text):
+        if part and len(part) + len(sentence) >= OPENING:
             break
-        index.setdefault(sentence, len(index))
-    # Random spans of 1 to 12 words, as short as the queries of a search.
-    for _ in range(min(spans, max(0, most - len(index)))):
-        words = rng.choice(sentences).split()
-        length = rng.randint(1, 12)
-        place = rng.randint(0, max(0, len(words) - length))
-        index.setdefault(" ".join(words[place : place + length]), len(index))
-    return len(rows), list(index), np.array(pairs, np.int32).reshape(-1, 2)
+        part = f"{part} {sentence}".strip()
+    return part if len(part) <= OPENING else part[:OPENING].rpartition(" ")[0]
+
+
+def spans_of(sentence: str, number: int) -> Iterator[str]:
+    """Yields random runs of the words of a sentence, the same ones in every run."""
+    words = sentence.split()
+    for one in range(number):
+        length = 1 + int(12 * random_number(f"{one} length {sentence}"))
+        free = max(0, len(words) - length) + 1
+        start = int(free * random_number(f"{one} start {sentence}"))
+        yield " ".join(words[start : start + length])
+
+
+def random_number(text: str) -> float:
+    """Returns a number in [0, 1) that depends on the text alone."""
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+    )
 
 
 def tokenize(vocabulary: Any, texts: Sequence[str]) -> list[Int[np.ndarray, " L"]]:
@@ -82,91 +100,3 @@ def tokenize(vocabulary: Any, texts: Sequence[str]) -> list[Int[np.ndarray, " L"
         ids = vocabulary.EncodeAsIds(list(block), num_threads=os.cpu_count() or 1)
         rows += [np.array([*row[: LENGTH - 1], EOS], np.uint16) for row in ids]
     return rows
-
-
-def teach(
-    folder: pathlib.Path,
-    texts: Sequence[str],
-    order: Sequence[int],
-    until: float,
-    block: int = 16_384,
-) -> Float[np.ndarray, "N T"]:
-    """Returns the teacher's vector of each text, normalized, in float16.
-
-    Args:
-        folder: Folder of the teacher, a BERT encoder with mean pooling.
-        texts: Texts to embed.
-        order: Indices of the texts, the most important first.
-        until: Time (`time.monotonic`) after which no batch starts. The vectors of the
-            texts that are left are zeros.
-        block: Number of texts that are sorted by length together.
-    """
-    import tokenizers
-    import torch
-    import transformers
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    config = transformers.BertConfig.from_pretrained(folder)
-    model = transformers.BertModel(config, add_pooling_layer=False)
-    stored = safetensors.load_file(folder / "model.safetensors")
-    weights = {
-        name: torch.from_numpy(value.astype(np.float32))
-        for name, value in stored.items()
-        if not name.startswith("pooler") and not name.endswith("_ids")
-    }
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    assert not [name for name in missing if not name.endswith("_ids")], missing
-    torch.nn.Module.to(model, device, dtype)
-    model.eval()
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(LENGTH)
-    blocks = [list(order[p : p + block]) for p in range(0, len(order), block)]
-
-    def ids_of(indices: list[int]) -> list[list[int]]:
-        encodings = tokenizer.encode_batch([texts[i] for i in indices])
-        return [encoding.ids for encoding in encodings]
-
-    vectors = np.zeros((len(texts), config.hidden_size), np.float16)
-    begun = said = time.monotonic()
-    done = 0
-    with concurrent.futures.ThreadPoolExecutor(3) as pool, torch.inference_mode():
-        waiting = collections.deque(pool.submit(ids_of, one) for one in blocks[:3])
-        for number, indices in enumerate(blocks):
-            if time.monotonic() > until:
-                break
-            ids = waiting.popleft().result()
-            if number + 3 < len(blocks):
-                waiting.append(pool.submit(ids_of, blocks[number + 3]))
-            # A batch holds texts of about the same length, so that little is padding.
-            by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-            place = 0
-            while place < len(by_length):
-                longest = len(ids[by_length[place]])
-                longest = min(-(-longest // 8) * 8, LENGTH)
-                size = max(1, (262_144 if device == "cuda" else 8_192) // longest)
-                part = by_length[place : place + size]
-                place += size
-                tokens = np.zeros((len(part), longest), np.int64)
-                for row, i in enumerate(part):
-                    tokens[row, : len(ids[i])] = ids[i]
-                inputs = torch.from_numpy(tokens).to(device)
-                mask = (inputs != 0).to(dtype)
-                hidden = model(
-                    inputs, attention_mask=mask.long()
-                ).last_hidden_state.float()
-                pooled = torch.einsum("rlm,rl->rm", hidden, mask.float())
-                pooled = torch.nn.functional.normalize(pooled, dim=1)
-                targets = [indices[i] for i in part]
-                vectors[targets] = pooled.half().cpu().numpy()
-            done += len(indices)
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                say(f"teacher {done:,} {done / (said - begun):,.0f} texts/s")
-    say(f"teacher {done:,} {done / (time.monotonic() - begun):,.0f} texts/s")
-    del model, weights
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    return vectors

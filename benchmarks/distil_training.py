@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import pathlib
 import time
 import typing
 from collections.abc import Sequence
@@ -14,19 +15,22 @@ import distil_texts
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+
+from gecko_jax.io import writing
 
 if typing.TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 DIMS = (64, 128, 256)
-# Texts whose lengths fall into the same bucket share an array; in tokens.
-BUCKETS = (16, 32, 64, 128, 256)
-# Lengths of the two sides of a pair, in tokens.
+# Longest sides of a pair, in tokens.
 QUERY_LENGTH = 32
 PAIR_LENGTH = 128
+# Updates after which the state is stored.
+STORED = 250
+# Room in a batch for texts that are longer than the mean.
+ROOM = 1.15
 
-Params = dict[str, Any]
+State = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Recipe:
 
     Attributes:
         start: Name of the table that training starts from.
-        share: Share of the training time, relative to the other variants.
-        steps: Largest number of updates.
-        rate: Peak learning rate of the table.
+        steps: Number of updates.
+        rate: Peak learning rate of the rows.
         weight_rate: Peak learning rate of the logarithms of the token weights.
+        shares: Weight of the loss at each of `DIMS`.
         match: Weight of the loss 2 - 2 cos(student, teacher).
         contrast: Weight of the contrastive loss that picks a text's own teacher vector
             among those of the batch.
@@ -51,10 +55,10 @@ class Recipe:
     """
 
     start: str = "start"
-    share: float = 1.0
     steps: int = 6_000
     rate: float = 2e-3
     weight_rate: float = 3e-3
+    shares: tuple[float, ...] = (1 / 3, 1 / 3, 1 / 3)
     match: float = 1.0
     contrast: float = 1.0
     relate: float = 0.0
@@ -64,11 +68,42 @@ class Recipe:
     pair_temperature: float = 0.05
 
 
-def embed(params: Params, tokens: Int[Array, "B L"]) -> Float[Array, "B D"]:
-    """Returns the weighted sum of the rows of each text's tokens."""
-    ids = tokens.astype(jnp.int32)
-    weights = jnp.exp(params["weights"])[ids] * (ids != 0)
-    return jnp.einsum("blm,bl->bm", params["table"][ids], weights)
+class Tokens:
+    """Token ids of many texts, one text after the other."""
+
+    def __init__(self, rows: Sequence[Int[np.ndarray, " L"]], longest: int):
+        """Joins the texts, each cut to the longest number of tokens."""
+        rows = [row[:longest] for row in rows]
+        self.lengths = np.array([len(row) for row in rows])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        self.ids = np.concatenate(rows)
+
+    def of(self, chosen: Int[np.ndarray, " B"]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens of some texts, and the text of each token."""
+        lengths = self.lengths[chosen]
+        texts = np.repeat(np.arange(len(chosen)), lengths)
+        within = np.arange(len(texts)) - np.repeat(
+            np.cumsum(lengths) - lengths, lengths
+        )
+        return self.ids[self.starts[chosen][texts] + within], texts
+
+
+def embed(
+    table: Float[Array, "R D+1"],
+    places: Int[Array, " N"],
+    texts: Int[Array, " N"],
+    size: int,
+) -> Float[Array, "B D"]:
+    """Returns the weighted sum of the rows of each text's tokens.
+
+    Args:
+        table: Rows, with the logarithm of the token's weight in the last column.
+        places: Row of each token.
+        texts: Text of each token, in order; `size` for a token of no text.
+        size: Number of texts.
+    """
+    rows = table[:, :-1] * jnp.exp(table[:, -1:])
+    return jax.ops.segment_sum(rows[places], texts, size, indices_are_sorted=True)
 
 
 def unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
@@ -77,36 +112,51 @@ def unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
 
 
 def distil_loss(
-    student: Float[Array, "B D"], teacher: Float[Array, "B D"], recipe: Recipe
+    student: Float[Array, "B D"],
+    teacher: Float[Array, "B D"],
+    turned: Float[Array, "B D"],
+    recipe: Recipe,
 ) -> Float[Array, ""]:
-    """Returns the loss of a batch of texts, the mean over the MRL dims."""
+    """Returns the loss of a batch of texts, the weighted sum over the MRL dims.
+
+    Args:
+        student: The student's vectors.
+        teacher: The teacher's vectors, whose similarities the student learns.
+        turned: The same, turned so that their prefixes are those of the student.
+        recipe: Weights and temperatures.
+    """
     total = jnp.zeros(())
     whole = unit(teacher)
-    for dim in DIMS:
-        s, t = unit(student[:, :dim]), unit(teacher[:, :dim])
+    # Leave out the similarity of a text with itself: it is always 1.
+    own = jnp.eye(len(student), dtype=bool)
+    wanted = masked_softmax(whole @ whole.T / recipe.relate_temperature, own)
+    for dim, share in zip(DIMS, recipe.shares, strict=True):
+        s, t = unit(student[:, :dim]), unit(turned[:, :dim])
         if recipe.match:
-            total += recipe.match * jnp.mean(2 - 2 * jnp.sum(s * t, axis=1))
+            total += share * recipe.match * jnp.mean(2 - 2 * jnp.sum(s * t, axis=1))
         if recipe.contrast:
             logits = s @ t.T / recipe.temperature
-            chosen = jnp.diagonal(logits)
-            total += recipe.contrast * jnp.mean(jax.nn.logsumexp(logits, 1) - chosen)
+            terms = jax.nn.logsumexp(logits, 1) - jnp.sum(s * t, 1) / recipe.temperature
+            total += share * recipe.contrast * jnp.mean(terms)
         if recipe.relate:
-            # Leave out the similarity of a text with itself: it is always 1.
-            own = jnp.eye(len(s)) * 1e9
-            wanted = jax.nn.log_softmax(
-                whole @ whole.T / recipe.relate_temperature - own
-            )
-            logits = jax.nn.log_softmax(s @ s.T / recipe.relate_temperature - own)
-            terms = jnp.where(own > 0, 0.0, jnp.exp(wanted) * (wanted - logits))
-            total += recipe.relate * jnp.mean(jnp.sum(terms, axis=1))
-    return total / len(DIMS)
+            logits = masked_softmax(s @ s.T / recipe.relate_temperature, own)
+            terms = jnp.where(own, 0.0, jnp.exp(wanted) * (wanted - logits))
+            total += share * recipe.relate * jnp.mean(jnp.sum(terms, axis=1))
+    return total
+
+
+def masked_softmax(
+    logits: Float[Array, "B B"], mask: Float[Array, "B B"]
+) -> Float[Array, "B B"]:
+    """Returns logarithms of probabilities; those of masked entries are tiny."""
+    return jax.nn.log_softmax(jnp.where(mask, -1e9, logits))
 
 
 def pair_loss(
     queries: Float[Array, "B D"],
     passages: Float[Array, "B D"],
     ids: Int[Array, "B 2"],
-    temperature: float,
+    recipe: Recipe,
 ) -> Float[Array, ""]:
     """Returns the contrastive loss of pairs in both directions.
 
@@ -115,144 +165,187 @@ def pair_loss(
         passages: Passage vectors.
         ids: Text indices of query and passage. Another row with an equal text is no
             negative.
-        temperature: Divides the similarities.
+        recipe: Temperature, and shares of the MRL dims.
     """
     total = jnp.zeros(())
     equal = (ids[:, None, :] == ids[None, :, :]).any(-1)
-    masked = jnp.where(equal & ~jnp.eye(len(ids), dtype=bool), -1e9, 0.0)
-    for dim in DIMS:
+    others = equal & ~jnp.eye(len(ids), dtype=bool)
+    for dim, share in zip(DIMS, recipe.shares, strict=True):
         q, p = unit(queries[:, :dim]), unit(passages[:, :dim])
-        logits = q @ p.T / temperature + masked
+        logits = q @ p.T / recipe.pair_temperature
         for one in (logits, logits.T):
-            total -= jnp.mean(jnp.diagonal(jax.nn.log_softmax(one))) / 2
-    return total / len(DIMS)
+            chosen = jnp.diagonal(masked_softmax(one, others))
+            total -= share * jnp.mean(chosen) / 2
+    return total
 
 
 class Trainer:
-    """Trains tables. The texts and the teacher's vectors stay on the device."""
+    """Trains tables. Texts and teacher's vectors stay on the host."""
 
     def __init__(
         self,
         options: argparse.Namespace,
         tokens: Sequence[Int[np.ndarray, " L"]],
         targets: Float[np.ndarray, "N D"],
-        pairs: Int[np.ndarray, "P 2"],
+        pairs: Sequence[Sequence[Int[np.ndarray, " L"]]],
+        ids: Int[np.ndarray, "P 2"],
+        turn: Float[np.ndarray, "D D"],
     ):
-        """Groups the texts by length and places all arrays on the device."""
+        """Keeps the texts with their targets, and the two sides of the pairs."""
         self.options = options
-        lengths = np.array([len(row) for row in tokens])
-        self.data = []
-        counts, shares = [], []
-        least = 0
-        for bucket in BUCKETS:
-            chosen = np.flatnonzero((lengths > least) & (lengths <= bucket))
-            least = bucket
-            if len(chosen):
-                rows = pad([tokens[int(i)] for i in chosen], bucket)
-                self.data.append((jnp.asarray(rows), jnp.asarray(targets[chosen])))
-                counts.append(len(chosen))
-                # Long texts are rare and carry more than short ones: raise their share.
-                shares.append(len(chosen) * bucket**0.5)
-        sizes = np.array(shares) / sum(shares) * options.batch
-        self.sizes = tuple(max(1, round(size)) for size in sizes)
-        distil_texts.say("texts by length", counts, "in a batch", self.sizes)
-        self.pair_data = None
-        if len(pairs):
-            self.pair_data = (
-                jnp.asarray(pad([tokens[i] for i in pairs[:, 0]], QUERY_LENGTH)),
-                jnp.asarray(pad([tokens[i] for i in pairs[:, 1]], PAIR_LENGTH)),
-                jnp.asarray(pairs),
-            )
+        self.turn = turn
+        self.targets = targets
+        self.texts = Tokens(tokens, distil_texts.LENGTH)
+        self.pairs = [
+            Tokens(side, longest)
+            for side, longest in zip(pairs, (QUERY_LENGTH, PAIR_LENGTH), strict=True)
+        ]
+        self.ids = ids
+        # Long texts are rare and carry more than short ones: raise their share.
+        shares = np.cumsum(np.sqrt(self.texts.lengths))
+        self.shares = shares / shares[-1]
 
     def train(
-        self, table: Float[np.ndarray, "V D"], recipe: Recipe, seconds: float
+        self, table: Float[np.ndarray, "V D"], recipe: Recipe, stored: pathlib.Path
     ) -> tuple[Float[np.ndarray, "V D"], dict[str, Any]]:
-        """Trains until the recipe's updates or the seconds are used up.
+        """Trains for the recipe's updates.
+
+        Args:
+            table: First table.
+            recipe: Losses and rates.
+            stored: File of the state of an unfinished training, which goes on there.
 
         Returns:
             The table, with each row times its weight, and facts about the training.
         """
-        begun = time.monotonic()
+        begun = said = time.monotonic()
         scale = 1 / np.mean(np.linalg.norm(table, axis=1))
-        params = {
-            "table": jnp.asarray(table * scale, jnp.float32),
-            "weights": jnp.zeros(len(table), jnp.float32),
+        table = np.pad(table * scale, ((0, 0), (0, 1))).astype(np.float32)
+        state = {
+            "table": jnp.asarray(table),
+            "mean": jnp.zeros(table.shape),
+            "square": jnp.zeros(table.shape),
+            "updates": jnp.zeros((len(table), 1)),
         }
-        adam = optax.scale_by_adam(b1=0.9, b2=0.999)
-        state = adam.init(params)
-        run = functools.partial(jax.jit, donate_argnums=(0, 1))(
-            functools.partial(self.chunk, recipe, adam)
+        update = functools.partial(jax.jit, donate_argnums=0)(
+            functools.partial(self.update, recipe)
         )
-        step, said, loss = 0, 0.0, 0.0
-        while True:
-            done = max(step / recipe.steps, (time.monotonic() - begun) / seconds)
-            if done >= 1:
-                break
-            # The learning rate rises for four chunks, then follows a cosine to 0.
-            rise = min(1.0, (step + 1) / (4 * self.options.chunk))
-            rate = rise * 0.5 * (1 + np.cos(np.pi * min(done, 1.0)))
-            params, state, loss = run(
-                params, state, jnp.float32(rate), step, self.data, self.pair_data
+        first, losses = 0, []
+        if stored.exists():
+            with np.load(stored) as held:
+                state = {name: jnp.asarray(held[name]) for name in state}
+                first = int(held["step"])
+        for step in range(first, recipe.steps):
+            if step % STORED == 0 and step > first:
+                with writing.write_file(stored) as path, path.open("wb") as out:
+                    np.savez(out, step=step, **jax.device_get(state))
+            random = np.random.default_rng((self.options.seed, step))
+            # The learning rate rises for 100 updates, then follows a cosine to 0.
+            rate = 0.5 * (1 + np.cos(np.pi * step / recipe.steps))
+            rate *= min(1.0, (step + 1) / 100)
+            state, loss = update(
+                state, jnp.float32(rate), self.batch(random, recipe, len(table))
             )
-            loss = float(loss)
-            step += self.options.chunk
+            losses.append(loss)
             if time.monotonic() - said > 10:
                 said = time.monotonic()
-                distil_texts.say(f"step {step:,} loss {loss:.4f} rate {rate:.2f}")
+                mean = np.mean(jax.device_get(losses[-50:]))
+                distil_texts.say(f"step {step + 1:,} loss {mean:.4f} rate {rate:.2f}")
+        loss = float(np.mean(jax.device_get(losses[-50:])))
         elapsed = time.monotonic() - begun
-        distil_texts.say(f"{step:,} steps in {elapsed:.1f} s, loss {loss:.4f}")
-        weighted = params["table"] * jnp.exp(params["weights"])[:, None]
-        return np.asarray(weighted), {"steps": step, "seconds": elapsed, "loss": loss}
+        distil_texts.say(f"{len(losses):,} steps in {elapsed:.1f} s, loss {loss:.4f}")
+        stored.unlink(missing_ok=True)
+        rows = np.asarray(state["table"])
+        facts = {"loss": round(loss, 4)}
+        return rows[:, :-1] * np.exp(rows[:, -1:]), facts
 
-    def chunk(self, recipe, adam, params, state, rate, step, data, pair_data):
-        """Runs updates as one program."""
+    def batch(
+        self, random: np.random.Generator, recipe: Recipe, count: int
+    ) -> dict[str, Any]:
+        """Returns random texts with their targets, and random pairs with their ids.
 
-        def loss_of(params, key):
-            students, teachers = [], []
-            for number, (size, (tokens, targets)) in enumerate(
-                zip(self.sizes, data, strict=True)
-            ):
-                draw = jax.random.fold_in(key, number)
-                rows = jax.random.randint(draw, (size,), 0, len(tokens))
-                students.append(embed(params, tokens[rows]))
-                teachers.append(targets[rows].astype(jnp.float32))
-            student, teacher = jnp.concatenate(students), jnp.concatenate(teachers)
-            loss = distil_loss(student, teacher, recipe)
-            if recipe.pairs and pair_data is not None:
-                draw = jax.random.fold_in(key, 99)
-                size = min(self.options.pair_batch, len(pair_data[0]))
-                rows = jax.random.randint(draw, (size,), 0, len(pair_data[0]))
-                queries, passages, ids = (one[rows] for one in pair_data)
+        Args:
+            random: Generator of the choice.
+            recipe: Whether there are pairs.
+            count: Number of rows of the table.
+        """
+        size = self.options.batch
+        chosen = np.searchsorted(self.shares, random.random(size))
+        chosen = np.minimum(chosen, len(self.shares) - 1)
+        groups = [(self.texts, chosen)]
+        found: dict[str, Any] = {"targets": self.targets[chosen].astype(np.float32)}
+        if recipe.pairs:
+            pairs = random.integers(0, len(self.ids), self.options.pair_batch)
+            groups += [(side, pairs) for side in self.pairs]
+            found["ids"] = self.ids[pairs]
+        tokens, texts, before = [], [], 0
+        for source, chosen in groups:
+            ids, places = source.of(chosen)
+            tokens.append(ids)
+            texts.append(places + before)
+            before += len(chosen)
+        # All batches have the same shape: a few tokens too many are left out.
+        most = round(ROOM * self.mean(recipe))
+        tokens = pad(np.concatenate(tokens), most, 0)
+        found["texts"] = pad(np.concatenate(texts), most, before)
+        # Rows of the tokens of this batch. The other rows do not change, which saves
+        # most of the time of an update.
+        rows, places = np.unique(tokens, return_inverse=True)
+        found["rows"] = pad(rows, min(-(-len(rows) // 4_096) * 4_096, count), count)
+        found["places"] = places.astype(np.int32)
+        return found
+
+    def mean(self, recipe: Recipe) -> float:
+        """Returns the mean number of tokens of a batch."""
+        lengths = self.texts.lengths
+        # Longer texts are drawn more often.
+        tokens = self.options.batch * np.sum(lengths**1.5) / np.sum(lengths**0.5)
+        if recipe.pairs:
+            sides = sum(np.mean(side.lengths) for side in self.pairs)
+            tokens += self.options.pair_batch * sides
+        return float(tokens)
+
+    def update(self, recipe: Recipe, state: State, rate, batch: dict[str, Any]):
+        """Returns the state after an update, and the loss before it."""
+        rows = batch["rows"]
+        teacher = batch["targets"]
+        size = len(teacher)
+        sides = len(batch["ids"]) if recipe.pairs else 0
+
+        def loss_of(table):
+            vectors = embed(table, batch["places"], batch["texts"], size + 2 * sides)
+            loss = distil_loss(vectors[:size], teacher, teacher @ self.turn, recipe)
+            if recipe.pairs:
+                queries, passages = jnp.split(vectors[size:], 2)
                 loss += recipe.pairs * pair_loss(
-                    embed(params, queries),
-                    embed(params, passages),
-                    ids,
-                    recipe.pair_temperature,
+                    queries, passages, batch["ids"], recipe
                 )
             return loss
 
-        def one(carry, number):
-            params, state = carry
-            key = jax.random.fold_in(jax.random.key(self.options.seed), step + number)
-            loss, gradient = jax.value_and_grad(loss_of)(params, key)
-            update, state = adam.update(gradient, state)
-            params = {
-                "table": params["table"] - rate * recipe.rate * update["table"],
-                "weights": params["weights"]
-                - rate * recipe.weight_rate * update["weights"],
-            }
-            return (params, state), loss
-
-        numbers = jnp.arange(self.options.chunk)
-        (params, state), losses = jax.lax.scan(one, (params, state), numbers)
-        return params, state, jnp.mean(losses)
+        part = {name: value[rows] for name, value in state.items()}
+        loss, gradient = jax.value_and_grad(loss_of)(part["table"])
+        rates = jnp.full((1, part["table"].shape[1]), recipe.rate)
+        rates = rate * rates.at[:, -1].set(recipe.weight_rate)
+        part = adam(part, gradient, rates)
+        state = {
+            name: value.at[rows].set(part[name], mode="drop", unique_indices=True)
+            for name, value in state.items()
+        }
+        return state, loss
 
 
-def pad(rows: Sequence[Int[np.ndarray, " L"]], length: int) -> Int[np.ndarray, "N L"]:
-    """Returns rows of one length: long ones are cut, short ones padded with zeros."""
-    padded = np.zeros((len(rows), length), np.uint16)
-    for place, row in enumerate(rows):
-        if len(row) > length:
-            row = np.append(row[: length - 1], np.uint16(distil_texts.EOS))
-        padded[place, : len(row)] = row
-    return padded
+def adam(part: State, gradient: Float[Array, "R D"], rates: Float[Array, "1 D"]):
+    """Returns rows after an update of Adam. The moments count a row's own updates."""
+    updates = part["updates"] + 1
+    mean = 0.9 * part["mean"] + 0.1 * gradient
+    square = 0.999 * part["square"] + 0.001 * jnp.square(gradient)
+    direction = mean / (1 - 0.9**updates)
+    size = jnp.sqrt(square / (1 - 0.999**updates))
+    table = part["table"] - rates * direction / (size + 1e-8)
+    return {"table": table, "mean": mean, "square": square, "updates": updates}
+
+
+def pad(values: Int[np.ndarray, " N"], length: int, rest: int) -> np.ndarray:
+    """Returns the first values, filled up with the rest to a length."""
+    values = values[:length].astype(np.int32)
+    return np.pad(values, (0, length - len(values)), constant_values=rest)

@@ -1,9 +1,9 @@
 """Writes a table of `distil.py` as a model folder.
 
-    python benchmarks/distilled.py DIR --variant=NAME --vocabulary=FILE --output=DIR
+    python benchmarks/distilled.py DIR --vocabulary=FILE --output=DIR
 
-DIR is the output of `distil.py`: NAME.safetensors, figures.json and run.json. The last
-two become the model's provenance.
+DIR is the output of `distil.py`: table.safetensors, and run.json, which becomes the
+model's provenance.
 
 In the table, the length of a row is the weight of its token. The encoder's last norm
 gives all token vectors the same length, which would lose the weights. Each row gets one
@@ -33,36 +33,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("distilled", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--variant", required=True, metavar="NAME")
     parser.add_argument("--vocabulary", required=True, type=pathlib.Path)
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     options = parser.parse_args()
-    table = safetensors.load_file(options.distilled / f"{options.variant}.safetensors")
-    figures = json.loads((options.distilled / "figures.json").read_text())
+    table = safetensors.load_file(options.distilled / "table.safetensors")["table"]
     run = json.loads((options.distilled / "run.json").read_text())
-    chain = stages(figures, options.variant)
     files = to_model(
-        table["table"].astype(np.float32),
+        table.astype(np.float32),
         options.vocabulary.read_bytes(),
         options.dims,
-        step=sum(stage["steps"] for stage in chain),
-        provenance={**run, "stages": chain},
+        step=run["train"]["steps"],
+        provenance=run,
     )
     written = model_folder.save_model(options.output, files, dtype="float16")
     size = sum(path.stat().st_size for path in options.output.iterdir())
     print(f"{options.output}: {size / 1e6:.1f} MB, revision {written.revision}")
-
-
-def stages(figures: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
-    """Returns the recipes that led to a variant, the first stage first."""
-    chain = []
-    while variant in figures and "recipe" in figures[variant]:
-        facts = figures[variant]
-        recipe = {**facts["recipe"], "steps": facts["steps"]}
-        chain.append({"name": variant, **recipe})
-        variant = recipe["start"]
-    return chain[::-1]
 
 
 def to_model(

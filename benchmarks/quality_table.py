@@ -52,6 +52,9 @@ core).
 """
 
 
+# The last part of the page, which other commands make: it is kept as it is.
+_KEPT = "\n## The bundled model\n"
+
 _PARTS = {"at 1/2": 2, "at 1/4": 4}
 
 
@@ -106,8 +109,10 @@ def write(
                     _panels(lines, rows), picture, has_base=lines[0][0] == names[0]
                 )
                 parts.append(f"\n![Mean and spread of each row]({picture.name})")
+    before = path.read_text() if path.exists() else ""
+    _, heading, kept = before.partition(_KEPT)
     with writing.write_file(path) as temporary:
-        temporary.write_text("\n".join(parts) + "\n")
+        temporary.write_text("\n".join(parts) + "\n" + heading + kept)
 
 
 def _find(

@@ -204,7 +204,9 @@ def find(kind: str, name: str, packages: pathlib.Path) -> pathlib.Path:
     if not folder.exists():
         fetched = packages / "fetched"
         fetched.mkdir(exist_ok=True)
-        command = ["apt-get", "download"] if kind == "deb" else ["npm", "pack"]
+        command = (
+            ["apt-get", "download"] if kind == "deb" else ["npm", "pack", "--silent"]
+        )
         stem = name.replace("@", "").replace("/", "-")
         if not (archives := list(fetched.glob(f"{stem}[_-]*"))):
             before = set(fetched.iterdir())

@@ -73,8 +73,17 @@ def contents(
     patterns: Sequence[str],
     skip: Sequence[str] = (),
     most: int = 4_000,
+    largest: int = LARGEST,
 ) -> Iterator[str]:
-    """Yields the text of the files whose paths match a pattern, in random order."""
+    """Yields the text of the files whose paths match a pattern, in random order.
+
+    Args:
+        folder: Folder that is searched.
+        patterns: Patterns of paths that are read.
+        skip: Patterns of paths that are left out.
+        most: Largest number of files.
+        largest: Size of the largest file, in bytes.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in paths}
 
@@ -85,7 +94,7 @@ def contents(
     random.Random(0).shuffle(wanted)
     for name in wanted[:most]:
         path = names[name]
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > largest:
             continue
         content = path.read_bytes()
         if name.endswith((".gz", ".dz")):
@@ -192,7 +201,8 @@ def r_rows(folder: pathlib.Path) -> Iterator[Row]:
 
 def wordnet_rows(folder: pathlib.Path) -> Iterator[Row]:
     """Yields lemmas with their gloss, and the examples."""
-    for content in contents(folder, ("*wordnet/data.*",)):
+    # The nouns and the adjectives are larger files than prose has.
+    for content in contents(folder, ("*wordnet/data.*",), largest=30_000_000):
         for line in content.splitlines():
             if line.startswith(" ") or "|" not in line:
                 continue

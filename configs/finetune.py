@@ -8,9 +8,10 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mini` on a
-laptop CPU in two to three minutes; `local,taught`, the second stage of that recipe of
-prefinetune.py (docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and
-`fret`, for the triples that `gecko fret run` left in runs/fret (elsewhere:
+laptop CPU in two to three minutes; `local,shipped`, which starts from the model that
+the package brings; `local,taught`, the second stage of that recipe of prefinetune.py
+(docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and `fret`, for the
+triples that `gecko fret run` left in runs/fret (elsewhere:
 --config.data.files). `gecko data prepare` mines hard negatives for pairs.
 
 Three recipes name everything but the machine, for base, large and xl (docs/recipes.md):
@@ -43,6 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         size="mini",
         local=False,
         taught=False,
+        shipped=False,
         fret=False,
         hardware="",
         paper=False,
@@ -101,6 +103,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.train.num_steps = 60
         config.checkpoint.every_steps = 20
         config.evaluation.every_steps = 30
+    if arg.shipped:
+        config.init.checkpoint = "mini"
+        config.data.vocabulary = "mini"
+        config.data.text_format = "plain"
+        config.model.num_layers = 0
+        config.model.vocab_size = 32_000
+        # One column more than the vectors gives all tokens the same length.
+        config.model.model_dim = 257
+        config.model.embedding_dim = 256
     if arg.taught:
         config.init.checkpoint = "runs/prefinetune"
         config.data.vocabulary = "runs/pairs.model"
@@ -124,7 +135,12 @@ def _check(arg: ml_collections.ConfigDict, recipes: list[str]) -> None:
         )
     if recipes and arg.size not in ("base", "large", "xl"):
         raise ValueError(f"{recipes[0]}: name a size with it: base, large or xl")
-    if arg.taught and not (arg.local and arg.size == "mini"):
-        raise ValueError("taught: has a size of its own; use it as local,taught")
+    sizes = [name for name in ("taught", "shipped") if arg[name]]
+    if len(sizes) > 1:
+        raise ValueError("taught, shipped: name one of them")
+    if sizes and not (arg.local and arg.size == "mini"):
+        raise ValueError(
+            f"{sizes[0]}: has a size of its own; use it as local,{sizes[0]}"
+        )
     if arg.hardware and arg.hardware not in HARDWARE:
         raise ValueError(f"hardware={arg.hardware}: known are {', '.join(HARDWARE)}")

@@ -171,7 +171,7 @@ def _loss_name(loss: whole_batch.Loss | None) -> str | None:
     """Returns the name of a loss and a digest of its code, which must not change."""
     if loss is None:
         return None
-    name = getattr(loss, "__qualname__", repr(loss))
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
     content = _code(getattr(loss, "__code__", None))
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return f"{getattr(loss, '__module__', '')}.{name} ({digest})"

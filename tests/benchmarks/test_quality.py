@@ -204,6 +204,13 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
     assert "## Ladder" not in page
     (picture,) = tmp_path.glob("*.png")
     assert f"({picture.name})" in page
+    # Another command makes the last part.
+    kept = "\n## The bundled model\n\nIts scores.\n"
+    (tmp_path / "r.md").write_text(page + kept)
+    quality_table.write(
+        tmp_path / "rows", tmp_path / "r.md", quality_rows.ROWS, quality_rows.GROUPS
+    )
+    assert (tmp_path / "r.md").read_text() == page + kept
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,23 @@ def test_bundled_models_are_small_and_complete():
             ["Lists have a sort() method.", "Any of various small tropical lizards."]
         )
         assert (queries @ passages.T).argmax(axis=1).tolist() == [0, 1]
+
+
+def test_fine_tuning_starts_from_what_comes_along():
+    config = flags.load(f"{ROOT / 'configs' / 'finetune.py'}:local,shipped")
+    files = model_folder.open_model(config.init.checkpoint)
+    for name in ("num_layers", "vocab_size", "model_dim", "embedding_dim"):
+        assert config.model[name] == getattr(files.encoder_config, name)
+    assert tuple(config.loss.mrl_dims) == files.mrl_dims
+    assert config.data.extra_ids == files.extra_ids
+    # `plain`, as the model was distilled: no task and no title.
+    assert config.data.text_format == "plain"
+    assert (files.text_format.query, files.text_format.passage) == ("{text}", "{text}")
+    vocabulary = pretrained.FOLDER / "mini" / "vocabulary.model"
+    assert task_table.vocabulary_path(config.data.vocabulary) == str(vocabulary)
+
+
+def test_a_config_for_the_shipped_size_names_no_other():
+    for words in ("shipped", "local,base,shipped", "local,shipped,taught"):
+        with pytest.raises(ValueError, match="shipped"):
+            flags.load(f"{ROOT / 'configs' / 'finetune.py'}:{words}")

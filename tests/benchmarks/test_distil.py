@@ -1,0 +1,234 @@
+"""The scripts that distil the bundled model."""
+
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_texts_keep_their_order_when_rows_are_added():
+    import distil_texts
+
+    rows = [
+        {"t": f"Passage {n} tells much. It has two sentences.", "q": f"topic {n}"}
+        for n in range(20)
+    ]
+    some = distil_texts.texts_of(rows[:10], spans=2)
+    all_ = distil_texts.texts_of(rows, spans=2)
+    assert [text for text in all_ if text in set(some)] == some
+    assert {"topic 3", "Passage 3 tells much.", rows[3]["t"]} <= set(some)
+    assert len(set(some)) == len(some)
+
+
+def test_an_opening_ends_with_a_sentence_or_a_word():
+    import distil_texts
+
+    sentence = "These are seven words of some text."
+    opening = distil_texts.opening(" ".join([sentence] * 30))
+    assert opening == " ".join([sentence] * 11)
+    assert len(opening) <= distil_texts.OPENING
+    long = distil_texts.opening("word " * 200)
+    assert long.endswith("word")
+    assert len(long) <= distil_texts.OPENING
+
+
+def test_a_store_finds_what_was_added_and_nothing_else(tmp_path):
+    import distil_teacher
+
+    store = distil_teacher.Store(tmp_path / "teacher")
+    vectors = np.arange(12, dtype=np.float16).reshape(4, 3)
+    store.add(["a", "b"], vectors[:2])
+    store.add(["c", "d"], vectors[2:])
+    places, found = distil_teacher.Store(tmp_path / "teacher").find(["d", "x", "a"])
+    assert places.tolist() == [0, 2]
+    np.testing.assert_array_equal(found, vectors[[3, 0]])
+    np.testing.assert_array_equal(store.vectors(["b", "b"]), vectors[[1, 1]])
+    with pytest.raises(ValueError, match="1 are missing"):
+        store.vectors(["a", "x"])
+
+
+def test_the_teacher_does_not_embed_a_text_twice(tmp_path, monkeypatch):
+    import distil_teacher
+
+    seen = []
+
+    def encode(ids):
+        seen.extend(ids.tolist())
+        return np.ones((len(ids), 4), np.float32)
+
+    class Tokenizer:
+        @classmethod
+        def from_file(cls, path):
+            return cls()
+
+        def no_padding(self):
+            pass
+
+        def enable_truncation(self, length):
+            pass
+
+        def encode_batch(self, texts):
+            return [types.SimpleNamespace(ids=[len(text), 7]) for text in texts]
+
+    module = types.SimpleNamespace(Tokenizer=Tokenizer)
+    monkeypatch.setitem(sys.modules, "tokenizers", module)
+    monkeypatch.setattr(distil_teacher, "encoder", lambda folder: (encode, 4))
+    store = distil_teacher.Store(tmp_path / "teacher")
+    distil_teacher.teach(tmp_path, ["a", "bb", "a"], store, np.inf)
+    distil_teacher.teach(tmp_path, ["bb", "ccc"], store, np.inf)
+    assert sorted(seen) == [[1, 7], [2, 7], [3, 7]]
+    # No time is left.
+    distil_teacher.teach(tmp_path, ["dddd"], store, -np.inf)
+    assert len(store.digests()) == 3
+    np.testing.assert_allclose(store.vectors(["ccc"]), [[0.5] * 4])
+
+
+def test_the_teacher_in_int8_is_close_to_its_float32(tmp_path):
+    import distil_teacher
+
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=16, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 50, (3, 8))
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids)).last_hidden_state.mean(1).numpy()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    encode, _ = distil_teacher.encoder(tmp_path)
+    found = encode(ids)
+    cosines = np.sum(found * expected, axis=1) / (
+        np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    )
+    assert cosines.min() > 0.99
+
+
+def _tokens(random, texts, count):
+    lengths = random.integers(2, 8, texts)
+    return [random.integers(2, count, n).astype(np.uint16) for n in lengths]
+
+
+def test_least_squares_find_the_table_behind_the_targets():
+    import distil_solve
+
+    random = np.random.default_rng(0)
+    table = random.normal(size=(40, 6)).astype(np.float32)
+    tokens = _tokens(random, 4_000, 40)
+    targets = np.stack([table[row].sum(0) for row in tokens])
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    found = distil_solve.solve(tokens, targets, np.zeros((40, 6), np.float32))
+    sums = np.stack([found[row].sum(0) for row in tokens])
+    cosines = np.sum(sums * targets, axis=1) / np.linalg.norm(sums, axis=1)
+    assert cosines.mean() > 0.98
+
+
+def test_a_turn_puts_the_dimensions_of_pairs_first():
+    import distil_solve
+
+    random = np.random.default_rng(0)
+    # In the last two dimensions a query's token is that of its passage.
+    table = random.normal(size=(200, 6)).astype(np.float32)
+    table[100:, 4:] = table[:100, 4:]
+    queries = [np.array([n]) for n in range(100)]
+    passages = [np.array([n + 100]) for n in range(100)]
+    turn = distil_solve.turn(table, random.normal(size=(500, 6)), queries, passages)
+    share = np.square(turn[4:]).sum(0) / np.square(turn).sum(0)
+    assert share[:2].min() > 0.9
+
+
+def test_training_brings_the_student_to_the_teacher(tmp_path):
+    import distil_training
+
+    random = np.random.default_rng(0)
+    count = 60
+    table = random.normal(size=(count, 256)).astype(np.float32)
+    tokens = _tokens(random, 300, count)
+    targets = np.stack([table[row].sum(0) for row in tokens]).astype(np.float16)
+    options = types.SimpleNamespace(batch=64, pair_batch=16, seed=0)
+    sides = [tokens[:50], tokens[50:100]]
+    ids = np.stack([np.arange(50), np.arange(50)], axis=1)
+    trainer = distil_training.Trainer(
+        options, tokens, targets, sides, ids, np.eye(256, dtype=np.float32)
+    )
+    begin = random.normal(size=(count, 256)).astype(np.float32)
+    begin[50:] = 0.5
+    recipe = distil_training.Recipe(steps=80, rate=0.05, relate=1.0, pairs=0.1)
+    trained, facts = trainer.train(begin, recipe, tmp_path / "state.npz")
+
+    def cosine(table):
+        sums = np.stack([table[row].sum(0) for row in tokens])
+        product = np.sum(sums * targets, axis=1)
+        return np.mean(
+            product / np.linalg.norm(sums, axis=1) / np.linalg.norm(targets, axis=1)
+        )
+
+    assert cosine(begin) < 0.3
+    assert cosine(trained) > 0.8
+    assert np.isfinite(facts["loss"])
+
+
+def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
+    import distil_training
+
+    random = np.random.default_rng(0)
+    tokens = [random.integers(2, 30, 5).astype(np.uint16) for _ in range(50)]
+    targets = random.normal(size=(50, 256)).astype(np.float16)
+    options = types.SimpleNamespace(batch=8, pair_batch=4, seed=0)
+    trainer = distil_training.Trainer(
+        options, tokens, targets, [tokens, tokens],
+        np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
+    )  # fmt: skip
+    begin = random.normal(size=(40, 256)).astype(np.float32)
+    recipe = distil_training.Recipe(steps=3, relate=1.0)
+    trained, _ = trainer.train(begin, recipe, tmp_path / "state.npz")
+    scale = 1 / np.mean(np.linalg.norm(begin, axis=1))
+    np.testing.assert_allclose(trained[30:], begin[30:] * scale, rtol=1e-6)
+    assert np.abs(trained[2:30] - begin[2:30] * scale).max() > 1e-5
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    import distil_training
+
+    random = np.random.default_rng(0)
+    tokens = [random.integers(2, 30, 5).astype(np.uint16) for _ in range(50)]
+    targets = random.normal(size=(50, 256)).astype(np.float16)
+    options = types.SimpleNamespace(batch=8, pair_batch=4, seed=0)
+    trainer = distil_training.Trainer(
+        options, tokens, targets, [tokens, tokens],
+        np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
+    )  # fmt: skip
+    begin = random.normal(size=(30, 256)).astype(np.float32)
+    recipe = distil_training.Recipe(steps=9, relate=1.0, pairs=0.5)
+    stored = tmp_path / "state.npz"
+    whole, _ = trainer.train(begin, recipe, stored)
+    monkeypatch.setattr(distil_training, "STORED", 4)
+    batch = trainer.batch
+    calls = []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return batch(*arguments)
+
+    monkeypatch.setattr(trainer, "batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(begin, recipe, stored)
+    monkeypatch.setattr(trainer, "batch", batch)
+    rest, _ = trainer.train(begin[::-1], recipe, stored)
+    np.testing.assert_allclose(rest, whole, atol=1e-6)
+    assert not stored.exists()
