@@ -120,6 +120,7 @@ def tell_at(step):
     return tell
 
 
+@pytest.mark.slow  # `.ci/run` kills three runs with benchmarks/kills.py.
 def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     config = build(cache, evaluation__every_steps=1)
