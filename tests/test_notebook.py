@@ -92,6 +92,7 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
     assert 0 < distance < 0.2 * np.abs(before).mean()
 
 
+@pytest.mark.slow  # `.ci/run` runs the slow tests of this file.
 def test_the_page_of_a_custom_loss_runs(tiny_files, tmp_path, monkeypatch):
     write_config(tmp_path, tiny_files.encoder_config)
     monkeypatch.chdir(tmp_path)
