@@ -111,6 +111,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.model.vocab_size = 32_000
         # One column more than the vectors gives all tokens the same length.
         config.model.model_dim = 257
+        config.model.num_heads = config.model.head_dim = config.model.mlp_dim = 1
         config.model.embedding_dim = 256
     if arg.taught:
         config.init.checkpoint = "runs/prefinetune"

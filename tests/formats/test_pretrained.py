@@ -83,8 +83,11 @@ def test_bundled_models_are_small_and_complete():
 def test_fine_tuning_starts_from_what_comes_along():
     config = flags.load(f"{ROOT / 'configs' / 'finetune.py'}:local,shipped")
     files = model_folder.open_model(config.init.checkpoint)
-    for name in ("num_layers", "vocab_size", "model_dim", "embedding_dim"):
-        assert config.model[name] == getattr(files.encoder_config, name)
+    for name in (
+        "num_layers", "vocab_size", "model_dim", "embedding_dim", "num_heads",
+        "head_dim", "mlp_dim",
+    ):  # fmt: skip
+        assert config.model[name] == getattr(files.encoder_config, name), name
     assert tuple(config.loss.mrl_dims) == files.mrl_dims
     assert config.data.extra_ids == files.extra_ids
     # `plain`, as the model was distilled: no task and no title.
