@@ -62,6 +62,7 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
         key = jax.random.fold_in(jax.random.key(config.seed), 3)
         params = _add_layers(start.params, encoder_config, key)
         start = dataclasses.replace(start, params=params)
+    # Lists missing, extra and wrongly shaped parameters in one error.
     parameters.check(start.params, encoder_config, source=source)
     _check_settings(encoder_config, start.encoder_config, source)
     return start
@@ -76,6 +77,7 @@ def _add_layers(
     flat = parameters.flatten(params)
     for name, leaf in parameters.flatten(dual_encoder.init_params(config, key)).items():
         if name.startswith("encoder/layers_"):
+            # Zero outputs: the new layers leave the residual stream as it is.
             is_last = name.endswith(("/out/kernel", "/wo/kernel"))
             flat[name] = np.zeros_like(leaf) if is_last else np.asarray(leaf)
     return parameters.unflatten(flat)
@@ -172,6 +174,7 @@ def init_params(
         mesh: The devices.
         shardings: Sharding of each parameter.
     """
+    # Rare tokens get more weight, as in TF-IDF.
     weights = None
     if config.init.token_weights == "idf":
         weights = batches.idf_weights(encoder.config.vocab_size)
@@ -185,6 +188,7 @@ def init_params(
 
     # Draw inside a jit with output shardings: no device holds all parameters.
     params = jax.jit(draw, out_shardings=shardings)(jax.random.fold_in(key, 0))
+    # Order the dims by what pairs share, before the first step.
     if config.init.align_steps:
         covariance = _pair_covariance(
             params, encoder, batches, mesh, config.init.align_steps
@@ -226,5 +230,6 @@ def _pair_covariance(
         step = sums(params, sharding.place_batch(batch, mesh))
         total = step if total is None else jax.tree.map(jnp.add, total, step)
     # E[q p^T] - E[q] E[p]^T, from the sums over all batches.
+    # Cov(q, p) = E[q p^T] - E[q] E[p]^T, over all pairs.
     products, queries, positives, count = total
     return products / count - jnp.outer(queries / count, positives / count)

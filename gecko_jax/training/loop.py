@@ -93,8 +93,7 @@ def _train(
     _set_compilation_cache(config.train.compilation_cache)
     mesh = sharding.build_mesh(**train_step.mesh_sizes(config))
 
-    # The data, the step, and the starting point. Bad data or a bad checkpoint fails
-    # before the step compiles.
+    # Bad data or a bad checkpoint fails here, before the step compiles.
     batches, start = _open_data(config, workdir, mesh, loss)
     step_fn = train_step.build(
         config,
@@ -103,22 +102,19 @@ def _train(
         num_tasks=len(batches.task_names),
         loss=loss,
     )
-    _check_memory("the parameters and the optimizer state", _num_bytes(step_fn.shapes))
     keep = {name: config.checkpoint[name] for name in ("keep", "keep_every_steps")}
     checkpointer = checkpoints.Checkpointer(workdir, **keep)
+    # One key for the run: steps, dropout and initialization fold in their numbers.
     key = jax.random.key(config.seed)
     state, saved = _starting_point(
         config, checkpointer, step_fn, batches, start, key, mesh, loss
     )
     del start  # Its parameters may be as large as the model.
-    for line in train_step.describe(config, step_fn, mesh):
-        logging.info("%s", line)
     step = first_step = int(state.step)
     num_steps = config.train.num_steps
     report = reporting.Report(
         config, workdir, batches, step_fn, mesh, clock, first_step, saved, evaluate
     )
-
     is_interrupted = False
     try:
         report.evaluate_once(step, state.params)
@@ -141,12 +137,11 @@ def _train(
                 report.add(*pending)
             pending = (step, summary, batch)
 
-            # Every process takes the same decisions, because saving and evaluating are
-            # collective.
+            # All processes decide alike: saving and evaluating are collective.
             is_stopping = stop.is_raised(step)
             is_evaluating = report.is_evaluation_step(step)
             is_saving = is_stopping or _is_saving_step(config, step, saved_at)
-            # A checkpoint must include the metrics of its own step.
+            # A checkpoint and an evaluation need the metrics of all steps so far.
             if is_saving or is_evaluating:
                 report.add(*pending)
                 pending = None
@@ -216,6 +211,7 @@ def _starting_point(
     from fresh parameters.
     """
     # Arrays are restored or created directly with their shardings.
+    _check_memory("the parameters and the optimizer state", _num_bytes(step_fn.shapes))
     shardings = step_fn.shardings
     restored = checkpointer.restore(step_fn.shapes.params, step_fn.shapes.opt_state)
     if restored is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -57,6 +58,8 @@ class Report:
             evaluate: Returns metrics of (parameters, step); None for no evaluation.
         """
         is_main = jax.process_index() == 0
+        for line in train_step.describe(config, step_fn, mesh):
+            logging.info("%s", line)
         self.clock = clock
         self.last: dict[str, float] = {}
         self._workdir = workdir
@@ -88,6 +91,7 @@ class Report:
             FloatingPointError: Too many steps in a row were not finite.
         """
         # Padding and duplicates are counted on the host, from the batch itself.
+        # Count tokens even if the step is skipped: they took time, too.
         self._window.count(batch)
         self._watch.add(batch)
         values = jax.device_get(summary)  # Waits for the step.
@@ -98,6 +102,7 @@ class Report:
             self._watch.warn()
             # Update n used the schedule's value at n - 1.
             rate = float(np.asarray(self._schedule(step - 1)))
+            # `means` also starts the next window.
             self.last = self._window.means() | self.clock.shares()
             self.last |= {"learning_rate": rate, "skipped_steps": self._guard.total}
             self._writer.write(step, self.last)
@@ -120,6 +125,7 @@ class Report:
         self._writer.write(step, results)
         self.last.update(results)
         # Speeds are those of training alone.
+        # An evaluation must not lower the reported training speed.
         self._window.pause(time.monotonic() - began)
 
     def evaluate_once(self, step: int, params: Any) -> None:

@@ -75,6 +75,7 @@ def train_step(
         or a gradient is not finite, only the step of the state changes.
     """
     # The step's key depends on the step alone, so a resumed run draws the same masks.
+    # Dropout differs from step to step, and a resumed run repeats it.
     key = jax.random.fold_in(key, state.step)
     # The gradient is that of the mean loss over the global batch, however the batch is
     # split into devices and microbatches.
@@ -108,6 +109,7 @@ def train_step(
         if getattr(full, name) is not None:
             means[name] = getattr(full, name)
     # Sums and counts per task: the host divides after summing over steps.
+    # Sums rather than means: a window of steps divides them by its counts.
     by_task = functools.partial(
         jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
     )
@@ -147,9 +149,11 @@ def build(
     encoder = dual_encoder.DualEncoder(encoder_config)
     schedule, tx = build_optimizer(config)
     # Shapes first, without allocating: parameters are created with their shardings.
+    # Shapes and shardings come first: no array is ever whole on one device.
     shapes, logical_axes = dual_encoder.abstract_params(encoder_config)
     params = sharding.param_shardings(shapes, logical_axes, mesh, config.mesh.rules)
     # Moments are sharded like the parameters they belong to.
+    # The optimizer state is sharded like the parameters that it belongs to.
     opt_shapes = jax.eval_shape(tx.init, shapes)
     opt_state = sharding.state_shardings(opt_shapes, shapes, params, mesh)
     everywhere = sharding.replicated(mesh)  # of the step counter

@@ -91,7 +91,9 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
             "another workdir"
         ) from None
     # Older runs lack keys that were added since; ADDED_KEYS has the values they used.
+    # Runs from before a key was added computed what its default computes.
     before = gecko_jax.config.ADDED_KEYS | before
+    # Through JSON, so that tuples compare equal to the lists of the file.
     now = gecko_jax.config.flatten(json.loads(gecko_jax.config.to_json(config)))
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
@@ -135,6 +137,7 @@ def check_position(
             "the newest of checkpoints/ has an edited position (mixture_hash is "
             f"{mixture_hash!r}); remove that checkpoint to continue from the one before"
         )
+    # The hash covers everything that step n depends on; the facts explain it.
     if mixture_hash != batches.mixture_hash:
         before = _flat_facts(facts)
         now = _flat_facts(json.loads(json.dumps(batches.facts)))
