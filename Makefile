@@ -43,7 +43,7 @@ SEARCHES := "which privileges does a role need" "how are modules found on import
 	"large wading bird"
 
 .PHONY: demo
-demo: $(VENV)/.core ## make data (FRet), fine-tune mini on it, judge it, search
+demo: $(VENV)/.core ## generate data (FRet), fine-tune mini, evaluate, search
 	$(GECKO) fret run --config=configs/fret.py:local,recorded --workdir=demo/fret
 	$(GECKO) fret report --config=configs/fret.py:local,recorded --workdir=demo/fret
 	$(if $(SCRATCH),$(GECKO) train --config=configs/prefinetune.py:local \
@@ -71,7 +71,7 @@ demo: $(VENV)/.core ## make data (FRet), fine-tune mini on it, judge it, search
 	@echo "  fret          what a language model made of raw passages: report.html"
 	@echo "  finetune$(TAG)      the model: gecko_jax.load(\"demo/finetune$(TAG)\");"
 	@echo "                training.png shows the loss"
-	@echo "  evaluation$(TAG)    quality at every dimension beside mini, the bundled model,"
+	@echo "  evaluation$(TAG)    quality at every dimension, next to mini, the bundled model,"
 	@echo "                and BM25: table.txt, quality.png"
 	@echo "  index$(TAG)         the index: $(GECKO) search --model=demo/finetune$(TAG)" \
 		"--index=demo/index$(TAG)"
@@ -109,7 +109,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, about twelve minutes on 2 cores
+test: $(VENV)/.test ## the fast tests, about six minutes on 2 cores
 	$(PYTEST)
 
 .PHONY: test-slow
@@ -136,7 +136,7 @@ format: $(VENV)/.dev ## format the code and mend what lint can mend
 	$(BIN)/ruff format .
 
 .PHONY: test-beam
-test-beam: ## the tests on Apache Beam, in .venv-beam: it wants an older protobuf
+test-beam: ## the tests on Apache Beam, in .venv-beam with an older protobuf
 	$(MAKE) VENV=.venv-beam .venv-beam/.beam
 	.venv-beam/bin/python -m pytest -q -m beam
 

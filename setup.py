@@ -56,7 +56,7 @@ _EVAL = [
     "scikit-learn>=1.6",
 ]
 
-# seqio's cache job. Beam wants an older protobuf than the newest TensorFlow brings, so
+# seqio's cache job. Beam needs an older protobuf than the newest TensorFlow brings, so
 # that it is better off in an environment of its own.
 _BEAM = [
     "apache-beam>=2.77",
