@@ -222,12 +222,12 @@ def int8_graph(folder: pathlib.Path) -> bytes:
         constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def node(op: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes):
-        names = [f"{op}_{len(nodes)}_{number}" for number in range(outputs)]
-        nodes.append(helper.make_node(op, inputs, names, domain=domain, **attributes))
-        return names if outputs > 1 else names[0]
+    def node(op: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        name = f"{op}_{len(nodes)}"
+        nodes.append(helper.make_node(op, inputs, [name], domain=domain, **attributes))
+        return name
 
-    def fused(op: str, *inputs: str, **attributes):
+    def fused(op: str, *inputs: str, **attributes: Any) -> str:
         return node(op, *inputs, domain="com.microsoft", **attributes)
 
     def dense(x: str, *names: str) -> str:
@@ -256,7 +256,12 @@ def int8_graph(folder: pathlib.Path) -> bytes:
     for layer in range(config["num_hidden_layers"]):
         name = f"encoder.layer.{layer}"
         joined = [f"{name}.attention.self.{one}" for one in ("query", "key", "value")]
-        parts = node("Split", dense(x, *joined), outputs=3, axis=-1, num_outputs=3)
+        parts = [f"{name}.{one}" for one in ("query", "key", "value")]
+        nodes.append(
+            helper.make_node(
+                "Split", [dense(x, *joined)], parts, axis=-1, num_outputs=3
+            )
+        )
         heads = config["num_attention_heads"]
         attended = fused("MultiHeadAttention", *parts, num_heads=heads)
         attended = dense(attended, f"{name}.attention.output.dense")
