@@ -93,11 +93,13 @@ def test_the_teacher_does_not_embed_a_text_twice(tmp_path, monkeypatch):
     np.testing.assert_allclose(store.vectors(["ccc"]), [[0.5] * 4])
 
 
+@pytest.mark.torch
 def test_the_teacher_in_int8_is_close_to_its_float32(tmp_path):
     import distil_teacher
 
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=16, initializer_range=0.3,
