@@ -96,7 +96,6 @@ def test_the_teacher_does_not_embed_a_text_twice(tmp_path, monkeypatch):
 @pytest.mark.torch
 def test_the_teacher_in_int8_is_close_to_its_float32(tmp_path):
     import distil_teacher
-
     import torch
     import transformers
 
