@@ -19,6 +19,7 @@ are set aside.
 import contextlib
 import errno
 import functools
+import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,10 @@ class Checkpointer:
             OSError: This checkpoint or the previous one could not be written.
         """
         digests = checksums.of_arrays(_named(params=params, opt_state=opt_state))
-        position = checksums.seal({**position, _DIGESTS: digests})
+        # Orbax writes in the background, while the caller changes its counters: write
+        # a copy, the one that the checksum covers.
+        position = json.loads(json.dumps({**position, _DIGESTS: digests}))
+        position = checksums.seal(position)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),

@@ -89,7 +89,7 @@ class Window:
         """Returns what a resumed run needs to finish the window, as JSON."""
         return {
             "num_steps": self._num_steps,
-            "sums": self._sums,
+            "sums": dict(self._sums),
             "tokens": self._tokens,
             "slots": self._slots,
         }

@@ -1,5 +1,6 @@
 """Checkpoints of a run: round trips, and the treatment of damaged ones."""
 
+import json
 import os
 import random
 import shutil
@@ -94,6 +95,23 @@ def test_old_checkpoints_go_but_for_those_that_are_kept(small_files, tmp_path):
     checkpointer.close()
     names = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {4, 8, 10, 12}
+
+
+def test_a_position_is_saved_as_it_was_when_saving_began(small_files, tmp_path):
+    """Orbax writes in the background, while the run changes its counters."""
+    checkpointer = checkpoints.Checkpointer(tmp_path, keep=1, keep_every_steps=0)
+    sums = {"loss": 0.0, "many": list(range(10_000))}
+    for step in range(1, 6):
+        sums["loss"] = float(step)
+        state = (small_files.params, {"count": np.int32(step)})
+        checkpointer.save(step, *state, {"window": {"sums": sums}})
+        sums["loss"] = -1.0
+        checkpointer.wait()
+        path = tmp_path / checkpoints.CHECKPOINTS / str(step) / "position" / "metadata"
+        position = json.loads(path.read_text())
+        assert position["window"]["sums"]["loss"] == step
+        checksums.check_object(path, position, "")
+    checkpointer.close()
 
 
 def test_unfinished_checkpoints_are_removed_and_never_loaded(workdir):
