@@ -549,7 +549,7 @@ def check_evaluation(config: ml_collections.ConfigDict) -> None:
     refuse(find_faults(flat, {name: key.rule for name, key in EVALUATION.items()}))
     faults = _faults_of_mesh(flat)
     if not (flat["suites"] or flat["tasks"] or flat["folders"]):
-        faults.append("suites, tasks, folders: all are empty; name something to run")
+        faults.append("suites, tasks, folders: all are empty; set at least one")
     refuse(faults)
 
 
@@ -590,7 +590,7 @@ def find_wrong_values(flat: Mapping[str, Any], rules: Mapping[str, Rule]) -> lis
 
 
 def refuse(faults: Sequence[str]) -> None:
-    """Raises ValueError with all faults, unless there are none."""
+    """Raises ValueError with all faults, if there are any."""
     if faults:
         raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
 

@@ -192,7 +192,7 @@ def test_a_teacher_knows_no_texts_with_unique_ids():
         (["dims=(0,)"], "must be integers above 0"),
         (["cache.max_gib=-1"], "0 or more"),
         (["mesh.data=-1", "mesh.fsdp=-1"], "at most one"),
-        (["suites=()"], "name something to run"),
+        (["suites=()"], "set at least one"),
     ],
 )
 def test_faults_of_an_evaluation_are_told(overrides, message):

@@ -10,10 +10,11 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import gecko_jax.config
 from gecko_jax.data import task_table
 
 # Default folder of `gecko data prepare`.
-PREPARED = "~/.cache/gecko_jax/prepared"
+PREPARED: str = gecko_jax.config.TRAINING["data.prepared_dir"].default
 
 
 @dataclasses.dataclass(frozen=True)

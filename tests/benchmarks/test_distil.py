@@ -182,7 +182,7 @@ def test_training_brings_the_student_to_the_teacher(tmp_path):
     assert np.isfinite(facts["loss"])
 
 
-def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
+def _trainer():
     import distil_training
 
     random = np.random.default_rng(0)
@@ -193,6 +193,13 @@ def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
         options, tokens, targets, [tokens, tokens],
         np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
     )  # fmt: skip
+    return random, trainer
+
+
+def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
+    import distil_training
+
+    random, trainer = _trainer()
     begin = random.normal(size=(40, 256)).astype(np.float32)
     recipe = distil_training.Recipe(steps=3, relate=1.0)
     trained, _ = trainer.train(begin, recipe, tmp_path / "state.npz")
@@ -204,14 +211,7 @@ def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
 def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     import distil_training
 
-    random = np.random.default_rng(0)
-    tokens = [random.integers(2, 30, 5).astype(np.uint16) for _ in range(50)]
-    targets = random.normal(size=(50, 256)).astype(np.float16)
-    options = types.SimpleNamespace(batch=8, pair_batch=4, seed=0)
-    trainer = distil_training.Trainer(
-        options, tokens, targets, [tokens, tokens],
-        np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
-    )  # fmt: skip
+    random, trainer = _trainer()
     begin = random.normal(size=(30, 256)).astype(np.float32)
     recipe = distil_training.Recipe(steps=9, relate=1.0, pairs=0.5)
     stored = tmp_path / "state.npz"

@@ -284,3 +284,12 @@ def test_writers_of_a_failed_save_are_silent(capsys):
     assert is_shown("/site-packages/orbax/checkpoint/futures.py", logging.WARNING)
     assert is_shown("/site-packages/jax/x.py", logging.ERROR)
     assert not is_shown("/site-packages/jax/x.py", logging.INFO)
+
+
+def test_the_folder_of_prepared_data_has_one_default():
+    from gecko_jax.cli import parsing
+    from gecko_jax.data import mixtures
+
+    parser = parsing.Parser()
+    parsing.add_prepared_dir(parser)
+    assert parser.parse_args([]).prepared_dir == mixtures.PREPARED

@@ -6,11 +6,12 @@ import json
 import pathlib
 import random
 
+import fret_runs
 import pytest
 import tiny_decoder
 
 from gecko_jax.cli import flags
-from gecko_jax.fret import records, runs
+from gecko_jax.fret import runs
 from gecko_jax.llm import (
     decoder_batches,
     decoder_files,
@@ -118,17 +119,6 @@ def load(folder, *overrides):
     )
 
 
-def contents(workdir):
-    """Every file that a run is judged by, with its bytes."""
-    return {
-        path.relative_to(workdir).as_posix(): path.read_bytes()
-        for path in sorted(workdir.rglob("*"))
-        if path.is_file()
-        and not {request_log.FOLDER, records.LOCKS} & set(path.parts)
-        and path.name != "config.json"
-    }
-
-
 def open_model(folder, budget=None):
     return in_process.open_model(
         str(folder / "tiny.gguf"), "float32", 1, "", budget or request_log.Budget()
@@ -139,7 +129,7 @@ def open_model(folder, budget=None):
 def fresh(folder):
     """The files of a run that nothing interrupted."""
     runs.run(load(folder), folder / "fresh")
-    return contents(folder / "fresh")
+    return fret_runs.contents(folder / "fresh")
 
 
 def test_the_run_says_which_model_wrote_and_judged(folder, fresh):
@@ -202,7 +192,9 @@ def test_killed_at_any_answer_the_rerun_is_the_same(
             kills += 1
     assert kills > 3
     assert len(kept) == len(set(kept))
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert fret_runs.contents(tmp_path / "run") == fret_runs.contents(
+        tmp_path / "whole"
+    )
 
 
 def test_a_block_is_computed_whole_and_known_answers_are_not_replaced(folder):
@@ -227,13 +219,13 @@ def test_the_budget_stops_between_answers(folder, fresh, tmp_path):
         assert budget.requests == 13
         assert budget.prompt_tokens > 0
     assert calls > 2
-    assert contents(tmp_path / "run") == fresh
+    assert fret_runs.contents(tmp_path / "run") == fresh
 
 
 def test_another_model_or_precision_is_refused_by_name(folder, fresh):
     with pytest.raises(ValueError, match=r"model\.model: was 'tiny@\w+:float32'"):
         runs.run(load(folder, "llm.dtype=bfloat16"), folder / "fresh")
-    assert contents(folder / "fresh") == fresh
+    assert fret_runs.contents(folder / "fresh") == fresh
 
 
 def test_a_missing_model_is_told_before_anything_is_written(
