@@ -1,4 +1,4 @@
-"""A decoder language model of the Llama or Gemma 3 family, as pure functions.
+"""A decoder language model of the Llama, Qwen or Gemma 3 family, as pure functions.
 
     hidden, own = extend(params, config, tokens, positions)
     log_probs = token_log_probs(params, config, hidden[0], targets)
@@ -10,8 +10,8 @@ position is not after its own. Padding has the position `PAD_POSITION`, which is
 every token of a text, so no token attends to it.
 
 Layers are stacked and run as a scan, so the compile time does not depend on the depth.
-Both families have RMS norms, rotary positions, grouped heads and gated MLPs; what
-Gemma 3 adds are settings of `DecoderConfig`.
+All families have RMS norms, rotary positions, grouped heads and gated MLPs; what Qwen
+and Gemma 3 add are settings of `DecoderConfig`.
 
 Additional dimension letters: `R` query heads per key head, `G` key heads, `S` keys, `T`
 scored positions, `Y` targets per position.
@@ -55,6 +55,7 @@ class DecoderConfig:
         query_scale: Factor of the queries; None is `head_dim ** -0.5`.
         sandwich_norms: Whether a norm also follows the attention and the MLP.
         head_norms: Whether each query and key head is normalized.
+        qkv_bias: Whether queries, keys and values have a bias (Qwen 2).
         local_window: Keys that a token of a local layer attends to, itself included;
             None if all layers are global.
         global_every: Period of the global layers: the last of every `global_every`
@@ -80,6 +81,7 @@ class DecoderConfig:
     query_scale: float | None = None
     sandwich_norms: bool = False
     head_norms: bool = False
+    qkv_bias: bool = False
     local_window: int | None = None
     global_every: int = 1
     local_rope_base: float = 10_000.0
@@ -183,6 +185,9 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     }
     if config.head_norms:
         layers |= {name: spec("layers", "kv") for name in ("query_norm", "key_norm")}
+    if config.qkv_bias:
+        for name in ("query_bias", "key_bias", "value_bias"):
+            layers[name] = spec("layers", "heads", "kv")
     if config.sandwich_norms:
         for name in ("post_attention_norm", "post_mlp_norm"):
             layers[name] = spec("layers", "embed")
@@ -207,7 +212,7 @@ def param_shapes(config: DecoderConfig) -> dict[str, Any]:
     }
 
     def shape(path: Any, axes: jax.sharding.PartitionSpec) -> tuple[int, ...]:
-        is_kv = path[-1].key in ("key", "value")
+        is_kv = path[-1].key.removesuffix("_bias") in ("key", "value")
         heads = config.num_kv_heads if is_kv else config.num_heads
         return tuple(heads if axis == "heads" else sizes[axis] for axis in axes)
 
@@ -266,6 +271,10 @@ def _extend(
             jnp.einsum("blm,mhk->blhk", normed, weights[name])
             for name in ("query", "key", "value")
         )
+        if config.qkv_bias:
+            query = query + weights["query_bias"][None, None]
+            key = key + weights["key_bias"][None, None]
+            value = value + weights["value_bias"][None, None]
         if config.head_norms:
             query = _norm(query, weights["query_norm"], config)
             key = _norm(key, weights["key_norm"], config)
