@@ -322,7 +322,7 @@ def load(
     dtype: str | None = None,
     tokens_per_call: int | None = None,
 ) -> LocalModel:
-    """Loads a decoder of the Llama or Gemma 3 family.
+    """Loads a decoder of the Llama, Qwen or Gemma 3 family.
 
     Args:
         path: A `.gguf` file, or a folder with `config.json`, `tokenizer.json` and
