@@ -77,7 +77,7 @@ def check_family(place: object, key: str, name: str, known: Collection[str]) -> 
     if name not in known:
         raise ValueError(
             f"{place}: {key} {name!r}; the in-process decoder runs "
-            f"{' and '.join(known)}: choose such a model, or {_SERVE}"
+            f"{', '.join(known)}: choose such a model, or {_SERVE}"
         )
 
 

@@ -192,7 +192,7 @@ def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
     if kind not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{place}: a tokenizer of the kind {kind!r}; from GGUF the in-process "
-            f"decoder supports {' and '.join(_PRE_TOKENIZERS)}: give the model as a "
+            f"decoder supports {', '.join(_PRE_TOKENIZERS)}: give the model as a "
             "folder with tokenizer.json and *.safetensors"
         )
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
