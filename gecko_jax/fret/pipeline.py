@@ -289,8 +289,15 @@ class Pipeline:
             return False
         moved = False
         title = step.stage.folder.relative_to(self.source.workdir).as_posix()
-        total = len(range(worker[0], step.count, worker[1]))
-        finished = total - len(missing)
+        # Stages that call the model show rows, the others shards.
+        is_slow = step.stage.name in _LLM_STAGES
+        sizes = list(map(len, self.shards)) if is_slow else [1] * step.count
+        total = sum(sizes[worker[0] : step.count : worker[1]])
+        finished = total - sum(sizes[shard] for shard in missing)
+
+        def report(share: float) -> None:
+            bar.update(finished + int(share * sizes[shard]))
+
         with progress.Progress(title, total, finished) as bar:
             for shard in missing:
                 if not all(stage.has(shard) for stage in step.needs):
@@ -299,21 +306,21 @@ class Pipeline:
                 path = self.source.workdir / records.LOCKS / lock
                 with records.try_lock(path) as got:
                     if got and not step.stage.has(shard):
-                        self._make(step, shard)
+                        self._make(step, shard, report)
                         moved = True
                     if got:
                         # Another worker may have removed the file before.
                         path.unlink(missing_ok=True)
-                finished += 1
+                finished += sizes[shard]
                 bar.update(finished)
         return moved
 
-    def _make(self, step: Step, shard: int) -> None:
+    def _make(self, step: Step, shard: int, report: Callable[[float], None]) -> None:
         name = step.stage.name
         if name in _LLM_STAGES:
             root = self.source.workdir / request_log.FOLDER / self._folder / name
             with request_log.RequestLog(root / f"shard-{shard:05}.jsonl") as log:
-                self.source.model.log = log
+                self.source.model.log, self.source.model.report = log, report
                 rows = step.make(shard)
         else:
             rows = step.make(shard)

@@ -10,6 +10,7 @@ An answer is a number or text from the model. Where the model gave none, the ans
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,7 @@ class LanguageModel:
         facts: Everything about the model that changes an answer.
         close: Releases the resources of the model.
         log: The request log; the stages open one per shard.
+        report: Called with the answered share of a call's requests, in [0, 1].
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class LanguageModel:
         self.facts = facts
         self.close = close
         self.log = request_log.RequestLog(None)
+        self.report: Callable[[float], None] = lambda share: None
         self._ask = ask
 
     def generate(
@@ -161,12 +164,14 @@ class LanguageModel:
         order = list(distinct)
         new = [n for n, key in enumerate(order) if self.log.get(key) is None]
         failures: dict[str, Failure] = {}
+        finished = itertools.count(len(order) - len(new) + 1)
 
         def keep(number: int, answer: Any) -> None:
             if isinstance(answer, Failure):
                 failures[order[number]] = answer
             else:
                 self.log.put(order[number], to_record(answer))
+            self.report(next(finished) / len(order))
 
         if new:
             self._ask(kind, list(distinct.values()), new, keep)
