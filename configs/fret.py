@@ -8,7 +8,8 @@ r"""FRet: training data from a language model, passages to triples (section 3.2)
 
 Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
 which runs in this process, in well under half an hour on a laptop. `local,recorded`
-replays what it answered, in seconds and with nothing to install. `llama_cpp` and
+replays what it answered, in seconds and with nothing to install. `relabel` is for
+`gecko fret relabel`: `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp` and
 `hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
 port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
 each. The paper gives neither prompts, model, N nor filters: numbers without a source
@@ -24,7 +25,7 @@ from gecko_jax.fret import settings
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
     arg = gecko_jax.config.parse_arg(
-        arg, local=False, recorded=False, llama_cpp=False, hosted=False
+        arg, local=False, recorded=False, relabel=False, llama_cpp=False, hosted=False
     )
     # Every key with its default, unit and source: gecko_jax/fret/settings.py.
     config = gecko_jax.config.defaults(settings.KEYS)
@@ -63,4 +64,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.fuse.relevance_weight = 0.0
         config.calibrate.num_seeds = 10
         config.run.max_error_rate = 0.2
+    if arg.relabel:
+        config.passages.files = ()
+        config.relabel.files = ("quickstart",)
+        config.relabel.limit = 100 if arg.local else 0
+        config.likelihood.generic_passage = ""  # People have written the queries.
     return config

@@ -36,30 +36,32 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
         ValueError: A file or line is invalid, or there are no lines.
     """
     num_lines = 0
-    for path, number, record, pair in _read_lines(files):
+    for place, record, pair in read_lines(files):
         num_lines += 1
-        given = pair.given_ids[0]
-        known = {"source": path.name, "source_id": str(given or number)}
+        given, (source, number) = pair.given_ids[0], place.rsplit(":", 1)
+        known = {"source": source, "source_id": number if given is None else f"{given}"}
         known |= {n: record[n] for n in ORIGIN if isinstance(record.get(n), str)}
         yield _passage(known, pair.title, pair.positive, given)
-    if not num_lines:
+    if files and not num_lines:
         raise ValueError(
             f"{', '.join(map(str, files))}: no lines; give lines with task, query and "
             "positive"
         )
-    for path, number, record, pair in _read_lines(files):
-        for place, (body, title) in enumerate(
-            zip(pair.negatives, pair.negative_titles, strict=True)
-        ):
-            given = pair.given_ids[place + 1]
-            known = {"source": path.name}
-            known["source_id"] = str(given or f"{number}.{place + 1}")
+    for place, record, pair in read_lines(files):
+        passages = zip(
+            pair.negatives, pair.negative_titles, pair.given_ids[1:], strict=True
+        )
+        for position, (body, title, given) in enumerate(passages):
+            source, number = place.rsplit(":", 1)
+            if given is not None:
+                number = str(given)
+            known = {"source": source, "source_id": number}
             # The export of `gecko fret` has the origin of each negative.
             for name in ("source", "source_id", "licence"):
                 values = record.get(f"negative_{name}s")
-                if isinstance(values, list) and place < len(values):
-                    if isinstance(values[place], str) and values[place]:
-                        known[name] = values[place]
+                if isinstance(values, list) and len(values) == len(pair.negatives):
+                    if isinstance(values[position], str) and values[position]:
+                        known[name] = values[position]
             yield _passage(known, title, body, given)
 
 
@@ -71,12 +73,14 @@ def _passage(
     return {**known, "title": title, "text": body}
 
 
-def _read_lines(
+def read_lines(
     files: Sequence[pathlib.Path],
-) -> Iterator[tuple[pathlib.Path, int, dict[str, Any], jsonl.Pair]]:
+) -> Iterator[tuple[str, dict[str, Any], jsonl.Pair]]:
+    """Yields ("file:line", record, pair) of every example; the file has no folder."""
     for path in files:
-        for number, (_, record, pair) in enumerate(jsonl.read_lines(path), start=1):
-            yield path, number, record, pair
+        for place, record, pair in jsonl.read_lines(path):
+            number = place.rpartition(":")[2]
+            yield f"{wording.file_name(path.name)}:{number}", record, pair
 
 
 def read_pairs(
@@ -98,13 +102,12 @@ def read_pairs(
         found = (numbers.get(text_formats.content_id(text)) for text in texts)
         return list(dict.fromkeys(number for number in found if number is not None))
 
-    answers = mining.Answers(pair for *_, pair in _read_lines(files))
+    answers = mining.Answers(pair for *_, pair in read_lines(files))
     seen: set[tuple[str, str, int]] = set()
     rows = []
-    for path, number, _, pair in _read_lines(files):
-        row: stages.Record = {"id": len(rows)}
+    for place, _, pair in read_lines(files):
+        row: stages.Record = {"id": len(rows), "line": place}
         rows.append(row)
-        row["line"] = f"{wording.file_name(path.name)}:{number}"
         query = text_formats.clean(pair.query)
         positive = find([pair.positive])
         if not positive:
