@@ -10,10 +10,11 @@ Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Inst
 which runs in this process, in well under half an hour on a laptop. `local,qwen` and
 `local,qwen_small` take Qwen2.5-Coder-1.5B and 0.5B-Instruct instead, which judge far
 better (`gecko fret fetch-model qwen2.5-coder-1.5b`). `local,recorded` replays what
-SmolLM2 answered, in seconds and with nothing to install. `llama_cpp` and `hosted` set
-what those servers need (`local,llama_cpp`: the small model behind one on port 8080);
-without an argument vLLM or SGLang is meant. docs/fret.md tells how to start each. The
-paper gives neither prompts, model, N nor filters: numbers without a source
+SmolLM2 answered, in seconds and with nothing to install. `relabel` is for `gecko fret
+relabel`: `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp` and
+`hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
+port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
+each. The paper gives neither prompts, model, N nor filters: numbers without a source
 are ours.
 """
 
@@ -29,6 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         arg,
         local=False,
         recorded=False,
+        relabel=False,
         qwen=False,
         qwen_small=False,
         llama_cpp=False,
@@ -75,4 +77,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.fuse.relevance_weight = float(arg.qwen or arg.qwen_small)
         config.calibrate.num_seeds = 10
         config.run.max_error_rate = 0.2
+    if arg.relabel:
+        config.passages.files = ()
+        config.relabel.files = ("quickstart",)
+        config.relabel.limit = 100 if arg.local else 0
+        config.likelihood.generic_passage = ""  # People have written the queries.
     return config

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gecko_jax.cli import flags, parsing
@@ -18,6 +18,7 @@ best becomes the positive, a poor one the hard negative.
   gecko fret plan       estimate requests, cost and time from a small sample
   gecko fret calibrate  measure how well the language model judges passages
   gecko fret run        generate the triples
+  gecko fret relabel    choose positive and negatives of existing pairs anew
   gecko fret bootstrap  train the initial retriever on the generated queries
   gecko fret report     write an HTML report about a run
   gecko fret fetch-model  download a small language model that runs in this process"""
@@ -48,6 +49,22 @@ Several processes or machines may run the command in one workdir and share its s
 If the file system has no locks, such as a mounted bucket, give each process its part:
 --worker=1/4 to --worker=4/4. When all have finished, run the command without --worker
 to export the triples."""
+
+_RELABEL = """\
+Judges pairs that exist already: (query, positive) or (query, positive, negatives) as
+JSON lines. The stages are those of `run`, but the queries are those of the lines, and
+the candidates are retrieved among the passages of all lines and of passages.files. Each
+line of WORKDIR/export/fret.jsonl is one of the given lines with its ids, task and
+licences; its positive and its negatives are those that the language model chose.
+
+examples:
+  gecko fret relabel --config=configs/fret.py:local,relabel --workdir=runs/relabel
+  gecko fret relabel --config=configs/fret.py --workdir=runs/relabel \\
+      --config.relabel.files=pairs.jsonl --config.llm.url=http://host:8000 \\
+      --config.llm.model=google/gemma-3-27b-it
+
+`gecko fret plan`, `calibrate` and `report` take the same config. Resuming, limits and
+several processes are as in `gecko fret run --help`."""
 
 _CALIBRATE = """\
 Measures how well the language model judges passages: on passages held out of the run,
@@ -89,10 +106,8 @@ example:
   gecko fret fetch-model qwen2.5-coder-0.5b
   gecko fret run --config=configs/fret.py:local,qwen_small --workdir=runs/fret"""
 
-_STAGES = (
-    *("passages", "generate", "retrieve", "likelihood", "relevance"),
-    *("fuse", "export"),
-)
+_AFTER = ("retrieve", "likelihood", "relevance", "fuse", "export")
+_STAGES = ("passages", "generate", *_AFTER)
 
 
 def add_parser(verbs: Any) -> None:
@@ -120,11 +135,16 @@ def add_parser(verbs: Any) -> None:
 
     add_limits(add_verb(_CALIBRATE, calibrate))
 
-    add = add_verb(_RUN, run)
-    add_limits(add)
-    text = f"last stage to run: {', '.join(_STAGES)}"
-    add("--until", text, _STAGES, "export", metavar="STAGE")
-    add("--worker", "see above", _worker, "1/1", metavar="I/N")
+    def add_run(description: str, verb: Any, stages: tuple[str, ...]) -> Any:
+        add = add_verb(description, verb)
+        add_limits(add)
+        text = f"last stage to run: {', '.join(stages)}"
+        add("--until", text, stages, "export", metavar="STAGE")
+        add("--worker", "see above", _worker, "1/1", metavar="I/N")
+        return add
+
+    add_run(_RELABEL, relabel, ("passages", "pairs", *_AFTER))
+    add = add_run(_RUN, run, _STAGES)
     text = "run the passages stage on Apache Beam, with options such as "
     text += "--beam=--runner=DirectRunner"
     add("--beam", text, parsing.words, metavar="OPTION,...")
@@ -178,6 +198,28 @@ def plan(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the incomplete stages."""
     config = flags.load(options.config, options.overrides, flags.FRET)
+    if config.relabel.files:
+        raise ValueError(
+            f"relabel.files={config.relabel.files}: `gecko fret run` generates queries; "
+            "use `gecko fret relabel`, or leave it empty"
+        )
+    _run(options, config, options.beam)
+
+
+def relabel(options: argparse.Namespace) -> None:
+    """Runs the incomplete stages on pairs that exist already."""
+    config = flags.load(options.config, options.overrides, flags.FRET)
+    if not config.relabel.files:
+        raise ValueError(
+            "relabel.files=(): name a file or more with lines of task, query and "
+            "positive"
+        )
+    _run(options, config, None)
+
+
+def _run(
+    options: argparse.Namespace, config: Any, beam_options: Sequence[str] | None
+) -> None:
     from gecko_jax.fret import runs
 
     budget = runs.open_budget(config, options.max_requests, options.max_cost)
@@ -188,7 +230,7 @@ def run(options: argparse.Namespace) -> None:
             budget=budget,
             worker=options.worker,
             until=options.until,
-            beam_options=options.beam,
+            beam_options=beam_options,
         )
     for name, stage in summary.stages.items():
         if stage["records"]:
