@@ -336,8 +336,11 @@ class Pipeline:
     def _make(self, step: Step, shard: int, report: Callable[[float], None]) -> None:
         name = step.stage.name
         if name in _LLM_STAGES:
-            root = self.source.workdir / request_log.FOLDER / self._folder / name
-            with request_log.RequestLog(root / f"shard-{shard:05}.jsonl") as log:
+            root = self.source.workdir / request_log.FOLDER / self._folder
+            file = f"shard-{shard:05}.jsonl"
+            # QL may have read the questions of RC, too.
+            earlier = root / "likelihood" / file if name == "relevance" else None
+            with request_log.RequestLog(root / name / file, earlier) as log:
                 self.source.model.log, self.source.model.report = log, report
                 rows = step.make(shard)
         else:
@@ -392,13 +395,17 @@ class Pipeline:
         )
 
     def _likelihood(self, shard: int) -> list[stages.Record]:
+        prompts = self.source.prompts
+        is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
+        shares_reading = self.has_relevance and is_same_text
         return stages.likelihood(
             stages.kept(self.retrieve.read(shard)),
             stages.by_id(self.queries.read(shard)),
             self.source.store,
             self.source.model,
-            self.source.prompts.likelihood,
+            prompts.likelihood,
             self.source.config.likelihood.generic_passage,
+            prompts.relevance if shares_reading else None,
         )
 
     def _relevance(self, shard: int) -> list[stages.Record]:

@@ -120,9 +120,7 @@ def read_pairs(
             row[records.DROPPED] = "duplicate"
             continue
         seen.add(key)
-        known = sorted(
-            numbers[one] for one in answers.of(pair) if one in numbers
-        )
+        known = sorted(numbers[one] for one in answers.of(pair) if one in numbers)
         row["task"] = pair.task_description or pair.task
         row |= {"query": query, "positive": positive[0]}
         row["negatives"] = [n for n in find(pair.negatives) if n not in known]

@@ -174,7 +174,9 @@ KEYS: dict[str, Key] = {
         "2405.05374); -1 for any. Needs `retrieve.model`.",
     ),
     "likelihood.prompt": Key(
-        "likelihood", rules.NAME, "Prompt of query likelihood (QL)."
+        "likelihood",
+        rules.NAME,
+        "Prompt of query likelihood (QL); with that of RC, both share a reading.",
     ),
     "likelihood.generic_passage": Key(
         "", rules.TEXT, "Passage scored as well, for `fuse.min_information`."
@@ -324,8 +326,11 @@ class Prompts:
         """Reads and checks the files that the config names."""
         kinds = ("generate", "generate_for_task")
         self.generate = prompts.load(config.generate.prompt, kinds)
-        self.likelihood = prompts.load(config.likelihood.prompt, ("likelihood",))
+        kinds = ("likelihood", "relevance")
+        self.likelihood = prompts.load(config.likelihood.prompt, kinds)
         self.relevance = prompts.load(config.relevance.prompt, ("relevance",))
+        if self.likelihood.kind == "relevance":
+            self.likelihood = prompts.before_query(self.likelihood)
 
 
 def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:

@@ -168,11 +168,13 @@ def likelihood(
     model: protocol.LanguageModel,
     prompt: prompts.Prompt,
     generic_passage: str,
+    then: prompts.Prompt | None = None,
 ) -> list[Record]:
     """Scores every candidate by QL(q, p) = log LLM(q | p, P_QL).
 
     A generic passage, "" for none, is scored like a candidate, to measure how likely
-    the query is given any text.
+    the query is given any text. `then` is the prompt of `relevance` if it begins with
+    the texts that are read here.
     """
     shots = range(len(prompt.examples))
     texts, continuations = [], []
@@ -182,7 +184,9 @@ def likelihood(
         for passage in shown + [generic_passage] * bool(generic_passage):
             texts.append(prompt.render(shots, passage=passage))
             continuations.append(query)
-    scored = iter(model.score(texts, continuations))
+    questions = _questions(rows, queries, store, then) if then else []
+    labels = list(then.labels) if then else []
+    scored = iter(model.score(texts, continuations, questions, labels))
     result = []
     for row in rows:
         scores = [next(scored) for _ in row["candidates"]]
@@ -205,14 +209,7 @@ def relevance(
     prompt: prompts.Prompt,
 ) -> list[Record]:
     """Scores every candidate by RC(q, p) = log LLM(label | q, p, P_RC), each label."""
-    shots = range(len(prompt.examples))
-    texts = [
-        prompt.render(
-            shots, passage=store.write(number), query=queries[row["id"]]["query"]
-        )
-        for row in rows
-        for number in row["candidates"]
-    ]
+    texts = _questions(rows, queries, store, prompt)
     scored = iter(model.label_log_probs(texts, list(prompt.labels)))
     result = []
     for row in rows:
@@ -221,6 +218,22 @@ def relevance(
         record["label_log_probs"] = [_number(score, "log_probs") for score in scores]
         result.append(record | _total(scores))
     return result
+
+
+def _questions(
+    rows: Sequence[Record],
+    queries: Mapping[int, Record],
+    store: Passages,
+    prompt: prompts.Prompt,
+) -> list[str]:
+    shots = range(len(prompt.examples))
+    return [
+        prompt.render(
+            shots, passage=store.write(number), query=queries[row["id"]]["query"]
+        )
+        for row in rows
+        for number in row["candidates"]
+    ]
 
 
 def fuse(
