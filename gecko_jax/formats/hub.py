@@ -46,8 +46,9 @@ def download(source: str) -> pathlib.Path:
         )
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"{source}: access to this model on the hub is restricted; accept its terms "
-            f"at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
+            f"{source}: access to this model on the hub is restricted; accept its "
+            f"terms at https://huggingface.co/{name}, then run `hf auth login` or set "
+            "HF_TOKEN"
         ) from error
     except Exception as error:  # The errors of several HTTP libraries.
         raise ValueError(
