@@ -27,7 +27,7 @@ def complete_text_format(
     """Adds the descriptions of tasks to a format, which keeps those it has.
 
     Each task is listed by its name and by its `source_task`, because held-out queries
-    in the layout of the files use the latter. A format with prompts cannot write
+    in the layout of the files use the latter. A format of only prompts cannot write
     descriptions and gets none.
     """
     descriptions: dict[str, str] = {}
@@ -36,7 +36,7 @@ def complete_text_format(
     descriptions |= {task.name: task.task_description for task in tasks}
     symmetric = dict.fromkeys(text_format.symmetric_tasks)
     symmetric |= dict.fromkeys(task.name for task in tasks if task.symmetric)
-    if text_format.prompts:
+    if text_format.has_only_prompts:
         descriptions = {}
     return dataclasses.replace(
         text_format,

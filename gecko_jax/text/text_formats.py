@@ -58,10 +58,10 @@ class TextFormat:
         no_title: Placeholder for a missing title, as in EmbeddingGemma.
         task_descriptions: Task name -> the paper's natural-language *t*.
         symmetric_tasks: Tasks whose passages are written in the query form.
-        prompts: Literal prefixes of a sentence-transformers model, which replace the
-            templates: by task name for queries, "query" for all other queries,
-            "document" for passages. Nothing in a prompt is expanded. Empty if the
-            templates decide.
+        prompts: Literal prefixes of queries by task name, of a sentence-transformers
+            model. Nothing in a prompt is expanded. "query" (for all other queries) and
+            "document" (for passages) replace the templates; without these two, the
+            templates apply to every task that is not in `prompts`.
     """
 
     query: str = "task: {task_description} | query: {text}"
@@ -72,19 +72,19 @@ class TextFormat:
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.prompts:
-            missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
-            if missing:
-                raise ValueError(
-                    f"text format: prompts has no {' and no '.join(sorted(missing))}; "
-                    "add it, '' for no prompt"
-                )
-            if (self.query, self.passage) != (_BARE, _BARE):
-                raise ValueError(
-                    f"text format: prompts need the query and passage templates "
-                    f"{_BARE!r}, not {self.query!r} and {self.passage!r}; remove one "
-                    "of the two"
-                )
+        has_templates = (self.query, self.passage) != (_BARE, _BARE)
+        missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
+        if self.prompts and not has_templates and missing:
+            raise ValueError(
+                f"text format: prompts has no {' and no '.join(sorted(missing))}; "
+                "add it, '' for no prompt"
+            )
+        if has_templates and len(missing) < 2:
+            raise ValueError(
+                f"text format: prompts need the query and passage templates "
+                f"{_BARE!r}, not {self.query!r} and {self.passage!r}; remove one "
+                "of the two"
+            )
         for template, optional in (
             (self.query, "{task_description}"),
             (self.passage, "{title}"),
@@ -95,6 +95,11 @@ class TextFormat:
                     f"text format {template!r}: must hold {{text}} once, {optional} at "
                     "most once, and no other field"
                 )
+
+    @property
+    def has_only_prompts(self) -> bool:
+        """Whether prompts replace the templates, so that no description is written."""
+        return QUERY_PROMPT in self.prompts
 
     def describe(self, task: str) -> str:
         """Returns the description of a task name; any other text describes itself."""
@@ -118,11 +123,12 @@ class TextFormat:
             ValueError: The text is empty or only whitespace.
         """
         cleaned = clean(text)
-        if self.prompts:
-            # A query without a task must get the "query" prompt, even if the model has
-            # a prompt named "search result".
-            has_prompt = task in self.prompts and task != DEFAULT_TASK
-            prompt = self.prompts[task if has_prompt else QUERY_PROMPT]
+        # A query without a task must get the "query" prompt, even if the model has a
+        # prompt named "search result".
+        prompt = self.prompts.get(QUERY_PROMPT)
+        if task != DEFAULT_TASK:
+            prompt = self.prompts.get(task, prompt)
+        if prompt is not None:
             return _join(prompt, text, cleaned)
         if description is None:
             description = self.describe(task)
@@ -135,7 +141,7 @@ class TextFormat:
         title = clean(title) if title and has_title else self.no_title
         if has_title and "{title}" not in self.passage:
             text = cleaned = f"{title} {cleaned}"
-        if self.prompts:
+        if self.has_only_prompts:
             return _join(self.prompts[DOCUMENT_PROMPT], text, cleaned)
         return _fill(self.passage, title=title, text=cleaned)
 
@@ -181,6 +187,42 @@ class TextFormat:
                 },
             }
         return cls(**fields)
+
+
+# Qwen3-Embedding's format: passages are written as they are.
+INSTRUCT = TextFormat(
+    query="Instruct: {task_description}\nQuery:{text}", passage=_BARE, no_title=""
+)
+
+
+def from_prompts(prompts: Mapping[str, str]) -> TextFormat:
+    """Returns the templates that write such prompts, or a format of only prompts.
+
+    EmbeddingGemma's prompts are Gecko's templates, and Qwen3-Embedding's are
+    `INSTRUCT`. As templates, they also write titles and descriptions of other tasks.
+
+    Args:
+        prompts: Prompts by task name, "query" and "document" included.
+    """
+    for known in (TextFormat(), INSTRUCT):
+        head, _, tail = known.query.removesuffix(_BARE).partition("{task_description}")
+        descriptions = {
+            name: prompt[len(head) : -len(tail)]
+            for name, prompt in prompts.items()
+            if prompt.startswith(head) and prompt[len(head) :].endswith(tail)
+        }
+        document = known.passage.replace("{title}", known.no_title).removesuffix(_BARE)
+        if QUERY_PROMPT in descriptions and prompts[DOCUMENT_PROMPT] == document:
+            others = prompts.keys() - descriptions.keys() - {DOCUMENT_PROMPT}
+            query = descriptions.pop(QUERY_PROMPT)
+            if query != DEFAULT_TASK:
+                descriptions[DEFAULT_TASK] = query
+            return dataclasses.replace(
+                known,
+                task_descriptions=descriptions,
+                prompts={name: prompts[name] for name in sorted(others)},
+            )
+    return TextFormat(query=_BARE, passage=_BARE, no_title="", prompts=prompts)
 
 
 def _fill(template: str, **fields: str) -> str:
