@@ -140,7 +140,7 @@ def test_only_base_models_get_an_end(kind, tmp_path):
 def test_transformers_and_sentence_transformers_have_the_same_ids(kind, tmp_path):
     import sentence_transformers
     import transformers
-    from sentence_transformers import models
+    from sentence_transformers.sentence_transformer import modules
 
     folder = json_tokenizers.write(tmp_path / "in", kind, json_tokenizers.base(kind))
     vocab = tokenizer.read_json(folder, is_base=True)
@@ -163,9 +163,9 @@ def test_transformers_and_sentence_transformers_have_the_same_ids(kind, tmp_path
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert type(theirs).__name__ == json_tokenizers.CONFIGS[kind]["tokenizer_class"]
     assert vocab.encode(texts) == theirs(texts)["input_ids"]
-    transformer = models.Transformer(str(out), max_seq_length=16)
+    transformer = modules.Transformer(str(out), max_seq_length=16)
     st = sentence_transformers.SentenceTransformer(
-        modules=[transformer, models.Pooling(8)], device="cpu"
+        modules=[transformer, modules.Pooling(8)], device="cpu"
     )
     for prompt in ("", "Instruct: x\nQuery:", "title: none | text: "):
         ours = vocab.encode([prompt + text for text in texts], 16)
