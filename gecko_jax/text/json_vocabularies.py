@@ -38,11 +38,7 @@ _MEDIA = ("image", "audio", "video", "vision")
 
 _REMEDY = "copy it again from the original model"
 _TOKEN = field_rules.object_of(
-    {
-        "id": field_rules.COUNT,
-        "content": field_rules.NAME,
-        "special": field_rules.FLAG,
-    }
+    {"id": field_rules.COUNT, "content": field_rules.NAME, "special": field_rules.FLAG}
 )
 _FIELDS = {
     "model": field_rules.OBJECT,
@@ -55,6 +51,7 @@ _FIELDS = {
 _MODEL = {
     "type": field_rules.one_of("BPE"),
     "vocab": field_rules.map_of(field_rules.COUNT),
+    "unk_token": field_rules.optional(field_rules.TEXT),
     "dropout": field_rules.optional(field_rules.one_of(0, 0.0)),
 }
 _CONFIG = {
@@ -134,8 +131,9 @@ class JsonVocabulary(vocabularies.Vocabulary):
             ids.pop()
         if tuple(ids[: len(self.opening)]) == self.opening:
             ids = ids[len(self.opening) :]
+        library = self._library
         with named_errors(self.path or vocabularies.JSON_FILE, _REMEDY):
-            return self._library.decode(ids, skip_special_tokens=False)
+            return library.decode(ids, skip_special_tokens=False)
 
 
 class _Facts(NamedTuple):
@@ -157,20 +155,18 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
         config = _parse_object(tokenizer_config, vocabularies.JSON_CONFIG)
         field_rules.check(vocabularies.JSON_CONFIG, config, _CONFIG, _REMEDY)
     model, added = values["model"], values["added_tokens"]
-    names = dict(zip(model["vocab"].values(), model["vocab"], strict=True))
-    names |= {token["id"]: token["content"] for token in added}
+    ids = {*model["vocab"].values(), *(token["id"] for token in added)}
     special = {token["id"]: token["content"] for token in added if token["special"]}
-    size, dropped = max(names, default=-1) + 1, set[int]()
+    size, dropped = max(ids, default=-1) + 1, set[int]()
     while any(word in special.get(size - 1, "") for word in _MEDIA):
         size -= 1
         dropped.add(size)
     opening, closing = _read_template(values)
-    unknown = model["vocab"].get(model.get("unk_token"))
     return _Facts(
         size=size,
         opening=opening,
         eos_id=closing[0] if len(closing) == 1 else None,
-        unk_id=unknown,
+        unk_id=model["vocab"].get(model.get("unk_token")),
         splits_special=bool(config.get("split_special_tokens")),
         dropped=frozenset(dropped),
     )
