@@ -34,6 +34,8 @@ def download(source: str) -> pathlib.Path:
             "(owner/name); check the path"
         )
     hub = _import_hub(f"{source}: no such folder; downloading it from the hub")
+    from huggingface_hub import errors
+
     name, revision = match.groups()
     try:
         folder = hub.snapshot_download(
@@ -42,6 +44,12 @@ def download(source: str) -> pathlib.Path:
             allow_patterns=_PATTERNS,
             ignore_patterns=_IGNORED,
         )
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{source}: access to this model on the hub is restricted; accept its "
+            f"terms at https://huggingface.co/{name}, then run `hf auth login` or set "
+            "HF_TOKEN"
+        ) from error
     except Exception as error:  # The errors of several HTTP libraries.
         raise ValueError(
             f"{source}: no such folder, and cannot be downloaded from the hub "

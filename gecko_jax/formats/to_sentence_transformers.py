@@ -151,7 +151,7 @@ def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
     Raises:
         ValueError: The format writes something after the text.
     """
-    if text_format.prompts:
+    if text_format.has_only_prompts:
         return dict(text_format.prompts)
     descriptions = {
         **text_format.task_descriptions,
@@ -164,7 +164,7 @@ def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
     prompts[text_formats.DOCUMENT_PROMPT] = _prefix(
         text_format.passage, title=text_format.no_title
     )
-    return prompts
+    return prompts | dict(text_format.prompts)
 
 
 def _prefix(template: str, **fields: str) -> str:

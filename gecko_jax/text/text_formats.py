@@ -44,6 +44,7 @@ _FIELDS = {
     "task_descriptions": field_rules.optional(field_rules.map_of(field_rules.TEXT)),
     "symmetric_tasks": field_rules.optional(field_rules.list_of(field_rules.TEXT)),
     "prompts": field_rules.optional(field_rules.map_of(field_rules.TEXT)),
+    "verbatim": field_rules.optional(field_rules.FLAG),
 }
 
 
@@ -58,10 +59,13 @@ class TextFormat:
         no_title: Placeholder for a missing title, as in EmbeddingGemma.
         task_descriptions: Task name -> the paper's natural-language *t*.
         symmetric_tasks: Tasks whose passages are written in the query form.
-        prompts: Literal prefixes of a sentence-transformers model, which replace the
-            templates: by task name for queries, "query" for all other queries,
-            "document" for passages. Nothing in a prompt is expanded. Empty if the
-            templates decide.
+        prompts: Literal prefixes of queries by task name, of a sentence-transformers
+            model. Nothing in a prompt is expanded. "query" (for all other queries) and
+            "document" (for passages) replace the templates; without these two, the
+            templates apply to every task that is not in `prompts`.
+        verbatim: Write texts as they are. Otherwise they are cleaned, which does not
+            change the tokens of a SentencePiece model; a `tokenizer.json` keeps line
+            breaks, tabs and repeated spaces apart.
     """
 
     query: str = "task: {task_description} | query: {text}"
@@ -70,21 +74,22 @@ class TextFormat:
     task_descriptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     symmetric_tasks: tuple[str, ...] = ()
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    verbatim: bool = False
 
     def __post_init__(self):
-        if self.prompts:
-            missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
-            if missing:
-                raise ValueError(
-                    f"text format: prompts has no {' and no '.join(sorted(missing))}; "
-                    "add it, '' for no prompt"
-                )
-            if (self.query, self.passage) != (_BARE, _BARE):
-                raise ValueError(
-                    f"text format: prompts need the query and passage templates "
-                    f"{_BARE!r}, not {self.query!r} and {self.passage!r}; remove one "
-                    "of the two"
-                )
+        has_templates = (self.query, self.passage) != (_BARE, _BARE)
+        missing = {QUERY_PROMPT, DOCUMENT_PROMPT} - self.prompts.keys()
+        if self.prompts and not has_templates and missing:
+            raise ValueError(
+                f"text format: prompts has no {' and no '.join(sorted(missing))}; "
+                "add it, '' for no prompt"
+            )
+        if has_templates and len(missing) < 2:
+            raise ValueError(
+                f"text format: prompts need the query and passage templates "
+                f"{_BARE!r}, not {self.query!r} and {self.passage!r}; remove one "
+                "of the two"
+            )
         for template, optional in (
             (self.query, "{task_description}"),
             (self.passage, "{title}"),
@@ -95,6 +100,11 @@ class TextFormat:
                     f"text format {template!r}: must hold {{text}} once, {optional} at "
                     "most once, and no other field"
                 )
+
+    @property
+    def has_only_prompts(self) -> bool:
+        """Whether prompts replace the templates, so that no description is written."""
+        return QUERY_PROMPT in self.prompts
 
     def describe(self, task: str) -> str:
         """Returns the description of a task name; any other text describes itself."""
@@ -117,27 +127,32 @@ class TextFormat:
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        cleaned = clean(text)
-        if self.prompts:
-            # A query without a task must get the "query" prompt, even if the model has
-            # a prompt named "search result".
-            has_prompt = task in self.prompts and task != DEFAULT_TASK
-            prompt = self.prompts[task if has_prompt else QUERY_PROMPT]
-            return _join(prompt, text, cleaned)
+        written = self._write(text)
+        # A query without a task must get the "query" prompt, even if the model has a
+        # prompt named "search result".
+        prompt = self.prompts.get(QUERY_PROMPT)
+        if task != DEFAULT_TASK:
+            prompt = self.prompts.get(task, prompt)
+        if prompt is not None:
+            return _join(prompt, text, written)
         if description is None:
             description = self.describe(task)
-        return _fill(self.query, task_description=description, text=cleaned)
+        return _fill(self.query, task_description=description, text=written)
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank means no title."""
-        cleaned = clean(text)
+        written = self._write(text)
         has_title = bool(title and title.strip())
         title = clean(title) if title and has_title else self.no_title
         if has_title and "{title}" not in self.passage:
-            text = cleaned = f"{title} {cleaned}"
-        if self.prompts:
-            return _join(self.prompts[DOCUMENT_PROMPT], text, cleaned)
-        return _fill(self.passage, title=title, text=cleaned)
+            text = written = f"{title} {written}"
+        if self.has_only_prompts:
+            return _join(self.prompts[DOCUMENT_PROMPT], text, written)
+        return _fill(self.passage, title=title, text=written)
+
+    def _write(self, text: str) -> str:
+        cleaned = clean(text)  # Checks the text, too.
+        return text if self.verbatim else cleaned
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
@@ -148,8 +163,9 @@ class TextFormat:
             "task_descriptions": dict(self.task_descriptions),
             "symmetric_tasks": list(self.symmetric_tasks),
         }
-        # Omitted if empty, so that formats without prompts keep their checksums.
-        return values | ({"prompts": dict(self.prompts)} if self.prompts else {})
+        # Omitted where unused, so that other formats keep their checksums.
+        values |= {"prompts": dict(self.prompts)} if self.prompts else {}
+        return values | ({"verbatim": True} if self.verbatim else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
@@ -183,6 +199,42 @@ class TextFormat:
         return cls(**fields)
 
 
+# Qwen3-Embedding's format: passages are written as they are.
+INSTRUCT = TextFormat(
+    query="Instruct: {task_description}\nQuery:{text}", passage=_BARE, no_title=""
+)
+
+
+def from_prompts(prompts: Mapping[str, str]) -> TextFormat:
+    """Returns the templates that write such prompts, or a format of only prompts.
+
+    EmbeddingGemma's prompts are Gecko's templates, and Qwen3-Embedding's are
+    `INSTRUCT`. As templates, they also write titles and descriptions of other tasks.
+
+    Args:
+        prompts: Prompts by task name, "query" and "document" included.
+    """
+    for known in (TextFormat(), INSTRUCT):
+        head, _, tail = known.query.removesuffix(_BARE).partition("{task_description}")
+        descriptions = {
+            name: prompt[len(head) : -len(tail)]
+            for name, prompt in prompts.items()
+            if prompt.startswith(head) and prompt[len(head) :].endswith(tail)
+        }
+        document = known.passage.replace("{title}", known.no_title).removesuffix(_BARE)
+        if QUERY_PROMPT in descriptions and prompts[DOCUMENT_PROMPT] == document:
+            others = prompts.keys() - descriptions.keys() - {DOCUMENT_PROMPT}
+            query = descriptions.pop(QUERY_PROMPT)
+            if query != DEFAULT_TASK:
+                descriptions[DEFAULT_TASK] = query
+            return dataclasses.replace(
+                known,
+                task_descriptions=descriptions,
+                prompts={name: prompts[name] for name in sorted(others)},
+            )
+    return TextFormat(query=_BARE, passage=_BARE, no_title="", prompts=prompts)
+
+
 def _fill(template: str, **fields: str) -> str:
     """Fills all fields in one pass, because a title may itself hold "{text}"."""
     return _check_characters(
@@ -190,13 +242,15 @@ def _fill(template: str, **fields: str) -> str:
     )
 
 
-def _join(prompt: str, raw: str, cleaned: str) -> str:
+def _join(prompt: str, raw: str, written: str) -> str:
     """Writes a prompt before a text; leading whitespace of the text becomes one space.
 
     Cleaning would drop it, but sentence-transformers joins prompt and text unchanged.
     """
     has_space = prompt and not prompt[-1].isspace() and raw[:1].isspace()
-    return _check_characters(f"{prompt}{' ' if has_space else ''}{cleaned}")
+    if has_space and not written[:1].isspace():
+        prompt += " "
+    return _check_characters(prompt + written)
 
 
 def _check_characters(formatted: str) -> str:

@@ -101,7 +101,10 @@ def text_format(
     """
     if style == "plain":
         return detection.PLAIN_FORMAT
-    if start is None or start.text_format == detection.PLAIN_FORMAT:
+    if start is None or start.text_format in (
+        detection.PLAIN_FORMAT,
+        dataclasses.replace(detection.PLAIN_FORMAT, verbatim=True),
+    ):
         return text_formats.TextFormat()
     return start.text_format
 
@@ -152,11 +155,12 @@ def check_vocabulary(
         )
     if start.build_vocabulary().fingerprint != vocab.fingerprint:
         source = config.init.checkpoint
-        file, first = f"{source}/{model_folder.VOCABULARY}", ""
+        name = model_folder.vocabulary_name(start.vocabulary_proto)
+        file, first = f"{source}/{name}", ""
         if pretrained.find(source) != source:
             file = source
         elif not pathlib.Path(file).exists():
-            file = f"DIR/{model_folder.VOCABULARY}"
+            file = f"DIR/{name}"
             first = f"`gecko import {source} --output DIR` and "
         raise ValueError(
             f"data.vocabulary={config.data.vocabulary}: not the vocabulary of "

@@ -1,8 +1,11 @@
 """Uploads to a fake hub that records its calls."""
 
+import types
+from typing import Any
+
 import huggingface_hub
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 
 from gecko_jax.formats import hub
 
@@ -68,6 +71,20 @@ def test_an_unreachable_hub_is_an_error_of_one_line(calls, monkeypatch):
     with pytest.raises(OSError, match="no route") as error:
         hub.check_upload("a/b")
     assert "\n" not in str(error.value)
+
+
+def test_a_gated_model_is_an_error_of_one_line(monkeypatch):
+    def snapshot_download(*_, **__):
+        response: Any = types.SimpleNamespace(headers={}, request=None)
+        message = "403 Client Error.\n\nCannot access gated repo."
+        raise errors.GatedRepoError(message, response=response)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"google/x@main: access to this") as error:
+        hub.download("google/x@main")
+    message = str(error.value)
+    assert "https://huggingface.co/google/x, then run `hf auth login`" in message
+    assert "\n" not in message
 
 
 def test_a_failed_upload_names_the_command_to_repeat_it(calls, monkeypatch, tmp_path):

@@ -143,3 +143,71 @@ def test_prompts_stored_as_descriptions_are_no_longer_glued():
 def test_prompts_need_both_sides_and_bare_templates(fields):
     with pytest.raises(ValueError, match="text format: prompts"):
         text_formats.TextFormat(**fields)
+
+
+# As in config_sentence_transformers.json of google/embeddinggemma-300m, and in that of
+# Qwen/Qwen3-Embedding-0.6B.
+EMBEDDING_GEMMA = {
+    "query": "task: search result | query: ",
+    "document": "title: none | text: ",
+    "BitextMining": "task: search result | query: ",
+    "Clustering": "task: clustering | query: ",
+    "Classification": "task: classification | query: ",
+    "InstructionRetrieval": "task: code retrieval | query: ",
+    "MultilabelClassification": "task: classification | query: ",
+    "PairClassification": "task: sentence similarity | query: ",
+    "Reranking": "task: search result | query: ",
+    "Retrieval": "task: search result | query: ",
+    "Retrieval-query": "task: search result | query: ",
+    "Retrieval-document": "title: none | text: ",
+    "STS": "task: sentence similarity | query: ",
+    "Summarization": "task: summarization | query: ",
+}
+WEB = "Given a web search query, retrieve relevant passages that answer the query"
+QWEN = {"query": f"Instruct: {WEB}\nQuery:", "document": ""}
+
+
+def test_prompts_of_embedding_gemma_are_the_templates():
+    found = text_formats.from_prompts(EMBEDDING_GEMMA)
+    gecko = text_formats.TextFormat()
+    assert (found.query, found.passage, found.no_title) == (
+        gecko.query,
+        gecko.passage,
+        gecko.no_title,
+    )
+    assert found.prompts == {"Retrieval-document": "title: none | text: "}
+    assert text_formats.TextFormat.from_dict(found.to_dict()) == found
+    for task, prompt in EMBEDDING_GEMMA.items():
+        if task == "document":
+            assert found.format_passage("a") == prompt + "a"
+        else:
+            named = text_formats.DEFAULT_TASK if task == "query" else task
+            assert found.format_query("a", named) == prompt + "a"
+    assert found.format_passage("a", "T") == "title: T | text: a"
+    assert found.format_query("a", "fact checking") == "task: fact checking | query: a"
+
+
+def test_prompts_of_qwen3_embedding_instruct_queries_only():
+    found = text_formats.from_prompts(QWEN)
+    assert found.format_query("a b", text_formats.DEFAULT_TASK) == (
+        f"Instruct: {WEB}\nQuery:a b"
+    )
+    assert found.format_query("a", "Find code") == "Instruct: Find code\nQuery:a"
+    assert found.format_passage("a") == "a"
+    assert found.format_passage("a", "T") == "T a"
+    assert not found.prompts
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"query": "query: ", "document": "passage: "},
+        {**EMBEDDING_GEMMA, "document": "text: "},
+        {**QWEN, "document": "Passage: "},
+        {"query": "", "document": "title: none | text: "},
+    ],
+)
+def test_other_prompts_stay_literal(prompts):
+    found = text_formats.from_prompts(prompts)
+    assert found.has_only_prompts and found.prompts == prompts
+    assert found.format_passage("a") == prompts["document"] + "a"
