@@ -138,11 +138,16 @@ def open_hugging_face(
         from_hugging_face.refuse_adapter(encoder)
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
-    params = from_hugging_face.open_params(encoder, config)
+    params = from_hugging_face.open_params(encoder, config, values["model_type"])
+    text_format = PLAIN_FORMAT
     if modules is not None:
+        config = _with_pooling(config, modules)
         params, config = from_sentence_transformers.add_projection(
             modules, params, config
         )
+        text_format = modules.text_format
+        if config.family != "t5" and text_format.prompts:
+            text_format = text_formats.from_prompts(text_format.prompts)
     is_given = vocab is not None
     if vocab is None:
         prompts = modules.text_format.prompts.values() if modules else ()
@@ -167,21 +172,33 @@ def open_hugging_face(
         config,
         vocab,
         lengths=lengths,
-        text_format=modules.text_format,
+        text_format=text_format,
         truncate_dim=modules.truncate_dim,
     )
+
+
+def _with_pooling(
+    config: dual_encoder.EncoderConfig, modules: from_sentence_transformers.Modules
+) -> dual_encoder.EncoderConfig:
+    if modules.pooling != "mean" and config.family == "t5":
+        raise ValueError(
+            f"{modules.encoder}: a T5 encoder that pools by the last token; Gecko "
+            "pools T5 by the mean of all tokens, take another model"
+        )
+    return dataclasses.replace(config, pooling=modules.pooling)
 
 
 def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:
     """Opens a sentence-transformers folder that `gecko export` wrote."""
     settings = model_folder.load_settings(folder)
     modules = from_sentence_transformers.read_modules(folder)
-    config = dataclasses.replace(
-        settings.encoder_config,
-        projection=False,
-        embedding_dim=settings.encoder_config.model_dim,
-    )
-    params = from_hugging_face.open_params(modules.encoder, config)
+    config = settings.encoder_config
+    model_type = from_hugging_face.read_config(modules.encoder)["model_type"]
+    if modules.dense:
+        config = dataclasses.replace(
+            config, projection=False, embedding_dim=config.model_dim
+        )
+    params = from_hugging_face.open_params(modules.encoder, config, model_type)
     params, _ = from_sentence_transformers.add_projection(modules, params, config)
     return dataclasses.replace(settings, params=parameters.unflatten(params))
 

@@ -1,0 +1,192 @@
+"""Small random folders of the newer families, written by their own libraries."""
+
+import json
+import pathlib
+
+import gecko_jax
+from gecko_jax.text import text_formats
+
+QUICKSTART = pathlib.Path(gecko_jax.__file__).parent / "quickstart"
+VOCAB_SIZE = 512
+WEB = "Given a web search query, retrieve relevant passages that answer the query"
+GEMMA_PROMPTS = {
+    "query": "task: search result | query: ",
+    "document": "title: none | text: ",
+    "Clustering": "task: clustering | query: ",
+    "Retrieval-document": "title: none | text: ",
+    "STS": "task: sentence similarity | query: ",
+}
+QWEN_PROMPTS = {"query": f"Instruct: {WEB}\nQuery:", "document": ""}
+# Longer than the local windows, and than the longest text.
+TEXTS = [
+    "what do geckos eat",
+    "Arrays of any built-in type can be created: 漢字, café, 🦎. " * 8,
+    "def f(x): return x**2  # <square>".replace("  ", " "),
+    "a",
+]
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+LOCAL = {"num_hidden_layers": 6, "sliding_window": 8, "sliding_window_pattern": 3}
+LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def write_tokenizer(folder, family):
+    """Writes a tokenizer like Gemma's or Qwen's, trained on the bundled corpus."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import trainers
+
+    lines = (QUICKSTART / "corpus.jsonl").read_text().splitlines()[:300]
+    corpus = [json.loads(line)["text"] for line in lines]
+    if family == "qwen3":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        end, ids = "<|endoftext|>", {"<|endoftext|>": 0}
+        template = "$A <|endoftext|>"
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        names = {"eos_token": "<|im_end|>", "pad_token": end}
+        pieces = []
+    else:
+        tokenizer = tokenizers.Tokenizer(
+            models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+        )
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+        ids = {"<eos>": 1, "<bos>": 2}
+        template = "<bos> $A <eos>"
+        alphabet = []
+        names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+        pieces = [f"<0x{n:02X}>" for n in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 8,
+        special_tokens=special + pieces,
+        initial_alphabet=alphabet,
+        limit_alphabet=max(80, len(alphabet)),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    values = json.loads(tokenizer.to_str())
+    values["added_tokens"] = values["added_tokens"][: len(special)]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        pair=f"{template} {template.replace('$A', '$B')}",
+        special_tokens=list(ids.items()),
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="right", **names
+    ).save_pretrained(folder)
+
+
+def build(family):
+    """Returns a random model of transformers, in evaluation mode."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    gemma = {**SIZES, **LOCAL, "query_pre_attn_scalar": 16}
+    if family == "gemma":
+        model = transformers.Gemma3TextModel(
+            transformers.Gemma3TextConfig(**gemma, use_bidirectional_attention=True)
+        )
+    elif family == "t5gemma2":
+        text = gemma | {"rope_parameters": LINEAR}
+        vision = {
+            "model_type": "siglip_vision_model",
+            **dict.fromkeys(("hidden_size", "intermediate_size"), 8),
+            **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1),
+            **{"image_size": 28, "patch_size": 14, "vision_use_head": False},
+        }
+        encoder = {"text_config": text, "vision_config": vision}
+        encoder |= {"mm_tokens_per_image": 4}
+        model = transformers.T5Gemma2ForConditionalGeneration(
+            transformers.T5Gemma2Config(
+                encoder=encoder,
+                decoder=text,
+                image_token_index=VOCAB_SIZE - 2,
+                eoi_token_index=VOCAB_SIZE - 1,
+            )
+        )
+    elif family == "embeddinggemma2":
+        model = transformers.EmbeddingGemma2TextModel(
+            transformers.EmbeddingGemma2TextConfig(
+                **SIZES | LOCAL | {"sliding_window": 5},
+                global_head_dim=24,
+                num_global_key_value_heads=1,
+                hidden_size_per_layer_input=12,
+                embedding_dim=24,
+            )
+        )
+    else:
+        config = transformers.Qwen3Config(**SIZES, num_hidden_layers=2)
+        model = transformers.Qwen3Model(config)
+    # The initial weights make nearly a bag of words.
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.ndim == 2 and "embed_tokens" not in name:
+                weights.normal_(0, 1.5 * weights.shape[1] ** -0.5)
+            elif "norm" in name:
+                weights.add_(torch.randn_like(weights) * 0.2)
+    return model.eval()
+
+
+def write_hugging_face(folder, family, **settings):
+    """Writes a Hugging Face folder: weights and tokenizer."""
+    model = build(family)
+    model.save_pretrained(folder, **settings)
+    write_tokenizer(folder, family)
+    return model
+
+
+def write_sentence_transformers(folder, family, **settings):
+    """Writes a folder as the published ones, and returns the opened model."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    torch.manual_seed(1)
+    plain = folder.parent / f"{folder.name}-plain"
+    write_hugging_face(plain, family)
+    width = 24 if family == "embeddinggemma2" else SIZES["hidden_size"]
+    pooling = "lasttoken" if family == "qwen3" else "mean"
+    identity = {"bias": False, "activation_function": torch.nn.Identity()}
+    two = [Dense(width, 64, **identity), Dense(64, 28, **identity)]
+    model = SentenceTransformer(
+        modules=[
+            Transformer(str(plain), max_seq_length=64),
+            Pooling(width, pooling_mode=pooling),
+            *(two if family == "gemma" else []),
+            Normalize(),
+        ],
+        prompts=QWEN_PROMPTS if family == "qwen3" else GEMMA_PROMPTS,
+        device="cpu",
+        **settings,
+    )
+    model.save_pretrained(str(folder))
+    return model
+
+
+TASKS = {
+    "query": text_formats.DEFAULT_TASK,
+    "Clustering": "Clustering",
+    "STS": "STS",
+}
