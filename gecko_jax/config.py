@@ -169,7 +169,10 @@ TRAINING: dict[str, Key] = {
     "data.mixture": Key("quickstart", NAME, "Mixture to train on if `files` is empty."),
     "data.files": Key((), _PATHS, "JSONL files of pairs or triples."),
     "data.vocabulary": Key(
-        "quickstart", NAME, "Path of a SentencePiece model, or `quickstart`."
+        "quickstart",
+        NAME,
+        "Path of a SentencePiece model or a `tokenizer.json`, or of a folder with one; "
+        "or `quickstart`.",
     ),
     "data.extra_ids": Key(
         0, between(0, 100_000), "Sentinel ids after the vocabulary's pieces (T5: 100)."

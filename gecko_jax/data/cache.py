@@ -209,10 +209,13 @@ def examples(
     for block in blocks:
         places.append(block["place"].numpy())
         columns = [block[name].numpy() for name in names]
-        for row in zip(*columns, strict=True):
+        negative_lengths = block["negative_lengths"].numpy()
+        for lengths, *row in zip(negative_lengths, *columns, strict=True):
             values = dict(zip(names, row, strict=True))
-            # seqio pads the negatives of an example to equal length.
-            negatives = [t[t != vocabularies.PAD_ID] for t in values["negatives"]]
+            # seqio pads the negatives of an example to equal length. The id of
+            # padding may be that of a piece.
+            padded = zip(values["negatives"], lengths, strict=True)
+            negatives = [tokens[:length] for tokens, length in padded]
             yield features.Example(
                 **values
                 | {

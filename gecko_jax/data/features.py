@@ -97,11 +97,11 @@ class Shape:
 
 
 def trim(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Returns the first `length` tokens, the last of them EOS."""
+    """Returns the first `length` tokens, the last of them EOS, as in `tokens`."""
     if len(tokens) <= length:
         return tokens
     kept = np.array(tokens[:length])
-    kept[-1] = vocabularies.EOS_ID
+    kept[-1] = tokens[-1]
     return kept
 
 

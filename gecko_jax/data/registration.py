@@ -23,9 +23,10 @@ from gecko_jax.data import (
     jsonl,
     load_seqio,
     mixtures,
+    seqio_vocabulary,
     task_table,
 )
-from gecko_jax.text import text_formats, vocabularies
+from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 
 # Examples handed to TensorFlow at once: singly, each takes 2 ms.
 _BLOCK = 256
@@ -56,6 +57,12 @@ def register(
         text_format or text_formats.TextFormat(), tasks
     )
     vocabulary = vocabularies.load(vocabulary_path, extra_ids)
+    if isinstance(vocabulary, json_vocabularies.JsonVocabulary):
+        raise ValueError(
+            f"{vocabulary_path}: t5x tells padding by the id 0, which may be a piece "
+            "of a tokenizer.json; give a SentencePiece model, or train with `gecko "
+            "train`"
+        )
     for task in tasks:
         register_task(task, text_format, vocabulary, task.name)
     if mixture in mixtures.MIXTURES and mixture not in seqio.MixtureRegistry.names():
@@ -134,15 +141,10 @@ def register_task(
     Args:
         task: A row of the table or a task of `task_table.from_files`.
         text_format: Format with the task's description.
-        vocabulary: From `vocabularies.load`, because seqio reads the file again.
+        vocabulary: From `vocabularies.load`; see `seqio_vocabulary.wrap`.
         name: Name in seqio's registry; by default the task's and a hash of the rest.
     """
     seqio = load_seqio()
-    if not vocabulary.path:
-        raise ValueError(
-            "the vocabulary is not from a file; write it to a `.model` file, and give "
-            "the result of vocabularies.load"
-        )
     forms = formatting.templates(text_format, task.name)
     if name is None:
         plain = dataclasses.replace(task, preprocessor=None)
@@ -151,13 +153,6 @@ def register_task(
         name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', task.name)}:{digest[:16]}"
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
-    pieces = seqio.SentencePieceVocabulary(vocabulary.path, vocabulary.extra_ids)
-    # seqio reads a path once in a process and never sees later changes.
-    if pieces.tokenizer.serialized_model_proto() != vocabulary.full_proto:
-        raise ValueError(
-            f"{vocabulary.path}: has changed since it was read; start again, or give "
-            "the new vocabulary another name"
-        )
     return seqio.TaskRegistry.add(
         name,
         source=_source_class()(task, text_format, vocabulary),
@@ -168,17 +163,17 @@ def register_task(
             seqio.CacheDatasetPlaceholder(),
             restore,
         ],
-        output_features=_output_features(pieces),
+        output_features=_output_features(seqio_vocabulary.wrap(vocabulary)),
         metric_fns=[],
     )
 
 
-def _output_features(pieces: Any) -> dict[str, Any]:
+def _output_features(vocabulary: Any) -> dict[str, Any]:
     """Returns the features of every task; a mixture drops all others."""
     seqio = load_seqio()
     import tensorflow as tf
 
-    text = functools.partial(seqio.Feature, pieces, add_eos=True)
+    text = functools.partial(seqio.Feature, vocabulary, add_eos=True)
     # Numbers pass through this vocabulary unchanged, whatever its size.
     numbers = seqio.PassThroughVocabulary(size=0)
     number = functools.partial(seqio.Feature, numbers, add_eos=False)
@@ -228,7 +223,8 @@ def restore(dataset: Any) -> Any:
                 for name in ("query", "positive", "negatives", "negative_group")
             },
         }
-        lengths = restored.pop("negative_lengths")
+        # Kept, because seqio pads the negatives of an example to equal length.
+        lengths = restored["negative_lengths"]
         negatives = ragged.from_row_lengths(restored["negatives"], lengths)
         return restored | {"negatives": negatives}
 

@@ -144,9 +144,10 @@ def score_bag_of_words(
         for title, text in zip(dataset.titles, dataset.texts, strict=True)
     ]
     order = ranking.tie_order(dataset.passage_ids)
-    # The last token of each text is the end of sequence.
+    # Drop what opens and ends every text.
+    opening = len(vocab.opening)
     corpus_tokens, query_tokens = (
-        [np.array(ids[:-1], np.int64) for ids in vocab.encode(texts)]
+        [np.array(ids[opening:-1], np.int64) for ids in vocab.encode(texts)]
         for texts in ([passages[position] for position in order], dataset.queries)
     )
     if idf:

@@ -212,7 +212,8 @@ def _check_same_kind(
             name: tuple(leaf.shape)
             for name, leaf in parameters.flatten(files.params).items()
         }
-        digest = hashlib.sha256(files.vocabulary_proto).hexdigest()[:12]
+        content = files.vocabulary_proto + files.tokenizer_config
+        digest = hashlib.sha256(content).hexdigest()[:12]
         return {**values, **sizes, "vocabulary": digest, **shapes}
 
     left, right = settings(first), settings(second)

@@ -124,7 +124,7 @@ def _load_vocabulary(
     proto = kvstores.Folder(folder).read(name)
     if proto is None:
         raise ValueError(f"{path}: no such vocabulary; check the address")
-    return vocabularies.Vocabulary(proto, extra_ids)
+    return vocabularies.build(proto, extra_ids)
 
 
 def _check_relative_bias(config: dual_encoder.EncoderConfig, source: str) -> None:

@@ -102,7 +102,7 @@ def _read_t5x_settings(model_dir: kvstores.Folder) -> model_folder.ModelFiles | 
     if local is not None:
         return model_folder.load_settings(local)
     with tempfile.TemporaryDirectory() as copy:
-        for name in (model_folder.MODEL_JSON, model_folder.VOCABULARY):
+        for name in (model_folder.MODEL_JSON, *model_folder.VOCABULARY_FILES):
             content = folder.read(name)
             if content is not None:
                 (pathlib.Path(copy) / name).write_bytes(content)
@@ -222,6 +222,7 @@ def _build(
         vocabulary_proto=vocab.model_proto,
         extra_ids=vocab.extra_ids,
         added_tokens=vocab.added_tokens,
+        tokenizer_config=vocab.tokenizer_config,
         # `encode` returns the largest, as sentence-transformers' `truncate_dim` does.
         mrl_dims=(min(truncate_dim or width, width),),
         query_length=query_length,

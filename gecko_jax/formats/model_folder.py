@@ -4,7 +4,8 @@ Written by `gecko export`, opened by `gecko_jax.load`, independent of any traini
 config:
 
     gecko.json         settings of the model (see `model_json`)
-    vocabulary.model   SentencePiece vocabulary
+    vocabulary.model   SentencePiece vocabulary; or tokenizer.json and its
+                       tokenizer_config.json
     model.safetensors  parameters under T5X's names, or shards (see `safetensors_files`)
 
 A training workdir has the first two, and checkpoints in place of the third (see
@@ -37,11 +38,15 @@ from gecko_jax.parallel import sharding
 from gecko_jax.text import text_formats, vocabularies
 
 MODEL_JSON = model_json.NAME
-VOCABULARY = "vocabulary.model"
+VOCABULARY = vocabularies.MODEL_FILE
+VOCABULARY_FILES = (VOCABULARY, vocabularies.JSON_FILE, vocabularies.JSON_CONFIG)
 _WEIGHTS = f"model*{safetensors_files.SUFFIX}*"
 # Patterns of the files in a model folder.
-FILES = (MODEL_JSON, VOCABULARY, _WEIGHTS)
-_VERSIONED = ("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy")
+FILES = (MODEL_JSON, *VOCABULARY_FILES, _WEIGHTS)
+_VERSIONED = (
+    *("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy"),
+    "tokenizers",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class ModelFiles:
             are read later.
         encoder_config: Sizes and settings of the encoder.
         text_format: Templates or prompts of queries and passages.
-        vocabulary_proto: Serialized SentencePiece model.
+        vocabulary_proto: Bytes of the SentencePiece model, or of the tokenizer.json.
         extra_ids: Number of sentinels after its pieces (T5: 100).
         mrl_dims: Trained prefixes of the embedding.
         query_length: Longest query in tokens, EOS included.
@@ -64,6 +69,8 @@ class ModelFiles:
         provenance: Facts about the training (config, data, versions).
         added_tokens: Tokens of an imported tokenizer that the SentencePiece model does
             not have.
+        tokenizer_config: Bytes of the tokenizer_config.json next to a tokenizer.json;
+            empty without one.
     """
 
     params: dict[str, Any]
@@ -78,12 +85,21 @@ class ModelFiles:
     revision: str
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     added_tokens: tuple[vocabularies.AddedToken, ...] = ()
+    tokenizer_config: bytes = b""
 
     def build_vocabulary(self) -> vocabularies.Vocabulary:
         """Returns the tokenizer of the model."""
-        return vocabularies.Vocabulary(
-            self.vocabulary_proto, self.extra_ids, self.added_tokens
+        return vocabularies.build(
+            self.vocabulary_proto,
+            self.extra_ids,
+            self.added_tokens,
+            tokenizer_config=self.tokenizer_config,
         )
+
+
+def vocabulary_name(content: bytes) -> str:
+    """Returns the name of the file that holds a vocabulary with these bytes."""
+    return vocabularies.JSON_FILE if content[:1] == b"{" else VOCABULARY
 
 
 def save_model(
@@ -125,8 +141,13 @@ def write_model_json(
     folder: pathlib.Path, model_files: ModelFiles, weights: Sequence[str] = ()
 ) -> None:
     """Writes the vocabulary and `gecko.json`, with the checksums of `weights`."""
-    with writing.write_file(folder / VOCABULARY) as temporary:
-        temporary.write_bytes(model_files.vocabulary_proto)
+    name = vocabulary_name(model_files.vocabulary_proto)
+    files = {name: model_files.vocabulary_proto}
+    if model_files.tokenizer_config:
+        files[vocabularies.JSON_CONFIG] = model_files.tokenizer_config
+    for name, content in files.items():
+        with writing.write_file(folder / name) as temporary:
+            temporary.write_bytes(content)
     values = {
         "format_version": model_json.FORMAT_VERSION,
         **settings(model_files),
@@ -135,7 +156,7 @@ def write_model_json(
         "revision": model_files.revision,
         "provenance": dict(model_files.provenance),
         "versions": versions(),
-        checksums.FILES: checksums.of_files(folder, [VOCABULARY, *weights]),
+        checksums.FILES: checksums.of_files(folder, [*files, *weights]),
     }
     checksums.write_object(folder / MODEL_JSON, values)
 
@@ -297,7 +318,8 @@ def _with_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
     """Gives a model without a revision one that depends on its whole content."""
     if model_files.revision:
         return model_files
-    proto = hashlib.sha256(model_files.vocabulary_proto).hexdigest()
+    vocabulary = model_files.vocabulary_proto + model_files.tokenizer_config
+    proto = hashlib.sha256(vocabulary).hexdigest()
     content = json.dumps(
         [settings(model_files), proto, dict(sorted(digests.items()))],
         sort_keys=True,
@@ -314,19 +336,26 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
     """
     path = pathlib.Path(path)
     values = model_json.read(path)
+    # An export of a SentencePiece model has a tokenizer.json, too, which is not listed.
+    listed = values.get(checksums.FILES)
+    listed = listed if isinstance(listed, dict) else {}
+    name = vocabularies.JSON_FILE if vocabularies.JSON_FILE in listed else VOCABULARY
     try:
-        proto = writing.member(path, VOCABULARY).read_bytes()
+        proto = writing.member(path, name).read_bytes()
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: {VOCABULARY} is missing; {model_json.COPY_AGAIN}"
+            f"{path}: {name} is missing; {model_json.COPY_AGAIN}"
         ) from None
     digest = hashlib.sha256(proto).hexdigest()
     if values.get("vocabulary_sha256", digest) != digest:
         raise ValueError(
-            f"{path / VOCABULARY}: not the vocabulary that the model was trained with; "
+            f"{path / name}: not the vocabulary that the model was trained with; "
             f"{model_json.COPY_AGAIN}"
         )
     checksums.check_files(path, values, model_json.COPY_AGAIN)
+    config = b""
+    if vocabularies.JSON_CONFIG in listed:
+        config = writing.member(path, vocabularies.JSON_CONFIG).read_bytes()
     names = "text_format extra_ids mrl_dims query_length passage_length step revision"
     return ModelFiles(
         params={},
@@ -335,6 +364,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
         **{name: values[name] for name in names.split()},
         provenance=values["provenance"],
         added_tokens=values["added_tokens"],
+        tokenizer_config=config,
     )
 
 

@@ -1,4 +1,6 @@
-"""A SentencePiece vocabulary as the `tokenizer.json` that Hugging Face opens.
+"""A vocabulary as the `tokenizer.json` that Hugging Face opens.
+
+What follows is about SentencePiece models; a `tokenizer.json` is written unchanged.
 
 The ids equal those of `text.vocabularies` on the texts of `text.text_formats`. NFC and
 single spaces, which `text_formats.clean` does here, are part of the normalizer there.
@@ -26,7 +28,7 @@ import re
 import sys
 from typing import Any
 
-from gecko_jax.text import vocabularies
+from gecko_jax.text import json_vocabularies, vocabularies
 
 # `str.isspace` is true for more characters than \s of a regex.
 _WHITESPACE = "".join(
@@ -51,7 +53,15 @@ FILES = (
 def write_tokenizer(
     folder: pathlib.Path, vocab: vocabularies.Vocabulary, max_length: int
 ) -> None:
-    """Writes `FILES`, which cut texts to `max_length` tokens, EOS included."""
+    """Writes `FILES`, which cut texts to `max_length` tokens, EOS included.
+
+    A `tokenizer.json` is written as it was read, with its `tokenizer_config.json`.
+    """
+    if isinstance(vocab, json_vocabularies.JsonVocabulary):
+        config = vocab.tokenizer_config or vocab.default_config(max_length)
+        (folder / vocabularies.JSON_FILE).write_bytes(vocab.model_proto)
+        (folder / vocabularies.JSON_CONFIG).write_bytes(config)
+        return
     tokenizer = build_tokenizer(vocab)
     reserved = [token for token in tokenizer["added_tokens"] if token["special"]]
     special = {

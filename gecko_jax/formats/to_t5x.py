@@ -67,7 +67,7 @@ def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
 def _check_replaceable(path: pathlib.Path) -> None:
     """Refuses all but an export: t5x may have added checkpoints to its `model_dir`."""
     settings = f"{SETTINGS}/{model_folder.MODEL_JSON}"
-    others = [f"{SETTINGS}/{model_folder.VOCABULARY}"]
+    others = [f"{SETTINGS}/{name}" for name in model_folder.VOCABULARY_FILES]
     if (path / settings).exists():
         step = model_folder.load_settings(path / SETTINGS).step
         others += [f"checkpoint_{step}/{name}" for name in ("checkpoint", "target.*")]

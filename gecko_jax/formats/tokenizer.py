@@ -25,7 +25,7 @@ from gecko_jax.formats import (
     tokenizer_json,
 )
 from gecko_jax.io import field_rules, writing
-from gecko_jax.text import text_formats, vocabularies
+from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
@@ -130,6 +130,58 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> vocabularies.Voca
     return vocab
 
 
+def read_json(folder: pathlib.Path, *, is_base: bool) -> vocabularies.Vocabulary:
+    """Returns the vocabulary of a folder's `tokenizer.json`.
+
+    Args:
+        folder: Folder of the encoder.
+        is_base: Whether the model is not an embedding model yet. Then a tokenizer that
+            does not end texts gets an EOS, which would change the vectors of others.
+
+    Raises:
+        ValueError: There is no supported `tokenizer.json`, or another file lists a
+            token that it lacks.
+    """
+    path = folder / vocabularies.JSON_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: missing; save the tokenizer again with transformers 5, which "
+            "writes it"
+        )
+    files = added_tokens.read_files(folder)
+    try:
+        _check_listed(files)
+    except (KeyError, TypeError, AttributeError):
+        raise source_files.damaged(folder, "not the settings of a tokenizer") from None
+    if is_base:
+        return vocabularies.load(path)
+    content = writing.member(folder, path.name).read_bytes()
+    config = files.path("config")
+    config = config.read_bytes() if config.is_file() else b""
+    try:
+        return vocabularies.build(content, path=str(path), tokenizer_config=config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_listed(files: added_tokens.Files) -> None:
+    """Refuses tokens that another file adds to those of `tokenizer.json`."""
+    ids = dict(files.tokenizer["model"]["vocab"])
+    ids |= {t["content"]: t["id"] for t in files.tokenizer["added_tokens"]}
+    decoder = files.config.get("added_tokens_decoder") or {}
+    config = files.path("config")
+    for content, number, source in (
+        *((token["content"], int(n), config) for n, token in decoder.items()),
+        *((content, n, files.path("added")) for content, n in files.added.items()),
+        *((content, None, path) for content, path in added_tokens.read_special(files)),
+    ):
+        if content not in ids or number not in (None, ids[content]):
+            raise ValueError(
+                f"{source}: the token {content!r} has another id in tokenizer.json, or "
+                "none; save the tokenizer again with transformers 5"
+            )
+
+
 def check_size(
     vocab: vocabularies.Vocabulary, rows: int, *, source: str, is_given: bool
 ) -> None:
@@ -152,7 +204,9 @@ def check_size(
             f"{source}: {numbers}: they do not belong together; use the vocabulary of "
             "the model"
         )
-    if rows - vocab.size < _ROUNDED_TO:
+    # The tables of Qwen and Gemma have rows that no token uses.
+    is_json = isinstance(vocab, json_vocabularies.JsonVocabulary)
+    if is_json or rows - vocab.size < _ROUNDED_TO:
         return
     if is_given:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from gecko_jax.formats import source_files
 from gecko_jax.io import field_rules
-from gecko_jax.text import vocabularies
+from gecko_jax.text import json_vocabularies, vocabularies
 
 SENTINEL = r"▁?<extra_id_(\d+)>"
 
@@ -90,7 +90,7 @@ def _read_pieces(
 
 def _charsmap(values: Mapping[str, Any], path: pathlib.Path) -> bytes | None:
     """Returns the table of the normalizer, None if it has none."""
-    for step in _flatten(values.get("normalizer"), "normalizers"):
+    for step in json_vocabularies.flatten(values.get("normalizer"), "normalizers"):
         if step["type"] == "Precompiled":
             try:
                 return base64.b64decode(step["precompiled_charsmap"] or "")
@@ -103,7 +103,7 @@ def _charsmap(values: Mapping[str, Any], path: pathlib.Path) -> bytes | None:
 
 def check_steps(values: Mapping[str, Any], path: pathlib.Path) -> None:
     """Refuses the steps of a `tokenizer.json` that SentencePiece does not have."""
-    for step in _flatten(values.get("normalizer"), "normalizers"):
+    for step in json_vocabularies.flatten(values.get("normalizer"), "normalizers"):
         if not _is_of_sentencepiece(step):
             raise ValueError(
                 f"{path}: its normalizer has a step {_describe([step])}, which "
@@ -111,7 +111,7 @@ def check_steps(values: Mapping[str, Any], path: pathlib.Path) -> None:
             )
     if "model" not in values:
         return
-    words = _flatten(values.get("pre_tokenizer"), "pretokenizers")
+    words = json_vocabularies.flatten(values.get("pre_tokenizer"), "pretokenizers")
     if [step["type"] for step in words] not in (
         ["Metaspace"],
         ["WhitespaceSplit", "Metaspace"],
@@ -164,7 +164,7 @@ def check_words(
     added: Iterable[vocabularies.AddedToken],
 ) -> None:
     """Refuses added tokens if spaces next to them would become tokens."""
-    words = _flatten(values.get("pre_tokenizer"), "pretokenizers")
+    words = json_vocabularies.flatten(values.get("pre_tokenizer"), "pretokenizers")
     is_split = [step["type"] for step in words] == ["WhitespaceSplit", "Metaspace"]
     if words and (not is_split or words[-1].get("prepend_scheme") == "first"):
         contents = ", ".join(repr(token.content) for token in list(added)[:5])
@@ -197,15 +197,6 @@ def check_same_pieces(
         raise ValueError(
             f"{path}: not the pieces and the normalizer of {spiece.name}; {remedy}"
         )
-
-
-def _flatten(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """Returns the steps of a sequence, with nested sequences expanded."""
-    if step is None:
-        return []
-    if step["type"] != "Sequence":
-        return [step]
-    return [inner for part in step[key] for inner in _flatten(part, key)]
 
 
 def _describe(steps: Sequence[Mapping[str, Any]]) -> str:

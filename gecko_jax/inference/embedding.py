@@ -304,7 +304,8 @@ def load(
             Hugging Face or sentence-transformers folder, or a model name on the hub.
         mesh: Mesh over which the parameters are sharded (`sharding.build_mesh`); None
             is one device.
-        vocabulary: SentencePiece file, for a source without one (T5X).
+        vocabulary: SentencePiece file or `tokenizer.json`, for a source without one
+            (T5X).
         extra_ids: Number of sentinels after its pieces (T5: 100).
         tokens_per_call: Tokens per device and call; None chooses by backend.
 

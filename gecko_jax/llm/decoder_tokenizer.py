@@ -11,10 +11,11 @@ encoded as plain characters. A generated control token ends the text.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from gecko_jax.io import field_rules, reading, wording
+from gecko_jax.io import field_rules, reading
+from gecko_jax.text import json_vocabularies
 
 # llama.cpp's token type of control tokens.
 _CONTROL = 3
@@ -23,6 +24,7 @@ _SPLITS_DIGITS = {"smollm": True, "gpt-2": False}
 # SentencePiece's spelling of a space.
 _META = "\N{LOWER ONE EIGHTH BLOCK}"
 
+_PURPOSE = "the in-process decoder"
 _REMEDY = "copy it again, or choose another model"
 _HEADER = {
     "model": field_rules.NAME,
@@ -41,20 +43,8 @@ _TOKEN = field_rules.object_of(
 )
 
 
-@contextlib.contextmanager
-def _named(place: object) -> Iterator[None]:
-    """Adds the file to errors of the tokenizer libraries.
-
-    `tokenizers` raises bare exceptions, and Rust panics that no `except Exception`
-    catches; `sentencepiece` raises RuntimeError.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        detail = wording.printable(str(error))
-        raise ValueError(f"{place}: not a tokenizer ({detail}); {_REMEDY}") from error
+def _named(place: object) -> contextlib.AbstractContextManager[None]:
+    return json_vocabularies.named_errors(place, _REMEDY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +138,7 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
         ValueError: The file is missing or damaged.
     """
     path = folder / "tokenizer.json"
-    tokenizers = _import_tokenizers()
+    tokenizers = json_vocabularies.import_tokenizers(_PURPOSE)
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; copy it from where the model came, or give a .gguf "
@@ -182,7 +172,7 @@ def _functions(tokenizer: Any) -> _Functions:
 
 
 def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
-    tokenizers = _import_tokenizers()
+    tokenizers = json_vocabularies.import_tokenizers(_PURPOSE)
     pieces, kind = header["tokens"], header["pre"] or "gpt-2"
     if kind not in _SPLITS_DIGITS:
         raise ValueError(
@@ -234,14 +224,3 @@ def _sentencepiece(header: dict[str, Any]) -> _Functions:
     processor: Any = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(proto.SerializeToString())
     return processor.EncodeAsIds, processor.DecodeIds
-
-
-def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "the in-process decoder needs the tokenizers package: "
-            'pip install "gecko-jax[llm-local]"'
-        ) from error
-    return tokenizers

@@ -1,7 +1,8 @@
 """Text: from strings to tokens.
 
 text_formats   how queries and passages are written for the encoder
-vocabularies   the SentencePiece vocabulary
+vocabularies   SentencePiece vocabularies
+json_vocabularies   vocabularies in tokenizer.json
 packing        which texts share a row of tokens
 word_rule      how text splits into words, in every script
 overlap        texts of evaluation sets in training data

@@ -1,9 +1,11 @@
-"""The SentencePiece vocabulary: texts in, token ids out.
+"""Vocabularies: texts in, token ids out.
 
-    Vocabulary(model_proto).encode(["a code search"]) -> [[9, 350, 1231, 1]]
+    load("t5.model").encode(["a code search"]) -> [[9, 350, 1231, 1]]
 
-Every text ends in `EOS_ID`. The ids equal those of `seqio.SentencePieceVocabulary`, but
-this module needs neither seqio nor TensorFlow, so a trained model runs without them.
+A vocabulary is a SentencePiece model (`Vocabulary`) or a `tokenizer.json`
+(`json_vocabularies`). Every text ends in the vocabulary's EOS. The ids of a
+SentencePiece model equal those of `seqio.SentencePieceVocabulary`, but this module
+needs neither seqio nor TensorFlow, so a trained model runs without them.
 """
 
 import dataclasses
@@ -15,9 +17,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-# T5's reserved ids: 0 pads encoder inputs and 1 ends them.
+# T5's reserved ids: 0 pads encoder inputs and 1 ends them. Rows of every vocabulary are
+# padded with 0, even where 0 is a piece: segment ids, not token ids, mark padding.
 PAD_ID = 0
 EOS_ID = 1
+
+MODEL_FILE, JSON_FILE = "vocabulary.model", "tokenizer.json"
+JSON_CONFIG = "tokenizer_config.json"
 
 _SPACE = "▁"  # SentencePiece's mark of a space.
 
@@ -54,20 +60,22 @@ class Vocabulary:
     """A SentencePiece model with T5's reserved ids.
 
     Attributes:
-        model_proto: The bytes of the `.model` file.
+        model_proto: The bytes of the file: a `.model` here.
         extra_ids: Number of sentinels `<extra_id_0>`, ... at the end; T5 has 100.
         added_tokens: Tokens of an imported tokenizer. Their ids are ids of pieces, or
             follow the sentinels without a gap.
         path: The file that `load` read, which seqio reads again; "" without a file.
+        tokenizer_config: The bytes of the `tokenizer_config.json` next to a
+            `tokenizer.json`; empty for SentencePiece.
     """
 
     pad_id: ClassVar[int] = PAD_ID
-    eos_id: ClassVar[int] = EOS_ID
 
     model_proto: bytes
     extra_ids: int = 0
     added_tokens: tuple[AddedToken, ...] = ()
     path: str = dataclasses.field(default="", compare=False)
+    tokenizer_config: bytes = b""
 
     def __post_init__(self):
         if self.extra_ids < 0:
@@ -94,8 +102,8 @@ class Vocabulary:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Leave the cached processor out of pickles.
-        fields = (self.model_proto, self.extra_ids, self.added_tokens, self.path)
-        return Vocabulary, fields
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return type(self), tuple(values)
 
     @functools.cached_property
     def _processor(self) -> Any:
@@ -117,6 +125,16 @@ class Vocabulary:
     def _ids_after_pieces(self) -> list[int]:
         pieces = self._processor.GetPieceSize()
         return sorted({token.id for token in self.added_tokens if token.id >= pieces})
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends every text."""
+        return EOS_ID
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Ids before every text, such as BOS."""
+        return ()
 
     @property
     def size(self) -> int:
@@ -159,24 +177,29 @@ class Vocabulary:
     def encode(
         self, texts: Sequence[str], max_length: int | None = None
     ) -> list[list[int]]:
-        """Returns the token ids of formatted texts, each with `eos_id` at the end.
+        """Returns the ids of formatted texts, between `opening` and `eos_id`.
 
         Args:
             texts: Formatted texts, see `text_formats`.
-            max_length: Tokens to keep of each text, the final `eos_id` included; at
-                least 2. None keeps all.
+            max_length: Tokens to keep of each text, `opening` and the final `eos_id`
+                included; must leave room for a token. None keeps all.
         """
-        if max_length is not None and max_length < 2:
+        around = len(self.opening) + 1
+        if max_length is not None and max_length <= around:
             raise ValueError(
-                f"max_length={max_length}: must be at least 2, a token and the end"
+                f"max_length={max_length}: must be at least {around + 1}, a token and "
+                "the end" + (" and the beginning" if around > 1 else "")
             )
-        keep = None if max_length is None else max_length - 1
+        keep = None if max_length is None else max_length - around
+        encoded = self._encode_pieces(list(texts))
+        return [[*self.opening, *tokens[:keep], self.eos_id] for tokens in encoded]
+
+    def _encode_pieces(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of the texts alone."""
         # A call has few texts: starting threads would cost more than they save.
         if not self.added_tokens:
-            encoded = self._processor.EncodeAsIds(list(texts), num_threads=1)
-        else:
-            encoded = [self._encode_around_added(text) for text in texts]
-        return [[*tokens[:keep], EOS_ID] for tokens in encoded]
+            return self._processor.EncodeAsIds(texts, num_threads=1)
+        return [self._encode_around_added(text) for text in texts]
 
     def _encode_around_added(self, text: str) -> list[int]:
         """Cuts added tokens out of the raw text, then out of the normalized rest."""
@@ -249,23 +272,56 @@ def _cut(text: str, tokens: dict[str, AddedToken]) -> Iterator[str | AddedToken]
     yield text[begin:]
 
 
-def load(path: str | os.PathLike, extra_ids: int = 0) -> Vocabulary:
-    """Reads a `.model` file.
+def build(
+    content: bytes,
+    extra_ids: int = 0,
+    added_tokens: tuple[AddedToken, ...] = (),
+    path: str = "",
+    tokenizer_config: bytes = b"",
+) -> Vocabulary:
+    """Returns the vocabulary of a file's bytes; JSON is told by its first character.
 
     Raises:
-        ValueError: The file is missing, is no SentencePiece model, or lacks T5's ids.
+        ValueError: The bytes are not those of a supported vocabulary.
     """
+    # The kinds of vocabularies import this module.
+    from gecko_jax.text import json_vocabularies
+
+    kind = json_vocabularies.JsonVocabulary if content[:1] == b"{" else Vocabulary
+    return kind(content, extra_ids, added_tokens, path, tokenizer_config)
+
+
+def load(path: str | os.PathLike, extra_ids: int = 0) -> Vocabulary:
+    """Reads a `.model` file or a `tokenizer.json`, or the one in a folder.
+
+    A `tokenizer_config.json` next to a `tokenizer.json` is read, too. A tokenizer that
+    does not end texts gets an EOS (`json_vocabularies.with_end`).
+
+    Raises:
+        ValueError: The file is missing or is no supported vocabulary.
+    """
+    from gecko_jax.text import json_vocabularies
+
+    file = pathlib.Path(path)
+    if file.is_dir():
+        names = [name for name in (MODEL_FILE, JSON_FILE) if (file / name).is_file()]
+        file = file / (names or [JSON_FILE])[0]
+    config = b""
     try:
-        model_proto = pathlib.Path(path).read_bytes()
+        content = file.read_bytes()
+        if content[:1] == b"{" and (file.parent / JSON_CONFIG).is_file():
+            config = (file.parent / JSON_CONFIG).read_bytes()
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no such vocabulary; train one with `gecko data vocabulary` or "
-            "give the path of a SentencePiece `.model` file"
+            f"{file}: no such vocabulary; train one with `gecko data vocabulary` or "
+            "give the path of a SentencePiece `.model` file or of a tokenizer.json"
         ) from None
     try:
-        return Vocabulary(model_proto, extra_ids, path=os.fspath(path))
+        if content[:1] == b"{":
+            content = json_vocabularies.with_end(content)
+        return build(content, extra_ids, (), os.fspath(file), config)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
 
 
 def parse_proto(model_proto: bytes) -> Any:

@@ -143,11 +143,12 @@ def check_vocabulary(
         )
     if start.build_vocabulary().fingerprint != vocab.fingerprint:
         source = config.init.checkpoint
-        file, first = f"{source}/{model_folder.VOCABULARY}", ""
+        name = model_folder.vocabulary_name(start.vocabulary_proto)
+        file, first = f"{source}/{name}", ""
         if pretrained.find(source) != source:
             file = source
         elif not pathlib.Path(file).exists():
-            file = f"DIR/{model_folder.VOCABULARY}"
+            file = f"DIR/{name}"
             first = f"`gecko import {source} --output DIR` and "
         raise ValueError(
             f"data.vocabulary={config.data.vocabulary}: not the vocabulary of "

@@ -229,6 +229,7 @@ def write_model(
             text_format=batches.text_format,
             vocabulary_proto=batches.vocabulary.model_proto,
             extra_ids=batches.vocabulary.extra_ids,
+            tokenizer_config=batches.vocabulary.tokenizer_config,
             mrl_dims=tuple(config.loss.mrl_dims),
             query_length=config.data.query_length,
             passage_length=config.data.passage_length,
