@@ -1,13 +1,10 @@
 """Small random folders of the newer families, written by their own libraries."""
 
-import json
-import pathlib
+import json_tokenizers
 
-import gecko_jax
 from gecko_jax.text import text_formats
 
-QUICKSTART = pathlib.Path(gecko_jax.__file__).parent / "quickstart"
-VOCAB_SIZE = 512
+VOCAB_SIZE = 960
 WEB = "Given a web search query, retrieve relevant passages that answer the query"
 GEMMA_PROMPTS = {
     "query": "task: search result | query: ",
@@ -17,11 +14,11 @@ GEMMA_PROMPTS = {
     "STS": "task: sentence similarity | query: ",
 }
 QWEN_PROMPTS = {"query": f"Instruct: {WEB}\nQuery:", "document": ""}
-# Longer than the local windows, and than the longest text.
+# One is longer than the local windows, and than the longest text; one is not clean.
 TEXTS = [
     "what do geckos eat",
     "Arrays of any built-in type can be created: 漢字, café, 🦎. " * 8,
-    "def f(x): return x**2  # <square>".replace("  ", " "),
+    "  def f(x):\n\treturn x**2  # <square> ",
     "a",
 ]
 SIZES = {
@@ -42,58 +39,7 @@ LINEAR = {
 
 def write_tokenizer(folder, family):
     """Writes a tokenizer like Gemma's or Qwen's, trained on the bundled corpus."""
-    import tokenizers
-    import transformers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers import trainers
-
-    lines = (QUICKSTART / "corpus.jsonl").read_text().splitlines()[:300]
-    corpus = [json.loads(line)["text"] for line in lines]
-    if family == "qwen3":
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        end, ids = "<|endoftext|>", {"<|endoftext|>": 0}
-        template = "$A <|endoftext|>"
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        names = {"eos_token": "<|im_end|>", "pad_token": end}
-        pieces = []
-    else:
-        tokenizer = tokenizers.Tokenizer(
-            models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-        )
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-        ids = {"<eos>": 1, "<bos>": 2}
-        template = "<bos> $A <eos>"
-        alphabet = []
-        names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-        pieces = [f"<0x{n:02X}>" for n in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 8,
-        special_tokens=special + pieces,
-        initial_alphabet=alphabet,
-        limit_alphabet=max(80, len(alphabet)),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    values = json.loads(tokenizer.to_str())
-    values["added_tokens"] = values["added_tokens"][: len(special)]
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template,
-        pair=f"{template} {template.replace('$A', '$B')}",
-        special_tokens=list(ids.items()),
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="right", **names
-    ).save_pretrained(folder)
+    json_tokenizers.write(folder, "qwen" if family == "qwen3" else "gemma")
 
 
 def build(family):

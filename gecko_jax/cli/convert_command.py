@@ -27,8 +27,10 @@ Writes a trained model, without its training state, in one of four formats.
 
   --to=gecko                  model folder: settings, weights, vocabulary (the default)
   --to=sentence-transformers  for SentenceTransformer(DIR), with prompts and model card
-  --to=t5x                    legacy T5X checkpoint, for t5x and t5x_retrieval (T5 only)
-  --to=onnx                   one graph from tokens to embeddings, and a tokenizer (T5 only)
+  --to=t5x                    legacy T5X checkpoint, for t5x and t5x_retrieval
+  --to=onnx                   one graph from tokens to embeddings, and a tokenizer
+
+The last two write T5 encoders only.
 
 examples:
   gecko export runs/finetune --output=my-gecko

@@ -149,14 +149,20 @@ def open_hugging_face(
         if config.family != "t5" and text_format.prompts:
             text_format = text_formats.from_prompts(text_format.prompts)
     is_given = vocab is not None
-    if vocab is None:
+    # Of the newer families, only exports of this package have a SentencePiece model.
+    has_pieces = config.family == "t5" or (encoder / tokenizer.SPIECE).is_file()
+    if vocab is None and has_pieces:
         prompts = modules.text_format.prompts.values() if modules else ()
         vocab = tokenizer.read(encoder, prompts)
+    elif vocab is None:
+        vocab = tokenizer.read_json(encoder, is_base=modules is None)
     tokenizer.check_size(
         vocab, config.vocab_size, source=str(encoder), is_given=is_given
     )
     if modules is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
+        if config.family != "t5":  # The limit of a language model.
+            length = min(length or _PRETRAINED_LENGTH, _PRETRAINED_LENGTH)
         return _build(params, config, vocab, lengths=(length, length))
     lengths = (modules.query_length, modules.passage_length)
     if None in lengths and not is_length_given:

@@ -117,7 +117,8 @@ def mteb_meta(model_files: model_folder.ModelFiles, name: str) -> str:
         "adapted_from": f"{base!r}" if base else "None,  # base model on the hub",
     }
     lines = [
-        f"    {key}={value}{'' if '#' in value else ','}" for key, value in fields.items()
+        f"    {key}={value}{'' if '#' in value else ','}"
+        for key, value in fields.items()
     ]
     return "\n".join(
         [

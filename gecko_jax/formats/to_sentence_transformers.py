@@ -110,6 +110,7 @@ def _build_contents(
     config = model_files.encoder_config
     # EmbeddingGemma 2 projects each token, inside its Transformer.
     has_dense = config.projection and config.family != "embeddinggemma2"
+    pooled_width = config.model_dim if has_dense else config.embedding_dim
     modules = ["Transformer", "Pooling", *(["Dense"] * has_dense), "Normalize"]
     contents: dict[str, Any] = {
         _MODULES: [
@@ -136,11 +137,7 @@ def _build_contents(
         },
         "config.json": build_config(model_files, max_length),
         "1_Pooling/config.json": {
-            "word_embedding_dimension": (
-                config.model_dim
-                if has_dense or not config.projection
-                else config.embedding_dim
-            ),
+            "word_embedding_dimension": pooled_width,
             "pooling_mode_cls_token": False,
             "pooling_mode_mean_tokens": config.pooling == "mean",
             "pooling_mode_max_tokens": False,
@@ -208,7 +205,11 @@ def build_config(
         values = _build_t5_config(config)
     else:
         vocab = model_files.build_vocabulary()
-        special_ids = {"pad_token_id": vocab.pad_id, "eos_token_id": vocab.eos_id}
+        # Qwen pads with its EOS; the id 0 is "!".
+        pad_id = vocab.eos_id if config.family == "qwen3" else vocab.pad_id
+        special_ids = {"pad_token_id": pad_id, "eos_token_id": vocab.eos_id}
+        if vocab.opening:
+            special_ids["bos_token_id"] = vocab.opening[0]
         values = family_configs.write(config, max_length, special_ids)
     return values | {"matryoshka_dimensions": sorted(model_files.mrl_dims)}
 

@@ -101,16 +101,13 @@ def without_projection(config, **changes):
 READ = {
     "gemma": (GEMMA, without_projection(tiny_encoders.GEMMA)),
     "gemma without layer_types": (
-        {
-            key: value for key, value in GEMMA.items() if key != "layer_types"
-        } | {"_sliding_window_pattern": 3},
+        {key: value for key, value in GEMMA.items() if key != "layer_types"}
+        | {"_sliding_window_pattern": 3},
         without_projection(tiny_encoders.GEMMA),
     ),
     "t5gemma2": (
         T5GEMMA2,
-        without_projection(
-            tiny_encoders.GEMMA, local_window=(3, 4), rope_factor=8.0
-        ),
+        without_projection(tiny_encoders.GEMMA, local_window=(3, 4), rope_factor=8.0),
     ),
     "embeddinggemma2": (EMBEDDINGGEMMA2, tiny_encoders.EMBEDDINGGEMMA2),
     "embeddinggemma2, text": (EMBEDDINGGEMMA2_TEXT, tiny_encoders.EMBEDDINGGEMMA2),
@@ -149,7 +146,10 @@ def test_published_sizes_are_written_and_read_back(preset):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dataclasses.replace(tiny_encoders.QWEN3, query_scale=0.5), "query_scale='0.5'"),
+        (
+            dataclasses.replace(tiny_encoders.QWEN3, query_scale=0.5),
+            "query_scale='0.5'",
+        ),
         (
             dataclasses.replace(tiny_encoders.GEMMA, local_window=(4, 9)),
             r"local_window=\(4, 9\)",
@@ -174,7 +174,10 @@ def test_an_encoder_that_transformers_lacks_is_not_written(config, message):
 
 
 REFUSED = [
-    ({"model_type": "gemma2"}, "model_type 'gemma2' has no encoder of Gecko's; take one"),
+    (
+        {"model_type": "gemma2"},
+        "model_type 'gemma2' has no encoder of Gecko's; take one",
+    ),
     ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' has no encoder"),
     ({"model_type": "siglip_vision_model"}, "model_type 'siglip_vision_model' has no"),
     (GEMMA | {"use_bidirectional_attention": False}, "a causal language model"),
@@ -190,7 +193,7 @@ REFUSED = [
     (GEMMA | {"quantization_config": {"bits": 4}}, "quantization_config is set"),
     (
         GEMMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        'rotary positions: rope_type must be one of default, linear or null, not "yarn"',
+        'rope_type must be one of default, linear or null, not "yarn"',
     ),
     (GEMMA | {"rope_scaling": {"rope_type": "linear"}}, "linear scaling without a fac"),
     (
@@ -202,7 +205,10 @@ REFUSED = [
         "unknown field 'partial_rotary_factor'",
     ),
     ({"model_type": "t5gemma2"}, "has no object encoder.text_config; the file is dama"),
-    ({"model_type": "embedding_gemma2", "text_config": []}, "has no object text_config"),
+    (
+        {"model_type": "embedding_gemma2", "text_config": []},
+        "has no object text_config",
+    ),
     (
         EMBEDDINGGEMMA2_TEXT | {"per_layer_config": {"2": {"head_dim": 24}}},
         "per_layer_config must be an object of an object with",

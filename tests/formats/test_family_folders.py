@@ -97,16 +97,21 @@ def test_an_export_has_our_vectors_and_the_imported_weights(folders, family, tmp
     to_sentence_transformers.save(tmp_path / "st", files)
     theirs = _open_theirs(tmp_path / "st")
     _assert_same_model(ours, theirs, family, least=0.99999)
-    assert theirs.prompts.items() >= json.loads(
-        (folder / "config_sentence_transformers.json").read_text()
-    )["prompts"].items()
+    assert (
+        theirs.prompts.items()
+        >= json.loads((folder / "config_sentence_transformers.json").read_text())[
+            "prompts"
+        ].items()
+    )
     first, last = _load_tensors(folder), _load_tensors(tmp_path / "st")
     assert first.keys() == last.keys()
     for name, tensor in first.items():
         assert tensor.tobytes() == last[name].tobytes(), name
     # The export is a source again, by our settings and by those of the format.
     again = gecko_jax.load(tmp_path / "st")
-    np.testing.assert_array_equal(again.encode_queries(TEXTS), ours.encode_queries(TEXTS))
+    np.testing.assert_array_equal(
+        again.encode_queries(TEXTS), ours.encode_queries(TEXTS)
+    )
     (tmp_path / "st" / "gecko.json").unlink()
     other = gecko_jax.load(tmp_path / "st")
     np.testing.assert_allclose(
@@ -120,7 +125,8 @@ def test_two_dense_layers_become_one_projection(folders, tmp_path):
     first = _load_tensors(folder / "2_Dense")[names.DENSE_WEIGHT].astype(np.float64)
     second = _load_tensors(folder / "3_Dense")[names.DENSE_WEIGHT].astype(np.float64)
     kernel = parameters.flatten(read.params)[names.PROJECTION]
-    assert kernel.dtype == np.float32 and kernel.shape == (32, 28)
+    assert kernel.dtype == np.float32
+    assert kernel.shape == (32, 28)
     np.testing.assert_array_equal(kernel, (second @ first).T.astype(np.float32))
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.copytree(copy / "2_Dense", copy / "3_Dense", dirs_exist_ok=True)
@@ -204,7 +210,9 @@ def test_embeddinggemma2_without_its_towers(tmp_path):
     family_folders.write_tokenizer(tmp_path / "whole", "embeddinggemma2")
     for ours, theirs in zip(
         *(
-            sorted(parameters.flatten(gecko_jax.load(tmp_path / n).files.params).items())
+            sorted(
+                parameters.flatten(gecko_jax.load(tmp_path / n).files.params).items()
+            )
             for n in ("whole", "text")
         ),
         strict=True,
@@ -235,7 +243,9 @@ def test_missing_and_unexpected_tensors_are_listed_together(folders, tmp_path):
     folder, _ = folders["gemma"]
     copy = shutil.copytree(folder, tmp_path / "copy")
     tensors = _load_tensors(copy)
-    tensors["layers.0.self_attn.sinks"] = tensors.pop("layers.1.self_attn.k_norm.weight")
+    tensors["layers.0.self_attn.sinks"] = tensors.pop(
+        "layers.1.self_attn.k_norm.weight"
+    )
     tensors["norm.weight"] = np.zeros(8, np.float32)
     safetensors.numpy.save_file(tensors, copy / "model.safetensors")
     with pytest.raises(ValueError, match="do not fit the model") as error:
