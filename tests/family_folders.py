@@ -30,7 +30,7 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 128,
 }
-LOCAL = {"num_hidden_layers": 6, "sliding_window": 8, "sliding_window_pattern": 3}
+LOCAL = {"num_hidden_layers": 3, "sliding_window": 8, "sliding_window_pattern": 3}
 LINEAR = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},

@@ -301,7 +301,8 @@ def write(
             text["sliding_window"] = max(reach, 2)
         else:
             values |= {"model_type": "t5gemma2_encoder", **_NO_VISION}
-            text |= {"model_type": "t5gemma2_text", "sliding_window": reach + 1}
+            text |= {"model_type": "t5gemma2_text", "dropout_rate": 0.0}
+            text["sliding_window"] = reach + 1
     elif family == "embeddinggemma2":
         values["model_type"] = "embedding_gemma2_text"
         _, *heads = config.heads(False)
