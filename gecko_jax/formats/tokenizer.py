@@ -27,8 +27,7 @@ from gecko_jax.formats import (
 from gecko_jax.io import field_rules, writing
 from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 
-SPIECE = "spiece.model"
-_SPIECE = (SPIECE, "sentencepiece.model", "tokenizer.model")
+_SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
 # T5 rounds the rows of its embedding table up to a multiple of this.
 _ROUNDED_TO = 128
