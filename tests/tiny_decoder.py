@@ -1,5 +1,6 @@
 """A decoder of a few thousand random parameters, and a file that holds it."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -21,6 +22,8 @@ LLAMA = transformer.DecoderConfig(
     norm_epsilon=1e-5,
     rope_base=10_000.0,
 )
+# Both that the Qwen families add: biases (Qwen 2) and norms of heads (Qwen 3).
+QWEN = dataclasses.replace(LLAMA, qkv_bias=True, head_norms=True)
 # All that Gemma 3 adds, with windows shorter than the texts of the tests.
 GEMMA = transformer.DecoderConfig(
     vocab_size=300,
