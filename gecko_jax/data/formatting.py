@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from gecko_jax.data import jsonl, task_table
-from gecko_jax.text import text_formats
+from gecko_jax.text import text_formats, vocabularies
 
 # Private-use characters that stand for the texts of an example.
 _TEXT_MARK = "\ue000"
@@ -22,13 +22,16 @@ _TASK_MARK = "\ue002"
 
 
 def complete_text_format(
-    text_format: text_formats.TextFormat, tasks: Sequence[task_table.Task]
+    text_format: text_formats.TextFormat,
+    tasks: Sequence[task_table.Task],
+    vocabulary: vocabularies.Vocabulary | None = None,
 ) -> text_formats.TextFormat:
     """Adds the descriptions of tasks to a format, which keeps those it has.
 
     Each task is listed by its name and by its `source_task`, because held-out queries
     in the layout of the files use the latter. A format of only prompts cannot write
-    descriptions and gets none.
+    descriptions and gets none. The kind of the vocabulary decides whether texts are
+    cleaned, so its fingerprint identifies this in keys of caches, too.
     """
     descriptions: dict[str, str] = {}
     for task in tasks:
@@ -42,6 +45,7 @@ def complete_text_format(
         text_format,
         task_descriptions=descriptions | dict(text_format.task_descriptions),
         symmetric_tasks=tuple(symmetric),
+        verbatim=vocabulary is not None and vocabulary.verbatim,
     )
 
 
@@ -84,14 +88,16 @@ def write(
         text_formats.clean(own) if own.strip() else text_format.describe(task.name)
     )
 
+    def body(content: str) -> str:
+        return content if text_format.verbatim else text_formats.clean(content)
+
     def query(content: str) -> str:
-        content = text_formats.clean(content)
-        return text_format.format_query(content, task.name, description)
+        return text_format.format_query(body(content), task.name, description)
 
     def passage(content: str, title: str) -> str:
         if text_format.is_symmetric(task.name):
             return query(content)
-        return text_format.format_passage(text_formats.clean(content), title)
+        return text_format.format_passage(body(content), title)
 
     return (
         query(pair.query),

@@ -67,7 +67,7 @@ def select(
         tasks, drawn = tasks_of_files(files, text_format, folder)
     else:
         tasks, drawn = mixtures.resolve(mixture, prepared_dir)
-    text_format = formatting.complete_text_format(text_format, tasks)
+    text_format = formatting.complete_text_format(text_format, tasks, vocabulary)
     sized, sources, keys = [], [], []
     for task in tasks:
         summaries = [cache.summarize_source(path, folder) for path in task.files]

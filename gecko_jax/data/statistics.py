@@ -130,7 +130,7 @@ def collect(
     Raises:
         ValueError: A line is invalid, or a task has none.
     """
-    text_format = formatting.complete_text_format(text_format, tasks)
+    text_format = formatting.complete_text_format(text_format, tasks, vocabulary)
     lines = {task.name: _Lines(task.name) for task in tasks}
     for task, _, pair in task_table.read_lines(tasks, "Reading"):
         lines[task.name].add(pair, sample)

@@ -233,7 +233,7 @@ def _build(
     return model_folder.ModelFiles(
         params=parameters.unflatten(params),
         encoder_config=config,
-        text_format=text_format,
+        text_format=dataclasses.replace(text_format, verbatim=vocab.verbatim),
         vocabulary_proto=vocab.model_proto,
         extra_ids=vocab.extra_ids,
         added_tokens=vocab.added_tokens,

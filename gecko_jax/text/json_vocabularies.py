@@ -12,8 +12,9 @@ as in transformers 5, which ignores `add_bos_token` and `add_eos_token` next to 
 `tokenizer.json`.
 
 Reading token caches needs the bytes of the file only. Encoding needs the package
-`tokenizers`, which encodes a list of texts in several threads; `TOKENIZERS_PARALLELISM`
-set to false stops that. The result does not depend on it.
+`tokenizers`, which encodes a list of texts in several threads. The child of a fork uses
+one thread, unless the environment sets TOKENIZERS_PARALLELISM to true: then it hangs.
+The ids do not depend on the number of threads.
 """
 
 import contextlib
@@ -68,6 +69,8 @@ class JsonVocabulary(vocabularies.Vocabulary):
     `model_proto` has the bytes of the `tokenizer.json`, which names its own sentinels
     and added tokens.
     """
+
+    verbatim = True
 
     def __post_init__(self):
         if self.extra_ids or self.added_tokens:
@@ -133,8 +136,9 @@ class JsonVocabulary(vocabularies.Vocabulary):
         return _open(self.model_proto, self._facts)
 
     def _encode_pieces(self, texts: list[str]) -> list[list[int]]:
+        library = self._library
         with named_errors(self.path or vocabularies.JSON_FILE, _REMEDY):
-            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = library.encode_batch_fast(texts, add_special_tokens=False)
         return [text.ids for text in encoded]
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -44,6 +44,7 @@ _FIELDS = {
     "task_descriptions": field_rules.optional(field_rules.map_of(field_rules.TEXT)),
     "symmetric_tasks": field_rules.optional(field_rules.list_of(field_rules.TEXT)),
     "prompts": field_rules.optional(field_rules.map_of(field_rules.TEXT)),
+    "verbatim": field_rules.optional(field_rules.FLAG),
 }
 
 
@@ -62,6 +63,9 @@ class TextFormat:
             model. Nothing in a prompt is expanded. "query" (for all other queries) and
             "document" (for passages) replace the templates; without these two, the
             templates apply to every task that is not in `prompts`.
+        verbatim: Write texts as they are. Otherwise they are cleaned, which does not
+            change the tokens of a SentencePiece model; a `tokenizer.json` keeps line
+            breaks, tabs and repeated spaces apart.
     """
 
     query: str = "task: {task_description} | query: {text}"
@@ -70,6 +74,7 @@ class TextFormat:
     task_descriptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     symmetric_tasks: tuple[str, ...] = ()
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    verbatim: bool = False
 
     def __post_init__(self):
         has_templates = (self.query, self.passage) != (_BARE, _BARE)
@@ -122,28 +127,32 @@ class TextFormat:
         Raises:
             ValueError: The text is empty or only whitespace.
         """
-        cleaned = clean(text)
+        written = self._write(text)
         # A query without a task must get the "query" prompt, even if the model has a
         # prompt named "search result".
         prompt = self.prompts.get(QUERY_PROMPT)
         if task != DEFAULT_TASK:
             prompt = self.prompts.get(task, prompt)
         if prompt is not None:
-            return _join(prompt, text, cleaned)
+            return _join(prompt, text, written)
         if description is None:
             description = self.describe(task)
-        return _fill(self.query, task_description=description, text=cleaned)
+        return _fill(self.query, task_description=description, text=written)
 
     def format_passage(self, text: str, title: str | None = None) -> str:
         """Writes one passage; `title` None, empty or blank means no title."""
-        cleaned = clean(text)
+        written = self._write(text)
         has_title = bool(title and title.strip())
         title = clean(title) if title and has_title else self.no_title
         if has_title and "{title}" not in self.passage:
-            text = cleaned = f"{title} {cleaned}"
+            text = written = f"{title} {written}"
         if self.has_only_prompts:
-            return _join(self.prompts[DOCUMENT_PROMPT], text, cleaned)
-        return _fill(self.passage, title=title, text=cleaned)
+            return _join(self.prompts[DOCUMENT_PROMPT], text, written)
+        return _fill(self.passage, title=title, text=written)
+
+    def _write(self, text: str) -> str:
+        cleaned = clean(text)  # Checks the text, too.
+        return text if self.verbatim else cleaned
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
@@ -154,8 +163,9 @@ class TextFormat:
             "task_descriptions": dict(self.task_descriptions),
             "symmetric_tasks": list(self.symmetric_tasks),
         }
-        # Omitted if empty, so that formats without prompts keep their checksums.
-        return values | ({"prompts": dict(self.prompts)} if self.prompts else {})
+        # Omitted where unused, so that other formats keep their checksums.
+        values |= {"prompts": dict(self.prompts)} if self.prompts else {}
+        return values | ({"verbatim": True} if self.verbatim else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
@@ -232,13 +242,15 @@ def _fill(template: str, **fields: str) -> str:
     )
 
 
-def _join(prompt: str, raw: str, cleaned: str) -> str:
+def _join(prompt: str, raw: str, written: str) -> str:
     """Writes a prompt before a text; leading whitespace of the text becomes one space.
 
     Cleaning would drop it, but sentence-transformers joins prompt and text unchanged.
     """
     has_space = prompt and not prompt[-1].isspace() and raw[:1].isspace()
-    return _check_characters(f"{prompt}{' ' if has_space else ''}{cleaned}")
+    if has_space and not written[:1].isspace():
+        prompt += " "
+    return _check_characters(prompt + written)
 
 
 def _check_characters(formatted: str) -> str:

@@ -70,6 +70,8 @@ class Vocabulary:
     """
 
     pad_id: ClassVar[int] = PAD_ID
+    # Whether texts are encoded without `text_formats.clean`.
+    verbatim: ClassVar[bool] = False
 
     model_proto: bytes
     extra_ids: int = 0

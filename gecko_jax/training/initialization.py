@@ -95,7 +95,10 @@ def text_format(
     """
     if style == "plain":
         return detection.PLAIN_FORMAT
-    if start is None or start.text_format == detection.PLAIN_FORMAT:
+    if start is None or start.text_format in (
+        detection.PLAIN_FORMAT,
+        dataclasses.replace(detection.PLAIN_FORMAT, verbatim=True),
+    ):
         return text_formats.TextFormat()
     return start.text_format
 
