@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,11 +91,12 @@ def mteb_meta(model_files: model_folder.ModelFiles, name: str) -> str:
     Unknown values are None, with a comment that says what mteb expects. mteb counts
     weights, training code, training data and licence as openness.
     """
-    config = model_files.encoder_config
+    config, text_format = model_files.encoder_config, model_files.text_format
     leaves = parameters.flatten(model_files.params).values()
     size = sum(math.prod(leaf.shape) for leaf in leaves)
     imported = str(model_files.provenance.get("imported", {}).get("source", ""))
-    base = imported if re.fullmatch(r"[\w.-]+/[\w.-]+", imported) else None
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", imported)
+    is_on_hub = is_on_hub and not pathlib.Path(imported).exists()
     fields = {
         "loader": "SentenceTransformerEncoderWrapper",
         "name": repr(name),
@@ -113,8 +115,10 @@ def mteb_meta(model_files: model_folder.ModelFiles, name: str) -> str:
         "training_datasets": "None,  # names in mteb",
         "framework": "['Sentence Transformers', 'JAX', 'safetensors']",
         "similarity_fn_name": "'cosine'",
-        "use_instructions": str(bool(model_files.text_format.query != "{text}")),
-        "adapted_from": f"{base!r}" if base else "None,  # base model on the hub",
+        "use_instructions": str(
+            text_format.has_only_prompts or text_format.query != "{text}"
+        ),
+        "adapted_from": repr(imported) if is_on_hub else "None,  # base model",
     }
     lines = [
         f"    {key}={value}{'' if '#' in value else ','}"

@@ -403,6 +403,10 @@ def test_a_family_comes_back_bit_for_bit(kind, tmp_path):
             assert (again / name).read_bytes() == content, name
     config = detection.open_model(again).encoder_config
     assert config == files.encoder_config
+    card = (again / "README.md").read_text()
+    assert f"- {config.family}\n---" in card
+    pooling = {"mean": "the mean of its hid", "last": "the hidden state of the last"}
+    assert pooling[config.pooling] in card
 
 
 @pytest.mark.parametrize(
