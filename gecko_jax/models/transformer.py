@@ -168,6 +168,7 @@ def next_logits(
 ) -> Float[Array, "T V"]:
     """Returns the logits of the token after each position, in float32."""
     head = params["embedding"] if config.tied else params["output"]
+    hidden = hidden.astype(head.dtype)
     with _precision(params):
         return jnp.einsum("tm,vm->tv", hidden, head, preferred_element_type=jnp.float32)
 
@@ -234,9 +235,10 @@ def _extend(
     prefix: KeyValues | None,
     cache: KeyValues | None,
 ) -> tuple[Array, KeyValues]:
-    # Gemma scales its token embeddings, in the dtype of the products.
+    # Hidden states are float32; keys, values and weights have the products' dtype.
+    dtype = params["embedding"].dtype
     hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip")
-    hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
+    hidden = hidden.astype(jnp.float32) * config.embedding_scale
     # Up to three parts of keys: the prefix, the row's cache, and the tokens themselves.
     key_positions = [positions]
     if cache is not None:
@@ -267,17 +269,24 @@ def _extend(
                 (local_masks, local_angles),
                 (masks, angles),
             )
-        return run_layer(
+
+        def attend(*heads: Array) -> Array:
+            query, *own = (part.astype(dtype) for part in heads)
+            mixed = _attend(query, [*earlier, tuple(own)], layer_masks)
+            return mixed.astype(jnp.float32)
+
+        # Keys are rotated before they are cached: a rotation depends only on the key's
+        # own position.
+        hidden, (key, value) = run_layer(
             weights,
             hidden,
             layer_rotary,
-            # Keys are rotated before they are cached: a rotation depends only on the
-            # key's own position.
-            lambda query, *own: _attend(query, [*earlier, own], layer_masks),
+            attend,
             activation=config.activation,
             query_scale=config.query_scale or config.head_dim**-0.5,
             norm_epsilon=config.norm_epsilon,
         )
+        return hidden, (key.astype(dtype), value.astype(dtype))
 
     # Every input of the scan has a leading axis of layers, keys and values included.
     parts = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
@@ -326,7 +335,7 @@ def run_layer(
     # Attention.
     normed = _norm(hidden, weights["attention_norm"], norm_epsilon)
     query, key, value = (
-        jnp.einsum("blm,mhk->blhk", normed, weights[name])
+        _product("blm,mhk->blhk", normed, weights[name])
         for name in ("query", "key", "value")
     )
     if "query_bias" in weights:
@@ -341,15 +350,15 @@ def run_layer(
     query = _rotate(query, angles) * jnp.asarray(query_scale, query.dtype)
     key = _rotate(key, angles)
     mixed = attend(query, key, value)
-    attended = jnp.einsum("blhk,hkm->blm", mixed, weights["out"])
+    attended = _product("blhk,hkm->blm", mixed, weights["out"])
     if "post_attention_norm" in weights:
         attended = _norm(attended, weights["post_attention_norm"], norm_epsilon)
     hidden = hidden + drop(0, attended)
     # Gated MLP.
     normed = _norm(hidden, weights["mlp_norm"], norm_epsilon)
-    gate = gate_activation(jnp.einsum("blm,mf->blf", normed, weights["gate"]))
-    up = jnp.einsum("blm,mf->blf", normed, weights["up"])
-    down = jnp.einsum("blf,fm->blm", drop(1, gate * up), weights["down"])
+    gate = gate_activation(_product("blm,mf->blf", normed, weights["gate"]))
+    up = _product("blm,mf->blf", normed, weights["up"])
+    down = _product("blf,fm->blm", drop(1, gate * up), weights["down"])
     if "post_mlp_norm" in weights:
         down = _norm(down, weights["post_mlp_norm"], norm_epsilon)
     hidden = hidden + drop(2, down)
@@ -366,6 +375,16 @@ def run_layer(
         hidden = hidden + _norm(mixed, weights["post_per_layer_norm"], norm_epsilon)
         hidden = hidden * weights["layer_scalar"][None, None].astype(hidden.dtype)
     return hidden, (key, value)
+
+
+def _product(
+    spec: str, inputs: Float[Array, "..."], weights: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """A matrix product; float32 inputs are rounded to the dtype of the weights."""
+    if inputs.dtype == weights.dtype:
+        return jnp.einsum(spec, inputs, weights)
+    inputs = inputs.astype(weights.dtype)
+    return jnp.einsum(spec, inputs, weights, preferred_element_type=jnp.float32)
 
 
 def _attend(

@@ -13,7 +13,7 @@ from tests import tiny_decoder
 
 CONFIGS = {
     "llama": tiny_decoder.LLAMA,
-    "qwen": tiny_decoder.QWEN,
+    "qwen": dataclasses.replace(tiny_decoder.QWEN2, head_norms=True),
     "gemma": tiny_decoder.GEMMA,
 }
 TOKENS = np.random.default_rng(1).integers(0, 300, (3, 24)).astype(np.int32)
