@@ -100,9 +100,7 @@ def _json_class() -> Any:
                 # `decode_tf` of seqio writes padding after the first EOS.
                 return self.decode(row.tolist()).encode()
 
-            if ids.shape.rank == 1:
-                return tf.numpy_function(decode, [ids], tf.string)
-            return tf.map_fn(self._decode_tf, ids, fn_output_signature=tf.string)
+            return tf.numpy_function(decode, [ids], tf.string)
 
         def __eq__(self, other: object) -> bool:
             if not isinstance(other, JsonVocabulary):

@@ -58,7 +58,14 @@ def write_tokenizer(
     A `tokenizer.json` is written as it was read, with its `tokenizer_config.json`.
     """
     if isinstance(vocab, json_vocabularies.JsonVocabulary):
-        config = vocab.tokenizer_config or vocab.default_config(max_length)
+        eos = vocab.decode([vocab.eos_id, vocab.eos_id])
+        default = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos,
+            "pad_token": eos,  # Any token does: a mask marks the padding.
+            "model_max_length": max_length,
+        }
+        config = vocab.tokenizer_config or json.dumps(default).encode()
         (folder / vocabularies.JSON_FILE).write_bytes(vocab.model_proto)
         (folder / vocabularies.JSON_CONFIG).write_bytes(config)
         return

@@ -29,7 +29,7 @@ _PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2")
 # SentencePiece's spelling of a space.
 _META = "\N{LOWER ONE EIGHTH BLOCK}"
 
-_PURPOSE = "the in-process decoder"
+_NEEDS = ("the in-process decoder", "llm-local")
 _REMEDY = "copy it again, or choose another model"
 _HEADER = {
     "model": field_rules.NAME,
@@ -143,7 +143,7 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
         ValueError: The file is missing or damaged.
     """
     path = folder / "tokenizer.json"
-    tokenizers = json_vocabularies.import_tokenizers(_PURPOSE)
+    tokenizers = json_vocabularies.import_tokenizers(*_NEEDS)
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; copy it from where the model came, or give a .gguf "
@@ -177,7 +177,7 @@ def _functions(tokenizer: Any) -> _Functions:
 
 
 def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
-    tokenizers = json_vocabularies.import_tokenizers(_PURPOSE)
+    tokenizers = json_vocabularies.import_tokenizers(*_NEEDS)
     pieces, kind = header["tokens"], header["pre"] or "gpt-2"
     if kind not in _PRE_TOKENIZERS:
         raise ValueError(

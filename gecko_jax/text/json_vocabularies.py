@@ -38,11 +38,7 @@ _MEDIA = ("image", "audio", "video", "vision")
 
 _REMEDY = "copy it again from the original model"
 _TOKEN = field_rules.object_of(
-    {
-        "id": field_rules.COUNT,
-        "content": field_rules.NAME,
-        "special": field_rules.FLAG,
-    }
+    {"id": field_rules.COUNT, "content": field_rules.NAME, "special": field_rules.FLAG}
 )
 _FIELDS = {
     "model": field_rules.OBJECT,
@@ -55,6 +51,7 @@ _FIELDS = {
 _MODEL = {
     "type": field_rules.one_of("BPE"),
     "vocab": field_rules.map_of(field_rules.COUNT),
+    "unk_token": field_rules.optional(field_rules.TEXT),
     "dropout": field_rules.optional(field_rules.one_of(0, 0.0)),
 }
 _CONFIG = {
@@ -117,20 +114,6 @@ class JsonVocabulary(vocabularies.Vocabulary):
             digest.update(b"split_special_tokens")
         return digest.hexdigest()[:16]
 
-    def default_config(self, max_length: int) -> bytes:
-        """Returns a `tokenizer_config.json` for a tokenizer that came without one."""
-        added = _parse(self.model_proto)["added_tokens"]
-        names = {token["id"]: token["content"] for token in added}
-        eos = names[self.eos_id]
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": "<pad>" if "<pad>" in names.values() else eos,
-            "eos_token": eos,
-            "model_max_length": max_length,
-            "clean_up_tokenization_spaces": False,
-        }
-        return (json.dumps(config, indent=2) + "\n").encode()
-
     @functools.cached_property
     def _library(self) -> Any:
         return _open(self.model_proto, self._facts)
@@ -148,8 +131,9 @@ class JsonVocabulary(vocabularies.Vocabulary):
             ids.pop()
         if tuple(ids[: len(self.opening)]) == self.opening:
             ids = ids[len(self.opening) :]
+        library = self._library
         with named_errors(self.path or vocabularies.JSON_FILE, _REMEDY):
-            return self._library.decode(ids, skip_special_tokens=False)
+            return library.decode(ids, skip_special_tokens=False)
 
 
 class _Facts(NamedTuple):
@@ -171,20 +155,18 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
         config = _parse_object(tokenizer_config, vocabularies.JSON_CONFIG)
         field_rules.check(vocabularies.JSON_CONFIG, config, _CONFIG, _REMEDY)
     model, added = values["model"], values["added_tokens"]
-    names = dict(zip(model["vocab"].values(), model["vocab"], strict=True))
-    names |= {token["id"]: token["content"] for token in added}
+    ids = {*model["vocab"].values(), *(token["id"] for token in added)}
     special = {token["id"]: token["content"] for token in added if token["special"]}
-    size, dropped = max(names, default=-1) + 1, set[int]()
+    size, dropped = max(ids, default=-1) + 1, set[int]()
     while any(word in special.get(size - 1, "") for word in _MEDIA):
         size -= 1
         dropped.add(size)
     opening, closing = _read_template(values)
-    unknown = model["vocab"].get(model.get("unk_token"))
     return _Facts(
         size=size,
         opening=opening,
         eos_id=closing[0] if len(closing) == 1 else None,
-        unk_id=unknown,
+        unk_id=model["vocab"].get(model.get("unk_token")),
         splits_special=bool(config.get("split_special_tokens")),
         dropped=frozenset(dropped),
     )
@@ -237,9 +219,9 @@ def _read_template(values: Mapping[str, Any]) -> tuple[tuple[int, ...], list[int
                 else:
                     token = step["special_tokens"][part["SpecialToken"]["id"]]
                     sides[-1] += token["ids"]
-            before, after = sides
+            before, after = sides[0], sides[1]
             opening, closing = before + opening, closing + after
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         raise ValueError(f"its post_processor is damaged; {_REMEDY}") from None
     return tuple(opening), closing
 
@@ -260,35 +242,32 @@ def with_end(content: bytes) -> bytes:
     with <eos> and <|endoftext|>. Other bytes are returned as they are.
     """
     values = _parse(content)
-    opening, closing = _read_template(values)
     special = {t["content"]: t["id"] for t in values["added_tokens"] if t["special"]}
     end = next((name for name in _END_NAMES if name in special), None)
-    if closing or end is None:
+    if _read_template(values)[1] or end is None:
         return content
     logging.info("The tokenizer does not end texts; %s is added to it", end)
-    contents = {t["id"]: t["content"] for t in values["added_tokens"]}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    tokens = {contents[n]: n for n in opening} | {end: special[end]}
-    before, after = (
-        [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
-        for names in ([contents[n] for n in opening], [end])
-    )
-    template = {
-        "type": "TemplateProcessing",
-        "single": [*before, first, *after],
-        "pair": [*before, first, *after, *before, second, *after],
-        "special_tokens": {
-            name: {"id": name, "ids": [number], "tokens": [name]}
-            for name, number in tokens.items()
-        },
+    post_processor = values.get("post_processor")
+    steps = [dict(step) for step in flatten(post_processor, "processors")]
+    if not any(step["type"] == "TemplateProcessing" for step in steps):
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        template = {"type": "TemplateProcessing", "special_tokens": {}}
+        steps.append(template | {"single": [first], "pair": [first, second]})
+    # A post-processor has at most one template: two fail on pairs of texts.
+    template = next(step for step in steps if step["type"] == "TemplateProcessing")
+    close = {"SpecialToken": {"id": end, "type_id": 0}}
+    for key in ("single", "pair"):
+        parts = [
+            [part, close] if "Sequence" in part else [part]
+            for part in template.get(key, ())
+        ]
+        template[key] = [part for pair in parts for part in pair]
+    template["special_tokens"][end] = {
+        "id": end,
+        "ids": [special[end]],
+        "tokens": [end],
     }
-    others = [
-        step
-        for step in flatten(values["post_processor"], "processors")
-        if step["type"] != "TemplateProcessing"
-    ]
-    steps = {"type": "Sequence", "processors": [*others, template]}
-    values["post_processor"] = steps if others else template
+    values["post_processor"] = {"type": "Sequence", "processors": steps}
     return json.dumps(values, indent=2, ensure_ascii=False).encode()
 
 
@@ -300,7 +279,7 @@ def _open(content: bytes, facts: _Facts) -> Any:
             t for t in values["added_tokens"] if t["id"] not in facts.dropped
         ]
         content = json.dumps(values).encode()
-    library = import_tokenizers("a tokenizer.json")
+    library = import_tokenizers("a tokenizer.json", "tokenizers")
     with named_errors(vocabularies.JSON_FILE, _REMEDY):
         opened = library.Tokenizer.from_str(content.decode())
     opened.no_truncation()
@@ -309,18 +288,13 @@ def _open(content: bytes, facts: _Facts) -> Any:
     return opened
 
 
-def import_tokenizers(purpose: str) -> Any:
-    """Returns the package `tokenizers`.
-
-    Raises:
-        ImportError: It is not installed; names the extra.
-    """
+def import_tokenizers(purpose: str, extra: str) -> Any:
+    """Returns the package `tokenizers`; an ImportError names the extra."""
     try:
         import tokenizers
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs the tokenizers package: "
-            'pip install "gecko-jax[tokenizers]"'
+            f'{purpose} needs the tokenizers package: pip install "gecko-jax[{extra}]"'
         ) from error
     return tokenizers
 

@@ -142,6 +142,8 @@ def test_without_the_package_only_encoding_fails(monkeypatch):
     assert len(vocab.fingerprint) == 16
     with pytest.raises(ImportError, match=r"gecko-jax\[tokenizers\]"):
         vocab.encode(["a"])
+    with pytest.raises(ImportError, match=r"gecko-jax\[tokenizers\]"):
+        vocab.decode([1])
 
 
 def test_a_pickle_is_the_same_vocabulary():
