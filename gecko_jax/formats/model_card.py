@@ -33,6 +33,33 @@ _POOLINGS = {
     "last": "the hidden state of the last token",
 }
 
+# mteb counts weights, training code, training data and licence as openness.
+_META = """\
+from mteb.models.model_meta import ModelMeta
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+
+model = ModelMeta(
+    loader=SentenceTransformerEncoderWrapper,
+    name={name!r},
+    revision=None,  # commit on the hub
+    release_date=None,  # "YYYY-MM-DD"
+    languages=None,  # such as ["eng-Latn"]
+    n_parameters={size:_},
+    n_embedding_parameters={embedding_size:_},
+    memory_usage_mb={megabytes:.0f},
+    max_tokens={max_tokens},
+    embed_dim={dims},
+    license=None,  # such as "apache-2.0"
+    open_weights=True,
+    public_training_code=None,  # URL
+    public_training_data=None,  # URL, True or False
+    training_datasets=None,  # names in mteb
+    framework=["Sentence Transformers", "JAX", "safetensors"],
+    similarity_fn_name="cosine",
+    use_instructions={use_instructions},
+    adapted_from={adapted_from},  # name of the base model on the hub
+)"""
+
 _USAGE = """\
 ## Use
 
@@ -86,55 +113,22 @@ def write(
 
 
 def mteb_meta(model_files: model_folder.ModelFiles, name: str) -> str:
-    """Returns Python code that describes a sentence-transformers export to mteb.
-
-    Unknown values are None, with a comment that says what mteb expects. mteb counts
-    weights, training code, training data and licence as openness.
-    """
+    """Returns Python code that describes a sentence-transformers export to mteb."""
     config, text_format = model_files.encoder_config, model_files.text_format
     leaves = parameters.flatten(model_files.params).values()
     size = sum(math.prod(leaf.shape) for leaf in leaves)
-    imported = str(model_files.provenance.get("imported", {}).get("source", ""))
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", imported)
-    is_on_hub = is_on_hub and not pathlib.Path(imported).exists()
-    fields = {
-        "loader": "SentenceTransformerEncoderWrapper",
-        "name": repr(name),
-        "revision": "None,  # commit on the hub",
-        "release_date": "None,  # 'YYYY-MM-DD'",
-        "languages": "None,  # such as ['eng-Latn']",
-        "n_parameters": f"{size:_}",
-        "n_embedding_parameters": f"{config.vocab_size * config.model_dim:_}",
-        "memory_usage_mb": f"{size * 4 / 2**20:.0f}",
-        "max_tokens": str(max(model_files.query_length, model_files.passage_length)),
-        "embed_dim": str(sorted(model_files.mrl_dims, reverse=True)),
-        "license": "None,  # such as 'apache-2.0'",
-        "open_weights": "True",
-        "public_training_code": "None,  # URL",
-        "public_training_data": "None,  # URL, True or False",
-        "training_datasets": "None,  # names in mteb",
-        "framework": "['Sentence Transformers', 'JAX', 'safetensors']",
-        "similarity_fn_name": "'cosine'",
-        "use_instructions": str(
-            text_format.has_only_prompts or text_format.query != "{text}"
-        ),
-        "adapted_from": repr(imported) if is_on_hub else "None,  # base model",
-    }
-    lines = [
-        f"    {key}={value}{'' if '#' in value else ','}"
-        for key, value in fields.items()
-    ]
-    return "\n".join(
-        [
-            "from mteb.models.model_meta import ModelMeta",
-            "from mteb.models.sentence_transformer_wrapper import (",
-            "    SentenceTransformerEncoderWrapper,",
-            ")",
-            "",
-            "model = ModelMeta(",
-            *lines,
-            ")",
-        ]
+    source = str(model_files.provenance.get("imported", {}).get("source", ""))
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    is_on_hub = is_on_hub and not pathlib.Path(source).exists()
+    return _META.format(
+        name=name,
+        size=size,
+        embedding_size=config.vocab_size * config.model_dim,
+        megabytes=size * 4 / 2**20,
+        max_tokens=max(model_files.query_length, model_files.passage_length),
+        dims=sorted(model_files.mrl_dims, reverse=True),
+        use_instructions=text_format.has_only_prompts or text_format.query != "{text}",
+        adapted_from=repr(source) if is_on_hub else None,
     )
 
 
