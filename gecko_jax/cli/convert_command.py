@@ -11,13 +11,15 @@ Converts a T5X, Hugging Face or sentence-transformers checkpoint into a model fo
 
 SOURCE is a T5X checkpoint (its folder, or a model_dir with several; a path, gs:// or
 https://), a folder with config.json or modules.json, or a name on the Hugging Face hub.
-Only the encoder, its embeddings and its projection are read, one tensor at a time.
+The encoder may be a T5, EmbeddingGemma (1 and 2), T5Gemma 2 or Qwen3-Embedding. Only
+the encoder, its embeddings and its projection are read, one tensor at a time.
 
 examples:
   gecko import t5_1_1_base/checkpoint_1000000 --output=t5-base \\
       --vocabulary=sentencepiece.model --extra-ids=100
   gecko import google/flan-t5-base --output=flan-t5-base
-  gecko import sentence-transformers/gtr-t5-base --output=gtr --query-length=64"""
+  gecko import sentence-transformers/gtr-t5-base --output=gtr --query-length=64
+  gecko import google/embeddinggemma-300m --output=embeddinggemma"""
 
 
 _EXPORT = """\
@@ -27,6 +29,8 @@ Writes a trained model, without its training state, in one of four formats.
   --to=sentence-transformers  for SentenceTransformer(DIR), with prompts and model card
   --to=t5x                    legacy T5X checkpoint, for t5x and t5x_retrieval
   --to=onnx                   one graph from tokens to embeddings, and a tokenizer
+
+The last two write T5 encoders only.
 
 examples:
   gecko export runs/finetune --output=my-gecko
@@ -91,13 +95,14 @@ def import_(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Writes a trained model in the requested format."""
     from gecko_jax import evaluation
-    from gecko_jax.formats import hub, model_folder
+    from gecko_jax.formats import hub, model_card, model_folder
 
     output = pathlib.Path(options.output)
     if options.push:
         hub.check_upload(options.push)
     model_files = model_folder.open_model(options.model)
     _check_export(options, model_files.mrl_dims)
+    meta = ""
     if options.to == "sentence-transformers":
         from gecko_jax.formats import to_sentence_transformers
 
@@ -109,6 +114,7 @@ def export(options: argparse.Namespace) -> None:
             output, model_files, truncate_dim=options.dim, scores=scores
         )
         use = f"SentenceTransformer({options.output!r})"
+        meta = model_card.mteb_meta(model_files, options.push or "OWNER/NAME")
     elif options.to == "t5x":
         from gecko_jax.formats import to_t5x
 
@@ -129,6 +135,8 @@ def export(options: argparse.Namespace) -> None:
     )
     if options.push:
         parsing.say(hub.upload(output, options.push))
+    if meta:
+        parsing.say(f"\nTo list the model in mteb, complete this entry:\n\n{meta}")
 
 
 def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
-"""Hugging Face folders of T5, mT5, umT5 and FLAN-T5: `config.json` and safetensors.
+"""Hugging Face folders of encoders: `config.json` and safetensors.
 
-Only the encoder of an encoder-decoder is read. Nothing is ever unpickled, and neither
+T5, mT5, umT5 and FLAN-T5 are described here, other families in `family_configs`. Only
+the encoder of an encoder-decoder is read. Nothing is ever unpickled, and neither
 transformers nor PyTorch is needed.
 """
 
@@ -9,11 +10,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gecko_jax.formats import names, safetensors_files, source_files, tensors
+from gecko_jax.formats import (
+    family_configs,
+    names,
+    safetensors_files,
+    source_files,
+    tensors,
+)
 from gecko_jax.io import inputs
 from gecko_jax.models import dual_encoder
 
-_FAMILY = ("t5", "mt5", "umt5")
+_T5 = ("t5", "mt5", "umt5")
 
 # transformers' name of an activation -> ours. Its "gelu" is the exact form with erf,
 # which no published T5 uses and this encoder does not compute.
@@ -54,21 +61,22 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin")
 
 
 def open_params(
-    folder: pathlib.Path, config: dual_encoder.EncoderConfig
+    folder: pathlib.Path, config: dual_encoder.EncoderConfig, model_type: str
 ) -> dict[str, tensors.Tensor]:
-    """Opens the encoder of a folder, under T5X's names.
+    """Opens the encoder of a folder, under the package's names.
 
-    Encoder parameters that have no T5X name keep their own, so that `parameters.check`
-    lists them as unexpected.
+    Encoder parameters without such a name keep their own, so that `parameters.check`
+    lists them as unexpected. `model_type` is that of `config.json`.
     """
     refuse_pickle(folder)
     weights = {}
-    for name, tensor in safetensors_files.read(folder).items():
-        name = name.removeprefix(_HEAD_PREFIX)
-        if name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES:
+    for stored, tensor in safetensors_files.read(folder).items():
+        name = _encoder_name(stored, model_type)
+        if name is not None:
             weights[name] = tensor
     params = {}
-    for t5x_name, (name, is_transposed) in names.hugging_face_names(config).items():
+    table = family_configs.tensor_names(config, model_type)
+    for t5x_name, (name, is_transposed) in table.items():
         aliases = _EMBEDDING_NAMES if name in _EMBEDDING_NAMES else (name,)
         candidates = [weights.pop(alias) for alias in aliases if alias in weights]
         if candidates:
@@ -77,8 +85,19 @@ def open_params(
     return params | weights
 
 
+def _encoder_name(name: str, model_type: str) -> str | None:
+    """Returns the name of a tensor inside the encoder, None if it is not of one."""
+    if model_type in family_configs.MODEL_TYPES:
+        row = family_configs.MODEL_TYPES[model_type]
+        name = re.sub(rf"^(?:{row.prefix})", "", name)
+        return None if re.match(row.unread, name) else name
+    name = name.removeprefix(_HEAD_PREFIX)
+    is_encoder = name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES
+    return name if is_encoder else None
+
+
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """Reads `config.json` and refuses models without a T5 encoder."""
+    """Reads `config.json` and refuses models without an encoder that Gecko has."""
     path = folder / "config.json"
     values = source_files.read_json(path)
     model_type = values.get("model_type")
@@ -87,18 +106,21 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise source_files.damaged(
             path, f"architectures is {inputs.kind(architectures)}, not a list"
         )
-    is_causal = any(
-        re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in architectures
-    )
-    take = f"take one of {', '.join(_FAMILY)}"
-    # transformers gives the encoder of such a config a causal mask.
-    if is_causal or values.get("is_decoder"):
-        raise ValueError(
-            f"{path}: a decoder-only model (model_type {model_type!r}); Gecko needs an "
-            f"encoder, {take}"
+    take = f"take one of {', '.join((*_T5, *family_configs.MODEL_TYPES))}"
+    if str(model_type) not in family_configs.MODEL_TYPES:
+        is_causal = any(
+            re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in architectures
         )
-    if model_type not in _FAMILY:
-        raise ValueError(f"{path}: model_type {model_type!r} has no T5 encoder; {take}")
+        # transformers gives the encoder of such a config a causal mask.
+        if is_causal or values.get("is_decoder"):
+            raise ValueError(
+                f"{path}: a decoder-only model (model_type {model_type!r}); Gecko "
+                f"needs an encoder, {take}"
+            )
+        if model_type not in _T5:
+            raise ValueError(
+                f"{path}: model_type {model_type!r} has no encoder of Gecko's; {take}"
+            )
     if values.get("quantization_config"):
         raise ValueError(
             f"{path}: quantization_config is set; take the unquantized model"
@@ -109,11 +131,13 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 def encoder_config(
     values: Mapping[str, Any], source: str
 ) -> dual_encoder.EncoderConfig:
-    """Returns the encoder's config from a `config.json`, without a projection.
+    """Returns the encoder's config from a `config.json`.
 
-    The other keys of transformers' T5Config concern the decoder, training and the
-    tokenizer, and do not affect the encoder.
+    Only EmbeddingGemma 2 has a projection there. The other keys of transformers'
+    T5Config concern the decoder, training and the tokenizer.
     """
+    if values["model_type"] in family_configs.MODEL_TYPES:
+        return family_configs.read(values, source)
     sizes, problems = _read_sizes(values)
     if problems:
         raise source_files.damaged(source, ", ".join(problems))
@@ -193,15 +217,17 @@ def refuse_adapter(folder: pathlib.Path) -> None:
     for name in _ADAPTERS:
         if not (folder / name).exists():
             continue
-        base = "BASE MODEL"
+        base, kind = "BASE MODEL", "AutoModel"
         if (folder / _ADAPTERS[0]).exists():
             config = source_files.read_json(folder / _ADAPTERS[0])
             base = config.get("base_model_name_or_path") or base
+            if config.get("task_type") == "CAUSAL_LM":
+                kind = "AutoModelForCausalLM"
         raise ValueError(
             f"{folder / name}: an adapter (PEFT, LoRA), which changes the weights of "
             "its base model and is not applied here; merge it with peft: `from peft "
-            "import PeftModel; from transformers import T5EncoderModel; PeftModel."
-            f"from_pretrained(T5EncoderModel.from_pretrained({base!r}),"
+            f"import PeftModel; from transformers import {kind}; PeftModel."
+            f"from_pretrained({kind}.from_pretrained({base!r}),"
             f" {str(folder)!r}).merge_and_unload().save_pretrained('MERGED')`, copy "
             "the other files of this folder into MERGED, without adapter_*, and use "
             "MERGED here"

@@ -1,20 +1,23 @@
-"""sentence-transformers folders: a T5 encoder, mean pooling, Dense, Normalize.
+"""sentence-transformers folders: an encoder, pooling, Dense, Normalize.
 
     modules.json                        the modules, in order
     config.json, model.safetensors      Transformer
-    1_Pooling/config.json               mean over all tokens
+    1_Pooling/config.json               mean over all tokens, or the last token
     2_Dense/model.safetensors           projection, optional
+    3_Dense/model.safetensors           its second half (EmbeddingGemma)
     config_sentence_transformers.json   prompts
 
 Gecko computes exactly these modules; other modules and settings are refused by name.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from gecko_jax.formats import (
@@ -34,8 +37,12 @@ _ORDERS = (
     ["Transformer", "Pooling"],
     ["Transformer", "Pooling", "Normalize"],
     ["Transformer", "Pooling", "Dense"],
+    ["Transformer", "Pooling", "Dense", "Dense", "Normalize"],
     ["Transformer", "Pooling", "Dense", "Normalize"],
 )
+
+# Pooling of sentence-transformers -> ours.
+_POOLINGS = {"mean": "mean", "lasttoken": "last"}
 
 # Passage prompts in models of older releases. `encode_document` ignores them, because
 # those models always have a prompt "document", too.
@@ -109,7 +116,8 @@ class Modules:
 
     Attributes:
         encoder: Folder of the encoder and its tokenizer.
-        dense: Folder of the projection, or None.
+        dense: Folders of the matrices whose product is the projection.
+        pooling: "mean" or "last".
         query_length: Longest query in tokens, or None if the folder sets no limit.
         passage_length: Longest passage in tokens, or None.
         text_format: The prompts.
@@ -117,7 +125,8 @@ class Modules:
     """
 
     encoder: pathlib.Path
-    dense: pathlib.Path | None
+    dense: tuple[pathlib.Path, ...]
+    pooling: str
     query_length: int | None
     passage_length: int | None
     text_format: text_formats.TextFormat
@@ -131,24 +140,25 @@ def read_modules(folder: pathlib.Path) -> Modules:
         ValueError: Names the module and the permitted settings.
     """
     folders = _read_folders(folder)
+    [encoder], [pooling] = folders["Transformer"], folders["Pooling"]
+    dense = tuple(folders.get("Dense", ()))
     if "Normalize" not in folders:
         logging.warning(
             "%s: has no Normalize module; gecko_jax normalizes embeddings "
             "nevertheless, which changes no cosine",
             folder,
         )
-    elif (folders["Normalize"] / "config.json").exists():
-        _read(folders["Normalize"] / "config.json", _NORMALIZE)
-    _check_pooling(folders["Pooling"] / "config.json")
-    if "Dense" in folders:
-        _read(folders["Dense"] / "config.json", _DENSE, **_DENSE_DEFAULTS)
-    encoder = folders["Transformer"]
+    elif (folders["Normalize"][0] / "config.json").exists():
+        _read(folders["Normalize"][0] / "config.json", _NORMALIZE)
+    for place in dense:
+        _read(place / "config.json", _DENSE, **_DENSE_DEFAULTS)
     query_length, passage_length = _read_lengths(encoder)
     path = folder / "config_sentence_transformers.json"
     values = _read(path, _PROMPTS) if path.exists() else {}
     return Modules(
         encoder,
-        folders.get("Dense"),
+        dense,
+        _read_pooling(pooling / "config.json"),
         query_length,
         passage_length,
         _read_prompts(values, path),
@@ -170,24 +180,48 @@ def add_projection(
     params: dict[str, tensors.Tensor],
     config: dual_encoder.EncoderConfig,
 ) -> tuple[dict[str, tensors.Tensor], dual_encoder.EncoderConfig]:
-    """Adds the Dense module, if there is one, to an encoder."""
-    if modules.dense is None:
+    """Adds the product of the Dense modules, if there are any, to an encoder.
+
+    Two matrices without an activation between them are one, computed in float64.
+    """
+    if not modules.dense:
         return params, config
-    from_hugging_face.refuse_pickle(modules.dense)
-    weights = safetensors_files.read(modules.dense)
-    weight = weights.get(names.DENSE_WEIGHT)
-    if weight is None or len(weights) > 1 or len(weight.shape) != 2:
-        raise ValueError(
-            f"{modules.dense}: holds {', '.join(sorted(weights))}; the projection must "
-            f"be one matrix, {names.DENSE_WEIGHT}"
-        )
-    width = weight.shape[0]
+    # EmbeddingGemma 2 has a projection inside its encoder.
+    matrices = [params[names.PROJECTION]] if config.projection else []
+    for folder in modules.dense:
+        from_hugging_face.refuse_pickle(folder)
+        weights = safetensors_files.read(folder)
+        weight = weights.get(names.DENSE_WEIGHT)
+        if weight is None or len(weights) > 1 or len(weight.shape) != 2:
+            raise ValueError(
+                f"{folder}: holds {', '.join(sorted(weights))}; the projection must "
+                f"be one matrix, {names.DENSE_WEIGHT}"
+            )
+        if matrices and matrices[-1].shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"{folder}: reads vectors of {weight.shape[1]} entries, and the matrix "
+                f"before it writes {matrices[-1].shape[1]}; copy both again"
+            )
+        matrices.append(weight.transpose())
+    width = matrices[-1].shape[1]
     config = dataclasses.replace(config, embedding_dim=width, projection=True)
-    return params | {names.PROJECTION: weight.transpose()}, config
+    return params | {names.PROJECTION: _multiply(matrices)}, config
 
 
-def _read_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the folder of each module."""
+def _multiply(matrices: Sequence[tensors.Tensor]) -> tensors.Tensor:
+    if len(matrices) == 1:
+        return matrices[0]
+
+    def read() -> np.ndarray:
+        wide = (matrix.read().astype(np.float64) for matrix in matrices)
+        return functools.reduce(np.matmul, wide).astype(np.float32)
+
+    shape = (matrices[0].shape[0], matrices[-1].shape[1])
+    return tensors.Tensor(shape, read, matrices[0].source)
+
+
+def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """Returns the folders of each kind of module, in order."""
     path = writing.member(folder, MODULES)
     try:
         entries = reading.parse_json(path.read_text(encoding="utf-8"))
@@ -205,7 +239,7 @@ def _read_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     if kinds not in _ORDERS:
         raise ValueError(
             f"{path}: the modules are {', '.join(kinds)}; Gecko computes "
-            f"{', '.join(_ORDERS[-1])}, with or without the last two"
+            f"{', '.join(_ORDERS[-1])}, with or without the last two, or with two Dense"
         )
     for place in places:
         if place.is_absolute() or ".." in place.parts:
@@ -213,13 +247,14 @@ def _read_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
                 f"{path}: names the folder {str(place)!r}, outside its own; do not "
                 "use this model"
             )
-    return {
-        kind: writing.inside(folder, str(place))
-        for kind, place in zip(kinds, places, strict=True)
-    }
+    folders: dict[str, list[pathlib.Path]] = {}
+    for kind, place in zip(kinds, places, strict=True):
+        folders.setdefault(kind, []).append(writing.inside(folder, str(place)))
+    return folders
 
 
-def _check_pooling(path: pathlib.Path) -> None:
+def _read_pooling(path: pathlib.Path) -> str:
+    """Returns the pooling by our name."""
     values = _read(path, _POOLING)
     # One key since release 5, a switch for each mode before; the default is the mean.
     modes = values.get("pooling_mode") or [
@@ -229,11 +264,13 @@ def _check_pooling(path: pathlib.Path) -> None:
     ]
     if not isinstance(modes, list):
         modes = [modes]
-    if modes not in ([], ["mean"]):
+    modes = modes or ["mean"]
+    if len(modes) > 1 or str(modes[0]) not in _POOLINGS:
         raise ValueError(
             f"{path}: pools by {' and '.join(map(str, modes))}; Gecko pools by the "
-            "mean of all tokens"
+            "mean of all tokens, or by the last token"
         )
+    return _POOLINGS[modes[0]]
 
 
 def _read_lengths(encoder: pathlib.Path) -> tuple[int | None, int | None]:

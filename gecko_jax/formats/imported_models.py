@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from absl import logging
 
@@ -17,6 +17,7 @@ from gecko_jax.formats import (
     tensors,
     tokenizer,
 )
+from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats, vocabularies
 
@@ -25,6 +26,9 @@ _PRETRAINED_LENGTH = 512
 
 # Buckets of T5's relative bias, which end at a distance of 128 tokens.
 _T5_BUCKETS = 32
+
+# Trained prefixes of the embedding in a `config.json`, as vLLM reads them.
+_DIMS = field_rules.optional(field_rules.list_of(field_rules.integer(1)))
 
 # Folder next to `checkpoint_N` where `gecko export --to t5x` writes the settings that
 # T5X does not store.
@@ -138,21 +142,34 @@ def open_hugging_face(
         from_hugging_face.refuse_adapter(encoder)
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
-    params = from_hugging_face.open_params(encoder, config)
+    params = from_hugging_face.open_params(encoder, config, values["model_type"])
+    text_format = PLAIN_FORMAT
     if modules is not None:
+        config = _with_pooling(config, modules)
         params, config = from_sentence_transformers.add_projection(
             modules, params, config
         )
+        text_format = modules.text_format
+        if config.family != "t5" and text_format.prompts:
+            text_format = text_formats.from_prompts(text_format.prompts)
+    dims = {"matryoshka_dimensions": _DIMS}
+    field_rules.check(encoder / "config.json", values, dims, "remove it, or correct it")
+    mrl_dims = values.get("matryoshka_dimensions") or ()
     is_given = vocab is not None
-    if vocab is None:
+    if vocab is None and config.family == "t5":
         prompts = modules.text_format.prompts.values() if modules else ()
         vocab = tokenizer.read(encoder, prompts)
+    elif vocab is None:
+        vocab = tokenizer.read_json(encoder, is_base=modules is None)
     tokenizer.check_size(
         vocab, config.vocab_size, source=str(encoder), is_given=is_given
     )
     if modules is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
-        return _build(params, config, vocab, lengths=(length, length))
+        if config.family != "t5":  # The limit of a language model.
+            length = min(length or _PRETRAINED_LENGTH, _PRETRAINED_LENGTH)
+        lengths = (length, length)
+        return _build(params, config, vocab, lengths=lengths, mrl_dims=mrl_dims)
     lengths = (modules.query_length, modules.passage_length)
     if None in lengths and not is_length_given:
         logging.warning(
@@ -167,21 +184,34 @@ def open_hugging_face(
         config,
         vocab,
         lengths=lengths,
-        text_format=modules.text_format,
+        text_format=text_format,
+        mrl_dims=mrl_dims,
         truncate_dim=modules.truncate_dim,
     )
+
+
+def _with_pooling(
+    config: dual_encoder.EncoderConfig, modules: from_sentence_transformers.Modules
+) -> dual_encoder.EncoderConfig:
+    if modules.pooling != "mean" and config.family == "t5":
+        raise ValueError(
+            f"{modules.encoder}: a T5 encoder that pools by the last token; Gecko "
+            "pools T5 by the mean of all tokens, take another model"
+        )
+    return dataclasses.replace(config, pooling=modules.pooling)
 
 
 def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:
     """Opens a sentence-transformers folder that `gecko export` wrote."""
     settings = model_folder.load_settings(folder)
     modules = from_sentence_transformers.read_modules(folder)
-    config = dataclasses.replace(
-        settings.encoder_config,
-        projection=False,
-        embedding_dim=settings.encoder_config.model_dim,
-    )
-    params = from_hugging_face.open_params(modules.encoder, config)
+    config = settings.encoder_config
+    model_type = from_hugging_face.read_config(modules.encoder)["model_type"]
+    if modules.dense:
+        config = dataclasses.replace(
+            config, projection=False, embedding_dim=config.model_dim
+        )
+    params = from_hugging_face.open_params(modules.encoder, config, model_type)
     params, _ = from_sentence_transformers.add_projection(modules, params, config)
     return dataclasses.replace(settings, params=parameters.unflatten(params))
 
@@ -194,10 +224,12 @@ def _build(
     step: int = 0,
     lengths: tuple[int | None, int | None] = (None, None),
     text_format: text_formats.TextFormat = PLAIN_FORMAT,
+    mrl_dims: Sequence[int] = (),
     truncate_dim: int | None = None,
 ) -> model_folder.ModelFiles:
     query_length, passage_length = (n or _PRETRAINED_LENGTH for n in lengths)
-    width = config.embedding_dim
+    # `encode` returns the largest, as sentence-transformers' `truncate_dim` does.
+    largest = min(truncate_dim or config.embedding_dim, config.embedding_dim)
     return model_folder.ModelFiles(
         params=parameters.unflatten(params),
         encoder_config=config,
@@ -206,8 +238,7 @@ def _build(
         extra_ids=vocab.extra_ids,
         added_tokens=vocab.added_tokens,
         tokenizer_config=vocab.tokenizer_config,
-        # `encode` returns the largest, as sentence-transformers' `truncate_dim` does.
-        mrl_dims=(min(truncate_dim or width, width),),
+        mrl_dims=(*sorted({d for d in mrl_dims if d < largest}), largest),
         query_length=query_length,
         passage_length=passage_length,
         step=step,

@@ -1,10 +1,13 @@
 """The model card of an exported model: what a user needs to know about it."""
 
 import json
+import math
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gecko_jax.formats import model_folder
+from gecko_jax.formats import model_folder, parameters
 from gecko_jax.io import wording
 
 _FRONT_MATTER = """\
@@ -16,8 +19,46 @@ tags:
 - sentence-similarity
 - feature-extraction
 - gecko
-- t5
+- {family}
 ---"""
+
+_FAMILIES = {
+    "t5": "T5",
+    "gemma": "Gemma 3",
+    "embeddinggemma2": "EmbeddingGemma 2",
+    "qwen3": "Qwen 3",
+}
+_POOLINGS = {
+    "mean": "the mean of its hidden states",
+    "last": "the hidden state of the last token",
+}
+
+# mteb counts weights, training code, training data and licence as openness.
+_META = """\
+from mteb.models.model_meta import ModelMeta
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+
+model = ModelMeta(
+    loader=SentenceTransformerEncoderWrapper,
+    name={name!r},
+    revision=None,  # commit on the hub
+    release_date=None,  # "YYYY-MM-DD"
+    languages=None,  # such as ["eng-Latn"]
+    n_parameters={size:_},
+    n_embedding_parameters={embedding_size:_},
+    memory_usage_mb={megabytes:.0f},
+    max_tokens={max_tokens},
+    embed_dim={dims},
+    license=None,  # such as "apache-2.0"
+    open_weights=True,
+    public_training_code=None,  # URL
+    public_training_data=None,  # URL, True or False
+    training_datasets=None,  # names in mteb
+    framework=["Sentence Transformers", "JAX", "safetensors"],
+    similarity_fn_name="cosine",
+    use_instructions={use_instructions},
+    adapted_from={adapted_from},  # name of the base model on the hub
+)"""
 
 _USAGE = """\
 ## Use
@@ -58,7 +99,7 @@ def write(
     default = f"By default, vectors have {truncate_dim} entries (`truncate_dim`). "
     versions = ", ".join(f"{name} {v}" for name, v in model_folder.versions().items())
     sections = [
-        _FRONT_MATTER,
+        _FRONT_MATTER.format(family=model_files.encoder_config.family),
         _introduction(model_files),
         _USAGE.format(
             smallest=min(model_files.mrl_dims), default=default if truncate_dim else ""
@@ -71,13 +112,34 @@ def write(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def mteb_meta(model_files: model_folder.ModelFiles, name: str) -> str:
+    """Returns Python code that describes a sentence-transformers export to mteb."""
+    config, text_format = model_files.encoder_config, model_files.text_format
+    leaves = parameters.flatten(model_files.params).values()
+    size = sum(math.prod(leaf.shape) for leaf in leaves)
+    source = str(model_files.provenance.get("imported", {}).get("source", ""))
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    is_on_hub = is_on_hub and not pathlib.Path(source).exists()
+    return _META.format(
+        name=name,
+        size=size,
+        embedding_size=config.vocab_size * config.model_dim,
+        megabytes=size * 4 / 2**20,
+        max_tokens=max(model_files.query_length, model_files.passage_length),
+        dims=sorted(model_files.mrl_dims, reverse=True),
+        use_instructions=text_format.has_only_prompts or text_format.query != "{text}",
+        adapted_from=repr(source) if is_on_hub else None,
+    )
+
+
 def _introduction(model_files: model_folder.ModelFiles) -> str:
     config = model_files.encoder_config
     dims = ", ".join(map(str, sorted(model_files.mrl_dims)))
     return (
         "# Gecko text embeddings\n\n"
         "A dual encoder after [Gecko](https://arxiv.org/abs/2403.20327) (Lee et al. "
-        "2024): one T5 encoder for queries and passages, the mean of its hidden states"
+        f"2024): one {_FAMILIES[config.family]} encoder for queries and passages, "
+        f"{_POOLINGS[config.pooling]}"
         f"{', a projection' if config.projection else ''}, length 1. Made with "
         "gecko_jax; revision "
         f"{wording.markdown_code(model_files.revision)}, step {model_files.step:,}.\n\n"

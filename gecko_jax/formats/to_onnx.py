@@ -4,6 +4,7 @@
     sentence_embedding [batch, dim], float32, length 1
 
     model.onnx                                  (and model.onnx_data above 256 MiB)
+    config.json                                 for text-embeddings-inference
     tokenizer.json  ...                         see `to_hugging_face_tokenizer`
     gecko.json  vocabulary.model                text format, lengths
 
@@ -12,6 +13,7 @@ constant beyond `relpos_max_distance`, so a clipped distance finds its bias at a
 length.
 """
 
+import json
 import pathlib
 from typing import Any, BinaryIO
 
@@ -26,8 +28,9 @@ from gecko_jax.formats import (
 )
 from gecko_jax.io import writing
 from gecko_jax.models import dual_encoder, layers, t5
+from gecko_jax.text import vocabularies
 
-MODEL, _DATA = "model.onnx", "model.onnx_data"
+MODEL, _DATA, _CONFIG = "model.onnx", "model.onnx_data", "config.json"
 
 # Old enough for every runtime in use.
 _OPSET, _IR_VERSION = 17, 8
@@ -48,18 +51,27 @@ def save(
     `dim` is the width of the embeddings; None takes the largest trained one.
 
     Raises:
-        ValueError: The folder contains other files.
+        ValueError: The folder contains other files, or the encoder is not a T5.
         ImportError: onnx is not installed.
     """
+    config = model_files.encoder_config
+    if config.family != "t5":
+        raise ValueError(
+            f"--to=onnx: writes T5 encoders only, not the family {config.family!r}; "
+            "export with --to=sentence-transformers, and that folder with optimum: "
+            "`optimum-cli export onnx --model DIR --library sentence_transformers ONNX`"
+        )
     try:
         import onnx
     except ImportError:
         raise ImportError(
             "exporting to ONNX needs onnx: pip install 'gecko-jax[onnx]'"
         ) from None
-    others = (_DATA, model_folder.VOCABULARY, *to_hugging_face_tokenizer.FILES)
+    others = (
+        *(_DATA, _CONFIG, model_folder.VOCABULARY),
+        *to_hugging_face_tokenizer.FILES,
+    )
     writing.check_replaceable(path, [MODEL, model_folder.MODEL_JSON], others)
-    config = model_files.encoder_config
     dim = dim or max(model_files.mrl_dims)
     vocab = model_files.build_vocabulary()
     max_length = max(model_files.query_length, model_files.passage_length)
@@ -71,8 +83,29 @@ def save(
         else:
             graph = _build(flat, config, dim)
         onnx.save_model(graph, folder / MODEL)
+        values = _build_config(model_files, dim, max_length)
+        (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         model_folder.write_model_json(folder, model_files)
+
+
+def _build_config(
+    model_files: model_folder.ModelFiles, dim: int, max_length: int
+) -> dict[str, Any]:
+    """Returns what text-embeddings-inference and vLLM read in `config.json`."""
+    config = model_files.encoder_config
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": max_length,
+        "pad_token_id": vocabularies.PAD_ID,
+        "eos_token_id": vocabularies.EOS_ID,
+        "matryoshka_dimensions": sorted(d for d in model_files.mrl_dims if d <= dim),
+    }
 
 
 def _build(

@@ -1,9 +1,9 @@
 """A model as a folder that `sentence_transformers.SentenceTransformer` opens.
 
     modules.json  config_sentence_transformers.json  sentence_bert_config.json
-    config.json  model.safetensors      T5 encoder under Hugging Face's names
+    config.json  model.safetensors      encoder under Hugging Face's names
     tokenizer.json  ...                 see `to_hugging_face_tokenizer`
-    1_Pooling/  2_Dense/                mean, and the projection, if there is one
+    1_Pooling/  2_Dense/                pooling, and the projection, if there is one
     README.md                           model card
     gecko.json  vocabulary.model        our settings, so that nothing is lost
 
@@ -17,12 +17,16 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from gecko_jax.formats import (
+    family_configs,
     model_card,
     model_folder,
     names,
     parameters,
     safetensors_files,
+    tensors,
     to_hugging_face_tokenizer,
 )
 from gecko_jax.io import writing
@@ -74,9 +78,12 @@ def save(
     contents = _build_contents(model_files, truncate_dim, max_length)
     card = model_card.write(model_files, contents, truncate_dim, scores)
     params = parameters.flatten_to_tensors(model_files.params)
-    encoder = {}
-    for name, (theirs, is_transposed) in names.hugging_face_names(config).items():
-        tensor = params[name]
+    encoder = {
+        name: tensors.as_tensor(np.zeros(shape, np.float32))
+        for name, shape in family_configs.placeholders(config).items()
+    }
+    for name, (theirs, is_transposed) in family_configs.tensor_names(config).items():
+        tensor = params.pop(name)
         encoder[theirs] = tensor.transpose() if is_transposed else tensor
     with writing.write_folder(path) as folder:
         for name, values in contents.items():
@@ -87,7 +94,7 @@ def save(
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         safetensors_files.write(folder, encoder)
         weights = safetensors_files.names(folder)
-        if config.projection:
+        if names.PROJECTION in params:
             dense = folder / "2_Dense"
             kernel = params[names.PROJECTION].transpose()
             safetensors_files.write(dense, {names.DENSE_WEIGHT: kernel})
@@ -101,7 +108,10 @@ def _build_contents(
 ) -> dict[str, Any]:
     """Returns the contents of the JSON files by name."""
     config = model_files.encoder_config
-    modules = ["Transformer", "Pooling", *(["Dense"] * config.projection), "Normalize"]
+    # EmbeddingGemma 2 projects each token, inside its Transformer.
+    has_dense = config.projection and config.family != "embeddinggemma2"
+    pooled_width = config.model_dim if has_dense else config.embedding_dim
+    modules = ["Transformer", "Pooling", *(["Dense"] * has_dense), "Normalize"]
     contents: dict[str, Any] = {
         _MODULES: [
             {
@@ -125,17 +135,18 @@ def _build_contents(
             "max_seq_length": max_length,
             "do_lower_case": False,
         },
-        "config.json": build_config(config),
+        "config.json": build_config(model_files, max_length),
         "1_Pooling/config.json": {
-            "word_embedding_dimension": config.model_dim,
+            "word_embedding_dimension": pooled_width,
             "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": True,
+            "pooling_mode_mean_tokens": config.pooling == "mean",
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
+            **({"pooling_mode_lasttoken": True} if config.pooling == "last" else {}),
             "include_prompt": True,
         },
     }
-    if config.projection:
+    if has_dense:
         contents["2_Dense/config.json"] = {
             "in_features": config.model_dim,
             "out_features": config.embedding_dim,
@@ -179,12 +190,31 @@ def _prefix(template: str, **fields: str) -> str:
     return prefix
 
 
-def build_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
+def build_config(
+    model_files: model_folder.ModelFiles, max_length: int
+) -> dict[str, Any]:
     """Returns Hugging Face's `config.json` of the encoder.
 
+    vLLM reads `matryoshka_dimensions`.
+
     Raises:
-        ValueError: Hugging Face's T5 does not have the MLP of the encoder.
+        ValueError: transformers does not have this encoder.
     """
+    config = model_files.encoder_config
+    if config.family == "t5":
+        values = _build_t5_config(config)
+    else:
+        vocab = model_files.build_vocabulary()
+        # Qwen pads with its EOS; the id 0 is "!".
+        pad_id = vocab.eos_id if config.family == "qwen3" else vocab.pad_id
+        special_ids = {"pad_token_id": pad_id, "eos_token_id": vocab.eos_id}
+        if vocab.opening:
+            special_ids["bos_token_id"] = vocab.opening[0]
+        values = family_configs.write(config, max_length, special_ids)
+    return values | {"matryoshka_dimensions": sorted(model_files.mrl_dims)}
+
+
+def _build_t5_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
     activation, *gate = config.mlp_activations
     if activation not in _ACTIVATIONS or gate not in ([], ["linear"]):
         raise ValueError(

@@ -30,9 +30,16 @@ def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
     """Writes a complete checkpoint or none; an earlier export is replaced.
 
     Raises:
-        ValueError: The folder contains other files.
+        ValueError: The folder contains other files, or the encoder is not a T5.
     """
     from flax import serialization
+
+    family = model_files.encoder_config.family
+    if family != "t5":
+        raise ValueError(
+            f"--to=t5x: t5x has no encoder of the family {family!r}, only T5; export "
+            "with --to=sentence-transformers or --to=gecko"
+        )
 
     _check_replaceable(path)
     flat = parameters.flatten_to_tensors(model_files.params)

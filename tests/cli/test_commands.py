@@ -49,6 +49,10 @@ def test_an_export_is_written_in_every_format(gecko, tiny_folder, tmp_path):
         assert status == 0
         assert "Load it with" in out
         assert (output / file).exists()
+        assert ("model = ModelMeta(" in out) == (to == "sentence-transformers")
+        if to != "t5x":
+            config = json.loads((output / "config.json").read_text())
+            assert config["matryoshka_dimensions"] == [4, 8, 16]
 
 
 @pytest.mark.parametrize(

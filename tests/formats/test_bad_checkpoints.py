@@ -106,7 +106,7 @@ BAD = [
     (_empty_weights, r"model.safetensors: not a whole safetensors file"),
     (_missing_tensor, "missing encoder/encoder_norm/scale (16,)"),
     (_other_size, "encoder/layers_2/attention/query/kernel"),
-    (_decoder_only, "model_type 'llama' has no T5"),
+    (_decoder_only, "model_type 'llama' has no encoder"),
     (_other_tokenizer, "table 64 rows"),
     (_cut_config, "config.json: not JSON"),
     (_pickle, "pytorch_model.bin: a pickle"),

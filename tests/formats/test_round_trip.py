@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import weakref
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorstore
+import tiny_encoders
 from flax import serialization
 
 import gecko_jax
@@ -46,20 +48,33 @@ KINDS = {
         "l2_epsilon": 1e-6,
     },
 }
+# Encoders of other families, small, with every switch of their family.
+GEMMA = dataclasses.replace(tiny_encoders.GEMMA, num_layers=3)
+FAMILIES = {
+    "gemma": GEMMA,
+    "t5gemma2": dataclasses.replace(
+        GEMMA, local_window=(3, 4), rope_factor=8.0, query_scale=0.5
+    ),
+    "embeddinggemma2": dataclasses.replace(tiny_encoders.EMBEDDINGGEMMA2, num_layers=3),
+    "qwen3": tiny_encoders.QWEN3,
+}
 TEXTS = ["what do geckos eat", "Most geckos eat  insects.", "long words " * 60, "é 漢"]
 
 
 def make_files(kind):
     """A plain encoder of one kind, with parameters of ordinary size."""
-    config = dual_encoder.EncoderConfig(
-        vocab_size=8_064,
-        model_dim=16,
-        num_layers=2,
-        num_heads=3,
-        head_dim=8,
-        mlp_dim=24,
-        **{"embedding_dim": 16, "projection": False, **KINDS[kind]},
-    )
+    if kind in FAMILIES:
+        config = dataclasses.replace(FAMILIES[kind], vocab_size=8_064)
+    else:
+        config = dual_encoder.EncoderConfig(
+            vocab_size=8_064,
+            model_dim=16,
+            num_layers=2,
+            num_heads=3,
+            head_dim=8,
+            mlp_dim=24,
+            **{"embedding_dim": 16, "projection": False, **KINDS[kind]},
+        )
     rng = np.random.default_rng(0)
     flat = {
         name: rng.standard_normal(leaf.shape, np.float32) / leaf.shape[0] ** 0.5
@@ -132,7 +147,7 @@ def write_hugging_face(folder, files):
         for ours, name in there.items()
     }
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
-    config = to_sentence_transformers.build_config(files.encoder_config)
+    config = to_sentence_transformers.build_config(files, 40)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "spiece.model").write_bytes(files.vocabulary_proto)
     (folder / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 64}))
@@ -321,9 +336,16 @@ def test_each_end_of_the_chain_gives_the_vectors_of_the_other_loader(kind, tmp_p
         assert np.sum(ours[:-1] * found, axis=1).min() >= 0.99999
 
 
-@pytest.mark.parametrize("form", ["gecko", "sentence-transformers", "t5x", "onnx"])
-def test_one_tensor_is_in_memory_at_a_time(form, tmp_path, monkeypatch):
-    files = make_files("gtr")
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        *((form, "gtr") for form in ("gecko", "sentence-transformers", "t5x", "onnx")),
+        ("sentence-transformers", "t5gemma2"),
+        ("sentence-transformers", "embeddinggemma2"),
+    ],
+)
+def test_one_tensor_is_in_memory_at_a_time(form, kind, tmp_path, monkeypatch):
+    files = make_files(kind)
     alive, most, num_reads = 0, 0, 0
 
     def release():
@@ -355,6 +377,55 @@ def test_one_tensor_is_in_memory_at_a_time(form, tmp_path, monkeypatch):
     save(tmp_path / "out", lazy)
     assert num_reads == len(parameters.flatten(files.params))
     assert (most, alive) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_comes_back_bit_for_bit(kind, tmp_path):
+    """As an export, with and without our settings, and through a model folder."""
+    files = make_files(kind)
+    want = bits(parameters.flatten(files.params))
+    st = tmp_path / "st"
+    to_sentence_transformers.save(st, dataclasses.replace(files, revision="first"))
+    assert read_bits(st) == want
+    for name in ("gecko.json", "vocabulary.model"):
+        (st / name).unlink()
+    assert read_bits(st, vocabulary=VOCABULARY, extra_ids=64) == want
+    vocabulary = [f"--vocabulary={VOCABULARY}", "--extra-ids=64"]
+    run("import", st, "--output", tmp_path / "gecko", *vocabulary)
+    assert read_bits(tmp_path / "gecko") == want
+    again = tmp_path / "again"
+    run("export", tmp_path / "gecko", "--to=sentence-transformers", "--output", again)
+    for name, content in read_folder_files(st).items():
+        if name.endswith(".safetensors"):
+            first, last = (safetensors.numpy.load_file(f / name) for f in (st, again))
+            assert bits(first) == bits(last)
+        elif name not in ("README.md", "config_sentence_transformers.json"):
+            assert (again / name).read_bytes() == content, name
+    config = detection.open_model(again).encoder_config
+    assert config == files.encoder_config
+    card = (again / "README.md").read_text()
+    assert f"- {config.family}\n---" in card
+    pooling = {"mean": "the mean of its hid", "last": "the hidden state of the last"}
+    assert pooling[config.pooling] in card
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            "t5x",
+            "t5x has no encoder of the family 'gemma', only T5; export with --to=s",
+        ),
+        ("onnx", r"not the family 'gemma'; export with.*optimum-cli export onnx"),
+    ],
+)
+def test_formats_of_t5_alone_refuse_other_families(form, message, tmp_path, capsys):
+    files = dataclasses.replace(make_files("gemma"), revision="x")
+    model_folder.save_model(tmp_path / "gecko", files)
+    output = f"--output={tmp_path / 'out'}"
+    assert entry.main(["export", str(tmp_path / "gecko"), output, f"--to={form}"]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_leaves_the_parameters_of_a_workdir_on_disk(workdir, tmp_path):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import random_params
 
-from gecko_jax.formats import model_folder, names, parameters, to_sentence_transformers
+from gecko_jax.formats import (
+    model_card,
+    model_folder,
+    names,
+    parameters,
+    to_sentence_transformers,
+)
 from gecko_jax.inference import embedding
 from gecko_jax.text import text_formats
 
@@ -206,6 +212,24 @@ def test_the_card_says_what_must_be_known(scaled_files, tmp_path):
         "vectors have 8 entries",
     ):
         assert fact in card, fact
+
+
+@pytest.mark.torch
+def test_the_entry_for_mteb_is_valid(scaled_files):
+    from mteb.models import model_meta
+
+    imported = {"imported": {"source": "google/t5-v1_1-base", "format": "T5X"}}
+    files = dataclasses.replace(scaled_files, provenance=imported)
+    values = {}
+    exec(model_card.mteb_meta(files, "my-lab/my-gecko"), values)
+    meta = values["model"]
+    assert isinstance(meta, model_meta.ModelMeta)
+    assert (meta.name, meta.adapted_from) == ("my-lab/my-gecko", "google/t5-v1_1-base")
+    leaves = jax.tree.leaves(files.params)
+    assert meta.n_parameters == sum(leaf.size for leaf in leaves)
+    assert meta.n_embedding_parameters == 8_064 * 16
+    assert (meta.embed_dim, meta.max_tokens) == ([16, 8, 4], 200)
+    assert meta.use_instructions
 
 
 def test_a_format_that_writes_after_the_text_is_refused(tiny_files, tmp_path):
