@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from gecko_jax.models import encoder, encoder_config, layers
+from gecko_jax.models import encoder, families, layers
 
-EncoderConfig = encoder_config.EncoderConfig
+EncoderConfig = families.EncoderConfig
 
 # T5 1.1 encoders (Shazeer 2020). `mini` is not from T5: it trains on a laptop CPU.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gecko_jax.models import encoder_config, layers, transformer
+from gecko_jax.models import families, layers, transformer
 
 
 class Spec(NamedTuple):
@@ -56,7 +56,7 @@ class Context(NamedTuple):
 
 
 def build_context(
-    config: encoder_config.EncoderConfig, segment_ids: Int[Array, "R L"]
+    config: families.EncoderConfig, segment_ids: Int[Array, "R L"]
 ) -> Context:
     """Returns masks and rotary angles of rows whose segments are contiguous."""
     index = jnp.arange(segment_ids.shape[1])
@@ -92,7 +92,7 @@ class EncoderLayer(nn.Module):
         is_local: Whether the layer is local; None if that depends on its index.
     """
 
-    config: encoder_config.EncoderConfig
+    config: families.EncoderConfig
     is_local: bool | None
 
     @nn.compact
@@ -149,7 +149,7 @@ class EncoderLayer(nn.Module):
 
         def attend(*heads: Array) -> Array:
             split = (head.reshape(*rows, *head.shape[2:]) for head in heads)
-            return join(_attend(*split, mask, config, keys[0]))
+            return join(_attend(*split, mask, config.dropout_rate, keys[0]))
 
         hidden, _ = transformer.run_layer(
             weights,
@@ -166,9 +166,7 @@ class EncoderLayer(nn.Module):
         return hidden.reshape(x.shape)
 
 
-def layer_specs(
-    config: encoder_config.EncoderConfig, is_local: bool
-) -> dict[str, Spec]:
+def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spec]:
     """Returns the parameters of a layer by their names in `transformer.run_layer`."""
     width, mlp_dim, per_layer = config.model_dim, config.mlp_dim, config.per_layer_dim
     num_heads, num_kv_heads, head_dim = config.heads(is_local)
@@ -233,7 +231,7 @@ def layer_specs(
     return specs
 
 
-def per_layer_specs(config: encoder_config.EncoderConfig) -> list[Spec]:
+def per_layer_specs(config: families.EncoderConfig) -> list[Spec]:
     """Returns the encoder's parameters of the per-layer embeddings."""
     width, total = config.model_dim, config.num_layers * config.per_layer_dim
     init, ones = nn.initializers.normal(1.0), nn.initializers.ones
@@ -284,14 +282,10 @@ def _attend(
     key: Float[Array, "R L G K"],
     value: Float[Array, "R L G K"],
     mask: Bool[Array, "R L L"],
-    config: encoder_config.EncoderConfig,
+    dropout_rate: float,
     dropout_keys: Key[Array, " R"] | None,
 ) -> Float[Array, "R L H K"]:
     """Grouped-query attention; logits and softmax are float32 in every dtype."""
-    if layers.is_fused(config, dropout_keys):
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask[:, None], scale=1.0, implementation="cudnn"
-        )
     rows, length, num_heads, width = query.shape
     grouped = query.reshape(rows, length, key.shape[2], -1, width)
     logits = jnp.einsum(
@@ -299,6 +293,6 @@ def _attend(
     )
     logits = jnp.where(mask[:, None, None], logits, layers.MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1)
-    weights = layers.dropout(weights, config.dropout_rate, dropout_keys)
+    weights = layers.dropout(weights, dropout_rate, dropout_keys)
     mixed = jnp.einsum("rghls,rsgk->rlghk", weights.astype(value.dtype), value)
     return mixed.reshape(rows, length, num_heads, width)
