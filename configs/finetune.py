@@ -18,6 +18,11 @@ Three recipes name everything but the machine, for base, large and xl (docs/reci
 `paper` (eq. 3 to the letter, GTR's numbers), `zero_shot` (the same on FRet alone) and
 `modern` (what later models changed: EmbeddingGemma's losses, a teacher, 7 negatives).
 `multilingual` makes each of them one for mT5. They start from runs/prefinetune.
+
+`local,gemma` trains a small Gemma 3 encoder on a laptop CPU. `embeddinggemma`,
+`embeddinggemma-2`, `t5gemma2-270m` and `qwen3-0.6b` (4b, 8b) fine-tune the released
+model, which `gecko import` has written to models/NAME, with the losses of `modern`
+(docs/encoders.md).
 The paper gives no hyperparameters: numbers without a source are ours.
 """
 
@@ -56,6 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     _check(arg, recipes)
     # Every key with its default, unit and source: gecko_jax/config.py.
     config = gecko_jax.config.training(arg.size)
+    width = config.model.embedding_dim
     if recipes:
         config.init.checkpoint = "runs/prefinetune"
         config.data.mixture = "gecko_finetune"
@@ -73,18 +79,34 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.model.vocab_size = 250_112  # mT5
     if arg.zero_shot:
         config.data.mixture = "gecko_fret"
-    if arg.modern:
+    is_released = config.model.family != "t5" and arg.size != "gemma"
+    if is_released:
+        config.init.checkpoint = config.data.vocabulary = f"models/{arg.size}"
+        config.data.mixture = "gecko_finetune"
+        config.model.dropout_rate = 0.0  # The released models are trained without.
+        config.model.remat = "full"
+        config.optimizer.name = "adamw"
+        config.optimizer.beta1 = 0.9
+        config.optimizer.learning_rate = 2e-5  # sentence-transformers' example
+        # EmbeddingGemma: 20 billion tokens, here at the maximum lengths.
+        config.train.num_steps = 2_400
+        config.train.microbatch_size = 512  # It affects memory only.
+        config.mesh.data = 1
+        config.mesh.fsdp = -1  # All chips.
+        config.checkpoint.every_steps = 200
+    if arg.modern or is_released:
         config.data.num_negatives = 7  # Qwen3-Embedding and others use 1 to 7.
         config.data.one_task_per_batch = True  # EmbeddingGemma
         config.data.teacher = "runs/teacher"  # Output of `gecko data teach`.
-        config.data.teacher_dim = config.model.embedding_dim
-        gecko_jax.config.set_mrl_dims(config, (128, 256, 512, 768))  # EmbeddingGemma
+        config.data.teacher_dim = width
+        gecko_jax.config.set_mrl_dims(config, (128, 256, 512, width))  # EmbeddingGemma
         config.loss.same_tower = False  # EmbeddingGemma and Gemini Embedding
         config.loss.mask_duplicates = True  # EmbeddingGemma
         config.loss.hardness = 5.0  # EmbeddingGemma
         config.loss.spread_weight = 1.0  # EmbeddingGemma's term; the weight is ours.
         config.loss.matching_weight = 10.0  # Likewise; 1 brought a bag little.
-        config.checkpoint.keep_every_steps = 2_000  # For `gecko average`.
+        # For `gecko average`.
+        config.checkpoint.keep_every_steps = 400 if is_released else 2_000
     if arg.fret:
         config.data.files = ("runs/fret/export/fret.jsonl",)
     if arg.hardware:
@@ -95,7 +117,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.mesh.fsdp = fsdp
         config.model.remat = "full"
     if arg.local:
-        width = config.model.embedding_dim
         config.update_from_flattened_dict(gecko_jax.config.LOCAL)
         gecko_jax.config.set_mrl_dims(config, (width // 4, width // 2, width))
         config.optimizer.learning_rate = 1e-4

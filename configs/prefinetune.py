@@ -12,8 +12,10 @@ on top, so that a small model from scratch sees more text in its time. `local,ta
 such a bag of width 1,024 that follows a teacher's vectors as well, the best found for
 an hour of a CPU (docs/recipes.md). The sizes want an accelerator and their own data.
 `paper`, `modern` and `multilingual` are the first stage of the recipes of finetune.py
-(docs/recipes.md), for base, large and xl. The paper gives no hyperparameters: numbers
-without a source are ours.
+(docs/recipes.md), for base, large and xl. `embeddinggemma`, `embeddinggemma-2`,
+`t5gemma2-270m` and `qwen3-0.6b` (4b, 8b) start from the released model, which `gecko
+import` has written to models/NAME, with the losses of `modern` (docs/encoders.md). The
+paper gives no hyperparameters: numbers without a source are ours.
 """
 
 import ml_collections
@@ -59,9 +61,23 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             config.data.vocabulary = "mt5.model"
             config.data.extra_ids = 0  # mT5's vocabulary includes them.
             config.model.vocab_size = 250_112  # mT5
-    if arg.modern:
+    is_released = config.model.family != "t5" and arg.size != "gemma"
+    if is_released:
+        config.init.checkpoint = config.data.vocabulary = f"models/{arg.size}"
+        config.data.mixture = "gecko_prefinetune"
+        config.model.dropout_rate = 0.0  # The released models are trained without.
+        config.model.remat = "full"
+        config.optimizer.name = "adamw"
+        config.optimizer.beta1 = 0.9
+        config.optimizer.learning_rate = 1e-4
+        # EmbeddingGemma: 314 billion tokens, here at the maximum lengths.
+        config.train.num_steps = 266_000
+        config.train.microbatch_size = 512  # It affects memory only.
+        config.mesh.data = 1
+        config.mesh.fsdp = -1  # All chips.
+    if arg.modern or is_released:
         config.data.one_task_per_batch = True  # EmbeddingGemma
-        gecko_jax.config.set_mrl_dims(config, (128, 256, 512, 768))  # EmbeddingGemma
+        gecko_jax.config.set_mrl_dims(config, (128, 256, 512, width))  # EmbeddingGemma
         config.loss.mask_duplicates = True  # EmbeddingGemma
         config.loss.spread_weight = 1.0  # EmbeddingGemma's term; the weight is ours.
     if arg.local:
