@@ -122,7 +122,8 @@ def _mine(options: argparse.Namespace) -> None:
         from gecko_jax.inference import embedding
 
         model = embedding.load(options.model)
-        build, retriever = retrieval.searched_by(model), model.revision
+        build = retrieval.searched_by(model)
+        retriever = f"{options.model}, revision {model.revision}"
     summary = mining.mine_negatives(
         options.files,
         options.output,
