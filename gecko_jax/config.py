@@ -301,10 +301,10 @@ TRAINING: dict[str, Key] = {
     "loss.kl_weight": Key(
         0.0,
         NOT_NEGATIVE,
-        "Weight of the KL divergence from the lines' `scores` (E5; BGE-M3: 1).",
+        "Weight of the KL divergence from the lines' `scores` (E5; FlagEmbedding: 1).",
     ),
     "loss.kl_temperature": Key(
-        1.0, ABOVE_ZERO, "Divides the scores; similarities keep `temperature` (BGE-M3)."
+        1.0, ABOVE_ZERO, "Divides these scores before their softmax (FlagEmbedding)."
     ),
     "optimizer.name": Key(
         "adafactor", one_of("adafactor", "adamw"), "Optimizer (GTR)."
