@@ -219,6 +219,12 @@ def _run(
             parsing.say(
                 f"{name:11}{stage['kept']:>10,} of {stage['records']:,}{reasons}"
             )
+    if counts := summary.stages.get("export"):
+        num_triples = counts["records"] - counts.get("further_positives", 0)
+        parsing.say(f"\nmoved positives: {counts['moved']:,} of {num_triples:,}")
+        for name in ("further_positives", "false_negatives"):
+            if name in counts:
+                parsing.say(f"{name.replace('_', ' ')}: {counts[name]:,}")
     parsing.say(
         f"\nThis call: {wording.counted(budget.requests, 'request')}, "
         f"{wording.counted(budget.prompt_tokens, 'token')} read, "
