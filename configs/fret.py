@@ -9,11 +9,11 @@ r"""FRet: training data from a language model, passages to triples (section 3.2)
 Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
 which runs in this process, in well under half an hour on a laptop. `local,recorded`
 replays what it answered, in seconds and with nothing to install. `relabel` is for
-`gecko fret relabel`: `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp` and
-`hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
-port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
-each. The paper gives neither prompts, model, N nor filters: numbers without a source
-are ours.
+`gecko fret relabel`: `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp`
+and `hosted` set what those servers need (`local,llama_cpp`: the small model behind one
+on port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to
+start each. The paper gives neither prompts, model, N nor filters: numbers without a
+source are ours.
 """
 
 import ml_collections

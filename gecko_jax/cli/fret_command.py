@@ -180,8 +180,8 @@ def run(options: argparse.Namespace) -> None:
     config = flags.load(options.config, options.overrides, flags.FRET)
     if config.relabel.files:
         raise ValueError(
-            f"relabel.files={config.relabel.files}: `gecko fret run` generates queries; "
-            "use `gecko fret relabel`, or leave it empty"
+            f"relabel.files={config.relabel.files}: `gecko fret run` generates its "
+            "queries; use `gecko fret relabel`, or leave it empty"
         )
     _run(options, config, options.beam)
 

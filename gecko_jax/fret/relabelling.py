@@ -48,9 +48,8 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
             "positive"
         )
     for place, record, pair in read_lines(files):
-        passages = zip(
-            pair.negatives, pair.negative_titles, pair.given_ids[1:], strict=True
-        )
+        columns = (pair.negatives, pair.negative_titles, pair.given_ids[1:])
+        passages = list(zip(*columns, strict=True))
         for position, (body, title, given) in enumerate(passages):
             source, number = place.rsplit(":", 1)
             if given is not None:
@@ -59,9 +58,10 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
             # The export of `gecko fret` has the origin of each negative.
             for name in ("source", "source_id", "licence"):
                 values = record.get(f"negative_{name}s")
-                if isinstance(values, list) and len(values) == len(pair.negatives):
-                    if isinstance(values[position], str) and values[position]:
-                        known[name] = values[position]
+                is_whole = isinstance(values, list) and len(values) == len(passages)
+                value = values[position] if is_whole else None
+                if isinstance(value, str) and value:
+                    known[name] = value
             yield _passage(known, title, body, given)
 
 
@@ -120,9 +120,7 @@ def read_pairs(
             row[records.DROPPED] = "duplicate"
             continue
         seen.add(key)
-        known = sorted(
-            numbers[one] for one in answers.of(pair) if one in numbers
-        )
+        known = sorted(numbers[one] for one in answers.of(pair) if one in numbers)
         row["task"] = pair.task_description or pair.task
         row |= {"query": query, "positive": positive[0]}
         row["negatives"] = [n for n in find(pair.negatives) if n not in known]

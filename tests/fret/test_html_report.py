@@ -6,7 +6,7 @@ import fake_llm
 import fret_runs
 import pytest
 
-from gecko_jax.fret import html_report, runs
+from gecko_jax.fret import html_report, report_facts, runs
 
 
 @pytest.fixture
@@ -37,6 +37,6 @@ def test_the_report_escapes_all_that_was_written(corpus, tmp_path):
 
 
 def test_kendall_counts_the_pairs():
-    assert html_report.kendall([1, 2, 3], [1, 2, 3]) == 1.0
-    assert html_report.kendall([1, 2, 3], [3, 2, 1]) == -1.0
-    assert html_report.kendall([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert report_facts.kendall([1, 2, 3], [1, 2, 3]) == 1.0
+    assert report_facts.kendall([1, 2, 3], [3, 2, 1]) == -1.0
+    assert report_facts.kendall([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)

@@ -35,7 +35,9 @@ def read(path):
 
 
 def records(workdir, stage):
-    rows = [row for path in sorted((workdir / stage).glob("*.jsonl")) for row in read(path)]
+    rows = [
+        row for path in sorted((workdir / stage).glob("*.jsonl")) for row in read(path)
+    ]
     return {row["id"]: row for row in rows}
 
 
@@ -242,7 +244,9 @@ def test_seeds_that_rank_or_score_too_low_are_not_judged(
             ("rank", rank > 2),
             ("cosine", cosines[row["seed"]] < least),
         ):
-            assert found[name][number].get("dropped") == (f"low_{name}" if fails else None)
+            assert found[name][number].get("dropped") == (
+                f"low_{name}" if fails else None
+            )
             dropped[name] += fails
     assert 0 < dropped["rank"] < 17
     assert 0 < dropped["cosine"] < 17
@@ -259,7 +263,9 @@ def choose(fused, position=0, **changes):
     values |= {"relevance": "log_prob", "positive": "relabelled"}
     values |= {"negative": "lowest", "min_information": 0.0}
     names = fusion.Settings.__dataclass_fields__
-    chosen = fusion.Settings(**values | {n: v for n, v in changes.items() if n in names})
+    chosen = fusion.Settings(
+        **values | {n: v for n, v in changes.items() if n in names}
+    )
     rest = {name: value for name, value in changes.items() if name not in names}
     rng = np.random.default_rng(0)
     return fusion.choose(np.array(fused), position, chosen, rng, **rest)
@@ -287,7 +293,10 @@ def test_given_negatives_above_the_own_positive_are_false():
 
 
 def test_a_negative_has_less_than_the_share_of_the_positives_similarity():
-    fused, share = [2.0, 0.4, 0.3, 0.6], {"max_negative_share": 0.95, "num_negatives": 9}
+    fused, share = (
+        [2.0, 0.4, 0.3, 0.6],
+        {"max_negative_share": 0.95, "num_negatives": 9},
+    )
     found = choose(fused, similarities=[0.8, 0.77, 0.75, None], **share)
     assert found.negatives == [2, 3]
     # A share of a negative number would allow more than the positive has.

@@ -46,7 +46,9 @@ def corpus(made, tmp_path):
 @pytest.fixture
 def fresh(made, tmp_path):
     """A copy of that run, and the bytes of its files."""
-    return fret_runs.contents(shutil.copytree(made.parent / "fresh", tmp_path / "fresh"))
+    return fret_runs.contents(
+        shutil.copytree(made.parent / "fresh", tmp_path / "fresh")
+    )
 
 
 @of_a_corpus
