@@ -150,8 +150,9 @@ def plan(options: argparse.Namespace) -> None:
     from gecko_jax.fret import measure
 
     estimate = measure.plan(config, pathlib.Path(options.workdir), options.sample)
+    kind = "line" if config.relabel.files else "passage"
     parsing.say(
-        f"{wording.counted(estimate.passages, 'passage')}; {estimate.kept:.0%} of the "
+        f"{wording.counted(estimate.passages, kind)}; {estimate.kept:.0%} of the "
         f"sample gave a query ({wording.counted(estimate.sample, 'request')} sent)\n"
     )
     header = ("", "requests", "tokens in", "tokens out", "hours")
@@ -248,9 +249,8 @@ def calibrate(options: argparse.Namespace) -> None:
     budget = runs.open_budget(config, options.max_requests, options.max_cost)
     with _sigterm_as_interrupt():
         result = measure.calibrate(config, pathlib.Path(options.workdir), budget=budget)
-    parsing.say(
-        f"{result.seeds} held-out seeds, {result.candidates:.1f} candidates each\n"
-    )
+    seeds = "lines" if config.relabel.files else "held-out seeds"
+    parsing.say(f"{result.seeds} {seeds}, {result.candidates:.1f} candidates each\n")
     for name, value in result.mrr.items():
         error = result.standard_error.get(name)
         spread = f" ± {error:.3f}" if error is not None else ""
