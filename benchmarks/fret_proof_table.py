@@ -1,4 +1,4 @@
-"""The tables of docs/fret.md, from the rows that `fret_proof.py` has made."""
+"""Tables of docs/fret.md, from the rows that `fret_proof.py` writes."""
 
 import json
 import math
@@ -9,22 +9,22 @@ from typing import Any
 
 from gecko_jax.io import wording, writing
 
-# Where the page has them; what was between these lines before is replaced.
+# Markers in the page. The text between them is replaced.
 BEGIN, END = "<!-- fret_proof: begin -->", "<!-- fret_proof: end -->"
 _JUDGES = {"retrieval": "retrieval", "QL": "QL", "RC": "RC", "RRF": "RRF of both"}
 
 
 def write(folder: pathlib.Path, path: pathlib.Path, names: Sequence[str]) -> None:
-    """Puts the tables into a page.
+    """Writes the tables into a page.
 
     Args:
-        folder: Of the rows' files.
-        path: The page.
-        names: Of the models, in order.
+        folder: Folder of the rows' files.
+        path: Page to update.
+        names: Names of the models, in order.
     """
     page = path.read_text()
     if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise SystemExit(f"{path}: has no place for them; add {BEGIN} and {END}")
+        raise SystemExit(f"{path}: no place for the tables; add {BEGIN} and {END}")
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     parts = [BEGIN, *render(folder, names), END]
@@ -120,7 +120,7 @@ def _models(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str
 
 
 def _mean(row: Mapping[str, Any]) -> float:
-    """Returns the mean over the tasks, at the largest dim."""
+    """Returns the mean over the tasks at the largest dim."""
     tasks = row["scores"]["test"].values()
     return statistics.mean(scores[max(scores, key=int)] for scores in tasks)
 
