@@ -6,13 +6,13 @@ r"""FRet: training data from a language model, passages to triples (section 3.2)
         --config.passages.files=corpus.jsonl.gz --config.llm.url=http://tpu-host:8000 \
         --config.llm.model=google/gemma-3-27b-it --max-cost=200
 
-Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
-which runs in this process, in well under half an hour on a laptop. `local,recorded`
-replays what it answered, in seconds and with nothing to install. `llama_cpp` and
-`hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
-port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
-each. The paper gives neither prompts, model, N nor filters: numbers without a source
-are ours.
+Arguments: `local` uses 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
+which runs in this process and takes less than half an hour on a laptop.
+`local,recorded` replays its recorded responses in seconds and needs no installation.
+`llama_cpp` and `hosted` select the settings of those servers (`local,llama_cpp`: the
+small model on a server at port 8080); the default is vLLM or SGLang. docs/fret.md
+explains how to start each server. The paper gives neither prompts, model, N nor
+filters: numbers without a source are ours.
 """
 
 import ml_collections
@@ -53,9 +53,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             config.llm.concurrency = 1
         else:
             config.llm.weights = "smollm2"
-        # What a model of this size can do, measured: docs/fret.md.
+        # Measured abilities of a model of this size: docs/fret.md.
         config.generate.prompt = "generate_short"
-        config.generate.shots = 0  # all five, so that they are read once
+        config.generate.shots = 0  # all five, so their prefix is computed once
         config.generate.max_tokens = 32
         config.retrieve.num_candidates = 10
         config.likelihood.generic_passage = "This is a short text."
