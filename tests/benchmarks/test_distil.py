@@ -151,7 +151,7 @@ def test_a_turn_puts_the_dimensions_of_pairs_first():
     assert share[:2].min() > 0.9
 
 
-def test_training_brings_the_student_to_the_teacher(tmp_path):
+def test_training_reduces_the_distance_to_the_teacher(tmp_path):
     import distil_training
 
     random = np.random.default_rng(0)
@@ -208,7 +208,7 @@ def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
     assert np.abs(trained[2:30] - begin[2:30] * scale).max() > 1e-5
 
 
-def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     import distil_training
 
     random, trainer = _trainer()

@@ -89,7 +89,7 @@ def test_judges_rank_judged_queries_and_ask_once(tmp_path):
     assert all(0 <= value <= 1 for value in found["ndcg"].values())
 
 
-def test_the_tables_say_mean_and_spread(made, tmp_path):
+def test_the_tables_show_mean_and_spread(made, tmp_path):
     _, facts = made
     rows = tmp_path / "rows"
     rows.mkdir()

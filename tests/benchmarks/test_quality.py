@@ -57,9 +57,7 @@ def _options(tmp_path, data="quickstart"):
     )
 
 
-def test_every_row_is_a_config_that_holds_and_none_is_another(
-    benchmarks, data_folder, tmp_path
-):
+def test_every_row_is_a_valid_and_distinct_config(benchmarks, data_folder, tmp_path):
     import quality_data
     import quality_makers
     import quality_rows
@@ -122,7 +120,7 @@ def test_rows_that_differ_in_the_second_stage_share_the_first(benchmarks, tmp_pa
     assert firsts["base"] == firsts["negatives-3"] != firsts["no-format"]
 
 
-def test_classes_are_clear_of_what_is_judged(benchmarks, data_folder):
+def test_classes_exclude_judged_texts(benchmarks, data_folder):
     import quality_data
 
     data = quality_data.find(str(data_folder), split="dev")
@@ -229,7 +227,7 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
         ({"src": "git-man/git.1.gz"}, ("GPL-2.0-only", "GPL-2.0-only does not let it")),
     ],
 )
-def test_only_text_whose_licence_lets_it_trains_what_comes_along(
+def test_only_text_with_a_permissive_licence_trains_the_bundled_model(
     benchmarks, row, judged
 ):
     import text_licences

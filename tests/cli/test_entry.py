@@ -204,7 +204,7 @@ __main__.run()
     assert process.stderr.strip() == "gecko: interrupted"
 
 
-def test_an_interrupted_process_does_not_wait_for_threads_to_crash():
+def test_an_interrupted_process_skips_exit_handlers():
     process = _run_process("atexit.register(os.abort); raise KeyboardInterrupt")
     assert process.returncode == 130
 

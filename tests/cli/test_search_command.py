@@ -75,7 +75,7 @@ def test_search_reads_files_and_folders_and_caches_their_index(
     assert "Embedding" in err
 
 
-def test_search_wants_an_index_or_texts(gecko, tiny_folder, index_folder):
+def test_search_needs_an_index_or_texts(gecko, tiny_folder, index_folder):
     for extra in ((), (f"--index={index_folder}", "--texts", "x.txt")):
         status, out, err = gecko("search", f"--model={tiny_folder}", *extra, "query")
         assert (status, out) == (1, "")

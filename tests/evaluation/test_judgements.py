@@ -161,7 +161,7 @@ def test_the_callback_of_training_refuses_such_a_set_at_the_start(tmp_path):
         evaluation.build_callback(ml_collections.ConfigDict(values), tmp_path)
 
 
-def test_bm25_without_a_hit_says_so(tiny_gecko, tmp_path):
+def test_bm25_reports_a_search_without_a_hit(tiny_gecko, tmp_path):
     found = _set({"q1": {"1": 1}}, {"q1": "zebra"})
     results = evaluation.evaluate(tiny_gecko, [_write(tmp_path / "none", found)])
     (row,) = results.find(tables.BM25)

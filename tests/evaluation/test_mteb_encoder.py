@@ -146,7 +146,7 @@ def test_equal_vectors_have_equal_cosines(encoder):
     assert single == pytest.approx(cosines[0, 0], abs=1e-5)
 
 
-def test_vectors_are_cut_and_cosines_are_cosines(tiny_gecko, tmp_path):
+def test_vectors_are_truncated_and_similarities_are_cosines(tiny_gecko, tmp_path):
     vectors = vector_store.Store(tmp_path, tiny_gecko, max_gib=1)
     small, large = (
         mteb_encoder.Encoder(

@@ -46,7 +46,7 @@ def test_vectors_equal_those_of_the_model_and_are_encoded_once(
         {"side": "passage", "task": None, "titles": ["a title"] * len(TEXTS)},
     ],
 )
-def test_what_changes_the_vector_changes_the_key(store, tiny_gecko, change):
+def test_settings_that_change_the_vector_change_the_key(store, tiny_gecko, change):
     store.encode(TEXTS, **SIDE)
     settings = SIDE | change
     found = store.encode(TEXTS, **settings)

@@ -143,7 +143,7 @@ def test_ties_rank_as_in_trec_eval():
         assert found == pytest.approx(expected["ndcg_cut_10"], abs=1e-12)
 
 
-def test_distinct_rows_of_any_dtype():
+def test_duplicate_rows_are_removed_for_any_dtype():
     rows = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [5, 6]])
     for dtype in (np.float32, np.int8, np.uint8):
         first, number_of = ranking.distinct_rows(rows.astype(dtype))

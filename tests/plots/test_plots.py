@@ -114,7 +114,7 @@ def test_labels_keep_their_distance_and_order():
     ("lines", "side"),
     [([], 1), ([0.35], -1), ([0.25], 1), ([0.35, 0.25], 1), ([0.45, 0.15], 1)],
 )
-def test_a_label_is_put_where_no_line_is(lines, side):
+def test_a_label_is_placed_away_from_lines(lines, side):
     assert quality._clear_side(0.3, lines, 0.1) == side
 
 

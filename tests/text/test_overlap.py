@@ -27,7 +27,7 @@ def known(*texts, name="set", side="query"):
         (LONG.upper().replace(" ", ", "), LONG),
     ],
 )
-def test_a_run_of_thirteen_words_is_known(text, shared):
+def test_a_run_of_thirteen_words_is_detected(text, shared):
     found = known("another text", LONG).find(text)
     assert [match.shared for match in found] == ([shared] if shared else [])
     assert known(LONG).holds(text) == bool(shared)
@@ -57,7 +57,7 @@ def test_every_set_is_named_once_and_the_best_match_first():
     assert [match.set for match in found.find(LONG)] == ["a", "d", "b"]
 
 
-def test_without_sets_or_words_nothing_is_known():
+def test_without_sets_or_words_nothing_is_detected():
     assert not overlap.Contamination().holds(LONG)
     assert not known("?!", "").holds("?!")
     assert not known(LONG).holds("")
@@ -87,7 +87,7 @@ def test_forms_of_a_character_are_one():
     assert overlap.content_hash("?") != overlap.content_hash("!")
 
 
-def test_sets_are_read_and_told_apart(tmp_path):
+def test_sets_are_read_and_distinguished(tmp_path):
     for folder, word in (("dev", "one"), ("test", "two"), ("more/test", "three")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "sts.tsv").write_text(f"{word}\tand {word}\t1\na\tb\t2\n")
@@ -117,8 +117,8 @@ def test_sets_are_read_and_told_apart(tmp_path):
     strategies.lists(strategies.sampled_from("abcd"), max_size=40),
 )
 @hypothesis.settings(deadline=None)
-def test_it_is_what_the_rule_says(text, other):
-    """The rule, written out with joined words instead of hashes."""
+def test_matches_equal_those_of_the_rule_with_joined_words(text, other):
+    """The reference applies the rule to joined words instead of hashes."""
     length = min(len(text), overlap.COMMON_WORDS)
     written = f" {' '.join(other)} "
     runs = [text[n : n + length] for n in range(len(text) - length + 1)]

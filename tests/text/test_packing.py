@@ -24,7 +24,7 @@ def test_every_text_has_one_place_and_fits(longest):
     assert widths == sorted(widths, reverse=True)
 
 
-def test_rows_of_one_width_hold_no_more_texts_than_asked_for():
+def test_rows_of_one_width_hold_at_most_the_requested_number_of_texts():
     lengths = [30, 1, 1, 2, 17, 32]
     rows = packing.pack(lengths, width=32, max_texts=2)
     assert [row.positions for row in rows] == [[5], [0, 3], [4, 1], [2]]

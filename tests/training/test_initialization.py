@@ -51,7 +51,7 @@ def hf(tmp_path):
     return copy
 
 
-def test_nothing_named_is_no_start():
+def test_no_checkpoint_is_no_start():
     assert initialization.load_start(build("")) is None
     assert initialization.text_format(None, "gecko") == text_formats.TextFormat()
 

@@ -159,7 +159,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     )
 
 
-def test_a_resumed_run_writes_the_metrics_of_one_left_alone(
+def test_a_resumed_run_writes_the_metrics_of_an_uninterrupted_run(
     cache, tmp_path, monkeypatch
 ):
     """Whichever step inside of a logging window it is killed at."""
@@ -304,7 +304,7 @@ def test_scanned_layers_train_the_same(cache, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_aligned_dims_are_better_when_cut(cache, tmp_path, monkeypatch):
+def test_aligned_dims_are_better_when_truncated(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     accuracy = []
     for steps in (0, 8):
@@ -322,7 +322,7 @@ def test_aligned_dims_are_better_when_cut(cache, tmp_path, monkeypatch):
     assert aligned_4 < plain_4
 
 
-def test_weighed_tokens_count_by_their_weight(cache):
+def test_weighted_tokens_count_by_their_weight(cache):
     config = build(cache, init__token_weights="idf")
     batches = loop.build_batches(config, text_format=text_formats.TextFormat())
     weights = batches.idf_weights(config.model.vocab_size)
@@ -335,7 +335,7 @@ def test_weighed_tokens_count_by_their_weight(cache):
 
 
 @pytest.mark.parametrize(("part", "masked"), [("query", True), ("positive", False)])
-def test_a_task_without_any_negative_is_told(tmp_path, caplog, part, masked):
+def test_a_task_without_any_negative_is_reported(tmp_path, caplog, part, masked):
     fields = ("query", "positive")
     records = [
         {"task": "one"}
