@@ -104,9 +104,10 @@ pretrained: $(VENV)/.test ## make the bundled model again: about two hours
 	$(BIN)/python benchmarks/pretrained.py $(MADE)/model --text=$(MADE)/text \
 		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini
 
-# Tests of one file share what they have compiled, and so one process.
+# The tests of a file share compiled functions, so one process runs them. The longest
+# files run first: tests/conftest.py sorts them, and xdist must keep this order.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: $(VENV)/.test ## the fast tests, about seven minutes on 2 cores

@@ -159,19 +159,27 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        # In the middle of a logging window, and at the start of the next one.
+        (3, 5),
+        pytest.param((2, 3, 4, 5, 6), marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_writes_the_metrics_of_an_uninterrupted_run(
-    cache, tmp_path, monkeypatch
+    cache, tmp_path, monkeypatch, steps
 ):
-    """Whichever step inside of a logging window it is killed at."""
     use_one_device(monkeypatch)
     config = build(
         cache,
+        data__packing=len(steps) > 2,  # Without packing, only one shape compiles.
         evaluation__every_steps=1,
         train__log_every_steps=4,
         checkpoint__every_steps=1,
     )
     loop.train(config, tmp_path / "whole", lambda params, step: {})
-    for step in (2, 3, 4, 5, 6):
+    for step in steps:
         with pytest.raises(Killed):
             loop.train(config, tmp_path / "killed", kill_at(step))
         assert checkpoints.latest_step(tmp_path / "killed") == step - 1
@@ -201,7 +209,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(
     cache, tmp_path, monkeypatch
 ):
     use_one_device(monkeypatch)
-    config = build(cache, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
+    config = build(
+        cache,
+        data__packing=False,
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=0.0,
+    )
     with pytest.raises(FloatingPointError, match=r"step \d: loss .*not applied"):
         loop.train(config, tmp_path)
     step = checkpoints.latest_step(tmp_path)
@@ -348,6 +361,7 @@ def test_a_task_without_any_negative_is_reported(tmp_path, caplog, part, masked)
     config = build(
         tmp_path,
         data__num_negatives=0,
+        data__packing=False,
         train__num_steps=2,
         loss__mask_duplicates=masked,
     )
