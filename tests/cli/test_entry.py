@@ -1,4 +1,4 @@
-"""The command line: help with examples, and errors that say what to do."""
+"""The command line: help with examples, and errors with a remedy."""
 
 import logging
 import os
@@ -166,7 +166,7 @@ def _run_process(body):
 
 
 def test_ctrl_c_in_a_callback_still_interrupts():
-    # JAX registers such a callback; it runs at each garbage collection.
+    # JAX registers such a callback, which runs at each garbage collection.
     process = _run_process(
         """
         def lose(phase, info):

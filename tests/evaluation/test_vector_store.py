@@ -25,7 +25,7 @@ def test_vectors_equal_those_of_the_model_and_are_encoded_once(
     expected = tiny_gecko.encode(TEXTS, **SIDE)
     np.testing.assert_allclose(store.encode(TEXTS, **SIDE), expected, atol=1e-6)
     assert store.num_encoded == len(TEXTS)
-    # In another order, more than once, and with one that is new.
+    # In another order, with repeated texts and one new text.
     mixed = [TEXTS[3], "new", TEXTS[3], *TEXTS[::-1]]
     found = store.encode(mixed, **SIDE)
     assert store.num_encoded == len(TEXTS) + 1

@@ -22,7 +22,7 @@ def _run(folder, name, with_scores=True, dims=(64, 256)):
             if with_scores and step % 10 == 0:
                 scores = {f"evaluation/ndcg_at_10/{dim}": step / 100 for dim in dims}
                 file.write(json.dumps({"step": step, **scores}) + "\n")
-        file.write('{"step": 40, "lo')  # As a kill leaves it.
+        file.write('{"step": 40, "lo')  # A line that a killed process did not finish.
     return path
 
 

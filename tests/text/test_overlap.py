@@ -1,4 +1,4 @@
-"""Texts of evaluation sets are known again: the same, or by a run of words."""
+"""Texts of evaluation sets are detected: equal texts, and common runs of words."""
 
 import hypothesis
 import pytest
@@ -52,7 +52,7 @@ def test_every_set_is_named_once_and_the_best_match_first():
     assert (same.set, same.is_same, same.id) == ("a", True, "q0")
     assert (run.set, run.side, run.is_same) == ("b", "passage", False)
     assert run.shared in " ".join(WORDS[5:30])
-    # A set that is added later is found as well.
+    # A set that is added later is detected, too.
     found.add("d", "text", [("1", LONG)])
     assert [match.set for match in found.find(LONG)] == ["a", "d", "b"]
 
@@ -63,7 +63,7 @@ def test_without_sets_or_words_nothing_is_detected():
     assert not known(LONG).holds("")
 
 
-# Characters that make 13 words: one each, two (kana) or three.
+# Characters that count as 13 words: one, two (kana) or three per word.
 @pytest.mark.parametrize(
     ("text", "length"),
     [
@@ -76,7 +76,7 @@ def test_a_run_has_as_many_characters_as_make_thirteen_words(text, length):
     assert known(text).holds(f"x {text[2 : length + 2]} x")
     assert known(text).holds(f"{text[-1]}{text[2 : length + 2]}{text[0]}")
     assert not known(text).holds(f"x {text[2 : length + 1]} x")
-    # A short text counts whole, from 6 words on.
+    # A short text of at least 6 words counts as a whole.
     assert known(text[: length // 2]).holds(f"{text[-1]}{text[: length // 2]}{text[0]}")
     assert not known(text[: length // 3]).holds(f"{text[-1]}{text[: length // 3]}")
 

@@ -1,4 +1,4 @@
-"""The encoding format: what the encoder reads."""
+"""The text format: the input of the encoder."""
 
 import unicodedata
 

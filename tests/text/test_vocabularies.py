@@ -1,4 +1,4 @@
-"""The vocabulary gives seqio's ids, keeps EOS when it trims, names what is wrong."""
+"""The vocabulary has seqio's ids, keeps EOS when it truncates, and reports errors."""
 
 import pathlib
 import pickle
@@ -115,7 +115,7 @@ def test_training_is_repeatable(small_file, tmp_path):
 
 
 def test_training_leaves_the_main_thread_to_ctrl_c(small_file, tmp_path, monkeypatch):
-    """C++ would keep it, and with it every signal, until it returns."""
+    """In the main thread, C++ would block all signals until training ends."""
     threads = []
 
     def train(**arguments):

@@ -1,4 +1,4 @@
-"""Without TensorFlow and seqio: what needs no tokenizing of training data works."""
+"""Without TensorFlow and seqio, everything but tokenizing training data works."""
 
 import json
 import os

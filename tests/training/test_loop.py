@@ -1,4 +1,4 @@
-"""Training: exact resume, refusals, the same numbers on any mesh."""
+"""The training loop: exact resume, errors, and the same numbers on any mesh."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def metrics_of(workdir):
 
 
 def use_one_device(patch):
-    """A mesh of one device of the eight: what a laptop has, and quick to compile."""
+    """Uses a mesh of one of the eight devices, as on a laptop; it compiles faster."""
     mesh = jax.make_mesh(
         (1, 1, 1),
         sharding.MESH_AXES,
@@ -109,7 +109,7 @@ def kill_at(step):
 
 
 def tell_at(step):
-    """SIGTERM arrives while step `step` is evaluated."""
+    """Returns an evaluation that sends SIGTERM at step `step`."""
     evaluate = kill_at(-1)
 
     def tell(params, now):
@@ -125,13 +125,13 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     config = build(cache, evaluation__every_steps=1)
     loop.train(config, tmp_path / "whole", kill_at(-1))
-    # Before the first checkpoint too.
+    # The first kill comes before the first checkpoint.
     for step, saved in ((1, None), (3, 2)):
         with pytest.raises(Killed):
             loop.train(config, tmp_path / "killed", kill_at(step))
         assert checkpoints.latest_step(tmp_path / "killed") == saved
     loop.train(config, tmp_path / "killed", kill_at(-1))
-    # The evaluation of the step that SIGTERM ends comes later, of the last one as well.
+    # SIGTERM defers the evaluation of its step, even after the last step.
     for step in (2, 5):
         stopped = f"after step {step + 1} of 6: saved in"
         with pytest.raises(interruption.Interrupted, match=stopped):
@@ -145,7 +145,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
         for name in whole:
             np.testing.assert_array_equal(whole[name], params[name], err_msg=name)
         assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / other)
-    # A finished run stays as it is.
+    # A finished run does not change.
     assert loop.train(config, tmp_path / "whole") == {}
 
     other = build(cache, loss__temperature=0.5)
@@ -274,7 +274,7 @@ def test_microbatches_train_the_same_and_a_trace_is_written(
     use_one_device(monkeypatch)
     monkeypatch.setattr(loop, "_STEPS_BEFORE_PROFILE", 1)
     config = build(cache, train__num_steps=2, train__microbatch_size=4)
-    # The trace is cut short by the end of the run.
+    # The run ends before the profile does.
     last = loop.train(config, tmp_path, profile_steps=9)
     expected, params = single_device
     assert last["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -285,7 +285,7 @@ def test_microbatches_train_the_same_and_a_trace_is_written(
 
 @pytest.fixture(scope="module")
 def single_device(cache, tmp_path_factory):
-    """Two steps on one device of the eight."""
+    """Metrics and parameters of two steps on one of the eight devices."""
     folder = tmp_path_factory.mktemp("single")
     with pytest.MonkeyPatch.context() as patch:
         use_one_device(patch)
@@ -341,7 +341,7 @@ def test_weighted_tokens_count_by_their_weight(cache):
     weights = batches.idf_weights(config.model.vocab_size)
     assert weights.min() >= 0.05
     assert weights.max() == 1.0
-    # "list" is in every text, and so is the end of a text.
+    # "list" and the end token are in every text.
     (common, end) = batches.vocabulary.encode(["list"])[0][-2:]
     assert weights[common] < 0.2
     assert weights[end] == pytest.approx(0.05)
@@ -369,5 +369,5 @@ def test_a_task_without_any_negative_is_reported(tmp_path, caplog, part, masked)
         last = loop.train(config, tmp_path / "run")
     assert (abs(last["loss"]) < 1e-5) == masked
     told = [r.getMessage() for r in caplog.records if "Task one: " in r.getMessage()]
-    assert len(told) == 1  # not at every step
+    assert len(told) == 1  # once, not at every step
     assert "none of its first 16 examples has a negative" in told[0]
