@@ -120,7 +120,7 @@ def end_well(act, what, errors=(ValueError,), seconds=5.0):
 
 
 def mutate_array(content, rng):
-    """Returns an .npy file with another shape or dtype in the header, or other bytes."""
+    """Returns an .npy file with another shape or dtype, or with other bytes."""
     if rng.random() < 0.4:
         return mutate_bytes(content, rng)
     header = {

@@ -140,7 +140,7 @@ def test_mteb_gives_the_scores_of_gecko_evaluate(run, tiny_gecko, folder):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """Writes sets whose scores agree only with mteb's rules for ids, ties and grades."""
+    """Writes sets that score alike only with mteb's rules for ids, ties and grades."""
     folder = tmp_path_factory.mktemp("odd")
     passages = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
     # Passages with a query's id: a judged one, one with the query's text, and another.
