@@ -110,7 +110,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, about seven minutes on 2 cores
+test: $(VENV)/.test ## the fast tests
 	$(PYTEST)
 
 .PHONY: test-slow
