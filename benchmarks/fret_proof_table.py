@@ -62,7 +62,7 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
             f"Models, nDCG@10 on the judged queries of `{data}`; "
             f"{wording.counted(first, 'step')} of the initial retriever, then "
             f"{second} of each row, batches of {batch}; "
-            "mean ± standard deviation over the seeds, and beside it the gain over "
+            "mean ± standard deviation over the seeds, and the gain over "
             f"`{names[1]}` of the same seed:",
             "",
             *_models(rows, names),
@@ -79,7 +79,7 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
     ]
     head.append("mean of these")
     lines = [
-        "Judges, by whose order the same candidates are ranked; ± standard error:",
+        "Scores when each judge ranks the same candidates; ± is the standard error:",
         "",
         f"| | {' | '.join(head)} |",
         "|---" * (len(head) + 1) + "|",
@@ -97,7 +97,7 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
         error = math.hypot(*errors) / len(errors) if judged else None
         cells.append(_value(mean, error))
         lines.append(f"| {about} | {' | '.join(cells)} |")
-    return [*lines, "", f"Chance gives the MRR {seeds['mrr']['chance']:.3f}.", ""]
+    return [*lines, "", f"A random order has the MRR {seeds['mrr']['chance']:.3f}.", ""]
 
 
 def _models(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
@@ -114,8 +114,8 @@ def _models(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str
             if (names[1], seed) in scores
         ]
         gain = _spread(gains, "+.3f") if gains and name != names[1] else ""
-        told = ", ".join(map(str, seeds))
-        lines.append(f"| {name} | {_spread(values)} | {gain} | {told} |")
+        shown = ", ".join(map(str, seeds))
+        lines.append(f"| {name} | {_spread(values)} | {gain} | {shown} |")
     return lines
 
 
