@@ -1,18 +1,18 @@
-# Everything starts here; `make help` lists what there is. Each target sets up
-# what it needs in .venv, once, and again only when setup.py changes.
+# `make help` lists the targets. Each target installs what it needs into .venv, once,
+# and again when setup.py changes.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 GECKO := $(BIN)/gecko
 CORPUS := gecko_jax/quickstart
 
-# The first Python that is a right version and really runs: a name on the PATH
-# may be a shim for a version that is not installed.
+# The first Python of a supported version that runs: a name on the PATH may be a shim
+# for a version that is not installed.
 RUNS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 	if $$python -c '$(RUNS)' >/dev/null 2>&1; then echo $$python; break; fi; done)
 
-# An environment that is there keeps its Python: say so rather than ignore PYTHON.
+# An existing environment keeps its Python: refuse another PYTHON.
 MADE_WITH := $(shell cat $(VENV)/.python 2>/dev/null)
 ifneq ($(filter command environment,$(origin PYTHON)),)
 ifneq ($(MADE_WITH),)
@@ -26,7 +26,7 @@ endif
 .DELETE_ON_ERROR:
 
 .PHONY: help
-help: ## this list
+help: ## list the targets
 	@echo "gecko_jax: Gecko text embeddings in JAX. Targets:"
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
 		awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -64,22 +64,22 @@ demo: $(VENV)/.core ## generate data (FRet), fine-tune mini, evaluate, search
 	$(GECKO) index demo/mini/embeddings --output=demo/mini/index
 	$(GECKO) search --model=demo/finetune$(TAG) --index=demo/index$(TAG) $(SEARCHES)
 	@echo
-	@echo "The same, answered by mini, the bundled model:"
+	@echo "The same searches with mini, the bundled model:"
 	$(GECKO) search --model=mini --index=demo/mini/index $(SEARCHES)
 	@echo
-	@echo "All of it lies in demo/:"
-	@echo "  fret          what a language model made of raw passages: report.html"
+	@echo "The results are in demo/:"
+	@echo "  fret          data that a language model generated from passages: report.html"
 	@echo "  finetune$(TAG)      the model: gecko_jax.load(\"demo/finetune$(TAG)\");"
 	@echo "                training.png shows the loss"
-	@echo "  evaluation$(TAG)    quality at every dimension, next to mini, the bundled model,"
-	@echo "                and BM25: table.txt, quality.png"
+	@echo "  evaluation$(TAG)    quality at each dimension, compared with mini, the bundled"
+	@echo "                model, and BM25: table.txt, quality.png"
 	@echo "  index$(TAG)         the index: $(GECKO) search --model=demo/finetune$(TAG)" \
 		"--index=demo/index$(TAG)"
 
-# The bundled model: a table of token vectors, distilled from a sentence encoder.
-# TEACHER is a folder of all-MiniLM-L6-v2, T5_VOCABULARY T5's SentencePiece model. DATA=DIR
-# adds the permissive pairs of a data folder, and JUDGED names files of sentence pairs that
-# no text may share. A second run continues where the first stopped.
+# The bundled model is a table of token vectors that is distilled from a sentence encoder.
+# TEACHER is the folder of all-MiniLM-L6-v2, and T5_VOCABULARY is T5's SentencePiece model.
+# DATA=DIR adds the pairs of a data folder that have permissive licences. JUDGED names
+# files of sentence pairs, whose texts are excluded. A second run resumes the first.
 MADE := runs/pretrained
 TEACHER :=
 T5_VOCABULARY :=
@@ -88,7 +88,7 @@ JUDGED :=
 DISTIL :=
 
 .PHONY: pretrained
-pretrained: $(VENV)/.test ## make the bundled model anew: about two hours
+pretrained: $(VENV)/.test ## make the bundled model again: about two hours
 	@test -n "$(TEACHER)" -a -n "$(T5_VOCABULARY)" || { \
 		echo "name the teacher and the vocabulary: make pretrained TEACHER=DIR" \
 		"T5_VOCABULARY=FILE" >&2; exit 1; }
@@ -104,43 +104,44 @@ pretrained: $(VENV)/.test ## make the bundled model anew: about two hours
 	$(BIN)/python benchmarks/pretrained.py $(MADE)/model --text=$(MADE)/text \
 		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini
 
-# Tests of one file share what they have compiled, and so one process.
+# The tests of a file share compiled functions, so one process runs them. The longest
+# files run first: tests/conftest.py sorts them, and xdist must keep this order.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
-test: $(VENV)/.test ## the fast tests, about seven minutes on 2 cores
+test: $(VENV)/.test ## the fast tests
 	$(PYTEST)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.test ## the fast tests and the slow ones
 	$(PYTEST) -m "not gpu and not tpu and not torch and not network and not beam and not t5x"
 
-# A CPU build is enough: make test-torch TORCH=torch==2.13.0, or any that is there.
+# A CPU build is enough: make test-torch TORCH=torch==2.13.0, or any installed version.
 TORCH ?= torch
 
 .PHONY: test-torch
-test-torch: $(VENV)/.torch ## the tests against PyTorch libraries, and inside mteb
+test-torch: $(VENV)/.torch ## comparisons with PyTorch libraries, and runs inside mteb
 	$(PYTEST) -m "torch and not slow"
 
 .PHONY: check
-check: $(VENV)/.dev ## formatting, lint, types and the fast tests: what must pass
+check: $(VENV)/.dev ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST)
 
 .PHONY: format
-format: $(VENV)/.dev ## format the code and mend what lint can mend
+format: $(VENV)/.dev ## format the code and apply the fixes of the linter
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 .PHONY: test-beam
-test-beam: ## the tests on Apache Beam, in .venv-beam with an older protobuf
+test-beam: ## the tests of Apache Beam, in .venv-beam with an older protobuf
 	$(MAKE) VENV=.venv-beam .venv-beam/.beam
 	.venv-beam/bin/python -m pytest -q -m beam
 
-# t5x comes from git. Where git reaches no repository, name local checkouts:
+# t5x is installed from git. Without access to its repositories, name local checkouts:
 # make test-t5x T5X=/src/t5x AIRIO=/src/airio JESTIMATOR=/src/jestimator
 T5X ?= $(call from_git,t5x)
 AIRIO ?= $(call from_git,airio)
@@ -148,11 +149,11 @@ JESTIMATOR ?= $(call from_git,jestimator)
 from_git = $(shell sed -n 's/^$(1) @ //p' requirements-t5x.txt)
 
 .PHONY: test-t5x
-test-t5x: ## the tests through t5x itself, in .venv-t5x: it comes from git
+test-t5x: ## the tests with t5x, in .venv-t5x; installs t5x from git
 	$(MAKE) VENV=.venv-t5x .venv-t5x/.t5x
 	.venv-t5x/bin/python -m pytest -q -m t5x
 
-# One stamp for each level of set-up, touched only when pip has finished.
+# One stamp for each set of extras. It is touched only after pip succeeds.
 $(VENV)/.core: setup.py | $(VENV)/.python
 	$(call install,.)
 
@@ -171,19 +172,19 @@ $(VENV)/.torch: setup.py | $(VENV)/.python
 	$(call install,$(TORCH_EXTRAS))
 	@touch $(VENV)/.core $(VENV)/.test
 
-# sentencepiece 0.2.3 needs the newer protobuf, and does not say so.
+# sentencepiece 0.2.3 needs the newer protobuf, but does not declare it.
 $(VENV)/.beam: setup.py | $(VENV)/.python
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test,beam]" \
 		"sentencepiece<0.2.3"
 	@touch $@
 
-# Without requirements: airio pins a grain that is older than ours.
+# --no-deps, because airio pins an older grain than this package needs.
 $(VENV)/.t5x: setup.py requirements-t5x.txt | $(VENV)/.python
 	$(call install,$(T5X_EXTRAS))
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
 		$(T5X) $(AIRIO) $(JESTIMATOR) || { \
-		echo "t5x comes from git, which failed for one of $(T5X) $(AIRIO)" \
-		"$(JESTIMATOR): check the network, or name local checkouts:" \
+		echo "pip could not install one of $(T5X) $(AIRIO) $(JESTIMATOR)" \
+		"from git: check the network, or name local checkouts:" \
 		"make test-t5x T5X=/src/t5x AIRIO=/src/airio JESTIMATOR=/src/jestimator" \
 		>&2; exit 1; }
 	@touch $@
@@ -191,18 +192,18 @@ $(VENV)/.t5x: setup.py requirements-t5x.txt | $(VENV)/.python
 T5X_EXTRAS := .[test,t5x]
 
 define install
-@echo "Setting up $(VENV) with gecko-jax$(1:.%=%): about 3.5 GB, some minutes, once"
+@echo "Installing gecko-jax$(1:.%=%) into $(VENV), once: 3.5 GB, a few minutes"
 $(BIN)/python -m pip install --disable-pip-version-check -e "$(1)"
 @touch $@
 endef
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { \
-		echo "gecko_jax needs Python 3.11 or 3.12 with its venv module, and found" \
-		"none that runs. Install one (on Debian: apt-get install python3-venv), or" \
-		"name it: make test PYTHON=/path/to/python3.11" >&2; exit 1; }
+		echo "No Python 3.11 or 3.12 with the venv module found. Install one (on" \
+		"Debian: apt-get install python3-venv), or name it:" \
+		"make test PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c '$(RUNS)' >/dev/null 2>&1 || { \
-		echo "PYTHON=$(PYTHON) is not a Python 3.11 or 3.12 that runs and has venv" \
-		>&2; exit 1; }
+		echo "PYTHON=$(PYTHON): not a working Python 3.11 or 3.12 with venv;" \
+		"name another" >&2; exit 1; }
 	"$(PYTHON)" -m venv --clear $(VENV)
 	@echo "$(PYTHON)" > $@

@@ -1,15 +1,16 @@
-"""Proves and measures everything on an accelerator, most valuable first.
+"""Runs the benchmarks and comparisons for an accelerator, most important first.
 
     python benchmarks/accelerator.py --output=DIR            at most nine minutes
-    python benchmarks/accelerator.py --output=DIR --tiny     rehearses it on a CPU
+    python benchmarks/accelerator.py --output=DIR --tiny     tiny sizes, on a CPU
 
-Each stage is a benchmark in a process of its own with a time limit. What it prints as
-JSON goes to DIR/results.jsonl at once, with the stage's name, and what else it says to
-DIR/log.txt, so that a run that is cut off keeps what it found. Stages that are finished
-in results.jsonl are not run again: copy the file to DIR to go on. `--only` runs some.
+Each stage is a benchmark in a separate process with a time limit. The JSON lines that
+it prints are appended to DIR/results.jsonl at once, with the name of the stage, and all
+other output to DIR/log.txt, so an interrupted run keeps its results. Stages that
+results.jsonl marks as finished are not run again: copy the file to DIR to continue.
+`--only` selects stages.
 
-The packages that it needs beside JAX, PyTorch and sentence-transformers are fetched by
-accelerator.sh; TensorFlow and seqio are not among them.
+accelerator.sh installs the packages needed in addition to JAX, PyTorch and
+sentence-transformers. TensorFlow and seqio are not needed.
 """
 
 import argparse
@@ -25,14 +26,14 @@ from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).parent
 LIMIT = 540  # seconds, for all stages
-KERNELS = 40  # rows of a trace that are kept as results
+KERNELS = 40  # kernels of a trace that are kept as results
 GECKO, SBERT = "--only=gecko", "--only=sbert"
 BASE = ["--batch=256", "--steps=8", "--microbatch=64"]
 XL = ["--size=xl", "--batch=128", "--steps=3", "--microbatch=32"]
 TINY = ("--size=mini", "--batch=4", "--steps=1", "--microbatch=2")
 
-# XLA times dozens of kernels for each product of matrices, minutes for one step. These
-# flags leave the choice to the libraries; what that costs in speed is not measured.
+# XLA times dozens of kernels for each matrix product, which takes minutes for one step.
+# With these flags the libraries choose. Their effect on speed is not measured.
 FLAGS = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
 
 
@@ -40,10 +41,10 @@ class Stage(NamedTuple):
     """One benchmark.
 
     Attributes:
-        name: Unique; what results are filed under.
-        seconds: The most it may take.
+        name: Unique name, which is stored with the results.
+        seconds: Time limit.
         command: Script and arguments.
-        tiny: Arguments that the rehearsal adds; they override earlier ones.
+        tiny: Arguments that `--tiny` adds; they override earlier ones.
     """
 
     name: str
@@ -58,7 +59,7 @@ def step(name: str, seconds: int, *arguments: str) -> Stage:
 
 
 def stages(output: pathlib.Path) -> list[Stage]:
-    """Returns the stages in the order of what they are worth."""
+    """Returns the stages, most important first."""
     trace = f"--profile={output / 'trace'}"
     both = ("--variants", "none:xla", "none:cudnn")
     return [
@@ -93,10 +94,10 @@ def stages(output: pathlib.Path) -> list[Stage]:
 
 
 class Results:
-    """The file of results, and the log beside it."""
+    """The file of results and the log."""
 
     def __init__(self, output: pathlib.Path):
-        """Reads what an earlier run has left there."""
+        """Reads the results of an earlier run."""
         output.mkdir(parents=True, exist_ok=True)
         self._path, self._log = output / "results.jsonl", output / "log.txt"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
@@ -104,7 +105,7 @@ class Results:
         self.finished = {r["stage"] for r in records if r.get("finished")}
 
     def add(self, stage: str, **values: Any) -> None:
-        """Files a result, and shows it."""
+        """Stores and prints a result."""
         with self._path.open("a") as file:
             file.write(json.dumps({"stage": stage, **values}) + "\n")
         shown = " ".join(
@@ -121,13 +122,13 @@ class Results:
 
 
 def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
-    """Runs a stage, and files what it prints as it prints it."""
+    """Runs a stage and stores each line of its output as it comes."""
     arguments = stage.command + (list(stage.tiny) if is_tiny else [])
     command = [sys.executable, str(HERE / arguments[0]), *arguments[1:]]
     began = time.monotonic()
-    # Two processes share the GPU where sentence-transformers runs beside ours.
+    # Two processes share the GPU if sentence-transformers runs at the same time.
     settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
-    # Variants of a step start from the same compiled initialization.
+    # The variants of a step share the compiled initialization.
     cache = HERE.parent / ".carry" / "compiled"
     settings["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     paths = (str(HERE.parent), os.environ.get("PYTHONPATH", ""))
@@ -153,7 +154,7 @@ def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
 
 
 def summarize_traces(folder: pathlib.Path, results: Results) -> None:
-    """Files the kernels that took the most time, and packs the traces."""
+    """Stores the kernels that took the most time and packs the traces."""
     import jax
 
     with tarfile.open(folder.with_suffix(".tar.gz"), "w:gz") as archive:
@@ -187,13 +188,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all")
-    parser.add_argument("--only", nargs="+", help="names of stages")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="total seconds")
+    parser.add_argument("--only", nargs="+", help="stages to run")
     options = parser.parse_args()
     results = Results(options.output)
     began = time.monotonic()
-    # A machine that has just started reads its libraries from a slow disk: read those
-    # of the other side while ours compiles.
+    # A new machine reads libraries from a slow disk: load PyTorch's files into the page
+    # cache while our step compiles.
     warm = "import torch, sentence_transformers; torch.ones(1).to('cuda').sum().item()"
     warming = subprocess.Popen(
         [sys.executable, "-c", warm],
@@ -207,7 +208,7 @@ def main() -> None:
             continue
         left = options.limit - (time.monotonic() - began)
         if left < 20:
-            results.log(f"[{stage.name}] left out: {left:.0f} s are left")
+            results.log(f"[{stage.name}] skipped: only {left:.0f} s left")
             continue
         seconds = left if options.tiny else min(stage.seconds, left)
         run(stage, results, seconds, options.tiny)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that an accelerator is needed for, in one command.
+# Runs all benchmarks that need an accelerator.
 #
-#   benchmarks/accelerator.sh fetch          where packages can be had: fetches the few
-#                                            that the other machine lacks into .carry/
+#   benchmarks/accelerator.sh fetch          with network: downloads the packages that
+#                                            the other machine lacks into .carry/
 #   benchmarks/accelerator.sh run DIR ...    on the machine with the accelerator:
-#                                            installs them beside the Python that is
-#                                            there, and runs benchmarks/accelerator.py
+#                                            installs them into .carry/site and runs
+#                                            benchmarks/accelerator.py
 #
-# The other machine needs Python 3.12 with JAX, Flax, Optax, Orbax, PyTorch and
-# sentence-transformers, and no network. PYTHON names another Python than python3.
+# The machine with the accelerator needs Python 3.12 with JAX, Flax, Optax, Orbax,
+# PyTorch and sentence-transformers, but no network. PYTHON replaces python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

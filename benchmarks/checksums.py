@@ -1,8 +1,8 @@
-"""What checksums cost: GiB/s of the hashes, of a file's, and of an array's digest.
+"""Throughput of checksums in GiB/s: hash functions, files and arrays.
 
     python benchmarks/checksums.py --mib=1024
 
-Files are in the page cache, as after a download; one thread.
+Runs in one thread. Files are in the page cache, as after a download.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def main() -> None:
             "SHA-256": lambda: hashlib.sha256(content).digest(),
             "BLAKE2b": lambda: hashlib.blake2b(content).digest(),
             "a file (checksums.of_file)": lambda: checksums.of_file(path),
-            "an array of the host": lambda: checksums.of_host_array(array),
-            "an array of a device": lambda: checksums.of_arrays({"array": placed}),
+            "a NumPy array": lambda: checksums.of_host_array(array),
+            "a device array": lambda: checksums.of_arrays({"array": placed}),
         }
         for name, run in measured.items():
             began = time.perf_counter()

@@ -1,18 +1,18 @@
-"""What the data pipeline delivers, stage by stage, and what a training step needs.
+"""Throughput of each stage of the data pipeline, and the rate that training needs.
 
     python benchmarks/data.py                                the bundled pairs
     python benchmarks/data.py --files=pairs.jsonl --vocabulary=t5.model --extra-ids=100
-    python benchmarks/data.py padding | stages | step | sbert       one part alone
+    python benchmarks/data.py padding | stages | step | sbert       only one part
 
-    padding   tokens that are padding, with and without packing, and shapes to compile
-    stages    examples and tokens a second of each stage, in the time of one core,
-              beside what `base` would take in on an H200 and on the host of a v5e-8
-    step      examples a second that train `mini`, packed and unpacked in turn
-    sbert     batches from the same file by sentence-transformers' Dataset and collator,
-              in turn with ours; needs gecko-jax[torch]
+    padding   share of padding tokens, with and without packing, and shapes to compile
+    stages    examples and tokens per second of each stage on one core, and the rate
+              that training `base` needs on an H200 and on the host of a v5e-8
+    step      examples per second when training `mini`, packed and unpacked
+    sbert     batches from the same file, compared with the Dataset and collator of
+              sentence-transformers; needs gecko-jax[torch]
 
-Lengths are those of configs/finetune.py (64 and 512). A step's needs are counted from
-its FLOPs and the chips' data sheets: nothing here runs on an accelerator.
+Lengths are those of configs/finetune.py (64 and 512). The rate that a step needs is
+computed from its FLOPs and the chips' data sheets: nothing runs on an accelerator.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from gecko_jax.text import text_formats, vocabularies
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = ("padding", "stages", "step", "sbert")
 LENGTHS = {"query": 64, "passage": 512}  # GTR
-STEPS = 20  # of which padding is counted
+STEPS = 20  # number of steps whose padding is counted
 
-# Of `mini` on a CPU, where a step of one text a row takes seconds.
+# Small, because an unpacked step of `mini` takes seconds on a CPU.
 TRAINED_BATCH, TRAINED_STEPS = 32, 2
 
-# Machine -> chip and how many of them one host feeds.
+# Machine -> (chip, number of chips per host).
 HOSTS = {"H200": ("H200", 1), "v5e-8 host": ("v5e", 8)}
 UTILISATIONS = (1.0, 0.5)
 
@@ -58,7 +58,7 @@ def open_batches(
     batch_size: int = 0,
     row_multiple: int = 8,
 ) -> pipeline.Batches:
-    """Opens the file's batches; caches are built at the first call."""
+    """Opens the batches of the file. The first call builds the cache."""
     chosen = selection.select(
         mixture="quickstart",
         files=options.files,
@@ -81,7 +81,7 @@ def open_batches(
 
 
 def padding(options: argparse.Namespace) -> None:
-    """Prints what is padding, and how many shapes a run compiles."""
+    """Prints the share of padding and the number of shapes that a run compiles."""
     print(f"\nPadding, {STEPS} steps of {options.batch_size:,}, rows in multiples of 8")
     print(f"{'':10}{'query':>9}{'passage':>9}{'both':>9}{'slots':>12}{'shapes':>8}")
     for packing in (False, True):
@@ -105,7 +105,7 @@ def padding(options: argparse.Namespace) -> None:
 
 
 def stages(options: argparse.Namespace) -> None:
-    """Prints the rate of each stage in the time of one core, and what steps need."""
+    """Prints the rate of each stage on one core and the rate that training needs."""
     batches = open_batches(options)
     seconds, counts, tokens = measure_stages(options, batches)
     print(f"\nDelivered, batches of {options.batch_size:,}, in one core's time")
@@ -142,7 +142,7 @@ def stages(options: argparse.Namespace) -> None:
 def measure_stages(
     options: argparse.Namespace, batches: pipeline.Batches
 ) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
-    """Returns processor seconds, examples and tokens of each stage, by its name."""
+    """Returns CPU seconds, examples and tokens of each stage."""
     seconds: dict[str, float] = collections.defaultdict(float)
     counts: dict[str, int] = collections.defaultdict(int)
     tokens: dict[str, int] = collections.defaultdict(int)
@@ -194,7 +194,7 @@ def measure_stages(
 
 
 def step(options: argparse.Namespace) -> None:
-    """Trains `mini` on the file, packed and unpacked in turn."""
+    """Compares training of `mini` on packed and unpacked batches."""
     print(
         f"\nTraining `mini`, batches of {TRAINED_BATCH}, {TRAINED_STEPS} steps a turn"
     )
@@ -202,7 +202,7 @@ def step(options: argparse.Namespace) -> None:
 
 
 def sbert(options: argparse.Namespace) -> None:
-    """Draws batches here and in sentence-transformers, in turn."""
+    """Compares reading batches here and in sentence-transformers."""
     print(f"\nBatches of {options.batch_size:,}, ready for the step")
     run_pair(options, "sbert", ("gecko_jax", "sentence-transformers"), "examples")
 
@@ -210,7 +210,7 @@ def sbert(options: argparse.Namespace) -> None:
 def run_pair(
     options: argparse.Namespace, part: str, names: tuple[str, str], unit: str
 ) -> None:
-    """Lets both workers take turns."""
+    """Runs both workers in turns."""
     open_batches(options)  # Once, and not by both of them.
     arguments = [
         part,
@@ -266,7 +266,7 @@ def train_worker(options: argparse.Namespace, packing: bool) -> None:
 
 
 def gecko_worker(options: argparse.Namespace) -> None:
-    """Serves rounds of our batches, none of them made while the other has its turn."""
+    """Serves rounds of our batches. Nothing is prefetched between rounds."""
     batches = open_batches(options)
     steps = itertools.count()
 
@@ -280,7 +280,7 @@ def gecko_worker(options: argparse.Namespace) -> None:
 
 
 def sbert_worker(options: argparse.Namespace) -> None:
-    """Serves rounds of batches as their trainer draws them."""
+    """Serves rounds of batches as the trainer of sentence-transformers reads them."""
     import datasets
     import sbert as baseline
     import torch
@@ -328,7 +328,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", default=str(task_table.QUICKSTART_VOCABULARY))
     parser.add_argument("--extra-ids", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=2_048)
-    parser.add_argument("--tokenized", type=int, default=4_000, help="examples of it")
+    parser.add_argument(
+        "--tokenized", type=int, default=4_000, help="number of examples"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     cache = pathlib.Path("~/.cache/gecko_jax").expanduser()
     parser.add_argument("--cache-dir", default=str(cache))

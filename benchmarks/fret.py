@@ -27,12 +27,12 @@ SHOTS = 5
 def take_turns(
     contestants: dict[str, tuple[Callable[[], object], int]], rounds: int, unit: str
 ) -> None:
-    """Prints the rate of each, and how often faster than it the first one is.
+    """Prints the rate of each contestant and the speed-up of the first one over it.
 
     Args:
-        contestants: Name -> its work, and how many items that is.
-        rounds: Counted ones.
-        unit: Of the items.
+        contestants: Name -> (function of one round, number of items per round).
+        rounds: Number of rounds that are counted.
+        unit: Name of the items.
     """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     costs: dict[str, list[float]] = {name: [] for name in contestants}
@@ -157,7 +157,7 @@ def scoring(
         f"{model.name}, jax {jax.__version__}; {pairs} pairs, few shots of {shared} "
         f"tokens, prompts of {min(lengths)} to {max(lengths)}"
     )
-    # One at a time there is no family, and no row beside it.
+    # A prompt alone shares neither its prefix nor its batch.
     few = max(pairs // 8, 1)
 
     def alone() -> None:
@@ -165,7 +165,7 @@ def scoring(
             model.score([prompt], [query])
 
     def batched() -> None:
-        model.score(["x"], ["y"])  # Forgets the prefix of the round before.
+        model.score(["x"], ["y"])  # Clear the cached prefix of the previous round.
         model.score(prompts, queries)
 
     contestants: dict[str, tuple[Callable[[], object], int]] = {

@@ -1,16 +1,17 @@
-r"""Whether FRet's triples train a better model: tables 3 and 6 of the paper, at home.
+r"""Tests whether FRet's triples train a better model: tables 3 and 6 of the paper.
 
     python benchmarks/fret_proof.py --output=DIR --config=configs/fret.py:local \
         --config.passages.limit=2000
     python benchmarks/fret_proof.py --output=DIR --table=docs/fret.md
 
-The first command runs `gecko fret run` in DIR/fret, and lets the language model judge
-held-out seeds and judged queries (table 6). Then, for every training seed, it trains
-the initial retriever on the generated queries and their seeds, and from it five models:
-seed or relabelled positive; no, a random or the hardest candidate as negative (table
-3). All five train on the same queries. Every step ends in a file of DIR/rows; one that
-is there is not made again, and one that was stopped goes on. `--data` names the judged
-queries: a folder as `quality.py` takes it, or the bundled one.
+The first command runs `gecko fret run` in DIR/fret and ranks the candidates of held-out
+seed passages and of judged queries with the language model (table 6). Then, for each
+random seed, it trains the initial retriever on generated queries with their seed
+passages, and five models that start from it: with the seed passage or the relabelled
+positive, and with no, a random or the hardest candidate as the negative (table 3). All
+five train on the same queries. Each step writes a file in DIR/rows. A second run skips
+the steps whose file exists and resumes a step that was interrupted. `--data` names the
+judged queries: a data folder of `quality.py`, or the bundled corpus.
 """
 
 import argparse
@@ -52,19 +53,19 @@ _QUERIES_AT_ONCE = 16
 
 
 def main() -> None:
-    """Makes what is missing, or the tables."""
+    """Makes the missing rows, or writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--config", default="configs/fret.py:local", metavar="FILE:ARG")
-    parser.add_argument("--data", default="quickstart", help="a folder (quickstart)")
+    parser.add_argument("--data", default="quickstart", help="data folder (quickstart)")
     parser.add_argument(
-        "--judged", type=int, default=100, help="queries judged (100); 0: no table 6"
+        "--judged", type=int, default=100, help="judged queries (100); 0 omits table 6"
     )
-    parser.add_argument("--seeds", default="0,1,2", help="of training (0,1,2)")
-    parser.add_argument("--start-steps", type=int, default=200, help="of stage 1 (200)")
-    parser.add_argument("--steps", type=int, default=60, help="of each row (60)")
+    parser.add_argument("--seeds", default="0,1,2", help="training seeds (0,1,2)")
+    parser.add_argument("--start-steps", type=int, default=200, help="stage 1 (200)")
+    parser.add_argument("--steps", type=int, default=60, help="steps per row (60)")
     parser.add_argument("--batch-size", type=int, default=64, help="examples (64)")
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -77,7 +78,7 @@ def main() -> None:
     if options.worker:
         work(options.worker, config, options)
         return
-    # So that the worker ends with us: `subprocess.run` kills it when this is raised.
+    # `subprocess.run` kills the worker when this is raised.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     jobs = {"fret": run_path(options)}
     if options.judged:
@@ -91,22 +92,22 @@ def main() -> None:
             continue
         command = [sys.executable, __file__, *sys.argv[1:], f"--worker={job}"]
         if subprocess.run(command).returncode:
-            raise SystemExit(f"{job}: ended; the same command goes on")
-        print(f"{path}: made", flush=True)
+            raise SystemExit(f"{job}: failed; run the command again to resume")
+        print(f"{path}: written", flush=True)
 
 
 def run_path(options: argparse.Namespace) -> pathlib.Path:
-    """Names the file that says what the run made."""
+    """Returns the path of the file that describes the FRet run."""
     return options.output / "rows" / "run.json"
 
 
 def judges_path(options: argparse.Namespace) -> pathlib.Path:
-    """Names the file of table 6."""
+    """Returns the path of the file of table 6."""
     return options.output / "rows" / f"judges-{options.judged}.json"
 
 
 def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
-    """Names the file of a line of table 3."""
+    """Returns the path of the file of a row of table 3."""
     label = name.replace(", ", "-").replace(" ", "-")
     steps = f"{options.start_steps}+{options.steps}x{options.batch_size}"
     return options.output / "rows" / f"model-{label}-{steps}-seed{seed}.json"
@@ -115,7 +116,7 @@ def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
 def work(
     job: str, config: ml_collections.ConfigDict, options: argparse.Namespace
 ) -> None:
-    """Does one job, in a process of its own, and writes its file."""
+    """Runs one job in a separate process and writes its file."""
     if job == "fret":
         path, facts = run_path(options), make_triples(config, options)
     elif job == "judges":
@@ -137,7 +138,7 @@ def work(
 def make_triples(
     config: ml_collections.ConfigDict, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Runs FRet, and chooses the triples of every row from what it judged."""
+    """Runs FRet and selects the triples of each row from its judgements."""
     from gecko_jax.fret import bootstrapping
 
     workdir = options.output / "fret"
@@ -147,7 +148,7 @@ def make_triples(
     shutil.copy(pairs, triples_path(START, options))
     found: dict[str, dict[int, str]] = {}
     for name, (positive, negative) in ROWS.items():
-        # All but the choice is there already: the model is not asked again.
+        # Only the choice of positive and negative differs: no new LLM requests.
         again = options.output / "chosen" / name.replace(", ", "-")
         shutil.rmtree(again, ignore_errors=True)
         unlike = ("fuse", "export", request_log.FOLDER, "calibration", "bootstrap")
@@ -158,7 +159,7 @@ def make_triples(
         assert output is not None
         lines = output.read_text().splitlines(keepends=True)
         found[name] = {json.loads(line)["seed"]: line for line in lines}
-    # A row may drop a query whose positive tells it too little: then all drop it.
+    # A row may drop a query whose positive is uninformative: drop it from all rows.
     common = set.intersection(*(set(lines) for lines in found.values()))
     for name, lines in found.items():
         with writing.write_file(triples_path(name, options)) as temporary:
@@ -182,7 +183,7 @@ def make_triples(
 
 
 def triples_path(name: str, options: argparse.Namespace) -> pathlib.Path:
-    """Returns what a row trains on."""
+    """Returns the training file of a row."""
     folder = options.output / "triples"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
@@ -191,10 +192,10 @@ def triples_path(name: str, options: argparse.Namespace) -> pathlib.Path:
 def judge(
     config: ml_collections.ConfigDict, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Ranks candidates by each judge and by both: table 6.
+    """Ranks the candidates by QL, by RC and by both (table 6).
 
-    Of held-out seeds the query is the model's own, and the seed should be first; of
-    judged queries people wrote query and answer.
+    The query of a held-out seed passage is generated, and the seed should rank first.
+    The judged queries and their answers were written by people.
     """
     from gecko_jax.fret import measure
 
@@ -212,7 +213,7 @@ def judge(
 
 
 def retrieval_sets(options: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Returns the judged queries that are for the test, by task."""
+    """Returns the judged test queries, by task."""
     from gecko_jax.evaluation import sets
 
     folders = quality_data.find(options.data, split="test").evals["test"]
@@ -228,10 +229,10 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
     """Returns nDCG@10 of the candidates in the order of each judge.
 
     Args:
-        source: Of the run: model, prompts and settings.
-        one: The retrieval set.
-        task: Of its queries that name none.
-        log: Folder for what the model answers.
+        source: Model, prompts and settings of the run.
+        one: Retrieval set.
+        task: Task of the queries that do not name one.
+        log: Folder of the model's responses.
     """
     config, prompts = source.config, source.prompts
     passages = list(zip(one.titles, one.texts, strict=True))
@@ -312,7 +313,7 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one model, and scores it on the judged queries."""
+    """Trains one model and scores it on the judged queries."""
     from gecko_jax.inference import embedding
     from gecko_jax.training import loop
 
@@ -347,10 +348,11 @@ def model_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Pat
 def training_config(
     name: str, seed: int, options: argparse.Namespace
 ) -> ml_collections.ConfigDict:
-    """Returns how a row is trained: the initial retriever, or what starts from it.
+    """Returns the config of the initial retriever, or of a row that starts from it.
 
-    Both are bags of tokens, which learn most from so few queries. Tokens go on learning
-    in the second stage as fast as the rest may; without, no row differs from another.
+    Both are bags of tokens, which learn most from so few queries. The second stage
+    keeps the high learning rate of the token embeddings; at the usual rate the rows do
+    not differ.
     """
     is_start = name == START
     stage = "prefinetune.py:local,bag" if is_start else "finetune.py:fret,local"

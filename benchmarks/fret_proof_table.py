@@ -1,4 +1,4 @@
-"""The tables of docs/fret.md, from the rows that `fret_proof.py` has made."""
+"""Tables of docs/fret.md, from the rows that `fret_proof.py` writes."""
 
 import json
 import math
@@ -9,22 +9,22 @@ from typing import Any
 
 from gecko_jax.io import wording, writing
 
-# Where the page has them; what was between these lines before is replaced.
+# Markers in the page. The text between them is replaced.
 BEGIN, END = "<!-- fret_proof: begin -->", "<!-- fret_proof: end -->"
 _JUDGES = {"retrieval": "retrieval", "QL": "QL", "RC": "RC", "RRF": "RRF of both"}
 
 
 def write(folder: pathlib.Path, path: pathlib.Path, names: Sequence[str]) -> None:
-    """Puts the tables into a page.
+    """Writes the tables into a page.
 
     Args:
-        folder: Of the rows' files.
-        path: The page.
-        names: Of the models, in order.
+        folder: Folder of the rows' files.
+        path: Page to update.
+        names: Names of the models, in order.
     """
     page = path.read_text()
     if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise SystemExit(f"{path}: has no place for them; add {BEGIN} and {END}")
+        raise SystemExit(f"{path}: no place for the tables; add {BEGIN} and {END}")
     before, _, rest = page.partition(BEGIN)
     after = rest.partition(END)[2]
     parts = [BEGIN, *render(folder, names), END]
@@ -62,7 +62,7 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
             f"Models, nDCG@10 on the judged queries of `{data}`; "
             f"{wording.counted(first, 'step')} of the initial retriever, then "
             f"{second} of each row, batches of {batch}; "
-            "mean ± standard deviation over the seeds, and beside it the gain over "
+            "mean ± standard deviation over the seeds, and the gain over "
             f"`{names[1]}` of the same seed:",
             "",
             *_models(rows, names),
@@ -79,7 +79,7 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
     ]
     head.append("mean of these")
     lines = [
-        "Judges, by whose order the same candidates are ranked; ± standard error:",
+        "Scores when each judge ranks the same candidates; ± is the standard error:",
         "",
         f"| | {' | '.join(head)} |",
         "|---" * (len(head) + 1) + "|",
@@ -97,7 +97,7 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
         error = math.hypot(*errors) / len(errors) if judged else None
         cells.append(_value(mean, error))
         lines.append(f"| {about} | {' | '.join(cells)} |")
-    return [*lines, "", f"Chance gives the MRR {seeds['mrr']['chance']:.3f}.", ""]
+    return [*lines, "", f"A random order has the MRR {seeds['mrr']['chance']:.3f}.", ""]
 
 
 def _models(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
@@ -114,13 +114,13 @@ def _models(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str
             if (names[1], seed) in scores
         ]
         gain = _spread(gains, "+.3f") if gains and name != names[1] else ""
-        told = ", ".join(map(str, seeds))
-        lines.append(f"| {name} | {_spread(values)} | {gain} | {told} |")
+        shown = ", ".join(map(str, seeds))
+        lines.append(f"| {name} | {_spread(values)} | {gain} | {shown} |")
     return lines
 
 
 def _mean(row: Mapping[str, Any]) -> float:
-    """Returns the mean over the tasks, at the largest dim."""
+    """Returns the mean over the tasks at the largest dim."""
     tasks = row["scores"]["test"].values()
     return statistics.mean(scores[max(scores, key=int)] for scores in tasks)
 

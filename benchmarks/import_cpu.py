@@ -1,11 +1,11 @@
-"""Seconds and memory of importing and exporting a T5 1.1 base encoder (109.6M).
+"""Time and memory of importing and exporting a T5 1.1 base encoder (109.6M).
 
     python benchmarks/import_cpu.py [--scratch DIR]     needs 2 GB of disk
 
-Random weights in the real formats: T5X's legacy checkpoint (zarr, gzip) and a Hugging
-Face folder (safetensors); what the last became goes out again in every form. Memory is
-the peak of the whole process over what it holds after `import gecko_jax`, JAX and Orbax
-included, as a share of the parameters' bytes.
+Imports random weights from a legacy T5X checkpoint (zarr, gzip) and from a Hugging Face
+folder (safetensors), then exports the second import to every format. Memory is the peak
+of the whole process minus its memory after `import gecko_jax`, JAX and Orbax included,
+relative to the bytes of the parameters.
 """
 
 import argparse
@@ -33,7 +33,7 @@ VOCABULARY = pathlib.Path(gecko_jax.__file__).parent / "quickstart" / "vocabular
 
 
 def make(form: str, folder: pathlib.Path) -> int:
-    """Writes a checkpoint of random weights; returns the bytes of its parameters."""
+    """Writes a checkpoint of random weights and returns its parameters' bytes."""
     import numpy as np
     import safetensors.numpy
 
@@ -81,7 +81,7 @@ _HF_CONFIG = {
 
 
 def _write_t5x(params, folder: pathlib.Path) -> None:
-    """Writes every parameter as t5x does: a zarr folder that `checkpoint` names."""
+    """Writes each parameter as t5x does: a zarr folder that `checkpoint` names."""
     import msgpack
     import numpy as np
     import tensorstore
@@ -118,7 +118,7 @@ def _write_t5x(params, folder: pathlib.Path) -> None:
 
 
 def _peak_bytes() -> int:
-    # Not getrusage: there a child begins with the peak of its parent.
+    # In getrusage, the peak of a child starts at the peak of its parent.
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -126,12 +126,12 @@ def _peak_bytes() -> int:
 
 
 def convert(verb: str, form: str, source: str, output: str) -> None:
-    """Runs `gecko import` or `gecko export` here and prints what it took."""
+    """Runs `gecko import` or `gecko export` in this process, prints time and memory."""
     before = _peak_bytes()
     from gecko_jax.cli import entry
 
     began = time.perf_counter()
-    # Rows of the table without an id of the bundled vocabulary do not matter here.
+    # The token table may have more rows than the bundled vocabulary has ids.
     settings = [f"--vocabulary={VOCABULARY}", "--extra-ids=24064"]
     if verb == "export":
         settings = [f"--to={form}"]
@@ -147,7 +147,7 @@ def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--scratch", help="folder for the checkpoints (a temporary one)"
+        "--scratch", help="folder for the checkpoints (default: a temporary folder)"
     )
     parser.add_argument(
         "--worker", nargs=4, metavar=("VERB", "FORM", "SOURCE", "OUTPUT")

@@ -1,11 +1,12 @@
-"""The loss alone, and exact search, on this device: time and memory.
+"""Time and memory of the loss and of exact search on this device.
 
     python benchmarks/kernels.py loss --batches 8192 65536
     python benchmarks/kernels.py search --passages 1000000 10000000
 
 `loss` times eq. 3 and its gradient at MRL 256 and 768, with same-tower negatives and
-one hard negative a query. `search` times `index.Index.search` for the best 10 of random
-vectors of 256 dims, after one search that is not counted. One JSON line a size.
+one hard negative per query. `search` times `index.Index.search` for the best 10 of
+random vectors of 256 dims, after one search that is not counted. Each size prints one
+JSON line.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
 REPEATS = 5
-WIDTH, DIM = 768, 256  # of the loss's embeddings, and of the index's vectors
+WIDTH, DIM = 768, 256  # dims of the loss's embeddings and of the index's vectors
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Returns the median time of a call that waits for its own result."""
+    """Returns the median time of a call that waits for its result."""
     run()
     times = []
     for _ in range(REPEATS):
@@ -36,7 +37,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def loss(batch_size: int) -> dict[str, float]:
-    """Times the loss and its gradient, and asks the compiler for its memory."""
+    """Times the loss and its gradient and prints the compiler's memory estimate."""
     import jax
     import jax.numpy as jnp
 
@@ -70,7 +71,7 @@ def loss(batch_size: int) -> dict[str, float]:
     parts = (queries, positives, negatives[:, None])
     compiled = jax.jit(jax.value_and_grad(total)).lower(parts).compile()
     memory = compiled.memory_analysis()
-    # Similarities to positives and to queries, forward, again, and two products back.
+    # Similarities to positives and queries: forward, recomputed, and two backward.
     flops = 2 * 4 * 2.0 * batch_size**2 * (256 + WIDTH)
     taken = seconds(lambda: jax.block_until_ready(compiled(parts)))
     return {
@@ -81,11 +82,11 @@ def loss(batch_size: int) -> dict[str, float]:
 
 
 def search(num_passages: int) -> dict[str, float]:
-    """Times searches for one query and for 256."""
+    """Times searches with one query and with 256."""
     from gecko_jax.inference import vector_index
 
     rng = np.random.default_rng(0)
-    # A million vectors are drawn; more are those again, which costs the search no less.
+    # Repeat a million random vectors: their values do not affect the time of a search.
     drawn = rng.standard_normal((min(num_passages, 1_000_000), DIM), np.float32)
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     vectors = np.resize(drawn, (num_passages, DIM))

@@ -1,10 +1,10 @@
-"""Kills a training run at random points and compares what it ends with.
+"""Kills a training run at random points and compares the final state.
 
     python benchmarks/kills.py --kills=20
 
-A run that is killed again and again, by SIGKILL and SIGTERM in turn, and taken up again
-each time must end with the bytes of one that was left alone: parameters, optimizer
-state and metrics, on CPU. It exits with 1 if they differ.
+A run that is killed repeatedly, by SIGKILL and SIGTERM in turn, and resumed each time
+must end with the same bytes as an uninterrupted run: parameters, optimizer state and
+metrics, on CPU. The script exits with 1 if they differ.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def start(workdir: pathlib.Path, shared: pathlib.Path) -> subprocess.Popen:
-    """Starts the run, or goes on with it; what XLA compiles is kept between starts."""
+    """Starts or resumes the run. The compilation cache is kept between starts."""
     settings = SETTINGS | {
         "data.cache_dir": shared / "data",
         "train.compilation_cache": shared / "compiled",
@@ -48,13 +48,13 @@ def newest_step(workdir: pathlib.Path) -> int:
 
 
 def kill(workdir: pathlib.Path, shared: pathlib.Path, number: int, step: int) -> None:
-    """Sends a signal once the run has logged `step`, or a little later."""
+    """Sends a signal when the run has logged `step`, or shortly after."""
     process = start(workdir, shared)
     while process.poll() is None and newest_step(workdir) < step:
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.05))
     process.send_signal(number)
-    # One that comes in the last moments finds the run at its end.
+    # The run may finish before a late signal arrives.
     expected = {-signal.SIGKILL} if number == signal.SIGKILL else {143, -signal.SIGTERM}
     status = small_runs.finish(process, expected | {0})
     name = signal.Signals(number).name
@@ -62,7 +62,7 @@ def kill(workdir: pathlib.Path, shared: pathlib.Path, number: int, step: int) ->
 
 
 def state(workdir: pathlib.Path) -> dict[str, bytes]:
-    """Returns all that a run ends with, by name."""
+    """Returns the final state of a run, by name."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -96,7 +96,7 @@ def main() -> None:
         shared = pathlib.Path(folder)
         whole, killed = shared / "whole", shared / "killed"
         small_runs.finish(start(whole, shared))
-        # Rising points: after a kill the run goes on from a checkpoint before it.
+        # Ascending steps: a killed run resumes from an earlier checkpoint.
         steps = sorted(random.randrange(1, STEPS - 1) for _ in range(options.kills))
         for turn, step in enumerate(steps):
             number = (signal.SIGKILL, signal.SIGTERM)[turn % 2]

@@ -1,8 +1,8 @@
-"""llama.cpp's server on the loopback, asked for exact log-likelihoods.
+"""Exact log-likelihoods from a local llama.cpp server.
 
-The server gives no log-probs of a prompt. So the continuation is generated under a
-grammar that allows nothing else, token by token; what is reported is the log-prob
-before the grammar. Needs `pip install xllamacpp`.
+The server does not return log-probs of a prompt. So it generates the continuation,
+token by token, under a grammar that allows nothing else. The log-probs that it reports
+are those before the grammar. Needs `pip install xllamacpp`.
 """
 
 import concurrent.futures
@@ -18,10 +18,10 @@ class LlamaCpp:
         """Loads a GGUF file.
 
         Args:
-            path: The file.
-            threads: Of the matrix products.
-            slots: Requests at a time.
-            context: Tokens of a request.
+            path: GGUF file.
+            threads: Number of threads for matrix products.
+            slots: Number of concurrent requests.
+            context: Largest number of tokens per request.
         """
         import xllamacpp
 
@@ -31,12 +31,12 @@ class LlamaCpp:
         params.n_parallel = slots
         params.cpuparams.n_threads = threads
         params.cpuparams_batch.n_threads = threads
-        # Half precision would be the only difference that is left.
+        # A float16 cache would be the only remaining difference.
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         # Flash attention rounds to half precision, too.
         kinds = xllamacpp.llama_flash_attn_type
         params.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.swa_full = True  # Gemma 3 reads the whole prompt again without it.
+        params.swa_full = True  # Without it, Gemma 3 reads the whole prompt again.
         params.port = 0
         params.verbosity = 0
         params.warmup = True
@@ -51,7 +51,7 @@ class LlamaCpp:
     def score(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, cache_prompt: bool = True
     ) -> list[list[float]]:
-        """Returns the log-probs of continuations' tokens after their prompts."""
+        """Returns the log-probs of the tokens of each continuation after its prompt."""
 
         def ask(pair: tuple[list[int], list[int]]) -> list[float]:
             prompt, continuation = pair
@@ -77,7 +77,7 @@ class LlamaCpp:
             return list(pool.map(ask, pairs))
 
     def complete(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """Returns the likeliest tokens after a prompt."""
+        """Returns the most likely tokens after a prompt."""
         asked = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0}
         answer = self._post("/completion", asked | {"return_tokens": True})
         return answer["tokens"]

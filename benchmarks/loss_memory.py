@@ -1,14 +1,14 @@
-"""Memory of the loss alone and of its gradient, as the batch grows, for a TPU slice.
+"""Memory of the loss and its gradient on a TPU slice, by batch size.
 
     python benchmarks/loss_memory.py --topology=v5e:4x4 --batches 32768 65536
 
-Eq. 3 at MRL 256 and 768, compiled from a CPU by the TPU's compiler (the extra "tpu").
+Compiles eq. 3 at MRL 256 and 768 with the TPU compiler on a CPU host (the extra "tpu").
 
-The compiler counts as temporaries what lies in a chip's main memory. Left alone it puts
-as much as it can into the fast memory, 128 MiB of a v5e, so that they are what is left
-over a constant, and grow faster than the batch. So the step is compiled a second time
-with nearly all of the fast memory kept for kernels: its temporaries are what the loss
-needs.
+The compiler's temporaries are buffers in the chip's main memory. By default the
+compiler first fills the fast memory (128 MiB on a v5e), so temporaries are the total
+minus a constant and grow faster than the batch. The step is therefore compiled a second
+time with almost all of the fast memory reserved for kernels. These temporaries are the
+memory that the loss needs.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-# Of 128 MiB. Kernels use what they need of it, and no array outlives one there.
+# Part of the 128 MiB that is reserved for kernels, which store no arrays there.
 _KEPT_FOR_KERNELS = {"xla_tpu_scoped_vmem_limit_kib": "114688"}
 
 
 def measure(devices, batch_size: int) -> dict[str, int]:
-    """Returns the temporary bytes of a chip: all of them, and those in main memory."""
+    """Returns the temporary bytes per chip: in all memory and in main memory."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec

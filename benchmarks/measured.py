@@ -1,4 +1,4 @@
-"""What a row of a benchmark says of its run: commit, machine, seconds."""
+"""Facts that a benchmark records about its run: commit, machine, seconds."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def commit() -> str:
-    """Returns the commit, with a plus when the tree has changes."""
+    """Returns the commit, with a plus sign if the tree has changes."""
 
     def git(*words: str) -> str:
         run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
@@ -26,14 +26,14 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """Returns the kind of processor, and how many cores this process may use."""
+    """Returns the processor model and the number of cores that this process may use."""
     cores = wording.counted(len(os.sched_getaffinity(0)), "core")
     return f"{platform.processor() or platform.machine()}, {cores}"
 
 
 @contextlib.contextmanager
 def timed(workdir: pathlib.Path) -> Iterator[None]:
-    """Notes in the workdir when a run begins and ends, and where it goes on from."""
+    """Records the start, the end and the first step of a run in its workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
     saved = _saved(workdir)
     with (workdir / "times.txt").open("a") as file:
@@ -50,11 +50,11 @@ def timed(workdir: pathlib.Path) -> Iterator[None]:
 def spent(workdir: pathlib.Path) -> float:
     """Returns the seconds of all runs of a workdir.
 
-    One that was killed counts to the last checkpoint it left: what came after is done
-    again by the next.
+    A run that was killed counts up to its last checkpoint, because the next run repeats
+    the steps after it.
     """
     lines = [line.split() for line in (workdir / "times.txt").read_text().splitlines()]
-    # Killed when all was done: nothing came after it.
+    # Killed after the last step, so no run followed.
     lines += [["saved", str(time_)] for time_ in _saved(workdir)[-1:]]
     total = 0.0
     for (what, time_), (next_, end) in itertools.pairwise(lines):
@@ -64,5 +64,5 @@ def spent(workdir: pathlib.Path) -> float:
 
 
 def _saved(workdir: pathlib.Path) -> list[float]:
-    """Returns when each checkpoint of a run was written."""
+    """Returns the time at which each checkpoint of a run was written."""
     return sorted(path.stat().st_mtime for path in (workdir / "checkpoints").glob("*"))

@@ -1,19 +1,19 @@
-"""Loss, gradients and embeddings on this device against references from a CPU.
+"""Compares loss, gradients and embeddings on this device with references from a CPU.
 
-    python benchmarks/parity.py            compares, one JSON line a case
+    python benchmarks/parity.py            compares, one JSON line per case
     python benchmarks/parity.py --write    writes the references, on a CPU
 
-One batch of eq. 3 with MRL, a hard negative a query and texts of many lengths goes
-through the gradient of the train step, packed and unpacked, in float32 and bfloat16,
-and on a GPU through cuDNN's attention too. Parameters and tokens come from a seed, so
-that the file of references holds results alone: the loss of each query, the embedding
-of each text, and for each gradient its norm and its products with random signs, which
-estimate the error of the whole gradient.
+The gradient of the train step is computed for one batch of eq. 3 with MRL, one hard
+negative per query and texts of many lengths: packed and unpacked, in float32 and
+bfloat16, and on a GPU also with cuDNN's attention. Parameters and tokens are generated
+from a seed. The file of references holds only results: the loss of each query, the
+embedding of each text, and for each gradient its norm and its products with random
+signs, which estimate the error of the whole gradient.
 
-`*_error` is relative: the norm of the difference over the norm of the reference. The
-references are of float32; `bfloat16` rounds to 8 bits, so errors of a few 1e-3 are its
-own. "highest" asks XLA for full float32 products, which a GPU rounds to TF32 and a TPU
-to bfloat16 unless it is told not to.
+`*_error` is the norm of the difference divided by the norm of the reference. The
+references are in float32. `bfloat16` rounds to 8 bits, so errors of a few 1e-3 are
+expected. "highest" makes XLA compute full float32 products; by default a GPU rounds
+them to TF32 and a TPU to bfloat16.
 """
 
 import argparse
@@ -28,9 +28,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 REFERENCES = pathlib.Path(__file__).with_name("parity_references.npz")
 BATCH, QUERY, PASSAGE, VOCABULARY = 32, 64, 128, 2_000
 HEAD_DIM, MICROBATCH = 64, 16
-SIGNS = 16  # products with random signs for each gradient
+SIGNS = 16  # number of products with random signs per gradient
 CASES = (
-    # packed, dtype, attention, precision of products; the first is the reference's
+    # (packed, dtype, attention, precision of products). The first is the reference.
     (False, "float32", "xla", "highest"),
     (False, "bfloat16", "xla", "default"),
     (False, "bfloat16", "cudnn", "default"),
@@ -42,7 +42,7 @@ CASES = (
 
 
 def draw_params(shapes: Any) -> Any:
-    """Returns parameters of T5's scale, the same on every machine."""
+    """Returns parameters at T5's scale, the same on every machine."""
     import jax
 
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def draw_params(shapes: Any) -> Any:
         if path[-1].key == "scale":
             return 1 + 0.1 * values
         if path[-1].key == "kernel":
-            # T5's initializers: the query's holds the 1/sqrt(K) of the attention.
+            # T5's initializers. That of the query includes the 1/sqrt(K) of attention.
             is_query = path[-2].key == "query"
             return values * (shape.shape[0] * (HEAD_DIM if is_query else 1)) ** -0.5
         return values
@@ -61,7 +61,7 @@ def draw_params(shapes: Any) -> Any:
 
 
 def draw_examples() -> list[Any]:
-    """Returns examples whose texts have 4 tokens up to the longest."""
+    """Returns examples whose texts have between 4 tokens and the maximum length."""
     from gecko_jax.data import features
 
     rng = np.random.default_rng(1)
@@ -85,7 +85,7 @@ def draw_examples() -> list[Any]:
 def measure(
     packed: bool, dtype: str, attention: str, precision: str
 ) -> dict[str, np.ndarray]:
-    """Returns the loss of each query, embeddings, and what is kept of gradients."""
+    """Returns the loss of each query, the embeddings and the gradients' statistics."""
     import jax
 
     from gecko_jax.data import features
@@ -158,7 +158,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def compare(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Returns relative errors: of losses, embeddings, and the worst gradient's."""
+    """Returns relative errors of losses, embeddings and the worst gradient."""
 
     def relative(name: str) -> float:
         difference = np.linalg.norm(found[name] - reference[name])
@@ -167,7 +167,7 @@ def compare(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     gradients = {}
     for name in reference:
         if name.startswith("gradient/"):
-            # Each product's variance is the squared norm of the difference.
+            # The variance of each product is the squared norm of the difference.
             difference = np.sqrt(np.mean((found[name] - reference[name]) ** 2))
             path = name.partition("/")[2]
             gradients[path] = float(difference / reference[f"norm/{path}"])
@@ -210,7 +210,7 @@ def main() -> None:
         }
         try:
             errors = compare(measure(*case), reference)
-        except Exception as error:  # One case must not hide the others.
+        except Exception as error:  # Continue with the other cases.
             errors = {"failed": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(about | errors), flush=True)
 

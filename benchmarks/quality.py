@@ -1,4 +1,4 @@
-"""How good a model trained here is, beside others, and what each switch brings.
+"""Quality of models trained with gecko_jax, other systems, and ablations.
 
     python benchmarks/quality.py --data=quickstart --output=results/quality
     python benchmarks/quality.py --data=DIR --output=DIR --rows=gecko,sbert --steps=1000
@@ -6,20 +6,19 @@
     python benchmarks/quality.py --data=DIR --output=DIR --rows=search
     python benchmarks/quality.py --output=results/quality --table=docs/results.md
 
-`quality_data` says what a data folder is; `quickstart` is the bundled corpus. Every row
-is a file of JSON with its seed, date, commit, wall time, pairs/s, peak memory and
-scores, made by a process of its own. One that is there is not made again; our training,
-if it was stopped or killed, goes on, two minutes back at most. The table is made of
-what is there, with a plot of each beside it, and anew after each row as
-OUTPUT/table.md.
+`quality_data` describes data folders; `quickstart` is the bundled corpus. Each row is a
+JSON file with its seed, date, commit, wall time, pairs/s, peak memory and scores. A
+separate process makes each row. A second run skips the rows whose file exists and
+resumes an interrupted training, which loses at most two minutes. The table contains the
+rows that exist, with a plot for each part. OUTPUT/table.md is updated after each row.
 
-The ablations are made with three seeds on a fixed subset of the pairs, and judged on
-dev where there is one; a row takes one to five minutes on one core. Some of them alone:
-`--rows=base,no-mask`; at full length: `--subset=0 --split=test` and more steps.
-sentence-transformers needs gecko-jax[torch], TF-IDF and texts with labels need
-gecko-jax[eval]. The search is made like the ablations, with one seed: changes of the
-recipe to choose from, on dev. Rows that are taught begin with the vectors of
---pretrained, once for all pairs of the folder.
+The ablations use three seeds and a fixed subset of the pairs, and are evaluated on dev
+if there is such a split. A row takes one to five minutes on one core.
+`--rows=base,no-mask` selects rows; `--subset=0 --split=test` and more steps train at
+full length. sentence-transformers needs gecko-jax[torch]; TF-IDF and labelled texts
+need gecko-jax[eval]. The search tries changes of the recipe in the same way, with one
+seed, on dev. The rows with a teacher first embed all pairs of the folder, once, with
+the model that `--pretrained` names.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from quality_rows import GROUPS, ROWS, VOCABULARY_SIZE
 
 from gecko_jax.io import writing
 
-# What the rows of a table are made with unless told otherwise.
+# Defaults of the rows of each table.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ladder": {"seeds": "0", "subset": 0, "split": ""},
     "ablations": {"seeds": "0,1,2", "subset": 24_000, "split": "dev"},
@@ -50,21 +49,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Makes the rows that are missing, or the table."""
+    """Makes the missing rows, or writes the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", default="quickstart", help="a folder (quickstart)")
+    parser.add_argument("--data", default="quickstart", help="data folder (quickstart)")
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument(
         "--rows",
         default="ladder",
-        help=f"{', '.join(GROUPS)}, or some of one of these: {', '.join(ROWS)}",
+        help=f"{', '.join(GROUPS)}, or rows of one of them: {', '.join(ROWS)}",
     )
     for name, about in (
-        ("seeds", "such as 0,1,2"),
+        ("seeds", "seeds, such as 0,1,2"),
         ("subset", "pairs to train on, 0 for all"),
-        ("split", "to judge on, dev or test; empty for both"),
+        ("split", "split to evaluate on, dev or test; empty for both"),
     ):
         usual = (f"{group}: {of[name] or 'empty'}" for group, of in DEFAULTS.items())
         parser.add_argument(
@@ -73,9 +72,9 @@ def main() -> None:
             help=f"{about} ({'; '.join(usual)})",
         )
     for name, about in (
-        ("steps", "of the first stage"),
-        ("second-steps", "of the second stage"),
-        ("batch-size", "examples of both"),
+        ("steps", "steps of the first stage"),
+        ("second-steps", "steps of the second stage"),
+        ("batch-size", "batch size of both stages"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=0, help=f"{about} (0: the row's own)"
@@ -84,7 +83,7 @@ def main() -> None:
         "--pretrained",
         default="sentence-transformers/all-MiniLM-L6-v2",
         metavar="MODEL",
-        help="of sentence-transformers: the row `pretrained`, and the teacher",
+        help="sentence-transformers model of the row `pretrained` and of the teacher",
     )
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -106,7 +105,7 @@ def main() -> None:
     if options.worker:
         make_row(options.worker, int(options.seeds), options)
         return
-    # So that the worker ends with us: `subprocess.run` kills it when this is raised.
+    # `subprocess.run` kills the worker when this is raised.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     data = find_data(options)
     without = [name for name in names if ROWS[name].classes and not data.classes]
@@ -131,7 +130,7 @@ def main() -> None:
             arguments = [*sys.argv[1:], f"--seeds={seed}", f"--worker={name}"]
             if subprocess.run([sys.executable, __file__, *arguments]).returncode:
                 raise SystemExit(
-                    f"{name}, seed {seed}: ended; the same command goes on"
+                    f"{name}, seed {seed}: failed; run the command again to resume"
                 )
             quality_table.write(
                 options.output / "rows", options.output / "table.md", ROWS, GROUPS
@@ -139,7 +138,7 @@ def main() -> None:
 
 
 def is_taught(name: str) -> bool:
-    """Whether the row trains towards the vectors of the pretrained model."""
+    """Returns whether the row is distilled from the pretrained model."""
     return "loss.matching_weight" in ROWS[name].both
 
 
@@ -149,7 +148,7 @@ def find_data(options: argparse.Namespace) -> quality_data.Data:
 
 
 def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
-    """Names the file of a row by all that decides it but the code."""
+    """Returns the file of a row, named after all of its settings."""
     row = ROWS[name]
     label = f"{name}-{find_data(options).name}"
     if row.kind in ("gecko", "sbert"):

@@ -1,8 +1,8 @@
-"""The texts of `quality.py`: where they lie, and what is made of them before training.
+"""The data of `quality.py`, and the files made from it before training.
 
-A data folder has `train.jsonl.gz` and `eval/SPLIT/TASK/`, SPLIT being dev or test, TASK
-a folder in the BEIR layout or, of texts with labels, `train.jsonl` and `test.jsonl`.
-`quickstart` is the bundled corpus.
+A data folder has `train.jsonl.gz` and `eval/SPLIT/TASK/`, where SPLIT is dev or test.
+TASK is a folder in the BEIR layout or, for labelled texts, one with `train.jsonl` and
+`test.jsonl`. `quickstart` is the bundled corpus.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ CLASS_DRAWS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where the texts are.
+    """Paths of the data.
 
     Attributes:
-        name: Of the data in tables and files.
-        train: The pairs.
+        name: Name in tables and files.
+        train: File of training pairs.
         evals: Retrieval folders by split and task.
-        classes: The folder of texts with labels, if there is one.
-        subset: Pairs to train on; 0 for all.
+        classes: Folder of labelled texts, if there is one.
+        subset: Number of pairs to train on; 0 for all.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Data:
 
 
 def find(name: str, subset: int = 0, split: str = "") -> Data:
-    """Looks a data folder over.
+    """Finds the files of a data folder.
 
     Args:
-        name: A folder, or "quickstart", which is small: always the whole of it.
-        subset: See `Data`.
-        split: The one to judge on, if both are there; "" for both.
+        name: Folder, or "quickstart", which is small and never reduced to a subset.
+        subset: Number of pairs to train on; 0 for all.
+        split: Split to evaluate on, if the folder has both; "" for both.
     """
     if name == "quickstart":
         return Data(name, QUICKSTART / "train.jsonl", {"test": {name: QUICKSTART}})
@@ -77,15 +77,15 @@ def find(name: str, subset: int = 0, split: str = "") -> Data:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What training reads.
+    """Files that training reads.
 
     Attributes:
-        vocabulary: The SentencePiece model.
+        vocabulary: SentencePiece model.
         pairs: JSONL of pairs.
-        triples: The same with three hard negatives each.
-        classes: Triples of the texts with labels, by how they are kept apart.
-        teacher: What a pretrained model makes of the texts of all pairs. Hard negatives
-            are among them, and so are those of a subset.
+        triples: JSONL of the pairs with three hard negatives each.
+        classes: Triples of labelled texts, by the way that false negatives are avoided.
+        teacher: Embeddings of the texts of all pairs by the pretrained model. They
+            include the texts of a subset and the hard negatives.
     """
 
     vocabulary: pathlib.Path
@@ -96,9 +96,9 @@ class Prepared:
 
 
 def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared:
-    """Names the files that `prepare` makes."""
+    """Returns the paths of the files that `prepare` makes."""
     folder = output / "prepared"
-    # Of the pairs alone: the split does not matter.
+    # The files depend on the pairs only, not on the split.
     stem = data.train.parent.name + (f"-{data.subset}" if data.subset else "")
     kinds = CLASSES if data.classes else ()
     return Prepared(
@@ -113,7 +113,7 @@ def prepared(data: Data, output: pathlib.Path, vocabulary_size: int) -> Prepared
 
 
 def prepare(data: Data, output: pathlib.Path, vocabulary_size: int) -> None:
-    """Makes what is missing once for all rows; none of it counts as training."""
+    """Makes the missing files, once for all rows; not counted as training time."""
     import bm25s
 
     from gecko_jax.data import mining, pieces
@@ -134,7 +134,7 @@ def prepare(data: Data, output: pathlib.Path, vocabulary_size: int) -> None:
 
 
 def choose(data: Data) -> list[dict[str, Any]]:
-    """Returns the lines of a subset: always the same, every task by its share."""
+    """Returns the lines of a subset, the same in every run, stratified by task."""
 
     def draw(record: dict[str, Any]) -> bytes:
         return hashlib.blake2b(json.dumps(record, sort_keys=True).encode()).digest()
@@ -151,9 +151,10 @@ def choose(data: Data) -> list[dict[str, Any]]:
 
 
 def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
-    """Yields triples of the texts with labels that no retrieval set judges by.
+    """Yields triples of labelled texts that are in no retrieval set.
 
-    Several of each text, with other partners, so that they are not lost among the rest.
+    Each text is in several triples with different partners, because labelled texts are
+    few compared with the pairs.
     """
     from gecko_jax.data import classification, preprocessors
 
@@ -183,15 +184,15 @@ def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def judged_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns all evaluation folders of a data folder, as "test/code"."""
+    """Returns all evaluation folders of a data folder, such as "test/code"."""
     found = sorted(path for path in root.glob("eval/*/*") if path.is_dir())
     return {f"{path.parent.name}/{path.name}": path for path in found}
 
 
 def held_out(folders: Mapping[str, pathlib.Path]) -> overlap.Contamination:
-    """Returns the queries, judged passages and test texts that no training may see.
+    """Returns the queries, judged passages and test texts that training must not see.
 
-    Passages that no query is judged by are distractors, training text among them.
+    The other passages are distractors, and training texts may be among them.
     """
     known = overlap.Contamination()
     for name, folder in folders.items():

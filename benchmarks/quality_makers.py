@@ -1,4 +1,4 @@
-"""How each row of `quality.py` is made: trained, if it is, and scored."""
+"""Training and scoring of the rows of `quality.py`."""
 
 import argparse
 import dataclasses
@@ -20,9 +20,9 @@ from gecko_jax.inference import ranking
 def configs(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> tuple[Any, Any, pathlib.Path, pathlib.Path]:
-    """Returns the configs of both stages, and their workdirs.
+    """Returns the configs of both stages and their workdirs.
 
-    Rows that differ in the second stage alone share the first.
+    Rows that differ only in the second stage share the first.
     """
     import gecko_jax.config
     from gecko_jax.cli import flags
@@ -78,12 +78,12 @@ def configs(
 
 
 def _apart(steps: int) -> int:
-    """Returns the steps between the checkpoints of a row that is averaged."""
+    """Returns the number of steps between the checkpoints that a row averages."""
     return max(steps // 10, 1)
 
 
 def mined_path(workdir: pathlib.Path, skip_top: int) -> pathlib.Path:
-    """Names the triples whose hard negatives a run's model has found."""
+    """Returns the path of the triples whose hard negatives a run's model mines."""
     return workdir / f"triples-{skip_top}.jsonl.gz"
 
 
@@ -106,7 +106,7 @@ def bm25(
 def tfidf(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Scores the cosine of TF-IDF vectors, weighed on each corpus."""
+    """Scores TF-IDF vectors by cosine, with the IDF weights of each corpus."""
     del row, seed, options
     from sklearn.feature_extraction import text
 
@@ -122,7 +122,7 @@ def tfidf(
 def pretrained(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Scores a model that others trained: on test, nothing was chosen by it."""
+    """Scores the pretrained model, on the test split only."""
     del row, seed
     data = dataclasses.replace(data, evals={"test": data.evals["test"]})
 
@@ -139,7 +139,7 @@ def pretrained(
 def gecko(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains both stages; scores all dims, half and a quarter, trained or not."""
+    """Trains both stages and scores all dims, half of them and a quarter."""
     from gecko_jax.evaluation import classification, judge, sets
     from gecko_jax.formats import checkpoints
     from gecko_jax.inference import embedding
@@ -150,7 +150,7 @@ def gecko(
     for config, workdir in zip(both, (first, second), strict=True):
         if workdir == second and row.mined is not None:
             mine(both[0].data.files, first, row.mined)
-        # Rows that differ in the second stage alone share the first.
+        # Rows that differ only in the second stage share the first.
         if checkpoints.latest_step(workdir) != config.train.num_steps:
             with measured.timed(workdir):
                 loop.train(config, workdir)
@@ -180,7 +180,7 @@ def gecko(
 
 
 def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
-    """Writes triples whose hard negatives the model of a run has found."""
+    """Writes triples whose hard negatives the model of a run mines."""
     from gecko_jax.data import mining
     from gecko_jax.fret import retrieval
     from gecko_jax.inference import embedding
@@ -192,7 +192,7 @@ def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
 
 
 def average(workdir: pathlib.Path, config: Any, number: int) -> pathlib.Path:
-    """Averages the last checkpoints of a run into a model; of none, the run itself."""
+    """Averages the last checkpoints of a run; with 0 checkpoints returns the run."""
     from gecko_jax.formats import averaging, checkpoints
 
     if not number:
@@ -209,7 +209,7 @@ def average(workdir: pathlib.Path, config: Any, number: int) -> pathlib.Path:
 def sbert(
     row: Row, data: quality_data.Data, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Trains the same encoder for the same number of examples, and scores it."""
+    """Trains the same encoder on the same number of examples and scores it."""
     del row
     import sbert_training
 
@@ -228,12 +228,12 @@ def sbert(
 
 
 def speed(stages: Sequence[Any], seconds: float) -> dict[str, float]:
-    """Returns what training took: compilation and reading included."""
+    """Returns the time of training, including compilation and reading."""
     pairs = sum(config.train.num_steps * config.data.batch_size for config in stages)
     return {"train_seconds": seconds, "pairs_per_second": pairs / seconds}
 
 
-# Kind of a row -> what makes it: (row, data, seed, options) -> its facts.
+# Kind of a row -> function (row, data, seed, options) that makes it and returns facts.
 MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "bm25": bm25,
     "tfidf": tfidf,

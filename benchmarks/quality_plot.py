@@ -1,4 +1,4 @@
-"""The plot of a table: what each row reached, over its seeds."""
+"""Plot of a table: the scores of each row over its seeds."""
 
 import pathlib
 import textwrap
@@ -12,16 +12,16 @@ def plot(
     output: pathlib.Path,
     has_base: bool,
 ) -> None:
-    """Draws a panel for each measure, and in it a line for each row.
+    """Draws a panel for each measure, with a line for each row.
 
-    A line goes from the least to the most of the seeds, which are small dots, and has
-    its mean as a large one.
+    A line spans the values of the seeds, which are small dots. The large dot is the
+    mean.
 
     Args:
-        panels: Measure -> row -> the values of its seeds; rows in one order.
-        output: The PNG to write.
-        has_base: The first row is the one that all others change: a dashed line goes
-            through its mean.
+        panels: Measure -> row -> the values of its seeds, with rows in the same order.
+        output: PNG file to write.
+        has_base: Whether the first row is the baseline of the others. A dashed line
+            marks its mean.
     """
     rows = list(next(iter(panels.values())))
     pyplot, drawn = style.start()

@@ -1,33 +1,34 @@
-"""The lines of the tables of `quality.py`: what each is, and what it changes."""
+"""The rows of the tables of `quality.py`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-VOCABULARY_SIZE = 8_000  # what `mini` has room for
+VOCABULARY_SIZE = 8_000  # the longest that `mini` reads
 
-# Of a key that depends on the config: makes the value from it.
+# Function that computes the value of a key from the config.
 Value = Any | Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        kind: What makes it: bm25, tfidf, pretrained, gecko, sbert.
-        about: For people.
+        kind: System of the row: bm25, tfidf, pretrained, gecko or sbert.
+        about: Description in the table.
         both: Keys of the config that differ in both stages.
-        second: Keys that differ in the second stage.
-        classes: Trains on texts with labels as well, in the second stage; "text" or
-            "mask" says how their false negatives are kept away (`data.classification`).
-        first: Argument of the first stage's config; "local,bag" keeps its own batches
+        second: Keys of the config that differ in the second stage.
+        classes: Adds labelled texts to the second stage. "text" or "mask" is the way
+            that their false negatives are avoided (`data.classification`).
+        first: Argument of the first stage's config. "local,bag" keeps its own batches
             and steps.
-        vocabulary_size: Pieces of the vocabulary; the bundled corpus has its own.
-        averaged: What is judged is the mean of so many checkpoints of the second
-            stage, a tenth of it apart, the last among them.
-        mined: Hard negatives are the first stage's own best wrong answers, with so many
-            passed over; None for BM25's.
+        vocabulary_size: Number of pieces in the vocabulary. The bundled corpus has its
+            own vocabulary.
+        averaged: Number of checkpoints of the second stage that are averaged, one after
+            each tenth of it, up to the last; 0 for the last one only.
+        mined: Number of top results to skip when the first stage's model mines hard
+            negatives; None for hard negatives of BM25.
     """
 
     kind: str
@@ -46,7 +47,7 @@ def _widest(config: Any) -> tuple[int, ...]:
 
 
 def _weights(power: int) -> Callable[[Any], tuple[float, ...]]:
-    """Returns weights that change with the dim, to a sum of 1 a dim as without."""
+    """Returns weights that change with the dim; their mean is 1."""
 
     def weights(config: Any) -> tuple[float, ...]:
         raw = [
@@ -58,13 +59,13 @@ def _weights(power: int) -> Callable[[Any], tuple[float, ...]]:
 
 
 def _more_dims(config: Any) -> tuple[int, ...]:
-    """Returns two smaller dims before those of the config."""
+    """Returns the dims of the config with two smaller ones first."""
     least = config.loss.mrl_dims[0]
     return (least // 4, least // 2, *config.loss.mrl_dims)
 
 
 def _width(width: int) -> dict[str, Value]:
-    """Returns the keys of an encoder of that width, with half and a quarter of it."""
+    """Returns the keys of an encoder of a width, with MRL at half and a quarter."""
     return {
         "model.model_dim": width,
         "model.embedding_dim": width,
@@ -73,7 +74,7 @@ def _width(width: int) -> dict[str, Value]:
 
 
 def _pieces(number: int) -> dict[str, Value]:
-    """Returns the keys of an encoder for a vocabulary of that many pieces."""
+    """Returns the keys of an encoder for a vocabulary of a number of pieces."""
     return {"model.vocab_size": number + 64}
 
 
@@ -83,13 +84,13 @@ def _taught_bag(
     second: Mapping[str, Value] | None = None,
     pieces: int = VOCABULARY_SIZE,
 ) -> Row:
-    """Returns a row of what the search found, at the width that is best.
+    """Returns a row of the best recipe of the search, at the best width.
 
     Args:
-        about: For people.
+        about: Description in the table.
         both: Keys of both stages.
-        second: Keys of the second stage. Its lengths are those of the model.
-        pieces: Of the vocabulary.
+        second: Keys of the second stage. Its lengths become those of the model.
+        pieces: Number of pieces in the vocabulary.
     """
     return Row(
         "gecko",
@@ -189,8 +190,8 @@ def _short(
 ) -> Row:
     """Returns a row that differs from the recipe of the ablations.
 
-    A bag of tokens, of all encoders the best after minutes on a CPU: four epochs of
-    the subset on pairs, then one on triples, in which tokens learn as fast as before.
+    The recipe is a bag of tokens, the best encoder after minutes on a CPU: four epochs
+    of the subset on pairs, then one on triples with the same rate for the tokens.
     """
     return Row(
         "gecko",
@@ -209,8 +210,8 @@ def _short(
     )
 
 
-# What the paper never isolated; each differs from `base` by what it says, but for
-# `classes-text`, which is to be held against `classes-mask`.
+# Ablations that the paper does not have. Each row changes one thing in `base`, except
+# `classes-text`, which compares with `classes-mask`.
 ABLATIONS = {
     "base": _short("the recipe, one hard negative"),
     "no-same-tower": _short(
@@ -280,8 +281,8 @@ def _taught(
     )
 
 
-# What the recipe was chosen from, on dev: one change each, but for those that say more.
-# Rows of another batch see as many pairs, at the same rate.
+# The recipe was chosen from these rows, on dev. Each has one change, unless it says so.
+# Rows with another batch size see as many pairs, at the same learning rate.
 SEARCH = {
     "search-vocabulary-4k": _sized(4_000),
     "search-vocabulary-16k": _sized(16_000),

@@ -1,4 +1,4 @@
-"""How the systems of `quality.py` are scored: rankings, by task and dims."""
+"""Scores of the systems of `quality.py`, by task and dims."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +41,7 @@ def score(data: quality_data.Data, rank: Any) -> dict[str, dict[str, dict[str, f
 
 
 def tasks_of(found: Any, folder: str) -> list[str]:
-    """Returns the task of each query: its own, or else the name of the folder."""
+    """Returns the task of each query: its own or, if it has none, the folder's name."""
     return [task or folder for task in found.tasks]
 
 
@@ -66,7 +66,7 @@ def by_dim(
 
 
 def rankings(found: Any, similarity: np.ndarray) -> list[list[str]]:
-    """Returns the best ids of each query; one more than is scored may be its own."""
+    """Returns the best ids of each query, one more than scored for its own passage."""
     order = ranking.tie_order(found.passage_ids)
     return [
         [

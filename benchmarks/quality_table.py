@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from the rows that `quality.py` has made."""
+"""Tables of docs/results.md, from the rows that `quality.py` writes."""
 
 import json
 import pathlib
@@ -52,7 +52,7 @@ core).
 """
 
 
-# The last part of the page, which other commands make: it is kept as it is.
+# Other commands make the last part of the page. It is kept unchanged.
 _KEPT = "\n## The bundled model\n"
 
 _PARTS = {"at 1/2": 2, "at 1/4": 4}
@@ -67,9 +67,9 @@ def write(
     """Writes the page.
 
     Args:
-        folder: Of the rows' files.
-        path: The page.
-        rows: Name -> what has `about`.
+        folder: Folder of the rows' files.
+        path: Page to write.
+        rows: Name -> row.
         groups: Name of a table -> names of its rows.
     """
     made = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
@@ -93,7 +93,7 @@ def write(
                 if not lines or (group != "ladder" and trained < 2):
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
-                # 0 is the row's own number.
+                # 0 stands for the row's own number of steps.
                 stages = zip(("first", "second"), steps, strict=False)
                 said = [f"{n:,} steps in the {stage} stage" for stage, n in stages if n]
                 said += [f"batches of {batch:,}"] if batch else []
@@ -177,9 +177,9 @@ def _table(
 def _judged(
     lines: Sequence[tuple[str, list[Mapping[str, Any]]]],
 ) -> tuple[str, list[str], list[str]]:
-    """Returns the split that is shown, its tasks, and those that were trained.
+    """Returns the split to show, its tasks, and the tasks that were trained.
 
-    A task that was not trained stands beside the mean, not in it.
+    A task that was not trained does not count in the mean.
     """
     scores = lines[0][1][0]["scores"]
     split = "test" if "test" in scores else "dev"
@@ -191,7 +191,7 @@ def _judged(
 def _panels(
     lines: Sequence[tuple[str, list[Mapping[str, Any]]]], rows: Mapping[str, Any]
 ) -> dict[str, dict[str, list[float]]]:
-    """Returns what is drawn: panel -> row -> the values of its seeds."""
+    """Returns the data of the plot: panel -> row -> the values of its seeds."""
     split, _, trained = _judged(lines)
     panels = {
         f"mean nDCG@10 on {split}, all dims": {
@@ -223,7 +223,7 @@ def _dims(row: Mapping[str, Any]) -> set[str]:
 
 
 def _largest(row: Mapping[str, Any]) -> int:
-    """Returns the largest dim; 0 of a row that has no dims."""
+    """Returns the largest dim, or 0 if a row has no dims."""
     return max(map(int, _dims(row)), default=0)
 
 
@@ -241,7 +241,7 @@ def _mean(
 
 
 def _spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Returns the mean and, of several, the least and the most."""
+    """Returns the mean and, for several values, the minimum and the maximum."""
     if not values:
         return ""
     mean = format(sum(values) / len(values), form)

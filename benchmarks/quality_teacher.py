@@ -1,4 +1,4 @@
-"""A pretrained model of sentence-transformers for `quality.py`: ceiling and teacher."""
+"""The pretrained sentence-transformers model of `quality.py`: baseline and teacher."""
 
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
-# Dims of the teacher's vectors: what the ablated encoder has.
+# Dims of the teacher's vectors, as many as the ablated encoder has.
 DIM = 256
-# Of the teacher's tokens, for training alone: the student reads no more of a text.
+# In the teacher's tokens, for training only: the student reads no more of a text.
 LENGTH = 128
 _BLOCK = 2_048
 
@@ -16,13 +16,13 @@ _BLOCK = 2_048
 def encode(
     name: str, texts: Sequence[str], titles: Sequence[str] = (), length: int = 0
 ) -> Iterator[Float[np.ndarray, "_ T"]]:
-    """Yields the vectors of texts in blocks, each under its title if there is one.
+    """Yields the vectors of texts in blocks, with their titles if there are any.
 
     Args:
-        name: The model.
-        texts: What to encode.
-        titles: Of the texts, or none.
-        length: Tokens of a text to read; 0 for as many as the model does.
+        name: Name of the model.
+        texts: Texts to encode.
+        titles: Titles of the texts, or None.
+        length: Largest number of tokens of a text; 0 for the model's own limit.
     """
     from sentence_transformers import SentenceTransformer
 

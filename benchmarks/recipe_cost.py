@@ -1,13 +1,13 @@
-"""What the full-scale recipes cost: operations, and chip-hours by a cost model.
+"""FLOPs of the full-scale recipes, and their chip-hours by a cost model.
 
     python benchmarks/recipe_cost.py
     python benchmarks/recipe_cost.py --chip=v5p --utilisation=0.5 --length=0.6
 
-The operations are the model's own (`step.model_flops`), every text having `--length` of
-its longest, times the steps of the config. Chip-hours divide them by the chip's peak
-times `--utilisation`, which is assumed and not measured. Nothing is compiled or run:
-`gecko compile` says what one step needs of a slice. `zero_shot` costs what `paper`
-does, and mT5 what T5 1.1 does: looking tokens up in a larger table is no operation.
+FLOPs are `step.model_flops`, where the length of every text is `--length` times the
+maximum, times the steps of the config. Chip-hours are the FLOPs divided by the chip's
+peak times `--utilisation`, which is assumed and not measured. Nothing is compiled or
+run: `gecko compile` shows what one step needs on a slice. `zero_shot` costs the same as
+`paper`, and mT5 the same as T5 1.1, because a token lookup has no FLOPs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ RECIPES = ("paper", "modern")
 
 
 def rows(chip: str, utilisation: float, length: float) -> list[list[str]]:
-    """Returns the table: a row for each size and recipe."""
+    """Returns the table, with a row for each size and recipe."""
     import gecko_jax.config
     from gecko_jax.cli import flags
     from gecko_jax.parallel import chips
@@ -50,13 +50,19 @@ def main() -> None:
     """Prints the table in Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--chip", default="v5e", help="of gecko_jax.parallel.chips (v5e)"
+        "--chip", default="v5e", help="chip of gecko_jax.parallel.chips (v5e)"
     )
     parser.add_argument(
-        "--utilisation", type=float, default=0.4, help="of its peak, assumed (0.4)"
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="assumed share of peak (0.4)",
     )
     parser.add_argument(
-        "--length", type=float, default=1.0, help="of texts, as a share of most (1)"
+        "--length",
+        type=float,
+        default=1.0,
+        help="text length / maximum (1)",
     )
     options = parser.parse_args()
     head = ["size", "recipe", "FLOPs, stage 1", "stage 2"]

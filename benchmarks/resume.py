@@ -1,13 +1,14 @@
-r"""Stops a run of some processes, goes on with another number, and compares the ends.
+r"""Resumes a run with another number of processes and compares the final states.
 
     python benchmarks/resume.py                      the bundled pairs
     python benchmarks/resume.py --files=pairs.jsonl --vocabulary=t5.model \
         --extra-ids=100 --vocab-size=32128
 
-One process trains to the end. Two others train as one run until a checkpoint at step
-137, where they are killed; four go on from there. All have four devices together, and
-the same batches, so that what they end with may differ by the order of sums alone. It
-prints by how much parameters and losses differ, and exits with 1 if that is more.
+The reference run trains to the end in one process. A second run trains in two
+processes, which are killed after the checkpoint of step 137, and resumes in four. Both
+runs always use four devices and the same batches, so their results may differ only by
+the order of sums. The script prints how much parameters and losses differ, and exits
+with 1 if the difference is larger than rounding explains.
 """
 
 import argparse
@@ -33,14 +34,14 @@ SETTINGS = {
     "checkpoint.every_minutes": 0,
     "checkpoint.keep": 1,
 }
-# Sums over devices in another order, two hundred times over.
+# Rounding of sums over devices in another order, over two hundred steps.
 TOLERANCE = 1e-4
 
 
 def start(
     workdir: pathlib.Path, options: argparse.Namespace, processes: int
 ) -> list[subprocess.Popen]:
-    """Starts a run, or goes on with it, in some processes on this machine."""
+    """Starts or resumes a run in several processes on this machine."""
     settings = SETTINGS | {
         "data.cache_dir": options.cache_dir,
         "data.vocabulary": options.vocabulary,
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", default="quickstart")
     parser.add_argument("--extra-ids", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=8_064)
-    parser.add_argument("--stop", type=int, default=137, help="step of the stop")
+    parser.add_argument("--stop", type=int, default=137, help="step to stop at")
     cache = pathlib.Path("~/.cache/gecko_jax").expanduser()
     parser.add_argument("--cache-dir", default=str(cache))
     options = parser.parse_args()
@@ -113,7 +114,7 @@ def main() -> None:
             os.killpg(process.pid, signal.SIGKILL)
         finish(pair, -signal.SIGKILL)
         at = checkpoints.latest_step(stopped)
-        print(f"2 processes: killed, step {at} is saved", flush=True)
+        print(f"2 processes: killed after the checkpoint of step {at}", flush=True)
         finish(start(stopped, options, 4))
         params = [
             {
@@ -129,9 +130,9 @@ def main() -> None:
     largest = max(float(np.abs(leaf).max()) for leaf in params[0].values())
     loss = max(abs(curves[0][step] - curves[1][step]) for step in curves[0])
     print(
-        f"4 processes: on to step {STEPS}; parameters differ by at most {worst:.2g} "
-        f"(the largest is {largest:.2g}), the losses of {len(curves[1])} steps by "
-        f"{loss:.2g}"
+        f"4 processes: resumed to step {STEPS}; parameters differ by at most "
+        f"{worst:.2g} (the largest is {largest:.2g}), the losses of {len(curves[1])} "
+        f"steps by {loss:.2g}"
     )
     raise SystemExit(worst > TOLERANCE or loss > TOLERANCE)
 

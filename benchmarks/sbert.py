@@ -19,9 +19,9 @@ def build(
 
     Args:
         config: Sizes of the encoder.
-        vocabulary: The SentencePiece model.
-        length: Tokens kept of a text.
-        folder: Where the parts are written, as sentence-transformers wants them.
+        vocabulary: SentencePiece model.
+        length: Largest number of tokens of a text.
+        folder: Folder to which the modules are written for sentence-transformers.
     """
     t5 = transformers.T5EncoderModel(
         transformers.T5Config(

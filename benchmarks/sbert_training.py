@@ -1,4 +1,4 @@
-"""Training in sentence-transformers as its users would, for the table of quality."""
+"""Training with the usual API of sentence-transformers, for `quality.py`."""
 
 import pathlib
 import time
@@ -21,12 +21,12 @@ def train(
 ) -> tuple[SentenceTransformer, float]:
     """Trains on the pairs of the first config, then on the triples of the second.
 
-    Batch size, steps, lengths, MRL dims, temperature, optimizer and its schedule are
-    those of the configs. The loss is MatryoshkaLoss of
-    CachedMultipleNegativesRankingLoss; the encoder starts as transformers makes one.
+    Batch size, steps, lengths, MRL dims, temperature, optimizer and schedule are those
+    of the configs. The loss is MatryoshkaLoss with CachedMultipleNegativesRankingLoss.
+    The encoder is initialized by transformers.
 
     Returns:
-        The model, and the seconds of both loops.
+        The model and the seconds of both loops.
     """
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ def _endless(random: np.random.Generator, number: int) -> Any:
 
 
 def _columns(built: Any, batch: list[dict[str, Any]], config: Any) -> list[Any]:
-    """Returns tokens of queries, positives and, where all have one, hard negatives."""
+    """Returns tokens of queries, positives and, if any line has one, hard negatives."""
     text_format = text_formats.TextFormat()
     columns = [
         [text_format.format_query(line["query"], line["task"]) for line in batch],
@@ -97,7 +97,7 @@ def _columns(built: Any, batch: list[dict[str, Any]], config: Any) -> list[Any]:
         ],
     ]
     if config.data.num_negatives:
-        # A line without one gets that of another: this loss knows no gaps.
+        # The loss needs a negative per line. A line without one gets another line's.
         spare = next((n for line in batch for n in line.get("negatives") or ()), "")
         columns.append(
             [
@@ -114,7 +114,7 @@ def _columns(built: Any, batch: list[dict[str, Any]], config: Any) -> list[Any]:
 def encode(
     built: SentenceTransformer, found: Any, tasks: list[str], config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the vectors of queries and passages, in the format of training."""
+    """Returns the vectors of queries and passages in the format of training."""
     text_format = text_formats.TextFormat()
     built.max_seq_length = config.data.query_length
     queries = built.encode(

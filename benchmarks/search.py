@@ -1,13 +1,13 @@
-"""How long an exact search takes, beside faiss, and what loading an index costs.
+"""Time of exact search compared with faiss, and time and memory of loading an index.
 
     python benchmarks/search.py                     1,000,000 x 256, top 10
     python benchmarks/search.py --top=100 --rounds=9
 
-All take turns in one process, and the first round, which compiles, is not counted. A
-ratio is the median over rounds of another's time divided by that of `gecko_jax.index`
-in the same round: other work on the machine slows both. The index is then saved with
-ids and texts and loaded again in a process of its own, whose peak memory is compared
-with the vectors'. Needs `faiss-cpu`.
+All run in turns in one process. The first round compiles and is not counted. A ratio is
+the median over rounds of another's time divided by the time of `gecko_jax.index` in the
+same round, because other work on the machine slows both. The index is then saved with
+ids and texts, and loaded in a separate process, whose peak memory is compared with the
+size of the vectors. Needs `faiss-cpu`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ print(json.dumps({"seconds": seconds, "loaded": held, "searched": peak() - befor
 def take_turns(
     name: str, contestants: dict[str, Callable[[], object]], rounds: int
 ) -> None:
-    """Prints the median time of each, and how often that of the first it is."""
+    """Prints the median time of each, absolute and relative to the first."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for contestant, work in contestants.items():
@@ -67,7 +67,7 @@ def take_turns(
 
 
 def load(built: vector_index.Index, rounds: int) -> None:
-    """Saves the index, and prints what loading it takes in a fresh process."""
+    """Saves the index and prints time and memory of loading it in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "index"
         built.save(path)
@@ -94,7 +94,7 @@ def load(built: vector_index.Index, rounds: int) -> None:
 
 
 def main() -> None:
-    """Parses the command line, and compares."""
+    """Parses the command line and compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=256)

@@ -1,8 +1,8 @@
-"""Runs two workers in turn, each in a process of its own, and compares them.
+"""Runs two workers in turns, each in a separate process, and compares them.
 
-A worker is this benchmark's file with `--worker NAME`: it sets itself up, then answers
-each line on its input with one line of JSON, `{"seconds": ..., "items": ...}`. Taking
-turns keeps a machine whose speed drifts from favouring either.
+A worker is the benchmark's own script with `--worker NAME`. After its setup it answers
+each line on its input with a JSON line, `{"seconds": ..., "items": ...}`. The workers
+take turns, so a machine whose speed drifts favours neither.
 """
 
 import json
@@ -14,16 +14,16 @@ from collections.abc import Callable
 
 
 def host_peak() -> float:
-    """Returns the most memory that this process ever held, in GiB."""
+    """Returns the peak memory of this process, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def serve(
     work: Callable[[], tuple[float, int]], peak: Callable[[], float] = host_peak
 ) -> None:
-    """Answers every request with one round of work: seconds, and items done."""
+    """Answers each request with the seconds and items of one round of work."""
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever libraries print must not be taken for an answer
+    sys.stdout = sys.stderr  # Text that libraries print must not be read as an answer.
     for _ in sys.stdin:
         seconds, items = work()
         answer = {"seconds": seconds, "items": items, "peak_gib": peak()}
@@ -38,15 +38,15 @@ def compare(
     arguments: list[str],
     warmed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Lets both workers warm up, takes turns for `rounds`, and prints a table.
+    """Runs a warm-up round, then `rounds` rounds in turns, and prints a table.
 
     Args:
-        script: The benchmark's file.
-        names: Ours first.
-        rounds: Counted rounds of each.
-        unit: What `items` counts.
-        arguments: Passed on to the workers.
-        warmed: Called after the first round, which is not counted.
+        script: File of the benchmark.
+        names: Names of the workers, ours first.
+        rounds: Number of counted rounds of each.
+        unit: Unit of `items`.
+        arguments: Further arguments of the workers.
+        warmed: Called after the warm-up round.
     """
     workers = {
         name: subprocess.Popen(
@@ -69,7 +69,7 @@ def compare(
             line = worker.stdout.readline()
             if not line:
                 raise SystemExit(
-                    f"{name} ended; run {script} --worker {name} to see why"
+                    f"{name}: failed; run {script} --worker {name} to see why"
                 )
             answer = json.loads(line)
             peaks[name] = answer["peak_gib"]

@@ -1,4 +1,4 @@
-"""Small training runs, each in processes of its own, that a benchmark may end early."""
+"""Small training runs in separate processes, which a benchmark can kill."""
 
 import os
 import pathlib
@@ -35,14 +35,14 @@ def start(
     peers: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.Popen:
-    """Starts one process of a run, or goes on with it.
+    """Starts or resumes one process of a run.
 
     Args:
-        workdir: Of the run.
-        settings: Keys of the config, beside `SETTINGS`.
-        devices: Of this process.
-        peers: Flags by which it finds the other processes.
-        variables: Of the environment, beside those that are set here.
+        workdir: Workdir of the run.
+        settings: Config keys in addition to `SETTINGS`.
+        devices: Number of devices of this process.
+        peers: Flags that name the other processes.
+        variables: Environment variables in addition to those set here.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -64,17 +64,17 @@ def start(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # killed with the child that trains
+        start_new_session=True,  # a signal to the group reaches the training child
     )
 
 
 def finish(process: subprocess.Popen, expected: Collection[int] = (0,)) -> int:
-    """Waits for the end of a process, and returns its exit status.
+    """Waits for the end of a process and returns its exit status.
 
     Raises:
-        SystemExit: It is none of those expected; says what the run said.
+        SystemExit: The status is not an expected one. The message has the run's output.
     """
     _, notes = process.communicate(timeout=1_800)
     if process.returncode not in expected:
-        raise SystemExit(f"a run ended with {process.returncode}:\n{notes}")
+        raise SystemExit(f"a run exited with status {process.returncode}:\n{notes}")
     return process.returncode

@@ -109,7 +109,7 @@ class Judged:
     """
 
     def __init__(self):
-        """Starts without texts."""
+        """Creates an empty set."""
         self.sets: list[str] = []
         self._texts: set[str] = set()
         self._runs: dict[int, set[str]] = {n: set() for n in RUNS}

@@ -78,5 +78,5 @@ def read(data: pathlib.Path | None) -> Iterator[dict[str, Any]]:
             names = ("task", "query", "positive", "src", "licence")
             row = {name: row[name] for name in names if name in row}
             if missing := {"task", "query", "positive", "src"} - row.keys():
-                raise SystemExit(f"{place}: no field {min(missing)!r}")
+                raise SystemExit(f"{place}: field {min(missing)!r} is missing")
             yield row

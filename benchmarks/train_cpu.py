@@ -1,11 +1,11 @@
-"""Training pairs per second on CPU: gecko_jax beside sentence-transformers.
+"""Training pairs per second on CPU: gecko_jax and sentence-transformers.
 
     python benchmarks/train_cpu.py            needs gecko-jax[torch]
 
-Both train `mini` from scratch on the bundled pairs in batches of the same size, cut at
-the same lengths, with in-batch negatives summed over the same MRL dims (ours: eq. 2;
-theirs: MatryoshkaLoss of MultipleNegativesRankingLoss), AdamW and clipping.
-Tokenization counts on both sides: ours reads its tokenized cache, as in training.
+Both train `mini` from scratch on the bundled pairs with the same batch size, lengths
+and MRL dims, in-batch negatives (eq. 2 here; MatryoshkaLoss with
+MultipleNegativesRankingLoss there), AdamW and clipping. The time includes tokenization
+there and reading the tokenized cache here, as in training.
 """
 
 import argparse
@@ -58,14 +58,14 @@ def gecko() -> None:
         jax.block_until_ready(state)
         return time.perf_counter() - began, STEPS * config.data.batch_size
 
-    # Every shape of batch compiles once in a run; that is not what is measured.
+    # Compile all batch shapes before the measurement: a run compiles each only once.
     for batch in itertools.islice(batches.iterate(0), 40):
         state, _ = step.run(state, sharding.place_batch(batch, mesh), key)
     side_by_side.serve(work)
 
 
 def sbert() -> None:
-    """Serves rounds of a plain training loop, which costs less than their Trainer."""
+    """Serves rounds of a plain training loop, which is faster than the Trainer."""
     import sbert as baseline
     import torch
     from sentence_transformers.sentence_transformer import losses
@@ -99,7 +99,7 @@ def sbert() -> None:
                 text_format.format_query(record["query"], record["task"]),
                 text_format.format_passage(record["positive"]),
             )
-            # A stride walks through all tasks, as a shuffled batch does.
+            # A stride mixes all tasks, as a shuffled batch does.
             for start in range(61)
             for record in records[start::61]
         ]

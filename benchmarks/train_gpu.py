@@ -1,16 +1,16 @@
-"""Training on a GPU: steps/s, utilisation and memory, beside sentence-transformers.
+"""Training on a GPU: steps/s, utilisation and memory, and sentence-transformers.
 
     python benchmarks/train_gpu.py --size=base --batch=256 --microbatch=64
     python benchmarks/train_gpu.py --size=xl --batch=128 --microbatch=16 --only=gecko
     python benchmarks/train_gpu.py --only=gecko --variants none:xla none:cudnn
 
-Random tokens at full length, the same for both: queries of 64, passages of 512, one
-hard negative, bfloat16, MRL 256 and full width. The other side is the same T5 encoder
-of Hugging Face, CachedMultipleNegativesRankingLoss in a MatryoshkaLoss, and Adafactor;
-each runs in a process of its own, and says on what.
+Both train on the same random tokens at full length: queries of 64 tokens, passages of
+512, one hard negative, bfloat16, MRL 256 and full width. The other library trains the
+same T5 encoder of Hugging Face with CachedMultipleNegativesRankingLoss in a
+MatryoshkaLoss, and Adafactor. Each runs in a separate process and prints its device.
 
-Needs a GPU and the extra `cuda`; the other side a CUDA build of PyTorch and the extra
-`torch`. Without a GPU both run on the CPU, which tries the script and measures nothing:
+Needs a GPU and the extra `cuda`; sentence-transformers needs a CUDA build of PyTorch
+and the extra `torch`. Without a GPU both run on the CPU, which only tests the script:
 
     python benchmarks/train_gpu.py --size=mini --batch=8 --microbatch=4 --steps=1
 """
@@ -31,17 +31,17 @@ BEGAN = time.perf_counter()
 
 
 def note(what: str) -> None:
-    """Says on standard error what is being done, and since when."""
+    """Prints progress and the time since the start on standard error."""
     print(f"{time.perf_counter() - BEGAN:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
 def gecko(options: argparse.Namespace) -> None:
-    """Times the step that `gecko train` runs, in each of its variants."""
+    """Times the step of `gecko train` in each variant."""
     for variant in options.variants:
         remat, _, attention = variant.partition(":")
         try:
             found = gecko_variant(options, remat, attention or "xla")
-        except Exception as error:  # One variant must not hide the others.
+        except Exception as error:  # Continue with the other variants.
             found = {"failed": f"{type(error).__name__}: {error}"[:1000]}
         print(json.dumps({"variant": variant, **found}), flush=True)
 
@@ -138,7 +138,7 @@ def gecko_variant(
 
 @contextlib.contextmanager
 def _trace(folder: str) -> Iterator[None]:
-    """Traces what the device does; the host's own calls would fill the file."""
+    """Traces the device only: calls of the host would fill the file."""
     import jax
 
     settings = jax.profiler.ProfileOptions()
@@ -149,7 +149,7 @@ def _trace(folder: str) -> Iterator[None]:
 
 
 def sbert(options: argparse.Namespace) -> None:
-    """Times a plain loop around sentence-transformers' losses."""
+    """Times a plain loop with the losses of sentence-transformers."""
     try:
         import torch
         import transformers
@@ -157,8 +157,8 @@ def sbert(options: argparse.Namespace) -> None:
         from sentence_transformers.sentence_transformer import losses, modules
     except ImportError as error:
         raise SystemExit(
-            f'{error}: the other side needs pip install "gecko-jax[torch]"; '
-            "--only=gecko does without"
+            f'{error}: sentence-transformers needs pip install "gecko-jax[torch]"; '
+            "use --only=gecko without it"
         ) from error
 
     from gecko_jax.models import dual_encoder
@@ -177,7 +177,7 @@ def sbert(options: argparse.Namespace) -> None:
     )
 
     class Tower(torch.nn.Module):
-        """A T5 encoder on tokens, as a module of sentence-transformers."""
+        """A T5 encoder of token ids, as a module of sentence-transformers."""
 
         def __init__(self):
             super().__init__()
@@ -253,10 +253,10 @@ def main() -> None:
         nargs="+",
         default=["full"],
         metavar="REMAT[:ATTENTION]",
-        help="model.remat and model.attention of ours (full:xla)",
+        help="model.remat and model.attention of gecko_jax (full:xla)",
     )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", help="folder of a trace of each variant")
+    parser.add_argument("--profile", help="folder for a trace of each variant")
     parser.add_argument("--only", choices=("gecko", "sbert"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -273,7 +273,7 @@ def main() -> None:
                 text=True,
             )
             if found.returncode:
-                raise SystemExit(f"{name}: ended with {found.returncode}, see above")
+                raise SystemExit(f"{name}: exit status {found.returncode}, see above")
             print(f"{name}: {found.stdout}", end="", flush=True)
 
 

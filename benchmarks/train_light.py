@@ -1,11 +1,11 @@
-"""The whole way without TensorFlow or seqio: train, resume, evaluate, embed, search.
+"""Trains, resumes, evaluates, embeds and searches without TensorFlow or seqio.
 
-    python benchmarks/train_light.py --build     tokenizes, where TensorFlow is
-    python benchmarks/train_light.py             trains from that cache, where it is not
+    python benchmarks/train_light.py --build     tokenizes, with TensorFlow
+    python benchmarks/train_light.py             trains from that cache, without it
 
-It pre-finetunes `mini` on the bundled pairs as `make demo` does, in two halves, so that
-the second restores a checkpoint; then it embeds and searches the bundled corpus. The
-cache lies in `.carry/cache`, which git ignores. Prints one JSON line.
+It pre-finetunes `mini` on the bundled pairs as `make demo` does, in two halves, so the
+second half restores a checkpoint. Then it embeds and searches the bundled corpus. The
+cache is in `.carry/cache`, which git ignores. Prints one JSON line.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CACHE = ROOT / ".carry" / "cache"
 
 
 class StoppedHalfway(Exception):
-    """Ends the first half of training, as a lost machine would."""
+    """Ends the first half of training as a preemption would."""
 
 
 def load_config(num_steps: int) -> Any:

@@ -8,10 +8,10 @@ r"""Evaluation on MTEB and on local sets, at every dim from one encoding.
         --output=results --config.tasks="('SciFact','STS12')"
 
 Arguments: `v1` and `v2`, MTEB(eng, v1) of the paper and its successor; `nano`,
-NanoBEIR; `miracl`, MIRACL in 18 languages; `none`, no suite; `local`, the bundled
-retrieval set alone, which takes less than a minute on a laptop CPU and needs no
-network. They can be joined with commas; without any it is `v1`. Needs gecko-jax[eval].
-The data sets come from the Hugging Face hub; nothing else here needs the network.
+NanoBEIR; `miracl`, MIRACL in 18 languages; `none`, no suite; `local`, only the bundled
+retrieval set, which takes less than a minute on a laptop CPU and needs no network.
+Commas join several; the default is `v1`. Needs gecko-jax[eval]. The data sets are
+downloaded from the Hugging Face hub.
 """
 
 import ml_collections

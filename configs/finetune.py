@@ -8,21 +8,22 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
 Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mini` on a
-laptop CPU in two to three minutes; `local,shipped`, which starts from the model that
-the package brings; `local,taught`, the second stage of that recipe of prefinetune.py
-(docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and `fret`, for the
-triples that `gecko fret run` left in runs/fret (elsewhere:
---config.data.files). `gecko data prepare` mines hard negatives for pairs.
+laptop CPU in two to three minutes; `local,shipped`, which starts from the bundled
+model; `local,taught`, the second stage of that recipe of prefinetune.py
+(docs/recipes.md); `hardware=NAME`, one of the names below, for `xl`; and `fret`, for
+the triples of `gecko fret run` in runs/fret (use --config.data.files for another
+place). `gecko data prepare` mines hard negatives for pairs.
 
-Three recipes name everything but the machine, for base, large and xl (docs/recipes.md):
-`paper` (eq. 3 to the letter, GTR's numbers), `zero_shot` (the same on FRet alone) and
-`modern` (what later models changed: EmbeddingGemma's losses, a teacher, 7 negatives).
-`multilingual` makes each of them one for mT5. They start from runs/prefinetune.
+Three recipes set everything but the hardware, for base, large and xl (docs/recipes.md):
+`paper` (eq. 3 unchanged, GTR's numbers), `zero_shot` (the same on FRet data only) and
+`modern` (changes of later models: EmbeddingGemma's losses, a teacher, 7 negatives).
+`multilingual` adapts each of them to mT5. They start from runs/prefinetune.
 
 `local,gemma` trains a small Gemma 3 encoder on a laptop CPU. `embeddinggemma`,
 `embeddinggemma-2`, `t5gemma2-270m` and `qwen3-0.6b` (4b, 8b) fine-tune the released
 model, which `gecko import` has written to models/NAME, with the losses of `modern`
 (docs/encoders.md).
+
 The paper gives no hyperparameters: numbers without a source are ours.
 """
 
@@ -30,8 +31,8 @@ import ml_collections
 
 import gecko_jax.config
 
-# Batch, rows of a microbatch, and chips along fsdp, for `xl`. The compiler has proved
-# v5e-16 and v5e-256 (docs/performance.md); the others are estimates.
+# Batch, rows of a microbatch, and chips along fsdp, for `xl`. v5e-16 and v5e-256 were
+# compiled for the TPU (docs/performance.md); the others are estimates.
 HARDWARE = {
     "v5e-8": (256, 8, 8),
     "v5e-16": (512, 32, 16),
@@ -104,7 +105,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.loss.mask_duplicates = True  # EmbeddingGemma
         config.loss.hardness = 5.0  # EmbeddingGemma
         config.loss.spread_weight = 1.0  # EmbeddingGemma's term; the weight is ours.
-        config.loss.matching_weight = 10.0  # Likewise; 1 brought a bag little.
+        config.loss.matching_weight = 10.0  # Ours; 1 helps a bag only a little.
         # For `gecko average`.
         config.checkpoint.keep_every_steps = 400 if is_released else 2_000
     if arg.fret:
@@ -130,7 +131,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.text_format = "plain"
         config.model.num_layers = 0
         config.model.vocab_size = 32_000
-        # One column more than the vectors gives all tokens the same length.
+        # One more column than the vectors have gives all tokens the same length.
         config.model.model_dim = 257
         config.model.num_heads = config.model.head_dim = config.model.mlp_dim = 1
         config.model.embedding_dim = 256

@@ -6,16 +6,16 @@ r"""FRet: training data from a language model, passages to triples (section 3.2)
         --config.passages.files=corpus.jsonl.gz --config.llm.url=http://tpu-host:8000 \
         --config.llm.model=google/gemma-3-27b-it --max-cost=200
 
-Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
-which runs in this process, in well under half an hour on a laptop. `local,qwen` and
-`local,qwen_small` take Qwen2.5-Coder-1.5B and 0.5B-Instruct instead, which judge far
-better (`gecko fret fetch-model qwen2.5-coder-1.5b`). `local,recorded` replays what
-SmolLM2 answered, in seconds and with nothing to install. `relabel` is for `gecko fret
-relabel`: `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp` and
-`hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
-port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
-each. The paper gives neither prompts, model, N nor filters: numbers without a source
-are ours.
+Arguments: `local` uses 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
+which runs in this process and takes less than half an hour on a laptop. `local,qwen`
+and `local,qwen_small` use Qwen2.5-Coder-1.5B and 0.5B-Instruct instead, which judge far
+better (`gecko fret fetch-model qwen2.5-coder-1.5b`). `local,recorded` replays the
+recorded responses of SmolLM2 in seconds and needs no installation. `relabel` is for
+`gecko fret relabel`; `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp`
+and `hosted` select the settings of those servers (`local,llama_cpp`: the small model on
+a server at port 8080); the default is vLLM or SGLang. docs/fret.md explains how to
+start each server. The paper gives neither prompts, model, N nor filters: numbers
+without a source are ours.
 """
 
 import ml_collections
@@ -67,9 +67,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 size = "0.5b" if arg.qwen_small else "1.5b"
                 config.llm.weights = f"qwen2.5-coder-{size}"
                 config.llm.dtype = "bfloat16"
-        # What a model of this size can do, measured: docs/fret.md.
+        # Measured abilities of a model of this size: docs/fret.md.
         config.generate.prompt = "generate_short"
-        config.generate.shots = 0  # all five, so that they are read once
+        config.generate.shots = 0  # all five, so their prefix is computed once
         config.generate.max_tokens = 32
         config.retrieve.num_candidates = 10
         config.likelihood.generic_passage = "This is a short text."

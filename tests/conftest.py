@@ -1,13 +1,14 @@
-"""What every test runs under: 8 CPU devices, strict shapes, right numbers."""
+"""Settings of all tests: 8 CPU devices, strict shapes, correct numbers."""
 
 import atexit
 import dataclasses
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
 
-# TensorFlow's C++ notes would drown pytest's own output.
+# Hide TensorFlow's C++ log lines.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -20,29 +21,59 @@ jaxtyping.install_import_hook("gecko_jax", "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Files whose tests take longest, in this order: they run first, so that the last files
+# are short and all processes end at about the same time.
+LONGEST = (
+    "training/test_gradients.py",
+    "models/test_dual_encoder.py",
+    "llm/test_local.py",
+    "losses/test_contrastive.py",
+    "test_mutations.py",
+    "training/test_loop.py",
+    "llm/test_hostile_servers.py",
+    "training/test_t5x_adapter.py",
+    "formats/test_checkpoints.py",
+    "data/test_registration.py",
+    "training/test_light.py",
+    "benchmarks/test_distil.py",
+    "llm/test_in_process.py",
+    "formats/test_averaging.py",
+    "models/test_transformer.py",
+    "test_config.py",
+    "data/test_pipeline.py",
+    "models/test_t5.py",
+    "formats/test_round_trip.py",
+    "benchmarks/test_fret_proof.py",
+    "fret/test_runs.py",
+    "data/test_prepare.py",
+)
+
 # Tests that train twice compile once. The cache is new for each session.
 _COMPILED = tempfile.mkdtemp(prefix="gecko_jax_compiled_")
 atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _COMPILED)
 
-# Importing the package sets XLA's flag for right numbers on CPU.
+# Importing the package sets XLA's flag for correct numbers on CPU.
 from gecko_jax.parallel import numerics  # noqa: E402
 
-# A shell starts what it puts in the background with Ctrl-C ignored, and the processes
-# of tests would inherit that.
+# A shell ignores Ctrl-C in its background processes, and the processes that tests start
+# would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {pathlib.Path(__file__).parent / name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _right_numbers() -> None:
+def _correct_numbers() -> None:
     numerics.check()
 
 
 @pytest.fixture(scope="session")
 def tiny_files():
     """Files of a small, untrained model with the bundled vocabulary."""
-    import pathlib
-
     from gecko_jax.formats import model_folder
     from gecko_jax.models import dual_encoder
     from gecko_jax.text import text_formats
@@ -86,7 +117,7 @@ def tiny_gecko(tiny_files):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_files, tmp_path_factory):
-    """The folder of `tiny_files`, to be read and not changed."""
+    """A folder with `tiny_files`. Tests must not change it."""
     from gecko_jax.formats import model_folder
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -96,7 +127,7 @@ def tiny_folder(tiny_files, tmp_path_factory):
 
 @pytest.fixture
 def gecko(capsys):
-    """Runs a command line in this process: its status, output and errors."""
+    """Runs a command line in this process; returns its status, output and errors."""
     from gecko_jax.cli import entry
 
     def run(*arguments):
@@ -109,7 +140,7 @@ def gecko(capsys):
 
 @pytest.fixture
 def small_files(tiny_files):
-    """A model small enough to be written often; of another size than `tiny_files`."""
+    """A model that is fast to write, of another size than `tiny_files`."""
     import jax
 
     from gecko_jax.models import dual_encoder

@@ -1,8 +1,9 @@
-"""A language model of a few rules behind a real HTTP server with the real wire format.
+"""A rule-based language model behind a real HTTP server with the real wire format.
 
-It writes the first words of the passage as a query, finds a query likely whose words
-the passage holds, and calls a passage perfect that holds most of them. It answers as
-vLLM does, or as llama.cpp, or wrongly, as a test wants; and it counts what it is asked.
+It generates the first words of the passage as a query. The likelihood of a query grows
+with the number of its words in the passage, and a passage with most of the words is
+rated perfect. Tests choose the responses: those of vLLM, of llama.cpp, or faulty ones.
+The server counts its requests.
 """
 
 import collections
@@ -30,7 +31,7 @@ def _noise(*parts):
 
 
 def _fields(prompt):
-    """The last passage and query of a prompt."""
+    """Returns the last passage and query of a prompt."""
     open_part = prompt.rpartition("Passage:")[2]
     passage = open_part.partition("\n")[0]
     query = re.findall(r"Query:(.*)", open_part)
@@ -38,7 +39,7 @@ def _fields(prompt):
 
 
 def log_prob(prompt, before, token):
-    """Of one token after a prompt and the token before it."""
+    """Returns the log-probability of a token after a prompt and a previous token."""
     if prompt.startswith("The following sentences"):
         pairs = itertools.pairwise(_FLUENT)
         known = {(a.strip(".").lower(), b.strip(".").lower()) for a, b in pairs}
@@ -61,7 +62,7 @@ def generate(prompt, seed):
 
 
 def labels(prompt):
-    """Log-probabilities of the first tokens after `Relevance:`."""
+    """Returns log-probabilities of the first tokens after `Relevance:`."""
     if "capital of France" in prompt:
         return {" Paris": -0.1, " London": -2.5}
     passage, query = _fields(prompt)
@@ -76,9 +77,9 @@ def labels(prompt):
 class FakeServer:
     """Counts and answers requests until it is closed.
 
-    `faults` are functions of (path, body, number of this request) that return None, a
-    (status, headers, text) to send instead of an answer, or "drop" to hang up.
-    `twist(path, reply)` may change a right reply.
+    `faults` are functions of (path, body, request number). They return None, a (status,
+    headers, text) to send instead of the response, or "drop" to close the connection.
+    `twist(path, reply)` may change a correct response.
     """
 
     def __init__(self, model="fake", faults=(), twist=None, bos=False):
@@ -91,7 +92,7 @@ class FakeServer:
 
     @property
     def repeated(self):
-        """Requests that were answered rightly more than once."""
+        """Returns the requests that got more than one correct response."""
         return {k: n for k, n in self.answered.items() if n > 1}
 
     def reply(self, path, body):
@@ -171,7 +172,7 @@ class FakeServer:
                     server.received += 1
                     number = server.received
                     server.headers.append(dict(self.headers))
-                if server.closed:  # A connection that was kept open.
+                if server.closed:  # A keep-alive connection.
                     self.close_connection = True
                 else:
                     self._answer(body, number)
@@ -222,7 +223,7 @@ class FakeServer:
 
 
 def canary_keys(server):
-    """Requests of the canary, which each run sends anew."""
+    """Returns the requests of the canary, which each run sends again."""
     return {
         key
         for key in server.answered

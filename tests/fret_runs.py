@@ -20,7 +20,7 @@ WORDS = (
 
 
 def write_corpus(folder):
-    """17 passages of random words; returns their file."""
+    """Writes 17 passages of random words and returns the file."""
     rng = random.Random(0)
     with (folder / "corpus.jsonl").open("w") as lines:
         for number in range(17):
@@ -76,17 +76,17 @@ def load(corpus, url="http://127.0.0.1:9", *overrides):
 
 
 def contents(workdir):
-    """Every file that a run is judged by, with its bytes."""
+    """Returns the bytes of every result file of a run."""
     return {
         path.relative_to(workdir).as_posix(): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
         if path.is_file()
         and not {request_log.FOLDER, records.LOCKS} & set(path.parts)
         and path.name != "config.json"
-        and path.suffix != ".tmp"  # of a process that was killed
+        and path.suffix != ".tmp"  # left by a killed process
     }
 
 
 def repeated(fake):
-    """Requests answered more than once, those of the canary left out."""
+    """Returns the requests with more than one response, except the canary's."""
     return set(fake.repeated) - fake_llm.canary_keys(fake)

@@ -1,8 +1,8 @@
-"""A seeded mutator of JSON values, JSON text and bytes, and what its mutants must do.
+"""A seeded mutator of JSON values, JSON text and bytes, and a check of their readers.
 
-Whatever reads a mutant may return, or raise a `ValueError` or an `OSError` that
-explains itself; nothing else, soon, and without taking the memory that a file only
-claims to need.
+A reader of a mutant must return, or raise a `ValueError` or an `OSError` with a clear
+message. It must not raise another error, hang, or allocate the memory that a damaged
+header claims.
 """
 
 import copy
@@ -27,7 +27,7 @@ ODD = (
 
 
 def places(value, path=()):
-    """Every place within a JSON value."""
+    """Returns every path within a JSON value."""
     yield path
     if isinstance(value, dict):
         for name, part in value.items():
@@ -38,7 +38,7 @@ def places(value, path=()):
 
 
 def mutate(value, rng):
-    """A copy with one change."""
+    """Returns a copy with one change."""
     value = copy.deepcopy(value)
     path = rng.choice(list(places(value))[1:] or [()])
     if not path:
@@ -61,7 +61,7 @@ def mutate(value, rng):
 
 
 def mutate_text(value, rng):
-    """JSON text with one change of its value, or now and then of its characters."""
+    """Returns JSON text with one change of its value, or sometimes of a character."""
     kind = rng.random()
     text = json.dumps(mutate(value, rng) if kind < 0.85 else value)
     if kind >= 0.95:
@@ -73,7 +73,7 @@ def mutate_text(value, rng):
 
 
 def mutate_lines(content, rng):
-    """JSON lines with one line changed."""
+    """Returns JSON lines with one line changed."""
     lines = content.splitlines()
     place = rng.randrange(len(lines))
     lines[place] = mutate_text(json.loads(lines[place]), rng)
@@ -81,7 +81,7 @@ def mutate_lines(content, rng):
 
 
 def mutate_bytes(content, rng):
-    """Bytes of which some are other ones, missing, or added."""
+    """Returns a copy with some bytes changed, removed or added."""
     content = bytearray(content)
     kind = rng.randrange(4)
     if kind == 0 and content:
@@ -99,7 +99,7 @@ def mutate_bytes(content, rng):
 
 
 def end_well(act, what, errors=(ValueError,), seconds=5.0):
-    """Runs `act`, which may return or raise an error that explains itself.
+    """Runs `act`, which must return or raise an error with a clear message.
 
     Returns:
         What `act` returned, or None after an error.
@@ -120,7 +120,7 @@ def end_well(act, what, errors=(ValueError,), seconds=5.0):
 
 
 def mutate_array(content, rng):
-    """An .npy whose header claims another shape or type, or whose bytes differ."""
+    """Returns an .npy file with another shape or dtype, or with other bytes."""
     if rng.random() < 0.4:
         return mutate_bytes(content, rng)
     header = {
@@ -138,7 +138,7 @@ def mutate_array(content, rng):
 
 
 def mutate_archive(content, rng):
-    """An .npz with a mutant for a member, a member less, or one packed very small."""
+    """Returns an .npz file with a changed, missing or highly compressed member."""
     kind = rng.random()
     if kind < 0.3:
         return mutate_bytes(content, rng)
@@ -159,7 +159,7 @@ def mutate_archive(content, rng):
 
 
 def mutate_tensors(content, rng):
-    """A safetensors file with another header, or other bytes."""
+    """Returns a safetensors file with another header, or other bytes."""
     size = int.from_bytes(content[:8], "little")
     if rng.random() < 0.3:
         return mutate_bytes(content[: 8 + size], rng) + content[8 + size :]
@@ -178,7 +178,7 @@ def mutate_tensors(content, rng):
 
 
 def mutate_file(path, rng):
-    """Replaces a file by a mutant of it."""
+    """Replaces a file by a mutant."""
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl"):
         text = content.decode()

@@ -1,4 +1,4 @@
-"""Random parameters for tests, made without compiling the model's initializers."""
+"""Random parameters for tests that do not compile the model's initializers."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from gecko_jax.models import dual_encoder
 
 
 def random_params(config, seed):
-    """Float32 NumPy arrays of ordinary size: kernels, and scales near 1."""
+    """Returns float32 NumPy arrays: kernels of usual size, and scales near 1."""
     rng = np.random.default_rng(seed)
     shapes = parameters.flatten(dual_encoder.abstract_params(config)[0])
     flat = {}

@@ -1,4 +1,4 @@
-"""Records in the schemas of the recipe's sources, and how tests write them."""
+"""Records in the schemas of the recipe's sources, and functions that write them."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ from gecko_jax.data import task_table
 
 
 def forget_checksums(path):
-    """Makes the JSON file of a folder one of a version without checksums."""
+    """Removes the checksums from the JSON file of a folder, as in earlier versions."""
     values = json.loads(path.read_text())
     for name in ("files", "xxh128"):
         values.pop(name, None)
@@ -15,7 +15,7 @@ def forget_checksums(path):
 
 
 def write_cache(folder):
-    """Writes the records of a token cache, whose order is not that of the file."""
+    """Writes the records of a token cache in another order than the source file's."""
     import numpy as np
     from array_record.python import array_record_module
 
@@ -124,7 +124,7 @@ def split(found):
 
 
 def write_source(folder, kind, records):
-    """Writes records as a source of the table would lie on disk."""
+    """Writes records in the file format of a source of the table."""
     if kind == "parquet":
         import pyarrow
         from pyarrow import parquet
@@ -144,7 +144,7 @@ def write_lines(path, *records):
 
 
 def beir_folder(folder, corpus=(), queries=(), judged=()):
-    """A sound folder of one query and two passages, and what is added to it."""
+    """Writes a valid folder with one query, two passages and the given additions."""
     write_lines(
         folder / "corpus.jsonl",
         {"_id": "d1", "title": "A", "text": "a"},
@@ -159,7 +159,7 @@ def beir_folder(folder, corpus=(), queries=(), judged=()):
 
 
 def write(path, content):
-    """Writes text or bytes, packed where the name ends in `.gz`."""
+    """Writes text or bytes, compressed if the name ends in `.gz`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content if isinstance(content, bytes) else content.encode()
     packs = path.name.endswith(".gz") and not data.startswith(b"\x1f")
@@ -168,7 +168,7 @@ def write(path, content):
 
 
 def judged_folder(folder, corpus, name, ids, qrels=None, split="test"):
-    """A BEIR folder of one query whose answers are `ids`."""
+    """Writes a BEIR folder with one query whose relevant passages are `ids`."""
     if name:
         write(folder / name, corpus)
     write(folder / "queries.jsonl", '{"_id": "q", "text": "lizard"}\n')

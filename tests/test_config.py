@@ -25,6 +25,24 @@ RECIPES = tuple(
     for more in ("", ",multilingual")
 )
 
+CONFIGS = (
+    *(("prefinetune", argument) for argument in ARGUMENTS),
+    *(("prefinetune", a) for a in RECIPES if "zero_shot" not in a),
+    *(("finetune", argument) for argument in (*ARGUMENTS, *FINETUNE, *RECIPES)),
+)
+# One config for each combination of settings other than sizes.
+TRACED = (
+    ("prefinetune", ""),
+    ("prefinetune", "local"),
+    ("prefinetune", "large,paper,multilingual"),
+    ("prefinetune", "base,modern"),
+    ("finetune", ""),
+    ("finetune", "fret,local"),
+    ("finetune", "xxl"),
+    ("finetune", "base,zero_shot"),
+    ("finetune", "xl,modern,multilingual"),
+)
+
 
 def test_arguments_are_words_and_pairs():
     values = gecko_jax.config.parse_arg(
@@ -37,18 +55,21 @@ def test_arguments_are_words_and_pairs():
         gecko_jax.config.parse_arg("rate=x", rate=1)
 
 
+@pytest.mark.parametrize(("name", "argument"), CONFIGS)
+def test_every_config_is_valid(name, argument):
+    gecko_jax.config.check(flags.load(f"{ROOT / 'configs' / name}.py:{argument}"))
+
+
 @pytest.mark.parametrize(
     ("name", "argument"),
     [
-        *(("prefinetune", argument) for argument in ARGUMENTS),
-        *(("prefinetune", a) for a in RECIPES if "zero_shot" not in a),
-        *(("finetune", argument) for argument in (*ARGUMENTS, *FINETUNE, *RECIPES)),
+        pytest.param(*case, marks=() if case in TRACED else pytest.mark.slow)
+        for case in CONFIGS
     ],
 )
-def test_every_config_is_sound_and_traces(name, argument):
+def test_every_config_traces(name, argument):
     config = flags.load(f"{ROOT / 'configs' / name}.py:{argument}")
-    gecko_jax.config.check(config)
-    # They are all alike, and tracing 24 takes long.
+    # All layers are alike, or all periods of layers.
     config.model.num_layers = max(
         2, gecko_jax.config.encoder_config(config).scan_period
     )

@@ -1,4 +1,4 @@
-"""The house: imports run down its floors, and heavy things stay in their rooms."""
+"""The rooms of the package: imports go down, and heavy imports stay in their rooms."""
 
 import ast
 import pathlib
@@ -46,7 +46,7 @@ ROOMS_OF = {
     "apache_beam": {"data", "fret"},
 }
 
-# Slow to import, or not always there: only inside the function that needs them.
+# Slow or optional imports, which must be inside the function that needs them.
 ONLY_INSIDE_FUNCTIONS = (
     "tensorflow",
     "tensorflow_datasets",
@@ -78,7 +78,7 @@ def _room(path: pathlib.Path) -> str:
 def _imports(path: pathlib.Path) -> list[tuple[str, ast.AST, bool]]:
     """Lists (module, node, whether at the top level) of every import.
 
-    `from a import b` counts as `a.b`. What only the type checker sees is left out.
+    `from a import b` counts as `a.b`. Imports for the type checker only are left out.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []

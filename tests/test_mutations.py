@@ -1,7 +1,7 @@
-"""Folders with one file changed at random open as they should, or with one clear error.
+"""A folder with one randomly changed file opens correctly or raises one clear error.
 
-A folder of ours is changed as a folder of an earlier version, which has no checksums:
-the checksums would find every change before the readers behind them see it.
+The folders have no checksums, as in earlier versions: checksums would detect every
+change before it reaches the readers.
 """
 
 import copy
@@ -225,7 +225,7 @@ def _half_prepared(folder, _):
         return prepare.prepare(task, folder, source=source)
 
     with pytest.MonkeyPatch.context() as patch:
-        # As if it were killed before its last step.
+        # The state of a run that was killed before its last step.
         remove = pathlib.Path.unlink
         patch.setattr(
             pathlib.Path,
@@ -360,7 +360,7 @@ def _kill():
     raise KeyboardInterrupt
 
 
-# Name -> what makes a folder and how it is read, and mutants of each file.
+# Name -> (function that writes a folder, function that reads it, mutators by file).
 FOLDERS = {
     "model": (_model, 40),
     "Hugging Face": (_hugging_face, 25),
@@ -444,7 +444,7 @@ def test_a_module_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
 
 
 def _shape(card):
-    """What a reader of Markdown makes of a card: its headings, rows and fences."""
+    """Returns the headings, rows and fences that a Markdown parser finds in a card."""
     begins = ("#", "|", "```", "---", "<")
     return [line[:1] for line in card.splitlines() if line.startswith(begins)]
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "notebook.md"
 CUSTOM_LOSS = ROOT / "docs" / "custom_loss.md"
 
-# The page's config, with every key the real one has, made small.
+# The page's config with smaller values.
 CONFIG = """
 import importlib.util
 
@@ -85,7 +85,7 @@ def test_the_page_runs(tiny_files, tmp_path, monkeypatch, capsys):
     assert names["built"].dim == names["model"].dims[0] == 4
     assert {name for row in names["ids"] for name in row} <= {"heron", "role"}
     assert checkpoints.latest_step(tmp_path / "demo" / "further") == 100
-    # It started from the model, and moved.
+    # Training started from the model and changed it.
     before = tiny_files.params["projection_layer"]["kernel"]
     after = names["further"].files.params["projection_layer"]["kernel"]
     distance = np.abs(np.asarray(after) - np.asarray(before)).mean()
@@ -98,7 +98,7 @@ def test_the_page_of_a_custom_loss_runs(tiny_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run(CUSTOM_LOSS)
     assert checkpoints.latest_step(tmp_path / "runs" / "margin") == 30
-    # Three dims, seven other positives; a violation is at most the margin plus 2.
+    # Three dims and seven other positives; a violation is at most the margin plus 2.
     metrics = names["metrics"]
     assert 0 < metrics["loss"] < 3 * 7 * 2.2
     assert metrics["loss"] == pytest.approx(

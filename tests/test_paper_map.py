@@ -1,4 +1,4 @@
-"""docs/paper_map.md: every file and function it names exists."""
+"""Every file and function that docs/paper_map.md names exists."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""The TPU script: the exact commands it runs, and no commands with --dry-run."""
+"""The TPU script runs exactly the expected commands, and none with --dry-run."""
 
 import os
 import pathlib

@@ -87,7 +87,7 @@ def test_the_teacher_does_not_embed_a_text_twice(tmp_path, monkeypatch):
     distil_teacher.teach(tmp_path, ["a", "bb", "a"], store, np.inf)
     distil_teacher.teach(tmp_path, ["bb", "ccc"], store, np.inf)
     assert sorted(seen) == [[1, 7], [2, 7], [3, 7]]
-    # No time is left.
+    # The time limit has passed.
     distil_teacher.teach(tmp_path, ["dddd"], store, -np.inf)
     assert len(store.digests()) == 3
     np.testing.assert_allclose(store.vectors(["ccc"]), [[0.5] * 4])
@@ -141,7 +141,7 @@ def test_a_turn_puts_the_dimensions_of_pairs_first():
     import distil_solve
 
     random = np.random.default_rng(0)
-    # In the last two dimensions a query's token is that of its passage.
+    # In the last two dimensions, a query's token equals its passage's token.
     table = random.normal(size=(200, 6)).astype(np.float32)
     table[100:, 4:] = table[:100, 4:]
     queries = [np.array([n]) for n in range(100)]
@@ -151,7 +151,7 @@ def test_a_turn_puts_the_dimensions_of_pairs_first():
     assert share[:2].min() > 0.9
 
 
-def test_training_brings_the_student_to_the_teacher(tmp_path):
+def test_training_reduces_the_distance_to_the_teacher(tmp_path):
     import distil_training
 
     random = np.random.default_rng(0)
@@ -208,7 +208,7 @@ def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
     assert np.abs(trained[2:30] - begin[2:30] * scale).max() > 1e-5
 
 
-def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     import distil_training
 
     random, trainer = _trainer()

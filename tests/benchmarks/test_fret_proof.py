@@ -1,4 +1,4 @@
-"""The benchmark of what FRet's triples are worth, up to its trainings."""
+"""The benchmark of FRet's triples, without its trainings."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ import fret_proof_table
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Options, and what the run that was replayed for them made."""
+    """The options and results of a replayed run."""
     output = tmp_path_factory.mktemp("proof")
     options = argparse.Namespace(
         output=output, data="quickstart", start_steps=4, steps=2, batch_size=8, judged=5
@@ -84,12 +84,12 @@ def test_judges_rank_judged_queries_and_ask_once(tmp_path):
         assert not fret_runs.repeated(fake)
     assert found["judged"] <= found["queries"] == 24
     assert found["ndcg"].keys() == {"retrieval", "QL", "RC", "RRF"}
-    # The fake finds a query likely whose words the passage holds, as BM25 does.
+    # The fake model prefers queries whose words the passage has, as BM25 does.
     assert found["ndcg"]["QL"] > 0.3
     assert all(0 <= value <= 1 for value in found["ndcg"].values())
 
 
-def test_the_tables_say_mean_and_spread(made, tmp_path):
+def test_the_tables_show_mean_and_spread(made, tmp_path):
     _, facts = made
     rows = tmp_path / "rows"
     rows.mkdir()

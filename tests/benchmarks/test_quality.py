@@ -1,4 +1,4 @@
-"""What the tables of quality are made with: configs, times, text, plots."""
+"""The parts of the quality benchmark: configs, times, texts, plots."""
 
 import argparse
 import json
@@ -18,13 +18,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    """Makes the scripts importable, as they are to each other."""
+    """Makes the scripts importable."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 @pytest.fixture
 def data_folder(tmp_path):
-    """Six pairs, a judged folder for each split, and texts with labels."""
+    """A folder with six pairs, a judged folder for each split, and labelled texts."""
 
     def write(path, records):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +57,7 @@ def _options(tmp_path, data="quickstart"):
     )
 
 
-def test_every_row_is_a_config_that_holds_and_none_is_another(
-    benchmarks, data_folder, tmp_path
-):
+def test_every_row_is_a_valid_and_distinct_config(benchmarks, data_folder, tmp_path):
     import quality_data
     import quality_makers
     import quality_rows
@@ -87,7 +85,7 @@ def test_the_best_row_is_the_recipe_that_the_configs_name(benchmarks, tmp_path):
     row = quality_rows.LADDER["bag-1024-32k"]
     data = quality_data.find("quickstart")
     stages = quality_makers.configs(row, data, 0, _options(tmp_path))[:2]
-    # Where things lie, and how often they are saved and judged.
+    # Paths, and the intervals of checkpoints and evaluations.
     places = (
         r"data\.(files|vocabulary|teacher|cache_dir)$|init\.checkpoint|checkpoint\."
     )
@@ -122,7 +120,7 @@ def test_rows_that_differ_in_the_second_stage_share_the_first(benchmarks, tmp_pa
     assert firsts["base"] == firsts["negatives-3"] != firsts["no-format"]
 
 
-def test_classes_are_clear_of_what_is_judged(benchmarks, data_folder):
+def test_classes_exclude_judged_texts(benchmarks, data_folder):
     import quality_data
 
     data = quality_data.find(str(data_folder), split="dev")
@@ -130,7 +128,7 @@ def test_classes_are_clear_of_what_is_judged(benchmarks, data_folder):
     for kind in quality_data.CLASSES:
         lines = list(quality_data.class_triples(data, kind))
         texts = {text for line in lines for text in (line["query"], line["positive"])}
-        # "test passage" is judged, "two reds" is a test text of the labels.
+        # "test passage" is judged; "two reds" is a labelled test text.
         assert not any("passage" in text or "reds" in text for text in texts)
         groups = {line.get("negative_group") for line in lines}
         assert len(groups) == (len(lines) if kind == "mask" else 1)
@@ -151,7 +149,7 @@ def test_a_subset_is_always_the_same(benchmarks, data_folder):
 def test_a_killed_run_counts_to_its_last_checkpoint(benchmarks, tmp_path):
     import measured
 
-    # Killed before its first checkpoint, then after one at 230, then let alone.
+    # Killed before the first checkpoint, killed after the one at 230, then finished.
     (tmp_path / "times.txt").write_text("began 100\nbegan 200\nsaved 230\nbegan 300\n")
     assert measured.spent(tmp_path) == 30
     with measured.timed(tmp_path):
@@ -162,7 +160,7 @@ def test_a_killed_run_counts_to_its_last_checkpoint(benchmarks, tmp_path):
     with measured.timed(tmp_path):
         pass
     assert "saved" in (tmp_path / "times.txt").read_text().splitlines()[-3]
-    # Killed after its last checkpoint: no other run will say when that was.
+    # Killed after its last checkpoint: no later run records that time.
     (tmp_path / "times.txt").write_text(f"began {checkpoint.stat().st_mtime - 7}\n")
     assert measured.spent(tmp_path) == pytest.approx(7)
 
@@ -204,7 +202,7 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
     assert "## Ladder" not in page
     (picture,) = tmp_path.glob("*.png")
     assert f"({picture.name})" in page
-    # Another command makes the last part.
+    # Another command writes the last part.
     kept = "\n## The bundled model\n\nIts scores.\n"
     (tmp_path / "r.md").write_text(page + kept)
     quality_table.write(
@@ -220,7 +218,7 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
         ({"src": "keras/keras/a.py:f"}, ("Apache-2.0", "")),
         ({"src": "jax/jax/a.py:f"}, ("", "the package by which")),
         ({"src": "own", "licence": "MIT"}, ("MIT", "")),
-        # A package that is described is not the source of that name.
+        # A described package is not the source of that name.
         ({"src": "sphinx"}, ("", "licence not known")),
         ({"src": "jargon", "task": "deb"}, ("", "licence not known")),
         ({"src": "foldoc", "task": "term"}, ("GFDL-1.1-or-later", "GFDL-1.1-or-later")),
@@ -229,7 +227,7 @@ def test_the_table_of_ablations_has_a_plot(benchmarks, tmp_path):
         ({"src": "git-man/git.1.gz"}, ("GPL-2.0-only", "GPL-2.0-only does not let it")),
     ],
 )
-def test_only_text_whose_licence_lets_it_trains_what_comes_along(
+def test_only_text_with_a_permissive_licence_trains_the_bundled_model(
     benchmarks, row, judged
 ):
     import text_licences
@@ -250,7 +248,7 @@ def test_every_package_of_text_has_a_permissive_licence_and_its_evidence(benchma
         for name, entry in entries.items():
             assert entry["licence"] in permissive, name
             assert entry["evidence"], name
-    # Its prose is under CC-BY-SA-4.0, the rest of the package is not.
+    # Only the prose of the package is under CC-BY-SA-4.0.
     assert packages["deb"]["rust-doc"]["skip"] == ["*/embedded-book/*"]
 
 

@@ -1,4 +1,4 @@
-"""Whole verbs, from the command line to the files that they write."""
+"""Complete verbs, from the command line to their output files."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The command line: help with examples, and errors that say what to do."""
+"""The command line: help with examples, and errors with a remedy."""
 
 import logging
 import os
@@ -168,7 +168,7 @@ def _run_process(body):
 
 
 def test_ctrl_c_in_a_callback_still_interrupts():
-    # JAX registers such a callback; it runs at each garbage collection.
+    # JAX registers such a callback, which runs at each garbage collection.
     process = _run_process(
         """
         def lose(phase, info):
@@ -206,7 +206,7 @@ __main__.run()
     assert process.stderr.strip() == "gecko: interrupted"
 
 
-def test_an_interrupted_process_does_not_wait_for_threads_to_crash():
+def test_an_interrupted_process_skips_exit_handlers():
     process = _run_process("atexit.register(os.abort); raise KeyboardInterrupt")
     assert process.returncode == 130
 

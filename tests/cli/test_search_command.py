@@ -61,7 +61,7 @@ def test_search_reads_files_and_folders_and_caches_their_index(
     (answer,) = map(json.loads, out.splitlines())
     ids = [hit["id"] for hit in answer["hits"]]
     assert sorted(ids) == [f"{notes}/a.md:1", f"{notes}/a.md:4", f"{notes}/b.txt:1"]
-    # The words decide: the model is untrained.
+    # The model is untrained, so the words decide.
     assert ids.index(f"{notes}/b.txt:1") < 2
     by_id = {hit["id"]: hit["text"] for hit in answer["hits"]}
     assert by_id[f"{notes}/a.md:1"] == "Small lizards climb walls."
@@ -75,7 +75,7 @@ def test_search_reads_files_and_folders_and_caches_their_index(
     assert "Embedding" in err
 
 
-def test_search_wants_an_index_or_texts(gecko, tiny_folder, index_folder):
+def test_search_needs_an_index_or_texts(gecko, tiny_folder, index_folder):
     for extra in ((), (f"--index={index_folder}", "--texts", "x.txt")):
         status, out, err = gecko("search", f"--model={tiny_folder}", *extra, "query")
         assert (status, out) == (1, "")
@@ -127,7 +127,7 @@ def test_a_search_error_is_one_line(
 
 
 def test_a_search_without_queries_or_standard_input_is_an_error(gecko, monkeypatch):
-    monkeypatch.setattr("sys.stdin", None)  # As Python has it after `<&-`.
+    monkeypatch.setattr("sys.stdin", None)  # The value of sys.stdin after `<&-`.
     status, _, err = gecko("search", "--model=m", "--index=i")
     assert status == 1
     assert "no QUERY, and standard input is closed" in err

@@ -21,7 +21,7 @@ WORDS = ("list", "table", "index", "query", "module", "string", "number", "file"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Passages of two words; a query is a part of its passage."""
+    """Returns passages of two words, and queries that are parts of them."""
     folder = tmp_path_factory.mktemp("sets") / "small"
     folder.mkdir()
     passages = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
@@ -66,7 +66,7 @@ def test_tables_include_other_models(tiny_gecko, folder):
         tiny_gecko, [folder], baselines=False, beside={"mini": other}
     )
     assert [row.dim for row in found.find("mini")] == [2, 4]
-    # The same parameters at the same dim.
+    # Both are the same parameters at the same dim.
     assert _ndcg(found, "mini", 4) == _ndcg(found, tables.MODEL, 4)
     assert found.about["beside"] == {"mini": "other-1"}
     assert "mini" in evaluation.format_table(found)
@@ -109,7 +109,7 @@ def test_every_system_has_its_rows(results):
         ("random bag of words", 16),
         ("random bag, IDF weights", 16),
     }
-    # All words of the query are in the passage alone: every bag finds it.
+    # Only this passage has all words of the query, so every bag of words finds it.
     for system in ("BM25", "random bag of words", "random bag, IDF weights"):
         assert _ndcg(results, system, None) > 0.6
     for row in results.rows:
@@ -182,7 +182,7 @@ def test_the_callback_of_training_gives_the_same_scores(
     results, tiny_files, folder, tmp_path
 ):
     callback = evaluation.build_callback(_config(folder), tmp_path)
-    # Training writes these after the callback is made.
+    # Training writes these files after it creates the callback.
     model_folder.write_model_json(tmp_path, tiny_files)
     metrics = callback(tiny_files.params, 3)
     assert metrics["ndcg_at_10/8"] == pytest.approx(_ndcg(results, "model", 8))
@@ -279,7 +279,7 @@ def test_each_precision_has_a_row(tiny_gecko, folder, tmp_path):
         if row.count > 3 and row.task == "all"
     }
     assert scores.keys() == {"model", "model, int8", "model, binary"}
-    # Bytes change little; of an untrained model, bits leave little.
+    # int8 changes the scores only a little; binary loses most of an untrained model.
     assert abs(scores["model, int8"] - scores["model"]) < 0.1
     assert scores["model, binary"] < scores["model, int8"]
     table = evaluation.format_table(judged)

@@ -54,7 +54,7 @@ def _write(folder, found):
 
 
 def test_a_judged_passage_with_the_id_of_the_query_stays(tiny_gecko, tmp_path):
-    # By its name too, and if it has the text of the query.
+    # This holds even for a name (arguana) and query texts that mark own passages.
     for name in ("numbers", "arguana"):
         found = _set({q: {q: 1} for q in "123"}, queries=PASSAGES, name=name)
         assert not judgements.find_own(found)
@@ -90,7 +90,7 @@ def test_own_passages_with_the_text_of_the_query_are_left_out(tiny_gecko, tmp_pa
     )
     assert judgements.find_own(found) == {"1", "2"}
     results = evaluation.evaluate(tiny_gecko, [_write(tmp_path / "own", found)])
-    # The title is not in the file: one query is left.
+    # The title is not in the file, so only one query remains.
     assert results.about["num_own_left_out"] == {"own": 1}
     assert "1 passage with the id of the query" in evaluation.format_table(results)
 
@@ -161,7 +161,7 @@ def test_the_callback_of_training_refuses_such_a_set_at_the_start(tmp_path):
         evaluation.build_callback(ml_collections.ConfigDict(values), tmp_path)
 
 
-def test_bm25_without_a_hit_says_so(tiny_gecko, tmp_path):
+def test_bm25_reports_a_search_without_a_hit(tiny_gecko, tmp_path):
     found = _set({"q1": {"1": 1}}, {"q1": "zebra"})
     results = evaluation.evaluate(tiny_gecko, [_write(tmp_path / "none", found)])
     (row,) = results.find(tables.BM25)
@@ -176,7 +176,7 @@ def test_bm25_without_a_hit_says_so(tiny_gecko, tmp_path):
         [_write(tmp_path / "none", dataclasses.replace(found, queries=("gecko",)))],
     )
     assert "shares a word" not in evaluation.format_table(hit)
-    # As it was before there were notes.
+    # Earlier versions had no notes.
     assert not any("note" in row for row in hit.to_dict()["rows"])
 
 
@@ -187,7 +187,7 @@ def test_bm25_without_a_hit_says_so(tiny_gecko, tmp_path):
         ({"1": 0.1, "2": 0.7, "3": -0.3}, {"1": 1, "2": 7, "3": 0}),
         ({"1": 10**12, "2": 3 * 10**12}, {"1": 1, "2": 3}),
         ({"1": 1e300}, {"1": 1}),
-        # What trec_eval can count stays as it is.
+        # Grades that trec_eval supports do not change.
         ({"1": 2, "2": 4, "3": -1}, {"1": 2, "2": 4, "3": -1}),
     ],
 )

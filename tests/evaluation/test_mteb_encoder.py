@@ -1,4 +1,4 @@
-"""The encoder, as far as it needs neither mteb nor torch."""
+"""The parts of the encoder that need neither mteb nor torch."""
 
 import dataclasses
 import types
@@ -12,7 +12,7 @@ from gecko_jax.text import text_formats
 
 
 class Recorder(vector_store.Store):
-    """A store that keeps what it is asked for, as the encoder reads it."""
+    """A store that records the requested texts."""
 
     def __init__(self, gecko):
         self.gecko = gecko
@@ -118,7 +118,7 @@ def test_empty_and_overlong_texts_do_not_stop_a_run(encoder, recorder):
 
 
 def test_an_empty_text_is_encoded_alike_in_all_formats(tiny_files):
-    # An imported model writes passages without a title, and has no word for none.
+    # An imported model has no placeholder for a missing title.
     plain = text_formats.TextFormat(query="{text}", passage="{text}", no_title="")
     gecko = embedding.Gecko(dataclasses.replace(tiny_files, text_format=plain))
     recorder = Recorder(gecko)
@@ -146,7 +146,7 @@ def test_equal_vectors_have_equal_cosines(encoder):
     assert single == pytest.approx(cosines[0, 0], abs=1e-5)
 
 
-def test_vectors_are_cut_and_cosines_are_cosines(tiny_gecko, tmp_path):
+def test_vectors_are_truncated_and_similarities_are_cosines(tiny_gecko, tmp_path):
     vectors = vector_store.Store(tmp_path, tiny_gecko, max_gib=1)
     small, large = (
         mteb_encoder.Encoder(

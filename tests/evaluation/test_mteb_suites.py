@@ -1,4 +1,4 @@
-"""mteb itself, run through our encoder, offline."""
+"""Runs of mteb with the encoder, offline."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ def _lines(records):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A retrieval, a similarity and a classification set."""
+    """Writes a retrieval, a similarity and a classification set."""
     folder = tmp_path_factory.mktemp("sets")
     passages = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
     (folder / "finding").mkdir()
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
         {"_id": f"q{n}", "text": f"{passages[n]} {passages[-n]}", "task": task}
         for n, task in zip(range(0, 30, 3), ["docs", "code", ""] * 4, strict=False)
     ]
-    # As in BEIR, a passage is no answer to the query of its id.
+    # As in BEIR, a passage is not an answer to the query with its id.
     corpus += [{"_id": query["_id"], "text": query["text"]} for query in queries]
     qrels = [
         {"query-id": f"q{n}", "corpus-id": f"p{(n + 7 * k) % 30}", "score": k + 1}
@@ -60,10 +60,10 @@ def folder(tmp_path_factory):
     ]
     for name, records in (("corpus", corpus), ("queries", queries), ("qrels", qrels)):
         (folder / "finding" / f"{name}.jsonl").write_text(_lines(records))
-    # No pair twice: equal cosines may come out unequal by a rounding.
+    # No pair occurs twice, because rounding may make equal cosines unequal.
     rows = [f"{p}\t{passages[29 - n]}\t{n % 7}" for n, p in enumerate(passages[:15])]
     (folder / "pairs.tsv").write_text("\n".join(rows) + "\n")
-    # More than eight training texts of a label: it matters which are drawn.
+    # More than eight training texts per label, so the draw matters.
     texts = [
         {
             "text": f"{p} {n}",
@@ -85,7 +85,7 @@ def _config(tmp_path, *overrides):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """No hub, and nothing that was downloaded: no test of ours uses the network."""
+    """Disables the hub and its cache: tests do not use the network."""
     from datasets import config as datasets_config
     from huggingface_hub import constants
 
@@ -97,7 +97,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tiny_gecko, folder, tmp_path_factory):
-    """The folder, run on a mesh of all devices."""
+    """Results of the folder on a mesh of all devices."""
     tmp_path = tmp_path_factory.mktemp("run")
     config = _config(tmp_path)
     config.folders = (str(folder),)
@@ -140,10 +140,10 @@ def test_mteb_gives_the_scores_of_gecko_evaluate(run, tiny_gecko, folder):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """Sets that only agree where ids, ties and grades are treated alike."""
+    """Writes sets that score alike only with mteb's rules for ids, ties and grades."""
     folder = tmp_path_factory.mktemp("odd")
     passages = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
-    # Ids of one numbering: judged, of the query's text, and neither.
+    # Passages with a query's id: a judged one, one with the query's text, and another.
     overlap = {
         "corpus": [{"_id": str(n), "text": p} for n, p in enumerate(passages)],
         "queries": [
@@ -155,7 +155,7 @@ def odd(tmp_path_factory):
             for n in range(0, 30, 2)
         ],
     }
-    # Every text ten times.
+    # Each text occurs ten times.
     ties = {
         "corpus": [{"_id": f"p{n}", "text": passages[n % 30]} for n in range(300)],
         "queries": [{"_id": f"q{n}", "text": passages[n]} for n in range(0, 30, 3)],
@@ -226,7 +226,7 @@ def test_grades_that_mteb_cannot_count_are_refused_before_it_runs(
 
 
 def test_results_of_whole_grades_and_distinct_ids_stay_valid(folder):
-    # An earlier run's results are found by this.
+    # The results of an earlier run are identified by this value.
     (found,) = sets.load(folder / "finding")
     assert local_tasks._revision(judgements.for_trec(found)) == (
         local_tasks._revision(found)
@@ -299,7 +299,7 @@ def test_every_dim_comes_from_one_encoding_over_the_mesh(run, tiny_gecko, folder
     finding, pairs, topics = sets.load(folder)
     sentences = {*pairs.sentences1, *pairs.sentences2}
     texts = {*topics.train.texts, *topics.test.texts}
-    # mteb encodes the training texts of its draws alone.
+    # mteb encodes only the training texts that it draws.
     most = len(finding.texts) + len(finding.queries) + len(sentences) + len(texts)
     assert most - len(topics.train.texts) <= num_encoded <= most
 
@@ -309,7 +309,7 @@ def test_a_second_run_resumes_the_first(run, tiny_gecko, monkeypatch):
     monkeypatch.setattr(embedding.Gecko, "encode", None)
     again = mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
     assert again == board
-    # Without one result, the task is judged again, from the stored vectors.
+    # If one result is missing, the task is evaluated again from the stored vectors.
     (path,) = (tmp_path / "out").glob("results/gecko-jax__tiny/*/pairs.json")
     path.unlink()
     again = mteb_suites.run(tiny_gecko, config, tmp_path / "out", "tiny")
@@ -558,7 +558,7 @@ def test_every_task_of_the_suites_has_an_instruction():
                 assert {known.name, *made_from} & instructions.BY_NAME.keys()
             else:
                 assert known.type in instructions.BY_TYPE
-    # A name that mteb does not have would never be found.
+    # A name that mteb does not have would never match.
     for name in instructions.BY_NAME:
         assert mteb.get_task(name).metadata.name == name
     assert len(mteb.get_task("MIRACLRetrieval").hf_subsets) == 18

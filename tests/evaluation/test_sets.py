@@ -248,7 +248,7 @@ def test_sets_with_equal_names_get_unique_names(tmp_path, tiny_gecko):
     paths = [tmp_path / "one" / "pairs.jsonl", tmp_path / "two", tmp_path / "two"]
     found = [one.name for one in sets.load_all(paths)]
     assert found == ["pairs", "two/pairs", "pairs.tsv"]
-    # So do their tables.
+    # Their tables agree, too.
     results = judge.evaluate(tiny_gecko, paths[:2], dims=[4], baselines=False)
     assert [row.set for row in results.rows] == found
     table = tables.format_table(results)

@@ -25,7 +25,7 @@ def test_vectors_equal_those_of_the_model_and_are_encoded_once(
     expected = tiny_gecko.encode(TEXTS, **SIDE)
     np.testing.assert_allclose(store.encode(TEXTS, **SIDE), expected, atol=1e-6)
     assert store.num_encoded == len(TEXTS)
-    # In another order, more than once, and with one that is new.
+    # In another order, with repeated texts and one new text.
     mixed = [TEXTS[3], "new", TEXTS[3], *TEXTS[::-1]]
     found = store.encode(mixed, **SIDE)
     assert store.num_encoded == len(TEXTS) + 1
@@ -46,7 +46,7 @@ def test_vectors_equal_those_of_the_model_and_are_encoded_once(
         {"side": "passage", "task": None, "titles": ["a title"] * len(TEXTS)},
     ],
 )
-def test_what_changes_the_vector_changes_the_key(store, tiny_gecko, change):
+def test_settings_that_change_the_vector_change_the_key(store, tiny_gecko, change):
     store.encode(TEXTS, **SIDE)
     settings = SIDE | change
     found = store.encode(TEXTS, **settings)

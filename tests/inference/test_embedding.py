@@ -36,7 +36,7 @@ def _encoder(config):
 
 
 def _alone(files, formatted, max_length):
-    """One text, one row, one call; cut and normalized by the model."""
+    """Encodes one text in one row; the model truncates and normalizes."""
     vocab = vocabularies.Vocabulary(files.vocabulary_proto, files.extra_ids)
     (ids,) = vocab.encode([formatted], max_length)
     tokens = np.zeros((1, 200), np.int32)
@@ -68,7 +68,7 @@ def test_batch_order_and_chunk_size_do_not_change_vectors(
 
 
 def test_equal_texts_have_equal_vectors(tiny_gecko, texts, monkeypatch):
-    # Rows of other widths, and other chunks.
+    # Other row widths and chunk sizes.
     monkeypatch.setattr(embedding, "TEXTS_PER_CHUNK", 7)
     twice = [*texts, "a  table", *texts[::-1], "a table"]
     encoded = []
@@ -82,10 +82,10 @@ def test_equal_texts_have_equal_vectors(tiny_gecko, texts, monkeypatch):
     vectors = tiny_gecko.encode_passages(twice)
     assert len(encoded) == len(set(texts)) + 1
     np.testing.assert_array_equal(vectors[:60], vectors[61:-1][::-1])
-    np.testing.assert_array_equal(vectors[60], vectors[-1])  # one space is as two
+    np.testing.assert_array_equal(vectors[60], vectors[-1])  # one space equals two
     alone = tiny_gecko.encode_passages(texts[:3])
     np.testing.assert_allclose(vectors[:3], alone, atol=1e-5)
-    # Texts that are equal as far as the encoder reads them.
+    # Texts that are equal after normalization and truncation.
     start = "list sort " * 300
     cut = tiny_gecko.encode_passages([start, f"{start} more"])
     np.testing.assert_array_equal(cut[0], cut[1])
@@ -194,7 +194,7 @@ def test_a_single_string_is_refused(tiny_gecko):
 
 
 def test_errors_name_the_position_of_a_value_that_is_not_text(tiny_files, tmp_path):
-    """Runs in a new process, where jaxtyping and beartype do not check types."""
+    """Runs in a new process, in which jaxtyping and beartype do not check types."""
     model_folder.save_model(tmp_path / "model", tiny_files)
     program = """
 import sys
@@ -271,7 +271,7 @@ def test_parameters_are_in_memory_once(tiny_files, tmp_path):
     model_folder.save_model(tmp_path / "model", tiny_files)
     read = model_folder.load_model(tmp_path / "model")
     for gecko in (embedding.Gecko(read), embedding.load(tmp_path / "model")):
-        # No copy on the host beside those that encode.
+        # The host has no copy in addition to the parameters that encode.
         for leaf in jax.tree.leaves(gecko.files.params):
             assert isinstance(leaf, jax.Array)
             assert leaf.devices() == {jax.local_devices()[0]}

@@ -28,7 +28,7 @@ def test_fusion_sums_reciprocal_ranks():
 
 
 def test_a_passage_that_both_sides_find_is_first():
-    # The vectors prefer "import", then "role"; the words find "role" alone.
+    # The vectors prefer "import", then "role"; the words find only "role".
     vectors = np.array([[0.0, 0.6, 0.8]], np.float32)
     scores, ids = hybrid.HybridIndex(_index()).search(["SELECT privilege"], vectors, 2)
     assert ids == [["role", "import"]]

@@ -23,7 +23,7 @@ def test_each_dim_has_its_own_ranges(vectors):
     codes = quantization.encode(scaled, "int8")
     np.testing.assert_array_equal(codes.ranges[0], scaled.min(0))
     np.testing.assert_array_equal(codes.ranges[1], scaled.max(0))
-    # Rounding decides on which side of the last step the greatest value falls.
+    # Rounding decides on which side of the last step the largest value is.
     assert (np.ptp(codes.values.astype(int), axis=0) >= 254).all()
 
 

@@ -1,4 +1,4 @@
-"""Metrics against loops written from their definitions; BM25 on a few passages."""
+"""Metrics compared with loops over their definitions; BM25 on a few passages."""
 
 import math
 
@@ -115,12 +115,12 @@ def test_bm25_breaks_ties_by_the_greater_id_and_cuts_at_k():
     assert ranking.bm25_rankings(["words"], passages, ids, k=4) == [
         ["p9", "p8", "p7", "p6"]
     ]
-    # Not at a border either: the best one is there, and then the greatest ids.
+    # The same holds at the cut-off: the best passage comes first, then the largest ids.
     passages[3] = "words words"
     assert ranking.bm25_rankings(["words"], passages, ids, k=3) == [["p3", "p9", "p8"]]
 
 
-@pytest.mark.torch  # It comes with mteb.
+@pytest.mark.torch  # mteb installs it.
 def test_ties_rank_as_in_trec_eval():
     import pytrec_eval as trec
 
@@ -143,7 +143,7 @@ def test_ties_rank_as_in_trec_eval():
         assert found == pytest.approx(expected["ndcg_cut_10"], abs=1e-12)
 
 
-def test_distinct_rows_of_any_dtype():
+def test_duplicate_rows_are_removed_for_any_dtype():
     rows = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [5, 6]])
     for dtype in (np.float32, np.int8, np.uint8):
         first, number_of = ranking.distinct_rows(rows.astype(dtype))
@@ -168,7 +168,7 @@ def test_bm25_survives_a_corpus_of_stop_words():
         ranking.bm25_rankings(["cat"], ["the"], ["a", "b"])
 
 
-# Each passage answers the query in its place, in scripts without spaces.
+# Passage i answers query i, in scripts without spaces.
 WITHOUT_SPACES = (
     ("壁虎吃什么", "大多数壁虎吃昆虫，例如蟋蟀和飞蛾。"),
     ("猫", "家里的猫整天睡觉。"),

@@ -61,7 +61,7 @@ def test_queries_of_a_txt_file(tiny_gecko, tmp_path, folder):
 
 
 class _Counting:
-    """A model that counts what it encodes, and stops at a limit."""
+    """A model that counts the texts that it encodes, and stops at a limit."""
 
     def __init__(self, gecko, limit=1_000, error=KeyboardInterrupt):
         self.gecko, self.limit, self.error, self.count = gecko, limit, error, 0
@@ -76,7 +76,7 @@ class _Counting:
 
 def _embed(gecko, source, folder, **settings):
     function = vector_files.embed_file
-    while hasattr(function, "__wrapped__"):  # Without the run-time type checks.
+    while hasattr(function, "__wrapped__"):  # Skip the run-time type checks.
         function = function.__wrapped__
     return function(gecko, source, folder, shard_rows=4, **settings)
 
@@ -221,7 +221,7 @@ def test_shards_of_codes_approximate_the_vectors(
 def test_all_shards_share_the_ranges_of_the_first(tiny_gecko, source, folder):
     _embed(tiny_gecko, source, folder, precision="int8", dim=8)
     before = vector_files.read_codes(folder)[1]
-    # A rerun takes the ranges from the shards that are there.
+    # A rerun reads the ranges from the existing shards.
     (folder / "shard-00001.npz").unlink()
     _embed(tiny_gecko, source, folder, precision="int8", dim=8)
     after = vector_files.read_codes(folder)[1]
@@ -238,7 +238,7 @@ def test_a_folder_has_one_precision(tiny_gecko, source, folder):
     _embed(tiny_gecko, source, folder)
     path = folder / "embeddings.json"
     settings = json.loads(path.read_text())
-    # A folder made before there was a choice goes on as float32.
+    # A folder of an earlier version, without a precision, continues in float32.
     del settings["precision"]
     path.write_text(json.dumps(settings))
     _embed(tiny_gecko, source, folder)
@@ -247,7 +247,7 @@ def test_a_folder_has_one_precision(tiny_gecko, source, folder):
 
 
 def test_a_compressed_shard_is_not_unpacked(tiny_gecko, source, folder, monkeypatch):
-    """A member may unpack to any size: 5.8 GB of zeros are 6 MB on disk."""
+    """A member may decompress to any size: 5.8 GB of zeros are 6 MB on disk."""
     vector_files.embed_file(tiny_gecko, source, folder)
     path = sorted(folder.glob("shard-*"))[0]
     with path.open("wb") as file:

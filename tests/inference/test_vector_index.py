@@ -18,7 +18,7 @@ def _ids(count):
 
 
 def _loop(queries, corpus, k):
-    """Scores and positions from the definition; the earlier of equals first."""
+    """Returns scores and positions by definition; ties keep the order of passages."""
     scores, positions = [], []
     for query in queries:
         row = [float(np.dot(query, passage)) for passage in corpus]
@@ -303,7 +303,7 @@ def test_blocks_stay_between_searches_and_are_held_once(monkeypatch, precision, 
     np.testing.assert_array_equal(first[0], again[0])
     assert first[1] == again[1]
     assert built._resident is blocks
-    # All but the last block, which may begin anywhere, are read in place.
+    # All blocks are read in place, except the last, which may start anywhere.
     for number, block in enumerate(blocks[:-1]):
         here = built.codes.values[64 * number :].ctypes.data
         assert block.unsafe_buffer_pointer() == here

@@ -1,4 +1,4 @@
-"""Checksums: a flipped bit is reported by file name, or changes nothing."""
+"""Checksums: a flipped bit is reported with the file's name or changes nothing."""
 
 import json
 import logging
@@ -115,7 +115,7 @@ def _results(folder, _):
     row = tables.Row("set", "model", 16, "all", 3, {"ndcg_at_10": 0.25})
     about = {"revision": "r", "dims": [16], "num_passages": {"set": 4}}
     tables.save(tables.Results((row,), about), folder)
-    for name in ("table.txt", "quality.png"):  # For people; nothing reads them.
+    for name in ("table.txt", "quality.png"):  # Only people read these files.
         (folder / name).unlink()
     return lambda: tables.read(folder / "results.json").to_dict()
 
@@ -132,7 +132,7 @@ KINDS = {
     "results": _results,
 }
 
-# Written for other libraries and for people.
+# These files are for other libraries and for people.
 NOT_READ = ("README.md", "tokenizer", "special_tokens_map", "config", "spiece")
 
 
@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(kind, small_files, tmp_pat
 
 
 def small_files_with_vocabulary(small_files):
-    """The small model with as many rows as the bundled vocabulary has pieces."""
+    """The small model with one row for each piece of the bundled vocabulary."""
     import dataclasses
 
     from gecko_jax.models import dual_encoder
@@ -311,7 +311,7 @@ def test_a_link_out_of_a_model_folder_is_refused_by_name(small_files, tmp_path):
         with pytest.raises(ValueError, match=rf"m/{name}: leads out of its folder, to"):
             model_folder.load_model(folder)
         (folder / name).unlink()
-        # A link inside of the folder is followed.
+        # A link inside the folder is followed.
         shutil.move(tmp_path / name, folder / f"linked-{name}")
         (folder / name).symlink_to(f"linked-{name}")
         model_folder.load_model(folder)

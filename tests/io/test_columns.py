@@ -1,4 +1,4 @@
-"""Rows with named columns are read alike from TSV and JSON lines."""
+"""Rows with named columns are the same from TSV and from JSON lines."""
 
 import json
 
@@ -10,7 +10,7 @@ from gecko_jax.io import columns
 
 BOM, NEL = "\ufeff", "\x85"
 
-# Columns, name, content, and what is read or the error.
+# (columns, file name, content, expected rows or error).
 PAIR, CLASS = ("sentence1", "sentence2", "score"), ("text", "label", "split")
 TABLES = {
     "header in another order": (

@@ -1,4 +1,4 @@
-"""Judgements mean the same to every verb, or are the same error."""
+"""Every verb reads the same judgements, or reports the same error."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from gecko_jax.io import qrels
 
 BOM, NEL, LS = "\ufeff", "\x85", "\u2028"
 
-# Judgements: name of the file, and its content. All of them judge p1 as 2 and p2 as 0.
+# (file name, content) of judgements. All of them grade p1 as 2 and p2 as 0.
 HEADER = "query-id\tcorpus-id\tscore\n"
 ROWS = "q\tp1\t2\nq\tp2\t0\n"
 QRELS = {

@@ -1,4 +1,4 @@
-"""One reader for each kind of file: the same value or the same error in every verb."""
+"""Every verb reads the same values from a file, or reports the same error."""
 
 import gzip
 import io
@@ -22,7 +22,7 @@ LIZARD = '{"_id": "p1", "text": "lizard on wall"}\n'
 BREAD = '{"_id": "p2", "text": "bread and flour"}\n'
 
 
-# Each reads a corpus and returns its (id, text).
+# Functions that read a corpus and return its (id, text) pairs.
 
 
 def _evaluate(folder, content, name, ids, gecko):
@@ -56,7 +56,7 @@ VERBS = {
     "fret": _fret,
 }
 
-# Name of the corpus, its content, and its (id, text).
+# (file name, content, expected (id, text) pairs) of a corpus.
 TEXTS = [("p1", "lizard on wall"), ("p2", "bread and flour")]
 GOOD = {
     "plain": ("corpus.jsonl", LIZARD + BREAD, TEXTS),
@@ -102,7 +102,7 @@ def _with_id(written):
     return LIZARD + BREAD.replace('"p2"', written)
 
 
-# Name of the corpus, its content, and the error.
+# (file name, content, error) of a corpus.
 BAD = {
     "UTF-16": (
         "corpus.jsonl",
@@ -211,7 +211,7 @@ def test_every_command_refuses_a_pipe_or_folder(tmp_path, tiny_gecko, verb):
 def test_a_null_id_is_a_missing_id(tmp_path, tiny_gecko, value):
     for verb, read in VERBS.items():
         arguments = (_with_id(value), "corpus.jsonl", ["p1"], tiny_gecko)
-        if verb == "fret":  # It needs no id.
+        if verb == "fret":  # Ids are optional here.
             assert [i for i, _ in read(tmp_path / verb, *arguments)] == ["p1", "2"]
             continue
         with pytest.raises(ValueError, match="jsonl:2: field '_id' is null or NaN"):
@@ -234,7 +234,7 @@ def test_a_text_without_a_value_is_an_empty_text(tmp_path, tiny_gecko, value):
     with pytest.raises(ValueError, match=r"corpus.jsonl:2: text '' is empty"):
         _embed(tmp_path / "c", *arguments)
     assert _why_dropped(tmp_path / "a" / "corpus.jsonl") in ("no_text", "empty")
-    # A passage with nothing but a title is its title, in any of these spellings.
+    # The text of a passage that has only a title is the title, in all of these forms.
     titled = content.replace('"p3",', '"p3", "title": "Geckos",')
     for read in (_evaluate, _prepare, _embed):
         arguments = (titled, "corpus.jsonl", ["p2", "p3"], tiny_gecko)
@@ -259,7 +259,7 @@ def test_a_text_is_a_string(tmp_path, tiny_gecko, field):
             read(tmp_path / verb, *arguments)
 
 
-# Standard input of `gecko search`: the bytes, and the queries.
+# Standard input of `gecko search`: (bytes, queries).
 INPUT = {
     "plain": (b"one\ntwo\n", ["one", "two"]),
     "byte order mark": (b"\xef\xbb\xbfone\ntwo", ["one", "two"]),
@@ -293,7 +293,7 @@ def test_standard_input_of_another_kind_ends_the_reading(monkeypatch, content):
         list(search_command._read_lines())
 
 
-# Training data: a missing value is as if the field were not there.
+# In training data, a missing value equals a missing field.
 PAIR_RECORD = {
     "task": "t",
     "query": "who",
@@ -354,7 +354,7 @@ def test_sources_have_none_for_nan(tmp_path, kind):
         {"id": 1.0, "text": "a", "score": None, "many": [1.0, None]},
         {"id": None, "text": None, "score": 2.0, "many": []},
     ]
-    # Records as TFDS gives them.
+    # Records of TFDS.
     assert sources._plain({"a": np.float32("nan"), "b": np.array([np.nan, 1])}) == {
         "a": None,
         "b": [None, 1.0],

@@ -139,7 +139,7 @@ def test_a_full_disk_names_the_place_and_the_remedy(tmp_path, write):
 
 def test_a_damaged_gzip_file_is_named(tmp_path):
     packed = bytearray(gzip.compress(b'{"a": 1}'))
-    packed[10] = 0xFF  # No such kind of block.
+    packed[10] = 0xFF  # An invalid block type.
     (tmp_path / "bad.jsonl.gz").write_bytes(packed)
     with pytest.raises(ValueError, match=r"bad.jsonl.gz:1: not a whole gzip file"):
         list(reading.read_lines(tmp_path / "bad.jsonl.gz"))
@@ -194,7 +194,7 @@ def test_of_two_writers_of_a_folder_the_later_one_wins(tmp_path, monkeypatch):
     others = iter(["first", "second"])
 
     def rename_late(source, target):
-        """Another writer is done at the last moment."""
+        """Another writer finishes just before the rename."""
         if target == path and (name := next(others, None)):
             path.mkdir()
             (path / name).touch()

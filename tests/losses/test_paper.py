@@ -122,8 +122,8 @@ def test_the_mesh_form_equals_mrl(embeddings):
 
 def _assert_equal(first, second, arguments):
     number = tuple(range(len(arguments)))
-    (a, a_gradients) = jax.value_and_grad(first, number)(*arguments)
-    (b, b_gradients) = jax.value_and_grad(second, number)(*arguments)
+    (a, a_gradients) = jax.jit(jax.value_and_grad(first, number))(*arguments)
+    (b, b_gradients) = jax.jit(jax.value_and_grad(second, number))(*arguments)
     np.testing.assert_allclose(a, b, rtol=1e-5)
     for x, y in zip(a_gradients, b_gradients, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

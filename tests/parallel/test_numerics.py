@@ -1,4 +1,4 @@
-"""Tests of the flag start a fresh Python: XLA reads its flags once per process."""
+"""The flag for correct numbers. Each test starts a process: XLA reads flags once."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def test_importing_the_package_gives_correct_results_and_check_passes():
 
 
 def test_without_the_flag_results_are_wrong_and_check_raises():
-    # If the first line prints "right", XLA has fixed the bug: remove `numerics`.
+    # If the first line prints "right", XLA no longer has the bug: remove `numerics`.
     run = _run(
         _WRONG_CASE
         + """
@@ -66,7 +66,7 @@ except ArithmeticError as error:
             "--xla_force_host_platform_device_count=2",
             f"--xla_force_host_platform_device_count=2 {_FLAG}",
         ),
-        # The user's own value and a file of flags stay as they are.
+        # The user's own value and a file of flags do not change.
         (f"{_FLAG}1", f"{_FLAG}1"),
         ("/tmp/flags.txt", "/tmp/flags.txt"),
     ],

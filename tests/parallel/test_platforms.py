@@ -11,10 +11,10 @@ from gecko_jax.parallel import platforms
 
 @pytest.fixture
 def host(monkeypatch):
-    """Builds a host with given modules, environment variables, and maybe a TPU."""
+    """Simulates a host with modules, environment variables and optionally a TPU."""
     for name in (*platforms._CHOICES, *platforms.NO_METADATA):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delitem(sys.modules, "jax")  # As if nothing had imported it yet.
+    monkeypatch.delitem(sys.modules, "jax")  # JAX counts as not imported yet.
 
     def build(*modules, has_tpu=False, **environment):
         monkeypatch.setattr(platforms, "_has_tpu", lambda: has_tpu)

@@ -64,7 +64,7 @@ def test_every_preset_fits_a_mesh_and_is_split_over_it(size):
         )
     )
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    # Vectors and position biases stay whole; they are below 2% of the parameters.
+    # Vectors and position biases are replicated; they are below 2% of the parameters.
     assert held < total / 8 * 1.02
 
 

@@ -22,7 +22,7 @@ def _run(folder, name, with_scores=True, dims=(64, 256)):
             if with_scores and step % 10 == 0:
                 scores = {f"evaluation/ndcg_at_10/{dim}": step / 100 for dim in dims}
                 file.write(json.dumps({"step": step, **scores}) + "\n")
-        file.write('{"step": 40, "lo')  # As a kill leaves it.
+        file.write('{"step": 40, "lo')  # A line that a killed process did not finish.
     return path
 
 
@@ -114,7 +114,7 @@ def test_labels_keep_their_distance_and_order():
     ("lines", "side"),
     [([], 1), ([0.35], -1), ([0.25], 1), ([0.35, 0.25], 1), ([0.45, 0.15], 1)],
 )
-def test_a_label_is_put_where_no_line_is(lines, side):
+def test_a_label_is_placed_away_from_lines(lines, side):
     assert quality._clear_side(0.3, lines, 0.1) == side
 
 

@@ -43,7 +43,7 @@ def test_a_folder_is_read_whole_with_names_in_the_ids(tmp_path):
     assert len(_passages(tmp_path, tmp_path / "a.txt")) == 3
 
 
-def test_what_cannot_be_searched_is_refused_by_name(tmp_path):
+def test_unsearchable_inputs_are_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no files in it that end in \.jsonl"):
         corpora.find_files([tmp_path / "empty"])

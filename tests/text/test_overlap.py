@@ -1,4 +1,4 @@
-"""Texts of evaluation sets are known again: the same, or by a run of words."""
+"""Texts of evaluation sets are detected: equal texts, and common runs of words."""
 
 import hypothesis
 import pytest
@@ -27,7 +27,7 @@ def known(*texts, name="set", side="query"):
         (LONG.upper().replace(" ", ", "), LONG),
     ],
 )
-def test_a_run_of_thirteen_words_is_known(text, shared):
+def test_a_run_of_thirteen_words_is_detected(text, shared):
     found = known("another text", LONG).find(text)
     assert [match.shared for match in found] == ([shared] if shared else [])
     assert known(LONG).holds(text) == bool(shared)
@@ -52,18 +52,18 @@ def test_every_set_is_named_once_and_the_best_match_first():
     assert (same.set, same.is_same, same.id) == ("a", True, "q0")
     assert (run.set, run.side, run.is_same) == ("b", "passage", False)
     assert run.shared in " ".join(WORDS[5:30])
-    # A set that is added later is found as well.
+    # A set that is added later is detected, too.
     found.add("d", "text", [("1", LONG)])
     assert [match.set for match in found.find(LONG)] == ["a", "d", "b"]
 
 
-def test_without_sets_or_words_nothing_is_known():
+def test_without_sets_or_words_nothing_is_detected():
     assert not overlap.Contamination().holds(LONG)
     assert not known("?!", "").holds("?!")
     assert not known(LONG).holds("")
 
 
-# Characters that make 13 words: one each, two (kana) or three.
+# Characters that count as 13 words: one, two (kana) or three per word.
 @pytest.mark.parametrize(
     ("text", "length"),
     [
@@ -76,7 +76,7 @@ def test_a_run_has_as_many_characters_as_make_thirteen_words(text, length):
     assert known(text).holds(f"x {text[2 : length + 2]} x")
     assert known(text).holds(f"{text[-1]}{text[2 : length + 2]}{text[0]}")
     assert not known(text).holds(f"x {text[2 : length + 1]} x")
-    # A short text counts whole, from 6 words on.
+    # A short text of at least 6 words counts as a whole.
     assert known(text[: length // 2]).holds(f"{text[-1]}{text[: length // 2]}{text[0]}")
     assert not known(text[: length // 3]).holds(f"{text[-1]}{text[: length // 3]}")
 
@@ -87,7 +87,7 @@ def test_forms_of_a_character_are_one():
     assert overlap.content_hash("?") != overlap.content_hash("!")
 
 
-def test_sets_are_read_and_told_apart(tmp_path):
+def test_sets_are_read_and_distinguished(tmp_path):
     for folder, word in (("dev", "one"), ("test", "two"), ("more/test", "three")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "sts.tsv").write_text(f"{word}\tand {word}\t1\na\tb\t2\n")
@@ -117,8 +117,8 @@ def test_sets_are_read_and_told_apart(tmp_path):
     strategies.lists(strategies.sampled_from("abcd"), max_size=40),
 )
 @hypothesis.settings(deadline=None)
-def test_it_is_what_the_rule_says(text, other):
-    """The rule, written out with joined words instead of hashes."""
+def test_matches_equal_those_of_the_rule_with_joined_words(text, other):
+    """The reference applies the rule to joined words instead of hashes."""
     length = min(len(text), overlap.COMMON_WORDS)
     written = f" {' '.join(other)} "
     runs = [text[n : n + length] for n in range(len(text) - length + 1)]

@@ -17,14 +17,14 @@ def test_every_text_has_one_place_and_fits(longest):
     for row in rows:
         assert sum(lengths[p] for p in row.positions) <= row.width
         assert len(row.positions) <= row.width // packing.MIN_TEXT
-        # A row is no wider than its longest text asks for.
+        # A row is not wider than its longest text requires.
         longest_here = max(lengths[p] for p in row.positions)
         assert row.width == 128 or row.width < 2 * longest_here
     widths = [row.width for row in rows]
     assert widths == sorted(widths, reverse=True)
 
 
-def test_rows_of_one_width_hold_no_more_texts_than_asked_for():
+def test_rows_of_one_width_hold_at_most_the_requested_number_of_texts():
     lengths = [30, 1, 1, 2, 17, 32]
     rows = packing.pack(lengths, width=32, max_texts=2)
     assert [row.positions for row in rows] == [[5], [0, 3], [4, 1], [2]]
@@ -40,7 +40,7 @@ def test_rounding_up_adds_little_and_gives_few_numbers(multiple):
     assert packing.round_up(993, 1) == 1_024
     assert packing.round_up(992, 1) == 992
     assert len({found for found in rounded if found > 1_024}) <= 16
-    # Of 64 examples: the rows of their queries, and of their passages.
+    # Row counts of the queries and of the passages of 64 examples.
     assert {packing.round_up(n) for n in (5, 6, 7, 8)} == {6, 8}
     assert {packing.round_up(n) for n in range(35, 48)} == {36, 40, 44, 48}
 

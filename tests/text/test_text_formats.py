@@ -1,4 +1,4 @@
-"""The encoding format: what the encoder reads."""
+"""The text format: the input of the encoder."""
 
 import unicodedata
 
@@ -116,8 +116,8 @@ def test_prompts_survive_json_and_older_formats_stay_as_they_were():
     assert "prompts" not in FORMAT.to_dict()
 
 
-def test_prompts_stored_as_descriptions_are_no_longer_glued():
-    """As imported models had them; what is known is written as before."""
+def test_prompts_of_older_imports_are_read_from_their_descriptions():
+    """An unknown task uses the description of queries."""
     stored = {
         "query": "{task_description}{text}",
         "passage": "passage: {text}",

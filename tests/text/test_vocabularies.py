@@ -1,4 +1,4 @@
-"""The vocabulary gives seqio's ids, keeps EOS when it trims, names what is wrong."""
+"""The vocabulary has seqio's ids, keeps EOS when it truncates, and reports errors."""
 
 import pathlib
 import pickle
@@ -63,7 +63,7 @@ def test_ids_agree_with_seqio(extra_ids):
     assert ours.encode(TEXTS) == [[*tokens, 1] for tokens in in_graph]
 
 
-def test_fingerprint_tells_vocabularies_apart(bundled):
+def test_fingerprints_distinguish_vocabularies(bundled):
     with_sentinels = vocabularies.load(task_table.QUICKSTART_VOCABULARY, extra_ids=100)
     assert with_sentinels.fingerprint != bundled.fingerprint
     assert with_sentinels != bundled
@@ -115,7 +115,7 @@ def test_training_is_repeatable(small_file, tmp_path):
 
 
 def test_training_leaves_the_main_thread_to_ctrl_c(small_file, tmp_path, monkeypatch):
-    """C++ would keep it, and with it every signal, until it returns."""
+    """In the main thread, C++ would block all signals until training ends."""
     threads = []
 
     def train(**arguments):
@@ -136,7 +136,9 @@ def test_training_leaves_the_main_thread_to_ctrl_c(small_file, tmp_path, monkeyp
         (50, r"50: the single characters and bytes alone need \d+ pieces"),
     ],
 )
-def test_impossible_sizes_say_what_is_possible(small_file, tmp_path, size, message):
+def test_impossible_sizes_are_refused_with_the_possible_ones(
+    small_file, tmp_path, size, message
+):
     output = tmp_path / "out.model"
     with pytest.raises(ValueError, match=message):
         pieces.train_vocabulary([small_file], output, size)

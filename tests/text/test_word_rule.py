@@ -4,7 +4,7 @@ import pytest
 
 from gecko_jax.text import word_rule
 
-# "Geckos walk on walls": of each script without spaces.
+# "Geckos walk on walls" in each script without spaces.
 SENTENCES = {
     "Chinese": "壁虎可以在光滑的墙壁和天花板上行走",
     "Japanese": "ヤモリは壁や天井を歩くことができる",
@@ -41,7 +41,7 @@ def test_words(text, expected):
         ("C++ 5", ["c", "5"]),
         ("東京タワー", ["東", "京", "東京", "京タ", "タワ", "ワー"]),
         ("カ 猫 ที่นี่", ["カ", "猫", "ที่นี่"]),
-        # Neighbours are letters in a row.
+        # Only letters without punctuation between them form a bigram.
         ("東、京", ["東", "京"]),
         ("Tower東京", ["tower", "東", "京", "東京"]),
     ],

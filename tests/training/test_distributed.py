@@ -1,4 +1,4 @@
-"""Two processes of four devices each, as one run; and what happens when one dies."""
+"""Runs of two processes with four devices each, and the death of one of them."""
 
 import os
 import pathlib
@@ -76,7 +76,7 @@ def _start_pair(workdir, cache):
 
 
 def _start_some(workdir, cache, processes):
-    """Starts one run of several processes, which have eight devices together."""
+    """Starts one run of several processes with eight devices in total."""
     port = _free_port()
     return [
         _start(
@@ -111,7 +111,7 @@ def _read_params(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_train_die_and_go_on_as_one(tmp_path):
+def test_two_processes_train_are_killed_and_resume_as_one(tmp_path):
     cache = tmp_path / "cache"
     whole = _start(tmp_path / "whole", cache, 8)
     assert whole.wait(600) == 0, whole.stderr.read()
@@ -135,13 +135,13 @@ def test_two_processes_train_die_and_go_on_as_one(tmp_path):
     assert f"continuing from step {step}" in notes
     params = [_read_params(tmp_path / name) for name in ("whole", "killed")]
     for name, leaf in params[0].items():
-        # Sums over devices in another order, sixty times over.
+        # Rounding of sums over devices in another order, over sixty steps.
         np.testing.assert_allclose(leaf, params[1][name], atol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow
-def test_four_processes_go_on_where_two_were_killed(tmp_path):
-    """Any number of processes draws the same global batches: so says each step's loss.
+def test_four_processes_resume_a_killed_run_of_two(tmp_path):
+    """Any number of processes reads the same global batches, as the losses show.
 
     `benchmarks/resume.py` does the same at step 137 of a larger mixture.
     """
@@ -174,7 +174,7 @@ def test_four_processes_go_on_where_two_were_killed(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_at_the_same_step_when_one_is_told_to(tmp_path):
+def test_two_processes_stop_at_the_same_step_after_one_signal(tmp_path):
     pair = _start_pair(tmp_path / "run", tmp_path / "cache")
     _wait_for(tmp_path / "run" / "checkpoints" / "5")
     pair[1].send_signal(signal.SIGTERM)

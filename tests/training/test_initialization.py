@@ -1,4 +1,4 @@
-"""Where a run begins: a checkpoint of any format, or an error before any work."""
+"""The start of a run: a checkpoint of any format, or an error before any work."""
 
 import dataclasses
 import pathlib
@@ -51,7 +51,7 @@ def hf(tmp_path):
     return copy
 
 
-def test_nothing_named_is_no_start():
+def test_no_checkpoint_is_no_start():
     assert initialization.load_start(build("")) is None
     assert initialization.text_format(None, "gecko") == text_formats.TextFormat()
 
@@ -65,7 +65,7 @@ def test_a_t5x_checkpoint_is_a_start_with_the_vocabulary_of_the_data(form):
         np.testing.assert_array_equal(
             start.params["projection_layer"]["kernel"], stored[names.PROJECTION]
         )
-    # A plain encoder has no format of its own: the paper's is trained.
+    # A plain encoder has no text format, so training uses the paper's.
     assert initialization.text_format(start, "gecko") == text_formats.TextFormat()
 
 
@@ -76,11 +76,11 @@ def test_an_encoder_without_projection_gets_a_fresh_one(hf, caplog):
     first, again, other = (
         start.params["projection_layer"]["kernel"] for start in starts
     )
-    # Its columns are orthonormal, so that it keeps what it sees.
+    # Its columns are orthonormal.
     np.testing.assert_allclose(first.T @ first, np.eye(8), atol=1e-5)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
-    # A config without one leaves it out.
+    # A config without a projection omits it.
     bare = build(
         hf, model__projection=False, model__embedding_dim=16, loss__mrl_dims="(8,16)"
     )
@@ -106,7 +106,7 @@ def test_a_bag_of_tokens_gets_layers_that_add_nothing_yet(tiny_files, tmp_path, 
         ),
         dual_encoder.DualEncoder(bag_config).apply({"params": bag}, tokens, segments),
     )
-    # All of it can learn: only the last matrix of a block is 0.
+    # All parameters can learn, because only the last matrix of a block is 0.
     for name, leaf in parameters.flatten(start.params).items():
         assert np.any(leaf) != name.endswith(("/out/kernel", "/wo/kernel"))
 
@@ -140,7 +140,7 @@ def test_another_vocabulary_is_refused_with_the_way_to_get_it(hf):
 
 
 def test_a_start_with_added_tokens_is_refused(hf):
-    """The pipeline would not cut them out of the texts."""
+    """The training pipeline does not split added tokens off the texts."""
     config = build(hf)
     token = vocabularies.AddedToken("[QRY]", 40)
     start = dataclasses.replace(

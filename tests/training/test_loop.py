@@ -1,4 +1,4 @@
-"""Training: exact resume, refusals, the same numbers on any mesh."""
+"""The training loop: exact resume, errors, and the same numbers on any mesh."""
 
 import functools
 import json
@@ -126,7 +126,7 @@ def metrics_of(workdir):
 
 
 def use_one_device(patch):
-    """A mesh of one device of the eight: what a laptop has, and quick to compile."""
+    """Uses a mesh of one of the eight devices, as on a laptop; it compiles faster."""
     mesh = jax.make_mesh(
         (1, 1, 1),
         sharding.MESH_AXES,
@@ -152,7 +152,7 @@ def kill_at(step):
 
 
 def tell_at(step):
-    """SIGTERM arrives while step `step` is evaluated."""
+    """Returns an evaluation that sends SIGTERM at step `step`."""
     evaluate = kill_at(-1)
 
     def tell(params, now):
@@ -190,13 +190,13 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, family):
     use_one_device(monkeypatch)
     config = build(cache, family, evaluation__every_steps=1)
     loop.train(config, tmp_path / "whole", kill_at(-1))
-    # Before the first checkpoint too.
+    # The first kill comes before the first checkpoint.
     for step, saved in ((1, None), (3, 2)):
         with pytest.raises(Killed):
             loop.train(config, tmp_path / "killed", kill_at(step))
         assert checkpoints.latest_step(tmp_path / "killed") == saved
     loop.train(config, tmp_path / "killed", kill_at(-1))
-    # The evaluation of the step that SIGTERM ends comes later, of the last one as well.
+    # SIGTERM defers the evaluation of its step, even after the last step.
     for step in (2, 5):
         stopped = f"after step {step + 1} of 6: saved in"
         with pytest.raises(interruption.Interrupted, match=stopped):
@@ -210,7 +210,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, family):
         for name in whole:
             np.testing.assert_array_equal(whole[name], params[name], err_msg=name)
         assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / other)
-    # A finished run stays as it is.
+    # A finished run does not change.
     assert loop.train(config, tmp_path / "whole") == {}
 
     other = build(cache, family, loss__temperature=0.5)
@@ -224,19 +224,27 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, family):
     )
 
 
-def test_a_resumed_run_writes_the_metrics_of_one_left_alone(
-    cache, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "steps",
+    [
+        # In the middle of a logging window, and at the start of the next one.
+        (3, 5),
+        pytest.param((2, 3, 4, 5, 6), marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_writes_the_metrics_of_an_uninterrupted_run(
+    cache, tmp_path, monkeypatch, steps
 ):
-    """Whichever step inside of a logging window it is killed at."""
     use_one_device(monkeypatch)
     config = build(
         cache,
+        data__packing=len(steps) > 2,  # Without packing, only one shape compiles.
         evaluation__every_steps=1,
         train__log_every_steps=4,
         checkpoint__every_steps=1,
     )
     loop.train(config, tmp_path / "whole", lambda params, step: {})
-    for step in (2, 3, 4, 5, 6):
+    for step in steps:
         with pytest.raises(Killed):
             loop.train(config, tmp_path / "killed", kill_at(step))
         assert checkpoints.latest_step(tmp_path / "killed") == step - 1
@@ -266,7 +274,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(
     cache, tmp_path, monkeypatch
 ):
     use_one_device(monkeypatch)
-    config = build(cache, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
+    config = build(
+        cache,
+        data__packing=False,
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=0.0,
+    )
     with pytest.raises(FloatingPointError, match=r"step \d: loss .*not applied"):
         loop.train(config, tmp_path)
     step = checkpoints.latest_step(tmp_path)
@@ -330,7 +343,7 @@ def test_microbatches_train_the_same_and_a_trace_is_written(
     use_one_device(monkeypatch)
     monkeypatch.setattr(loop, "_STEPS_BEFORE_PROFILE", 1)
     config = build(cache, family, train__num_steps=2, train__microbatch_size=4)
-    # The trace is cut short by the end of the run.
+    # The run ends before the profile does.
     last = loop.train(config, tmp_path, profile_steps=9)
     expected, params = single_device(family)
     assert last["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -382,7 +395,7 @@ def test_scanned_layers_train_the_same(cache, tmp_path, monkeypatch, name, famil
 
 
 @pytest.mark.slow
-def test_aligned_dims_are_better_when_cut(cache, tmp_path, monkeypatch):
+def test_aligned_dims_are_better_when_truncated(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     accuracy = []
     for steps in (0, 8):
@@ -400,20 +413,20 @@ def test_aligned_dims_are_better_when_cut(cache, tmp_path, monkeypatch):
     assert aligned_4 < plain_4
 
 
-def test_weighed_tokens_count_by_their_weight(cache):
+def test_weighted_tokens_count_by_their_weight(cache):
     config = build(cache, init__token_weights="idf")
     batches = loop.build_batches(config, text_format=text_formats.TextFormat())
     weights = batches.idf_weights(config.model.vocab_size)
     assert weights.min() >= 0.05
     assert weights.max() == 1.0
-    # "list" is in every text, and so is the end of a text.
+    # "list" and the end token are in every text.
     (common, end) = batches.vocabulary.encode(["list"])[0][-2:]
     assert weights[common] < 0.2
     assert weights[end] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(("part", "masked"), [("query", True), ("positive", False)])
-def test_a_task_without_any_negative_is_told(tmp_path, caplog, part, masked):
+def test_a_task_without_any_negative_is_reported(tmp_path, caplog, part, masked):
     fields = ("query", "positive")
     records = [
         {"task": "one"}
@@ -426,6 +439,7 @@ def test_a_task_without_any_negative_is_told(tmp_path, caplog, part, masked):
     config = build(
         tmp_path,
         data__num_negatives=0,
+        data__packing=False,
         train__num_steps=2,
         loss__mask_duplicates=masked,
     )
@@ -433,7 +447,7 @@ def test_a_task_without_any_negative_is_told(tmp_path, caplog, part, masked):
         last = loop.train(config, tmp_path / "run")
     assert (abs(last["loss"]) < 1e-5) == masked
     told = [r.getMessage() for r in caplog.records if "Task one: " in r.getMessage()]
-    assert len(told) == 1  # not at every step
+    assert len(told) == 1  # once, not at every step
     assert "none of its first 16 examples has a negative" in told[0]
 
 

@@ -1,4 +1,4 @@
-"""Training metrics: means, speeds, and files after a kill."""
+"""Training metrics: means, rates, and the files of a killed run."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_a_window_continues_in_another_process():
     uninterrupted, resumed = (window.means() for window in windows)
     for name in ("loss", "loss/a", "padding_share"):
         assert uninterrupted[name] == resumed[name]
-    # Speeds are those of this process, which has not counted a batch yet.
+    # Rates are those of this process, which has not counted a batch yet.
     assert resumed["tokens_per_second"] == 0
     windows[1].restore({})
     assert windows[1].means() == {}
@@ -78,7 +78,7 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
         writer.write(number, {"loss": 1.0 / number})
     writer.close()
     with (tmp_path / metrics.METRICS).open("a") as file:
-        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+        file.write('{"step": 5, "lo')  # killed in the middle of a line
     writer = metrics.Writer(tmp_path, 2)
     writer.write(3, {"loss": 9.0})
     writer.close()

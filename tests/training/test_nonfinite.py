@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped and counted, or the end of the run."""
+"""Steps with a non-finite loss or gradient are skipped and counted, or end the run."""
 
 import pathlib
 

@@ -56,7 +56,7 @@ def test_only_matrices_decay_by_rate_times_decay(name):
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
 def test_the_gradient_is_clipped_by_its_global_norm(name):
-    """The first update does not depend on the gradient's size; the moments do."""
+    """The first update does not depend on the gradient's scale, but the moments do."""
     grads = {"kernel": jnp.full((4, 4), 30.0), "scale": jnp.full((4,), 40.0)}
     seventh = {key: value / 7.0 for key, value in grads.items()}
     norm = float(optax.tree.norm(seventh))

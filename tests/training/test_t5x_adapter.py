@@ -6,6 +6,7 @@ t5x is not on PyPI, so most tests use a stand-in with the abstract methods of
 
 import abc
 import dataclasses
+import functools
 import importlib.util
 import sys
 import types
@@ -42,6 +43,12 @@ LOSS = {
 }
 
 
+# Optimizing takes longer than the computation.
+COMPILE = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
 class _BaseModel(abc.ABC):
     """The methods of t5x's base class, with its names and arguments."""
 
@@ -68,17 +75,30 @@ class _BaseModel(abc.ABC):
     def get_initial_variables(self, rng, input_shapes, input_types=None): ...
 
 
-@pytest.fixture
-def adapted(monkeypatch):
-    if not HAS_T5X:
-        package = types.ModuleType("t5x")
-        package.models = types.ModuleType("t5x.models")
-        package.models.BaseModel = _BaseModel
-        monkeypatch.setitem(sys.modules, "t5x", package)
-        monkeypatch.setitem(sys.modules, "t5x.models", package.models)
+@pytest.fixture(scope="module")
+def adapted():
+    with pytest.MonkeyPatch.context() as patch:
+        if not HAS_T5X:
+            package = types.ModuleType("t5x")
+            package.models = types.ModuleType("t5x.models")
+            package.models.BaseModel = _BaseModel
+            patch.setitem(sys.modules, "t5x", package)
+            patch.setitem(sys.modules, "t5x.models", package.models)
+        t5x_adapter._model_class.cache_clear()
+        yield t5x_adapter.build_model(CONFIG, "an optimizer", num_negatives=2, **LOSS)
     t5x_adapter._model_class.cache_clear()
-    yield t5x_adapter.build_model(CONFIG, "an optimizer", num_negatives=2, **LOSS)
-    t5x_adapter._model_class.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def evaluate(adapted):
+    return COMPILE(adapted.eval_fn)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(dual_encoder.init_params, static_argnums=0)(
+        CONFIG, jax.random.key(1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +159,7 @@ def test_the_converter_keeps_existing_negatives():
         t5x_features.feature_converter(2)(pack=True)
 
 
-def test_without_negatives_there_are_no_negative_features(adapted, batch):
+def test_without_negatives_there_are_no_negative_features(evaluate, params, batch):
     """TensorFlow 2.21 crashes when t5x's evaluation unbatches empty features."""
     converter = t5x_features.feature_converter(0)(pack=False)
     task = registration.register("quickstart_docs")
@@ -152,16 +172,17 @@ def test_without_negatives_there_are_no_negative_features(adapted, batch):
         *("query_tokens", "positive_tokens"),
         *("query_id", "passage_id", "negative_group"),
     }
-    params = dual_encoder.init_params(CONFIG, jax.random.key(1))
     bare = {k: v for k, v in batch.items() if k not in t5x_features.NEGATIVE_FEATURES}
-    loss, _ = adapted.eval_fn(params, bare)
+    loss, _ = evaluate(params, bare)
     # The negatives of this batch are all masked.
-    np.testing.assert_allclose(loss, adapted.eval_fn(params, batch)[0], rtol=1e-6)
+    np.testing.assert_allclose(loss, evaluate(params, batch)[0], rtol=1e-6)
 
 
 def test_variables_have_axes_that_t5x_accepts(adapted):
-    # t5x passes an old-style key.
-    variables = adapted.get_initial_variables(jax.random.PRNGKey(0), {})
+    # t5x passes an old-style key, and traces the function first.
+    variables = jax.eval_shape(
+        lambda key: adapted.get_initial_variables(key, {}), jax.random.PRNGKey(0)
+    )
     assert isinstance(variables, flax.core.FrozenDict)
     params = parameters.flatten(variables["params"])
     axes = parameters.flatten(variables["params_axes"])
@@ -175,10 +196,10 @@ def test_variables_have_axes_that_t5x_accepts(adapted):
     assert jax.tree.structure(names) == jax.tree.structure(variables["params"])
 
 
-def test_the_loss_equals_mrl_loss(adapted, batch):
-    params = dual_encoder.init_params(CONFIG, jax.random.key(1))
-    loss, metrics = adapted.eval_fn(params, batch)
+def test_the_loss_equals_mrl_loss(adapted, evaluate, params, batch):
+    loss, metrics = evaluate(params, batch)
 
+    @COMPILE
     def embed(tokens):
         rows = dual_encoder.DualEncoder(CONFIG).apply(
             {"params": params}, tokens, (tokens > 0).astype(np.int32)
@@ -191,29 +212,24 @@ def test_the_loss_equals_mrl_loss(adapted, batch):
         example_mask=np.ones(size, bool),
     )
     negatives = embed(batch["negative_tokens"].reshape(-1, 32)).reshape(size, 2, -1)
-    expected, terms = contrastive.mrl_loss(
-        embed(batch["query_tokens"]),
-        embed(batch["positive_tokens"]),
-        negatives,
-        ids,
-        **LOSS,
+    expected, terms = COMPILE(functools.partial(contrastive.mrl_loss, **LOSS))(
+        embed(batch["query_tokens"]), embed(batch["positive_tokens"]), negatives, ids
     )
     np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"].compute(), loss, rtol=1e-6)
     np.testing.assert_allclose(
         metrics["loss_4"].compute(), np.mean(terms[4].loss), rtol=1e-6
     )
-    scores = adapted.score_batch(params, batch)
+    scores = COMPILE(adapted.score_batch)(params, batch)
     np.testing.assert_allclose(scores, terms[8].positive_similarity, atol=1e-6)
-    vectors, _ = adapted.predict_batch_with_aux(params, batch)
+    vectors, _ = COMPILE(adapted.predict_batch_with_aux)(params, batch)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
 
 
-def test_dropout_depends_on_the_key_from_t5x(adapted, batch):
-    params = dual_encoder.init_params(CONFIG, jax.random.key(1))
+def test_dropout_depends_on_the_key_from_t5x(adapted, params, batch):
+    loss = COMPILE(adapted.loss_fn)
     first, again, other = (
-        float(adapted.loss_fn(params, batch, jax.random.PRNGKey(seed))[0])
-        for seed in (0, 0, 1)
+        float(loss(params, batch, jax.random.PRNGKey(seed))[0]) for seed in (0, 0, 1)
     )
     assert first == again != other
 

@@ -1,4 +1,4 @@
-"""The gin files of configs/t5x, run by t5x: train, import, export, train on."""
+"""Runs of t5x with the gin files of configs/t5x: train, import, export, continue."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_t5x_trains_what_gecko_imports_exports_and_t5x_trains_on(tmp_path):
     for name in ("quickstart", "quickstart_docs", "quickstart_term"):
         assert f"training_eval/{name} " in log
 
-    # What no T5X checkpoint holds lies beside them.
+    # The settings that a T5X checkpoint does not store are in a folder next to it.
     trained, flat = _flat(tmp_path / "run")
     assert trained.step == 2
     assert trained.mrl_dims == (16, 32)
@@ -104,7 +104,7 @@ def test_t5x_trains_what_gecko_imports_exports_and_t5x_trains_on(tmp_path):
         MODEL_DIR=tmp_path / "next",
         INITIAL_CHECKPOINT_PATH=export / "checkpoint_2",
     )
-    # t5x saves what it starts from.
+    # t5x saves its initial state.
     start, restored = _flat(tmp_path / "next" / "checkpoint_2")
     assert start.step == 2
     for name, leaf in flat.items():

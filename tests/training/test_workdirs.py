@@ -49,7 +49,7 @@ def test_two_runs_in_one_workdir_are_refused_until_the_first_is_gone(tmp_path):
 @pytest.mark.parametrize(
     "position", [{}, {"mixture_hash": 3}, {"mixture_hash": "a", "mixture": []}]
 )
-def test_an_edited_position_is_told_with_the_remedy(position):
+def test_an_edited_position_is_reported_with_the_remedy(position):
     batches = mock.create_autospec(pipeline.Batches, instance=True, mixture_hash="a")
     with pytest.raises(ValueError, match=r"edited position.*remove that checkpoint"):
         workdirs.check_position(
@@ -74,7 +74,7 @@ def test_a_run_continues_only_with_its_own_loss():
         workdirs.check_position(contrastive, batches, config, min)
 
 
-def test_a_loss_is_known_by_its_code():
+def test_a_loss_is_identified_by_its_code():
     def build(body):
         names = {"__name__": "notebook"}
         exec(f"def loss(queries, *_): return {body}", names)
@@ -86,7 +86,7 @@ def test_a_loss_is_known_by_its_code():
     assert build("queries").startswith("notebook.loss (")
 
 
-def test_a_run_goes_on_that_began_before_a_key_was_added(tmp_path):
+def test_a_run_resumes_if_a_key_was_added_since(tmp_path):
     values = {"seed": 0, "model": {"num_layers": 2}}
     (tmp_path / workdirs.CONFIG).write_text(json.dumps(values))
     now = ml_collections.ConfigDict(values)
