@@ -209,5 +209,6 @@ def test_prompts_of_qwen3_embedding_instruct_queries_only():
 )
 def test_other_prompts_stay_literal(prompts):
     found = text_formats.from_prompts(prompts)
-    assert found.has_only_prompts and found.prompts == prompts
+    assert found.has_only_prompts
+    assert found.prompts == prompts
     assert found.format_passage("a") == prompts["document"] + "a"
