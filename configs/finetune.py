@@ -22,7 +22,7 @@ Three recipes set everything but the hardware, for base, large and xl (docs/reci
 `local,gemma` trains a small Gemma 3 encoder on a laptop CPU. `embeddinggemma`,
 `embeddinggemma-2`, `t5gemma2-270m` and `qwen3-0.6b` (4b, 8b) fine-tune the released
 model, which `gecko import` has written to models/NAME, with the losses of `modern`
-(docs/encoders.md).
+(docs/encoder_families.md).
 
 The paper gives no hyperparameters: numbers without a source are ours.
 """

@@ -14,8 +14,9 @@ hour on a CPU (docs/recipes.md). The sizes need an accelerator and your own data
 `paper`, `modern` and `multilingual` are the first stage of the recipes of finetune.py
 (docs/recipes.md), for base, large and xl. `embeddinggemma`, `embeddinggemma-2`,
 `t5gemma2-270m` and `qwen3-0.6b` (4b, 8b) start from the released model, which `gecko
-import` has written to models/NAME, with the losses of `modern` (docs/encoders.md). The
-paper gives no hyperparameters: numbers without a source are ours.
+import` has written to models/NAME, with the losses of `modern`
+(docs/encoder_families.md). The paper gives no hyperparameters: numbers without a source
+are ours.
 """
 
 import ml_collections

@@ -82,7 +82,7 @@ def _add_layers(
         )
     flat = parameters.flatten(params)
     for name, leaf in parameters.flatten(dual_encoder.init_params(config, key)).items():
-        if name.startswith("encoder/layers_"):
+        if name.startswith(("encoder/layers_", "encoder/per_layer_")):
             zero = -switches.norm_offset if switches.sandwich_norms else 0.0
             is_last = name.endswith(ends)
             flat[name] = np.full_like(leaf, zero) if is_last else np.asarray(leaf)
