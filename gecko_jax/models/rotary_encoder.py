@@ -1,7 +1,7 @@
 """The layers of an encoder with rotary positions: Gemma 3, EmbeddingGemma 2, Qwen 3.
 
-The computation is `transformer.run_layer`, which FRet's language model uses too. This
-module declares the parameters, under T5X's names where T5 has the same part:
+The computation is `transformer_layer.run_layer`, which FRet's language model uses too.
+This module declares the parameters, under T5X's names where T5 has the same part:
 
     encoder/layers_0/attention/query/kernel  [M, H * K]
     encoder/layers_0/post_mlp_layer_norm/scale  [M]
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gecko_jax.models import families, layers, transformer
+from gecko_jax.models import families, layers, transformer_layer
 
 
 class Spec(NamedTuple):
@@ -29,7 +29,7 @@ class Spec(NamedTuple):
         shape: Shape in the tree.
         axes: Logical axes.
         init: Initializer.
-        view: Shape in `transformer.run_layer`.
+        view: Shape in `transformer_layer.run_layer`.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Context(NamedTuple):
 
     Attributes:
         masks: Whether a token attends to another.
-        angles: Rotary angles of the tokens, see `transformer.rotary`.
+        angles: Rotary angles of the tokens, see `transformer_layer.rotary`.
         embedded: Token embeddings, where layers read them (`Family.per_layer`).
         per_layer_norm: Scale of the norm of the per-layer embeddings.
     """
@@ -76,16 +76,16 @@ def build_context(
     factors = None
     if config.rope_factor != 1.0:
         factors = (config.rope_factor,) * (width // 2)
-    angles = transformer.rotary(positions, config.rope_base, factors, width)
+    angles = transformer_layer.rotary(positions, config.rope_base, factors, width)
     local_angles = angles
     if config.local_window:
         base = config.local_rope_base
-        local_angles = transformer.rotary(positions, base, None, config.head_dim)
+        local_angles = transformer_layer.rotary(positions, base, None, config.head_dim)
     return Context((same, near), (angles, local_angles))
 
 
 class EncoderLayer(nn.Module):
-    """One layer of `transformer.run_layer`.
+    """One layer of `transformer_layer.run_layer`.
 
     Attributes:
         config: The encoder.
@@ -143,15 +143,17 @@ class EncoderLayer(nn.Module):
         def join(y: Array) -> Array:
             return y.reshape(1, -1, *y.shape[2:])
 
+        def split(y: Array) -> Array:
+            return y.reshape(*rows, *y.shape[2:])
+
         def drop(site: int, y: Array) -> Array:
-            split = y.reshape(*rows, *y.shape[2:])
-            return join(layers.dropout(split, config.dropout_rate, keys[site + 1]))
+            return join(layers.dropout(split(y), config.dropout_rate, keys[site + 1]))
 
-        def attend(*heads: Array) -> Array:
-            split = (head.reshape(*rows, *head.shape[2:]) for head in heads)
-            return join(_attend(*split, mask, config.dropout_rate, keys[0]))
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            heads = (split(query), split(key), split(value))
+            return join(_attend(*heads, mask, config.dropout_rate, keys[0]))
 
-        hidden, _ = transformer.run_layer(
+        hidden, _ = transformer_layer.run_layer(
             weights,
             join(x),
             jax.tree.map(join, angles),
@@ -167,7 +169,7 @@ class EncoderLayer(nn.Module):
 
 
 def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spec]:
-    """Returns the parameters of a layer by their names in `transformer.run_layer`."""
+    """Returns the parameters of a layer by their names in `run_layer`."""
     width, mlp_dim, per_layer = config.model_dim, config.mlp_dim, config.per_layer_dim
     num_heads, num_kv_heads, head_dim = config.heads(is_local)
     residual, offset = config.residual_init_scale, config.switches.norm_offset
@@ -219,10 +221,13 @@ def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spe
             path = f"post_{name}_layer_norm"
             specs[f"post_{name}_norm"] = norm(path, width, scale=residual)
     if config.switches.per_layer:
-        axes = ("embed", "mlp")
         specs |= {
-            "per_layer_gate": matrix("per_layer/gate", width, per_layer, axes),
-            "per_layer_out": matrix("per_layer/out", per_layer, width, axes[::-1]),
+            "per_layer_gate": matrix(
+                "per_layer/gate", width, per_layer, ("embed", "mlp")
+            ),
+            "per_layer_out": matrix(
+                "per_layer/out", per_layer, width, ("mlp", "embed")
+            ),
             "post_per_layer_norm": norm(
                 "post_per_layer_layer_norm", width, scale=residual
             ),

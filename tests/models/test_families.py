@@ -160,10 +160,13 @@ def _outputs_and_gradients(config):
 
 
 @pytest.mark.parametrize(
-    "remat", ["dots", pytest.param("full", marks=pytest.mark.slow)]
+    ("family", "remat"),
+    # Masks that the scan selects at run time, and a scan over periods.
+    [("gemma", "dots"), ("embeddinggemma2", "dots")]
+    + [pytest.param(name, "full", marks=pytest.mark.slow) for name in FAMILIES],
 )
-def test_scan_and_remat_change_neither_outputs_nor_gradients(config, remat):
-    config = dataclasses.replace(config, dropout_rate=0.1)
+def test_scan_and_remat_change_neither_outputs_nor_gradients(family, remat):
+    config = dataclasses.replace(FAMILIES[family], dropout_rate=0.1)
     expected = _outputs_and_gradients(config)
     actual = _outputs_and_gradients(
         dataclasses.replace(config, scan_layers=True, remat=remat)
