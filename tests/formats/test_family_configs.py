@@ -13,13 +13,13 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
     "intermediate_size": 48,
     "rms_norm_eps": 1e-6,
-    "layer_types": [LOCAL, LOCAL, GLOBAL] * 2,
+    "layer_types": [LOCAL, LOCAL, GLOBAL],
     "attention_bias": False,
     "max_position_embeddings": 128,
 }
@@ -63,11 +63,13 @@ T5GEMMA2 = {
 EMBEDDINGGEMMA2_TEXT = {
     "model_type": "embedding_gemma2_text",
     **SIZES,
+    "num_hidden_layers": 4,
+    "layer_types": [LOCAL, GLOBAL] * 2,
     "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size_per_layer_input": 12,
     "embedding_dim": 8,
     "per_layer_config": {
-        str(n): {"head_dim": 24, "num_key_value_heads": 1} for n in (2, 5)
+        str(n): {"head_dim": 24, "num_key_value_heads": 1} for n in (1, 3)
     },
     "rope_parameters": ROPE,
     "sliding_window": 5,
@@ -185,8 +187,8 @@ REFUSED = [
     (GEMMA | {"attention_bias": True}, "attention_bias must be one of False"),
     (GEMMA | {"hidden_activation": "gelu"}, "hidden_activation must be one of gelu_p"),
     (GEMMA | {"num_experts": 8}, "num_experts must be one of 0"),
-    (GEMMA | {"layer_types": [GLOBAL, LOCAL] * 3}, "layer_types must repeat"),
-    (GEMMA | {"layer_types": ["chunked_attention"] * 6}, "layer_types must be a list"),
+    (GEMMA | {"layer_types": [GLOBAL, LOCAL, LOCAL]}, "layer_types must repeat"),
+    (GEMMA | {"layer_types": ["chunked_attention"] * 3}, "layer_types must be a list"),
     (GEMMA | {"num_key_value_heads": 3}, "num_kv_heads=3: must divide"),
     (GEMMA | {"hidden_size": 0}, "hidden_size must be a whole number from 1"),
     (GEMMA | {"head_dim": "wide"}, 'head_dim must be a whole number.*not "wide"'),
@@ -215,7 +217,7 @@ REFUSED = [
     ),
     (
         EMBEDDINGGEMMA2_TEXT
-        | {"per_layer_config": {"1": {"head_dim": 24, "num_key_value_heads": 1}}},
+        | {"per_layer_config": {"2": {"head_dim": 24, "num_key_value_heads": 1}}},
         "per_layer_config must give all global layers the same heads",
     ),
     (EMBEDDINGGEMMA2_TEXT | {"attention_k_eq_v": True}, "attention_k_eq_v must be"),

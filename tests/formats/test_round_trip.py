@@ -49,13 +49,12 @@ KINDS = {
     },
 }
 # Encoders of other families, small, with every switch of their family.
-GEMMA = dataclasses.replace(tiny_encoders.GEMMA, num_layers=3)
 FAMILIES = {
-    "gemma": GEMMA,
+    "gemma": tiny_encoders.GEMMA,
     "t5gemma2": dataclasses.replace(
-        GEMMA, local_window=(3, 4), rope_factor=8.0, query_scale=0.5
+        tiny_encoders.GEMMA, local_window=(3, 4), rope_factor=8.0, query_scale=0.5
     ),
-    "embeddinggemma2": dataclasses.replace(tiny_encoders.EMBEDDINGGEMMA2, num_layers=3),
+    "embeddinggemma2": tiny_encoders.EMBEDDINGGEMMA2,
     "qwen3": tiny_encoders.QWEN3,
 }
 TEXTS = ["what do geckos eat", "Most geckos eat  insects.", "long words " * 60, "é 漢"]
