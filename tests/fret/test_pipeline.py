@@ -50,7 +50,7 @@ def test_rows_without_an_answer_are_error_rows(either, tmp_path):
 
 
 def test_too_many_errors_stop_the_run(either, tmp_path):
-    corpus, num_queries = either
+    corpus, _ = either
     fault = _break(10, (500, {}, "out of memory"))
     with fake_llm.FakeServer() as fake:
         config = fret_runs.load(corpus, fake.url, "llm.retries=0")
