@@ -52,7 +52,7 @@ class Request:
 
 
 class Answer(NamedTuple):
-    """Where the answer to a request is: host request, rows and columns of its targets."""
+    """Place of an answer: host request, rows and columns of its targets."""
 
     host: int
     rows: slice
