@@ -272,8 +272,8 @@ def _extend(
             )
 
         def attend(*heads: Array) -> Array:
-            query, *own = (part.astype(dtype) for part in heads)
-            mixed = _attend(query, [*earlier, tuple(own)], layer_masks)
+            query, key, value = (part.astype(dtype) for part in heads)
+            mixed = _attend(query, [*earlier, (key, value)], layer_masks)
             return mixed.astype(jnp.float32)
 
         # Keys are rotated before they are cached: a rotation depends only on the key's
