@@ -27,7 +27,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
 
     lines = [line("th", (name.removeprefix("*") for name in head))]
-    return f"<table>{''.join(lines + [line('td', row) for row in rows])}</table>"
+    lines += [line("td", row) for row in rows]
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
 def histogram(values: Sequence[int]) -> dict[str, int]:
@@ -90,8 +91,9 @@ figure { margin: 0; padding: .8rem 1rem; }
 article { padding: 1rem 1.2rem; margin: 0 0 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 article table { border: 0; }
+td:nth-child(4):not(.n) { min-width: 8rem; }
 .wide { overflow-x: auto; }
-.wide td:last-child { min-width: 24rem; }
+article .wide td:last-child { min-width: 24rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .7rem;
   border-bottom: 1px solid #eef1f3; }
 td:last-child { overflow-wrap: anywhere; }

@@ -7,7 +7,7 @@ was dropped, what it cost, and what moved. Charts are HTML and CSS.
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -104,15 +104,15 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
         f"<b>{html_page.escape(source.model_facts['model'])}</b>, candidates by "
         f"<b>{html_page.escape(config.retrieve.model or 'BM25')}</b>.</p>",
         "" if is_whole else unfinished,
-        _tiles(facts, len(tasks), passes),
+        _tiles(gathered, len(tasks), passes),
         "<h2>Do the judges judge?</h2>",
         _judges(passes, facts, seed),
         "<h2>What was kept</h2>",
-        _funnel(passes),
+        _funnel(passes, gathered),
         "<h2>What was dropped, and why</h2>",
         _dropped(gathered),
         "<h2>What it cost</h2>",
-        _costs(passes, len(facts)),
+        _costs(passes, gathered),
         f"<h2>What moved: {len(gathered.moved)} random examples</h2>",
         f"<p>Left the {seed}, right the passage that was chosen in its place. QL is "
         "log p(query | passage) in nats, RC the likeliest label. Read some: is the "
@@ -137,9 +137,10 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
 
 
 def _tiles(
-    facts: Sequence[dict[str, Any]], num_tasks: int, passes: pipeline.Pipeline
+    gathered: report_facts.Facts, num_tasks: int, passes: pipeline.Pipeline
 ) -> str:
-    seeds, rows = sum(map(len, passes.shards)), max(len(facts), 1)
+    facts = gathered.triples
+    seeds, rows = gathered.counts[passes.queries.name]["records"], max(len(facts), 1)
     share = sum(one["moved"] for one in facts) / rows
     kept = f"{len(facts) / max(seeds, 1):.0%}"
     if passes.source.pair_files:
@@ -234,16 +235,18 @@ def _calibration(source: pipeline.Source) -> measure.Calibration | None:
     return measure.read_calibration(passes) if is_done else None
 
 
-def _funnel(passes: pipeline.Pipeline) -> str:
+def _funnel(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
+    counts = {stage: one["records"] for stage, one in gathered.counts.items()}
+    dropped = Counter(gathered.dropped)
+    if done := passes.source.stage.done():
+        counts = {"passages": done["records"], **counts}
+        dropped.update({("passages", why): n for why, n in done["dropped"].items()})
     rows = []
-    for stage, done in passes.done().items():
-        if done is None:
-            rows.append((stage, "", "", "not finished"))
-        elif done["records"]:
-            dropped = sorted(done["dropped"].items(), key=lambda item: -item[1])
-            reasons = ", ".join(f"{count:,} {name}" for name, count in dropped)
-            counts = f"{done['records']:,}", f"{done['kept']:,}"
-            rows.append((stage, *counts, reasons))
+    for stage, count in counts.items():
+        own = [(why, n) for (one, why), n in dropped.most_common() if one == stage]
+        reasons = ", ".join(f"{n:,} {why}" for why, n in own)
+        kept = count - sum(n for _, n in own)
+        rows.append((stage, f"{count:,}", f"{kept:,}", reasons))
     return html_page.table(("stage", "*records", "*kept", "dropped, by reason"), rows)
 
 
@@ -257,21 +260,21 @@ def _dropped(gathered: report_facts.Facts) -> str:
         text = gathered.examples[stage, reason]
         rows.append((stage, f"{count:,}", reason, why, text))
     head = ("stage", "*queries", "reason", "meaning", "an example")
-    return f"<div class=wide>{html_page.table(head, rows)}</div>"
+    return html_page.table(head, rows)
 
 
-def _costs(passes: pipeline.Pipeline, num_triples: int) -> str:
-    config = passes.source.config
+def _costs(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
+    config, num_triples = passes.source.config, len(gathered.triples)
     prices = runs.open_budget(config)
     names = ("requests", "prompt_tokens", "completion_tokens")
+    counts: dict[str, Mapping[str, int]] = dict(gathered.counts)
+    for stage, done in runs.calibration_pipeline(passes.source).done().items():
+        if done:
+            counts[f"calibration, {stage}"] = done["usage"]
     usages = {
-        f"{title}{stage}": [done["usage"].get(name, 0) for name in names]
-        for title, pass_ in (
-            ("", passes),
-            ("calibration, ", runs.calibration_pipeline(passes.source)),
-        )
-        for stage, done in pass_.done().items()
-        if done and done["usage"]
+        stage: [one.get(name, 0) for name in names]
+        for stage, one in counts.items()
+        if one.get("requests")
     }
     usages["total"] = np.sum([*usages.values(), [0, 0, 0]], axis=0).tolist()
     rows = [
@@ -288,5 +291,4 @@ def _costs(passes: pipeline.Pipeline, num_triples: int) -> str:
             f"{tokens[0] * each:,.0f} tokens read for a thousand triples. Set "
             "llm.price_input and llm.price_output to see the cost."
         )
-    note += " Stages that are not finished are not counted."
     return f"{html_page.table(head, rows)}<p class=note>{note}</p>"

@@ -97,5 +97,5 @@ def with_candidates(passes: pipeline.Pipeline, row: Row, seed: str) -> str:
     return (
         f"<article><h3>{html_page.escape(query['query'])}</h3><p class=note>"
         f"{html_page.escape(_about(query))}{moved}</p>"
-        f"<div class=wide>{html_page.table(head, lines)}</div></article>"
+        f"{html_page.table(head, lines)}</article>"
     )

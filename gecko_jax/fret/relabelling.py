@@ -58,10 +58,10 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
             # The export of `gecko fret` has the origin of each negative.
             for name in ("source", "source_id", "licence"):
                 values = record.get(f"negative_{name}s")
-                is_whole = isinstance(values, list) and len(values) == len(passages)
-                value = values[position] if is_whole else None
-                if isinstance(value, str) and value:
-                    known[name] = value
+                if not isinstance(values, list) or len(values) != len(passages):
+                    continue
+                if isinstance(values[position], str) and values[position]:
+                    known[name] = values[position]
             yield _passage(known, title, body, given)
 
 

@@ -17,6 +17,7 @@ class Facts:
         triples: Facts about each triple.
         rows: Random rows.
         moved: Random rows whose positive moved.
+        counts: Stage -> number of records, and tokens and requests.
         dropped: (stage, reason) -> number of records.
         examples: (stage, reason) -> one of them.
     """
@@ -26,6 +27,7 @@ class Facts:
         self.triples: list[dict[str, Any]] = []
         self.rows: list[html_rows.Row] = []
         self.moved: list[html_rows.Row] = []
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], str] = {}
         source = passes.source
@@ -43,7 +45,7 @@ class Facts:
                     continue
                 rows = step.stage.read(shard)
                 kept[step.stage.name] = stages.by_id(rows)
-                self._count_dropped(step.stage.name, rows, kept[passes.queries.name])
+                self._count(step.stage.name, rows, kept[passes.queries.name])
             for record in kept["fuse"].values():
                 number = record["id"]
                 row = (
@@ -52,20 +54,24 @@ class Facts:
                     record,
                 )
                 self.triples.append(_measure(source, *row))
-                judged = (kept[n].get(number, {}) for n in ("likelihood", "relevance"))
-                shown = (*row, *judged)
+                shown = (
+                    *row,
+                    kept["likelihood"].get(number, {}),
+                    kept["relevance"].get(number, {}),
+                )
                 _sample(self.rows, shown, len(self.triples), num_rows, rng)
                 if record["moved"]:
                     num_moved += 1
                     _sample(self.moved, shown, num_moved, num_rows, rng)
 
-    def _count_dropped(
+    def _count(
         self,
         stage: str,
         rows: Iterable[stages.Record],
         queries: dict[int, stages.Record],
     ) -> None:
         for row in rows:
+            self.counts[stage].update(row.get("usage", {}), records=1)
             if reason := row.get(records.DROPPED):
                 self.dropped[stage, reason] += 1
                 if row["id"] in queries:

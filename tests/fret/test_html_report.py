@@ -31,7 +31,7 @@ def test_the_report_escapes_all_that_was_written(corpus, tmp_path):
     assert "&lt;script&gt;alert(&quot;x&quot;)" in page
     assert "<script" not in page
     assert "<img" not in page
-    assert page.count("<article>") == 16
+    assert page.count("<article>") == 16 + page.count("<div class=sides>")
     assert "default-src 'none'" in page
     for shown in ("of positives are not the seed", "rank of the seed, by QL", "tokens"):
         assert shown in page
