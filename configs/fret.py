@@ -63,10 +63,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             config.llm.concurrency = 1
         else:
             config.llm.weights = "smollm2"
-            if arg.qwen or arg.qwen_small:
-                size = "0.5b" if arg.qwen_small else "1.5b"
-                config.llm.weights = f"qwen2.5-coder-{size}"
-                config.llm.dtype = "bfloat16"
         # What a model of this size can do, measured: docs/fret.md.
         config.generate.prompt = "generate_short"
         config.generate.shots = 0  # all five, so that they are read once
@@ -74,9 +70,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.retrieve.num_candidates = 10
         config.likelihood.generic_passage = "This is a short text."
         config.fuse.relevance = "log_odds"
-        config.fuse.relevance_weight = float(arg.qwen or arg.qwen_small)
+        config.fuse.relevance_weight = 0.0
         config.calibrate.num_seeds = 10
         config.run.max_error_rate = 0.2
+        if arg.qwen or arg.qwen_small:
+            size = "0.5b" if arg.qwen_small else "1.5b"
+            config.llm.weights = f"qwen2.5-coder-{size}"
+            config.llm.dtype = "bfloat16"
+            config.likelihood.prompt = "relevance"  # QL and RC share a reading
+            config.fuse.relevance_weight = 1.0
     if arg.relabel:
         config.passages.files = ()
         config.relabel.files = ("quickstart",)

@@ -346,6 +346,14 @@ TRAINING: dict[str, Key] = {
     "loss.matching_weight": Key(
         0.0, NOT_NEGATIVE, "Weight of embedding matching (EmbeddingGemma)."
     ),
+    "loss.kl_weight": Key(
+        0.0,
+        NOT_NEGATIVE,
+        "Weight of the KL divergence from the lines' `scores` (E5; FlagEmbedding: 1).",
+    ),
+    "loss.kl_temperature": Key(
+        1.0, ABOVE_ZERO, "Divides these scores before their softmax (FlagEmbedding)."
+    ),
     "optimizer.name": Key(
         "adafactor", one_of("adafactor", "adamw"), "Optimizer (GTR)."
     ),
@@ -407,6 +415,8 @@ SCHEMA = {name: key.rule for name, key in TRAINING.items()}
 # Keys that older configs lack, with the value that reproduces those runs.
 ADDED_KEYS: dict[str, Any] = {
     "data.unique_ids": False,
+    "loss.kl_temperature": 1.0,
+    "loss.kl_weight": 0.0,
     "init.token_weight_dims": 0.25,
     "model.attention": "xla",
     "model.residual_init_scale": 0.1,
@@ -739,11 +749,11 @@ def _faults_of_teacher(flat: Mapping[str, Any]) -> list[str]:
             f"data.teacher_dim={dim}: must not exceed model.embedding_dim={width}; "
             f"make narrower vectors with `gecko data teach --dim={width}`"
         )
-    if flat["loss.hardness"] and not flat["data.num_negatives"]:
-        faults.append(
-            f"loss.hardness={flat['loss.hardness']}: data.num_negatives=0 leaves no "
-            "hard negatives; set it to 0"
-        )
+    faults += [
+        f"{key}={flat[key]}: data.num_negatives=0 leaves no hard negatives; set it to 0"
+        for key in ("loss.hardness", "loss.kl_weight")
+        if flat[key] and not flat["data.num_negatives"]
+    ]
     return faults
 
 

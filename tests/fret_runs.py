@@ -30,11 +30,36 @@ def write_corpus(folder):
     return folder / "corpus.jsonl"
 
 
+def write_pairs(folder):
+    """17 lines to relabel, three of them wrong; returns their file."""
+    rng = random.Random(1)
+    corpus = [json.loads(line) for line in write_corpus(folder).open()]
+    with (folder / "pairs.jsonl").open("w") as lines:
+        for number, passage in enumerate(corpus):
+            words = passage["text"].rstrip(".").split()[3:]
+            record = {"task": ("docs", "terms")[number % 2], "query_id": f"q{number}"}
+            record |= {"query": "which " + " ".join(rng.sample(words, 4))}
+            given = [passage]
+            if number % 3 == 0:
+                given += rng.sample([p for p in corpus if p is not passage], 2)
+            if number % 6 == 0:  # Wrong labels: the answer is called a negative.
+                given = [given[1], passage, given[2]]
+            record |= {"positive": given[0]["text"], "passage_id": given[0]["_id"]}
+            record |= {"licence": "CC0-1.0", "src": f"page {number}", "level": number}
+            if given[1:]:
+                record["negatives"] = [one["text"] for one in given[1:]]
+                record["negative_ids"] = [one["_id"] for one in given[1:]]
+            lines.write(json.dumps(record) + "\n")
+    return folder / "pairs.jsonl"
+
+
 def load(corpus, url="http://127.0.0.1:9", *overrides):
+    """Returns the config of a small run; the file `pairs.jsonl` is relabelled."""
+    key = "relabel" if pathlib.Path(corpus).name == "pairs.jsonl" else "passages"
     return flags.load(
         f"{ROOT / 'configs/fret.py'}",
         [
-            f"--config.passages.files={corpus}",
+            f"--config.{key}.files={corpus}",
             "--config.passages.shard_rows=4",
             "--config.passages.near_duplicate=0.0",
             f"--config.llm.url={url}",

@@ -89,6 +89,7 @@ def test_a_recipe_says_what_it_is():
             "hardness",
             "spread_weight",
             "matching_weight",
+            "kl_weight",
         )
     )
     assert (paper.data.batch_size, paper.data.num_negatives) == (2048, 1)
@@ -164,6 +165,8 @@ def test_all_faults_are_told_at_once():
         ("data.teacher=vectors", "embedding matching needs all three"),
         ("data.teacher_dim=512", "must not exceed model.embedding_dim=256"),
         ("loss.spread_weight=-1.0", "0 or more"),
+        ("loss.kl_weight=-1.0", "0 or more"),
+        ("loss.kl_temperature=0.0", "must be a number above 0"),
         ("model.attention=flash", "must be one of xla, cudnn"),
         ("model.attention=cudnn", "needs model.dtype='bfloat16', not 'float32'"),
     ],
@@ -172,6 +175,16 @@ def test_keys_must_fit_each_other(override, message):
     overrides = [f"--config.{override}", "--config.init.checkpoint=somewhere"]
     config = flags.load(f"{ROOT / 'configs/finetune.py'}:local", overrides)
     with pytest.raises(ValueError, match=message):
+        gecko_jax.config.check(config)
+
+
+@pytest.mark.parametrize("key", ["hardness", "kl_weight"])
+def test_a_loss_of_hard_negatives_needs_some(key):
+    config = gecko_jax.config.training()
+    config.data.num_negatives = 0
+    gecko_jax.config.check(config)
+    config.loss[key] = 1.0
+    with pytest.raises(ValueError, match=rf"loss\.{key}=1\.0: .* leaves no hard neg"):
         gecko_jax.config.check(config)
 
 

@@ -47,6 +47,7 @@ def cache(options: argparse.Namespace) -> None:
         cache_dir=options.output,
         prepared_dir=config.data.prepared_dir,
         unique_ids=config.data.unique_ids,
+        scores=config.loss.kl_weight > 0,
     )
     for task, key in zip(selected.tasks, selected.keys, strict=True):
         folder, stats = seqio_cache.write(

@@ -34,7 +34,8 @@ examples:
   gecko data prepare snli
   gecko data prepare hotpotqa --source='hotpotqa/distractor/train-*.parquet'
   gecko data prepare pairs.jsonl --output=triples.jsonl --negatives=1
-  gecko data prepare pairs.jsonl --output=harder.jsonl --model=runs/prefinetune
+  gecko data prepare pairs.jsonl --output=harder.jsonl --model=runs/prefinetune \\
+      --max-negative-share=0.95
 
 Each line of a file is an object with `task`, `query` and `positive` (or `passage`), and
 optionally `title` and ids. Existing negatives of a line are kept and count towards
@@ -66,6 +67,9 @@ def add_parser(verbs: Any) -> None:
     text = "number of top-ranked passages to skip: these may be unmarked answers"
     add("--skip-top", text, parsing.count, 0)
     add("--model", "mine with this model instead of BM25", "DIR")
+    text = "with --model, keep negatives whose cosine is below this share of the "
+    text += "positive's; 0 for all (NV-Retriever, TopK-PercPos: 0.95)"
+    add("--max-negative-share", text, float, 0.0)
 
     data_cache.add_parser(data_verbs)
     data_teach.add_parser(data_verbs)
@@ -91,7 +95,7 @@ def prepare(options: argparse.Namespace) -> None:
     if others or name not in table or pathlib.Path(name).exists():
         _mine(options)
         return
-    for option in ("model", "output", "skip_top"):
+    for option in ("model", "output", "skip_top", "max_negative_share"):
         if getattr(options, option):
             raise ValueError(
                 f"--{option.replace('_', '-')}={getattr(options, option)}: applies to "
@@ -112,17 +116,22 @@ def _mine(options: argparse.Namespace) -> None:
             "for files"
         )
     build: mining.Build = ranking.Bm25Retriever
+    retriever = "bm25"
     if options.model:
         from gecko_jax.fret import retrieval
         from gecko_jax.inference import embedding
 
-        build = retrieval.searched_by(embedding.load(options.model))
+        model = embedding.load(options.model)
+        build = retrieval.searched_by(model)
+        retriever = f"{options.model}, revision {model.revision}"
     summary = mining.mine_negatives(
         options.files,
         options.output,
         options.negatives,
         skip_top=options.skip_top,
+        max_negative_share=options.max_negative_share,
         build=build,
+        retriever=retriever,
     )
     parsing.say(
         f"{options.output}: {wording.counted(summary.examples, 'example')}, "
@@ -132,6 +141,8 @@ def _mine(options: argparse.Namespace) -> None:
     if summary.short:
         shared = "" if options.model else " that shares a word with the query"
         below = f" below the top {options.skip_top:,}" if options.skip_top else ""
+        if options.max_negative_share:
+            below += f" below {options.max_negative_share} of the positive's cosine"
         parsing.say(
             f"{summary.short:,} of them have fewer than {options.negatives}: their "
             f"task has no other passage{shared}{below}"

@@ -170,8 +170,9 @@ def plan(options: argparse.Namespace) -> None:
     from gecko_jax.fret import measure
 
     estimate = measure.plan(config, pathlib.Path(options.workdir), options.sample)
+    kind = "line" if config.relabel.files else "passage"
     parsing.say(
-        f"{wording.counted(estimate.passages, 'passage')}; {estimate.kept:.0%} of the "
+        f"{wording.counted(estimate.passages, kind)}; {estimate.kept:.0%} of the "
         f"sample gave a query ({wording.counted(estimate.sample, 'request')} sent)\n"
     )
     header = ("", "requests", "tokens in", "tokens out", "hours")
@@ -200,8 +201,8 @@ def run(options: argparse.Namespace) -> None:
     config = flags.load(options.config, options.overrides, flags.FRET)
     if config.relabel.files:
         raise ValueError(
-            f"relabel.files={config.relabel.files}: `gecko fret run` generates queries; "
-            "use `gecko fret relabel`, or leave it empty"
+            f"relabel.files={config.relabel.files}: `gecko fret run` generates its "
+            "queries; use `gecko fret relabel`, or leave it empty"
         )
     _run(options, config, options.beam)
 
@@ -239,6 +240,12 @@ def _run(
             parsing.say(
                 f"{name:11}{stage['kept']:>10,} of {stage['records']:,}{reasons}"
             )
+    if counts := summary.stages.get("export"):
+        num_triples = counts["records"] - counts.get("further_positives", 0)
+        parsing.say(f"\nmoved positives: {counts['moved']:,} of {num_triples:,}")
+        for name in ("further_positives", "false_negatives"):
+            if name in counts:
+                parsing.say(f"{name.replace('_', ' ')}: {counts[name]:,}")
     parsing.say(
         f"\nThis call: {wording.counted(budget.requests, 'request')}, "
         f"{wording.counted(budget.prompt_tokens, 'token')} read, "
@@ -262,9 +269,8 @@ def calibrate(options: argparse.Namespace) -> None:
     budget = runs.open_budget(config, options.max_requests, options.max_cost)
     with _sigterm_as_interrupt():
         result = measure.calibrate(config, pathlib.Path(options.workdir), budget=budget)
-    parsing.say(
-        f"{result.seeds} held-out seeds, {result.candidates:.1f} candidates each\n"
-    )
+    seeds = "lines" if config.relabel.files else "held-out seeds"
+    parsing.say(f"{result.seeds} {seeds}, {result.candidates:.1f} candidates each\n")
     for name, value in result.mrr.items():
         error = result.standard_error.get(name)
         spread = f" ± {error:.3f}" if error is not None else ""

@@ -43,6 +43,10 @@ class Example:
     passage_id: np.ndarray
     negative_ids: np.ndarray
     negative_group: int
+    # Of the positive and of each negative, minus infinity for none; may be empty.
+    scores: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Shape:
         row_multiple: Devices that split a batch; divides the numbers of rows.
         microbatch_rows: Divides numbers of rows above it; 0 for no microbatches.
         teacher_dim: Width of a teacher's vectors (T); 0 for no teacher.
+        scores: Whether the batch has scores of the candidates.
     """
 
     query_length: int
@@ -67,6 +72,7 @@ class Shape:
     row_multiple: int = 1
     microbatch_rows: int = 0
     teacher_dim: int = 0
+    scores: bool = False
 
     @property
     def num_segments(self) -> int:
@@ -129,6 +135,7 @@ def convert(
     negatives: list[np.ndarray | None] = [None] * (size * num)
     negative_id = np.zeros((size, num, 2), np.uint32)
     negative_mask = np.zeros((size, num), bool)
+    scores = np.full((size, 1 + num), -np.inf, np.float32)
     for row, (example, chosen) in enumerate(zip(examples, choices, strict=True)):
         for column, choice in enumerate(chosen):
             negatives[row * num + column] = trim(
@@ -136,6 +143,9 @@ def convert(
             )
             negative_id[row, column] = example.negative_ids[choice]
             negative_mask[row, column] = True
+        if len(example.scores):
+            picked = [0, *(1 + choice for choice in chosen)]
+            scores[row, : len(picked)] = example.scores[picked]
     query_rows, query_segments, query_index = _lay_out(queries, "query", shape)
     passage_rows, passage_segments, passage_index = _lay_out(
         [*positives, *negatives], "passage", shape
@@ -153,6 +163,7 @@ def convert(
         "negative_mask": negative_mask,
         "example_mask": np.ones(size, bool),
         "negative_group": np.array([e.negative_group for e in examples], np.int32),
+        **({"scores": scores} if shape.scores else {}),
     }
 
 
@@ -181,6 +192,8 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
             "passage_teacher": ((batch_size, width), np.float16),
             "negative_teacher": ((batch_size, shape.num_negatives, width), np.float16),
         }
+    if shape.scores:
+        sides["scores"] = ((batch_size, 1 + shape.num_negatives), np.float32)
     return sides | {
         "query_id": ((batch_size, 2), np.uint32),
         "passage_id": ((batch_size, 2), np.uint32),

@@ -9,7 +9,10 @@ best wrong answers are harder than those that share words (ANCE, Xiong et al. 20
 
 The candidates of a query are the positives and negatives of its task in the given
 files. Passages of equal text are one passage. A passage is never a negative of a query
-whose positive it is on any line, or whose text it equals.
+whose positive it is on any line, or whose text it equals. With a limit, a passage that
+a model ranks nearly as high as the positive is no negative either, because it may be an
+unmarked answer (TopK-PercPos of NV-Retriever, arXiv 2407.15831, which keeps those below
+0.95 of the positive's score).
 
 A `Corpus` holds its texts, 8 bytes for each different word of a text (with a model, 4
 bytes for each dim), and about 500 bytes of ids a text: almost 1 GB for a million
@@ -21,13 +24,15 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gecko_jax.data import jsonl
 from gecko_jax.inference import ranking
-from gecko_jax.io import progress, writing
+from gecko_jax.io import checksums, progress, reading, writing
 from gecko_jax.text import text_formats
 
 _Id = tuple[int, int]
@@ -40,6 +45,9 @@ Build = Callable[[Sequence[tuple[str, str]], str], ranking.Retriever]
 
 # Queries per search.
 _BLOCK = 256
+
+# With a limit, passages of the first search, and the factor of each deeper one.
+_DEPTH, _DEEPER = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +71,14 @@ def mine_negatives(
     num_negatives: int = 1,
     *,
     skip_top: int = 0,
+    max_negative_share: float = 0.0,
     build: Build = ranking.Bm25Retriever,
+    retriever: str = "bm25",
 ) -> MiningSummary:
     """Adds hard negatives to pairs and writes them to one file.
 
     Lines keep their order and their other fields. Negatives of a line are kept, and
-    only the missing ones are mined.
+    only the missing ones are mined. `OUTPUT.meta.json` records the settings.
 
     Args:
         files: JSONL of pairs, see `jsonl`.
@@ -76,7 +86,10 @@ def mine_negatives(
         num_negatives: Negatives of each line.
         skip_top: Number of best-ranked candidates to skip, which are most likely
             unmarked answers.
+        max_negative_share: Limit of a mined negative's similarity to the query, as a
+            share of the positive's; 0 for no limit.
         build: Builds the retriever of each task's passages.
+        retriever: Name of the retriever, for the record.
 
     Raises:
         ValueError: A file or line is invalid, there are no lines, or a number is
@@ -86,6 +99,15 @@ def mine_negatives(
         raise ValueError(
             f"num_negatives={num_negatives}, skip_top={skip_top}: the first must be at "
             "least 1, the second at least 0"
+        )
+    if not 0 <= max_negative_share < 1:
+        raise ValueError(
+            f"max_negative_share={max_negative_share}: must be in [0, 1); 0 is no limit"
+        )
+    if max_negative_share and build is ranking.Bm25Retriever:
+        raise ValueError(
+            f"max_negative_share={max_negative_share}: needs similarities of a model, "
+            "and BM25 only counts shared words; mine with --model, or set it to 0"
         )
     records: list[dict[str, Any]] = []
     pairs: list[jsonl.Pair] = []
@@ -107,7 +129,12 @@ def mine_negatives(
         for numbers in by_task.values():
             members = [pairs[number] for number in numbers]
             corpus = Corpus(members, build, answers)
-            negatives_of_task = corpus.mine(members, num_negatives, skip_top=skip_top)
+            negatives_of_task = corpus.mine(
+                members,
+                num_negatives,
+                skip_top=skip_top,
+                max_negative_share=max_negative_share,
+            )
             for number, negatives in zip(numbers, negatives_of_task, strict=True):
                 mined[number] = negatives
                 yield number
@@ -119,11 +146,24 @@ def mine_negatives(
         yield from map(extend, records, pairs, mined)
 
     write_lines(output, lines())
-    return MiningSummary(
+    summary = MiningSummary(
         examples=len(pairs),
         mined=sum(map(len, mined)),
         short=count_short(pairs, mined, num_negatives),
     )
+    checksums.write_object(
+        pathlib.Path(f"{os.fspath(output)}.meta.json"),
+        {
+            "retriever": retriever,
+            "num_negatives": num_negatives,
+            "skip_top": skip_top,
+            "max_negative_share": max_negative_share,
+            **dataclasses.asdict(summary),
+            "sources": {os.fspath(path): reading.sha256(path) for path in files},
+            "sha256": reading.sha256(output),
+        },
+    )
+    return summary
 
 
 def count_short(
@@ -212,7 +252,12 @@ class Corpus:
         )
 
     def mine(
-        self, pairs: Iterable[jsonl.Pair], num_negatives: int, *, skip_top: int = 0
+        self,
+        pairs: Iterable[jsonl.Pair],
+        num_negatives: int,
+        *,
+        skip_top: int = 0,
+        max_negative_share: float = 0.0,
     ) -> Iterator[list[Mined]]:
         """Yields the missing negatives of pairs that the corpus was built from.
 
@@ -225,18 +270,48 @@ class Corpus:
                 | set(map(text_formats.content_id, (pair.query, *pair.negatives)))
                 for pair in block
             ]
-            rankings = self._retriever.search(
-                [pair.query for pair in block],
-                [pair.task_description or pair.task for pair in block],
-                num_negatives + skip_top + max(map(len, excluded)),
-            )
-            for pair, own, (best, _) in zip(block, excluded, rankings, strict=True):
-                ids = [self._ids[place] for place in best]
-                candidates = [identity for identity in ids if identity not in own]
-                end = skip_top + max(num_negatives - len(pair.negatives), 0)
-                yield [
-                    self._passages[identity] for identity in candidates[skip_top:end]
+            depth = num_negatives + skip_top + max(map(len, excluded))
+            missing = [max(num_negatives - len(pair.negatives), 0) for pair in block]
+            negatives: list[list[_Id]] = [[] for _ in block]
+            unfinished = list(range(len(block)))
+            if max_negative_share:
+                depth = max(depth, _DEPTH)
+            while unfinished:
+                searched = [block[place] for place in unfinished]
+                rankings = self._retriever.search(
+                    [pair.query for pair in searched],
+                    [pair.task_description or pair.task for pair in searched],
+                    depth,
+                )
+                for place, (best, scores) in zip(unfinished, rankings, strict=True):
+                    ids = (self._ids[position] for position in best)
+                    score_of = dict(zip(ids, scores, strict=True))
+                    limit = _limit(block[place], score_of, max_negative_share)
+                    candidates = [i for i in score_of if i not in excluded[place]]
+                    below = [i for i in candidates[skip_top:] if score_of[i] < limit]
+                    negatives[place] = below[: missing[place]]
+                # Passages below the limit may lie deeper in the ranking.
+                if not max_negative_share or depth >= len(self._ids):
+                    break
+                unfinished = [
+                    place
+                    for place in unfinished
+                    if len(negatives[place]) < missing[place]
                 ]
+                depth *= _DEEPER
+            for ids in negatives:
+                yield [self._passages[identity] for identity in ids]
+
+
+def _limit(pair: jsonl.Pair, score_of: Mapping[_Id, float], share: float) -> float:
+    """Returns the score that a negative must not reach."""
+    if not share:
+        return math.inf
+    score = score_of.get(text_formats.content_id(pair.positive))
+    if score is None:  # Nothing is known to rank below the positive.
+        return -math.inf
+    # A share of a negative score would be a limit above it.
+    return score - (1 - share) * abs(score)
 
 
 def write_lines(

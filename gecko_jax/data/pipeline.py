@@ -22,6 +22,9 @@ Features of a batch of B examples with G negatives, rows R and tokens L:
     negative_group, task_index            int32 [B]
     query_teacher, passage_teacher        float16 [B, T]    see `teacher_vectors`
     negative_teacher                      float16 [B, G, T]
+    scores                                float32 [B, 1+G]  minus infinity for none
+
+The teacher's vectors and the scores are there only if the loss needs them.
 """
 
 import collections
@@ -155,6 +158,8 @@ class Batches:
         self._warn_about_small_tasks()
         if self._teacher is not None:
             self._check_teacher(self._teacher, teacher)
+        if shape.scores:
+            self._check_scores()
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns the model features of one step, counted from 0."""
@@ -297,6 +302,25 @@ class Batches:
                     "The teacher has vectors for %.0f%% of the texts of task %s; the "
                     "others are trained without it.",
                     100 * share,
+                    name,
+                )
+
+    def _check_scores(self) -> None:
+        """Refuses data without scores, and warns about examples without."""
+        if not any(reader.num_scored for reader in self.readers):
+            raise ValueError(
+                f"loss.kl_weight: no line of {', '.join(self.task_names)} has scores; "
+                "add them (docs/data.md), or set the weight to 0"
+            )
+        for name, size, reader in zip(
+            self.task_names, self.task_sizes, self.readers, strict=True
+        ):
+            if reader.num_scored < size:
+                logging.warning(
+                    "%d of the %d examples of task %s have scores; the others are "
+                    "trained without the KL divergence.",
+                    reader.num_scored,
+                    size,
                     name,
                 )
 

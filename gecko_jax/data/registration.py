@@ -168,12 +168,12 @@ def register_task(
             seqio.CacheDatasetPlaceholder(),
             restore,
         ],
-        output_features=_output_features(pieces),
+        output_features=_output_features(pieces, task.scores),
         metric_fns=[],
     )
 
 
-def _output_features(pieces: Any) -> dict[str, Any]:
+def _output_features(pieces: Any, scores: bool) -> dict[str, Any]:
     """Returns the features of every task; a mixture drops all others."""
     seqio = load_seqio()
     import tensorflow as tf
@@ -190,6 +190,7 @@ def _output_features(pieces: Any) -> dict[str, Any]:
         "passage_id": number(rank=1, dtype=tf.uint32),
         "negative_ids": number(rank=2, dtype=tf.uint32),
         "negative_group": number(rank=0, dtype=tf.int32),
+        **({"scores": number(rank=1, dtype=tf.float32)} if scores else {}),
     }
 
 
@@ -286,6 +287,7 @@ def _source_class() -> Any:
             shards = range(len(paths))
             if shard_info is not None:
                 shards = shards[shard_info.index :: shard_info.num_shards]
+            scores = tf.RaggedTensorSpec((None, None), tf.float32, 1)
             dataset = tf.data.Dataset.from_generator(
                 functools.partial(
                     _column_blocks, paths, self._task, self.text_format, shards
@@ -299,6 +301,7 @@ def _source_class() -> Any:
                     "negative_ids": tf.RaggedTensorSpec((None, None, 2), tf.uint32, 1),
                     "negative_group": tf.TensorSpec((None,), tf.int32),
                     "place": tf.TensorSpec((None, 2), tf.int64),
+                    **({"scores": scores} if self._task.scores else {}),
                 },
             )
             return dataset.unbatch()
@@ -331,6 +334,12 @@ def _column_blocks(
         queries, positives, negatives = zip(*texts, strict=True)
         lengths = list(map(len, negatives))
         negative_ids = [words for pair in block for words in pair.negative_ids]
+        scores = {}
+        if task.scores:
+            values = [score for pair in block for score in pair.scores]
+            scores["scores"] = ragged.from_row_lengths(
+                np.array(values, np.float32), [len(pair.scores) for pair in block]
+            )
         yield {
             "query": list(queries),
             "positive": list(positives),
@@ -344,4 +353,5 @@ def _column_blocks(
             ),
             "negative_group": [pair.negative_group for pair in block],
             "place": np.array(places, np.int64),
+            **scores,
         }

@@ -46,6 +46,7 @@ def select(
     cache_dir: str | os.PathLike,
     prepared_dir: str | os.PathLike = mixtures.PREPARED,
     unique_ids: bool = False,
+    scores: bool = False,
 ) -> Selection:
     """Returns the tasks of a mixture or of files; reads new source files once.
 
@@ -57,6 +58,7 @@ def select(
         cache_dir: Folder of the caches; runs may share it.
         prepared_dir: Folder of `gecko data prepare`.
         unique_ids: See `classification.append_id`.
+        scores: Keep the scores of the lines.
 
     Raises:
         ValueError: The mixture is unknown, a file or line is invalid, or a task has no
@@ -74,7 +76,9 @@ def select(
         size = sum(counts.get(task.source_task, 0) for _, counts in summaries)
         if not size:
             raise task_table.no_lines(task)
-        task = dataclasses.replace(task, unique_ids=unique_ids, num_examples=size)
+        task = dataclasses.replace(
+            task, unique_ids=unique_ids, scores=scores, num_examples=size
+        )
         sized.append(task)
         sources.append(tuple(digest for digest, _ in summaries))
         keys.append(cache.key(task, sources[-1], text_format, vocabulary))

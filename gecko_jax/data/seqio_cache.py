@@ -70,8 +70,13 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.glob("train.tfrecord-*-of-*"))
 
 
-def read(path: pathlib.Path) -> Any:
-    """Returns the examples of a finished cache as a dataset, like the task's own."""
+def read(path: pathlib.Path, scores: bool = False) -> Any:
+    """Returns the examples of a finished cache as a dataset, like the task's own.
+
+    Args:
+        path: Folder of the cache.
+        scores: Whether the task keeps scores.
+    """
     seqio = load_seqio()
     import tensorflow as tf
 
@@ -90,6 +95,7 @@ def read(path: pathlib.Path) -> Any:
             "passage_id": tf.io.FixedLenFeature([2], tf.int64),
             "negative_group": tf.io.FixedLenFeature([], tf.int64),
             "place": tf.io.FixedLenFeature([2], tf.int64),
+            **({"scores": sequence([], dtype=tf.float32)} if scores else {}),
         },
     )
     return registration.restore(source.get_dataset("train", shuffle=False))

@@ -45,6 +45,7 @@ class Task:
             split "validation"; `gecko train` does not read them.
         unique_ids: Append a unique id to the texts of classification triples, see
             `classification.append_id`.
+        scores: Keep the scores of the lines (`jsonl`), for `loss.kl_weight`.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     mine: bool = True
     validation_files: tuple[str, ...] = ()
     unique_ids: bool = False
+    scores: bool = False
 
     def __post_init__(self):
         if not self.source_task:

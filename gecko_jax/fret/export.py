@@ -7,21 +7,29 @@
 `gecko train --config.data.files=WORKDIR/export/fret.jsonl` reads the file. Every value
 of `task` is a training task, so rare ones become "search result". `task_description`
 keeps the words of the model, which training writes before the query.
+
+A line that is relabelled keeps its fields, apart from those of its passages. Settings
+of `export` add `scores` for distillation, and `candidates`: every passage that was
+judged, with `ql` (nats), `rc` (nats), `rrf` (R), and its part in the line.
 """
 
 import hashlib
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gecko_jax.fret import pipeline, records, stages
+from gecko_jax.fret import pipeline, records, relabelling, stages
 from gecko_jax.io import reading, wording, writing
 
 OUTPUT = "fret.jsonl"
 OTHER_TASK = "search result"
 _ORIGIN = ("source", "source_id", "licence")
+_PASSAGE = ("text", "title", "passage_id")
+_NAMES = {"likelihood": "ql", "relevance": "rc", "fused": "rrf"}
+# Counts in the export's `.done.json`.
+COUNTS = ("moved", "further_positives", "false_negatives")
 
 
 def export(passes: pipeline.Pipeline) -> pathlib.Path:
@@ -32,11 +40,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
     Raises:
         ValueError: No triple is left, or the file was changed since it was written.
     """
-    source = passes.source
-    facts = {"code": 3, "fuse": passes.fuse.hash} | {
-        "max_tasks": source.config.export.max_tasks
-    }
-    stage = records.Stage(source.workdir, "export", facts)
+    source, stage = passes.source, open_stage(passes)
     stage.begin()
     path = stage.folder / OUTPUT
     done = stage.done()
@@ -47,20 +51,27 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 "writes it again"
             )
         return path
-    num_rows = num_moved = 0
+    num_rows = num_triples = 0
+    marked: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     digest = hashlib.sha256()
     with writing.write_file(path) as temporary, temporary.open("wb") as lines:
-        for triple, moved in _triples(passes):
+        for triple, record in _triples(passes):
             line = records.to_line(triple).encode()
             lines.write(line)
             digest.update(line)
             num_rows += 1
-            num_moved += moved
+            if record is None:  # A further positive of the line before.
+                marked["further_positives"] += 1
+            else:
+                num_triples += 1
+                marked["moved"] += record["moved"]
+                marked["false_negatives"] += len(record.get("false_negatives", ()))
             negatives = triple.get("negative_licences", [])
             licences.update(name or "unknown" for name in negatives)
-            for name in ("licence", "seed_licence"):
-                licences[triple.get(name, "unknown")] += 1
+            licences[triple.get("licence") or triple.get("license") or "unknown"] += 1
+            if "seed_licence" in triple or not source.pair_files:
+                licences[triple.get("seed_licence", "unknown")] += 1
     if not num_rows:
         path.unlink()
         raise ValueError(
@@ -68,9 +79,19 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
             "was dropped and why"
         )
     with writing.write_file(stage.folder / "README.md") as temporary:
-        temporary.write_text(_card(passes, num_rows, num_moved, licences))
-    stage.finish(0, records=num_rows, moved=num_moved, sha256=digest.hexdigest())
+        temporary.write_text(_card(passes, num_rows, num_triples, marked, licences))
+    facts = {name: marked[name] for name in COUNTS if marked[name] or name == "moved"}
+    stage.finish(0, records=num_rows, sha256=digest.hexdigest(), **facts)
     return path
+
+
+def open_stage(passes: pipeline.Pipeline) -> records.Stage:
+    """Returns the stage of the export, which has no shards."""
+    config = passes.source.config.export
+    facts = {"code": 3, "fuse": passes.fuse.hash, "max_tasks": config.max_tasks}
+    added = {"candidates": config.candidates, "scores": config.scores}
+    facts |= {name: value for name, value in added.items() if value}
+    return records.Stage(passes.source.workdir, "export", facts)
 
 
 def write_pairs(passes: pipeline.Pipeline, path: pathlib.Path) -> int:
@@ -78,7 +99,8 @@ def write_pairs(passes: pipeline.Pipeline, path: pathlib.Path) -> int:
     number, tasks = 0, _common_tasks(passes)
     with writing.write_file(path) as temporary, temporary.open("w") as lines:
         for record in _queries(passes):
-            title, body = passes.source.store.texts[record["id"]]
+            seed = record.get("positive", record["id"])
+            title, body = passes.source.store.texts[seed]
             task = record["task"] if record["task"] in tasks else OTHER_TASK
             pair = {"task": task, "query": record["query"]}
             lines.write(records.to_line(pair | {"positive": body, "title": title}))
@@ -98,48 +120,156 @@ def _common_tasks(passes: pipeline.Pipeline) -> set[str]:
     return set(common[: passes.source.config.export.max_tasks])
 
 
-def _triples(passes: pipeline.Pipeline) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yields (triple, whether its positive is not the seed), in the order of seeds."""
+def _triples(
+    passes: pipeline.Pipeline,
+) -> Iterator[tuple[dict[str, Any], stages.Record | None]]:
+    """Yields (line, fused record) of every query, in order.
+
+    The lines of further positives follow, with None.
+    """
     source, tasks = passes.source, _common_tasks(passes)
-    origins = {
-        record["id"]: _origin_of(record)
+    passages = {
+        record["id"]: record
         for shard in range(source.num_shards)
         for record in source.stage.read(shard)
     }
+    lines = enumerate(relabelling.read_lines(source.pair_files))
     for shard in range(len(passes.shards)):
         queries = stages.by_id(passes.queries.read(shard))
+        candidates = _candidates_of(passes, shard) if _has_scores(passes) else {}
         for record in stages.kept(passes.fuse.read(shard)):
-            query, negative = queries[record["id"]], record["negative"]
-            title, body = source.store.texts[record["positive"]]
-            task = query["task"] if query["task"] in tasks else OTHER_TASK
-            triple: dict[str, Any] = {"task": task, "query": query["query"]}
-            triple |= {"positive": body, "title": title}
-            if negative is not None:
-                title, body = source.store.texts[negative]
-                triple |= {"negatives": [body], "negative_titles": [title]}
-            triple |= {"task_description": query["task"], "generator": query["model"]}
-            triple |= {"prompt": query["prompt"], "seed": record["id"]}
-            triple |= origins[record["positive"]]
-            if negative is not None:
-                origin = origins[negative]
-                triple |= {f"negative_{n}s": [origin.get(n, "")] for n in _ORIGIN}
-            origin = origins[record["id"]]
-            triple |= {f"seed_{name}": value for name, value in origin.items()}
-            yield triple, record["moved"]
+            query = queries[record["id"]]
+            given = None
+            if source.pair_files:
+                given = next(line for n, (_, line, _) in lines if n == query["id"])
+            for positive in (record["positive"], *record.get("positives", ())):
+                if given is None:
+                    task = query["task"] if query["task"] in tasks else OTHER_TASK
+                    triple = _triple(task, query, positive, record, passages)
+                else:
+                    triple = relabelling.relabel(
+                        given, query, positive, negatives_of(record), passages
+                    )
+                    triple["judge"] = source.model_facts["model"]
+                if candidates:
+                    judged = candidates[record["id"]]
+                    triple |= _scores(passes, positive, record, judged, passages)
+                yield triple, record if positive == record["positive"] else None
 
 
-def _origin_of(passage: dict[str, Any]) -> dict[str, Any]:
+def _triple(
+    task: str,
+    query: stages.Record,
+    positive: int,
+    record: stages.Record,
+    passages: Mapping[int, stages.Record],
+) -> dict[str, Any]:
+    """Returns the line of a generated query."""
+    chosen = passages[positive]
+    triple: dict[str, Any] = {"task": task, "query": query["query"]}
+    triple |= {"positive": chosen["text"], "title": chosen["title"]}
+    negatives = [passages[number] for number in negatives_of(record)]
+    if negatives:
+        triple["negatives"] = [one["text"] for one in negatives]
+        triple["negative_titles"] = [one["title"] for one in negatives]
+    triple |= {"task_description": query["task"], "generator": query["model"]}
+    triple |= {"prompt": query["prompt"], "seed": record["id"]}
+    triple |= origin_of(chosen)
+    if negatives:
+        origins = [origin_of(one) for one in negatives]
+        triple |= {f"negative_{n}s": [o.get(n, "") for o in origins] for n in _ORIGIN}
+    seed = origin_of(passages[record["id"]])
+    return triple | {f"seed_{name}": value for name, value in seed.items()}
+
+
+def negatives_of(record: stages.Record) -> list[int]:
+    """Returns the hard negatives of a record of `fuse`."""
+    one = record["negative"]
+    return record.get("negatives") or ([] if one is None else [one])
+
+
+def _has_scores(passes: pipeline.Pipeline) -> bool:
+    config = passes.source.config
+    return config.export.candidates or bool(config.export.scores)
+
+
+def _candidates_of(
+    passes: pipeline.Pipeline, shard: int
+) -> dict[int, dict[int, dict[str, float]]]:
+    """Returns query -> candidate -> scores: likelihood, relevance, fused."""
+    weights, grades = passes.source.config.fuse, passes.source.prompts.relevance.labels
+    retrieved = stages.by_id(passes.retrieve.read(shard))
+    columns: dict[str, dict[int, Any]] = {}
+    if weights.likelihood_weight:
+        rows = stages.kept(passes.likelihood.read(shard))
+        columns["likelihood"] = {row["id"]: row["log_probs"] for row in rows}
+    if weights.relevance_weight:
+        columns["relevance"] = {
+            row["id"]: stages.relevance_scores(
+                row, retrieved[row["id"]], list(grades.values()), weights.relevance
+            )
+            for row in stages.kept(passes.relevance.read(shard))
+        }
+    fused = stages.kept(passes.fuse.read(shard))
+    columns["fused"] = {row["id"]: row["fused"] for row in fused}
+    return {
+        number: {
+            candidate: {
+                name: round(stages.of_candidates(column[number], row)[place], 4)
+                for name, column in columns.items()
+            }
+            for place, candidate in enumerate(row["candidates"])
+        }
+        for number, row in retrieved.items()
+        if number in columns["fused"]
+    }
+
+
+def _scores(
+    passes: pipeline.Pipeline,
+    positive: int,
+    record: stages.Record,
+    judged: Mapping[int, dict[str, float]],
+    passages: Mapping[int, stages.Record],
+) -> dict[str, Any]:
+    """Returns the fields `scores` and `candidates` of a line."""
+    config, result = passes.source.config, {}
+    negatives = negatives_of(record)
+    if name := config.export.scores:
+        result["scores"] = [judged[number][name] for number in (positive, *negatives)]
+    if config.export.candidates:
+        parts = dict.fromkeys(record.get("false_negatives", ()), "false_negative")
+        parts |= dict.fromkeys(negatives, "negative")
+        chosen = (record["positive"], *record.get("positives", ()))
+        parts |= dict.fromkeys(chosen, "positive")
+        result["candidates"] = [
+            {
+                **{n: passages[number][n] for n in _PASSAGE if n in passages[number]},
+                **origin_of(passages[number]),
+                **{_NAMES[name]: score for name, score in scores.items()},
+                "part": parts.get(number, ""),
+            }
+            for number, scores in judged.items()
+        ]
+    return result
+
+
+def origin_of(passage: Mapping[str, Any]) -> dict[str, Any]:
     """Returns source and licence of a passage, as far as its file names them."""
     values = {**passage, "licence": passage.get("licence", passage.get("license"))}
     return {name: values[name] for name in _ORIGIN if values.get(name) is not None}
 
 
 def _card(
-    passes: pipeline.Pipeline, num_rows: int, num_moved: int, licences: Counter[str]
+    passes: pipeline.Pipeline,
+    num_rows: int,
+    num_triples: int,
+    marked: Counter[str],
+    licences: Counter[str],
 ) -> str:
     """Returns the data card."""
     source, config = passes.source, passes.source.config
-    prompts = [source.prompts.generate]
+    prompts = [] if source.pair_files else [source.prompts.generate]
     prompts += [source.prompts.likelihood] * passes.has_likelihood
     prompts += [source.prompts.relevance] * passes.has_relevance
     used = ", ".join(
@@ -158,9 +288,14 @@ def _card(
                 for name, count in done["dropped"].items()
             )
             rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
-    return _CARD.format(
+    templates = _RELABELLED if source.pair_files else _GENERATED
+    template = _CARD.replace("{head}", templates[0]).replace("{fields}", templates[1])
+    return template.format(
         num_rows=num_rows,
-        moved=num_moved / num_rows,
+        moved=marked["moved"] / num_triples,
+        others=marked["further_positives"],
+        false_negatives=marked["false_negatives"],
+        files=", ".join(wording.markdown(path.name) for path in source.pair_files),
         generator=wording.markdown(json.dumps(source.model_facts)),
         licence=wording.markdown(config.llm.licence or "not stated"),
         retriever=wording.markdown(config.retrieve.model or "BM25"),
@@ -174,7 +309,8 @@ def _card(
     )
 
 
-_CARD = """\
+_GENERATED = (
+    """\
 # FRet triples
 
 Made by `gecko fret run` (gecko_jax): a language model read each passage and wrote a \
@@ -184,6 +320,43 @@ and were not checked by people.
 
 - triples: {num_rows:,}; the positive is not the seed in {moved:.1%} of them
 - generator: {generator}, licence of its output: {licence}
+""",
+    """\
+| `task` | name of the task; rare ones are "search result" |
+| `query` | query written by the model |
+| `positive`, `title` | passage chosen for it |
+| `negatives`, `negative_titles` | the hard negatives, a list, if there are any |
+| `task_description` | the task in the model's words |
+| `generator`, `prompt` | the model, and the prompt with its version |
+| `seed` | number of the passage that the model read |
+| `seed_source`, `seed_source_id`, `seed_licence` | origin of this passage |
+""",
+)
+_RELABELLED = (
+    """\
+# Relabelled triples
+
+Made by `gecko fret relabel` (gecko_jax) from {files}: a language model chose the \
+positive and the hard negatives of each query anew among its neighbours (Lee et al. \
+2024, section 3.2). Its choices were not checked by people.
+
+- lines: {num_rows:,}; the positive moved in {moved:.1%}; further positives: \
+{others:,}; negatives of the files that were judged above their positive: \
+{false_negatives:,}
+- judge: {generator}, licence of its output: {licence}
+""",
+    """\
+| fields not named here | as in the files |
+| `positive`, `title` | passage chosen for the query |
+| `moved` | whether it is another passage than in the files |
+| `negatives`, `negative_titles` | the hard negatives, a list, if there are any |
+| `judge` | the model |
+| `seed_source`, `seed_source_id`, `seed_licence` | origin of the positive in the \
+files, if it moved |
+""",
+)
+_CARD = """\
+{head}\
 - retriever: {retriever}, {num_candidates} candidates
 - seed: {seed}; hash of the fused records: {hash}
 - prompts: {prompts}
@@ -199,16 +372,11 @@ read): {licences}
 
 | field | |
 |---|---|
-| `task` | name of the task; rare ones are "search result" |
-| `query` | query written by the model |
-| `positive`, `title` | passage chosen for it |
-| `negatives`, `negative_titles` | the hard negative, a list of one, if there is any |
-| `task_description` | the task in the model's words |
-| `generator`, `prompt` | the model, and the prompt with its version |
-| `seed` | number of the passage that the model read |
+{fields}\
 | `source`, `source_id`, `licence` | origin of the positive, as far as known |
 | `negative_sources`, `negative_source_ids`, `negative_licences` | of the negatives |
-| `seed_source`, `seed_source_id`, `seed_licence` | of the passage that the model read |
+| `scores` | with `export.scores`: of the positive and of each negative |
+| `candidates` | with `export.candidates`: the passages that were judged, with scores |
 
 `gecko train --config.data.files=fret.jsonl` trains on it;
 `gecko_jax.data.fret_builder.build(FOLDER, DATA_DIR)` makes it a TFDS data set.

@@ -1,31 +1,48 @@
 """The report: one static page with statistics and examples of a run.
 
-All text of models and passages is escaped, and the page cannot load or run anything.
-Charts are HTML and CSS.
+It answers, in this order: how much was kept and moved, whether the judges judge, what
+was dropped, what it cost, and what moved. Charts are HTML and CSS.
 """
 
-import html
+import math
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from gecko_jax.fret import fusion, pipeline, runs, stages
+from gecko_jax.fret import (
+    html_page,
+    html_rows,
+    measure,
+    pipeline,
+    report_facts,
+    runs,
+)
 from gecko_jax.io import writing
-from gecko_jax.text import word_rule
 
 OUTPUT = "report.html"
 _PAPER_MOVED = 0.15  # section 4.3 of the paper
 _MAX_TASKS = 16
-_MAX_CHARACTERS = 420  # of a passage
-_MAX_BINS = 15  # of a histogram
-
-
-# Records of generate, retrieve and fuse.
-_Row = tuple[stages.Record, stages.Record, stages.Record]
+_REASONS = {
+    "evaluation_set": "repeats a text of passages.decontaminate",
+    "duplicate": "was there before",
+    "near_duplicate": "resembles an earlier passage",
+    "too_short": "fewer words than the setting allows",
+    "too_long": "longer than the setting allows",
+    "no_passage": "its positive was dropped as a passage",
+    "copied_example": "repeats a query of the prompt",
+    "copied_passage": "copies a long run of words of the passage",
+    "cut_off": "the answer reached generate.max_tokens",
+    "no_candidates": "BM25 found no second passage",
+    "low_rank": "retrieval ranks the seed below retrieve.max_seed_rank",
+    "low_cosine": "the seed is below retrieve.min_seed_cosine",
+    "low_information": "the passage makes the query hardly more likely",
+    "no_likelihood": "its QL was dropped",
+    "no_relevance": "its RC was dropped",
+}
 
 
 def write(
@@ -43,147 +60,106 @@ def write(
     for step in passes.steps:
         if step.stage.folder.is_dir():
             step.stage.begin()
-    page = _render(passes, *_gather(passes, num_rows))
+    page = _render(passes, report_facts.Facts(passes, num_rows))
     path = workdir / OUTPUT
     with writing.write_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _gather(
-    passes: pipeline.Pipeline, num_rows: int
-) -> tuple[list[dict[str, Any]], list[_Row]]:
-    """Returns the facts about every triple, and some random rows."""
-    source = passes.source
-    facts: list[dict[str, Any]] = []
-    shown: list[_Row] = []
-    rng = np.random.default_rng(source.config.seed)
-    finished = [s for s in range(len(passes.shards)) if passes.fuse.has(s)]
-    if not finished:
-        raise ValueError(
-            f"{source.workdir}: no shard is fused yet; run `gecko fret run` first"
-        )
-    for shard in finished:
-        queries = stages.by_id(passes.queries.read(shard))
-        retrieved = stages.by_id(passes.retrieve.read(shard))
-        for record in stages.kept(passes.fuse.read(shard)):
-            row = queries[record["id"]], retrieved[record["id"]], record
-            facts.append(_measure(source, *row))
-            # Reservoir sampling: all rows are equally likely to be shown.
-            if len(shown) < num_rows:
-                shown.append(row)
-            elif num_rows:
-                place = int(rng.integers(len(facts)))
-                if place < num_rows:
-                    shown[place] = row
-    return facts, shown
-
-
-def _measure(
-    source: pipeline.Source,
-    query: stages.Record,
-    row: stages.Record,
-    record: stages.Record,
-) -> dict[str, Any]:
-    """Returns the facts about a triple; ranks have the names of their charts."""
-    first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
-    for values in (record["fused"], first, second):
-        if values is not None:
-            stages.of_candidates(values, row)
-    seed = stages.position(row, record["id"])
-    ranks = {"seed, by retrieval": row["seed_rank"] or len(row["candidates"]) + 1}
-    if first is not None:
-        ranks["seed, by QL"] = first[seed]
-    if second is not None:
-        ranks["seed, by RC"] = second[seed]
-    ranks["seed, fused"] = int(fusion.ranks(record["fused"])[seed])
-    for name in ("positive", "negative"):
-        if record[name] is not None:
-            rank = stages.position(row, record[name]) + 1
-            ranks[f"{name}, by retrieval"] = rank
-    facts = {
-        "moved": record["moved"],
-        "task": query["task"],
-        "query": _num_words(query["query"]),
-        "passage": _num_words(source.store.texts[record["id"]][1]),
-        "ranks": ranks,
-    }
-    if first is not None and second is not None:
-        facts["tau"] = kendall(first, second)
-        facts["same_first"] = np.argmin(first) == np.argmin(second)
-    return facts
-
-
-def _num_words(text: str) -> int:
-    return word_rule.count(word_rule.words(text))
-
-
-def kendall(first: Sequence[int], second: Sequence[int]) -> float:
-    """Returns Kendall's tau: the share of concordant less that of discordant pairs."""
-    a, b = np.asarray(first), np.asarray(second)
-    upper = np.triu_indices(len(a), 1)
-    signs = np.sign(a[:, None] - a)[upper] * np.sign(b[:, None] - b)[upper]
-    return float(signs.mean())
-
-
-def _render(
-    passes: pipeline.Pipeline, facts: Sequence[dict[str, Any]], shown: Sequence[_Row]
-) -> str:
+def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     """Returns the page."""
-    source, config = passes.source, passes.source.config
+    source, config, facts = passes.source, passes.source.config, gathered.triples
+    seed = "old positive" if source.pair_files else "seed"
     last = max((max(one["ranks"].values()) for one in facts), default=1)
     names = dict.fromkeys(name for one in facts for name in one["ranks"])
     charts = []
     for name in names:
         counts = Counter(one["ranks"].get(name) for one in facts)
         values = {str(rank): counts[rank] for rank in range(1, last + 1)}
-        charts.append(_columns(values, f"rank of the {name}"))
+        shown = name.replace("seed", seed)
+        charts.append(html_page.columns(values, f"rank of the {shown}"))
     lengths = [
-        _columns(_histogram([one[side] for one in facts]), f"words of a {title}")
-        for side, title in (("query", "query"), ("passage", "seed passage"))
+        html_page.columns(html_page.histogram([one[side] for one in facts]), title)
+        for side, title in (
+            ("query", "words of a query"),
+            ("passage", f"words of {seed}"),
+        )
     ]
     tasks = Counter(one["task"] for one in facts)
     common = tasks.most_common(_MAX_TASKS)
     if rest := tasks.total() - sum(count for _, count in common):
         common.append((f"{len(tasks) - len(common):,} other tasks", rest))
+    listed = [(name, f"{count:,}") for name, count in common]
+    what = ", ".join(path.name for path in source.pair_files)
+    what = f"queries of {what}, judged by" if what else "triples, written and judged by"
+    num_fused = sum(map(passes.fuse.has, range(len(passes.shards))))
+    is_whole = num_fused == len(passes.shards)
+    shards = f"{num_fused:,} of {len(passes.shards):,} shards"
+    unfinished = f"<p><b>Not finished: {shards}.</b> Figures are of these.</p>"
     parts = [
-        _PAGE_HEAD,
-        f"<h1>FRet: {_escape(source.workdir.resolve().name)}</h1>",
-        f"<p class=lead>{len(facts):,} triples, written and judged by "
-        f"<b>{_escape(source.model_facts['model'])}</b>, candidates by "
-        f"<b>{_escape(config.retrieve.model or 'BM25')}</b>.</p>",
-        _tiles(facts, len(tasks), passes),
-        "<h2>From passages to triples</h2>",
-        _funnel(passes),
+        html_page.HEAD,
+        f"<h1>FRet: {html_page.escape(source.workdir.resolve().name)}</h1>",
+        f"<p class=lead>{len(facts):,} {html_page.escape(what)} "
+        f"<b>{html_page.escape(source.model_facts['model'])}</b>, candidates by "
+        f"<b>{html_page.escape(config.retrieve.model or 'BM25')}</b>.</p>",
+        "" if is_whole else unfinished,
+        _tiles(gathered, len(tasks), passes),
+        "<h2>Do the judges judge?</h2>",
+        _judges(passes, facts, seed),
+        "<h2>What was kept</h2>",
+        _funnel(passes, gathered),
+        "<h2>What was dropped, and why</h2>",
+        _dropped(gathered),
+        "<h2>What it cost</h2>",
+        _costs(passes, gathered),
+        f"<h2>What moved: {len(gathered.moved)} random examples</h2>",
+        f"<p>Left the {seed}, right the passage that was chosen in its place. QL is "
+        "log p(query | passage) in nats, RC the likeliest label. Read some: is the "
+        "right one the better answer?</p>",
+        *(html_rows.side_by_side(passes, row, seed) for row in gathered.moved),
         "<h2>Ranks</h2>",
-        "<p>The seed is the passage that the query was written for. A good retriever "
-        "and good judges rank it near the top; otherwise either another passage "
-        "answers the query better, or the judge errs. A seed that retrieval did not "
-        "find counts as one place behind the last.</p>",
+        f"<p>A good retriever and good judges rank the {seed} near the top; otherwise "
+        "either another passage answers the query better, or the judge errs. One that "
+        "retrieval did not find counts as one place behind the last.</p>",
         f"<div class=figures>{''.join(charts)}</div>",
         "<h2>Tasks and lengths</h2>",
-        _table(("task", "*queries"), [(name, f"{count:,}") for name, count in common]),
+        html_page.table(("task", "*queries"), listed),
         f"<div class=figures>{''.join(lengths)}</div>",
-        "<h2>Cost</h2>",
-        _costs(passes),
-        f"<h2>{len(shown)} random rows</h2>",
+        f"<h2>{len(gathered.rows)} random rows</h2>",
         "<p>Candidates in the order of retrieval. A filled mark is the choice: the "
-        "positive, and the hard negative. Scroll the table sideways to see all of "
+        "positive, and the hard negatives. Scroll the table sideways to see all of "
         "it.</p>",
-        *(_row(source, *records) for records in shown),
+        *(html_rows.with_candidates(passes, row, seed) for row in gathered.rows),
         "</main></body></html>\n",
     ]
     return "\n".join(parts)
 
 
 def _tiles(
-    facts: Sequence[dict[str, Any]], num_tasks: int, passes: pipeline.Pipeline
+    gathered: report_facts.Facts, num_tasks: int, passes: pipeline.Pipeline
 ) -> str:
-    seeds = sum(map(len, passes.shards))
-    rows = max(len(facts), 1)
+    facts = gathered.triples
+    seeds, rows = gathered.counts[passes.queries.name]["records"], max(len(facts), 1)
     share = sum(one["moved"] for one in facts) / rows
-    moved = f"the paper's: about {_PAPER_MOVED:.0%}"
-    tiles = [(f"{share:.1%}", "of positives are not the seed", moved)]
+    kept = f"{len(facts) / max(seeds, 1):.0%}"
+    if passes.source.pair_files:
+        tiles = [
+            (f"{share:.1%}", "of positives moved", "to a passage judged better"),
+            (kept, "of lines were kept", f"of {seeds:,}"),
+        ]
+        if given := sum(one["given"] for one in facts):
+            false = sum(one["false"] for one in facts)
+            note = f"judged above its positive: {false:,} of {given:,}"
+            tiles.append((f"{false / given:.1%}", "of negatives may be false", note))
+    else:
+        note = f"the paper's: about {_PAPER_MOVED:.0%}"
+        tiles = [
+            (f"{share:.1%}", "of positives are not the seed", note),
+            (kept, "of seeds became a triple", f"of {seeds:,}"),
+        ]
+    if others := sum(one["others"] for one in facts):
+        tiles.append((f"{others:,}", "further positives", "judged nearly as high"))
     if taus := [one["tau"] for one in facts if "tau" in one]:
         same = sum(one.get("same_first", False) for one in facts) / rows
         note = "Kendall's tau; 1 is the same order, 0 is chance"
@@ -191,10 +167,7 @@ def _tiles(
             (f"{np.mean(taus):.2f}", "agreement of QL and RC", note),
             (f"{same:.0%}", "of rows have the same best candidate", "for QL and RC"),
         ]
-    tiles += [
-        (f"{len(facts) / max(seeds, 1):.0%}", "of seeds became a triple", f"{seeds:,}"),
-        (f"{num_tasks:,}", "different tasks", ""),
-    ]
+    tiles.append((f"{num_tasks:,}", "different tasks", ""))
     cells = (
         f"<div class=tile><b>{value}</b><span>{name}</span><small>{note}</small></div>"
         for value, name, note in tiles
@@ -202,158 +175,120 @@ def _tiles(
     return f"<div class=tiles>{''.join(cells)}</div>"
 
 
-def _funnel(passes: pipeline.Pipeline) -> str:
+def _judges(
+    passes: pipeline.Pipeline, facts: Sequence[dict[str, Any]], seed: str
+) -> str:
+    """Returns how high each judge ranks the seed, beside chance."""
+    calibration = _calibration(passes.source)
+    chance = np.mean([np.mean(1 / np.arange(1, f["candidates"] + 1)) for f in facts])
     rows = []
-    for stage, done in passes.done().items():
-        if done is None:
-            rows.append((stage, "", "", "not finished"))
-        elif done["records"]:
-            dropped = sorted(done["dropped"].items(), key=lambda item: -item[1])
-            reasons = ", ".join(f"{count:,} {name}" for name, count in dropped)
-            counts = f"{done['records']:,}", f"{done['kept']:,}"
-            rows.append((stage, *counts, reasons))
-    return _table(("stage", "*records", "*kept", "dropped, by reason"), rows)
+    for name, key in (
+        ("retrieval", "by retrieval"),
+        ("QL", "by QL"),
+        ("RC", "by RC"),
+        ("fusion", "fused"),
+    ):
+        ranks = [f["ranks"].get(f"seed, {key}") for f in facts]
+        found = [rank for rank in ranks if rank is not None]
+        own = first = held_out = ""
+        if found:
+            values = 1 / np.array(found)
+            own = f"{values.mean():.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
+            first = f"{np.mean(np.array(found) == 1):.0%}"
+        if calibration and name in calibration.mrr:
+            error = calibration.standard_error[name]
+            held_out = f"{calibration.mrr[name]:.3f} ± {error:.3f}"
+        rows.append((name, own or "not asked", first, held_out))
+    top = np.mean([1 / f["candidates"] for f in facts])
+    last = f"{calibration.mrr['chance']:.3f}" if calibration else ""
+    rows.append(("chance", f"{chance:.3f}", f"{top:.0%}", last))
+    num_judged = calibration.seeds if calibration else 0
+    head = ("", f"*MRR, {len(facts):,} rows", "*ranked first")
+    head += (f"*MRR, {num_judged:,} held out",)
+    if not calibration:
+        head, rows = head[:3], [row[:3] for row in rows]
+    advice = "".join(
+        f"<p><b>Warning:</b> {html_page.escape(one)}.</p>"
+        for one in (calibration.warnings if calibration else ())
+    )
+    if not calibration:
+        advice = (
+            "<p><code>gecko fret calibrate</code> with this config asks both judges "
+            "about held-out queries, a judge without weight too, and adds a column.</p>"
+        )
+    return (
+        f"<p>Mean reciprocal rank (MRR) of the {seed} among the candidates, ± standard "
+        "error: 1 is always first. A judge near chance decides nothing, and a fusion "
+        f"below its best judge loses by fusing. Not every {seed} is the best answer: "
+        f"an MRR of 1 is not the goal.</p>{html_page.table(head, rows)}{advice}"
+    )
 
 
-def _costs(passes: pipeline.Pipeline) -> str:
-    prices = runs.open_budget(passes.source.config)
+def _calibration(source: pipeline.Source) -> measure.Calibration | None:
+    """Returns the calibration in the workdir, if it is finished and of this config."""
+    passes = runs.calibration_pipeline(source)
+    try:
+        passes.relevance.compare()
+        is_done = passes.relevance.done() is not None
+    except ValueError:
+        return None
+    return measure.read_calibration(passes) if is_done else None
+
+
+def _funnel(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
+    counts = {stage: one["records"] for stage, one in gathered.counts.items()}
+    dropped = Counter(gathered.dropped)
+    if done := passes.source.stage.done():
+        counts = {"passages": done["records"], **counts}
+        dropped.update({("passages", why): n for why, n in done["dropped"].items()})
+    rows = []
+    for stage, count in counts.items():
+        own = [(why, n) for (one, why), n in dropped.most_common() if one == stage]
+        reasons = ", ".join(f"{n:,} {why}" for why, n in own)
+        kept = count - sum(n for _, n in own)
+        rows.append((stage, f"{count:,}", f"{kept:,}", reasons))
+    return html_page.table(("stage", "*records", "*kept", "dropped, by reason"), rows)
+
+
+def _dropped(gathered: report_facts.Facts) -> str:
+    if not gathered.dropped:
+        return "<p>No query was dropped.</p>"
+    rows = []
+    for (stage, reason), count in gathered.dropped.most_common():
+        is_error = reason.startswith("error_")
+        why = "the model gave no valid answer" if is_error else _REASONS.get(reason, "")
+        text = gathered.examples[stage, reason]
+        rows.append((stage, f"{count:,}", reason, why, text))
+    head = ("stage", "*queries", "reason", "meaning", "an example")
+    return html_page.table(head, rows)
+
+
+def _costs(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
+    config, num_triples = passes.source.config, len(gathered.triples)
+    prices = runs.open_budget(config)
     names = ("requests", "prompt_tokens", "completion_tokens")
+    counts: dict[str, Mapping[str, int]] = dict(gathered.counts)
+    for stage, done in runs.calibration_pipeline(passes.source).done().items():
+        if done:
+            counts[f"calibration, {stage}"] = done["usage"]
     usages = {
-        stage: [done["usage"].get(name, 0) for name in names]
-        for stage, done in passes.done().items()
-        if done and done["usage"]
+        stage: [one.get(name, 0) for name in names]
+        for stage, one in counts.items()
+        if one.get("requests")
     }
     usages["total"] = np.sum([*usages.values(), [0, 0, 0]], axis=0).tolist()
     rows = [
         (name, *(f"{n:,}" for n in numbers), f"{prices.price(*numbers[1:]):,.4f}")
         for name, numbers in usages.items()
     ]
-    head = ("stage", "*requests", "*prompt tokens", "*completion tokens", "*cost")
-    return _table(head, rows)
-
-
-def _row(
-    source: pipeline.Source,
-    query: stages.Record,
-    row: stages.Record,
-    record: stages.Record,
-) -> str:
-    """Returns one row with its candidates."""
-    lines = []
-    judged = (record["ranks"]["likelihood"], record["ranks"]["relevance"])
-    for place, number in enumerate(row["candidates"]):
-        marks = "".join(
-            f"<span class={name}>{name}</span>"
-            for name, chosen in (
-                ("positive", record["positive"]),
-                ("negative", record["negative"]),
-                ("seed", record["id"]),
-            )
-            if number == chosen
+    head = ["stage", "*requests", "*prompt tokens", "*completion tokens", "*cost"]
+    _, *tokens = usages["total"]
+    each = 1000 / max(num_triples, 1)
+    note = f"{prices.price(*tokens) * each:,.4f} for a thousand triples."
+    if not config.llm.price_input and not config.llm.price_output:
+        head, rows = head[:-1], [row[:-1] for row in rows]
+        note = (
+            f"{tokens[0] * each:,.0f} tokens read for a thousand triples. Set "
+            "llm.price_input and llm.price_output to see the cost."
         )
-        ranks = ("–" if values is None else str(values[place]) for values in judged)
-        text = source.store.write(number)
-        if len(text) > _MAX_CHARACTERS:
-            text = f"{text[:_MAX_CHARACTERS].rsplit(' ', 1)[0]} …"
-        fused = f"{record['fused'][place]:.3f}"
-        lines.append((str(place + 1), *ranks, fused, _Markup(marks), text))
-    head = ("*retrieval", "*QL", "*RC", "*fused", "", "passage")
-    moved = " · moved" if record["moved"] else ""
-    return (
-        f"<article><h3>{_escape(query['query'])}</h3><p class=note>"
-        f"{_escape(query['task'])} · seed {record['id']} · prompt "
-        f"{_escape(query['prompt'])}, examples {_escape(query['shots'])}{moved}</p>"
-        f"<div class=wide>{_table(head, lines)}</div></article>"
-    )
-
-
-class _Markup(str):
-    """HTML that is not escaped again."""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table; a "*" before a heading marks a column of numbers."""
-    classes = ["class=n" if name.startswith("*") else "" for name in head]
-
-    def line(tag: str, cells: Iterable[str]) -> str:
-        return "<tr>" + "".join(
-            f"<{tag} {name}>{cell if isinstance(cell, _Markup) else _escape(cell)}"
-            for name, cell in zip(classes, cells, strict=True)
-        )
-
-    lines = [line("th", (name.removeprefix("*") for name in head))]
-    return f"<table>{''.join(lines + [line('td', row) for row in rows])}</table>"
-
-
-def _histogram(values: Sequence[int]) -> dict[str, int]:
-    """Counts values in bins of equal, whole width, named by their first value."""
-    low, high = min(values, default=0), max(values, default=0)
-    step = -(-(high - low + 1) // _MAX_BINS)
-    edges = np.arange(low, high + step + 1, step)
-    counts, _ = np.histogram(values, edges)
-    return dict(zip(map(str, edges), counts.tolist(), strict=False))
-
-
-def _columns(values: Mapping[str, int], caption: str) -> str:
-    """Returns a column chart."""
-    highest = max(*values.values(), 1)
-    columns = "".join(
-        f'<span title="{name}: {count:,}"><i style="height:{count / highest:.1%}"></i>'
-        f"<small>{name}</small></span>"
-        for name, count in values.items()
-    )
-    return (
-        f"<figure><small>{highest:,}</small><div class=columns>{columns}</div>"
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _escape(text: Any) -> str:
-    return html.escape(str(text), quote=True)
-
-
-_PAGE_HEAD = """<!doctype html>
-<html lang=en><head><meta charset=utf-8>
-<meta http-equiv=Content-Security-Policy
- content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>FRet report</title>
-<style>
-body { margin: 0; background: #f5f7f8; color: #22313f;
-       font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 2rem 1.5rem 5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
-p { max-width: 46rem; margin: .3rem 0 .8rem; }
-.lead { font-size: 1.05rem; }
-.note, small, figcaption { color: #61707d; font-size: .85rem; }
-.tiles, .figures { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); margin-top: 1.2rem; }
-.figures { grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); }
-.tile, figure, article, table { background: #fff; border: 1px solid #e0e5e9;
-  border-radius: 6px; }
-.tile { padding: .9rem 1rem; display: flex; flex-direction: column; }
-.tile b { font-size: 1.6rem; color: #135457; }
-figure { margin: 0; padding: .8rem 1rem; }
-.columns { display: flex; height: 8rem; gap: .2rem; border-top: 1px solid #e4e8ec; }
-.columns span { flex: 1; min-width: 0; display: grid; grid-template-rows: 1fr auto;
-  text-align: center; }
-.columns i { align-self: end; background: #3fa796; }
-.columns small { font-size: .7rem; overflow: hidden; }
-article { padding: 1rem 1.2rem; margin: 0 0 1.2rem; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-article table { border: 0; }
-.wide { overflow-x: auto; }
-.wide td:last-child { min-width: 24rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .7rem;
-  border-bottom: 1px solid #eef1f3; }
-td:last-child { overflow-wrap: anywhere; }
-th { color: #61707d; font-weight: 600; font-size: .8rem; }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.positive, .negative, .seed { border-radius: 3px; padding: .05rem .4rem;
-  margin: 0 .2rem .2rem 0; font-size: .78rem; display: inline-block; }
-.positive { background: #1f7a73; color: #fff; }
-.negative { background: #b64a27; color: #fff; }
-.seed { border: 1px solid #7b8794; color: #22313f; }
-</style></head><body><main>"""
+    return f"{html_page.table(head, rows)}<p class=note>{note}</p>"

@@ -48,9 +48,8 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
             "positive"
         )
     for place, record, pair in read_lines(files):
-        passages = zip(
-            pair.negatives, pair.negative_titles, pair.given_ids[1:], strict=True
-        )
+        columns = (pair.negatives, pair.negative_titles, pair.given_ids[1:])
+        passages = list(zip(*columns, strict=True))
         for position, (body, title, given) in enumerate(passages):
             source, number = place.rsplit(":", 1)
             if given is not None:
@@ -59,9 +58,10 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
             # The export of `gecko fret` has the origin of each negative.
             for name in ("source", "source_id", "licence"):
                 values = record.get(f"negative_{name}s")
-                if isinstance(values, list) and len(values) == len(pair.negatives):
-                    if isinstance(values[position], str) and values[position]:
-                        known[name] = values[position]
+                if not isinstance(values, list) or len(values) != len(passages):
+                    continue
+                if isinstance(values[position], str) and values[position]:
+                    known[name] = values[position]
             yield _passage(known, title, body, given)
 
 
@@ -126,3 +126,38 @@ def read_pairs(
         row["negatives"] = [n for n in find(pair.negatives) if n not in known]
         row["answers"] = known
     return rows
+
+
+def relabel(
+    line: Mapping[str, Any],
+    row: stages.Record,
+    positive: int,
+    negatives: Sequence[int],
+    passages: Mapping[int, stages.Record],
+) -> dict[str, Any]:
+    """Returns a line with the chosen positive and negatives.
+
+    Other fields stay as they are. A positive that moved brings its title, id, source
+    and licence; the fields `seed_...` then have the origin of the line's own positive.
+    `passages` are the records of the stage.
+    """
+    result = {name: line[name] for name in line if name not in _NEGATIVES}
+    result["moved"] = positive != row["positive"]
+    if result["moved"]:
+        chosen, own = passages[positive], passages[row["positive"]]
+        for name in ("passage", "passage_id", *ORIGIN):
+            result.pop(name, None)
+        result |= {"positive": chosen["text"], "title": chosen["title"]}
+        names = ("passage_id", *ORIGIN)
+        result |= {name: chosen[name] for name in names if name in chosen}
+        names = ("source", "source_id", "licence")
+        result |= {f"seed_{name}": own[name] for name in names if name in own}
+    if negatives:
+        chosen = [passages[number] for number in negatives]
+        result["negatives"] = [one["text"] for one in chosen]
+        result["negative_titles"] = [one["title"] for one in chosen]
+        if any("passage_id" in one for one in chosen):
+            result["negative_ids"] = [one.get("passage_id") for one in chosen]
+        for name in ("source", "source_id", "licence"):
+            result[f"negative_{name}s"] = [one.get(name, "") for one in chosen]
+    return result

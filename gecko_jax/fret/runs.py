@@ -96,6 +96,8 @@ def run(
             stopped = str(error)
     done = passes.done()
     output = export.export(passes) if until == "export" and done["fuse"] else None
+    if output:
+        done["export"] = export.open_stage(passes).done()
     finished = {name: counts for name, counts in done.items() if counts}
     return Summary(finished, budget, stopped, output)
 

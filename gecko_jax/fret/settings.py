@@ -164,7 +164,7 @@ KEYS: dict[str, Key] = {
     "retrieve.max_seed_rank": Key(
         0,
         rules.COUNT,
-        "Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2 of a million; "
+        "Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2; "
         "Promptagator, arXiv 2209.11755: 1); 0 for any.",
     ),
     "retrieve.min_seed_cosine": Key(
@@ -308,7 +308,7 @@ def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
     judge = flat["export.scores"]
     if judge in ("likelihood", "relevance") and not flat[f"fuse.{judge}_weight"]:
         faults.append(
-            f"export.scores={judge!r}: not scored, because fuse.{judge}_weight=0; set it "
+            f"export.scores={judge!r}: not scored with fuse.{judge}_weight=0; set it "
             "above 0"
         )
     if flat["generate.max_words"] < flat["generate.min_words"]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax.fret import answers, fusion, prompts, records
+from gecko_jax.fret import answers, fusion, prompts, records, retrieval
 from gecko_jax.inference import ranking
 from gecko_jax.llm import protocol
 from gecko_jax.text import overlap
@@ -138,6 +138,8 @@ def retrieve(
         }
         missing = [number for number in own if number not in scored]
         if missing and scores_all:
+            # `settings.check` refuses the settings that need this with BM25.
+            assert isinstance(retriever, retrieval.GeckoRetriever)
             found = retriever.similarities(row["query"], row["task"], missing)
             scored |= dict(zip(missing, (round(one, 6) for one in found), strict=True))
         else:

@@ -52,7 +52,7 @@ class Request:
 
 
 class Answer(NamedTuple):
-    """Where the answer to a request is: host request, rows and columns of its targets."""
+    """Place of an answer: host request, rows and columns of its targets."""
 
     host: int
     rows: slice
@@ -70,12 +70,13 @@ def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
     # All that begin with A follow A in sorted order, so A begins its successor or none.
     order = sorted(range(len(requests)), key=lambda number: (reads[number], -number))
     groups: dict[int, list[int]] = {}
+    host = order[-1] if order else 0
     for number in reversed(order):
-        last = next(reversed(groups), None)
-        begins = last is not None and reads[last][: len(reads[number])] == reads[number]
-        groups.setdefault(last if begins else number, []).append(number)
+        if reads[host][: len(reads[number])] != reads[number]:
+            host = number
+        groups.setdefault(host, []).append(number)
     merged, answers = [], {}
-    for host, (number, members) in enumerate(sorted(groups.items())):
+    for position, (number, members) in enumerate(sorted(groups.items())):
         prompt = min((requests[member].prompt for member in members), key=len)
         first = min(requests[member].ends[0] for member in members)
         used = [0] * (len(reads[number]) - first)
@@ -85,7 +86,7 @@ def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
             left = max(used[start:stop])
             right = left + len(requests[member].targets[0])
             used[start:stop] = [right] * (stop - start)
-            answers[member] = Answer(host, slice(start, stop), slice(left, right))
+            answers[member] = Answer(position, slice(start, stop), slice(left, right))
         targets = np.zeros((len(used), max(used)), np.int32)
         for member in members:
             _, rows, columns = answers[member]

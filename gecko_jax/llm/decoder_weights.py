@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gecko_jax.io import wording
@@ -133,7 +134,11 @@ def _file_shape(config: transformer.DecoderConfig, name: str) -> tuple[int, ...]
 
 
 def load(file: ModelFile, *, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Reads the parameters one at a time onto the mesh, by the rules of `sharding`."""
+    """Reads the parameters one at a time onto the mesh, by the rules of `sharding`.
+
+    On CPU, bfloat16 is stored as its bits; see `transformer.extend`.
+    """
+    is_bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     names = file_names(file.config, file.file_format)
 
     def place(path: Any, shape: tuple[int, ...], axes: Any) -> jax.Array:
@@ -145,7 +150,8 @@ def load(file: ModelFile, *, dtype: Any, mesh: jax.sharding.Mesh) -> dict[str, A
                 values[layer] = tensor.T.reshape(shape[1:])
             else:
                 values[...] = tensor
-        struct = jax.ShapeDtypeStruct(shape, dtype)
+        values = values.view(np.uint16) if is_bits else values
+        struct = jax.ShapeDtypeStruct(shape, values.dtype)
         where = sharding.param_shardings(struct, axes, mesh)
         return jax.make_array_from_callback(shape, where, lambda index: values[index])
 

@@ -34,7 +34,7 @@ def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         @functools.wraps(function)
         def call(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            is_fast = params["embedding"].dtype == jnp.bfloat16
+            is_fast = params["embedding"].dtype in (jnp.bfloat16, jnp.uint16)
             return (fast() if is_fast else exact)(params, *args, **kwargs)
 
         return call

@@ -2,6 +2,7 @@
 
 paper          eq. 2, eq. 3 and MRL as dense formulas: read these first
 contrastive    the same on a mesh, with masks and the switches of later models
+distillation   KL from a judge's scores of the candidates
 blockwise      log-sum-exp over a similarity matrix that is never whole in memory
 whole_batch    runs a loss of your own in training (docs/custom_loss.md)
 """

@@ -2,7 +2,7 @@
 
 Eq. 2 is `contrastive_loss` without negatives and with every switch off. Eq. 3 adds a
 hard negative and `same_tower`. `mrl_loss` sums it over the MRL dims and can add
-`embedding_matching`.
+`embedding_matching` and the KL from a judge's scores (`distillation`).
 
 Masks compare integer ids that travel with the examples. They never use positions in a
 host's share of the batch, so a loss is the same under any sharding. A row's *self* is
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from gecko_jax.losses import blockwise
+from gecko_jax.losses import blockwise, distillation
 from gecko_jax.models import dual_encoder
 
 
@@ -51,7 +51,8 @@ class LossTerms(NamedTuple):
     """Results of `contrastive_loss` for each query; zeros in padding rows.
 
     Attributes:
-        loss: Cross-entropy in nats, plus `spread_weight` times the spread.
+        loss: Cross-entropy in nats, plus `spread_weight` times the spread and
+            `kl_weight` times the KL.
         accuracy: 1 where the positive has the largest similarity, else 0.
         positive_similarity: Cosine of the query and its positive.
         negative_similarity: Mean cosine of the query and its in-batch negatives; 0
@@ -59,6 +60,8 @@ class LossTerms(NamedTuple):
         spread: Spread-out regularizer; None if its weight is 0.
         matching: `embedding_matching`, at the largest dim only; None if its weight
             is 0.
+        kl: `distillation.candidate_divergence`, from `mrl_loss` only; None if its
+            weight is 0.
     """
 
     loss: Float[Array, " B"]
@@ -67,6 +70,7 @@ class LossTerms(NamedTuple):
     negative_similarity: Float[Array, " B"]
     spread: Float[Array, " B"] | None = None
     matching: Float[Array, " B"] | None = None
+    kl: Float[Array, " B"] | None = None
 
 
 class TeacherVectors(NamedTuple):
@@ -301,6 +305,9 @@ def mrl_loss(
     mrl_weights: tuple[float, ...],
     matching_weight: float = 0.0,
     teacher: TeacherVectors | None = None,
+    kl_weight: float = 0.0,
+    kl_temperature: float = 1.0,
+    scores: Float[Array, "B N"] | None = None,
     **switches,
 ) -> tuple[Float[Array, " B"], dict[int, LossTerms]]:
     """Sums `contrastive_loss` over prefixes of the embedding (MRL, section 3.1).
@@ -315,23 +322,45 @@ def mrl_loss(
         matching_weight: Weight of `embedding_matching`, which is added once, not for
             every prefix.
         teacher: Teacher vectors; required if `matching_weight` is above 0.
+        kl_weight: Weight of `distillation.candidate_divergence` at every prefix.
+        kl_temperature: Its `judge_temperature`; similarities keep `temperature`.
+        scores: Scores of the candidates; required if `kl_weight` is above 0.
         **switches: Keyword arguments of `contrastive_loss`.
 
     Returns:
         The weighted sum per query, and the terms at each dim.
     """
+    if kl_weight and scores is None:
+        raise ValueError(
+            f"kl_weight={kl_weight}: the batch has no scores; give them, or set the "
+            "weight to 0"
+        )
 
     # The backward pass recomputes normalized prefixes and keeps only the row sums.
     @functools.partial(
         jax.checkpoint,
         policy=jax.checkpoint_policies.save_only_these_names(blockwise.SUMS),
-        static_argnums=2,
+        static_argnums=3,
     )
     def contrast(
-        embeddings: tuple[Array, Array, Array | None], ids: BatchIds, dim: int
+        embeddings: tuple[Array, Array, Array | None],
+        ids: BatchIds,
+        scores: Float[Array, "B N"] | None,
+        dim: int,
     ) -> LossTerms:
-        queries, positives, negatives = cut(embeddings, dim)
-        return contrastive_loss(queries, positives, negatives, ids, **switches)
+        prefixes = cut(embeddings, dim)
+        terms = contrastive_loss(*prefixes, ids, **switches)
+        if not kl_weight:
+            return terms
+        kl = distillation.candidate_divergence(
+            *prefixes,
+            ids.negative_mask,
+            scores,
+            temperature=switches["temperature"],
+            judge_temperature=kl_temperature,
+        )
+        kl = jnp.where(ids.example_mask, kl, 0.0)
+        return terms._replace(loss=terms.loss + kl_weight * kl, kl=kl)
 
     terms = {}
     total = jnp.zeros_like(queries[:, 0], jnp.float32)
@@ -340,7 +369,7 @@ def mrl_loss(
         # The barrier makes XLA process one MRL prefix at a time in both passes, so only
         # one prefix's recomputed embeddings are alive.
         embeddings, total = jax.lax.optimization_barrier((embeddings, total))
-        terms[dim] = contrast(embeddings, ids, dim)
+        terms[dim] = contrast(embeddings, ids, scores, dim)
         total += weight * terms[dim].loss
     if matching_weight:
         if teacher is None:

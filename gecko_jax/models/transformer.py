@@ -119,7 +119,8 @@ def extend(
     """Runs the decoder on tokens that follow a prefix and a cache.
 
     Args:
-        params: Parameters of `llm.decoder_weights`; matrix products use their dtype.
+        params: Parameters of `llm.decoder_weights`; matrix products use their dtype,
+            which is bfloat16 for uint16, its bits.
         config: The decoder.
         tokens: Token ids; any id for padding.
         positions: Position of each token in its text, from 0; `PAD_POSITION` for
@@ -166,7 +167,7 @@ def next_logits(
     params: dict[str, Any], config: DecoderConfig, hidden: Float[Array, "T M"]
 ) -> Float[Array, "T V"]:
     """Returns the logits of the token after each position, in float32."""
-    head = params["embedding"] if config.tied else params["output"]
+    head = _from_bits(params["embedding"] if config.tied else params["output"])
     hidden = hidden.astype(head.dtype)
     with _precision(params):
         return jnp.einsum("tm,vm->tv", hidden, head, preferred_element_type=jnp.float32)
@@ -235,8 +236,8 @@ def _extend(
     cache: KeyValues | None,
 ) -> tuple[Array, KeyValues]:
     # Hidden states are float32; keys, values and weights have the products' dtype.
-    dtype = params["embedding"].dtype
-    hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip")
+    hidden = _from_bits(jnp.take(params["embedding"], tokens, axis=0, mode="clip"))
+    dtype = hidden.dtype
     hidden = hidden.astype(jnp.float32) * config.embedding_scale
     # Up to three parts of keys: the prefix, the row's cache, and the tokens themselves.
     key_positions = [positions]
@@ -262,7 +263,7 @@ def _extend(
         )
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
-        weights, is_local, *earlier = inputs
+        weights, is_local, *earlier = jax.tree.map(_from_bits, inputs)
         layer_masks, layer_rotary = masks, angles
         if has_local:
             # The scan runs one program for all layers, so local layers select their
@@ -295,8 +296,19 @@ def _extend(
     parts = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
     inputs = (params["layers"], jnp.array(config.is_local), *parts)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
-    normed = transformer_layer.norm(hidden, params["final_norm"], config.norm_epsilon)
+    final_norm = _from_bits(params["final_norm"])
+    normed = transformer_layer.norm(hidden, final_norm, config.norm_epsilon)
     return normed, KeyValues(keys, values, positions)
+
+
+def _from_bits(x: Any) -> Any:
+    """Returns bfloat16 values from their bits, and any other array unchanged.
+
+    XLA:CPU converts a bfloat16 input of a loop to float32, all layers at once. Weights
+    that are given as bits stay as they are, and each layer reads its own.
+    """
+    is_bits = x.dtype == jnp.uint16
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if is_bits else x
 
 
 def _attend(

@@ -91,6 +91,7 @@ def build(
         return contrastive.mrl_loss(
             *(queries, positives, negatives, ids),
             teacher=teacher,
+            scores=features.get("scores"),
             axis_names=axis_names,
             **loss_settings,
         )

@@ -327,6 +327,7 @@ def build_batches(
         cache_dir=pathlib.Path(data.cache_dir).expanduser(),
         prepared_dir=data.prepared_dir,
         unique_ids=data.unique_ids,
+        scores=config.loss.kl_weight > 0,
     )
     return pipeline.Batches(
         chosen,
@@ -338,6 +339,7 @@ def build_batches(
             row_multiple,
             config.train.microbatch_size,
             data.teacher_dim,
+            scores=config.loss.kl_weight > 0,
         ),
         batch_size=data.batch_size,
         one_task_per_batch=data.one_task_per_batch,

@@ -105,7 +105,7 @@ def train_step(
         "negative_similarity": full.negative_similarity,
         **{f"loss_{dim}": terms[dim].loss for dim in terms},
     }
-    for name in ("spread", "matching"):
+    for name in ("spread", "matching", "kl"):
         if getattr(full, name) is not None:
             means[name] = getattr(full, name)
     # Sums and counts per task: the host divides after summing over steps.
@@ -229,6 +229,7 @@ def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape
         row_multiple=sharding.num_batch_shards(mesh),
         microbatch_rows=config.train.microbatch_size,
         teacher_dim=data.teacher_dim,
+        scores=config.loss.kl_weight > 0,
     )
 
 

@@ -29,6 +29,7 @@ VERBS = (
     ("fret", "plan"),
     ("fret", "calibrate"),
     ("fret", "run"),
+    ("fret", "relabel"),
     ("fret", "bootstrap"),
     ("fret", "report"),
     ("fret", "fetch-model"),

@@ -64,6 +64,22 @@ def test_golden_example_unpacked():
     assert batch["example_mask"].all()
 
 
+def test_scores_belong_to_the_chosen_negatives():
+    scored = [
+        example(tokens(5), tokens(7), tokens(4), tokens(6), tokens(8)),
+        example(tokens(5), tokens(7), tokens(4)),
+        example(tokens(5), tokens(7), tokens(4)),
+    ]
+    for one, scores in zip(scored, ([9, 1, 2, 3], [8, 5], []), strict=True):
+        object.__setattr__(one, "scores", np.array(scores, np.float32))
+    shape = features.Shape(8, 8, num_negatives=2, scores=True)
+    batch = features.convert(scored, shape, [[2, 0], [0], [0]])
+    none = -np.inf
+    np.testing.assert_array_equal(
+        batch["scores"], [[9, 3, 1], [8, 5, none], [none, none, none]]
+    )
+
+
 def test_golden_example_packed():
     batch = features.convert(TWO, features.Shape(8, 8, num_negatives=1, packing=True))
     np.testing.assert_array_equal(batch["query_tokens"], [[5, 6, 1, 2, 1, 0, 0, 0]])

@@ -1,6 +1,7 @@
 """Mining: hard negatives that are near, and never an answer."""
 
 import gzip
+import hashlib
 import json
 
 import pytest
@@ -108,6 +109,73 @@ def test_an_answer_on_any_line_of_any_task_is_no_negative(tmp_path):
     negatives = [line.get("negatives") for line in mined]
     assert negatives[0] is None
     assert negatives[3:6] == [["apple d"]] * 3
+
+
+def scored(score_of, depths=None):
+    """A retriever of hand-made scores, times the factor that a query starts with."""
+
+    class Scored:
+        def __init__(self, passages, task):
+            self._texts = [text for _, text in passages]
+
+        def search(self, queries, tasks, k):
+            if depths is not None:
+                depths.append(k)
+            rankings = []
+            for query in queries:
+                factor = float(query.split()[0])
+                scores = [factor * score_of[text] for text in self._texts]
+                order = sorted(range(len(scores)), key=lambda n: -scores[n])[:k]
+                rankings.append((order, [scores[n] for n in order]))
+            return rankings
+
+    return Scored
+
+
+def test_a_passage_nearly_as_similar_as_the_positive_is_no_negative(tmp_path):
+    scores = {"best": 0.9, "near": 0.86, "below": 0.85, "far": 0.2, "rival": 0.95}
+    records = [
+        # 0.95 of 0.9 is 0.855: `rival` and `near` may be unmarked answers.
+        pair("1 a", "best"),
+        # Of a negative cosine, the limit is lower as well: -0.9 - 0.045.
+        pair("-1 b", "best"),
+        pair("1 c", "far", negatives=["near", "below", "far", "rival"]),
+    ]
+    settings = {"num_negatives": 9, "build": scored(scores), "retriever": "hand-made"}
+    _, (first, second, _) = mine(tmp_path, records, **settings)
+    assert first["negatives"] == ["rival", "near", "below", "far"]
+    assert second["negatives"] == ["far", "below", "near", "rival"]
+    settings["max_negative_share"] = 0.95
+    _, (first, second, third) = mine(tmp_path, records, **settings)
+    assert first["negatives"] == ["below", "far"]
+    assert second["negatives"] == ["rival"]
+    assert third == records[2]  # Its own negatives stay, and none ranks lower.
+    note = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert note["max_negative_share"] == 0.95
+    assert (note["retriever"], note["skip_top"], note["mined"]) == ("hand-made", 0, 3)
+    output = (tmp_path / "out.jsonl").read_bytes()
+    assert note["sha256"] == hashlib.sha256(output).hexdigest()
+    _, (first, _, _) = mine(tmp_path, records, **settings, skip_top=3)
+    assert first["negatives"] == ["far"]
+
+
+def test_negatives_below_the_limit_are_found_however_deep_they_rank(tmp_path):
+    near = {f"near {n}": 0.88 + n / 1e5 for n in range(600)}
+    scores, depths = {"best": 0.9, "far": 0.2, **near}, []
+    records = [pair("1 a", "best"), pair("1 b", "far")]
+    records += [pair(f"1 {text}", text, negatives=["best"]) for text in near]
+    settings = {"build": scored(scores, depths), "max_negative_share": 0.95}
+    _, (first, second, *_) = mine(tmp_path, records, **settings)
+    assert first["negatives"] == ["far"]
+    assert "negatives" not in second  # Nothing ranks below its positive.
+    assert depths[:3] == [64, 512, 4096]
+
+
+def test_bm25_has_no_similarities_to_limit(tmp_path):
+    with pytest.raises(ValueError, match=r"max_negative_share=0\.9.*BM25 only counts"):
+        mine(tmp_path, [pair("a", "b")], max_negative_share=0.9)
+    with pytest.raises(ValueError, match=r"max_negative_share=1\.0: must be in \[0, 1"):
+        mine(tmp_path, [pair("a", "b")], build=scored({}), max_negative_share=1.0)
 
 
 def test_a_bad_output_is_found_before_mining(tmp_path):

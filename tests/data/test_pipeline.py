@@ -66,6 +66,8 @@ def open_batches(folder, pairs):
             "cache_dir": folder / "cache",
             "unique_ids": False,
         }
+        # Both groups have this key, as in `loop.build_batches`.
+        scores = {"scores": changes.pop("scores", False)}
         shape = {
             "query_length": 16,
             "passage_length": 32,
@@ -77,7 +79,9 @@ def open_batches(folder, pairs):
             (group,) = [g for g in (selected, shape, drawn) if name in g]
             group[name] = value
         return pipeline.Batches(
-            selection.select(**selected), features.Shape(**shape), **drawn
+            selection.select(**selected, **scores),
+            features.Shape(**shape, **scores),
+            **drawn,
         )
 
     return build
@@ -534,3 +538,83 @@ def test_without_unique_ids_caches_keep_their_keys(pairs, folder):
     assert cache.key(task, [digest], text_formats.TextFormat(), pieces) == expected
     with_ids = dataclasses.replace(task, unique_ids=True)
     assert cache.key(with_ids, [digest], text_formats.TextFormat(), pieces) != expected
+
+
+@pytest.fixture(scope="module")
+def scored(folder):
+    """Example n has n % 4 negatives; its positive scores n, its negative m n + m/8."""
+    path = folder / "scored.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for n in range(20):
+            negatives = range(1, n % 4 + 1)
+            record = {
+                "task": "docs" if n < 12 else "code",
+                "query": f"question {n}",
+                "positive": f"answer {n}",
+                "negatives": [f"wrong {n} {m}" for m in negatives],
+                "negative_ids": [1000 * n + m for m in negatives],
+            }
+            if n % 5:
+                record["scores"] = [n, *(n + m / 8 for m in negatives)]
+                if n % 5 == 2:
+                    record["scores"][-1] = None
+            lines.write(json.dumps(record) + "\n")
+    return path
+
+
+def test_scores_follow_their_candidates_into_the_batch(open_batches, scored, caplog):
+    settings = {"files": (str(scored),), "batch_size": 8, "num_negatives": 2}
+    plain = open_batches(**settings)
+    batches = open_batches(**settings, scores=True)
+    assert "9 of the 12 examples of task docs have scores" in caplog.text
+    packed = open_batches(**settings, scores=True, packing=True)
+    score_of = {}
+    for record in map(json.loads, scored.read_text().splitlines()):
+        scores = record.get("scores", [None] * 9)
+        ids = [f"passage_id:{one}" for one in record["negative_ids"]]
+        score_of |= {
+            text_formats.hash_words(one): score
+            for one, score in zip(ids, scores[1:], strict=False)
+        }
+        query = text_formats.content_id(record["query"])
+        score_of[query] = scores[0]
+    for step in range(5):
+        batch = batches.batch(step)
+        found = batch.pop("scores")
+        # Without the weight, the batch is as before.
+        assert_same(plain.batch(step), batch)
+        np.testing.assert_array_equal(packed.batch(step)["scores"], found)
+        assert found.shape == (8, 3)
+        assert found.dtype == np.float32
+        for row in range(8):
+            expected = [score_of[tuple(batch["query_id"][row].tolist())]]
+            for mask, one in zip(
+                batch["negative_mask"][row], batch["negative_id"][row], strict=True
+            ):
+                expected.append(score_of[tuple(one.tolist())] if mask else None)
+            expected = [-np.inf if score is None else score for score in expected]
+            np.testing.assert_array_equal(found[row], expected)
+    # A run without scores keeps its cache and its hash.
+    assert plain.mixture_hash != batches.mixture_hash
+    assert features.largest(8, batches.shape)["scores"] == ((8, 3), np.float32)
+
+
+def test_data_without_scores_is_refused(open_batches):
+    message = r"loss\.kl_weight: no line of docs, code, term has scores; add them"
+    with pytest.raises(ValueError, match=message):
+        open_batches(scores=True)
+
+
+def test_several_positives_are_examples_that_the_loss_tells_apart(
+    open_batches, tmp_path
+):
+    line = {"task": "docs", "query": "q", "positives": ["a", "b"], "negatives": ["c"]}
+    other = {"task": "docs", "query": "r", "positive": "d", "negatives": ["c"]}
+    path = tmp_path / "several.jsonl"
+    path.write_text("\n".join(map(json.dumps, (line, other))))
+    batches = open_batches(files=(str(path),), batch_size=3)
+    assert batches.num_examples == 3
+    batch = batches.batch(0)
+    assert len(np.unique(batch["query_id"], axis=0)) == 2
+    assert len(np.unique(batch["passage_id"], axis=0)) == 3
+    assert batch["negative_mask"][:, 0].all()

@@ -28,20 +28,21 @@ FILES = tuple(str(STORED / f"pairs-{part}.jsonl") for part in "ab")
 PIECES = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
 
 
-def select(folder, files=FILES):
+def select(folder, files=FILES, **options):
     return selection.select(
         mixture="",
         files=files,
         vocabulary=PIECES,
         text_format=text_formats.TextFormat(),
         cache_dir=folder,
+        **options,
     )
 
 
-def open_batches(folder):
+def open_batches(folder, chosen=None, **shape):
     return pipeline.Batches(
-        select(folder),
-        features.Shape(16, 32, num_negatives=2, packing=True),
+        chosen or select(folder),
+        features.Shape(16, 32, num_negatives=2, packing=True, **shape),
         batch_size=10,
         one_task_per_batch=False,
         seed=1,
@@ -137,6 +138,44 @@ def test_seqio_reads_the_stored_cache_as_what_it_tokenizes(stored):
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
             assert one[name].dtype == other[name].dtype
     assert registered.get_cached_stats("train")["examples"] == 23
+
+
+def test_a_stored_cache_keeps_the_scores(tmp_path, monkeypatch):
+    """The files are written as Beam's workers write them, without Beam."""
+    import tensorflow as tf
+
+    seqio = load_seqio()
+    source = tmp_path / "scored.jsonl"
+    lines = [
+        {"task": "docs", "query": f"q {n}", "positive": "p", "negatives": ["x"] * n}
+        | ({"scores": [n + 0.1, *[-n] * n]} if n else {})
+        for n in range(4)
+    ]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    chosen = select(tmp_path / "cache", (str(source),), scores=True)
+    (task,), (key,) = chosen.tasks, chosen.keys
+    registered = registration.register_task(task, chosen.text_format, PIECES)
+    folder = seqio_cache.folder(task, key, chosen.cache_dir)
+    folder.mkdir(parents=True)
+    path = str(folder / "train.tfrecord-00000-of-00001")
+    with tf.io.TFRecordWriter(path) as writer:
+        examples = registered.preprocess_precache(registered.source.get_dataset())
+        for example in examples.as_numpy_iterator():
+            writer.write(seqio.dict_to_tfexample(example).SerializeToString())
+    for name, content in (
+        *(("COMPLETED", ""), ("info.train.json", '{"num_shards": 1}')),
+        ("stats.train.json", "{}"),
+    ):
+        (folder / name).write_text(content)
+    plain = open_batches(
+        tmp_path, select(tmp_path / "other", (str(source),), scores=True), scores=True
+    )
+    monkeypatch.setattr(registration, "register_task", None)  # Nothing is tokenized.
+    cached = open_batches(tmp_path, chosen, scores=True)
+    assert_same_batches(cached, plain)
+    assert [e.scores.tolist() for e in cached.examples(0, 9)] == [
+        np.float32(line.get("scores", [])).tolist() for line in lines
+    ]
 
 
 def shards(folder):

@@ -17,6 +17,14 @@ def corpus(tmp_path):
     return fret_runs.write_corpus(tmp_path)
 
 
+@pytest.fixture(params=["passages", "pairs"])
+def either(request, tmp_path):
+    """What a run or a relabelling reads, and its number of queries."""
+    if request.param == "pairs":
+        return fret_runs.write_pairs(tmp_path), 17
+    return fret_runs.write_corpus(tmp_path), 15
+
+
 def _break(share, reply):
     def fault(path, body, number):
         return reply if number % 10 < share and "echo" in body else None
@@ -24,16 +32,17 @@ def _break(share, reply):
     return fault
 
 
-def test_rows_without_an_answer_are_error_rows(corpus, tmp_path):
+def test_rows_without_an_answer_are_error_rows(either, tmp_path):
+    corpus, num_queries = either
     fault = _break(1, (400, {}, "too long"))
     with fake_llm.FakeServer(faults=[fault]) as fake:
         config = fret_runs.load(corpus, fake.url, "run.max_error_rate=1.0")
         summary = runs.run(config, tmp_path / "run")
     likelihood = summary.stages["likelihood"]
     errors = likelihood["dropped"]["error_rejected"]
-    assert 0 < errors < 15
-    assert summary.stages["relevance"]["records"] == 15 - errors
-    assert summary.stages["fuse"]["kept"] == 15 - errors
+    assert 0 < errors < num_queries
+    assert summary.stages["relevance"]["records"] == num_queries - errors
+    assert summary.stages["fuse"]["kept"] == num_queries - errors
     path = tmp_path / "run/likelihood"
     rows = [json.loads(x) for p in path.glob("*.jsonl") for x in p.open()]
     failed = next(row for row in rows if records.DROPPED in row)
@@ -41,13 +50,16 @@ def test_rows_without_an_answer_are_error_rows(corpus, tmp_path):
     assert "too long" in failed["detail"]
 
 
-def test_too_many_errors_stop_the_run(corpus, tmp_path):
+def test_too_many_errors_stop_the_run(either, tmp_path):
+    corpus, _ = either
     fault = _break(10, (500, {}, "out of memory"))
     with fake_llm.FakeServer() as fake:
         config = fret_runs.load(corpus, fake.url, "llm.retries=0")
         runs.run(config, tmp_path / "run", until="retrieve")
         fake.faults = [lambda p, b, n: fault(p, b, n) if "Passage" in str(b) else None]
-        with pytest.raises(ValueError, match=r"3 of 3 rows.*status_500.*out of memory"):
+        with pytest.raises(
+            ValueError, match=r"[34] of [34] rows.*status_500.*out of memory"
+        ):
             runs.run(config, tmp_path / "run")
         fake.faults = ()
         runs.run(config, tmp_path / "run")

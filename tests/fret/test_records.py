@@ -190,13 +190,17 @@ def test_fusion_is_the_formula(k, weights):
 def test_the_triple_is_the_best_and_the_worst():
     fused = np.array([0.5, 2.0, 0.3, 0.3])
     rng = np.random.default_rng(0)
-    assert fusion.choose(fused, 0, settings(), rng) == (1, 3)
-    assert fusion.choose(fused, 0, settings(positive="seed"), rng) == (0, 3)
-    assert fusion.choose(fused, 0, settings(negative="none"), rng) == (1, None)
+
+    def choose(position, **changes):
+        choice = fusion.choose(fused, position, settings(**changes), rng)
+        return choice.positive, choice.negatives
+
+    assert choose(0) == (1, [3])
+    assert choose(0, positive="seed") == (0, [3])
+    assert choose(0, negative="none") == (1, [])
     # The seed may be the worst; as the positive it is never its own negative.
-    assert fusion.choose(fused, 3, settings(positive="seed"), rng) == (3, 2)
-    sampled = settings(negative="sampled")
-    drawn = {fusion.choose(fused, 0, sampled, rng)[1] for _ in range(50)}
+    assert choose(3, positive="seed") == (3, [2])
+    drawn = {choose(0, negative="sampled")[1][0] for _ in range(50)}
     assert drawn == {0, 2, 3}
     with pytest.raises(ValueError, match="both weights are 0"):
         fusion.fuse([1], None, settings(likelihood_weight=0.0))

@@ -23,28 +23,35 @@ from gecko_jax.fret import runs
 from gecko_jax.llm import request_log
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A corpus, and the workdir of a run that nothing interrupted."""
+@pytest.fixture(scope="module", params=["corpus", "pairs"])
+def made(request, tmp_path_factory):
+    """A corpus or pairs, and the workdir of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("made")
-    corpus = fret_runs.write_corpus(folder)
+    write = {"corpus": fret_runs.write_corpus, "pairs": fret_runs.write_pairs}
+    source = write[request.param](folder)
     with fake_llm.FakeServer() as fake:
-        runs.run(fret_runs.load(corpus, fake.url), folder / "fresh")
+        runs.run(fret_runs.load(source, fake.url), folder / "fresh")
         assert not fret_runs.repeated(fake)
-    return folder
+    return source
+
+
+of_a_corpus = pytest.mark.parametrize("made", ["corpus"], indirect=True)
 
 
 @pytest.fixture
 def corpus(made, tmp_path):
-    return pathlib.Path(shutil.copy(made / "corpus.jsonl", tmp_path))
+    return pathlib.Path(shutil.copy(made, tmp_path))
 
 
 @pytest.fixture
 def fresh(made, tmp_path):
     """A copy of that run, and the bytes of its files."""
-    return fret_runs.contents(shutil.copytree(made / "fresh", tmp_path / "fresh"))
+    return fret_runs.contents(
+        shutil.copytree(made.parent / "fresh", tmp_path / "fresh")
+    )
 
 
+@of_a_corpus
 def test_golden_run(corpus, tmp_path, fresh):
     done = json.loads(fresh["fuse/.done.json"])
     assert (done["records"], done["kept"], done["shards"]) == (15, 15, 5)
@@ -79,7 +86,7 @@ def test_golden_run(corpus, tmp_path, fresh):
     assert seeds == set(range(17)) - set(runs.held_out(fret_runs.load(corpus), 17))
 
 
-@pytest.mark.parametrize("name", ["generate/shard-00001", "passages/shard-00000"])
+@pytest.mark.parametrize("name", ["retrieve/shard-00001", "passages/shard-00000"])
 def test_a_shard_that_was_cut_later_is_refused(corpus, tmp_path, fresh, name):
     path = tmp_path / "fresh" / f"{name}.jsonl"
     whole = path.read_bytes()
@@ -104,6 +111,7 @@ def test_an_export_that_was_changed_is_refused_and_a_lost_one_made(
     assert path.read_bytes() == fresh["export/fret.jsonl"]
 
 
+@of_a_corpus
 def test_a_model_that_does_not_open_decides_nothing(corpus, tmp_path):
     def refuse(config, budget):
         raise ValueError("no such model")
@@ -115,6 +123,7 @@ def test_a_model_that_does_not_open_decides_nothing(corpus, tmp_path):
     assert not (workdir / "config.json").exists()
 
 
+@of_a_corpus
 def test_the_choice_follows_the_formula(fresh):
     likelihoods, relevances = (
         json.loads(fresh[f"{name}/shard-00001.jsonl"].splitlines()[0])
@@ -138,6 +147,7 @@ def test_the_choice_follows_the_formula(fresh):
     assert fused["moved"] == (fused["positive"] != fused["id"])
 
 
+@of_a_corpus
 def test_faults_that_pass_change_nothing(corpus, tmp_path, fresh):
     rng, lock = random.Random(1), threading.Lock()
 
@@ -288,8 +298,7 @@ def test_workers_with_parts_of_their_own_need_no_locks(
         config = fret_runs.load(corpus, fake.url)
         for worker in ((1, 2), (0, 2)):
             runs.run(config, tmp_path / "run", worker=worker)
-        made = sorted(p.name for p in (tmp_path / "run/fuse").glob("shard-*"))
-        assert len(made) == 5
+        assert len(list((tmp_path / "run/fuse").glob("shard-*"))) == 5
         runs.run(config, tmp_path / "run")
         assert not fret_runs.repeated(fake)
     assert fret_runs.contents(tmp_path / "run") == fresh
@@ -304,12 +313,16 @@ def test_workers_with_parts_of_their_own_need_no_locks(
         ("generate.prompt=generate_for_task", "prompt.name: was 'generate', is"),
         ("seed=1", "seed: was 0, is 1"),
         ("passages.min_words=2", "rules.min_words: was 10, is 2"),
+        ("retrieve.max_seed_rank=2", "max_seed_rank: was None, is 2"),
         ("fuse.k=60", "settings.k: was 0.0, is 60"),
+        ("fuse.margin=0.1", "settings.margin: was None, is 0.1"),
     ],
 )
 def test_a_changed_setting_is_refused_by_name(
     corpus, tmp_path, fresh, override, difference
 ):
+    if override.startswith("generate") and corpus.name == "pairs.jsonl":
+        pytest.skip("pairs have their queries")
     with pytest.raises(ValueError, match=re.escape(difference)) as error:
         runs.run(
             fret_runs.load(corpus, "http://127.0.0.1:9", override), tmp_path / "fresh"
@@ -319,11 +332,14 @@ def test_a_changed_setting_is_refused_by_name(
 
 
 def test_a_changed_file_is_refused(corpus, tmp_path, fresh):
-    corpus.write_text(corpus.read_text() + '{"text": "another passage"}\n')
-    with pytest.raises(ValueError, match=r"files\.corpus\.jsonl: was"):
+    corpus.write_text(corpus.read_text() + corpus.read_text().splitlines()[0])
+    is_corpus = corpus.name == "corpus.jsonl"
+    message = r"files\.corpus\.jsonl: was" if is_corpus else r"pairs: was \[\['pairs\.j"
+    with pytest.raises(ValueError, match=message):
         runs.run(fret_runs.load(corpus), tmp_path / "fresh")
 
 
+@of_a_corpus
 def test_a_changed_prompt_file_is_refused(corpus, tmp_path):
     mine = tmp_path / "mine.toml"
     text = (fret_runs.ROOT / "gecko_jax/fret/prompt_files/likelihood.toml").read_text()
@@ -363,6 +379,7 @@ def test_a_recording_stands_for_the_server(corpus, tmp_path, fresh):
     assert fret_runs.contents(tmp_path / "again") == fresh
 
 
+@of_a_corpus
 def test_a_run_leaves_no_connection_open(corpus, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -35,14 +35,9 @@ def test_keys_must_fit_each_other(override, message, tmp_path):
 @pytest.mark.parametrize(
     "argument",
     [
-        "",
-        ":local",
-        ":local,recorded",
-        ":local,qwen",
-        ":local,qwen_small",
-        ":local,llama_cpp",
-        ":llama_cpp",
-        ":hosted",
+        *("", ":local", ":local,recorded", ":local,llama_cpp", ":llama_cpp", ":hosted"),
+        *(":relabel", ":local,relabel"),
+        *(":local,qwen", ":local,qwen_small", ":local,relabel,qwen"),
     ],
 )
 def test_every_config_is_whole(argument):

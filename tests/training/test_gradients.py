@@ -31,6 +31,8 @@ EVERYTHING = EQUATION_3 | {
     "hardness": 5.0,
     "spread_weight": 0.5,
     "matching_weight": 0.7,
+    "kl_weight": 0.6,
+    "kl_temperature": 2.0,
     "same_tower_passages": True,
     "bidirectional": True,
     "all_hard_negatives": True,
@@ -84,6 +86,8 @@ def _batch(packing, row_multiple, num_negatives=G):
     vectors[0, 3] = 0.0  # no vector of this query
     batch["query_teacher"], batch["passage_teacher"] = vectors[0], vectors[1]
     batch["negative_teacher"] = vectors[2:].swapaxes(0, 1)
+    batch["scores"] = rng.normal(size=(B, 1 + num_negatives)).astype(np.float32)
+    batch["scores"][2:6] = -np.inf  # no scores of these examples
     return batch
 
 
@@ -151,6 +155,7 @@ def _dense(encoder, batch, num_segments, settings):
             negatives.reshape(*ids.negative_mask.shape, encoder.config.embedding_dim),
             ids,
             teacher=teacher,
+            scores=batch["scores"],
             **settings,
         )
         return loss.sum() / ids.example_mask.sum(), (loss, terms)
@@ -234,7 +239,8 @@ def test_pairs_without_hard_negatives_give_the_dense_gradient():
 
 def _own_loss(queries, positives, negatives, ids, features):
     """Equation 3 with the masks of `contrastive`, as a user would write it."""
-    assert set(features) == {"task_index"} | set(contrastive.TeacherVectors._fields)
+    teacher = set(contrastive.TeacherVectors._fields)
+    assert set(features) == {"task_index", "scores"} | teacher
     is_self = jnp.eye(len(queries), dtype=bool)
     group = ids.negative_group
     others = (group[:, None] == group[None]) & ids.example_mask[None] & ~is_self

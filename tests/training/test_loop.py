@@ -435,3 +435,25 @@ def test_a_task_without_any_negative_is_told(tmp_path, caplog, part, masked):
     told = [r.getMessage() for r in caplog.records if "Task one: " in r.getMessage()]
     assert len(told) == 1  # not at every step
     assert "none of its first 16 examples has a negative" in told[0]
+
+
+def test_scores_of_a_judge_are_distilled(cache, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
+    path = tmp_path / "scored.jsonl"
+    with path.open("w") as file:
+        for i, line in enumerate((cache / "pairs.jsonl").open()):
+            # The judge prefers the negative; one example in three has no scores.
+            scores = {"scores": [0.0, 3.0]} if i % 3 else {}
+            file.write(json.dumps(json.loads(line) | scores) + "\n")
+    settings = {
+        "data__files": f"('{path}',)",
+        "evaluation__every_steps": 0,
+        "optimizer__learning_rate": 0.01,
+        "train__num_steps": 12,
+    }
+    config = build(cache, loss__kl_weight=5.0, loss__kl_temperature=2.0, **settings)
+    loop.train(config, tmp_path / "run")
+    first, *_, last = [line for line in metrics_of(tmp_path / "run") if "kl" in line]
+    assert 0 < last["kl"] < 0.7 * first["kl"]
+    with pytest.raises(ValueError, match=r"loss\.kl_weight: no line of even, odd has"):
+        loop.train(build(cache, loss__kl_weight=5.0), tmp_path / "none")
