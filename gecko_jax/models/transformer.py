@@ -298,7 +298,7 @@ def _extend(
     return normed, KeyValues(keys, values, positions)
 
 
-def _from_bits(x: Array | np.ndarray) -> Array | np.ndarray:
+def _from_bits(x: Any) -> Any:
     """Returns bfloat16 values from their bits, and any other array unchanged.
 
     XLA:CPU converts a bfloat16 input of a loop to float32, all layers at once. Weights
