@@ -7,11 +7,12 @@ r"""Fine-tuning: triples, hard and same-tower negatives, MRL (section 3.3, eq. 3
         --config.data.files=triples.jsonl.gz \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl); `local`, which trains `mini` on a
-laptop CPU in two to three minutes; `local,shipped`, which starts from the model that
-the package brings; `local,taught`, the second stage of that recipe of prefinetune.py
-(docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and `fret`, for the
-triples that `gecko fret run` left in runs/fret (elsewhere:
+Arguments: a size (mini, small, base, large, xl, xxl, or a preset of another family:
+docs/encoder_families.md); `local`, which trains `mini` on a laptop CPU in two to three
+minutes, and `local,gemma`, a small Gemma 3 encoder; `local,shipped`, which starts from
+the model that the package brings; `local,taught`, the second stage of that recipe of
+prefinetune.py (docs/recipes.md); `hardware=NAME`, one of those below, for `xl`; and
+`fret`, for the triples that `gecko fret run` left in runs/fret (elsewhere:
 --config.data.files). `gecko data prepare` mines hard negatives for pairs.
 
 Three recipes name everything but the machine, for base, large and xl (docs/recipes.md):

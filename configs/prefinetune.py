@@ -5,12 +5,13 @@ r"""Pre-finetuning: pairs, in-batch negatives, large batches (section 3.3, eq. 2
         --config.data.files='("pairs.jsonl.gz",)' \
         --config.data.vocabulary=t5.model --config.data.extra_ids=100
 
-Arguments: a size (mini, small, base, large, xl, xxl) and `local`, which trains `mini`
-on the bundled corpus on a laptop CPU in about four minutes. `local,bag` trains its
-token embeddings alone, on many times as many texts a second; the next stage puts layers
-on top, so that a small model from scratch sees more text in its time. `local,taught` is
-such a bag of width 1,024 that follows a teacher's vectors as well, the best found for
-an hour of a CPU (docs/recipes.md). The sizes want an accelerator and their own data.
+Arguments: a size (mini, small, base, large, xl, xxl, or a preset of another family:
+docs/encoder_families.md) and `local`, which trains `mini` on the bundled corpus on a
+laptop CPU in about four minutes. `local,bag` trains its token embeddings alone, on many
+times as many texts a second; the next stage puts layers on top, so that a small model
+from scratch sees more text in its time. `local,taught` is such a bag of width 1,024
+that follows a teacher's vectors as well, the best found for an hour of a CPU
+(docs/recipes.md). The sizes want an accelerator and their own data.
 `paper`, `modern` and `multilingual` are the first stage of the recipes of finetune.py
 (docs/recipes.md), for base, large and xl. The paper gives no hyperparameters: numbers
 without a source are ours.

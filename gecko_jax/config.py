@@ -23,7 +23,7 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from gecko_jax.models import dual_encoder, encoder_config, layers
+from gecko_jax.models import dual_encoder, families, layers
 from gecko_jax.parallel import sharding
 
 
@@ -215,7 +215,7 @@ TRAINING: dict[str, Key] = {
     "data.teacher_dim": Key(0, COUNT, "Dims of the teacher's vectors; 0 without one."),
     "model.family": Key(
         "t5",
-        one_of("t5", *encoder_config.FAMILIES),
+        one_of("t5", *families.FAMILIES),
         "Encoder family: T5, Gemma 3 (EmbeddingGemma, T5Gemma 2), EmbeddingGemma 2's "
         "text part, or Qwen 3.",
     ),
@@ -242,13 +242,13 @@ TRAINING: dict[str, Key] = {
         True, SWITCH, "Projects the pooled hidden state to `embedding_dim`."
     ),
     "model.dropout_rate": Key(0.1, SHARE, "Dropout rate (T5)."),
-    "model.dtype": Key("bfloat16", one_of(*encoder_config.DTYPES), "Activation dtype."),
+    "model.dtype": Key("bfloat16", one_of(*families.DTYPES), "Activation dtype."),
     "model.scan_layers": Key(
         True, SWITCH, "Scans over layers, which compiles faster; results do not change."
     ),
     "model.remat": Key(
         "dots",
-        one_of(*encoder_config.REMAT_POLICIES),
+        one_of(*families.REMAT_POLICIES),
         "Recomputed in the backward pass: none, all but matrix products, or full.",
     ),
     "model.l2_epsilon": Key(
@@ -258,7 +258,7 @@ TRAINING: dict[str, Key] = {
     ),
     "model.attention": Key(
         "xla",
-        one_of(*encoder_config.ATTENTIONS),
+        one_of(*families.ATTENTIONS),
         "`cudnn` fuses attention on a GPU, without dropout.",
     ),
     "model.residual_init_scale": Key(
@@ -269,7 +269,7 @@ TRAINING: dict[str, Key] = {
     ),
     "model.pooling": Key(
         "mean",
-        one_of(*encoder_config.POOLINGS),
+        one_of(*families.POOLINGS),
         "Mean over the tokens of a text, or its last token (Qwen3-Embedding).",
     ),
     "model.num_kv_heads": Key(
@@ -422,7 +422,7 @@ ADDED_KEYS: dict[str, Any] = {
     "model.residual_init_scale": 0.1,
     # T5 was the only family.
     "model.family": "t5",
-    **{f"model.{name}": value for name, value in encoder_config.ROTARY_FIELDS.items()},
+    **{f"model.{name}": value for name, value in families.ROTARY_FIELDS.items()},
 }
 
 # The `local` argument of both stages: `mini` on a laptop CPU.
@@ -685,7 +685,7 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
         for name, value in flat.items()
         if name.startswith("model.")
     }
-    faults += encoder_config.find_faults(fields, "model.")
+    faults += families.find_faults(fields, "model.")
     if not flat["model.projection"]:
         faults += [
             f"{key}={flat[key]!r}: needs model.projection=True"

@@ -5,7 +5,7 @@ from gecko_jax.models import dual_encoder
 _SIZES = {
     "vocab_size": 64,
     "model_dim": 32,
-    "num_layers": 6,
+    "num_layers": 3,
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 16,
@@ -18,10 +18,10 @@ T5 = dual_encoder.EncoderConfig(
 )
 GEMMA = dual_encoder.EncoderConfig(**_SIZES, **_LOCAL, family="gemma")
 EMBEDDINGGEMMA2 = dual_encoder.EncoderConfig(
-    **_SIZES,
+    **_SIZES | {"num_layers": 4},
     family="embeddinggemma2",
     local_window=(5, 5),
-    global_every=3,
+    global_every=2,
     global_num_kv_heads=1,
     global_head_dim=24,
     query_scale=1.0,

@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from gecko_jax.models import encoder, encoder_config, layers
+from gecko_jax.models import encoder, families, layers
 
-EncoderConfig = encoder_config.EncoderConfig
+EncoderConfig = families.EncoderConfig
 
 # T5 1.1 encoders (Shazeer 2020). `mini` is not from T5: it trains on a laptop CPU.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -82,11 +82,12 @@ PRESETS["embeddinggemma-2"] = {
     "query_scale": 1.0,
     "per_layer_dim": 512,
 }
-# Qwen3-Embedding (arXiv 2506.05176), which has no projection.
+# The bases of Qwen3-Embedding (arXiv 2506.05176), which has no projection, and whose
+# vocabularies are cut: 151,669 rows (0.6B) and 151,665.
 PRESETS |= {
     f"qwen3-{name}": {
         "family": "qwen3",
-        "vocab_size": vocab_size,
+        "vocab_size": 151_936,
         "model_dim": model_dim,
         "num_layers": num_layers,
         "num_heads": num_heads,
@@ -98,10 +99,10 @@ PRESETS |= {
         "projection": False,
         "pooling": "last",
     }
-    for name, vocab_size, model_dim, num_layers, num_heads, mlp_dim in (
-        ("0.6b", 151_669, 1_024, 28, 16, 3_072),
-        ("4b", 151_665, 2_560, 36, 32, 9_728),
-        ("8b", 151_665, 4_096, 36, 32, 12_288),
+    for name, model_dim, num_layers, num_heads, mlp_dim in (
+        ("0.6b", 1_024, 28, 16, 3_072),
+        ("4b", 2_560, 36, 32, 9_728),
+        ("8b", 4_096, 36, 32, 12_288),
     )
 }
 

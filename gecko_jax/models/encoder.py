@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from gecko_jax.models import encoder_config, layers, rotary_encoder, t5
+from gecko_jax.models import families, layers, rotary_encoder, t5
 
-EncoderConfig = encoder_config.EncoderConfig
+EncoderConfig = families.EncoderConfig
 
 # Name of the stacked layers in a parameter tree.
 _STACKED = "layers"

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from gecko_jax.models import encoder_config
-
 Initializer = Callable[..., Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -91,15 +89,3 @@ class LayerNorm(nn.Module):
         mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
         normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
         return (normed * scale[None]).astype(self.dtype).reshape(x.shape)
-
-
-def is_fused(
-    config: encoder_config.EncoderConfig, dropout_keys: Key[Array, " R"] | None
-) -> bool:
-    """Returns whether cuDNN computes the attention of this call."""
-    return (
-        config.attention == "cudnn"
-        and config.dtype == "bfloat16"
-        and (dropout_keys is None or config.dropout_rate == 0.0)
-        and jax.default_backend() == "gpu"
-    )

@@ -1,7 +1,7 @@
 """The layers of an encoder with rotary positions: Gemma 3, EmbeddingGemma 2, Qwen 3.
 
-The computation is `transformer.run_layer`, which FRet's language model uses too. This
-module declares the parameters, under T5X's names where T5 has the same part:
+The computation is `transformer_layer.run_layer`, which FRet's language model uses too.
+This module declares the parameters, under T5X's names where T5 has the same part:
 
     encoder/layers_0/attention/query/kernel  [M, H * K]
     encoder/layers_0/post_mlp_layer_norm/scale  [M]
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gecko_jax.models import encoder_config, layers, transformer
+from gecko_jax.models import families, layers, transformer_layer
 
 
 class Spec(NamedTuple):
@@ -29,7 +29,7 @@ class Spec(NamedTuple):
         shape: Shape in the tree.
         axes: Logical axes.
         init: Initializer.
-        view: Shape in `transformer.run_layer`.
+        view: Shape in `transformer_layer.run_layer`.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Context(NamedTuple):
 
     Attributes:
         masks: Whether a token attends to another.
-        angles: Rotary angles of the tokens, see `transformer.rotary`.
+        angles: Rotary angles of the tokens, see `transformer_layer.rotary`.
         embedded: Token embeddings, where layers read them (`Family.per_layer`).
         per_layer_norm: Scale of the norm of the per-layer embeddings.
     """
@@ -56,7 +56,7 @@ class Context(NamedTuple):
 
 
 def build_context(
-    config: encoder_config.EncoderConfig, segment_ids: Int[Array, "R L"]
+    config: families.EncoderConfig, segment_ids: Int[Array, "R L"]
 ) -> Context:
     """Returns masks and rotary angles of rows whose segments are contiguous."""
     index = jnp.arange(segment_ids.shape[1])
@@ -76,23 +76,23 @@ def build_context(
     factors = None
     if config.rope_factor != 1.0:
         factors = (config.rope_factor,) * (width // 2)
-    angles = transformer.rotary(positions, config.rope_base, factors, width)
+    angles = transformer_layer.rotary(positions, config.rope_base, factors, width)
     local_angles = angles
     if config.local_window:
         base = config.local_rope_base
-        local_angles = transformer.rotary(positions, base, None, config.head_dim)
+        local_angles = transformer_layer.rotary(positions, base, None, config.head_dim)
     return Context((same, near), (angles, local_angles))
 
 
 class EncoderLayer(nn.Module):
-    """One layer of `transformer.run_layer`.
+    """One layer of `transformer_layer.run_layer`.
 
     Attributes:
         config: The encoder.
         is_local: Whether the layer is local; None if that depends on its index.
     """
 
-    config: encoder_config.EncoderConfig
+    config: families.EncoderConfig
     is_local: bool | None
 
     @nn.compact
@@ -143,15 +143,17 @@ class EncoderLayer(nn.Module):
         def join(y: Array) -> Array:
             return y.reshape(1, -1, *y.shape[2:])
 
+        def split(y: Array) -> Array:
+            return y.reshape(*rows, *y.shape[2:])
+
         def drop(site: int, y: Array) -> Array:
-            split = y.reshape(*rows, *y.shape[2:])
-            return join(layers.dropout(split, config.dropout_rate, keys[site + 1]))
+            return join(layers.dropout(split(y), config.dropout_rate, keys[site + 1]))
 
-        def attend(*heads: Array) -> Array:
-            split = (head.reshape(*rows, *head.shape[2:]) for head in heads)
-            return join(_attend(*split, mask, config, keys[0]))
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            heads = (split(query), split(key), split(value))
+            return join(_attend(*heads, mask, config.dropout_rate, keys[0]))
 
-        hidden, _ = transformer.run_layer(
+        hidden, _ = transformer_layer.run_layer(
             weights,
             join(x),
             jax.tree.map(join, angles),
@@ -166,10 +168,8 @@ class EncoderLayer(nn.Module):
         return hidden.reshape(x.shape)
 
 
-def layer_specs(
-    config: encoder_config.EncoderConfig, is_local: bool
-) -> dict[str, Spec]:
-    """Returns the parameters of a layer by their names in `transformer.run_layer`."""
+def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spec]:
+    """Returns the parameters of a layer by their names in `run_layer`."""
     width, mlp_dim, per_layer = config.model_dim, config.mlp_dim, config.per_layer_dim
     num_heads, num_kv_heads, head_dim = config.heads(is_local)
     residual, offset = config.residual_init_scale, config.switches.norm_offset
@@ -221,10 +221,13 @@ def layer_specs(
             path = f"post_{name}_layer_norm"
             specs[f"post_{name}_norm"] = norm(path, width, scale=residual)
     if config.switches.per_layer:
-        axes = ("embed", "mlp")
         specs |= {
-            "per_layer_gate": matrix("per_layer/gate", width, per_layer, axes),
-            "per_layer_out": matrix("per_layer/out", per_layer, width, axes[::-1]),
+            "per_layer_gate": matrix(
+                "per_layer/gate", width, per_layer, ("embed", "mlp")
+            ),
+            "per_layer_out": matrix(
+                "per_layer/out", per_layer, width, ("mlp", "embed")
+            ),
             "post_per_layer_norm": norm(
                 "post_per_layer_layer_norm", width, scale=residual
             ),
@@ -233,7 +236,7 @@ def layer_specs(
     return specs
 
 
-def per_layer_specs(config: encoder_config.EncoderConfig) -> list[Spec]:
+def per_layer_specs(config: families.EncoderConfig) -> list[Spec]:
     """Returns the encoder's parameters of the per-layer embeddings."""
     width, total = config.model_dim, config.num_layers * config.per_layer_dim
     init, ones = nn.initializers.normal(1.0), nn.initializers.ones
@@ -284,14 +287,10 @@ def _attend(
     key: Float[Array, "R L G K"],
     value: Float[Array, "R L G K"],
     mask: Bool[Array, "R L L"],
-    config: encoder_config.EncoderConfig,
+    dropout_rate: float,
     dropout_keys: Key[Array, " R"] | None,
 ) -> Float[Array, "R L H K"]:
     """Grouped-query attention; logits and softmax are float32 in every dtype."""
-    if layers.is_fused(config, dropout_keys):
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask[:, None], scale=1.0, implementation="cudnn"
-        )
     rows, length, num_heads, width = query.shape
     grouped = query.reshape(rows, length, key.shape[2], -1, width)
     logits = jnp.einsum(
@@ -299,6 +298,6 @@ def _attend(
     )
     logits = jnp.where(mask[:, None, None], logits, layers.MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1)
-    weights = layers.dropout(weights, config.dropout_rate, dropout_keys)
+    weights = layers.dropout(weights, dropout_rate, dropout_keys)
     mixed = jnp.einsum("rghls,rsgk->rlghk", weights.astype(value.dtype), value)
     return mixed.reshape(rows, length, num_heads, width)

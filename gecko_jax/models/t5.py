@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from gecko_jax.models import encoder_config, layers
+from gecko_jax.models import families, layers
 
 
 def relative_position_buckets(
@@ -47,7 +47,7 @@ def relative_position_buckets(
 class RelativePositionBias(nn.Module):
     """A learned bias per head and distance bucket, added to the attention logits."""
 
-    config: encoder_config.EncoderConfig
+    config: families.EncoderConfig
 
     @nn.compact
     def __call__(self, length: int) -> Float[Array, "H L L"]:
@@ -75,7 +75,7 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention inside each segment."""
 
-    config: encoder_config.EncoderConfig
+    config: families.EncoderConfig
 
     @nn.compact
     def __call__(
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         key = project("key", fan_in)
         value = project("value", fan_in)
         # Logits and softmax are float32 in every activation dtype.
-        if layers.is_fused(config, dropout_keys):
+        if _is_fused(config, dropout_keys):
             mixed = _fused_attention(query, key, value, bias)
         else:
             logits = jnp.einsum(
@@ -117,6 +117,18 @@ class Attention(nn.Module):
             config.model_dim, ("joined_kv", "embed"), init, dtype, name="out"
         )
         return out(mixed.reshape(*x.shape[:2], joined))
+
+
+def _is_fused(
+    config: families.EncoderConfig, dropout_keys: Key[Array, " R"] | None
+) -> bool:
+    """Returns whether cuDNN computes the attention of this call."""
+    return (
+        config.attention == "cudnn"
+        and config.dtype == "bfloat16"
+        and (dropout_keys is None or config.dropout_rate == 0.0)
+        and jax.default_backend() == "gpu"
+    )
 
 
 def _fused_attention(
@@ -140,7 +152,7 @@ def _fused_attention(
 class Mlp(nn.Module):
     """The position-wise MLP: gated (`wi_0`, `wi_1`) in T5 1.1, plain (`wi`) in 1.0."""
 
-    config: encoder_config.EncoderConfig
+    config: families.EncoderConfig
 
     @nn.compact
     def __call__(
@@ -169,7 +181,7 @@ class Mlp(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and MLP, each with a norm before it and a residual around it."""
 
-    config: encoder_config.EncoderConfig
+    config: families.EncoderConfig
 
     @nn.compact
     def __call__(

@@ -19,7 +19,6 @@ scored positions, `Y` targets per position.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gecko_jax.models import layers
+from gecko_jax.models import transformer_layer
 
 PAD_POSITION = np.iinfo(np.int32).max
 
@@ -248,7 +247,9 @@ def _extend(
         key_positions.insert(0, prefix.positions[None])
     # Causal masks, [B or 1, L, S]: True where a token attends to a key.
     masks = [keys[:, None, :] <= positions[:, :, None] for keys in key_positions]
-    angles = rotary(positions, config.rope_base, config.rope_factors, config.head_dim)
+    angles = transformer_layer.rotary(
+        positions, config.rope_base, config.rope_factors, config.head_dim
+    )
     has_local = any(config.is_local)
     local_masks, local_angles = masks, angles
     if config.local_window is not None:
@@ -257,7 +258,9 @@ def _extend(
             mask & (positions[:, :, None] - keys[:, None, :] < config.local_window)
             for mask, keys in zip(masks, key_positions, strict=True)
         ]
-        local_angles = rotary(positions, config.local_rope_base, None, config.head_dim)
+        local_angles = transformer_layer.rotary(
+            positions, config.local_rope_base, None, config.head_dim
+        )
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         weights, is_local, *earlier = jax.tree.map(_from_bits, inputs)
@@ -271,14 +274,14 @@ def _extend(
                 (masks, angles),
             )
 
-        def attend(*heads: Array) -> Array:
-            query, key, value = (part.astype(dtype) for part in heads)
-            mixed = _attend(query, [*earlier, (key, value)], layer_masks)
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            own = (key.astype(dtype), value.astype(dtype))
+            mixed = _attend(query.astype(dtype), [*earlier, own], layer_masks)
             return mixed.astype(jnp.float32)
 
         # Keys are rotated before they are cached: a rotation depends only on the key's
         # own position.
-        hidden, (key, value) = run_layer(
+        hidden, (key, value) = transformer_layer.run_layer(
             weights,
             hidden,
             layer_rotary,
@@ -294,7 +297,7 @@ def _extend(
     inputs = (params["layers"], jnp.array(config.is_local), *parts)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
     final_norm = _from_bits(params["final_norm"])
-    normed = _norm(hidden, final_norm, config.norm_epsilon)
+    normed = transformer_layer.norm(hidden, final_norm, config.norm_epsilon)
     return normed, KeyValues(keys, values, positions)
 
 
@@ -306,97 +309,6 @@ def _from_bits(x: Any) -> Any:
     """
     is_bits = x.dtype == jnp.uint16
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if is_bits else x
-
-
-def run_layer(
-    weights: Mapping[str, Array],
-    hidden: Float[Array, "B L M"],
-    angles: tuple[Array, Array],
-    attend: Callable[[Array, Array, Array], Float[Array, "B L H K"]],
-    *,
-    activation: str,
-    query_scale: float,
-    norm_epsilon: float,
-    value_norm: bool = False,
-    drop: Callable[[int, Array], Array] = lambda site, x: x,
-    embedded: Float[Array, "B L M"] | None = None,
-) -> tuple[Float[Array, "B L M"], tuple[Array, Array]]:
-    """Runs one layer: attention and gated MLP, each with a norm before it.
-
-    What a family adds is present in `weights`: biases (`query_bias`, ...), norms of
-    query and key heads (`query_norm`, ...), norms after the sublayers
-    (`post_attention_norm`, ...), and a third sublayer (`per_layer_...`).
-
-    Args:
-        weights: Weights of the layer by the names of `logical_axes`.
-        hidden: Hidden states.
-        angles: Result of `rotary`.
-        attend: Function of query [B, L, H, K], key and value [B, L, G, K].
-        activation: Activation of the MLP's gate, one of `layers.ACTIVATIONS`.
-        query_scale: Factor of the queries.
-        norm_epsilon: Added to the mean square in norms.
-        value_norm: Whether value heads are normalized, without a scale.
-        drop: Dropout; 0 to 2 are the attention's output, the MLP's hidden units and
-            its output.
-        embedded: Token embeddings, for the third sublayer.
-
-    Returns:
-        The hidden states, and the rotated keys and the values.
-    """
-    gate_activation = layers.ACTIVATIONS[activation]
-    # Attention.
-    normed = _norm(hidden, weights["attention_norm"], norm_epsilon)
-    query, key, value = (
-        _product("blm,mhk->blhk", normed, weights[name])
-        for name in ("query", "key", "value")
-    )
-    if "query_bias" in weights:
-        query = query + weights["query_bias"][None, None]
-        key = key + weights["key_bias"][None, None]
-        value = value + weights["value_bias"][None, None]
-    if "query_norm" in weights:
-        query = _norm(query, weights["query_norm"], norm_epsilon)
-        key = _norm(key, weights["key_norm"], norm_epsilon)
-    if value_norm:
-        value = _norm(value, None, norm_epsilon)
-    query = _rotate(query, angles) * jnp.asarray(query_scale, query.dtype)
-    key = _rotate(key, angles)
-    mixed = attend(query, key, value)
-    attended = _product("blhk,hkm->blm", mixed, weights["out"])
-    if "post_attention_norm" in weights:
-        attended = _norm(attended, weights["post_attention_norm"], norm_epsilon)
-    hidden = hidden + drop(0, attended)
-    # Gated MLP.
-    normed = _norm(hidden, weights["mlp_norm"], norm_epsilon)
-    gate = gate_activation(_product("blm,mf->blf", normed, weights["gate"]))
-    up = _product("blm,mf->blf", normed, weights["up"])
-    down = _product("blf,fm->blm", drop(1, gate * up), weights["down"])
-    if "post_mlp_norm" in weights:
-        down = _norm(down, weights["post_mlp_norm"], norm_epsilon)
-    hidden = hidden + drop(2, down)
-    # Per-layer embeddings: the token embeddings, projected for this layer, pass a gate
-    # that depends on the hidden states.
-    if "per_layer_gate" in weights:
-        assert embedded is not None
-        own = jnp.einsum("blm,mp->blp", embedded, weights["per_layer_projection"])
-        own = own * embedded.shape[-1] ** -0.5
-        own = _norm(own, weights["per_layer_norm"], norm_epsilon)
-        gate = jnp.einsum("blm,mp->blp", hidden, weights["per_layer_gate"])
-        gated = gate_activation(gate) * own
-        mixed = jnp.einsum("blp,pm->blm", gated, weights["per_layer_out"])
-        hidden = hidden + _norm(mixed, weights["post_per_layer_norm"], norm_epsilon)
-        hidden = hidden * weights["layer_scalar"][None, None].astype(hidden.dtype)
-    return hidden, (key, value)
-
-
-def _product(
-    spec: str, inputs: Float[Array, "..."], weights: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    """A matrix product; float32 inputs are rounded to the dtype of the weights."""
-    if inputs.dtype == weights.dtype:
-        return jnp.einsum(spec, inputs, weights)
-    inputs = inputs.astype(weights.dtype)
-    return jnp.einsum(spec, inputs, weights, preferred_element_type=jnp.float32)
 
 
 def _attend(
@@ -464,46 +376,6 @@ def _attend(
     row_by_row = jax.default_backend() == "cpu" and length > 1
     over_rows = jax.lax.map if row_by_row else lambda f, rows: jax.vmap(f)(rows)
     return over_rows(attend_row, (query, own_parts, masks))
-
-
-def _norm(
-    inputs: Float[Array, "*rows M"], weight: Float[Array, " M"] | None, epsilon: float
-) -> Float[Array, "*rows M"]:
-    """RMS norm: divides by the root mean square in float32, then scales."""
-    wide = inputs.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    scaled = wide * jax.lax.rsqrt(mean_square + epsilon)
-    if weight is not None:
-        scaled = scaled * jnp.broadcast_to(weight.astype(jnp.float32), scaled.shape)
-    return scaled.astype(inputs.dtype)
-
-
-def rotary(
-    positions: Int[Array, "B L"],
-    base: float,
-    factors: tuple[float, ...] | None,
-    width: int,
-) -> tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]:
-    """Returns the cosine and sine of each position's rotary angles (RoPE)."""
-    # One frequency for each pair of dims; computed in float64 on the host.
-    frequencies = base ** -(np.arange(0, width, 2) / width)
-    if factors is not None:
-        frequencies = frequencies / np.array(factors)
-    # A broadcast product: accelerators may round a matrix product.
-    angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(
-        frequencies.astype(np.float32)[None, None]
-    )
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def _rotate(
-    heads: Float[Array, "B L N K"], rotary: tuple[Array, Array]
-) -> Float[Array, "B L N K"]:
-    """Rotates dims (i, i + K/2) as a pair, the order of Hugging Face's weights."""
-    cosine, sine = rotary
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
 
 
 def _precision(params: dict[str, Any]) -> Any:

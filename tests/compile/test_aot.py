@@ -1,6 +1,7 @@
 """Ahead-of-time compilation for TPU topologies: names, FLOPs, collectives, search."""
 
 import contextlib
+import dataclasses
 import pathlib
 import sys
 import types
@@ -13,6 +14,7 @@ from gecko_jax.cli import flags
 from gecko_jax.compile import aot, hlo
 from gecko_jax.parallel import sharding
 from gecko_jax.training import train_step
+from tests import tiny_encoders
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -52,7 +54,7 @@ def test_flops_include_scans_and_recomputation():
     assert aot.count_flops(jaxpr) == 3 * 4 * (2 * 4 * 8 * 8)
 
 
-def _step(microbatch_size, **sizes):
+def _step(microbatch_size, settings=None, **sizes):
     keys = {
         "data.batch_size": 32,
         "data.query_length": 8,
@@ -70,6 +72,7 @@ def _step(microbatch_size, **sizes):
         "loss.mrl_weights": "(1.0,)",
         "train.microbatch_size": microbatch_size,
         **{f"mesh.{name}": size for name, size in sizes.items()},
+        **(settings or {}),
     }
     config = flags.load(
         f"{ROOT / 'configs/finetune.py'}:local",
@@ -100,6 +103,16 @@ def test_no_microbatch_waits_for_another_device():
     flops = aot.count_flops(traced.jaxpr)
     model = train_step.model_flops(config)
     assert 5 / 3 * model < flops < 2 * model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma", "embeddinggemma2", "qwen3"])
+def test_no_microbatch_of_another_family_waits_for_another_device(family):
+    encoder = dataclasses.asdict(tiny_encoders.FAMILIES[family])
+    names = encoder.keys() - {"scan_layers", "remat"}
+    settings = {f"model.{name}": encoder[name] for name in names}
+    traced, _ = _step(8, settings, data=2, fsdp=4)
+    assert _in_microbatch_loop(traced) == 0
 
 
 @pytest.mark.slow

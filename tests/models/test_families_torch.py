@@ -58,7 +58,7 @@ def _embeddinggemma2():
     settings = embedding_gemma2.EmbeddingGemma2TextConfig(
         **_sizes(config),
         sliding_window=5,
-        sliding_window_pattern=3,
+        sliding_window_pattern=2,
         global_head_dim=config.global_head_dim,
         num_global_key_value_heads=config.global_num_kv_heads,
         hidden_size_per_layer_input=config.per_layer_dim,

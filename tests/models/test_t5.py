@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gecko_jax.models import encoder, encoder_config, layers, t5
+from gecko_jax.models import encoder, families, layers, t5
 
 T5X = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 
@@ -79,7 +79,7 @@ def test_the_gelu_is_the_tanh_form():
 
 
 def test_a_config_survives_json():
-    config = encoder_config.EncoderConfig(
+    config = families.EncoderConfig(
         vocab_size=64,
         model_dim=16,
         num_layers=2,
@@ -90,13 +90,13 @@ def test_a_config_survives_json():
     )
     values = json.loads(json.dumps(config.__dict__))
     assert isinstance(values["mlp_activations"], list)
-    assert encoder_config.EncoderConfig(**values) == config
-    assert hash(encoder_config.EncoderConfig(**values)) == hash(config)
+    assert families.EncoderConfig(**values) == config
+    assert hash(families.EncoderConfig(**values)) == hash(config)
 
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_attention_masks_other_segments_exactly(length):
-    config = encoder_config.EncoderConfig(
+    config = families.EncoderConfig(
         vocab_size=8,
         model_dim=8,
         num_layers=1,
@@ -126,9 +126,9 @@ def test_cudnn_attention_equals_xla_without_a_gpu():
     }
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     segments = jnp.ones((2, 8), jnp.int32)
-    plain = encoder.Encoder(encoder_config.EncoderConfig(**settings))
+    plain = encoder.Encoder(families.EncoderConfig(**settings))
     variables = plain.init(jax.random.key(1), x, segments)
-    fused = encoder.Encoder(encoder_config.EncoderConfig(**settings, attention="cudnn"))
+    fused = encoder.Encoder(families.EncoderConfig(**settings, attention="cudnn"))
     np.testing.assert_array_equal(
         plain.apply(variables, x, segments), fused.apply(variables, x, segments)
     )

@@ -15,6 +15,7 @@ from gecko_jax.formats import detection, model_folder, names, parameters
 from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats, vocabularies
 from gecko_jax.training import initialization, loop
+from tests import tiny_encoders
 
 ROOT = pathlib.Path(__file__).parents[2]
 DATA = ROOT / "tests" / "testdata"
@@ -109,6 +110,28 @@ def test_a_bag_of_tokens_gets_layers_that_add_nothing_yet(tiny_files, tmp_path, 
     # All of it can learn: only the last matrix of a block is 0.
     for name, leaf in parameters.flatten(start.params).items():
         assert np.any(leaf) != name.endswith(("/out/kernel", "/wo/kernel"))
+
+
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
+def test_new_layers_of_every_family_add_nothing_yet(family):
+    config = tiny_encoders.FAMILIES[family]
+    init = jax.jit(dual_encoder.init_params, static_argnums=0)
+    bag = init(dataclasses.replace(config, num_layers=0), jax.random.key(0))
+    params = initialization._add_layers(bag, config, jax.random.key(1))
+    parameters.check(params, config, source=family)
+    tokens = jnp.arange(2, 22).reshape(2, 10)
+    embed = jax.jit(dual_encoder.DualEncoder(config).apply)
+    actual = embed({"params": params}, tokens, jnp.ones_like(tokens))
+    rest = params["encoder"]["encoder_norm"]["scale"] + config.switches.norm_offset
+    hidden = params["token_embedder"]["embedding"][tokens] * config.embedding_scale
+    mean_square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
+    states = (
+        hidden * jax.lax.rsqrt(mean_square + config.norm_epsilon) * rest[None, None]
+    )
+    expected = states[:, -1] if config.pooling == "last" else states.mean(axis=1)
+    if config.projection:
+        expected = expected @ params["projection_layer"]["kernel"]
+    np.testing.assert_allclose(actual[:, 0], expected, atol=1e-5)
 
 
 def test_the_format_of_a_trained_start_stays(tiny_files):

@@ -22,6 +22,7 @@ from gecko_jax.formats import parameters
 from gecko_jax.losses import contrastive
 from gecko_jax.models import dual_encoder
 from gecko_jax.training import t5x_adapter
+from tests import tiny_encoders
 
 HAS_T5X = importlib.util.find_spec("t5x") is not None
 CONFIG = dual_encoder.EncoderConfig(
@@ -157,6 +158,17 @@ def test_without_negatives_there_are_no_negative_features(adapted, batch):
     loss, _ = adapted.eval_fn(params, bare)
     # The negatives of this batch are all masked.
     np.testing.assert_allclose(loss, adapted.eval_fn(params, batch)[0], rtol=1e-6)
+
+
+def test_another_family_is_refused():
+    with pytest.raises(ValueError, match=r"family='gemma'.*gecko train"):
+        t5x_adapter.build_model(
+            tiny_encoders.GEMMA,
+            None,
+            mrl_dims=(8,),
+            mrl_weights=(1.0,),
+            temperature=1.0,
+        )
 
 
 def test_variables_have_axes_that_t5x_accepts(adapted):

@@ -74,7 +74,7 @@ class EncoderConfig:
             matrix products ("dots").
         l2_epsilon: Added under the root when a trained model normalizes embeddings;
             t5x_retrieval uses 1e-6. Losses use 1e-12.
-        attention: "cudnn" runs the attention as one cuDNN kernel on a GPU, in bfloat16
+        attention: "cudnn" runs T5's attention as one cuDNN kernel on a GPU, in bfloat16
             and without dropout. In all other cases it is the same as "xla".
         residual_init_scale: Scale of residual-branch initializers, relative to T5X's.
         family: "t5", or one of `FAMILIES`. T5 uses none of the fields below.
@@ -206,6 +206,8 @@ def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     if family == "t5":
         return faults
     switches = FAMILIES[family]
+    if values["attention"] == "cudnn":
+        add("attention", f"family {family!r} has no cuDNN kernel here; set it to 'xla'")
     activations = tuple(values["mlp_activations"])
     if len(activations) != 2 or activations[1] != "linear":
         add(
