@@ -350,7 +350,7 @@ def mrl_loss(
     ) -> LossTerms:
         prefixes = cut(embeddings, dim)
         terms = contrastive_loss(*prefixes, ids, **switches)
-        if not kl_weight:
+        if scores is None or not kl_weight:
             return terms
         kl = distillation.candidate_divergence(
             *prefixes,
