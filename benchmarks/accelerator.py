@@ -13,10 +13,12 @@ accelerator.sh; TensorFlow and seqio are not among them.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -120,6 +122,12 @@ class Results:
             file.write(f"{time.strftime('%H:%M:%S')} {line.rstrip()}\n")
 
 
+def end_with_parent() -> None:
+    """Asks Linux to end this process when its parent does: a rerun needs the device."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
     """Runs a stage, and files what it prints as it prints it."""
     arguments = stage.command + (list(stage.tiny) if is_tiny else [])
@@ -140,6 +148,7 @@ def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
         text=True,
         errors="replace",
         env=os.environ | settings,
+        preexec_fn=end_with_parent,
     )
     assert process.stdout is not None
     for line in process.stdout:
