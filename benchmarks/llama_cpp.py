@@ -33,6 +33,9 @@ class LlamaCpp:
         params.cpuparams_batch.n_threads = threads
         # Half precision would be the only difference that is left.
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        # Flash attention rounds to half precision, too.
+        kinds = xllamacpp.llama_flash_attn_type
+        params.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.swa_full = True  # Gemma 3 reads the whole prompt again without it.
         params.port = 0
         params.verbosity = 0

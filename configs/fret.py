@@ -7,8 +7,11 @@ r"""FRet: training data from a language model, passages to triples (section 3.2)
         --config.llm.model=google/gemma-3-27b-it --max-cost=200
 
 Arguments: `local` takes 60 passages of the bundled corpus and SmolLM2-135M-Instruct,
-which runs in this process, in well under half an hour on a laptop. `local,recorded`
-replays what it answered, in seconds and with nothing to install. `llama_cpp` and
+which runs in this process, in well under half an hour on a laptop. `local,qwen` and
+`local,qwen_small` take Qwen2.5-Coder-1.5B and 0.5B-Instruct instead, which judge far
+better (`gecko fret fetch-model qwen2.5-coder-1.5b`). `local,recorded` replays what
+SmolLM2 answered, in seconds and with nothing to install. `relabel` is for `gecko fret
+relabel`: `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp` and
 `hosted` set what those servers need (`local,llama_cpp`: the small model behind one on
 port 8080); without an argument vLLM or SGLang is meant. docs/fret.md tells how to start
 each. The paper gives neither prompts, model, N nor filters: numbers without a source
@@ -24,7 +27,14 @@ from gecko_jax.fret import settings
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the config; see the file's docstring for `arg`."""
     arg = gecko_jax.config.parse_arg(
-        arg, local=False, recorded=False, llama_cpp=False, hosted=False
+        arg,
+        local=False,
+        recorded=False,
+        relabel=False,
+        qwen=False,
+        qwen_small=False,
+        llama_cpp=False,
+        hosted=False,
     )
     # Every key with its default, unit and source: gecko_jax/fret/settings.py.
     config = gecko_jax.config.defaults(settings.KEYS)
@@ -53,6 +63,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             config.llm.concurrency = 1
         else:
             config.llm.weights = "smollm2"
+            if arg.qwen or arg.qwen_small:
+                size = "0.5b" if arg.qwen_small else "1.5b"
+                config.llm.weights = f"qwen2.5-coder-{size}"
+                config.llm.dtype = "bfloat16"
         # What a model of this size can do, measured: docs/fret.md.
         config.generate.prompt = "generate_short"
         config.generate.shots = 0  # all five, so that they are read once
@@ -60,7 +74,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.retrieve.num_candidates = 10
         config.likelihood.generic_passage = "This is a short text."
         config.fuse.relevance = "log_odds"
-        config.fuse.relevance_weight = 0.0
+        config.fuse.relevance_weight = float(arg.qwen or arg.qwen_small)
         config.calibrate.num_seeds = 10
         config.run.max_error_rate = 0.2
+    if arg.relabel:
+        config.passages.files = ()
+        config.relabel.files = ("quickstart",)
+        config.relabel.limit = 100 if arg.local else 0
+        config.likelihood.generic_passage = ""  # People have written the queries.
     return config

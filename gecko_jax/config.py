@@ -23,7 +23,7 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from gecko_jax.models import dual_encoder, t5
+from gecko_jax.models import dual_encoder, families, layers
 from gecko_jax.parallel import sharding
 
 
@@ -130,10 +130,16 @@ _PATHS = Rule(
 )
 _ACTIVATIONS = Rule(
     tuple,
-    "must hold one or two of " + ", ".join(t5.ACTIVATIONS),
+    "must hold one or two of " + ", ".join(layers.ACTIVATIONS),
     lambda v: (
-        1 <= len(v) <= 2 and all(isinstance(n, str) and n in t5.ACTIVATIONS for n in v)
+        1 <= len(v) <= 2
+        and all(isinstance(n, str) and n in layers.ACTIVATIONS for n in v)
     ),
+)
+_WINDOW = Rule(
+    tuple,
+    "must hold the distances to the left and right, 0 or more, or nothing",
+    lambda v: len(v) in (0, 2) and all(_is_kind(n, int) and 0 <= n < 2**31 for n in v),
 )
 _BUCKETS = Rule(
     int, "must be even and in [4, 65,536]", lambda v: 4 <= v <= 2**16 and v % 2 == 0
@@ -207,6 +213,12 @@ TRAINING: dict[str, Key] = {
         "Output of `gecko data teach`, for embedding matching; empty for none.",
     ),
     "data.teacher_dim": Key(0, COUNT, "Dims of the teacher's vectors; 0 without one."),
+    "model.family": Key(
+        "t5",
+        one_of("t5", *families.FAMILIES),
+        "Encoder family: T5, Gemma 3 (EmbeddingGemma, T5Gemma 2), EmbeddingGemma 2's "
+        "text part, or Qwen 3.",
+    ),
     "model.vocab_size": Key(8_064, between(1, 2**24), "Rows of the embedding table."),
     "model.model_dim": Key(256, _WIDTH, "Encoder width."),
     "model.num_layers": Key(
@@ -230,13 +242,13 @@ TRAINING: dict[str, Key] = {
         True, SWITCH, "Projects the pooled hidden state to `embedding_dim`."
     ),
     "model.dropout_rate": Key(0.1, SHARE, "Dropout rate (T5)."),
-    "model.dtype": Key("bfloat16", one_of(*t5.DTYPES), "Activation dtype."),
+    "model.dtype": Key("bfloat16", one_of(*families.DTYPES), "Activation dtype."),
     "model.scan_layers": Key(
         True, SWITCH, "Scans over layers, which compiles faster; results do not change."
     ),
     "model.remat": Key(
         "dots",
-        one_of(*t5.REMAT_POLICIES),
+        one_of(*families.REMAT_POLICIES),
         "Recomputed in the backward pass: none, all but matrix products, or full.",
     ),
     "model.l2_epsilon": Key(
@@ -246,7 +258,7 @@ TRAINING: dict[str, Key] = {
     ),
     "model.attention": Key(
         "xla",
-        one_of(*t5.ATTENTIONS),
+        one_of(*families.ATTENTIONS),
         "`cudnn` fuses attention on a GPU, without dropout.",
     ),
     "model.residual_init_scale": Key(
@@ -254,6 +266,42 @@ TRAINING: dict[str, Key] = {
         ABOVE_ZERO,
         "Scale of residual-branch initializers, relative to T5X's; a fresh encoder is "
         "then close to a bag of tokens.",
+    ),
+    "model.pooling": Key(
+        "mean",
+        one_of(*families.POOLINGS),
+        "Mean over the tokens of a text, or its last token (Qwen3-Embedding).",
+    ),
+    "model.num_kv_heads": Key(
+        0, COUNT, "Key and value heads; 0 for as many as `num_heads`."
+    ),
+    "model.global_num_kv_heads": Key(
+        0, COUNT, "The same of global layers, if it differs (EmbeddingGemma 2)."
+    ),
+    "model.global_head_dim": Key(
+        0, COUNT, "Width of a head of global layers, if it differs (EmbeddingGemma 2)."
+    ),
+    "model.local_window": Key(
+        (), _WINDOW, "Reach of local layers to the left and right, in tokens."
+    ),
+    "model.global_every": Key(
+        1, between(1, 1_000), "Period of the global layers (Gemma 3: 6)."
+    ),
+    "model.rope_base": Key(
+        1e6, ABOVE_ZERO, "Base of the rotary frequencies of global layers (Gemma 3)."
+    ),
+    "model.rope_factor": Key(
+        1.0, ABOVE_ZERO, "Divisor of these frequencies (Gemma 3 of 4B and more: 8)."
+    ),
+    "model.local_rope_base": Key(
+        1e4, ABOVE_ZERO, "Base of the rotary frequencies of local layers (Gemma 3)."
+    ),
+    "model.query_scale": Key(
+        0.0, NOT_NEGATIVE, "Factor of the attention logits; 0 for head_dim ** -0.5."
+    ),
+    "model.norm_epsilon": Key(1e-6, ABOVE_ZERO, "Added to the mean square in norms."),
+    "model.per_layer_dim": Key(
+        0, COUNT, "Width of the per-layer embeddings (EmbeddingGemma 2)."
     ),
     "init.checkpoint": Key(
         "", TEXT, "Workdir, model folder or checkpoint to start from; empty for none."
@@ -362,6 +410,9 @@ ADDED_KEYS: dict[str, Any] = {
     "init.token_weight_dims": 0.25,
     "model.attention": "xla",
     "model.residual_init_scale": 0.1,
+    # T5 was the only family.
+    "model.family": "t5",
+    **{f"model.{name}": value for name, value in families.ROTARY_FIELDS.items()},
 }
 
 # The `local` argument of both stages: `mini` on a laptop CPU.
@@ -619,12 +670,12 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> list[str]:
             )
             if flat[key] != needed
         ]
-    if not flat["model.projection"] and width != flat["model.model_dim"]:
-        faults.append(
-            f"model.embedding_dim={width}: without a projection it must equal "
-            f"model.model_dim={flat['model.model_dim']}; change one of them, or set "
-            "model.projection=True"
-        )
+    fields = {
+        name.removeprefix("model."): value
+        for name, value in flat.items()
+        if name.startswith("model.")
+    }
+    faults += families.find_faults(fields, "model.")
     if not flat["model.projection"]:
         faults += [
             f"{key}={flat[key]!r}: needs model.projection=True"

@@ -12,9 +12,12 @@ from gecko_jax.parallel import sharding
 from gecko_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
-SIZES = tuple(dual_encoder.PRESETS)
+SIZES = tuple(
+    name for name, sizes in dual_encoder.PRESETS.items() if "family" not in sizes
+)
 ARGUMENTS = ("", "local", *SIZES, *(f"{size},local" for size in SIZES))
-FINETUNE = ("fret", "fret,local", "xl,fret")
+FAMILIES = tuple(name for name in dual_encoder.PRESETS if name not in SIZES)
+FINETUNE = ("fret", "fret,local", "xl,fret", "gemma,local", *FAMILIES)
 RECIPES = tuple(
     f"{size},{recipe}{more}"
     for recipe in ("paper", "modern", "zero_shot")
@@ -45,7 +48,10 @@ def test_arguments_are_words_and_pairs():
 def test_every_config_is_sound_and_traces(name, argument):
     config = flags.load(f"{ROOT / 'configs' / name}.py:{argument}")
     gecko_jax.config.check(config)
-    config.model.num_layers = 2  # they are all alike, and tracing 24 takes long
+    # They are all alike, and tracing 24 takes long.
+    config.model.num_layers = max(
+        2, gecko_jax.config.encoder_config(config).scan_period
+    )
     config.data.batch_size = 8
     config.train.microbatch_size = min(config.train.microbatch_size, 8)
     mesh = sharding.build_mesh(**train_step.mesh_sizes(config))

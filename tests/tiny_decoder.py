@@ -1,5 +1,6 @@
 """A decoder of a few thousand random parameters, and a file that holds it."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -21,6 +22,9 @@ LLAMA = transformer.DecoderConfig(
     norm_epsilon=1e-5,
     rope_base=10_000.0,
 )
+QWEN2 = dataclasses.replace(LLAMA, head_dim=4, qkv_bias=True)
+QWEN3 = dataclasses.replace(LLAMA, head_norms=True)
+_FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 # All that Gemma 3 adds, with windows shorter than the texts of the tests.
 GEMMA = transformer.DecoderConfig(
     vocab_size=300,
@@ -78,18 +82,21 @@ def pieces() -> tuple[list[str], list[str]]:
 def write_gguf(
     path: pathlib.Path,
     kinds: dict[str, str] | None = None,
-    config: transformer.DecoderConfig = LLAMA,
+    config: transformer.DecoderConfig | None = None,
+    family: str = "llama",
 ) -> pathlib.Path:
-    """Writes the Llama of this file as llama.cpp's converter would.
+    """Writes a model of this file as llama.cpp's converter would.
 
     Args:
         path: The file.
         kinds: Quantization of tensors whose name holds the key; others are F32.
-        config: What the header says.
+        config: What the header says, if not the truth.
+        family: "llama", "qwen2" or "qwen3".
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
+    config = config or _FAMILIES[family]
+    writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.model_dim)
     writer.add_block_count(config.num_layers)
@@ -104,13 +111,13 @@ def write_gguf(
     tokens, merges = pieces()
     tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre("smollm" if family == "llama" else "qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     writer.add_token_merges(merges)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(False)
-    for name, values in _tensors(config).items():
+    for name, values in _tensors(family).items():
         values = np.ascontiguousarray(values)
         wanted = [kind for key, kind in (kinds or {}).items() if key in name]
         if wanted:
@@ -125,9 +132,9 @@ def write_gguf(
     return path
 
 
-def _tensors(config: transformer.DecoderConfig) -> dict[str, np.ndarray]:
+def _tensors(family: str) -> dict[str, np.ndarray]:
     """Tensors by llama.cpp's names, in its layout."""
-    tree = params(LLAMA)
+    tree = params(_FAMILIES[family])
     found = {
         "token_embd.weight": tree["embedding"],
         "output_norm.weight": tree["final_norm"],
@@ -142,10 +149,16 @@ def _tensors(config: transformer.DecoderConfig) -> dict[str, np.ndarray]:
         "gate": "ffn_gate",
         "up": "ffn_up",
         "down": "ffn_down",
+        "query_norm": "attn_q_norm",
+        "key_norm": "attn_k_norm",
     }
-    for ours, theirs in names.items():
-        for layer, values in enumerate(tree["layers"][ours]):
-            if ours in ("query", "key"):
+    for ours, layers in tree["layers"].items():
+        theirs = names[ours.removesuffix("_bias")]
+        for layer, values in enumerate(layers):
+            if ours.endswith("_bias"):
+                found[f"blk.{layer}.{theirs}.bias"] = values.ravel()
+                continue
+            if ours in ("query", "key") and family == "llama":
                 # [in, head, pair half, pair] -> [head, pair, pair half, in]
                 split = values.reshape(values.shape[0], values.shape[1], 2, -1)
                 values = split.transpose(1, 3, 2, 0).reshape(-1, values.shape[0])

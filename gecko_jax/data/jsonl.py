@@ -12,6 +12,9 @@ Fields:
         defaults to the task's.
     query, positive: Texts; `passage` is an alias of `positive`.
     title: Title of the positive, optional.
+    positives: List of passages that answer the query, in place of `positive`. Each
+        makes an example of its own (`split`); `titles` and `passage_ids` have one item
+        for each.
     negatives: List of hard negatives, optional; `negative` holds a single string.
     negative_titles: Their titles, one for each negative.
     query_id, passage_id: Strings or integers that are equal for equal queries and
@@ -19,6 +22,9 @@ Fields:
     negative_ids: Passage ids of the negatives.
     negative_group: Number, 0 by default. Only examples of the same group are each
         other's in-batch negatives.
+    scores: Relevance of the candidates according to a judge such as `gecko fret`, for
+        `loss.kl_weight`: a number for the positive (or for each of `positives`), then
+        one for each negative; null for a candidate without one.
 
 Other fields, such as a source or a licence, are ignored. A value of null or NaN is
 missing, as in every file that this package reads (`inputs`).
@@ -26,6 +32,7 @@ missing, as in every file that this package reads (`inputs`).
 
 import collections
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +42,10 @@ from gecko_jax.text import text_formats
 
 _POSITIVE = ("positive", "passage")
 _ALIASES = (_POSITIVE, ("negatives", "negative"))
+# Fields of one positive, and of several.
+_SEVERAL = {"positive": "positives", "title": "titles", "passage_id": "passage_ids"}
 _INT32 = range(-(2**31), 2**31)
+_MOST = 2.0**127  # Scores are stored in float32.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +54,8 @@ class Pair:
 
     A missing title or task description is "". An id is two uint32 words: the hash of
     an id in the file, or else `text_formats.content_id`. `given_ids` are the passage
-    ids in the file, of the positive and of each negative.
+    ids in the file, of the positive and of each negative. `scores` are in the same
+    order, minus infinity where a candidate has none; empty if no candidate has one.
     """
 
     task: str
@@ -59,6 +70,7 @@ class Pair:
     negative_ids: tuple[tuple[int, int], ...]
     negative_group: int
     given_ids: tuple[str | int | None, ...]
+    scores: tuple[float, ...] = ()
 
     @property
     def passages(self) -> Iterator[tuple[str, str, tuple[int, int]]]:
@@ -83,9 +95,10 @@ def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pai
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], Pair]]:
-    """Yields (place, record as read, example) of every line."""
-    for place, record in reading.read_records(path):
-        yield place, record, parse(place, record)
+    """Yields (place, record with one positive, example) of every example."""
+    for place, line in reading.read_records(path):
+        for record in split(place, line):
+            yield place, record, parse(place, record)
 
 
 def count_examples(path: str | os.PathLike) -> dict[str, int]:
@@ -102,8 +115,52 @@ def count_examples(path: str | os.PathLike) -> dict[str, int]:
     return dict(examples)
 
 
+def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields a record for each of several positives; other records as they are.
+
+    {"positives": ["a", "b"], "negatives": ["n"], "scores": [3, 2, 0], ...}
+    -> {"positive": "a", "negatives": ["n"], "scores": [3, 0], ...}
+       {"positive": "b", "negatives": ["n"], "scores": [2, 0], ...}
+
+    The examples have the same query, so `loss.mask_duplicates` masks the one's positive
+    as a negative of the other.
+    """
+    if record.get("positives") is None:
+        yield record
+        return
+    for name in (*_SEVERAL, "passage"):
+        if record.get(name) is not None:
+            raise ValueError(
+                f"{place}: field {name!r} is for one positive; with 'positives', use "
+                f"{_SEVERAL.get(name, 'positives')!r}"
+            )
+    items = _list(place, record, "positives")
+    positives = [_text(place, {name: value}, name) for name, value in items]
+    if not positives:
+        raise ValueError(f"{place}: field 'positives' is empty; give at least one")
+    several = {
+        one: _list(place, record, name, len(positives), "positive")
+        for one, name in _SEVERAL.items()
+    }
+    negatives = _negatives(place, record)
+    for name, negative in negatives:
+        if negative in positives:
+            raise ValueError(
+                f"{place}: field {name!r} is one of 'positives', too; remove one of "
+                "them"
+            )
+    scores = _scores(place, record, len(positives), len(negatives))
+    rest = {name: record[name] for name in record if name not in _SEVERAL.values()}
+    for number in range(len(positives)):
+        own = {name: items[number][1] for name, items in several.items()}
+        one = rest | {name: value for name, value in own.items() if value is not None}
+        if scores:
+            one["scores"] = [scores[number], *scores[len(positives) :]]
+        yield one
+
+
 def parse(place: str, record: dict[str, Any]) -> Pair:
-    """Checks one record; `place` (file:line) starts every error."""
+    """Checks one record with one positive; `place` (file:line) starts every error."""
     for aliases in _ALIASES:
         if all(record.get(name) is not None for name in aliases):
             both = " and ".join(map(repr, aliases))
@@ -111,13 +168,7 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
     query = _text(place, record, "query")
     positive = _text(place, record, *_POSITIVE)
     title = _text(place, record, "title", default="")
-    if record.get("negative") is not None:
-        negatives = [_text(place, record, "negative")]
-    else:
-        negatives = [
-            _text(place, {name: value}, name)
-            for name, value in _list(place, record, "negatives")
-        ]
+    negatives = [text for _, text in _negatives(place, record)]
     titles = [
         _text(place, {name: value}, name, default="")
         for name, value in _list(place, record, "negative_titles", len(negatives))
@@ -154,7 +205,40 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         negative_ids=tuple(passage_ids[1:]),
         negative_group=_group(place, record.get("negative_group")),
         given_ids=given_ids,
+        scores=tuple(
+            -math.inf if score is None else score
+            for score in _scores(place, record, 1, len(negatives))
+        ),
     )
+
+
+def _negatives(place: str, record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name in errors, text) of each hard negative."""
+    if record.get("negative") is not None:
+        return [("negative", _text(place, record, "negative"))]
+    return [
+        (name, _text(place, {name: value}, name))
+        for name, value in _list(place, record, "negatives")
+    ]
+
+
+def _scores(
+    place: str, record: dict[str, Any], num_positives: int, num_negatives: int
+) -> list[float | None]:
+    """Returns the candidates' scores, None for a missing one; [] if there are none."""
+    if record.get("scores") is None:
+        return []
+    scores: list[float | None] = []
+    length = num_positives + num_negatives
+    for name, value in _list(place, record, "scores", length, "positive and negative"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and abs(value) < _MOST):
+            raise ValueError(
+                f"{place}: field {name!r} is {value!r}; it must be a finite number, or "
+                "null for none"
+            )
+        scores.append(None if value is None else float(value))
+    return scores if any(score is not None for score in scores) else []
 
 
 def _text(
@@ -175,7 +259,11 @@ def _text(
 
 
 def _list(
-    place: str, record: dict[str, Any], name: str, length: int | None = None
+    place: str,
+    record: dict[str, Any],
+    name: str,
+    length: int | None = None,
+    each: str = "negative",
 ) -> list[tuple[str, Any]]:
     """Returns the items of a list field, named "field[0]", "field[1]", ...
 
@@ -187,7 +275,7 @@ def _list(
     is_list = isinstance(values, list)
     if not is_list or length not in (None, len(values)):
         shown = wording.counted(len(values), "item") if is_list else repr(values)[:80]
-        rule = "of strings" if length is None else f"of {length}, one for each negative"
+        rule = "of strings" if length is None else f"of {length}, one for each {each}"
         raise ValueError(
             f"{place}: field {name!r} is {shown}; it must be a list {rule}"
         )

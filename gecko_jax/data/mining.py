@@ -267,4 +267,6 @@ def extend(
     ids = [*pair.given_ids[1:], *(given for _, _, given in mined)]
     if any(given is not None for given in ids):
         extended["negative_ids"] = ids
+    if pair.scores:  # No judge has seen the mined ones.
+        extended["scores"] = [*record["scores"], *[None] * len(mined)]
     return extended

@@ -221,21 +221,25 @@ def _lines(
             continue
         line = {**line, "task": task.name}
         try:
-            pair = jsonl.parse(task.name, line)
+            examples = [
+                (record, jsonl.parse(task.name, record))
+                for record in jsonl.split(task.name, line)
+            ]
         except ValueError as error:
             if not dropped["unfit text"]:
                 logging.warning("Left out, as are all lines like it: %s", error)
             dropped["unfit text"] += 1
             continue
-        content = f"{pair.query}\0{pair.title}\0{pair.positive}".encode()
-        digest = hashlib.blake2b(content, digest_size=12).digest()
-        if digest in seen:
-            dropped["duplicate"] += 1
-        elif pair.query == pair.positive:
-            dropped["positive equals query"] += 1
-        else:
-            seen.add(digest)
-            yield line
+        for record, pair in examples:
+            content = f"{pair.query}\0{pair.title}\0{pair.positive}".encode()
+            digest = hashlib.blake2b(content, digest_size=12).digest()
+            if digest in seen:
+                dropped["duplicate"] += 1
+            elif pair.query == pair.positive:
+                dropped["positive equals query"] += 1
+            else:
+                seen.add(digest)
+                yield record
 
 
 def _preprocess(

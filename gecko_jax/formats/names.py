@@ -3,12 +3,14 @@
     encoder/layers_0/attention/query/kernel  [M, H*K]
     encoder.block.0.layer.0.SelfAttention.q.weight  [H*K, M]
 
-Hugging Face stores kernels and the relative bias transposed.
+Hugging Face stores kernels and the relative bias transposed. The names of families
+other than T5 are those of the text model alone: a prefix, such as `model.`, is removed
+by the reader and added by the writer.
 """
 
 from typing import NamedTuple
 
-from gecko_jax.models import dual_encoder
+from gecko_jax.models import dual_encoder, rotary_encoder
 
 PROJECTION = "projection_layer/kernel"
 
@@ -35,10 +37,54 @@ class HuggingFaceName(NamedTuple):
     transposed: bool
 
 
+# Parameters of a layer of a family other than T5. EmbeddingGemma 2 has its projection
+# in the text model, as `embedding_projection.weight`.
+_LAYER_STEMS = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+    "mlp/wi_0": "mlp.gate_proj",
+    "mlp/wi_1": "mlp.up_proj",
+    "mlp/wo": "mlp.down_proj",
+    "pre_attention_layer_norm": "input_layernorm",
+    "post_attention_layer_norm": "post_attention_layernorm",
+    "pre_mlp_layer_norm": "pre_feedforward_layernorm",
+    "post_mlp_layer_norm": "post_feedforward_layernorm",
+    "per_layer/gate": "ple_block.per_layer_input_gate",
+    "per_layer/out": "ple_block.per_layer_projection",
+    "post_per_layer_layer_norm": "ple_block.post_per_layer_input_norm",
+    "layer_scalar": "layer_scalar",
+}
+# What differs, by `model_type` of Hugging Face's `config.json`.
+_OTHER_STEMS = {
+    "qwen3": {"pre_mlp_layer_norm": "post_attention_layernorm"},
+    "t5gemma2_text": {
+        "pre_attention_layer_norm": "pre_self_attn_layernorm",
+        "post_attention_layer_norm": "post_self_attn_layernorm",
+    },
+}
+_MODEL_TYPES = {
+    "gemma": "gemma3_text",
+    "embeddinggemma2": "embedding_gemma2_text",
+    "qwen3": "qwen3",
+}
+
+
 def hugging_face_names(
-    config: dual_encoder.EncoderConfig,
+    config: dual_encoder.EncoderConfig, model_type: str = ""
 ) -> dict[str, HuggingFaceName]:
-    """Returns T5X name -> Hugging Face name of every parameter but the projection."""
+    """Returns T5X name -> Hugging Face name of every parameter but the projection.
+
+    Args:
+        config: The encoder.
+        model_type: `model_type` of the text model; by default, the one that an export
+            of the family has. The alternative is "t5gemma2_text".
+    """
+    if config.family != "t5":
+        return _rotary_names(config, model_type or _MODEL_TYPES[config.family])
     stems = {
         "token_embedder/embedding": "shared",
         "encoder/encoder_norm/scale": "encoder.final_layer_norm",
@@ -65,3 +111,26 @@ def hugging_face_names(
         name: HuggingFaceName(f"{stem}.weight", name.endswith(transposed))
         for name, stem in stems.items()
     }
+
+
+def _rotary_names(
+    config: dual_encoder.EncoderConfig, model_type: str
+) -> dict[str, HuggingFaceName]:
+    stems = _LAYER_STEMS | _OTHER_STEMS.get(model_type, {})
+    names = {
+        "token_embedder/embedding": HuggingFaceName("embed_tokens.weight", False),
+        "encoder/encoder_norm/scale": HuggingFaceName("norm.weight", False),
+    }
+    if config.switches.per_layer:
+        stem = "ple.per_layer_model_projection.weight"
+        names["encoder/per_layer_projection/kernel"] = HuggingFaceName(stem, True)
+        stem = "ple.per_layer_projection_norm.weight"
+        names["encoder/per_layer_norm/scale"] = HuggingFaceName(stem, False)
+    for layer, is_local in enumerate(config.is_local):
+        for spec in rotary_encoder.layer_specs(config, is_local).values():
+            part, _, leaf = spec.path.rpartition("/")
+            ending = "" if part == "layer_scalar" else ".weight"
+            names[f"encoder/layers_{layer}/{spec.path}"] = HuggingFaceName(
+                f"layers.{layer}.{stems[part]}{ending}", leaf == "kernel"
+            )
+    return names

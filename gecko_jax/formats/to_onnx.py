@@ -25,7 +25,7 @@ from gecko_jax.formats import (
     to_hugging_face_tokenizer,
 )
 from gecko_jax.io import writing
-from gecko_jax.models import dual_encoder, t5
+from gecko_jax.models import dual_encoder, layers, t5
 
 MODEL, _DATA = "model.onnx", "model.onnx_data"
 
@@ -185,7 +185,7 @@ class _Graph:
         name = "token_embedder/embedding"
         x = op("Gather", self._weight(name, self._flat[name].read()), "input_ids")
         mask = op("Cast", "attention_mask", to=1)  # float32, [B, L]
-        masked = op("Mul", op("Sub", 1.0, mask), float(t5.MASKED_LOGIT))
+        masked = op("Mul", op("Sub", 1.0, mask), float(layers.MASKED_LOGIT))
         key_bias = op("Unsqueeze", masked, (1, 2))
         distances = self._distances(config.relpos_max_distance)
         bias = ""

@@ -25,11 +25,11 @@ def write_pairs(
     """
     source = runs.prepare(config, workdir)
     passes = runs.main_pipeline(source)
-    passes.generate.begin()
-    if passes.generate.done() is None:
+    passes.queries.begin()
+    if passes.queries.done() is None:
         raise ValueError(
-            f"{passes.generate.folder}: not finished; run `gecko fret run "
-            "--until=generate` with this config first"
+            f"{passes.queries.folder}: not finished; run `gecko fret run "
+            f"--until={passes.queries.name}` with this config first"
         )
     path = workdir / "bootstrap" / "pairs.jsonl"
     return path, export.write_pairs(passes, path)

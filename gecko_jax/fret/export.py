@@ -88,7 +88,7 @@ def write_pairs(passes: pipeline.Pipeline, path: pathlib.Path) -> int:
 
 def _queries(passes: pipeline.Pipeline) -> Iterator[dict[str, Any]]:
     for shard in range(len(passes.shards)):
-        yield from stages.kept(passes.generate.read(shard))
+        yield from stages.kept(passes.queries.read(shard))
 
 
 def _common_tasks(passes: pipeline.Pipeline) -> set[str]:
@@ -107,7 +107,7 @@ def _triples(passes: pipeline.Pipeline) -> Iterator[tuple[dict[str, Any], bool]]
         for record in source.stage.read(shard)
     }
     for shard in range(len(passes.shards)):
-        queries = stages.by_id(passes.generate.read(shard))
+        queries = stages.by_id(passes.queries.read(shard))
         for record in stages.kept(passes.fuse.read(shard)):
             query, negative = queries[record["id"]], record["negative"]
             title, body = source.store.texts[record["positive"]]

@@ -24,9 +24,15 @@ class Settings:
         relevance: "log_prob" of the best label, or "log_odds" of the upper half of the
             grades against the lower.
         positive: "relabelled", or "seed" for the seed passage.
-        negative: "lowest", "sampled" from the rest, or "none".
+        negative: "lowest", "sampled" from the rest, "given" for those of the line that
+            is relabelled, or "none".
         min_information: Least log p(q|positive) - log p(q|generic passage), in nats;
             used if a generic passage is scored.
+        margin: Candidates above (1 - margin) times the positive's R are no negatives.
+        near: What becomes of these: "drop", or "positive" for further positives.
+        num_negatives: Most hard negatives.
+        max_negative_share: Limit of a negative's similarity to the query, as a share of
+            the positive's; 0 for none.
     """
 
     k: float
@@ -36,6 +42,10 @@ class Settings:
     positive: str
     negative: str
     min_information: float
+    margin: float = 0.0
+    near: str = "drop"
+    num_negatives: int = 1
+    max_negative_share: float = 0.0
 
 
 def ranks(scores: Sequence[float]) -> Int[np.ndarray, " N"]:
@@ -82,23 +92,81 @@ def fuse(
     return np.sum(parts, axis=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Positions of the chosen candidates.
+
+    Attributes:
+        positive: The positive.
+        others: Further positives, best first.
+        negatives: Hard negatives, the first choice first.
+        false_negatives: Negatives of the line that are judged above its own positive.
+    """
+
+    positive: int
+    others: list[int]
+    negatives: list[int]
+    false_negatives: list[int]
+
+
 def choose(
     fused: Float[np.ndarray, " N"],
     seed_position: int,
     settings: Settings,
     rng: np.random.Generator,
-) -> tuple[int, int | None]:
-    """Returns the positions of the positive and of the hard negative.
+    *,
+    answers: Sequence[int] = (),
+    given: Sequence[int] = (),
+    similarities: Sequence[float | None] = (),
+) -> Choice:
+    """Chooses the positive and the hard negatives among the candidates.
 
     `fused` is in the order of retrieval: of equal candidates, the earlier one is the
-    positive and the later the negative. `rng` draws a sampled negative.
+    positive and the later the negative. A candidate that is judged above the positive,
+    or nearly as high (`Settings.margin`), is never a negative.
+
+    Args:
+        fused: R of every candidate.
+        seed_position: Position of the seed passage, or of the line's positive.
+        settings: See there.
+        rng: Draws sampled negatives.
+        answers: Positions that are never negatives.
+        given: Positions of the negatives of the line.
+        similarities: Scores of the retriever, for `max_negative_share`; a candidate
+            without one passes, and a positive without one leaves no negative.
     """
     positive = seed_position
     if settings.positive == "relabelled":
         positive = int(np.argmax(fused))
-    rest = [position for position in range(len(fused)) if position != positive]
-    if settings.negative == "none" or not rest:
-        return positive, None
-    if settings.negative == "sampled":
-        return positive, int(rng.choice(rest))
-    return positive, min(rest, key=lambda position: (fused[position], -position))
+    false_negatives = [p for p in given if fused[p] > fused[seed_position]]
+    limit = (1 - settings.margin) * fused[positive]
+    best_first = np.argsort(-fused, kind="stable").tolist()
+    near = [p for p in best_first if fused[p] > limit and p != positive]
+    others = near if settings.near == "positive" else []
+    rest = given if settings.negative == "given" else range(len(fused))
+    excluded = {positive, *near, *false_negatives, *answers}
+    rest = [p for p in rest if p not in excluded]
+    if settings.max_negative_share:
+        rest = [p for p in rest if _is_below(similarities, p, positive, settings)]
+    negatives: list[int] = []
+    if settings.negative == "none":
+        rest = []
+    for _ in range(min(settings.num_negatives, len(rest))):
+        if settings.negative == "sampled":
+            negatives.append(int(rng.choice(rest)))
+        else:
+            negatives.append(min(rest, key=lambda p: (fused[p], -p)))
+        rest.remove(negatives[-1])
+    return Choice(positive, others, negatives, false_negatives)
+
+
+def _is_below(
+    similarities: Sequence[float | None], place: int, positive: int, settings: Settings
+) -> bool:
+    """Whether a candidate is less similar to the query than the limit allows."""
+    own, highest = similarities[place], similarities[positive]
+    if highest is None:
+        return False
+    # A share of a negative similarity would be a limit above it.
+    limit = highest - (1 - settings.max_negative_share) * abs(highest)
+    return own is None or own < limit

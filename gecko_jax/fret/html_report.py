@@ -64,7 +64,7 @@ def _gather(
             f"{source.workdir}: no shard is fused yet; run `gecko fret run` first"
         )
     for shard in finished:
-        queries = stages.by_id(passes.generate.read(shard))
+        queries = stages.by_id(passes.queries.read(shard))
         retrieved = stages.by_id(passes.retrieve.read(shard))
         for record in stages.kept(passes.fuse.read(shard)):
             row = queries[record["id"]], retrieved[record["id"]], record

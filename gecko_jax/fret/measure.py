@@ -71,8 +71,12 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
         chosen = _held_out(config, source)[:sample]
         model = source.model
         sent = budget.requests
-        generated, seconds = _time(source, lambda: source.generate(chosen))
-        kinds = [_kind("generate", generated, seconds, seeds)]
+        kinds = []
+        if source.pair_files:
+            generated = [source.pairs[number] for number in chosen]
+        else:
+            generated, seconds = _time(source, lambda: source.generate(chosen))
+            kinds.append(_kind("generate", generated, seconds, seeds))
         kept = stages.kept(generated)
         share = len(kept) / len(generated)
         rng = np.random.default_rng([config.seed, len(chosen)])
@@ -218,12 +222,12 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
                 ranks["fusion"] = fusion.ranks(fused.tolist())
             rank = row["seed_rank"]
             reciprocal["retrieval"].append(1.0 / rank if rank else 0.0)
-            seed = row["candidates"].index(number)
+            seed = stages.position(row, stages.seed_of(row))
             for name, order in ranks.items():
                 reciprocal[name].append(1.0 / int(order[seed]))
     if not sizes:
         raise ValueError(
-            f"{passes.generate.folder.parent}: no held-out query was judged; `dropped` "
+            f"{passes.queries.folder.parent}: no held-out query was judged; `dropped` "
             "in its shards says why"
         )
     mrr = {name: float(np.mean(values)) for name, values in reciprocal.items()}
@@ -266,11 +270,12 @@ def _warnings(
 def _held_out(
     config: ml_collections.ConfigDict, source: pipeline.Source
 ) -> Sequence[int]:
-    chosen = runs.held_out(config, len(source.store))
+    chosen = runs.seeds_to_judge(source)
     if not chosen:
+        kind = "lines" if source.pair_files else "passages"
+        total = len(source.pairs if source.pair_files else source.store)
         raise ValueError(
-            f"calibrate.num_seeds={config.calibrate.num_seeds} of {len(source.store)} "
-            "passages: no seed is held out; set it above 0 and give at least 5 "
-            "passages"
+            f"calibrate.num_seeds={config.calibrate.num_seeds} of {total} {kind}: no "
+            f"seed is held out; set it above 0 and give at least 5 {kind}"
         )
     return chosen

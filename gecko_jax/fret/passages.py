@@ -14,7 +14,7 @@ import os
 import pathlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gecko_jax.fret import minhash
@@ -43,12 +43,17 @@ class Rules:
 
 
 def read(
-    paths: Sequence[str | os.PathLike], rules: Rules, known: overlap.Contamination
+    paths: Sequence[str | os.PathLike],
+    rules: Rules,
+    known: overlap.Contamination,
+    of_pairs: Iterable[dict[str, Any]] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Returns the kept passages, numbered, and the counts of the others by reason.
 
     Files are JSON lines or `.txt`, see `text_files.read_texts_or_records`. In a file of
-    pairs, the field `positive` or `passage` is the text.
+    pairs, the field `positive` or `passage` is the text. Passages `of_pairs` that are
+    to be relabelled come first. They may be short, resemble each other, and do not
+    count towards `rules.limit`.
 
     Raises:
         ValueError: A file is missing or malformed, or no passage is left.
@@ -57,23 +62,31 @@ def read(
     kept: list[dict[str, Any]] = []
     seen: set[tuple[int, int]] = set()
     near = minhash.NearDuplicates(rules.near_duplicate or 1.0)
-    records = itertools.chain.from_iterable(map(read_file, paths))
-    for record in progress.track(records, "Reading passages"):
-        if rules.limit and len(kept) == rules.limit:
+    from_files = itertools.chain.from_iterable(map(read_file, paths))
+    records = itertools.chain(
+        zip(of_pairs, itertools.repeat(dataclasses.replace(rules, min_words=0))),
+        zip(from_files, itertools.repeat(rules)),
+    )
+    num_limited = 0
+    for record, own in progress.track(records, "Reading passages"):
+        is_limited = own is rules
+        if is_limited and rules.limit and num_limited == rules.limit:
             break
-        reason = clean(record, rules, known)
+        reason = clean(record, own, known)
         if reason is None:
             # Titles are ignored: an equal text would be a doubtful negative.
             content = text_formats.content_id(record["text"])
             if content in seen:
                 reason = "duplicate"
-            elif rules.near_duplicate and near.add(record["text"]) is not None:
-                reason = "near_duplicate"
+            elif rules.near_duplicate:
+                resembles = near.add(record["text"]) is not None
+                reason = "near_duplicate" if resembles and is_limited else None
             seen.add(content)
         if reason is not None:
             dropped[reason] += 1
             continue
         kept.append({"id": len(kept), **record})
+        num_limited += is_limited
     if not kept:
         raise none_left(paths, dropped)
     return kept, dict(sorted(dropped.items()))

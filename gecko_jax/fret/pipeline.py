@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 import gecko_jax.config
-from gecko_jax.fret import records, retrieval, settings, stages
+from gecko_jax.fret import records, relabelling, retrieval, settings, stages
 from gecko_jax.inference import ranking
 from gecko_jax.io import progress, writing
 from gecko_jax.llm import protocol, request_log
@@ -26,6 +26,7 @@ from gecko_jax.text import overlap
 # Raised whenever the records that a stage writes for equal inputs change.
 CODE_VERSION = {
     "passages": 2,
+    "pairs": 1,
     "generate": 2,
     "embed": 1,
     "retrieve": 1,
@@ -76,14 +77,19 @@ class Source:
         contamination: overlap.Contamination,
         model_facts: dict[str, Any],
         connect: Callable[[], protocol.LanguageModel],
+        pair_files: Sequence[pathlib.Path] = (),
     ):
-        """Reads the finished passages; the model is opened at its first use."""
+        """Reads the finished passages; the model is opened at its first use.
+
+        `pair_files` are relabelled; without them, queries are generated.
+        """
         self.config = config
         self.workdir = workdir
         self.stage = stage
         self.contamination = contamination
         self.prompts = settings.Prompts(config)
         self.model_facts = model_facts
+        self.pair_files = pair_files
         self._connect = connect
         done = stage.done()
         assert done is not None
@@ -132,6 +138,11 @@ class Source:
         paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
         return retrieval.GeckoRetriever(self.gecko, retrieval.read_vectors(paths))
 
+    @functools.cached_property
+    def pairs(self) -> list[stages.Record]:
+        """The record of every line that is relabelled, dropped ones included."""
+        return relabelling.read_pairs(self.pair_files, self.store, self.contamination)
+
     def generate(self, seeds: Sequence[int]) -> list[stages.Record]:
         """Generates a query for each of these seed passages."""
         return stages.generate(
@@ -148,12 +159,13 @@ class Source:
 
 
 class Pipeline:
-    """One pass of a list of seed passages through the stages.
+    """One pass of a list of seed passages, or of lines, through the stages.
 
     Attributes:
         source: What all pipelines share.
-        shards: Seed passages of each shard.
+        shards: Numbers of the seed passages, or of the lines, of each shard.
         steps: The stages, in order.
+        queries: The first stage, whose records have the queries.
         has_likelihood: Whether candidates are scored by QL.
         has_relevance: Whether candidates are scored by RC.
     """
@@ -180,24 +192,28 @@ class Pipeline:
             scores_all and not config.llm.chat and config.llm.scoring != "none"
         )
         self.has_relevance = bool(config.fuse.relevance_weight) or scores_all
-        sampling = settings.sampling(config, prompts.generate)
-        self.generate = self._stage(
-            "generate",
-            passages=source.stage.hash,
-            decontaminate=config.passages.decontaminate,
-            prompt=prompts.generate.facts,
-            model=source.model_facts,
-            sampling=dataclasses.asdict(sampling),
-            rules=dataclasses.asdict(settings.query_rules(config)),
-            shots=config.generate.shots,
-            seed=config.seed,
-            **facts,
-        )
+        if source.pair_files:
+            self.queries = self._stage("pairs", passages=source.stage.hash, **facts)
+        else:
+            sampling = settings.sampling(config, prompts.generate)
+            self.queries = self._stage(
+                "generate",
+                passages=source.stage.hash,
+                decontaminate=config.passages.decontaminate,
+                prompt=prompts.generate.facts,
+                model=source.model_facts,
+                sampling=dataclasses.asdict(sampling),
+                rules=dataclasses.asdict(settings.query_rules(config)),
+                shots=config.generate.shots,
+                seed=config.seed,
+                **facts,
+            )
         self.retrieve = self._stage(
             "retrieve",
-            generate=self.generate.hash,
+            generate=self.queries.hash,
             retriever=source.embed.hash if source.embed else "bm25",
             num_candidates=config.retrieve.num_candidates,
+            **settings.agreement(config),
         )
         self.likelihood = self._stage(
             "likelihood",
@@ -218,16 +234,18 @@ class Pipeline:
         self.fuse = self._stage(
             "fuse",
             after=[stage.hash for stage in judged],
-            settings=dataclasses.asdict(settings.fusion_settings(config)),
+            settings=settings.fusion_facts(config),
             seed=config.seed,
+            # Since then, a candidate above a seed positive is no negative.
+            **({"code": 2} if config.fuse.positive == "seed" else {}),
         )
         count, embed = len(shards), None
-        self.steps = [Step(self.generate, lambda s: source.generate(shards[s]), count)]
+        self.steps = [Step(self.queries, self._queries, count)]
         if source.embed:
             embed = Step(source.embed, self._embed, source.num_shards)
             self.steps.append(embed)
         self.steps.append(
-            Step(self.retrieve, self._retrieve, count, (self.generate,), embed)
+            Step(self.retrieve, self._retrieve, count, (self.queries,), embed)
         )
         if self.has_likelihood:
             self.steps.append(
@@ -235,7 +253,7 @@ class Pipeline:
             )
         if self.has_relevance:
             self.steps.append(Step(self.relevance, self._relevance, count, (before,)))
-        needs = (self.retrieve, *judged)
+        needs = (self.queries, self.retrieve, *judged)
         self.steps.append(Step(self.fuse, self._fuse, count, needs))
 
     def done(self) -> dict[str, dict[str, Any] | None]:
@@ -289,8 +307,15 @@ class Pipeline:
             return False
         moved = False
         title = step.stage.folder.relative_to(self.source.workdir).as_posix()
-        total = len(range(worker[0], step.count, worker[1]))
-        finished = total - len(missing)
+        # Stages that call the model show rows, the others shards.
+        is_slow = step.stage.name in _LLM_STAGES
+        sizes = list(map(len, self.shards)) if is_slow else [1] * step.count
+        total = sum(sizes[worker[0] : step.count : worker[1]])
+        finished = total - sum(sizes[shard] for shard in missing)
+
+        def report(share: float) -> None:
+            bar.update(finished + int(share * sizes[shard]))
+
         with progress.Progress(title, total, finished) as bar:
             for shard in missing:
                 if not all(stage.has(shard) for stage in step.needs):
@@ -299,21 +324,24 @@ class Pipeline:
                 path = self.source.workdir / records.LOCKS / lock
                 with records.try_lock(path) as got:
                     if got and not step.stage.has(shard):
-                        self._make(step, shard)
+                        self._make(step, shard, report)
                         moved = True
                     if got:
                         # Another worker may have removed the file before.
                         path.unlink(missing_ok=True)
-                finished += 1
+                finished += sizes[shard]
                 bar.update(finished)
         return moved
 
-    def _make(self, step: Step, shard: int) -> None:
+    def _make(self, step: Step, shard: int, report: Callable[[float], None]) -> None:
         name = step.stage.name
         if name in _LLM_STAGES:
-            root = self.source.workdir / request_log.FOLDER / self._folder / name
-            with request_log.RequestLog(root / f"shard-{shard:05}.jsonl") as log:
-                self.source.model.log = log
+            root = self.source.workdir / request_log.FOLDER / self._folder
+            file = f"shard-{shard:05}.jsonl"
+            # QL may have read the questions of RC, too.
+            earlier = root / "likelihood" / file if name == "relevance" else None
+            with request_log.RequestLog(root / name / file, earlier) as log:
+                self.source.model.log, self.source.model.report = log, report
                 rows = step.make(shard)
         else:
             rows = step.make(shard)
@@ -350,19 +378,34 @@ class Pipeline:
             self.source.config.retrieve.dim,
         )
 
+    def _queries(self, shard: int) -> list[stages.Record]:
+        if self.source.pair_files:
+            return [self.source.pairs[number] for number in self.shards[shard]]
+        return self.source.generate(self.shards[shard])
+
     def _retrieve(self, shard: int) -> list[stages.Record]:
-        rows = stages.kept(self.generate.read(shard))
-        count = self.source.config.retrieve.num_candidates
-        return stages.retrieve(rows, self.source.retriever, count)
+        config = self.source.config
+        return stages.retrieve(
+            stages.kept(self.queries.read(shard)),
+            self.source.retriever,
+            config.retrieve.num_candidates,
+            max_seed_rank=config.retrieve.max_seed_rank,
+            min_seed_cosine=config.retrieve.min_seed_cosine,
+            scores_all=settings.needs_cosines(config),
+        )
 
     def _likelihood(self, shard: int) -> list[stages.Record]:
+        prompts = self.source.prompts
+        is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
+        shares_reading = self.has_relevance and is_same_text
         return stages.likelihood(
             stages.kept(self.retrieve.read(shard)),
-            stages.by_id(self.generate.read(shard)),
+            stages.by_id(self.queries.read(shard)),
             self.source.store,
             self.source.model,
-            self.source.prompts.likelihood,
+            prompts.likelihood,
             self.source.config.likelihood.generic_passage,
+            prompts.relevance if shares_reading else None,
         )
 
     def _relevance(self, shard: int) -> list[stages.Record]:
@@ -372,7 +415,7 @@ class Pipeline:
             rows = [row for row in rows if row["id"] in scored]
         return stages.relevance(
             rows,
-            stages.by_id(self.generate.read(shard)),
+            stages.by_id(self.queries.read(shard)),
             self.source.store,
             self.source.model,
             self.source.prompts.relevance,
@@ -381,6 +424,7 @@ class Pipeline:
     def _fuse(self, shard: int) -> list[stages.Record]:
         return stages.fuse(
             stages.kept(self.retrieve.read(shard)),
+            stages.by_id(self.queries.read(shard)),
             stages.by_id(self.likelihood.read(shard)) if self.has_likelihood else {},
             stages.by_id(self.relevance.read(shard)) if self.has_relevance else {},
             list(self.source.prompts.relevance.labels.values()),

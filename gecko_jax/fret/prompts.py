@@ -132,6 +132,24 @@ class Prompt:
         return line
 
 
+def before_query(prompt: Prompt) -> Prompt:
+    """Returns a relevance prompt that ends before the query, to score the query (QL).
+
+    Both judges then read the same text, so a model in this process reads it once.
+
+    Raises:
+        ValueError: The query is not on a line of its own after the passage.
+    """
+    head, _, tail = prompt.example.partition("{query}")
+    answer = head.rpartition("\n")[2].rstrip()
+    if "{passage}" not in head or not answer or not tail.startswith("\n"):
+        raise ValueError(
+            f"{prompt.name}: likelihood.prompt needs {{query}} at the end of a line, "
+            "after {passage}; change the example, or name another prompt"
+        )
+    return dataclasses.replace(prompt, kind="likelihood", answer=answer)
+
+
 def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
     """Reads and checks a prompt file: a bundled one, such as "generate", or a path.
 

@@ -45,6 +45,7 @@ _DROPPED_FIELDS = {
     "detail": _MAYBE_TEXT,
     "usage": field_rules.optional(_USAGE),
 }
+_ID = field_rules.Kind("text or a whole number", lambda v: type(v) in (str, int))
 _RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 
 
@@ -58,6 +59,15 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             **dict.fromkeys(
                 ("source", "source_id", "licence", "license", "src", "url"), _MAYBE_TEXT
             ),
+            "passage_id": field_rules.optional(_ID),
+        },
+        "pairs": {
+            "task": field_rules.NAME,
+            "query": field_rules.NAME,
+            "positive": passage,
+            "negatives": field_rules.list_of(passage),
+            "answers": field_rules.list_of(passage, 1),
+            "line": field_rules.NAME,
         },
         "generate": {
             "task": field_rules.NAME,
@@ -73,6 +83,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
                 field_rules.nullable(field_rules.number()), 2
             ),
             "seed_rank": field_rules.nullable(field_rules.integer(1)),
+            "seed": field_rules.optional(passage),
         },
         "likelihood": {
             "log_probs": field_rules.list_of(field_rules.LOG_PROB, 1),
@@ -89,6 +100,9 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
         "fuse": {
             "positive": passage,
             "negative": field_rules.nullable(passage),
+            "negatives": field_rules.optional(field_rules.list_of(passage)),
+            "positives": field_rules.optional(field_rules.list_of(passage)),
+            "false_negatives": field_rules.optional(field_rules.list_of(passage)),
             "moved": field_rules.FLAG,
             "ranks": field_rules.object_of({"likelihood": _RANKS, "relevance": _RANKS}),
             "fused": field_rules.list_of(field_rules.number(), 2),
@@ -192,7 +206,8 @@ class Stage:
                 raise ValueError(f"{place}: id {number} is not of this shard; {remedy}")
             if self.name == "retrieve" and not is_dropped:
                 candidates = record["candidates"]
-                if number not in candidates or len({*candidates}) < len(candidates):
+                seed = record.get("seed", number)
+                if seed not in candidates or len({*candidates}) < len(candidates):
                     raise ValueError(
                         f"{place}: the candidates lack the seed, or repeat one; "
                         f"{remedy}"

@@ -26,6 +26,7 @@ class GeckoRetriever:
         from gecko_jax.inference import vector_index
 
         self._gecko = gecko
+        self._vectors = vectors
         numbers = [str(number) for number in range(len(vectors))]
         self._index = vector_index.Index(vectors, numbers, revision=gecko.revision)
 
@@ -38,6 +39,13 @@ class GeckoRetriever:
         encoded = self._gecko.encode_queries(queries, tasks, dim=self._index.dim)
         scores, positions = self._index.search_positions(encoded, k)
         return list(zip(positions.tolist(), scores.tolist(), strict=True))
+
+    def similarities(
+        self, query: str, task: str, numbers: Sequence[int]
+    ) -> list[float]:
+        """Returns the cosine of a query and each of these passages."""
+        encoded = self._gecko.encode_queries([query], [task], dim=self._index.dim)
+        return (self._vectors[list(numbers)] @ encoded[0]).tolist()
 
 
 def searched_by(

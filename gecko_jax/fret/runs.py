@@ -19,14 +19,22 @@ import ml_collections
 import numpy as np
 
 from gecko_jax.evaluation import set_texts
-from gecko_jax.fret import beam_passages, export, passages, pipeline, records, settings
+from gecko_jax.fret import (
+    beam_passages,
+    export,
+    passages,
+    pipeline,
+    records,
+    relabelling,
+    settings,
+)
 from gecko_jax.io import reading
 from gecko_jax.llm import canary, in_process, protocol, request_log, server
 from gecko_jax.text import overlap
 
 # The bundled passages, and recorded answers about some of them: "quickstart".
 _QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
-_HELD_OUT = 3  # Purpose of random numbers; see `stages.row_rng`.
+_HELD_OUT, _LINES = 3, 4  # Purposes of random numbers; see `stages.row_rng`.
 
 Connect = Callable[
     [ml_collections.ConfigDict, request_log.Budget], protocol.LanguageModel
@@ -114,8 +122,9 @@ def prepare(
         request_log.write_model(workdir, name, facts)
         return model
 
+    files = find_files(config.relabel.files, "relabel.files")
     return pipeline.Source(
-        config, workdir, stage, contamination, facts, open_and_record
+        config, workdir, stage, contamination, facts, open_and_record, files
     )
 
 
@@ -161,14 +170,20 @@ def open_model(
 
 
 def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
-    """Returns the seed passages that calibrate the judges and stay out of the run."""
+    """Returns the seed passages that calibrate the judges and stay out of the run.
+
+    Lines that are relabelled do not stay out: nothing is written from them.
+    """
     count = min(config.calibrate.num_seeds, num_passages // 5)
     rng = np.random.default_rng([config.seed, _HELD_OUT])
     return sorted(rng.permutation(num_passages)[:count].tolist())
 
 
 def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
-    """Returns the pass over all passages that are not held out."""
+    """Returns the pass over all passages that are not held out, or over the lines."""
+    if source.pair_files:
+        lines, facts = _lines(source)
+        return pipeline.Pipeline(source, _shards(source, lines), "", facts)
     out = set(held_out(source.config, len(source.store)))
     rows, total = source.config.passages.shard_rows, len(source.store)
     shards = [
@@ -179,13 +194,36 @@ def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
 
 
 def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
-    """Returns the pass over the held-out passages, scored by both judges."""
-    chosen = held_out(source.config, len(source.store))
+    """Returns the pass over the held-out passages or lines, scored by both judges."""
+    chosen = seeds_to_judge(source)
+    facts = {"seeds": len(chosen)}
+    if source.pair_files:
+        facts |= _lines(source)[1]
+    shards = _shards(source, chosen)
+    return pipeline.Pipeline(source, shards, "calibration", facts, scores_all=True)
+
+
+def seeds_to_judge(source: pipeline.Source) -> list[int]:
+    """Returns the held-out passages, or some of the lines, for plan and calibration."""
+    if not source.pair_files:
+        return held_out(source.config, len(source.store))
+    lines, _ = _lines(source)
+    return [lines[place] for place in held_out(source.config, len(lines))]
+
+
+def _lines(source: pipeline.Source) -> tuple[list[int], dict[str, Any]]:
+    """Returns the lines to relabel, and the facts that decide which these are."""
+    total, limit = len(source.pairs), source.config.relabel.limit
+    if not limit:
+        return list(range(total)), {"lines": total}
+    rng = np.random.default_rng([source.config.seed, _LINES])
+    chosen = sorted(rng.permutation(total)[:limit].tolist())
+    return chosen, {"lines": len(chosen), "seed": source.config.seed}
+
+
+def _shards(source: pipeline.Source, numbers: list[int]) -> list[list[int]]:
     rows = source.config.passages.shard_rows
-    shards = [chosen[start : start + rows] for start in range(0, len(chosen), rows)]
-    return pipeline.Pipeline(
-        source, shards, "calibration", {"seeds": len(chosen)}, scores_all=True
-    )
+    return [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
 
 
 def _passages(
@@ -195,17 +233,13 @@ def _passages(
     beam_options: Sequence[str] | None,
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
-    paths = [
-        _QUICKSTART / "train.jsonl" if path == "quickstart" else pathlib.Path(path)
-        for path in config.passages.files
-    ]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"passages.files: {path}: no such file; check the path")
+    paths = find_files(config.passages.files, "passages.files")
+    pairs = find_files(config.relabel.files, "relabel.files")
     rules, rows = settings.passage_rules(config), config.passages.shard_rows
     facts = {
         "code": pipeline.CODE_VERSION["passages"],
         "files": {path.name: reading.sha256(path) for path in paths},
+        **({"pairs": [[p.name, reading.sha256(p)] for p in pairs]} if pairs else {}),
         "decontaminate": config.passages.decontaminate,
         "rules": dataclasses.asdict(rules),
         "shard_rows": rows,
@@ -224,7 +258,9 @@ def _passages(
                     beam_options,
                 )
             elif got and stage.done() is None:
-                kept, dropped = passages.read(paths, rules, contamination)
+                kept, dropped = passages.read(
+                    paths, rules, contamination, relabelling.read_passages(pairs)
+                )
                 starts = range(0, len(kept), rows)
                 for shard, start in enumerate(starts):
                     stage.write(shard, kept[start : start + rows])
@@ -233,6 +269,18 @@ def _passages(
         if not got:
             time.sleep(0.2)
     return stage
+
+
+def find_files(names: Sequence[str], key: str) -> list[pathlib.Path]:
+    """Returns the paths of the files of a key; "quickstart" is the bundled one."""
+    paths = [
+        _QUICKSTART / "train.jsonl" if name == "quickstart" else pathlib.Path(name)
+        for name in names
+    ]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{key}: {path}: no such file; check the path")
+    return paths
 
 
 def _recording(config: ml_collections.ConfigDict) -> pathlib.Path:

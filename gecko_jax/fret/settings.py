@@ -23,7 +23,7 @@ KEYS: dict[str, Key] = {
     "seed": Key(0, rules.COUNT, "PRNG seed."),
     "passages.files": Key(
         (),
-        Rule(tuple, "must name a file or more", bool),
+        Rule(tuple),
         "JSONL with `text` (optionally `title`, `_id`), or .txt files.",
     ),
     "passages.decontaminate": Key(
@@ -45,6 +45,14 @@ KEYS: dict[str, Key] = {
         256,
         rules.POSITIVE,
         "Passages per shard, which is written as a whole.",
+    ),
+    "relabel.files": Key(
+        (),
+        Rule(tuple),
+        "JSONL of pairs or triples for `gecko fret relabel`.",
+    ),
+    "relabel.limit": Key(
+        0, rules.COUNT, "Lines to relabel, drawn at random; 0 for all."
     ),
     "llm.recording": Key(
         "", rules.TEXT, "Workdir whose recorded answers replace the model."
@@ -153,8 +161,22 @@ KEYS: dict[str, Key] = {
         Rule(int, "must be at least 2", lambda v: v >= 2),
         "Candidates per query (tables 3 and 5 of the paper: p_20).",
     ),
+    "retrieve.max_seed_rank": Key(
+        0,
+        rules.COUNT,
+        "Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2 of a million; "
+        "Promptagator, arXiv 2209.11755: 1); 0 for any.",
+    ),
+    "retrieve.min_seed_cosine": Key(
+        -1.0,
+        Rule(float, "must be in [-1, 1]", lambda v: -1 <= v <= 1),
+        "Drops queries whose cosine with their seed is lower (Arctic-Embed, arXiv "
+        "2405.05374); -1 for any. Needs `retrieve.model`.",
+    ),
     "likelihood.prompt": Key(
-        "likelihood", rules.NAME, "Prompt of query likelihood (QL)."
+        "likelihood",
+        rules.NAME,
+        "Prompt of query likelihood (QL); with that of RC, both share a reading.",
     ),
     "likelihood.generic_passage": Key(
         "", rules.TEXT, "Passage scored as well, for `fuse.min_information`."
@@ -181,8 +203,26 @@ KEYS: dict[str, Key] = {
     ),
     "fuse.negative": Key(
         "lowest",
-        rules.one_of("lowest", "sampled", "none"),
-        "Hard negative: the lowest candidate (paper), a sampled one, or none.",
+        rules.one_of("lowest", "sampled", "given", "none"),
+        "Hard negative: the lowest candidate (paper), a sampled one, those of the line "
+        "that is relabelled, or none.",
+    ),
+    "fuse.num_negatives": Key(1, rules.POSITIVE, "Most hard negatives of a query."),
+    "fuse.margin": Key(
+        0.0,
+        _SHARE,
+        "A candidate whose R exceeds (1 - margin) times the positive's is no negative.",
+    ),
+    "fuse.near": Key(
+        "drop",
+        rules.one_of("drop", "positive"),
+        "What becomes of it: nothing, or a further positive (RLHN, arXiv 2505.16967).",
+    ),
+    "fuse.max_negative_share": Key(
+        0.0,
+        _SHARE,
+        "Limit of a negative's cosine, as a share of the positive's (NV-Retriever, "
+        "arXiv 2407.15831: 0.95); 0 for none. Needs `retrieve.model`.",
     ),
     "fuse.min_information": Key(
         0.0,
@@ -194,6 +234,14 @@ KEYS: dict[str, Key] = {
         rules.POSITIVE,
         "Most tasks to keep; rarer ones become `search result`.",
     ),
+    "export.candidates": Key(
+        False, rules.SWITCH, "Writes all candidates with their scores and ranks."
+    ),
+    "export.scores": Key(
+        "",
+        rules.one_of("", "likelihood", "relevance", "fused"),
+        "Scores of positive and negatives that are written, for `loss.kl_weight`.",
+    ),
     "calibrate.num_seeds": Key(
         100, rules.COUNT, "Seeds held out of the run, at most a fifth."
     ),
@@ -201,6 +249,7 @@ KEYS: dict[str, Key] = {
         0.05, _SHARE, "Share of failed rows in a shard that stops the run."
     ),
 }
+_LATER = ("num_negatives", "margin", "near", "max_negative_share")
 SCHEMA = {name: key.rule for name, key in KEYS.items()}
 
 
@@ -240,6 +289,28 @@ def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
             f"{flat['llm.chat']}, llm.scoring={flat['llm.scoring']!r} no query is "
             "scored; set it to 0, or use a server that can score"
         )
+    if not flat["passages.files"] and not flat["relabel.files"]:
+        faults.append("passages.files=(): must name a file or more")
+    for name, off in (
+        ("retrieve.min_seed_cosine", -1.0),
+        ("fuse.max_negative_share", 0.0),
+    ):
+        if flat[name] != off and not flat["retrieve.model"]:
+            faults.append(
+                f"{name}={flat[name]}: BM25 has no cosines; set retrieve.model, or set "
+                f"it to {off}"
+            )
+    if flat["fuse.negative"] == "given" and not flat["relabel.files"]:
+        faults.append(
+            "fuse.negative='given': only lines that are relabelled have negatives; set "
+            "relabel.files, or choose another"
+        )
+    judge = flat["export.scores"]
+    if judge in ("likelihood", "relevance") and not flat[f"fuse.{judge}_weight"]:
+        faults.append(
+            f"export.scores={judge!r}: not scored, because fuse.{judge}_weight=0; set it "
+            "above 0"
+        )
     if flat["generate.max_words"] < flat["generate.min_words"]:
         faults.append(
             f"generate.max_words={flat['generate.max_words']}: must not be below "
@@ -255,8 +326,11 @@ class Prompts:
         """Reads and checks the files that the config names."""
         kinds = ("generate", "generate_for_task")
         self.generate = prompts.load(config.generate.prompt, kinds)
-        self.likelihood = prompts.load(config.likelihood.prompt, ("likelihood",))
+        kinds = ("likelihood", "relevance")
+        self.likelihood = prompts.load(config.likelihood.prompt, kinds)
         self.relevance = prompts.load(config.relevance.prompt, ("relevance",))
+        if self.likelihood.kind == "relevance":
+            self.likelihood = prompts.before_query(self.likelihood)
 
 
 def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:
@@ -284,6 +358,30 @@ def sampling(
     names = ("temperature", "top_p", "max_tokens")
     values = {name: config.generate[name] for name in names}
     return protocol.Sampling(**values, stop=prompt.stop)
+
+
+def agreement(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the facts of the agreement filter; none where it is off."""
+    facts = {n: config.retrieve[n] for n in ("max_seed_rank", "min_seed_cosine")}
+    facts = {n: v for n, v in facts.items() if v != KEYS[f"retrieve.{n}"].default}
+    return facts | ({"scores_all": True} if needs_cosines(config) else {})
+
+
+def needs_cosines(config: ml_collections.ConfigDict) -> bool:
+    """Whether candidates that retrieval did not find need a score, too."""
+    return bool(config.fuse.max_negative_share) or config.retrieve.min_seed_cosine > -1
+
+
+def fusion_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the facts of fusion; later settings only where they are not off.
+
+    Runs that were begun before there were these settings can then go on.
+    """
+    return {
+        name: value
+        for name, value in config.fuse.to_dict().items()
+        if name not in _LATER or value != KEYS[f"fuse.{name}"].default
+    }
 
 
 def fusion_settings(config: ml_collections.ConfigDict) -> fusion.Settings:

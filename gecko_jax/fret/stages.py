@@ -1,5 +1,6 @@
 r"""The stages: each maps the records of a shard to the records of the next stage.
 
+    pairs       {"id": 7, "task": "docs", "query": "Honey", "positive": 12, ...}, or
     generate    {"id": 7, "task": "fact checking", "query": "Honey ...", "shots": [3],
                  "prompt": "generate@1", "raw": " fact checking\nQuery: Honey ...",
                  "usage": {...}}
@@ -8,7 +9,8 @@ r"""The stages: each maps the records of a shard to the records of the next stag
     relevance   {"id": 7, "label_log_probs": [[-0.2, -1.9, ...], ...], "usage": {...}}
     fuse        {"id": 7, "positive": 41, "negative": 12, "moved": true, "ranks": ...}
 
-The id is the number of the seed passage. A record with `dropped` holds the reason and
+The id is the number of the seed passage; or that of a line, whose positive is then the
+seed (`relabelling`). A record with `dropped` holds the reason and
 ends there; a reason that begins with `error_` is a failure of the model.
 """
 
@@ -103,28 +105,60 @@ def generate(
 
 
 def retrieve(
-    rows: Sequence[Record], retriever: ranking.Retriever, num_candidates: int
+    rows: Sequence[Record],
+    retriever: ranking.Retriever,
+    num_candidates: int,
+    *,
+    max_seed_rank: int = 0,
+    min_seed_cosine: float = -1.0,
+    scores_all: bool = False,
 ) -> list[Record]:
-    """Finds the candidates of every query; the seed passage is always one of them."""
+    """Finds the candidates of every query.
+
+    The seed passage, and the negatives of a line, are always candidates, as far as
+    there is room; those that are not found take the last places, without a score, or
+    with one if `scores_all`. A query whose seed ranks or scores too low is dropped.
+    """
     results = retriever.search(
         [row["query"] for row in rows], [row["task"] for row in rows], num_candidates
     )
     result = []
     for row, (candidates, scores) in zip(rows, results, strict=True):
-        number, seed_rank = row["id"], None
-        if number in candidates:
-            seed_rank = candidates.index(number) + 1
+        seed, seed_rank = row.get("positive", row["id"]), None
+        own = list(dict.fromkeys([seed, *row.get("negatives", ())]))[:num_candidates]
+        if seed in candidates:
+            seed_rank = candidates.index(seed) + 1
             # Rounding makes the file independent of the last bits.
             scores = [round(score, 6) for score in scores]
-        else:  # The seed takes the last place, without a score.
-            candidates = [*candidates[: num_candidates - 1], number]
-            scores = [*scores[: num_candidates - 1], None]
-        record = {"id": number, "candidates": candidates, "scores": scores}
-        record["seed_rank"] = seed_rank
-        if len(candidates) < 2:
+        others = [n for n in candidates if n not in own][: num_candidates - len(own)]
+        scored = {
+            number: score
+            for number, score in zip(candidates, scores, strict=True)
+            if number in own or number in others
+        }
+        missing = [number for number in own if number not in scored]
+        if missing and scores_all:
+            found = retriever.similarities(row["query"], row["task"], missing)
+            scored |= dict(zip(missing, (round(one, 6) for one in found), strict=True))
+        else:
+            scored |= dict.fromkeys(missing)
+        record = {"id": row["id"], "candidates": list(scored)}
+        record |= {"scores": list(scored.values()), "seed_rank": seed_rank}
+        if "positive" in row:
+            record["seed"] = seed
+        if len(scored) < 2:
             record[records.DROPPED] = "no_candidates"
+        elif max_seed_rank and (seed_rank or len(scored) + 1) > max_seed_rank:
+            record[records.DROPPED] = "low_rank"
+        elif min_seed_cosine > -1 and scored[seed] < min_seed_cosine:
+            record[records.DROPPED] = "low_cosine"
         result.append(record)
     return result
+
+
+def seed_of(row: Record) -> int:
+    """Returns the seed passage of a record of `retrieve`."""
+    return row.get("seed", row["id"])
 
 
 def likelihood(
@@ -134,11 +168,13 @@ def likelihood(
     model: protocol.LanguageModel,
     prompt: prompts.Prompt,
     generic_passage: str,
+    then: prompts.Prompt | None = None,
 ) -> list[Record]:
     """Scores every candidate by QL(q, p) = log LLM(q | p, P_QL).
 
     A generic passage, "" for none, is scored like a candidate, to measure how likely
-    the query is given any text.
+    the query is given any text. `then` is the prompt of `relevance` if it begins with
+    the texts that are read here.
     """
     shots = range(len(prompt.examples))
     texts, continuations = [], []
@@ -148,7 +184,9 @@ def likelihood(
         for passage in shown + [generic_passage] * bool(generic_passage):
             texts.append(prompt.render(shots, passage=passage))
             continuations.append(query)
-    scored = iter(model.score(texts, continuations))
+    questions = _questions(rows, queries, store, then) if then else []
+    labels = list(then.labels) if then else []
+    scored = iter(model.score(texts, continuations, questions, labels))
     result = []
     for row in rows:
         scores = [next(scored) for _ in row["candidates"]]
@@ -171,14 +209,7 @@ def relevance(
     prompt: prompts.Prompt,
 ) -> list[Record]:
     """Scores every candidate by RC(q, p) = log LLM(label | q, p, P_RC), each label."""
-    shots = range(len(prompt.examples))
-    texts = [
-        prompt.render(
-            shots, passage=store.write(number), query=queries[row["id"]]["query"]
-        )
-        for row in rows
-        for number in row["candidates"]
-    ]
+    texts = _questions(rows, queries, store, prompt)
     scored = iter(model.label_log_probs(texts, list(prompt.labels)))
     result = []
     for row in rows:
@@ -189,8 +220,25 @@ def relevance(
     return result
 
 
+def _questions(
+    rows: Sequence[Record],
+    queries: Mapping[int, Record],
+    store: Passages,
+    prompt: prompts.Prompt,
+) -> list[str]:
+    shots = range(len(prompt.examples))
+    return [
+        prompt.render(
+            shots, passage=store.write(number), query=queries[row["id"]]["query"]
+        )
+        for row in rows
+        for number in row["candidates"]
+    ]
+
+
 def fuse(
     rows: Sequence[Record],
+    queries: Mapping[int, Record],
     likelihoods: Mapping[int, Record],
     relevances: Mapping[int, Record],
     grades: Sequence[int],
@@ -203,9 +251,15 @@ def fuse(
     A judgement without a weight is not used. The grades are those of the labels, in the
     order of `label_log_probs`.
     """
+
+    def of(name: str) -> list[int]:
+        """Returns the positions of the passages that a line names."""
+        return [places[n] for n in queries[number].get(name, ()) if n in places]
+
     result = []
     for row in rows:
         number, candidates = row["id"], row["candidates"]
+        places = {candidate: place for place, candidate in enumerate(candidates)}
         ranks: dict[str, Any] = {"likelihood": None, "relevance": None}
         if settings.likelihood_weight:
             if number not in likelihoods:
@@ -222,24 +276,39 @@ def fuse(
                 relevance_scores(relevances[number], row, grades, settings.relevance)
             )
         fused = fusion.fuse(ranks["likelihood"], ranks["relevance"], settings)
-        seed_position = candidates.index(number)
-        positive, negative = fusion.choose(
-            fused, seed_position, settings, row_rng(seed, _NEGATIVE, number)
+        seed_position = position(row, seed_of(row))
+        choice = fusion.choose(
+            fused,
+            seed_position,
+            settings,
+            row_rng(seed, _NEGATIVE, number),
+            answers=of("answers"),
+            given=of("negatives"),
+            similarities=of_candidates(row["scores"], row),
         )
+        negatives = [candidates[place] for place in choice.negatives]
         record: Record = {
             "id": number,
-            "positive": candidates[positive],
-            "negative": None if negative is None else candidates[negative],
-            "moved": positive != seed_position,
+            "positive": candidates[choice.positive],
+            "negative": negatives[0] if negatives else None,
+            "moved": choice.positive != seed_position,
             "ranks": {
                 name: None if values is None else values.tolist()
                 for name, values in ranks.items()
             },
             "fused": [round(float(value), 6) for value in fused],
         }
+        if len(negatives) > 1:
+            record["negatives"] = negatives
+        for name, chosen in (
+            ("positives", choice.others),
+            ("false_negatives", choice.false_negatives),
+        ):
+            if chosen:
+                record[name] = [candidates[place] for place in chosen]
         generic = likelihoods.get(number, {}).get("generic_log_prob")
         if generic is not None:
-            information = likelihoods[number]["log_probs"][positive] - generic
+            information = likelihoods[number]["log_probs"][choice.positive] - generic
             record["information"] = round(information, 4)
             if information < settings.min_information:
                 record[records.DROPPED] = "low_information"

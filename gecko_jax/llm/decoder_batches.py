@@ -40,6 +40,64 @@ class Request:
     fed: list[int]
     targets: list[list[int]]
 
+    @property
+    def read(self) -> list[int]:
+        """All tokens that are read."""
+        return self.prompt + self.fed
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Start and stop of the tokens after which targets are scored."""
+        return len(self.read) - len(self.targets), len(self.read)
+
+
+class Answer(NamedTuple):
+    """Where the answer to a request is: host request, rows and columns of its targets."""
+
+    host: int
+    rows: slice
+    columns: slice
+
+
+def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
+    """Answers a request whose tokens begin those of another while reading the other.
+
+    Returns:
+        The requests that remain, in their order, all with equally many targets per
+        position; and where the answer to each of `requests` is.
+    """
+    reads = [request.read for request in requests]
+    # All that begin with A follow A in sorted order, so A begins its successor or none.
+    order = sorted(range(len(requests)), key=lambda number: (reads[number], -number))
+    groups: dict[int, list[int]] = {}
+    for number in reversed(order):
+        last = next(reversed(groups), None)
+        begins = last is not None and reads[last][: len(reads[number])] == reads[number]
+        groups.setdefault(last if begins else number, []).append(number)
+    merged, answers = [], {}
+    for host, (number, members) in enumerate(sorted(groups.items())):
+        prompt = min((requests[member].prompt for member in members), key=len)
+        first = min(requests[member].ends[0] for member in members)
+        used = [0] * (len(reads[number]) - first)
+        for member in members:
+            # Members that score the same position have columns of their own.
+            start, stop = (end - first for end in requests[member].ends)
+            left = max(used[start:stop])
+            right = left + len(requests[member].targets[0])
+            used[start:stop] = [right] * (stop - start)
+            answers[member] = Answer(host, slice(start, stop), slice(left, right))
+        targets = np.zeros((len(used), max(used)), np.int32)
+        for member in members:
+            _, rows, columns = answers[member]
+            targets[rows, columns] = requests[member].targets
+        rest = reads[number][len(prompt) :]
+        merged.append(Request(prompt, rest, targets.tolist()))
+    width = max((len(request.targets[0]) for request in merged), default=0)
+    for request in merged:
+        for row in request.targets:
+            row.extend([0] * (width - len(row)))
+    return merged, [answers[number] for number in range(len(requests))]
+
 
 class Batch(NamedTuple):
     """Indices of requests, their prefix, and the padded shape."""

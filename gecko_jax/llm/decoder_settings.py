@@ -11,7 +11,7 @@ from typing import Any
 from gecko_jax.io import field_rules
 from gecko_jax.models import transformer
 
-FAMILIES = ("llama", "gemma3_text")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 REMEDY = "copy the file again, or choose another model"
 _SERVE = "serve this model and give the server's address"
 
@@ -59,8 +59,9 @@ _SETTINGS = {
     "use_bidirectional_attention": _MAYBE_FLAG,
     "attn_logit_softcapping": _MAYBE_NUMBER,
     "final_logit_softcapping": _MAYBE_NUMBER,
+    "use_sliding_window": _MAYBE_FLAG,
 }
-_UNSUPPORTED = tuple(_SETTINGS)[-5:]
+_UNSUPPORTED = tuple(_SETTINGS)[-6:]
 _GEMMA_SETTINGS = {
     "query_pre_attn_scalar": _ABOVE_ZERO,
     "sliding_window": _LENGTH,
@@ -76,7 +77,7 @@ def check_family(place: object, key: str, name: str, known: Collection[str]) -> 
     if name not in known:
         raise ValueError(
             f"{place}: {key} {name!r}; the in-process decoder runs "
-            f"{' and '.join(known)}: choose such a model, or {_SERVE}"
+            f"{', '.join(known)}: choose such a model, or {_SERVE}"
         )
 
 
@@ -93,7 +94,8 @@ def build(
         ValueError: A setting is missing, out of range or unsupported, or two settings
             contradict each other.
     """
-    is_gemma = settings["model_type"] == "gemma3_text"
+    family = settings["model_type"]
+    is_gemma = family == "gemma3_text"
     kinds = _SETTINGS | (_GEMMA_SETTINGS if is_gemma else {})
     field_rules.check(place, settings, kinds, REMEDY)
     for key in _UNSUPPORTED:
@@ -126,10 +128,13 @@ def build(
             f"{place}: {len(rope_factors)} divisors of rotary frequencies; there must "
             f"be {head_dim // 2}, all above 0: {REMEDY}"
         )
-    gemma = {}
+    switches: dict[str, Any] = {
+        "qkv_bias": family == "qwen2",
+        "head_norms": family == "qwen3",
+    }
     if is_gemma:
         local_base = local_rope.get("rope_theta")
-        gemma = {
+        switches = {
             "activation": "gelu",
             "embedding_scale": model_dim**0.5,
             "query_scale": settings["query_pre_attn_scalar"] ** -0.5,
@@ -154,7 +159,7 @@ def build(
         rope_base=base,
         rope_factors=rope_factors,
         tied=settings["tie_word_embeddings"],
-        **gemma,
+        **switches,
     )
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of decoders: byte-level BPE (SmolLM2, Llama 3), SentencePiece (Gemma 3).
+"""Tokenizers of decoders: byte-level BPE (SmolLM2, Qwen), SentencePiece (Gemma 3).
 
     tokenizer = from_gguf(file.setting, place)
     tokenizer.encode("Query: how to list files")     appends no token
@@ -18,8 +18,13 @@ from gecko_jax.io import field_rules, reading, wording
 
 # llama.cpp's token type of control tokens.
 _CONTROL = 3
-# llama.cpp's pre-tokenizer -> whether it splits numbers into digits.
-_SPLITS_DIGITS = {"smollm": True, "gpt-2": False}
+# Words of the Qwen 2 and 3 tokenizers; from their tokenizer.json.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# llama.cpp's names of the supported pre-tokenizers.
+_PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2")
 # SentencePiece's spelling of a space.
 _META = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -184,10 +189,10 @@ def _functions(tokenizer: Any) -> _Functions:
 def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
     tokenizers = _import_tokenizers()
     pieces, kind = header["tokens"], header["pre"] or "gpt-2"
-    if kind not in _SPLITS_DIGITS:
+    if kind not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{place}: a tokenizer of the kind {kind!r}; from GGUF the in-process "
-            f"decoder supports {' and '.join(_SPLITS_DIGITS)}: give the model as a "
+            f"decoder supports {', '.join(_PRE_TOKENIZERS)}: give the model as a "
             "folder with tokenizer.json and *.safetensors"
         )
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -199,10 +204,14 @@ def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
     with _named(place):
         model = tokenizers.models.BPE(vocab=vocabulary, merges=merges)
     tokenizer = tokenizers.Tokenizer(model)
-    steps = [tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if _SPLITS_DIGITS[kind]:
-        steps.insert(0, tokenizers.pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+    cuts = tokenizers.pre_tokenizers
+    steps = [cuts.ByteLevel(add_prefix_space=False, use_regex=kind != "qwen2")]
+    if kind == "smollm":
+        steps.insert(0, cuts.Digits(individual_digits=True))
+    elif kind == "qwen2":
+        steps.insert(0, cuts.Split(tokenizers.Regex(_QWEN_WORDS), "isolated"))
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = cuts.Sequence(steps)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return _functions(tokenizer)
 

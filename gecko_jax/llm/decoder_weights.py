@@ -29,9 +29,12 @@ _NAMES = {
     "up": ("ffn_up", "mlp.up_proj"),
     "down": ("ffn_down", "mlp.down_proj"),
 }
-_GEMMA_NAMES = _NAMES | {
+_NAMES |= {f"{name}_bias": _NAMES[name] for name in ("query", "key", "value")}
+_NAMES |= {
     "query_norm": ("attn_q_norm", "self_attn.q_norm"),
     "key_norm": ("attn_k_norm", "self_attn.k_norm"),
+}
+_GEMMA_NAMES = _NAMES | {
     "post_attention_norm": ("post_attention_norm", "post_attention_layernorm"),
     "mlp_norm": ("ffn_norm", "pre_feedforward_layernorm"),
     "post_mlp_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
@@ -69,13 +72,13 @@ def file_names(
     ]
     table = _GEMMA_NAMES if config.sandwich_norms else _NAMES
     axes = transformer.logical_axes(config)
-    return {
-        name: [f"{table[name][column]}.weight"] for name in axes if name != "layers"
-    } | {
-        name: [
-            f"{layers}.{layer}.{table[name][column]}.weight"
-            for layer in range(config.num_layers)
-        ]
+
+    def of(name: str) -> str:
+        kind = "bias" if name.endswith("_bias") else "weight"
+        return f"{table[name][column]}.{kind}"
+
+    return {name: [of(name)] for name in axes if name != "layers"} | {
+        name: [f"{layers}.{layer}.{of(name)}" for layer in range(config.num_layers)]
         for name in axes["layers"]
     }
 
@@ -113,7 +116,7 @@ def check(
         raise ValueError(
             f"{place}: the tensors do not match the settings "
             f"({wording.printable(listed)}); copy the file again, or choose a model of "
-            "the Llama or Gemma 3 family"
+            "the Llama, Qwen or Gemma 3 family"
         )
 
 
@@ -121,6 +124,8 @@ def _file_shape(config: transformer.DecoderConfig, name: str) -> tuple[int, ...]
     """Returns the shape of a parameter, or of one of its layers, in a file."""
     shapes = transformer.param_shapes(config)
     shape = shapes["layers"][name][1:] if name in shapes["layers"] else shapes[name]
+    if name.endswith("_bias"):
+        return (int(np.prod(shape)),)
     if len(shape) == 1 or name in ("embedding", "output"):
         return shape
     num_inputs = 2 if name == "out" else 1

@@ -4,6 +4,7 @@ Each function is compiled once per shape; `local` keeps the number of shapes sma
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from gecko_jax.models import transformer
+from gecko_jax.parallel import numerics
 
 # Tokens that one call of `decode` draws.
 STEPS = 16
@@ -19,7 +21,28 @@ STEPS = 16
 _BISECTIONS = 32
 
 
-@functools.partial(jax.jit, static_argnames="config")
+def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function of parameters, with options that suit their dtype."""
+
+    def compile_both(function: Callable[..., Any]) -> Callable[..., Any]:
+        exact = jax.jit(function, **settings)
+
+        @functools.cache
+        def fast() -> Callable[..., Any]:
+            options = numerics.bfloat16_options()
+            return jax.jit(function, compiler_options=options, **settings)
+
+        @functools.wraps(function)
+        def call(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            is_fast = params["embedding"].dtype == jnp.bfloat16
+            return (fast() if is_fast else exact)(params, *args, **kwargs)
+
+        return call
+
+    return compile_both
+
+
+@_jit(static_argnames="config")
 def compute_prefix(
     params: dict[str, Any],
     config: transformer.DecoderConfig,
@@ -31,7 +54,7 @@ def compute_prefix(
     return transformer.KeyValues(own.keys[:, 0], own.values[:, 0], positions)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@_jit(static_argnames="config")
 def read(
     params: dict[str, Any],
     config: transformer.DecoderConfig,
@@ -43,7 +66,7 @@ def read(
     return transformer.extend(params, config, tokens, positions, prefix)[0]
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@_jit(static_argnames="config")
 def score(
     params: dict[str, Any],
     config: transformer.DecoderConfig,
@@ -61,7 +84,7 @@ def score(
     return transformer.token_log_probs(params, config, hidden[rows, columns], targets)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
+@_jit(static_argnames=("config", "num_slots"))
 def start(
     params: dict[str, Any],
     config: transformer.DecoderConfig,
@@ -89,11 +112,7 @@ def start(
     return hidden[jnp.arange(hidden.shape[0]), last], cache
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "is_greedy", "is_nucleus"),
-    donate_argnames="cache",
-)
+@_jit(static_argnames=("config", "is_greedy", "is_nucleus"), donate_argnames="cache")
 def decode(
     params: dict[str, Any],
     config: transformer.DecoderConfig,

@@ -22,7 +22,12 @@ from gecko_jax.llm import (
 )
 from gecko_jax.models import transformer
 
-_MODEL_TYPES = {"llama": "llama", "gemma3": "gemma3_text"}
+_MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+}
 # Key of `config.json` -> key of the header, `{}` for the architecture.
 _KEYS = {
     "hidden_size": "{}.embedding_length",

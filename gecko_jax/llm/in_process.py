@@ -53,7 +53,9 @@ def open_model(
         jax.config.update("jax_compilation_cache_dir", str(cache))
     model = local.load(weights, mesh=sharding.build_mesh(tensor=tensor), dtype=dtype)
     about = {"backend": "in_process", "model": model.name}
-    return protocol.LanguageModel(model.name, about, _Asker(model, budget).ask)
+    return protocol.LanguageModel(
+        model.name, about, _Asker(model, budget).ask, reads_ahead=True
+    )
 
 
 class _Asker:
@@ -72,11 +74,7 @@ class _Asker:
         keep: Callable[[int, Any], None],
     ) -> None:
         """Answers the new requests; see `protocol.Ask`."""
-        answer = {
-            "generate": self._generate,
-            "score": self._score,
-            "labels": self._labels,
-        }[kind]
+        answer = self._generate if kind == "generate" else self._judge
         failures = {
             number: failure
             for number, body in enumerate(bodies)
@@ -85,11 +83,21 @@ class _Asker:
         unanswered = set(new)
         for number in unanswered & failures.keys():
             keep(number, failures[number])
-        # Similar lengths side by side need little padding.
-        order = sorted(
-            set(range(len(bodies))) - failures.keys(),
-            key=lambda number: (len(bodies[number]["prompt"]), number),
-        )
+        # Similar lengths side by side need little padding. A question that begins with
+        # a prompt and its continuation, and adds a line, follows them.
+        scored = {
+            body["prompt"] + body["continuation"]: number
+            for number, body in enumerate(bodies)
+            if "continuation" in body
+        }
+
+        def place(number: int) -> tuple[int, int, int]:
+            first, body = number, bodies[number]
+            if "labels" in body:
+                first = scored.get(body["prompt"].rpartition("\n")[0], number)
+            return len(bodies[first]["prompt"]), first, number
+
+        order = sorted(set(range(len(bodies))) - failures.keys(), key=place)
         for start in range(0, len(order), self._size):
             block = order[start : start + self._size]
             missing = [number for number in block if number in unanswered]
@@ -150,33 +158,34 @@ class _Asker:
             for body, one in zip(bodies, completions, strict=True)
         ]
 
-    def _score(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.Score]:
-        scored = self._model.score_tokens(
-            [body["prompt"] for body in bodies],
-            [body["continuation"] for body in bodies],
-        )
-        return [
-            protocol.Score(
-                round(sum(values), _DECIMALS),
-                len(values),
-                self._usage(body["prompt"] + body["continuation"], 0),
-            )
-            for body, values in zip(bodies, scored, strict=True)
-        ]
-
-    def _labels(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.LabelScores]:
+    def _judge(
+        self, bodies: Sequence[dict[str, Any]]
+    ) -> list[protocol.Score | protocol.LabelScores]:
+        """Answers requests for scores and for labels, the latter all of one list."""
+        asked = [body for body in bodies if "labels" in body]
+        scored = [body for body in bodies if "labels" not in body]
         # A prompt ends in a colon, so a label begins with a space, as a query does.
-        labels = [f" {label}" for label in bodies[0]["labels"]]
-        prompts = [body["prompt"] for body in bodies]
-        return [
-            protocol.LabelScores(
-                tuple(round(values[label], _DECIMALS) for label in labels),
-                self._usage(prompt, 1),
-            )
-            for prompt, values in zip(
-                prompts, self._model.label_log_probs(prompts, labels), strict=True
-            )
-        ]
+        labels = [f" {label}" for label in (asked[0]["labels"] if asked else ())]
+        scores, label_scores = self._model.judge(
+            [body["prompt"] for body in scored],
+            [body["continuation"] for body in scored],
+            [body["prompt"] for body in asked],
+            labels,
+        )
+        of_scored, of_asked = iter(scores), iter(label_scores)
+        answers: list[protocol.Score | protocol.LabelScores] = []
+        for body in bodies:
+            if "labels" in body:
+                values = next(of_asked)
+                rounded = tuple(round(values[label], _DECIMALS) for label in labels)
+                usage = self._usage(body["prompt"], 1)
+                answers.append(protocol.LabelScores(rounded, usage))
+            else:
+                tokens = next(of_scored)
+                usage = self._usage(body["prompt"] + body["continuation"], 0)
+                total = round(sum(tokens), _DECIMALS)
+                answers.append(protocol.Score(total, len(tokens), usage))
+        return answers
 
     def _usage(self, read: str, written: int) -> protocol.Usage:
         return protocol.Usage(self._model.num_tokens(read), written)

@@ -11,7 +11,7 @@ length with few distinct shapes.
 import collections
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,11 @@ class LocalModel:
         self, prompts: Sequence[str], continuations: Sequence[str]
     ) -> list[list[float]]:
         """Returns what `score` sums: one log-probability per token."""
+        return self.judge(prompts, continuations, [], ())[0]
+
+    def _score_requests(
+        self, prompts: Sequence[str], continuations: Sequence[str]
+    ) -> list[decoder_batches.Request]:
         if len(prompts) != len(continuations):
             raise ValueError(
                 f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
@@ -115,11 +120,10 @@ class LocalModel:
             for number, continuation in enumerate(continuations)
         ]
         encoded = self._encode_prompts(prompts, *map(len, tokens))
-        requests = [
+        return [
             decoder_batches.Request(prompt, after[:-1], [[t] for t in after])
             for prompt, after in zip(encoded, tokens, strict=True)
         ]
-        return [values[:, 0].tolist() for values in self._answer(requests)]
 
     def label_log_probs(
         self, prompts: Sequence[str], labels: Sequence[str]
@@ -134,6 +138,31 @@ class LocalModel:
             ValueError: Two labels are equal, a label is empty, or `score` would raise
                 for a prompt.
         """
+        return self.judge([], [], prompts, labels)[1]
+
+    def judge(
+        self,
+        prompts: Sequence[str],
+        continuations: Sequence[str],
+        questions: Sequence[str],
+        labels: Sequence[str],
+    ) -> tuple[list[list[float]], list[dict[str, float]]]:
+        """Returns `score_tokens`, and `label_log_probs` of the questions.
+
+        A prompt with its continuation that begins a question is read once for both.
+        """
+        scored = self._score_requests(prompts, continuations)
+        asked, read_labels = self._label_requests(questions, labels)
+        answers = self._answer([*scored, *asked])
+        log_probs = [values[:, 0].tolist() for values in answers[: len(scored)]]
+        return log_probs, read_labels(answers[len(scored) :])
+
+    def _label_requests(
+        self, prompts: Sequence[str], labels: Sequence[str]
+    ) -> tuple[list[decoder_batches.Request], Callable[..., list[dict[str, float]]]]:
+        """Returns the requests, and the function that reads their answers."""
+        if not prompts and not labels:
+            return [], lambda scored: []
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(
                 f"labels={list(labels)}: there must be some, all different"
@@ -146,20 +175,23 @@ class LocalModel:
             for n in passes
         }
         encoded = self._encode_prompts(prompts, max(map(len, tokens)))
-        scored = self._answer(
-            [
-                decoder_batches.Request(prompt, tokens[n][:-1], targets[n])
-                for prompt in encoded
-                for n in passes
-            ]
-        )
-        answers = []
-        for start in range(0, len(scored), len(passes)):
-            values = scored[start][0].tolist()
-            for n, one in zip(passes, scored[start : start + len(passes)], strict=True):
-                values[n] = math.fsum(one[:, n])
-            answers.append(dict(zip(labels, values, strict=True)))
-        return answers
+        requests = [
+            decoder_batches.Request(prompt, tokens[n][:-1], targets[n])
+            for prompt in encoded
+            for n in passes
+        ]
+
+        def read(scored: Sequence[np.ndarray]) -> list[dict[str, float]]:
+            answers = []
+            for start in range(0, len(scored), len(passes)):
+                one_prompt = scored[start : start + len(passes)]
+                values = one_prompt[0][0].tolist()
+                for n, one in zip(passes, one_prompt, strict=True):
+                    values[n] = math.fsum(one[:, n])
+                answers.append(dict(zip(labels, values, strict=True)))
+            return answers
+
+        return requests, read
 
     def generate(
         self,
@@ -224,7 +256,17 @@ class LocalModel:
     def _answer(
         self, requests: Sequence[decoder_batches.Request]
     ) -> list[Float[np.ndarray, "targets Y"]]:
-        """Returns the log-probabilities of each request's targets."""
+        """Returns the log-probabilities of each request's targets.
+
+        A request whose tokens begin those of another costs nothing.
+        """
+        merged, places = decoder_batches.merge(requests)
+        answers = self._read(merged)
+        return [answers[host][rows, columns] for host, rows, columns in places]
+
+    def _read(
+        self, requests: Sequence[decoder_batches.Request]
+    ) -> list[Float[np.ndarray, "targets Y"]]:
         answers: list[Any] = [None] * len(requests)
         waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]] = (
             collections.deque()
@@ -322,7 +364,7 @@ def load(
     dtype: str | None = None,
     tokens_per_call: int | None = None,
 ) -> LocalModel:
-    """Loads a decoder of the Llama or Gemma 3 family.
+    """Loads a decoder of the Llama, Qwen or Gemma 3 family.
 
     Args:
         path: A `.gguf` file, or a folder with `config.json`, `tokenizer.json` and

@@ -10,6 +10,7 @@ An answer is a number or text from the model. Where the model gave none, the ans
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -96,8 +97,9 @@ class Sampling:
     stop: tuple[str, ...]
 
 
-# Answers requests of one kind. Arguments: the kind, the bodies of all requests of a
-# call, the indices of those without an answer, and a callback (index, answer).
+# Answers the requests of a call. Arguments: the kind, the bodies of all requests, the
+# indices of those without an answer, and a callback (index, answer). Among requests of
+# the kind "score", those with labels are of the kind "labels".
 Ask = Callable[
     [str, list[dict[str, Any]], Sequence[int], Callable[[int, Any], None]], None
 ]
@@ -111,6 +113,8 @@ class LanguageModel:
         facts: Everything about the model that changes an answer.
         close: Releases the resources of the model.
         log: The request log; the stages open one per shard.
+        report: Called with the answered share of a call's requests, in [0, 1].
+        reads_ahead: Whether `score` also answers the questions that follow.
     """
 
     def __init__(
@@ -119,12 +123,16 @@ class LanguageModel:
         facts: dict[str, Any],
         ask: Ask,
         close: Callable[[], None] = lambda: None,
+        *,
+        reads_ahead: bool = False,
     ):
         """Starts with a log in memory; see the class and `Ask`."""
         self.name = name
         self.facts = facts
         self.close = close
+        self.reads_ahead = reads_ahead
         self.log = request_log.RequestLog(None)
+        self.report: Callable[[float], None] = lambda share: None
         self._ask = ask
 
     def generate(
@@ -139,14 +147,24 @@ class LanguageModel:
         return self._answer("generate", bodies)
 
     def score(
-        self, prompts: Sequence[str], continuations: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        continuations: Sequence[str],
+        questions: Sequence[str] = (),
+        labels: Sequence[str] = (),
     ) -> list[Score | Failure]:
-        """Scores each continuation of its prompt."""
-        bodies = [
+        """Scores each continuation of its prompt.
+
+        If `reads_ahead`, the log then also has the answers of `label_log_probs` to the
+        questions, which begin with prompts and continuations that are read anyway.
+        """
+        bodies: list[dict[str, Any]] = [
             {"prompt": prompt, "continuation": continuation}
             for prompt, continuation in zip(prompts, continuations, strict=True)
         ]
-        return self._answer("score", bodies)
+        if self.reads_ahead:
+            bodies += [{"prompt": text, "labels": list(labels)} for text in questions]
+        return self._answer("score", bodies)[: len(prompts)]
 
     def label_log_probs(
         self, prompts: Sequence[str], labels: Sequence[str]
@@ -156,22 +174,28 @@ class LanguageModel:
         return self._answer("labels", bodies)
 
     def _answer(self, kind: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
-        keys = [request_key(kind, self.facts, body) for body in bodies]
+        kinds = ["labels" if "labels" in body else kind for body in bodies]
+        keys = [
+            request_key(kind, self.facts, body)
+            for kind, body in zip(kinds, bodies, strict=True)
+        ]
         distinct = dict(zip(keys, bodies, strict=True))
         order = list(distinct)
         new = [n for n, key in enumerate(order) if self.log.get(key) is None]
         failures: dict[str, Failure] = {}
+        finished = itertools.count(len(order) - len(new) + 1)
 
         def keep(number: int, answer: Any) -> None:
             if isinstance(answer, Failure):
                 failures[order[number]] = answer
             else:
                 self.log.put(order[number], to_record(answer))
+            self.report(next(finished) / len(order))
 
         if new:
             self._ask(kind, list(distinct.values()), new, keep)
         answers = []
-        for key, body in zip(keys, bodies, strict=True):
+        for kind, key, body in zip(kinds, keys, bodies, strict=True):
             record = self.log.get(key)
             answers.append(
                 failures.get(key, Failure("not_asked"))

@@ -36,14 +36,17 @@ _REMEDY = "the log is damaged: remove the line, and its request is sent again"
 class RequestLog:
     """The answers of one shard, by request key."""
 
-    def __init__(self, path: pathlib.Path | None):
+    def __init__(self, path: pathlib.Path | None, earlier: pathlib.Path | None = None):
         """Reads the answers of an earlier attempt and cuts off a torn last line.
 
-        Without a path, answers are kept in memory only.
+        Without a path, answers are kept in memory only. `earlier` is a finished log
+        whose answers count, too.
         """
         self._answers: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._file: Any = None
+        if earlier is not None and earlier.exists():
+            self._read(earlier)
         if path is None:
             return
         if path.exists():

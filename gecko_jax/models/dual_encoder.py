@@ -17,9 +17,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from gecko_jax.models import t5
+from gecko_jax.models import encoder, families, layers
 
-EncoderConfig = t5.EncoderConfig
+EncoderConfig = families.EncoderConfig
 
 # T5 1.1 encoders (Shazeer 2020). `mini` is not from T5: it trains on a laptop CPU.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,6 +42,70 @@ PRESETS: dict[str, dict[str, Any]] = {
     )
 }
 
+_SIZES = (
+    *("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads"),
+    *("head_dim", "mlp_dim", "embedding_dim", "local_window"),
+)
+# Gemma 3's encoders; `gemma` trains on a laptop CPU.
+PRESETS |= {
+    name: dict(zip(_SIZES, sizes, strict=True)) | {"family": "gemma", **settings}
+    for name, sizes, settings in (
+        ("gemma", (8_064, 256, 3, 4, 2, 64, 512, 256, (32, 32)), {"global_every": 3}),
+        # EmbeddingGemma (arXiv 2509.20354).
+        (
+            "embeddinggemma",
+            (262_144, 768, 24, 3, 1, 256, 1_152, 768, (256, 256)),
+            {"global_every": 6},
+        ),
+        # The encoders of T5Gemma 2.
+        (
+            "t5gemma2-270m",
+            (262_144, 640, 18, 4, 1, 256, 2_048, 768, (255, 256)),
+            {"global_every": 6, "rope_factor": 8.0},
+        ),
+    )
+}
+PRESETS["embeddinggemma-2"] = {
+    "family": "embeddinggemma2",
+    "vocab_size": 262_144,
+    "model_dim": 512,
+    "num_layers": 24,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 256,
+    "global_num_kv_heads": 1,
+    "global_head_dim": 512,
+    "mlp_dim": 2_048,
+    "embedding_dim": 768,
+    "local_window": (512, 512),
+    "global_every": 6,
+    "query_scale": 1.0,
+    "per_layer_dim": 512,
+}
+# The bases of Qwen3-Embedding (arXiv 2506.05176), which has no projection, and whose
+# vocabularies are cut: 151,669 rows (0.6B) and 151,665.
+PRESETS |= {
+    f"qwen3-{name}": {
+        "family": "qwen3",
+        "vocab_size": 151_936,
+        "model_dim": model_dim,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "mlp_dim": mlp_dim,
+        "mlp_activations": ("silu", "linear"),
+        "embedding_dim": model_dim,
+        "projection": False,
+        "pooling": "last",
+    }
+    for name, model_dim, num_layers, num_heads, mlp_dim in (
+        ("0.6b", 1_024, 28, 16, 3_072),
+        ("4b", 2_560, 36, 32, 9_728),
+        ("8b", 4_096, 36, 32, 12_288),
+    )
+}
+
 # An orthogonal projection preserves cosines.
 PROJECTION_INIT = nn.initializers.orthogonal()
 
@@ -55,9 +119,9 @@ class DualEncoder(nn.Module):
         """Creates the submodules, under T5X's names."""
         config = self.config
         self.token_embedder = _TokenEmbedder(config)
-        self.encoder = t5.Encoder(config)
+        self.encoder = encoder.Encoder(config)
         if config.projection:
-            self.projection_layer = t5.Dense(
+            self.projection_layer = layers.Dense(
                 config.embedding_dim,
                 ("embed", "affinity"),
                 PROJECTION_INIT,
@@ -95,42 +159,64 @@ class DualEncoder(nn.Module):
         """
         # Eq. 1: mean over all tokens of a text, task description included.
         hidden = self.hidden_states(tokens, segment_ids, dropout_keys=dropout_keys)
-        pooled = mean_pool(hidden, segment_ids, num_segments)
+        pool = last_pool if self.config.pooling == "last" else mean_pool
+        pooled = pool(hidden, segment_ids, num_segments)
         # The caller cuts and normalizes, in this order (MRL).
         return self.projection_layer(pooled) if self.config.projection else pooled
 
 
 class _TokenEmbedder(nn.Module):
-    """The embedding table (`token_embedder/embedding`); T5 does not scale it."""
+    """The embedding table (`token_embedder/embedding`); Gemma scales its rows."""
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L M"]:
+        scale = self.config.embedding_scale
         # Flax unboxes it, but its types do not say so.
         embedding: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(
-                nn.initializers.normal(1.0), ("vocab", "embed")
+                nn.initializers.normal(1.0 / scale), ("vocab", "embed")
             ),
             (self.config.vocab_size, self.config.model_dim),
             jnp.float32,
         )
         # The default mode masks ids outside the table, which never occur.
-        return jnp.take(embedding, tokens, axis=0, mode="clip")
+        rows = jnp.take(embedding, tokens, axis=0, mode="clip")
+        return rows if scale == 1.0 else rows * scale
 
 
 def mean_pool(
     hidden: Float[Array, "R L M"], segment_ids: Int[Array, "R L"], num_segments: int
 ) -> Float[Array, "R S M"]:
     """Averages the hidden states of each segment in float32; an empty one gives 0."""
-    # member[r, s, l]: token l of row r belongs to segment s + 1. A product with this
-    # mask sums each segment without a scatter, and leaves out padding (segment 0).
-    segments = jnp.arange(1, num_segments + 1)
-    member = (segment_ids[:, None, :] == segments[None, :, None]).astype(jnp.float32)
+    # A product with the mask sums each segment without a scatter, and leaves out
+    # padding (segment 0).
+    member = _members(segment_ids, num_segments)
     total = jnp.einsum("rsl,rlm->rsm", member, hidden.astype(jnp.float32))
     count = jnp.sum(member, axis=-1, keepdims=True)
     return total / jnp.maximum(count, 1.0)
+
+
+def last_pool(
+    hidden: Float[Array, "R L M"], segment_ids: Int[Array, "R L"], num_segments: int
+) -> Float[Array, "R S M"]:
+    """Returns the hidden state of each segment's last token; an empty one gives 0."""
+    member = _members(segment_ids, num_segments)
+    has_next = jnp.pad(member[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
+    return jnp.einsum(
+        "rsl,rlm->rsm", member * (1.0 - has_next), hidden.astype(jnp.float32)
+    )
+
+
+def _members(
+    segment_ids: Int[Array, "R L"], num_segments: int
+) -> Float[Array, "R S L"]:
+    """Returns 1 where token l of row r belongs to segment s + 1."""
+    segments = jnp.arange(1, num_segments + 1)
+    same = segment_ids[:, None, :] == segments[None, :, None]
+    return same.astype(jnp.float32)
 
 
 def normalize(
@@ -199,15 +285,15 @@ def compute_params(params: Mapping[str, Any], config: EncoderConfig) -> dict[str
     than once per microbatch. The token embedding stays in float32, because its gradient
     accumulates over all tokens of a batch.
     """
-    encoder: dict[str, Any] = jax.tree.map_with_path(
+    tree: dict[str, Any] = jax.tree.map_with_path(
         lambda path, leaf: (
             leaf.astype(config.dtype) if path[-1].key == "kernel" else leaf
         ),
         params["encoder"],
     )
     if config.scan_layers:
-        encoder = t5.stack_layers(encoder, config.num_layers)
-    return {**params, "encoder": encoder}
+        tree = encoder.stack_layers(tree, config)
+    return {**params, "encoder": tree}
 
 
 def stack_specs(specs: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
@@ -219,7 +305,7 @@ def stack_specs(specs: Mapping[str, Any], config: EncoderConfig) -> dict[str, An
     def stack(spec: PartitionSpec, *_: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(None, *spec)
 
-    stacked = t5.stack_layers(specs["encoder"], config.num_layers, stack)
+    stacked = encoder.stack_layers(specs["encoder"], config, stack)
     return {**specs, "encoder": stacked}
 
 
@@ -229,8 +315,8 @@ def unstack_gradients(
     """Maps gradients of `compute_params` back to the parameter tree."""
     if not config.scan_layers:
         return dict(gradients)
-    encoder = t5.unstack_layers(gradients["encoder"], config.num_layers)
-    return {**gradients, "encoder": encoder}
+    tree = encoder.unstack_layers(gradients["encoder"], config)
+    return {**gradients, "encoder": tree}
 
 
 def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -245,13 +331,18 @@ def flops_per_token(config: EncoderConfig, length: int) -> float:
     A matrix product costs 2 FLOPs per weight forward and 4 backward. Rematerialization
     does not count.
     """
-    width = config.num_heads * config.head_dim
-    # Weights of a layer: query, key, value and out; then the MLP's branches and `wo`.
-    per_layer = 4 * config.model_dim * width
-    per_layer += (len(config.mlp_activations) + 1) * config.model_dim * config.mlp_dim
-    # A token's logits and weighted sum cost as much as 2 * H * K * L weights.
-    attention = 2 * width * length
-    return 6.0 * config.num_layers * (per_layer + attention)
+    total = 0.0
+    for is_local in config.is_local:
+        num_heads, num_kv_heads, head_dim = config.heads(is_local)
+        # Weights of a layer: query and out, key and value; the MLP's branches and `wo`;
+        # gate, projection and output of the per-layer embeddings.
+        total += 2 * config.model_dim * (num_heads + num_kv_heads) * head_dim
+        total += (len(config.mlp_activations) + 1) * config.model_dim * config.mlp_dim
+        total += 3 * config.model_dim * config.per_layer_dim
+        # A token's logits and weighted sum cost as much as 2 * H * K * L weights.
+        reach = min(length, sum(config.local_window) + 1) if is_local else length
+        total += 2 * num_heads * head_dim * reach
+    return 6.0 * total
 
 
 def config_to_dict(config: EncoderConfig) -> dict[str, Any]:

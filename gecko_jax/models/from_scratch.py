@@ -29,6 +29,7 @@ def weight_tokens(
     weights: Float[np.ndarray, " V"],
     key: Key[Array, ""],
     hidden_share: float,
+    embedding_scale: float = 1.0,
 ) -> dict[str, Any]:
     """Draws new token embeddings whose influence on the embedding follows `weights`.
 
@@ -43,6 +44,7 @@ def weight_tokens(
         weights: Weight of each token id, in [0, 1].
         key: PRNG key of the directions.
         hidden_share: Share of the dims hidden from the projection.
+        embedding_scale: Factor of the token embeddings in the model.
 
     Returns:
         Parameters with a new token embedding and projection.
@@ -62,8 +64,8 @@ def weight_tokens(
         [hidden * jnp.sqrt(1 - jnp.square(weight)), visible * weight], axis=1
     )
     return params | {
-        # Entries of variance 1, like T5's.
-        "token_embedder": {"embedding": vectors * width**0.5},
+        # Entries of variance 1 in the model, like T5's.
+        "token_embedder": {"embedding": vectors * (width**0.5 / embedding_scale)},
         "projection_layer": {"kernel": jnp.where(is_hidden[:, None], 0.0, kernel)},
     }
 

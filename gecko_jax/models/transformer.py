@@ -1,4 +1,4 @@
-"""A decoder language model of the Llama or Gemma 3 family, as pure functions.
+"""A decoder language model of the Llama, Qwen or Gemma 3 family, as pure functions.
 
     hidden, own = extend(params, config, tokens, positions)
     log_probs = token_log_probs(params, config, hidden[0], targets)
@@ -10,8 +10,8 @@ position is not after its own. Padding has the position `PAD_POSITION`, which is
 every token of a text, so no token attends to it.
 
 Layers are stacked and run as a scan, so the compile time does not depend on the depth.
-Both families have RMS norms, rotary positions, grouped heads and gated MLPs; what
-Gemma 3 adds are settings of `DecoderConfig`.
+All families have RMS norms, rotary positions, grouped heads and gated MLPs; what Qwen
+and Gemma 3 add are settings of `DecoderConfig`.
 
 Additional dimension letters: `R` query heads per key head, `G` key heads, `S` keys, `T`
 scored positions, `Y` targets per position.
@@ -19,12 +19,15 @@ scored positions, `Y` targets per position.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from gecko_jax.models import layers
 
 PAD_POSITION = np.iinfo(np.int32).max
 
@@ -55,6 +58,7 @@ class DecoderConfig:
         query_scale: Factor of the queries; None is `head_dim ** -0.5`.
         sandwich_norms: Whether a norm also follows the attention and the MLP.
         head_norms: Whether each query and key head is normalized.
+        qkv_bias: Whether queries, keys and values have a bias (Qwen 2).
         local_window: Keys that a token of a local layer attends to, itself included;
             None if all layers are global.
         global_every: Period of the global layers: the last of every `global_every`
@@ -80,6 +84,7 @@ class DecoderConfig:
     query_scale: float | None = None
     sandwich_norms: bool = False
     head_norms: bool = False
+    qkv_bias: bool = False
     local_window: int | None = None
     global_every: int = 1
     local_rope_base: float = 10_000.0
@@ -163,6 +168,7 @@ def next_logits(
 ) -> Float[Array, "T V"]:
     """Returns the logits of the token after each position, in float32."""
     head = params["embedding"] if config.tied else params["output"]
+    hidden = hidden.astype(head.dtype)
     with _precision(params):
         return jnp.einsum("tm,vm->tv", hidden, head, preferred_element_type=jnp.float32)
 
@@ -183,6 +189,9 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     }
     if config.head_norms:
         layers |= {name: spec("layers", "kv") for name in ("query_norm", "key_norm")}
+    if config.qkv_bias:
+        for name in ("query_bias", "key_bias", "value_bias"):
+            layers[name] = spec("layers", "heads", "kv")
     if config.sandwich_norms:
         for name in ("post_attention_norm", "post_mlp_norm"):
             layers[name] = spec("layers", "embed")
@@ -207,7 +216,7 @@ def param_shapes(config: DecoderConfig) -> dict[str, Any]:
     }
 
     def shape(path: Any, axes: jax.sharding.PartitionSpec) -> tuple[int, ...]:
-        is_kv = path[-1].key in ("key", "value")
+        is_kv = path[-1].key.removesuffix("_bias") in ("key", "value")
         heads = config.num_kv_heads if is_kv else config.num_heads
         return tuple(heads if axis == "heads" else sizes[axis] for axis in axes)
 
@@ -226,9 +235,10 @@ def _extend(
     prefix: KeyValues | None,
     cache: KeyValues | None,
 ) -> tuple[Array, KeyValues]:
-    # Gemma scales its token embeddings, in the dtype of the products.
+    # Hidden states are float32; keys, values and weights have the products' dtype.
+    dtype = params["embedding"].dtype
     hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip")
-    hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
+    hidden = hidden.astype(jnp.float32) * config.embedding_scale
     # Up to three parts of keys: the prefix, the row's cache, and the tokens themselves.
     key_positions = [positions]
     if cache is not None:
@@ -237,62 +247,144 @@ def _extend(
         key_positions.insert(0, prefix.positions[None])
     # Causal masks, [B or 1, L, S]: True where a token attends to a key.
     masks = [keys[:, None, :] <= positions[:, :, None] for keys in key_positions]
-    rotary = _rotary(positions, config.rope_base, config.rope_factors, config.head_dim)
+    angles = rotary(positions, config.rope_base, config.rope_factors, config.head_dim)
     has_local = any(config.is_local)
-    local_masks, local_rotary = masks, rotary
+    local_masks, local_angles = masks, angles
     if config.local_window is not None:
         # A local layer attends to the last `local_window` positions only.
         local_masks = [
             mask & (positions[:, :, None] - keys[:, None, :] < config.local_window)
             for mask, keys in zip(masks, key_positions, strict=True)
         ]
-        local_rotary = _rotary(positions, config.local_rope_base, None, config.head_dim)
+        local_angles = rotary(positions, config.local_rope_base, None, config.head_dim)
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         weights, is_local, *earlier = inputs
-        layer_masks, layer_rotary = masks, rotary
+        layer_masks, layer_rotary = masks, angles
         if has_local:
             # The scan runs one program for all layers, so local layers select their
             # masks and rotary angles at run time.
             layer_masks, layer_rotary = jax.tree.map(
                 lambda local, full: jnp.where(is_local, local, full),
-                (local_masks, local_rotary),
-                (masks, rotary),
+                (local_masks, local_angles),
+                (masks, angles),
             )
-        # Attention. Keys are rotated before they are cached: a rotation depends only on
-        # the key's own position.
-        normed = _norm(hidden, weights["attention_norm"], config)
-        query, key, value = (
-            jnp.einsum("blm,mhk->blhk", normed, weights[name])
-            for name in ("query", "key", "value")
+
+        def attend(*heads: Array) -> Array:
+            query, *own = (part.astype(dtype) for part in heads)
+            mixed = _attend(query, [*earlier, tuple(own)], layer_masks)
+            return mixed.astype(jnp.float32)
+
+        # Keys are rotated before they are cached: a rotation depends only on the key's
+        # own position.
+        hidden, (key, value) = run_layer(
+            weights,
+            hidden,
+            layer_rotary,
+            attend,
+            activation=config.activation,
+            query_scale=config.query_scale or config.head_dim**-0.5,
+            norm_epsilon=config.norm_epsilon,
         )
-        if config.head_norms:
-            query = _norm(query, weights["query_norm"], config)
-            key = _norm(key, weights["key_norm"], config)
-        scale = config.query_scale or config.head_dim**-0.5
-        query = _rotate(query, layer_rotary) * jnp.asarray(scale, query.dtype)
-        key = _rotate(key, layer_rotary)
-        mixed = _attend(query, [*earlier, (key, value)], layer_masks)
-        attended = jnp.einsum("blhk,hkm->blm", mixed, weights["out"])
-        if config.sandwich_norms:
-            attended = _norm(attended, weights["post_attention_norm"], config)
-        hidden = hidden + attended
-        # Gated MLP.
-        normed = _norm(hidden, weights["mlp_norm"], config)
-        gate = jnp.einsum("blm,mf->blf", normed, weights["gate"])
-        gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate)
-        up = jnp.einsum("blm,mf->blf", normed, weights["up"])
-        down = jnp.einsum("blf,fm->blm", gate * up, weights["down"])
-        if config.sandwich_norms:
-            down = _norm(down, weights["post_mlp_norm"], config)
-        return hidden + down, (key, value)
+        return hidden, (key.astype(dtype), value.astype(dtype))
 
     # Every input of the scan has a leading axis of layers, keys and values included.
     parts = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
     inputs = (params["layers"], jnp.array(config.is_local), *parts)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
-    normed = _norm(hidden, params["final_norm"], config)
+    normed = _norm(hidden, params["final_norm"], config.norm_epsilon)
     return normed, KeyValues(keys, values, positions)
+
+
+def run_layer(
+    weights: Mapping[str, Array],
+    hidden: Float[Array, "B L M"],
+    angles: tuple[Array, Array],
+    attend: Callable[[Array, Array, Array], Float[Array, "B L H K"]],
+    *,
+    activation: str,
+    query_scale: float,
+    norm_epsilon: float,
+    value_norm: bool = False,
+    drop: Callable[[int, Array], Array] = lambda site, x: x,
+    embedded: Float[Array, "B L M"] | None = None,
+) -> tuple[Float[Array, "B L M"], tuple[Array, Array]]:
+    """Runs one layer: attention and gated MLP, each with a norm before it.
+
+    What a family adds is present in `weights`: biases (`query_bias`, ...), norms of
+    query and key heads (`query_norm`, ...), norms after the sublayers
+    (`post_attention_norm`, ...), and a third sublayer (`per_layer_...`).
+
+    Args:
+        weights: Weights of the layer by the names of `logical_axes`.
+        hidden: Hidden states.
+        angles: Result of `rotary`.
+        attend: Function of query [B, L, H, K], key and value [B, L, G, K].
+        activation: Activation of the MLP's gate, one of `layers.ACTIVATIONS`.
+        query_scale: Factor of the queries.
+        norm_epsilon: Added to the mean square in norms.
+        value_norm: Whether value heads are normalized, without a scale.
+        drop: Dropout; 0 to 2 are the attention's output, the MLP's hidden units and
+            its output.
+        embedded: Token embeddings, for the third sublayer.
+
+    Returns:
+        The hidden states, and the rotated keys and the values.
+    """
+    gate_activation = layers.ACTIVATIONS[activation]
+    # Attention.
+    normed = _norm(hidden, weights["attention_norm"], norm_epsilon)
+    query, key, value = (
+        _product("blm,mhk->blhk", normed, weights[name])
+        for name in ("query", "key", "value")
+    )
+    if "query_bias" in weights:
+        query = query + weights["query_bias"][None, None]
+        key = key + weights["key_bias"][None, None]
+        value = value + weights["value_bias"][None, None]
+    if "query_norm" in weights:
+        query = _norm(query, weights["query_norm"], norm_epsilon)
+        key = _norm(key, weights["key_norm"], norm_epsilon)
+    if value_norm:
+        value = _norm(value, None, norm_epsilon)
+    query = _rotate(query, angles) * jnp.asarray(query_scale, query.dtype)
+    key = _rotate(key, angles)
+    mixed = attend(query, key, value)
+    attended = _product("blhk,hkm->blm", mixed, weights["out"])
+    if "post_attention_norm" in weights:
+        attended = _norm(attended, weights["post_attention_norm"], norm_epsilon)
+    hidden = hidden + drop(0, attended)
+    # Gated MLP.
+    normed = _norm(hidden, weights["mlp_norm"], norm_epsilon)
+    gate = gate_activation(_product("blm,mf->blf", normed, weights["gate"]))
+    up = _product("blm,mf->blf", normed, weights["up"])
+    down = _product("blf,fm->blm", drop(1, gate * up), weights["down"])
+    if "post_mlp_norm" in weights:
+        down = _norm(down, weights["post_mlp_norm"], norm_epsilon)
+    hidden = hidden + drop(2, down)
+    # Per-layer embeddings: the token embeddings, projected for this layer, pass a gate
+    # that depends on the hidden states.
+    if "per_layer_gate" in weights:
+        assert embedded is not None
+        own = jnp.einsum("blm,mp->blp", embedded, weights["per_layer_projection"])
+        own = own * embedded.shape[-1] ** -0.5
+        own = _norm(own, weights["per_layer_norm"], norm_epsilon)
+        gate = jnp.einsum("blm,mp->blp", hidden, weights["per_layer_gate"])
+        gated = gate_activation(gate) * own
+        mixed = jnp.einsum("blp,pm->blm", gated, weights["per_layer_out"])
+        hidden = hidden + _norm(mixed, weights["post_per_layer_norm"], norm_epsilon)
+        hidden = hidden * weights["layer_scalar"][None, None].astype(hidden.dtype)
+    return hidden, (key, value)
+
+
+def _product(
+    spec: str, inputs: Float[Array, "..."], weights: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """A matrix product; float32 inputs are rounded to the dtype of the weights."""
+    if inputs.dtype == weights.dtype:
+        return jnp.einsum(spec, inputs, weights)
+    inputs = inputs.astype(weights.dtype)
+    return jnp.einsum(spec, inputs, weights, preferred_element_type=jnp.float32)
 
 
 def _attend(
@@ -363,17 +455,18 @@ def _attend(
 
 
 def _norm(
-    inputs: Float[Array, "*rows M"], weight: Float[Array, " M"], config: DecoderConfig
+    inputs: Float[Array, "*rows M"], weight: Float[Array, " M"] | None, epsilon: float
 ) -> Float[Array, "*rows M"]:
     """RMS norm: divides by the root mean square in float32, then scales."""
     wide = inputs.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(mean_square + config.norm_epsilon)
-    scaled = normed * jnp.broadcast_to(weight.astype(jnp.float32), normed.shape)
+    scaled = wide * jax.lax.rsqrt(mean_square + epsilon)
+    if weight is not None:
+        scaled = scaled * jnp.broadcast_to(weight.astype(jnp.float32), scaled.shape)
     return scaled.astype(inputs.dtype)
 
 
-def _rotary(
+def rotary(
     positions: Int[Array, "B L"],
     base: float,
     factors: tuple[float, ...] | None,

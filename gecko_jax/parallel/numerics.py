@@ -77,6 +77,37 @@ def check() -> None:
         )
 
 
+@functools.cache
+def bfloat16_options() -> dict[str, str]:
+    """Returns compiler options that make bfloat16 matrix products fast on CPU.
+
+    They are up to four times as fast in XLA's YNN library, which the flag of this
+    module turns off. Single products are not fused, and their results are correct.
+    Returns no options on accelerators, and where the known wrong case is wrong or the
+    option is unknown.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if jax.default_backend() != "cpu" or not _is_flag_known():
+        return {}
+    options = {_FLAG: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    rows = np.random.default_rng(0).integers(-8, 9, (64, 256))
+
+    def sums(rows: jax.Array) -> jax.Array:
+        ones = jnp.ones((256, 256), jnp.bfloat16)
+        product = jnp.matmul(rows, ones, preferred_element_type=jnp.float32)
+        return product.sum(-1)
+
+    try:
+        found = jax.jit(sums, compiler_options=options)(rows.astype(jnp.bfloat16))
+    except jax.errors.JaxRuntimeError:
+        return {}
+    # Sums of whole numbers are exact.
+    return options if np.array_equal(found, rows.sum(-1) * 256) else {}
+
+
 def _is_flag_known() -> bool:
     """Returns whether jaxlib needs the flag and every installed XLA knows it."""
     version = _version("jaxlib") or "0"

@@ -21,7 +21,7 @@ import gecko_jax.config
 from gecko_jax.data import pipeline, task_table
 from gecko_jax.formats import detection, model_folder, parameters, pretrained
 from gecko_jax.io import progress, wording
-from gecko_jax.models import dual_encoder, from_scratch
+from gecko_jax.models import dual_encoder, families, from_scratch
 from gecko_jax.parallel import sharding
 from gecko_jax.text import text_formats, vocabularies
 
@@ -71,15 +71,21 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
 def _add_layers(
     params: Mapping[str, Any], config: dual_encoder.EncoderConfig, key: Key[Array, ""]
 ) -> dict[str, Any]:
-    """Adds layers whose output matrices are 0."""
-    # The residual branches end in `out` and `wo`. With zeros there, the new layers do
-    # not change the hidden states of the bag of tokens at first.
+    """Adds layers whose residual branches end in zeros."""
+    # The branches end in `out` and `wo`, or in a norm after them. With zeros there, the
+    # new layers do not change the hidden states of the bag of tokens at first.
+    switches, ends = config.switches, ("/out/kernel", "/wo/kernel")
+    if switches.sandwich_norms:
+        ends = tuple(
+            f"/post_{name}_layer_norm/scale"
+            for name in ("attention", "mlp", "per_layer")
+        )
     flat = parameters.flatten(params)
     for name, leaf in parameters.flatten(dual_encoder.init_params(config, key)).items():
         if name.startswith("encoder/layers_"):
-            # Zero outputs: the new layers leave the residual stream as it is.
-            is_last = name.endswith(("/out/kernel", "/wo/kernel"))
-            flat[name] = np.zeros_like(leaf) if is_last else np.asarray(leaf)
+            zero = -switches.norm_offset if switches.sandwich_norms else 0.0
+            is_last = name.endswith(ends)
+            flat[name] = np.full_like(leaf, zero) if is_last else np.asarray(leaf)
     return parameters.unflatten(flat)
 
 
@@ -106,7 +112,10 @@ def _check_settings(
     """Compares settings that affect results but no shape."""
     faults = [
         f"model.{name}={getattr(start, name)!r} (now {getattr(config, name)!r})"
-        for name in ("num_heads", "mlp_activations", "relpos_max_distance")
+        for name in (
+            *("family", "num_heads", "mlp_activations", "relpos_max_distance"),
+            *families.ROTARY_FIELDS,
+        )
         if getattr(config, name) != getattr(start, name)
     ]
     if faults:
@@ -184,7 +193,9 @@ def init_params(
         if weights is None:
             return params
         key, share = jax.random.fold_in(key, 1), config.init.token_weight_dims
-        return from_scratch.weight_tokens(params, weights, key, share)
+        return from_scratch.weight_tokens(
+            params, weights, key, share, encoder.config.embedding_scale
+        )
 
     # Draw inside a jit with output shardings: no device holds all parameters.
     params = jax.jit(draw, out_shardings=shardings)(jax.random.fold_in(key, 0))

@@ -145,7 +145,13 @@ def build_model(
 
     Raises:
         ImportError: t5x is not installed; names the command that installs it.
+        ValueError: The encoder is not T5's.
     """
+    if config.family != "t5":
+        raise ValueError(
+            f"family={config.family!r}: T5X checkpoints hold T5 encoders only; train "
+            "this family with `gecko train`"
+        )
     loss_settings = {
         "mrl_dims": tuple(mrl_dims),
         "mrl_weights": tuple(mrl_weights),

@@ -31,6 +31,7 @@ VERBS = (
     ("fret", "run"),
     ("fret", "bootstrap"),
     ("fret", "report"),
+    ("fret", "fetch-model"),
 )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pytest
 
@@ -81,7 +82,80 @@ def test_given_ids_replace_content_ids(tmp_path):
     assert second.negative_ids == (first.passage_id, text_formats.content_id("y"))
 
 
+def test_scores_are_those_of_the_positive_and_of_each_negative(tmp_path):
+    scored = {**GOOD, "negatives": ["x", "y"], "scores": [2, None, -0.5]}
+    unscored = {**scored, "scores": [None, float("nan"), None]}
+    path = write(tmp_path / "a.jsonl", scored, unscored, {**GOOD, "scores": None})
+    first, second, third = jsonl.read_pairs(path)
+    assert first.scores == (2.0, -math.inf, -0.5)
+    assert second.scores == third.scores == ()
+
+
+def test_several_positives_make_an_example_each(tmp_path):
+    line = {
+        **{"task": "docs", "query": "sort a list", "query_id": 7, "licence": "CC0-1.0"},
+        "positives": ["sorted()", "list.sort()"],
+        "titles": ["", "Lists"],
+        "passage_ids": [None, "p2"],
+        "negatives": ["reverse()"],
+        "scores": [3, 2.5, -1],
+    }
+    path = write(tmp_path / "a.jsonl", line, GOOD)
+    (_, one, first), (_, two, second), _ = jsonl.read_lines(path)
+    kept = {name: line[name] for name in ("task", "query", "query_id", "licence")}
+    kept |= {"negatives": ["reverse()"]}
+    assert one == {**kept, "positive": "sorted()", "title": "", "scores": [3.0, -1.0]}
+    assert two == {
+        **{**kept, "positive": "list.sort()", "title": "Lists", "passage_id": "p2"},
+        "scores": [2.5, -1.0],
+    }
+    # The loss masks examples of equal queries by this id.
+    assert first.query_id == second.query_id
+    assert first.passage_id == text_formats.content_id("sorted()")
+    assert second.given_ids == ("p2", None)
+    assert (first.scores, second.scores) == ((3.0, -1.0), (2.5, -1.0))
+    assert jsonl.count_examples(path) == {"docs": 3}
+
+
+SEVERAL = {"task": "t", "query": "a", "positives": ["b", "c"]}
+
 BAD = {
+    "few scores": (
+        {**GOOD, "negatives": ["x"], "scores": [1.0]},
+        "'scores' is 1 item; it must be a list of 2, one for each positive and negat",
+    ),
+    "many scores": ({**GOOD, "scores": [1, 2]}, "'scores' is 2 items; .* a list of 1"),
+    "no list": ({**GOOD, "scores": 1.0}, r"'scores' is 1\.0; it must be a list of 1"),
+    "score text": (
+        {**GOOD, "scores": ["high"]},
+        r"'scores\[0\]' is 'high'; it must be a finite number, or null",
+    ),
+    "score true": ({**GOOD, "scores": [True]}, "is True; it must be a finite number"),
+    "score infinite": ({**GOOD, "scores": [float("inf")]}, r"is inf; it must be a fin"),
+    "score huge": ({**GOOD, "scores": [1e39]}, r"is 1e\+39; it must be a finite"),
+    "few scores of several": (
+        {**SEVERAL, "negatives": ["x"], "scores": [1, 2]},
+        "'scores' is 2 items; it must be a list of 3",
+    ),
+    "both positives": (
+        {**SEVERAL, "positive": "b"},
+        "'positive' is for one positive; with 'positives', use 'positives'",
+    ),
+    "one title": ({**SEVERAL, "title": "b"}, "'title' is for one .* use 'titles'"),
+    "one alias": ({**SEVERAL, "passage": "b"}, "'passage' is for one .* 'positives'"),
+    "titles of positives": (
+        {**SEVERAL, "titles": ["b"]},
+        "'titles' is 1 item; it must be a list of 2, one for each positive",
+    ),
+    "none of several": ({**SEVERAL, "positives": []}, "'positives' is empty; give at"),
+    "number in several": (
+        {**SEVERAL, "positives": ["b", 1]},
+        r"'positives\[1\]' is a number",
+    ),
+    "negative positive": (
+        {**SEVERAL, "negatives": ["x", "c"]},
+        r"'negatives\[1\]' is one of 'positives', too; remove one",
+    ),
     "not JSON": ('{"task": "docs", ', "not JSON"),
     "not an object": ('["docs"]', "a list; each line must be one JSON object"),
     "no task": ({"query": "a", "positive": "b"}, "no field 'task'"),

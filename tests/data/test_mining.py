@@ -154,6 +154,20 @@ def test_mined_negatives_keep_the_ids_that_the_data_gives(tmp_path):
     assert "negative_ids" not in second
 
 
+def test_lines_of_several_positives_and_of_scores_stay_whole(tmp_path):
+    line = {"task": "t", "query": "apple", "positives": ["red apple", "green apple"]}
+    line |= {"negatives": ["pear"], "scores": [2, 1, 0]}
+    _, mined = mine(tmp_path, [line, pair("b", "apple pie")], num_negatives=3)
+    assert [one["positive"] for one in mined] == [
+        "red apple",
+        "green apple",
+        "apple pie",
+    ]
+    # Neither answer is a negative of the other; no judge has seen the new one.
+    assert [one["negatives"] for one in mined[:2]] == [["pear", "apple pie"]] * 2
+    assert [one["scores"] for one in mined[:2]] == [[2, 0, None], [1, 0, None]]
+
+
 def test_files_without_a_line_are_refused(tmp_path):
     empty = tmp_path / "in.jsonl"
     empty.write_text("\n")

@@ -9,6 +9,7 @@ import fret_runs
 import pytest
 
 from gecko_jax.fret import pipeline, records, runs
+from gecko_jax.io import progress
 
 
 @pytest.fixture
@@ -115,3 +116,32 @@ def test_workers_with_parts_wait_for_all_vectors(
             thread.join()
     assert not faults
     assert len(list((tmp_path / "run/retrieve").glob("shard-*.jsonl"))) == 5
+
+
+def test_stages_that_ask_the_model_show_finished_rows(corpus, tmp_path, monkeypatch):
+    shown = {}
+
+    class Bar(progress.Progress):
+        def __init__(self, description, total=None, start=0):
+            super().__init__(description, total, start, enabled=False)
+            self._steps = shown.setdefault(description, [])
+            self._steps.append((start, total))
+
+        def update(self, step, text=""):
+            self._steps.append((step, self._total))
+
+    monkeypatch.setattr(progress, "Progress", Bar)
+    with fake_llm.FakeServer() as fake:
+        config = fret_runs.load(corpus, fake.url)
+        runs.run(config, tmp_path / "run", until="likelihood")
+        assert shown["retrieve"][-1] == (5, 5)  # Shards.
+        for name in ("generate", "likelihood"):
+            steps, totals = zip(*shown[name], strict=True)
+            assert set(totals) == {15}
+            assert list(steps) == sorted(steps)
+            assert set(range(0, 16, 2)) <= set(steps)
+        for name in (".done.json", "shard-00001.jsonl"):
+            (tmp_path / "run/likelihood" / name).unlink()
+        shown.clear()
+        runs.run(config, tmp_path / "run", until="likelihood")
+        assert shown["likelihood"][0] == (11, 15)

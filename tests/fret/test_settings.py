@@ -34,7 +34,16 @@ def test_keys_must_fit_each_other(override, message, tmp_path):
 
 @pytest.mark.parametrize(
     "argument",
-    ["", ":local", ":local,recorded", ":local,llama_cpp", ":llama_cpp", ":hosted"],
+    [
+        "",
+        ":local",
+        ":local,recorded",
+        ":local,qwen",
+        ":local,qwen_small",
+        ":local,llama_cpp",
+        ":llama_cpp",
+        ":hosted",
+    ],
 )
 def test_every_config_is_whole(argument):
     path = f"{fret_runs.ROOT / 'configs/fret.py'}{argument}"

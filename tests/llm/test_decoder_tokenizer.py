@@ -132,3 +132,16 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
         decoder_tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("text", [*TEXTS, "I'M x²  \r\n\t 't12.5!?\n\n z", "e\u0301"])
+def test_qwen_s_words_are_those_of_transformers(text, bpe):
+    import transformers
+
+    vocab = {piece: number for number, piece in enumerate(bpe["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in bpe["merges"]]
+    original = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer = decoder_tokenizer.from_gguf(_setting(bpe | {"pre": "qwen2"}), "x")
+    expected = original.encode(text, split_special_tokens=True)
+    assert tokenizer.encode(text) == expected

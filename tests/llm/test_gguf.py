@@ -14,15 +14,14 @@ def _load(path, mesh=None):
     return file, decoder_weights.load(file, dtype=np.float32, mesh=mesh)
 
 
-def test_a_file_gives_back_what_was_written(tmp_path):
-    file, params = _load(tiny_decoder.write_gguf(tmp_path / "tiny.gguf"))
-    expected = dataclasses.replace(
-        tiny_decoder.LLAMA, norm_epsilon=file.config.norm_epsilon
-    )
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_file_gives_back_what_was_written(family, tmp_path):
+    config = getattr(tiny_decoder, family.upper())
+    path = tiny_decoder.write_gguf(tmp_path / "tiny.gguf", family=family)
+    file, params = _load(path)
+    expected = dataclasses.replace(config, norm_epsilon=file.config.norm_epsilon)
     assert file.config == expected
-    jax.tree.map(
-        np.testing.assert_array_equal, params, tiny_decoder.params(tiny_decoder.LLAMA)
-    )
+    jax.tree.map(np.testing.assert_array_equal, params, tiny_decoder.params(config))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q4_0", "F16"])
@@ -71,5 +70,7 @@ def test_another_family_is_refused(tmp_path):
     path = tiny_decoder.write_gguf(tmp_path / "tiny.gguf")
     # The same length, so that the file stays whole.
     path.write_bytes(path.read_bytes().replace(b"llama", b"qwen9"))
-    with pytest.raises(ValueError, match=r"architecture 'qwen9'.*llama and gemma3"):
+    with pytest.raises(
+        ValueError, match=r"architecture 'qwen9'.*llama, qwen2, .*gemma3"
+    ):
         gguf.Gguf(path)

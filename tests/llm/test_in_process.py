@@ -160,6 +160,36 @@ def test_scores_of_the_run_are_those_of_the_model(folder, fresh):
     assert row["num_tokens"] == model.num_tokens(f" {query}")
 
 
+def test_judges_of_one_prompt_share_a_reading(folder, fresh, tmp_path):
+    config = load(folder, f"likelihood.prompt={folder / 'relevance.toml'}")
+    runs.run(config, tmp_path / "run")
+    found = fret_runs.contents(tmp_path / "run")
+    asked = list((tmp_path / "run/requests/relevance").iterdir())
+    assert [path.read_bytes() for path in asked] == [b""] * len(fresh_shards(fresh))
+    # RC is what it is without sharing, to rounding.
+    for name in fresh_shards(fresh):
+        rows, expected = (
+            [json.loads(line) for line in files[name].splitlines()]
+            for files in (found, fresh)
+        )
+        for ours, theirs in zip(rows, expected, strict=True):
+            for a, b in zip(
+                ours["label_log_probs"], theirs["label_log_probs"], strict=True
+            ):
+                assert a == pytest.approx(b, abs=2e-4)
+    # The same answers, replayed.
+    replay = load(folder, f"likelihood.prompt={folder / 'relevance.toml'}")
+    replay.llm.weights, replay.llm.recording = "", str(tmp_path / "run")
+    runs.run(replay, tmp_path / "replay")
+    again = fret_runs.contents(tmp_path / "replay")
+    names = [name for name in found if "shard" in name]
+    assert [again[name] for name in names] == [found[name] for name in names]
+
+
+def fresh_shards(files):
+    return [name for name in files if name.startswith("relevance/shard")]
+
+
 class Killed(BaseException):
     """The end of the process, as a test can watch it."""
 
@@ -169,7 +199,8 @@ def test_killed_at_any_answer_the_rerun_is_the_same(
 ):
     monkeypatch.setattr(in_process, "_REQUESTS", 4)
     monkeypatch.setattr(in_process, "_TOKENS_PER_REQUEST", 10**6)
-    runs.run(load(folder), tmp_path / "whole")
+    config = load(folder, f"likelihood.prompt={folder / 'relevance.toml'}")
+    runs.run(config, tmp_path / "whole")
     put, kept, rng = request_log.RequestLog.put, [], random.Random(0)
     countdown = [0]
 
@@ -186,7 +217,7 @@ def test_killed_at_any_answer_the_rerun_is_the_same(
     for _ in range(40):
         countdown[0] = rng.randint(1, 25)
         try:
-            runs.run(load(folder), tmp_path / "run", connect=lambda *unused: model)
+            runs.run(config, tmp_path / "run", connect=lambda *unused: model)
             break
         except Killed:
             kills += 1
@@ -231,6 +262,7 @@ def test_another_model_or_precision_is_refused_by_name(folder, fresh):
 def test_a_missing_model_is_told_before_anything_is_written(
     folder, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for weights, error, message in (
         (folder / "absent.gguf", ValueError, "absent.gguf: no such model"),

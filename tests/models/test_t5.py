@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gecko_jax.models import t5
+from gecko_jax.models import encoder, families, layers, t5
 
 T5X = pathlib.Path(__file__).parents[1] / "testdata" / "t5x_tiny"
 
@@ -36,7 +36,7 @@ def test_relative_position_buckets_depend_only_on_the_distance():
 
 
 def test_the_norm_does_not_center_and_computes_in_float32():
-    norm = t5.LayerNorm(jnp.dtype(jnp.bfloat16))
+    norm = layers.LayerNorm(jnp.dtype(jnp.bfloat16))
     x = 100 + jax.random.normal(jax.random.key(0), (2, 3, 8))
     scale = jnp.linspace(0.5, 2.0, 8)
     actual = norm.apply({"params": {"scale": scale}}, x)
@@ -50,7 +50,7 @@ def test_the_norm_does_not_center_and_computes_in_float32():
 
 def test_dropout_keeps_the_mean_and_shares_one_mask_per_row():
     x = jnp.ones((64, 7, 128))
-    dropped = t5.dropout(x, 0.25, jax.random.split(jax.random.key(0), 64))
+    dropped = layers.dropout(x, 0.25, jax.random.split(jax.random.key(0), 64))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
     assert abs(float(dropped.mean()) - 1) < 0.02
     assert (dropped == dropped[:, :1]).all()
@@ -60,26 +60,26 @@ def test_dropout_keeps_the_mean_and_shares_one_mask_per_row():
 def test_the_dropout_of_a_row_depends_only_on_its_key():
     keys = jax.random.split(jax.random.key(0), 6)
     x = jnp.ones((6, 3, 2, 16))
-    whole = t5.dropout(x, 0.5, keys)
-    part = t5.dropout(x[3:5], 0.5, keys[3:5])
+    whole = layers.dropout(x, 0.5, keys)
+    part = layers.dropout(x[3:5], 0.5, keys[3:5])
     np.testing.assert_array_equal(whole[3:5], part)
 
 
 def test_dropout_without_a_key_or_a_rate_changes_nothing():
     x = jax.random.normal(jax.random.key(1), (3, 4, 5))
-    assert t5.dropout(x, 0.5, None) is x
-    assert t5.dropout(x, 0.0, jax.random.split(jax.random.key(0), 3)) is x
+    assert layers.dropout(x, 0.5, None) is x
+    assert layers.dropout(x, 0.0, jax.random.split(jax.random.key(0), 3)) is x
 
 
 def test_the_gelu_is_the_tanh_form():
     x = np.linspace(-4, 4, 101)
     tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    actual = t5.ACTIVATIONS["gelu"](jnp.float32(x))
+    actual = layers.ACTIVATIONS["gelu"](jnp.float32(x))
     np.testing.assert_allclose(actual, tanh, atol=1e-6)
 
 
 def test_a_config_survives_json():
-    config = t5.EncoderConfig(
+    config = families.EncoderConfig(
         vocab_size=64,
         model_dim=16,
         num_layers=2,
@@ -90,13 +90,13 @@ def test_a_config_survives_json():
     )
     values = json.loads(json.dumps(config.__dict__))
     assert isinstance(values["mlp_activations"], list)
-    assert t5.EncoderConfig(**values) == config
-    assert hash(t5.EncoderConfig(**values)) == hash(config)
+    assert families.EncoderConfig(**values) == config
+    assert hash(families.EncoderConfig(**values)) == hash(config)
 
 
 @pytest.mark.parametrize("length", [1, 5])
 def test_attention_masks_other_segments_exactly(length):
-    config = t5.EncoderConfig(
+    config = families.EncoderConfig(
         vocab_size=8,
         model_dim=8,
         num_layers=1,
@@ -104,12 +104,12 @@ def test_attention_masks_other_segments_exactly(length):
         head_dim=4,
         mlp_dim=8,
     )
-    encoder = t5.Encoder(config)
+    stack = encoder.Encoder(config)
     x = jax.random.normal(jax.random.key(0), (1, length + 3, 8))
     segments = jnp.array([[1] * length + [2] * 3])
-    variables = encoder.init(jax.random.key(1), x, segments)
-    alone = encoder.apply(variables, x, segments)
-    changed = encoder.apply(variables, x.at[:, length:].set(7.0), segments)
+    variables = stack.init(jax.random.key(1), x, segments)
+    alone = stack.apply(variables, x, segments)
+    changed = stack.apply(variables, x.at[:, length:].set(7.0), segments)
     np.testing.assert_array_equal(alone[:, :length], changed[:, :length])
     assert (alone[:, length:] != changed[:, length:]).all()
 
@@ -126,9 +126,9 @@ def test_cudnn_attention_equals_xla_without_a_gpu():
     }
     x = jax.random.normal(jax.random.key(0), (2, 8, 16))
     segments = jnp.ones((2, 8), jnp.int32)
-    plain = t5.Encoder(t5.EncoderConfig(**settings))
+    plain = encoder.Encoder(families.EncoderConfig(**settings))
     variables = plain.init(jax.random.key(1), x, segments)
-    fused = t5.Encoder(t5.EncoderConfig(**settings, attention="cudnn"))
+    fused = encoder.Encoder(families.EncoderConfig(**settings, attention="cudnn"))
     np.testing.assert_array_equal(
         plain.apply(variables, x, segments), fused.apply(variables, x, segments)
     )

@@ -11,7 +11,11 @@ from gecko_jax.llm import decoding
 from gecko_jax.models import transformer
 from tests import tiny_decoder
 
-CONFIGS = {"llama": tiny_decoder.LLAMA, "gemma": tiny_decoder.GEMMA}
+CONFIGS = {
+    "llama": tiny_decoder.LLAMA,
+    "qwen": dataclasses.replace(tiny_decoder.QWEN2, head_norms=True),
+    "gemma": tiny_decoder.GEMMA,
+}
 TOKENS = np.random.default_rng(1).integers(0, 300, (3, 24)).astype(np.int32)
 
 extend = jax.jit(transformer.extend, static_argnums=1)

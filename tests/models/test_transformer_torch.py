@@ -53,6 +53,15 @@ def _gemma(**settings):
     return transformers.Gemma3ForCausalLM(config)
 
 
+def _qwen(name, **settings):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        **SIZES, num_hidden_layers=3, **settings
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
 def _save(model, folder):
     import torch
 
@@ -61,9 +70,9 @@ def _save(model, folder):
         for name, weight in model.named_parameters():
             scale = 0.3 if "norm" in name else 0.2
             noise = torch.randn(weight.shape, generator=generator) * scale
-            # Norm weights are close to 1 in Llama. Gemma stores them minus 1.
-            is_llama_norm = "norm" in name and model.config.model_type == "llama"
-            weight.copy_(noise + (1 if is_llama_norm else 0))
+            # Norm weights are close to 1, but Gemma stores them minus 1.
+            is_plain_norm = "norm" in name and "gemma" not in model.config.model_type
+            weight.copy_(noise + (1 if is_plain_norm else 0))
     model.eval().save_pretrained(folder)
     return model
 
@@ -73,6 +82,8 @@ def _save(model, folder):
     [
         lambda: _llama(tie_word_embeddings=True),
         lambda: _llama(tie_word_embeddings=False, rope_parameters=LLAMA_3_ROPE),
+        lambda: _qwen("Qwen2", tie_word_embeddings=True),
+        lambda: _qwen("Qwen3", tie_word_embeddings=False),
         lambda: _gemma(),
         lambda: _gemma(
             rope_parameters={
@@ -85,7 +96,7 @@ def _save(model, folder):
             }
         ),
     ],
-    ids=["llama", "llama3", "gemma3", "gemma3-scaled"],
+    ids=["llama", "llama3", "qwen2", "qwen3", "gemma3", "gemma3-scaled"],
 )
 def test_log_probs_equal_those_of_transformers(build, tmp_path):
     import torch

@@ -1,10 +1,15 @@
-"""Each test starts a fresh Python: XLA reads its flags once per process."""
+"""Tests of the flag start a fresh Python: XLA reads its flags once per process."""
 
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from gecko_jax.parallel import numerics
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 
@@ -108,3 +113,22 @@ def test_the_import_is_light():
         "print([m for m in ('jax', 'tensorflow', 'flax') if m in sys.modules])"
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_bfloat16_options_give_correct_products():
+    options = numerics.bfloat16_options()
+    rng = np.random.default_rng(0)
+    rows, weights = (rng.standard_normal(s) for s in ((64, 96), (96, 40)))
+    product = jax.jit(
+        lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32),
+        compiler_options=options,
+    )
+    rows, weights = (jnp.asarray(x, jnp.bfloat16) for x in (rows, weights))
+    expected = np.asarray(rows, np.float64) @ np.asarray(weights, np.float64)
+    np.testing.assert_allclose(product(rows, weights), expected, atol=1e-4)
+
+
+def test_an_xla_without_the_option_gets_none(monkeypatch):
+    monkeypatch.setattr(numerics, "_FLAG", "xla_no_such_option")
+    monkeypatch.setattr(numerics, "_is_flag_known", lambda: True)
+    assert numerics.bfloat16_options.__wrapped__() == {}

@@ -1,5 +1,6 @@
 """Training: exact resume, refusals, the same numbers on any mesh."""
 
+import functools
 import json
 import os
 import pathlib
@@ -10,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+import gecko_jax
 from gecko_jax.cli import flags
 from gecko_jax.formats import checkpoints, model_folder
+from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import sharding
 from gecko_jax.text import text_formats
 from gecko_jax.training import interruption, loop
@@ -40,6 +43,41 @@ TINY = {
 }
 
 
+# Config argument and settings of each family beside `TINY`.
+FAMILIES = {
+    "t5": ("local", {}),
+    "gemma": (
+        "local,gemma",
+        {
+            "model.num_layers": 3,
+            "model.num_kv_heads": 1,
+            "model.local_window": "(3,3)",
+        },
+    ),
+    "embeddinggemma2": (
+        "local,gemma",
+        {
+            "model.family": "embeddinggemma2",
+            "model.num_layers": 4,
+            "model.num_kv_heads": 2,
+            "model.local_window": "(3,3)",
+            "model.global_every": 2,
+            "model.global_num_kv_heads": 1,
+            "model.global_head_dim": 12,
+            "model.per_layer_dim": 8,
+        },
+    ),
+    "qwen3": (
+        "local",
+        {
+            "model.family": "qwen3",
+            "model.mlp_activations": "('silu','linear')",
+            "model.pooling": "last",
+        },
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
@@ -55,14 +93,19 @@ def cache(tmp_path_factory):
     return folder
 
 
-def build(cache, **overrides):
-    values = TINY | {
-        "data.files": f"('{cache / 'pairs.jsonl'}',)",
-        "data.cache_dir": str(cache / "cache"),
-    }
+def build(cache, family="t5", **overrides):
+    argument, settings = FAMILIES[family]
+    values = (
+        TINY
+        | settings
+        | {
+            "data.files": f"('{cache / 'pairs.jsonl'}',)",
+            "data.cache_dir": str(cache / "cache"),
+        }
+    )
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return flags.load(
-        f"{ROOT / 'configs/finetune.py'}:local",
+        f"{ROOT / 'configs/finetune.py'}:{argument}",
         [f"--config.{key}={value}" for key, value in values.items()],
     )
 
@@ -120,10 +163,32 @@ def tell_at(step):
     return tell
 
 
-@pytest.mark.slow  # `.ci/run` kills three runs with benchmarks/kills.py.
-def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
+def test_the_gemma_preset_trains(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
-    config = build(cache, evaluation__every_steps=1)
+    sizes = [f"model.{name}" for name in dual_encoder.PRESETS["gemma"]]
+    values = {key: value for key, value in TINY.items() if key not in sizes} | {
+        "data.files": f"('{cache / 'pairs.jsonl'}',)",
+        "data.cache_dir": str(cache / "cache"),
+        "loss.mrl_dims": "(64,256)",
+    }
+    config = flags.load(
+        f"{ROOT / 'configs/finetune.py'}:local,gemma",
+        [f"--config.{key}={value}" for key, value in values.items()],
+    )
+    loop.train(config, tmp_path)
+    losses = [line["loss"] for line in metrics_of(tmp_path) if "loss" in line]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.9 * losses[0]
+    texts = ["what is number 3 of the list", "a house by the river"]
+    vectors = gecko_jax.load(str(tmp_path)).encode_queries(texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.slow  # `.ci/run` kills three runs with benchmarks/kills.py.
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, family):
+    use_one_device(monkeypatch)
+    config = build(cache, family, evaluation__every_steps=1)
     loop.train(config, tmp_path / "whole", kill_at(-1))
     # Before the first checkpoint too.
     for step, saved in ((1, None), (3, 2)):
@@ -148,7 +213,7 @@ def test_a_killed_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch):
     # A finished run stays as it is.
     assert loop.train(config, tmp_path / "whole") == {}
 
-    other = build(cache, loss__temperature=0.5)
+    other = build(cache, family, loss__temperature=0.5)
     with pytest.raises(ValueError, match=r"(?s)another config.*loss.temperature: was"):
         loop.train(other, tmp_path / "whole")
 
@@ -240,14 +305,17 @@ def test_a_vocabulary_that_does_not_fit_is_refused(cache, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
-def test_any_mesh_trains_the_same(cache, tmp_path, mesh, single_device):
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [("t5", mesh) for mesh in ((8, 1, 1), (2, 2, 2), (1, 8, 1))]
+    + [(family, (2, 2, 2)) for family in FAMILIES if family != "t5"],
+)
+def test_any_mesh_trains_the_same(cache, tmp_path, family, mesh, single_device):
     data, fsdp, tensor = mesh
-    config = build(
-        cache, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__num_steps=2
-    )
+    sizes = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    config = build(cache, family, **sizes, train__num_steps=2)
     last = loop.train(config, tmp_path)
-    expected, params = single_device
+    expected, params = single_device(family)
     for name in ("loss", "grad_norm", "accuracy"):
         assert last[name] == pytest.approx(expected[name], rel=2e-4), name
     for name, leaf in state_of(tmp_path, 2).items():
@@ -255,15 +323,16 @@ def test_any_mesh_trains_the_same(cache, tmp_path, mesh, single_device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_microbatches_train_the_same_and_a_trace_is_written(
-    cache, tmp_path, monkeypatch, single_device
+    cache, tmp_path, monkeypatch, family, single_device
 ):
     use_one_device(monkeypatch)
     monkeypatch.setattr(loop, "_STEPS_BEFORE_PROFILE", 1)
-    config = build(cache, train__num_steps=2, train__microbatch_size=4)
+    config = build(cache, family, train__num_steps=2, train__microbatch_size=4)
     # The trace is cut short by the end of the run.
     last = loop.train(config, tmp_path, profile_steps=9)
-    expected, params = single_device
+    expected, params = single_device(family)
     assert last["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for name, leaf in state_of(tmp_path, 2).items():
         np.testing.assert_allclose(leaf, params[name], atol=1e-5, err_msg=name)
@@ -272,24 +341,33 @@ def test_microbatches_train_the_same_and_a_trace_is_written(
 
 @pytest.fixture(scope="module")
 def single_device(cache, tmp_path_factory):
-    """Two steps on one device of the eight."""
-    folder = tmp_path_factory.mktemp("single")
-    with pytest.MonkeyPatch.context() as patch:
-        use_one_device(patch)
-        last = loop.train(build(cache, train__num_steps=2), folder)
-    return last, state_of(folder, 2)
+    """Two steps on one device of the eight, for each family."""
+
+    @functools.cache
+    def train(family):
+        folder = tmp_path_factory.mktemp("single")
+        with pytest.MonkeyPatch.context() as patch:
+            use_one_device(patch)
+            last = loop.train(build(cache, family, train__num_steps=2), folder)
+        return last, state_of(folder, 2)
+
+    return train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_scanned_layers_train_the_same(cache, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("adafactor", "t5"), ("adamw", "t5"), ("adafactor", "embeddinggemma2")],
+)
+def test_scanned_layers_train_the_same(cache, tmp_path, monkeypatch, name, family):
     use_one_device(monkeypatch)
     results = []
     for scan in (False, True):
         workdir = tmp_path / str(scan)
         config = build(
             cache,
-            model__num_layers=2,
+            family,
+            model__num_layers=4,
             model__scan_layers=scan,
             model__remat="dots" if scan else "none",
             optimizer__name=name,

@@ -1,0 +1,240 @@
+"""Sizes and settings of the dual encoder, and what each encoder family fixes.
+
+A family fixes the switches of `Family`; what differs between the released sizes of a
+family is a field of `EncoderConfig`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+REMAT_POLICIES = ("none", "full", "dots")
+ATTENTIONS = ("xla", "cudnn")
+DTYPES = ("float32", "bfloat16")
+POOLINGS = ("mean", "last")
+
+
+class Family(NamedTuple):
+    """Switches of a family with rotary positions, RMS norms and gated MLPs.
+
+    Attributes:
+        norm_offset: Added to the stored scale of each norm (Gemma 3: 1).
+        sandwich_norms: Whether a norm also follows the attention and the MLP.
+        value_norm: Whether value heads are normalized, without a scale.
+        scaled_embedding: Whether token embeddings are multiplied by sqrt(M).
+        causal: Whether a token attends only to tokens before it.
+        per_layer: Whether each layer also reads the token embeddings, through a gate
+            (EmbeddingGemma 2's per-layer embeddings), and scales its output.
+    """
+
+    norm_offset: float = 0.0
+    sandwich_norms: bool = False
+    value_norm: bool = False
+    scaled_embedding: bool = False
+    causal: bool = False
+    per_layer: bool = False
+
+
+# Families other than T5, whose layers are in `models.t5`.
+FAMILIES: dict[str, Family] = {
+    # Gemma 3 without the causal mask: EmbeddingGemma, T5Gemma 2's encoder.
+    "gemma": Family(norm_offset=1.0, sandwich_norms=True, scaled_embedding=True),
+    "embeddinggemma2": Family(
+        sandwich_norms=True, value_norm=True, scaled_embedding=True, per_layer=True
+    ),
+    "qwen3": Family(causal=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes and settings of the dual encoder.
+
+    Attributes:
+        vocab_size: Rows of the embedding table (T5: 32,128; mT5: 250,112).
+        model_dim: Encoder width M.
+        num_layers: Encoder layers.
+        num_heads: Attention heads H.
+        head_dim: Head width K; H * K need not be M.
+        mlp_dim: MLP width F.
+        mlp_activations: ("gelu", "linear") is gated GELU (T5 1.1, mT5, umT5, Gemma);
+            ("silu", "linear") is Qwen 3; ("relu",) is T5 1.0.
+        shared_relative_bias: One relative bias for all layers (T5, mT5), or one each
+            (umT5).
+        relpos_num_buckets: Relative-position buckets of both directions together.
+        relpos_max_distance: Distance in tokens from which all share a bucket.
+        embedding_dim: Width D of the embedding.
+        projection: Whether a matrix maps the pooled width M to D. Without one D is M (a
+            plain T5 encoder, or a Sentence-T5 without its dense layer).
+        dropout_rate: Share of activations dropped in training.
+        dtype: Activation dtype, "float32" or "bfloat16". Parameters, norms, softmax,
+            pooling and similarities are always float32.
+        scan_layers: Compiles one layer and scans over all, which compiles faster.
+        remat: Rematerialization of each layer: "none", everything ("full"), or all but
+            matrix products ("dots").
+        l2_epsilon: Added under the root when a trained model normalizes embeddings;
+            t5x_retrieval uses 1e-6. Losses use 1e-12.
+        attention: "cudnn" runs T5's attention as one cuDNN kernel on a GPU, in bfloat16
+            and without dropout. In all other cases it is the same as "xla".
+        residual_init_scale: Scale of residual-branch initializers, relative to T5X's.
+        family: "t5", or one of `FAMILIES`. T5 uses none of the fields below.
+        pooling: "mean" over the tokens of a text, or its "last" token.
+        num_kv_heads: Key and value heads, a divisor of `num_heads`; 0 for `num_heads`.
+        global_num_kv_heads: The same of global layers (EmbeddingGemma 2); 0 for
+            `num_kv_heads`.
+        global_head_dim: Head width of global layers (EmbeddingGemma 2); 0 for
+            `head_dim`.
+        local_window: Largest distances to the left and right, in tokens, at which a
+            token of a local layer attends; empty if all layers are global.
+        global_every: Period of the global layers: the last of every `global_every`
+            layers is global, the others are local.
+        rope_base: Base of the rotary frequencies of global layers.
+        rope_factor: Divisor of these frequencies (linear scaling).
+        local_rope_base: Base of the rotary frequencies of local layers.
+        query_scale: Factor of the attention logits; 0 for `head_dim ** -0.5`.
+        norm_epsilon: Added to the mean square in norms.
+        per_layer_dim: Width P of the per-layer embeddings (EmbeddingGemma 2).
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    mlp_activations: Sequence[str] = ("gelu", "linear")
+    shared_relative_bias: bool = True
+    relpos_num_buckets: int = 32
+    relpos_max_distance: int = 128
+    embedding_dim: int = 768
+    projection: bool = True
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+    l2_epsilon: float = 1e-12
+    attention: str = "xla"
+    residual_init_scale: float = 0.1
+    family: str = "t5"
+    pooling: str = "mean"
+    num_kv_heads: int = 0
+    global_num_kv_heads: int = 0
+    global_head_dim: int = 0
+    local_window: Sequence[int] = ()
+    global_every: int = 1
+    rope_base: float = 1e6
+    rope_factor: float = 1.0
+    local_rope_base: float = 1e4
+    query_scale: float = 0.0
+    norm_epsilon: float = 1e-6
+    per_layer_dim: int = 0
+
+    def __post_init__(self):
+        # JSON and ml_collections pass lists, but the config must be hashable.
+        for name in ("mlp_activations", "local_window"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if faults := find_faults(dataclasses.asdict(self)):
+            raise ValueError("; ".join(faults))
+
+    @property
+    def switches(self) -> Family:
+        """What the family fixes; T5 has none of these switches."""
+        return FAMILIES.get(self.family, Family())
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor of the token embeddings."""
+        return self.model_dim**0.5 if self.switches.scaled_embedding else 1.0
+
+    @property
+    def is_local(self) -> tuple[bool, ...]:
+        """Whether each layer is local."""
+        return tuple(
+            bool(self.local_window) and (layer + 1) % self.global_every != 0
+            for layer in range(self.num_layers)
+        )
+
+    @property
+    def scan_period(self) -> int:
+        """Layers of one step of the scan: all layers or groups have equal shapes."""
+        has_wide_layers = self.global_head_dim or self.global_num_kv_heads
+        return self.global_every if has_wide_layers else 1
+
+    def heads(self, is_local: bool) -> tuple[int, int, int]:
+        """Query heads, key heads and head width of a local or a global layer."""
+        num_kv_heads, head_dim = self.num_kv_heads or self.num_heads, self.head_dim
+        if not is_local:
+            num_kv_heads = self.global_num_kv_heads or num_kv_heads
+            head_dim = self.global_head_dim or head_dim
+        return self.num_heads, num_kv_heads, head_dim
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(EncoderConfig)}
+# Defaults of the fields of all families but T5, and names of those of T5 alone.
+ROTARY_FIELDS = dict(tuple(_DEFAULTS.items())[tuple(_DEFAULTS).index("pooling") :])
+_T5_FIELDS = ("shared_relative_bias", "relpos_num_buckets", "relpos_max_distance")
+
+
+def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns a line for each field that contradicts another.
+
+    Args:
+        values: Every field of `EncoderConfig`, of the right type.
+        prefix: Text before the names of the fields, such as "model.".
+    """
+    family, width = values["family"], values["embedding_dim"]
+    faults = []
+
+    def add(name: str, rule: str) -> None:
+        faults.append(f"{prefix}{name}={values[name]!r}: {rule}")
+
+    if not values["projection"] and width != values["model_dim"]:
+        add(
+            "embedding_dim",
+            f"without a projection it must equal {prefix}model_dim="
+            f"{values['model_dim']}; change one of them, or set "
+            f"{prefix}projection=True",
+        )
+    unused = ROTARY_FIELDS if family == "t5" else _T5_FIELDS
+    for name in unused:
+        if values[name] != _DEFAULTS[name]:
+            add(
+                name,
+                f"family {family!r} does not have this setting; set it to "
+                f"{_DEFAULTS[name]!r}, or change {prefix}family",
+            )
+    if family == "t5":
+        return faults
+    switches = FAMILIES[family]
+    if values["attention"] == "cudnn":
+        add("attention", f"family {family!r} has no cuDNN kernel here; set it to 'xla'")
+    activations = tuple(values["mlp_activations"])
+    if len(activations) != 2 or activations[1] != "linear":
+        add(
+            "mlp_activations", f"family {family!r} has a gated MLP; set (..., 'linear')"
+        )
+    for name in ("num_kv_heads", "global_num_kv_heads"):
+        if values[name] and values["num_heads"] % values[name]:
+            add(name, f"must divide {prefix}num_heads={values['num_heads']}")
+    for name in ("head_dim", "global_head_dim"):
+        if values[name] % 2:
+            add(name, "must be even, because rotary positions rotate pairs of dims")
+    if bool(values["local_window"]) != (values["global_every"] > 1):
+        add(
+            "local_window",
+            f"needs {prefix}global_every above 1, and 1 needs an empty window; it is "
+            f"{values['global_every']}",
+        )
+    is_wide = values["global_head_dim"] or values["global_num_kv_heads"]
+    if is_wide and values["num_layers"] % values["global_every"]:
+        add(
+            "num_layers",
+            f"must be a multiple of {prefix}global_every={values['global_every']}, "
+            "because global layers have shapes of their own",
+        )
+    if bool(values["per_layer_dim"]) != switches.per_layer:
+        remedy = (
+            "needs a width above 0" if switches.per_layer else "has none; set it to 0"
+        )
+        add("per_layer_dim", f"family {family!r} {remedy}")
+    return faults

@@ -1,0 +1,91 @@
+"""Layers that every encoder family uses: dense, norm, dropout, activations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Key
+
+Initializer = Callable[..., Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # T5 1.1 and Gemma use tanh
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+# Below any real logit and far from overflow in bfloat16; its exp is 0.
+MASKED_LOGIT = -1e9
+
+
+def dropout(
+    x: Float[Array, "R ..."], rate: float, keys: Key[Array, " R"] | None
+) -> Float[Array, "R ..."]:
+    """Drops entries with probability `rate`; without keys, drops nothing.
+
+    All positions of a row (axis -2) share one mask, as in T5X: drawing random bits for
+    every token would take longer than the layer. Each row has its own key, so its masks
+    depend on neither the mesh nor the microbatch. The keys are an argument because a
+    Flax rng stream folds in the module's path, which would give a scanned stack other
+    masks than an unrolled one.
+    """
+    if keys is None or rate == 0.0:
+        return x
+    shape = (*x.shape[1:-2], 1, x.shape[-1])
+    # The remaining entries are scaled up, so the expectation does not change.
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+class Dense(nn.Module):
+    """A matrix product without bias."""
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Initializer
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
+        """Multiplies the last axis, in `dtype`."""
+        # Flax unboxes it, but its types do not say so.
+        kernel: Any = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        # Flatten to two dimensions: XLA:CPU sums a gradient over two leading axes with
+        # a transpose, which made the training step a third slower.
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = jnp.einsum("xm,mf->xf", flat, kernel.astype(self.dtype))
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+    """RMS norm: no centering, no bias; `offset` is added to the stored scale."""
+
+    dtype: jnp.dtype
+    epsilon: float = 1e-6
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
+        """Normalizes the last axis; takes any dtype and returns `dtype`."""
+        init = nn.initializers.constant(1.0 - self.offset)
+        # Flax unboxes it, but its types do not say so.
+        scale: Any = self.param(
+            "scale",
+            nn.with_logical_partitioning(init, ("embed",)),
+            (x.shape[-1],),
+            jnp.float32,
+        )
+        scale = scale + self.offset if self.offset else scale
+        # Two dimensions, as in `Dense`, for the gradient of the scale.
+        flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
+        normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * scale[None]).astype(self.dtype).reshape(x.shape)
