@@ -153,27 +153,22 @@ def recipe_rows(topology: str, length: float) -> list[list[str]]:
     table = [head]
     steps = read()
     for size in SIZES:
-        if "failed" in steps.get((size, topology), {"failed": ""}):
-            raise SystemExit(
-                f"{size} on {topology}: not in {COMPILED}; compile it first"
-            )
-        utilisation = steps[size, topology]["model_flops_utilisation"]
+        step = steps.get((size, topology), {})
+        utilisation = step.get("model_flops_utilisation")
         for recipe in RECIPES:
             flops = []
             for stage in ("prefinetune", "finetune"):
                 config = load(stage, f"{size},{recipe}")
-                flops.append(
-                    train_step.model_flops(config, length) * config.train.num_steps
-                )
-            row = [
-                size,
-                recipe,
-                *(f"{each:.2e}" for each in flops),
-                f"{utilisation:.0%}",
-            ]
-            for share in SHARES:
-                speed = chips.CHIPS[kind].flops_per_second * utilisation * share
-                row += [f"{each / speed / 3600:,.0f}" for each in flops]
+                step_flops = train_step.model_flops(config, length)
+                flops.append(step_flops * config.train.num_steps)
+            row = [size, recipe, *(f"{each:.2e}" for each in flops)]
+            if utilisation is None:
+                row += ["not compiled", *[""] * (len(head) - len(row) - 1)]
+            else:
+                row.append(f"{utilisation:.0%}")
+                for share in SHARES:
+                    speed = chips.CHIPS[kind].flops_per_second * utilisation * share
+                    row += [f"{each / speed / 3600:,.0f}" for each in flops]
             table.append(row)
     return table
 
