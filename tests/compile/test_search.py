@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from gecko_jax.cli import flags
+from gecko_jax.cli import entry, flags
 from gecko_jax.compile import aot, search
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,6 +110,23 @@ def test_a_stored_result_is_not_compiled_again(stored):
         del config.model.attention
     assert search.Stored(path).compile_step(config, "v5e:2x2") == first
     assert len(compiled) == 1
+
+
+def test_the_command_goes_on_from_its_file_of_results(stored, monkeypatch, capsys):
+    path, compiled = stored
+    monkeypatch.setattr(
+        aot, "topology_devices", lambda topology: contextlib.nullcontext([None] * 4)
+    )
+    config = f"--config={ROOT / 'configs/finetune.py'}:local"
+    command = ["compile", config, "--topology=v5e:2x2", "--search", f"--results={path}"]
+    outputs = []
+    for _ in range(2):
+        assert not entry.main(command)
+        outputs.append(capsys.readouterr().out)
+    # One size each of full and dots, compute bound; none does not fit.
+    assert [remat for remat, *_ in compiled] == ["full", "dots", "none"]
+    assert "The fastest setting that fits: " in outputs[0]
+    assert outputs[0] == outputs[1]
 
 
 def test_another_step_does_not_use_a_stored_result(stored, monkeypatch):
