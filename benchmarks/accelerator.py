@@ -14,10 +14,12 @@ sentence-transformers. TensorFlow and seqio are not needed.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -121,6 +123,12 @@ class Results:
             file.write(f"{time.strftime('%H:%M:%S')} {line.rstrip()}\n")
 
 
+def end_with_parent() -> None:
+    """Asks Linux to end this process when its parent does: a rerun needs the device."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
     """Runs a stage and stores each line of its output as it comes."""
     arguments = stage.command + (list(stage.tiny) if is_tiny else [])
@@ -141,6 +149,7 @@ def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
         text=True,
         errors="replace",
         env=os.environ | settings,
+        preexec_fn=end_with_parent,
     )
     assert process.stdout is not None
     for line in process.stdout:

@@ -10,13 +10,15 @@ _COMPILE = """\
 Compiles the train step of a config for a TPU slice, on a CPU, and prints what each chip
 needs: memory, operations, collectives, and the time that its data sheet allows. Needs
 the extra "tpu". --search tries microbatch sizes, remat settings and meshes, and
-recommends the fastest that fits.
+recommends the fastest that fits. --results keeps each result in a file: run the same
+command again to go on after an interruption.
 
 examples:
   gecko compile --config=configs/finetune.py:xl --topology=v5e:16x16 \\
       --config.data.batch_size=8192 --config.mesh.fsdp=256 \\
       --config.train.microbatch_size=512
-  gecko compile --config=configs/finetune.py:base --topology=v5litepod-16 --search"""
+  gecko compile --config=configs/finetune.py:base --topology=v5litepod-16 --search \\
+      --results=base.jsonl"""
 
 
 def add_parser(verbs: Any) -> None:
@@ -27,6 +29,7 @@ def add_parser(verbs: Any) -> None:
     add("--topology", "TPU slice, such as v5e:4x4", "NAME", required=True)
     add("--slices", "number of slices, connected by DCN", parsing.positive, 1)
     add("--search", "compare settings, see above", bool)
+    add("--results", "JSON lines of results, which are not computed again", "FILE")
     add("--json", "print JSON lines", bool)
 
 
@@ -35,12 +38,15 @@ def compile_step(options: argparse.Namespace) -> None:
     if options.search and options.slices > 1:
         raise ValueError("--search: supports one slice only; leave out --slices")
     config = flags.load(options.config, options.overrides, flags.TRAIN)
-    from gecko_jax.compile import aot
+    from gecko_jax.compile import aot, search
 
+    compile_one = aot.compile_step
+    if options.results:
+        compile_one = search.Stored(options.results).compile_step
     candidates = (
-        aot.search(config, options.topology)
+        search.search(config, options.topology, compile_one)
         if options.search
-        else [aot.compile_step(config, options.topology, options.slices)]
+        else [compile_one(config, options.topology, options.slices)]
     )
     reports = []
     for report in candidates:
@@ -50,7 +56,7 @@ def compile_step(options: argparse.Namespace) -> None:
         else:
             print("\n".join(aot.describe(report)) + "\n", flush=True)
     if options.search and not options.json:
-        best = aot.recommend(reports)
+        best = search.recommend(reports)
         if best is None:
             print("No setting leaves enough memory: use more chips or a smaller batch.")
             return

@@ -12,7 +12,6 @@ from the chip's data sheet, not measurements.
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import math
 import os
 import pathlib
@@ -37,9 +36,6 @@ TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "v4": _CUBES}
 
 # The number in Google Cloud's names counts chips, or the two cores of these chips.
 _COUNTED_BY_CORES = ("v5p", "v4")
-
-# Smallest share of free memory with which `search` recommends a setting.
-SPARE_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +85,11 @@ class Report:
             "roofline_seconds": self.roofline_seconds,
             "model_flops_utilisation": self.model_flops_utilisation,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """Returns the report of a `to_dict`."""
+        return cls(**{each.name: values[each.name] for each in dataclasses.fields(cls)})
 
 
 def parse_topology(name: str) -> str:
@@ -252,56 +253,6 @@ def compile_step(
         link_seconds=link_bytes / chip.link_bytes_per_second,
         compile_seconds=time.monotonic() - began,
     )
-
-
-def search(config: ml_collections.ConfigDict, topology: str) -> Iterator[Report]:
-    """Compiles the step with several microbatch sizes, remat policies and meshes.
-
-    A compilation takes minutes, so this skips settings that cannot be faster. Larger
-    microbatches only save memory traffic, which does not help a step that compute
-    bounds. A split over `tensor` makes every microbatch wait for other devices, which
-    does not help a step that fits without it.
-
-    Args:
-        config: The training config; the settings are changed on copies.
-        topology: See `parse_topology`.
-
-    Yields:
-        A report for each setting that compiles.
-    """
-    with topology_devices(topology) as devices:
-        num_devices = len(devices)
-    fits_without_tensor = False
-    for tensor, remat in itertools.product((1, 2), ("full", "dots", "none")):
-        if tensor > 1 and fits_without_tensor:
-            return
-        shards = num_devices // tensor
-        # In order of memory, so the first size that does not fit ends the series.
-        for rows in (1, 2, 4, 8, 16, 32):
-            if rows * shards > config.data.batch_size:
-                break
-            varied = config.copy_and_resolve_references()
-            with varied.unlocked():
-                varied.mesh.update(data=1, fsdp=shards, tensor=tensor)
-                varied.model.remat = remat
-                varied.train.microbatch_size = rows * shards
-            try:
-                report = compile_step(varied, topology)
-            except MemoryError as error:
-                logging.info("%d rows per device, remat=%s: %s", rows, remat, error)
-                break
-            yield report
-            if report.spare_share < SPARE_SHARE:
-                break
-            fits_without_tensor |= tensor == 1
-            if report.roofline_seconds == report.compute_seconds:
-                break
-
-
-def recommend(reports: Sequence[Report]) -> Report | None:
-    """Returns the fastest report with `SPARE_SHARE` of the memory free, or None."""
-    fitting = [report for report in reports if report.spare_share >= SPARE_SHARE]
-    return min(fitting, key=lambda report: report.roofline_seconds, default=None)
 
 
 def describe(report: Report) -> list[str]:

@@ -139,5 +139,5 @@ def test_the_tables_show_mean_and_spread(made, tmp_path):
         "| QL | 0.750 ± 0.125 | 0.250 ± 0.000 | 0.350 ± 0.200 | 0.300 ± 0.100 |" in text
     )
     page.write_text("no place")
-    with pytest.raises(SystemExit, match="has no place for them"):
+    with pytest.raises(SystemExit, match="no place for the tables"):
         fret_proof_table.write(rows, page, names)
