@@ -46,13 +46,12 @@ def num_chips(topology: str) -> int:
     return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
-def load(stage: str, words: str, **overrides: Any) -> Any:
+def load(stage: str, words: str) -> Any:
     """Returns a checked config of `configs/`."""
     import gecko_jax.config
     from gecko_jax.cli import flags
 
-    changed = [f"--config.{name}={value}" for name, value in overrides.items()]
-    config = flags.load(f"{ROOT / 'configs' / stage}.py:{words}", changed)
+    config = flags.load(f"{ROOT / 'configs' / stage}.py:{words}")
     gecko_jax.config.check(config)
     return config
 

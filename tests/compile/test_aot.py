@@ -1,5 +1,6 @@
 """Ahead-of-time compilation for TPU topologies: names, FLOPs, collectives."""
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
