@@ -10,7 +10,7 @@ Arguments: `local` uses 60 passages of the bundled corpus and SmolLM2-135M-Instr
 which runs in this process and takes less than half an hour on a laptop. `local,qwen`
 and `local,qwen_small` use Qwen2.5-Coder-1.5B and 0.5B-Instruct instead, which judge far
 better (`gecko fret fetch-model qwen2.5-coder-1.5b`). `local,recorded` replays the
-recorded responses of SmolLM2 in seconds and needs no installation. `relabel` is for
+recorded responses of the 1.5B in seconds and needs no installation. `relabel` is for
 `gecko fret relabel`; `local,relabel` takes 100 pairs of the bundled corpus. `llama_cpp`
 and `hosted` select the settings of those servers (`local,llama_cpp`: the small model on
 a server at port 8080); the default is vLLM or SGLang. docs/fret.md explains how to
@@ -63,10 +63,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             config.llm.concurrency = 1
         else:
             config.llm.weights = "smollm2"
-            if arg.qwen or arg.qwen_small:
-                size = "0.5b" if arg.qwen_small else "1.5b"
-                config.llm.weights = f"qwen2.5-coder-{size}"
-                config.llm.dtype = "bfloat16"
         # Measured abilities of a model of this size: docs/fret.md.
         config.generate.prompt = "generate_short"
         config.generate.shots = 0  # all five, so their prefix is computed once
@@ -81,6 +77,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             size = "0.5b" if arg.qwen_small else "1.5b"
             config.llm.weights = f"qwen2.5-coder-{size}"
             config.llm.dtype = "bfloat16"
+        if arg.qwen or arg.qwen_small or arg.recorded:
             config.likelihood.prompt = "relevance"  # QL and RC share a reading
             config.fuse.relevance_weight = 1.0
     if arg.relabel:

@@ -47,7 +47,7 @@ def test_every_stage_runs_on_real_answers(made):
     assert all(pair.positive != pair.negatives[0] for pair in pairs)
     triples = [json.loads(line) for line in summary.output.open()]
     assert {t["generator"].partition("@")[0] for t in triples} == {
-        "SmolLM2-135M-Instruct.Q4_1"
+        "qwen2.5-coder-1.5b-instruct-q4_k_m"
     }
     assert {t["licence"] for t in triples} <= LICENCES
     assert len({t["query"] for t in triples}) > 0.9 * len(triples)
