@@ -19,7 +19,8 @@ examples:
       --vocabulary=sentencepiece.model --extra-ids=100
   gecko import google/flan-t5-base --output=flan-t5-base
   gecko import sentence-transformers/gtr-t5-base --output=gtr --query-length=64
-  gecko import google/embeddinggemma-300m --output=embeddinggemma"""
+  gecko import google/embeddinggemma-300m --output=embeddinggemma \\
+      --mrl-dims=128,256,512"""
 
 
 _EXPORT = """\
@@ -52,6 +53,8 @@ def add_parser(verbs: Any) -> None:
     for side in ("query", "passage"):
         text = f"maximum {side} length in tokens (default: the source's, or 512)"
         add(f"--{side}-length", text, parsing.length)
+    text = "trained MRL dims that the source does not name, such as 128,256,512"
+    add("--mrl-dims", text, parsing.positives, ())
     text = "max_distance of the relative bias, which T5X does not store (default: 128)"
     add("--relpos-max-distance", text, parsing.positive)
 
@@ -79,6 +82,7 @@ def import_(options: argparse.Namespace) -> None:
         extra_ids=options.extra_ids,
         query_length=options.query_length,
         passage_length=options.passage_length,
+        mrl_dims=options.mrl_dims,
         relpos_max_distance=options.relpos_max_distance,
     )
     written = model_folder.save_model(options.output, opened)

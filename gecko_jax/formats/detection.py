@@ -13,6 +13,7 @@ Hugging Face or sentence-transformers folder, or the name of one of these on the
 import dataclasses
 import enum
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -50,6 +51,7 @@ def open_model(
     extra_ids: int = 0,
     query_length: int | None = None,
     passage_length: int | None = None,
+    mrl_dims: Sequence[int] = (),
     relpos_max_distance: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> model_folder.ModelFiles:
@@ -63,6 +65,8 @@ def open_model(
         extra_ids: Number of sentinels after its pieces (T5: 100).
         query_length: Longest query in tokens; None takes the source's, or 512.
         passage_length: Longest passage in tokens; None takes the source's, or 512.
+        mrl_dims: Prefixes that the model was trained for, in addition to those that
+            the source names.
         relpos_max_distance: Distance in tokens from which the relative bias is
             constant, which T5X does not store; None takes T5's 128.
         mesh: Mesh for the parameters of a training workdir.
@@ -79,11 +83,13 @@ def open_model(
             f"{source_format.value} model, which holds the distance; leave it out"
         )
     vocab = None
-    if source_format is Format.GECKO and vocabulary is not None:
-        raise ValueError(f"{source}: has its own vocabulary; leave --vocabulary out")
+    is_gecko = source_format is Format.GECKO
+    for flag, value in (("vocabulary", vocabulary), ("mrl-dims", mrl_dims)):
+        if is_gecko and value:
+            raise ValueError(f"{source}: a Gecko model has its own; leave --{flag} out")
     if vocabulary is not None:
         vocab = _load_vocabulary(vocabulary, extra_ids)
-    if source_format is Format.GECKO:
+    if is_gecko:
         opened = model_folder.open_model(place, mesh)
     elif source_format is Format.T5X:
         opened = imported_models.open_t5x(place, vocab, extra_ids, relpos_max_distance)
@@ -98,8 +104,16 @@ def open_model(
     opened = dataclasses.replace(
         opened, **{key: value for key, value in lengths.items() if value}
     )
-    if source_format is Format.GECKO:
+    if is_gecko:
         return opened
+    largest = opened.mrl_dims[-1]
+    if any(dim > largest for dim in mrl_dims):
+        raise ValueError(
+            f"--mrl-dims={','.join(map(str, mrl_dims))}: {source} has {largest} dims; "
+            "name smaller ones"
+        )
+    dims = tuple(sorted({*opened.mrl_dims, *mrl_dims}))
+    opened = dataclasses.replace(opened, mrl_dims=dims)
     _check_relative_bias(opened.encoder_config, source)
     parameters.check(
         opened.params,

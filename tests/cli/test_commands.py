@@ -228,10 +228,19 @@ def test_import_makes_a_model_of_a_t5x_checkpoint(capsys, tmp_path):
     assert "holds no vocabulary" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     arguments.append(f"--vocabulary={data / 'model_v1' / 'vocabulary.model'}")
-    assert entry.main([*arguments, "--extra-ids=2", "--query-length=9"]) == 0
+    arguments.append("--extra-ids=2")
+    assert entry.main([*arguments, "--mrl-dims=4,9"]) == 1
+    assert "--mrl-dims=4,9:" in (told := capsys.readouterr().err)
+    assert "has 8 dims" in told
+    assert entry.main([*arguments, "--query-length=9", "--mrl-dims=2,4"]) == 0
     assert "2 layers, 8 dims, revision " in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "gecko.json").read_text())
     assert (settings["extra_ids"], settings["query_length"]) == (2, 9)
+    assert settings["mrl_dims"] == [2, 4, 8]
+    arguments[1] = str(tmp_path / "out")
+    assert entry.main([*arguments[:3], "--mrl-dims=4"]) == 1
+    assert "leave --mrl-dims out" in capsys.readouterr().err
+    arguments[1] = source
     assert settings["provenance"]["imported"]["format"] == "T5X"
     assert entry.main([*arguments, "--passage-length=1"]) == 2
     assert "must be a whole number, at least 2" in capsys.readouterr().err
