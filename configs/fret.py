@@ -36,6 +36,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         llama_cpp=False,
         hosted=False,
     )
+    if arg.recorded and arg.relabel:
+        raise ValueError(
+            "recorded,relabel: the bundled recording has no answers for `gecko fret "
+            "relabel`; leave out recorded, or set llm.recording to a workdir that has"
+        )
     # Every key with its default, unit and source: gecko_jax/fret/settings.py.
     config = gecko_jax.config.defaults(settings.KEYS)
     if arg.llama_cpp:

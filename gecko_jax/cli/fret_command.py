@@ -170,11 +170,12 @@ def plan(options: argparse.Namespace) -> None:
     from gecko_jax.fret import measure
 
     estimate = measure.plan(config, pathlib.Path(options.workdir), options.sample)
-    kind = "line" if config.relabel.files else "passage"
-    parsing.say(
-        f"{wording.counted(estimate.passages, kind)}; {estimate.kept:.0%} of the "
-        f"sample gave a query ({wording.counted(estimate.sample, 'request')} sent)\n"
-    )
+    size = wording.counted(estimate.passages, "passage")
+    share = f"; {estimate.kept:.0%} of the sample gave a query"
+    if config.relabel.files:  # The lines have queries.
+        size, share = wording.counted(estimate.passages, "line"), ""
+    sent = wording.counted(estimate.sample, "request")
+    parsing.say(f"{size}{share} ({sent} sent)\n")
     header = ("", "requests", "tokens in", "tokens out", "hours")
     rows = [
         (

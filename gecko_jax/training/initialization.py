@@ -47,9 +47,11 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
             "vocabulary": task_table.vocabulary_path(config.data.vocabulary),
             "extra_ids": config.data.extra_ids,
         }
-    start = model_folder.read_params(detection.open_model(source, **vocab))
-    # Add what the checkpoint lacks, each part with its own key.
+    start = detection.open_model(source, **vocab)
     encoder_config = gecko_jax.config.encoder_config(config)
+    _check_settings(encoder_config, start.encoder_config, source)
+    start = model_folder.read_params(start)
+    # Add what the checkpoint lacks, each part with its own key.
     if encoder_config.projection and not start.encoder_config.projection:
         logging.info("%s has no projection; adding a fresh one", source)
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
@@ -64,7 +66,6 @@ def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | N
         start = dataclasses.replace(start, params=params)
     # Lists missing, extra and wrongly shaped parameters in one error.
     parameters.check(start.params, encoder_config, source=source)
-    _check_settings(encoder_config, start.encoder_config, source)
     return start
 
 
@@ -112,19 +113,22 @@ def text_format(
 def _check_settings(
     config: dual_encoder.EncoderConfig, start: dual_encoder.EncoderConfig, source: str
 ) -> None:
-    """Compares settings that affect results but no shape."""
-    faults = [
+    """Compares sizes, and settings that affect results but no shape."""
+    names = ["family", "vocab_size", "model_dim"]
+    if start.num_layers:
+        names += ["num_layers", "head_dim", "mlp_dim"]
+    if start.projection:
+        names += ["projection", "embedding_dim"]
+    names += ["num_heads", "mlp_activations", "relpos_max_distance"]
+    differences = [
         f"model.{name}={getattr(start, name)!r} (now {getattr(config, name)!r})"
-        for name in (
-            *("family", "num_heads", "mlp_activations", "relpos_max_distance"),
-            *families.ROTARY_FIELDS,
-        )
+        for name in (*names, *families.ROTARY_FIELDS)
         if getattr(config, name) != getattr(start, name)
     ]
-    if faults:
+    if differences:
         raise ValueError(
-            f"{source}: trained with other settings than the config's; set "
-            + ", ".join(faults)
+            f"{source}: differs from the config; choose the preset of its size, "
+            "or set " + ", ".join(differences)
         )
 
 

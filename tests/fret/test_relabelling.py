@@ -1,5 +1,6 @@
 """Existing pairs, judged anew."""
 
+import argparse
 import json
 
 import fake_llm
@@ -7,7 +8,7 @@ import fret_runs
 import numpy as np
 import pytest
 
-from gecko_jax.cli import entry
+from gecko_jax.cli import entry, fret_command
 from gecko_jax.data import jsonl
 from gecko_jax.fret import fusion, measure, passages, pipeline, runs, settings
 
@@ -208,6 +209,19 @@ def test_the_lines_of_a_limit_are_drawn_and_planned(pairs, tmp_path):
         name: sent[name] for name in ("likelihood", "relevance")
     }
     assert found.seeds == 1
+
+
+def test_the_plan_of_lines_reports_no_written_queries(monkeypatch, capsys):
+    result = measure.Plan(passages=7, kept=1.0, kinds=(), cost=0.0, hours=0.0, sample=2)
+    monkeypatch.setattr(measure, "plan", lambda *_: result)
+    for argument, size in (
+        ("local,relabel", "7 lines (2"),
+        ("local", "7 passages; 100% of the sample gave a query (2"),
+    ):
+        config = f"{fret_runs.ROOT / 'configs/fret.py'}:{argument}"
+        options = argparse.Namespace(config=config, overrides=[], workdir="", sample=1)
+        fret_command.plan(options)
+        assert capsys.readouterr().out.startswith(f"{size} requests sent)\n")
 
 
 def test_seeds_that_rank_or_score_too_low_are_not_judged(

@@ -44,3 +44,9 @@ def test_every_config_is_whole(argument):
     path = f"{fret_runs.ROOT / 'configs/fret.py'}{argument}"
     overrides = ["--config.llm.model=m", "--config.passages.files=a.jsonl"]
     settings.check(flags.load(path, overrides))
+
+
+def test_the_bundled_recording_has_no_answers_to_relabel_with():
+    path = f"{fret_runs.ROOT / 'configs/fret.py'}:local,relabel,recorded"
+    with pytest.raises(ValueError, match="no answers for `gecko fret relabel`"):
+        flags.load(path, [])

@@ -177,12 +177,13 @@ def test_a_start_with_added_tokens_is_refused(hf):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model__mlp_dim": 48}, r"wrong shape .*wo/kernel: \(24, 16\)"),
-        ({"model__num_layers": 3}, "missing encoder/layers_2"),
+        ({"model__mlp_dim": 48}, r"set model.mlp_dim=24 \(now 48\)$"),
+        ({"model__num_layers": 3}, r"set model.num_layers=2 \(now 3\)$"),
         (
             {"model__num_heads": 6, "model__head_dim": 2},
-            r"wrong shape encoder/relpos_bias",
+            r"head_dim=4 \(now 2\), model.num_heads=3 \(now 6\)$",
         ),
+        ({"model__relpos_num_buckets": 16}, r"wrong shape encoder/relpos_bias"),
         (
             {"model__mlp_activations": "('silu','linear')"},
             r"mlp_activations=\('gelu', 'linear'\) \(now \('silu'",
