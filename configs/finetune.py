@@ -81,6 +81,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg.zero_shot:
         config.data.mixture = "gecko_fret"
     is_released = config.model.family != "t5" and arg.size != "gemma"
+    if is_released and arg.local:
+        raise ValueError(f"local: trains mini or gemma on a laptop, not {arg.size}")
     if is_released:
         config.init.checkpoint = config.data.vocabulary = f"models/{arg.size}"
         config.data.mixture = "gecko_finetune"

@@ -63,6 +63,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             config.data.extra_ids = 0  # mT5's vocabulary includes them.
             config.model.vocab_size = 250_112  # mT5
     is_released = config.model.family != "t5" and arg.size != "gemma"
+    if is_released and arg.local:
+        raise ValueError(f"local: trains mini or gemma on a laptop, not {arg.size}")
     if is_released:
         config.init.checkpoint = config.data.vocabulary = f"models/{arg.size}"
         config.data.mixture = "gecko_prefinetune"

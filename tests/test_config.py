@@ -137,6 +137,8 @@ def test_a_recipe_says_what_it_is():
         ("prefinetune", "base,paper,modern", "name one of paper, modern"),
         ("prefinetune", "base,multilingual", "name one of paper, modern"),
         ("prefinetune", "paper", "name a size with it"),
+        ("finetune", "local,embeddinggemma", "not embeddinggemma"),
+        ("prefinetune", "qwen3-0.6b,local", "not qwen3-0.6b"),
         ("prefinetune", "base,zero_shot", "unknown"),
     ],
 )

@@ -165,6 +165,8 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         if all(record.get(name) is not None for name in aliases):
             both = " and ".join(map(repr, aliases))
             raise ValueError(f"{place}: fields {both} mean the same; keep one")
+    if isinstance(record.get("positive"), list):
+        raise ValueError(f"{place}: field 'positive' is a list; name it 'positives'")
     query = _text(place, record, "query")
     positive = _text(place, record, *_POSITIVE)
     title = _text(place, record, "title", default="")

@@ -109,6 +109,10 @@ class Batches:
         self.num_segments = shape.num_segments
         self.vocabulary = chosen.vocabulary
         self.tasks, self.text_format = chosen.tasks, chosen.text_format
+        # Before the texts are tokenized, which takes long: the folder may be missing.
+        self._teacher = None
+        if teacher:
+            self._teacher = teacher_vectors.Teacher(teacher, shape.teacher_dim)
         self.readers = [
             cache.build(task, key, self.text_format, self.vocabulary, chosen.cache_dir)
             for task, key in zip(self.tasks, chosen.keys, strict=True)
@@ -147,9 +151,7 @@ class Batches:
         # Omitted if absent, which keeps the hashes of older runs.
         if any(task.unique_ids for task in self.tasks):
             self.facts["unique_ids"] = True
-        self._teacher = None
-        if teacher:
-            self._teacher = teacher_vectors.Teacher(teacher, shape.teacher_dim)
+        if self._teacher is not None:
             self.facts["teacher"] = self._teacher.facts["sha256"]
         digest = hashlib.sha256(json.dumps(self.facts).encode())
         self.mixture_hash = digest.hexdigest()[:16]

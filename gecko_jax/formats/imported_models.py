@@ -155,6 +155,11 @@ def open_hugging_face(
     dims = {"matryoshka_dimensions": _DIMS}
     field_rules.check(encoder / "config.json", values, dims, "remove it, or correct it")
     mrl_dims = values.get("matryoshka_dimensions") or ()
+    if any(dim > config.embedding_dim for dim in mrl_dims):
+        raise ValueError(
+            f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has more "
+            f"than the model's {config.embedding_dim} dims; correct it"
+        )
     is_given = vocab is not None
     if vocab is None and config.family == "t5":
         prompts = modules.text_format.prompts.values() if modules else ()

@@ -82,12 +82,12 @@ PRESETS["embeddinggemma-2"] = {
     "query_scale": 1.0,
     "per_layer_dim": 512,
 }
-# The bases of Qwen3-Embedding (arXiv 2506.05176), which has no projection, and whose
-# vocabularies are cut: 151,669 rows (0.6B) and 151,665.
+# Qwen3-Embedding (arXiv 2506.05176) has no projection. Its embedding tables have fewer
+# rows than those of Qwen3 (151,936).
 PRESETS |= {
     f"qwen3-{name}": {
         "family": "qwen3",
-        "vocab_size": 151_936,
+        "vocab_size": vocab_size,
         "model_dim": model_dim,
         "num_layers": num_layers,
         "num_heads": num_heads,
@@ -99,10 +99,10 @@ PRESETS |= {
         "projection": False,
         "pooling": "last",
     }
-    for name, model_dim, num_layers, num_heads, mlp_dim in (
-        ("0.6b", 1_024, 28, 16, 3_072),
-        ("4b", 2_560, 36, 32, 9_728),
-        ("8b", 4_096, 36, 32, 12_288),
+    for name, vocab_size, model_dim, num_layers, num_heads, mlp_dim in (
+        ("0.6b", 151_669, 1_024, 28, 16, 3_072),
+        ("4b", 151_665, 2_560, 36, 32, 9_728),
+        ("8b", 151_665, 4_096, 36, 32, 12_288),
     )
 }
 

@@ -167,6 +167,7 @@ BAD = {
     ),
     "empty": ({**GOOD, "query": ""}, "field 'query' is empty"),
     "whitespace": ({**GOOD, "positive": " \n\t\u3000"}, "field 'positive' is empty"),
+    "several": ({**GOOD, "positive": ["a", "b"]}, "is a list; name it 'positives'"),
     "number": ({**GOOD, "query": 3}, "field 'query' is a number; it must be a string"),
     "both names": ({**GOOD, "passage": "x"}, "'positive' and 'passage' mean the same"),
     "both negatives": (

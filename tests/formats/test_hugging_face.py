@@ -399,6 +399,10 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
         ({"is_decoder": True, "is_encoder_decoder": False}, "a decoder-only model"),
         ({"model_type": "bert"}, "model_type 'bert' has no encoder of Gecko's"),
         ({"is_decoder": True}, "a decoder-only model"),
+        (
+            {"matryoshka_dimensions": [8, 99]},
+            r"matryoshka_dimensions=\[8, 99\] has more",
+        ),
         ({"architectures": 5}, "architectures is a number, not a list"),
         ({"model_type": ["t5"]}, r"model_type \['t5'\] has no encoder"),
         ({"quantization_config": {"bits": 8}}, "quantization_config is set"),
