@@ -43,7 +43,6 @@ def triples(tmp_path):
     return path
 
 
-@pytest.mark.slow
 def test_gemma_has_the_losses_of_sentence_transformers(triples, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import train_cpu
