@@ -1,7 +1,8 @@
-"""Training with the usual API of sentence-transformers, for `quality.py`."""
+"""Training with the usual API of sentence-transformers."""
 
 import pathlib
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,46 +38,75 @@ def train(
         first.data.passage_length,
         str(folder),
     )
-    built.train()
     seconds = 0.0
     for config in stages:
         lines = [record for _, record in reading.read_records(config.data.files[0])]
-        loss = losses.MatryoshkaLoss(
+        contrast = losses.CachedMultipleNegativesRankingLoss(
             built,
-            losses.CachedMultipleNegativesRankingLoss(
-                built,
-                scale=1 / config.loss.temperature,
-                mini_batch_size=config.data.batch_size,
-            ),
-            list(config.loss.mrl_dims),
-        )
-        schedule, _ = train_step.build_optimizer(config)
-        settings = config.optimizer
-        tokens = built[0].auto_model.get_input_embeddings().weight
-        others = [weight for weight in built.parameters() if weight is not tokens]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": others, "factor": 1.0},
-                {"params": [tokens], "factor": settings.token_rate},
-            ],
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
+            scale=1 / config.loss.temperature,
+            mini_batch_size=config.data.batch_size,
         )
         order = _endless(random, len(lines))
-        rates = [float(schedule(step)) for step in range(config.train.num_steps)]
+        batches = (
+            _columns(
+                built,
+                [lines[next(order)] for _ in range(config.data.batch_size)],
+                config,
+            )
+            for _ in range(config.train.num_steps)
+        )
+        run = steps(built, contrast, batches, config)
         began = time.perf_counter()
-        for rate in rates:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
-            batch = [lines[next(order)] for _ in range(config.data.batch_size)]
-            loss(_columns(built, batch, config), None).backward()
-            torch.nn.utils.clip_grad_norm_(built.parameters(), settings.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        for _ in run:
+            pass
         seconds += time.perf_counter() - began
     built.eval()
     return built, seconds
+
+
+def steps(
+    built: SentenceTransformer,
+    contrast: torch.nn.Module,
+    batches: Iterable[list[Any]],
+    config: Any,
+) -> Iterator[torch.Tensor]:
+    """Returns the loss of each step, which trains when it is taken.
+
+    Args:
+        built: The model.
+        contrast: Loss of one MRL dim.
+        batches: Tokens of queries, positives and possibly hard negatives of each step.
+        config: MRL dims, number of steps, optimizer and schedule.
+    """
+    built.train()
+    loss = losses.MatryoshkaLoss(built, contrast, list(config.loss.mrl_dims))
+    schedule, _ = train_step.build_optimizer(config)
+    settings = config.optimizer
+    tokens = built[0].auto_model.get_input_embeddings().weight
+    others = [weight for weight in built.parameters() if weight is not tokens]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": others, "factor": 1.0},
+            {"params": [tokens], "factor": settings.token_rate},
+        ],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    rates = [float(schedule(step)) for step in range(config.train.num_steps)]
+
+    def run() -> Iterator[torch.Tensor]:
+        for rate, columns in zip(rates, batches, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            value = loss(columns, None)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(built.parameters(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield value.detach()
+
+    return run()
 
 
 def _endless(random: np.random.Generator, number: int) -> Any:
@@ -105,6 +135,13 @@ def _columns(built: Any, batch: list[dict[str, Any]], config: Any) -> list[Any]:
                 for line in batch
             ]
         )
+    return tokenize(built, columns, config)
+
+
+def tokenize(
+    built: SentenceTransformer, columns: list[list[str]], config: Any
+) -> list[Any]:
+    """Returns tokens of formatted queries, and of each column of passages."""
     built.max_seq_length = config.data.query_length
     tokens = [built.preprocess(columns[0])]
     built.max_seq_length = config.data.passage_length
