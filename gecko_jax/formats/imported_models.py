@@ -157,8 +157,8 @@ def open_hugging_face(
     mrl_dims = values.get("matryoshka_dimensions") or ()
     if any(dim > config.embedding_dim for dim in mrl_dims):
         raise ValueError(
-            f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has more "
-            f"than the model's {config.embedding_dim} dims; correct it"
+            f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has "
+            f"more than the model's {config.embedding_dim} dims; correct it"
         )
     is_given = vocab is not None
     if vocab is None and config.family == "t5":
