@@ -64,8 +64,11 @@ def test_every_preset_fits_a_mesh_and_is_split_over_it(size):
         )
     )
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    # `tensor` does not split an odd number of rows (Qwen3-Embedding).
+    table = shapes["token_embedder"]["embedding"]
+    unsplit = table.size / 8 if table.shape[0] % 2 else 0
     # Vectors and position biases are replicated; they are below 2% of the parameters.
-    assert held < total / 8 * 1.02
+    assert held < (total / 8 + unsplit) * 1.02
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
