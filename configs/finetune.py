@@ -86,16 +86,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if is_released:
         config.init.checkpoint = config.data.vocabulary = f"models/{arg.size}"
         config.data.mixture = "gecko_finetune"
-        config.model.dropout_rate = 0.0  # The released models are trained without.
-        config.model.remat = "full"
-        config.optimizer.name = "adamw"
-        config.optimizer.beta1 = 0.9
+        config.update_from_flattened_dict(gecko_jax.config.RELEASED)
         config.optimizer.learning_rate = 2e-5  # sentence-transformers' example
         # EmbeddingGemma: 20 billion tokens, here at the maximum lengths.
         config.train.num_steps = 2_400
-        config.train.microbatch_size = 512  # It affects memory only.
-        config.mesh.data = 1
-        config.mesh.fsdp = -1  # All chips.
         config.checkpoint.every_steps = 200
     if arg.modern or is_released:
         config.data.num_negatives = 7  # Qwen3-Embedding and others use 1 to 7.

@@ -68,16 +68,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if is_released:
         config.init.checkpoint = config.data.vocabulary = f"models/{arg.size}"
         config.data.mixture = "gecko_prefinetune"
-        config.model.dropout_rate = 0.0  # The released models are trained without.
-        config.model.remat = "full"
-        config.optimizer.name = "adamw"
-        config.optimizer.beta1 = 0.9
+        config.update_from_flattened_dict(gecko_jax.config.RELEASED)
         config.optimizer.learning_rate = 1e-4
         # EmbeddingGemma: 314 billion tokens, here at the maximum lengths.
         config.train.num_steps = 266_000
-        config.train.microbatch_size = 512  # It affects memory only.
-        config.mesh.data = 1
-        config.mesh.fsdp = -1  # All chips.
     if arg.modern or is_released:
         config.data.one_task_per_batch = True  # EmbeddingGemma
         gecko_jax.config.set_mrl_dims(config, (128, 256, 512, width))  # EmbeddingGemma

@@ -428,6 +428,17 @@ ADDED_KEYS: dict[str, Any] = {
     **{f"model.{name}": value for name, value in families.ROTARY_FIELDS.items()},
 }
 
+# Both stages of a run that starts from a released encoder other than T5.
+RELEASED: dict[str, Any] = {
+    "model.dropout_rate": 0.0,  # The released models are trained without.
+    "model.remat": "full",
+    "optimizer.name": "adamw",
+    "optimizer.beta1": 0.9,
+    "train.microbatch_size": 512,  # Results do not depend on it.
+    "mesh.data": 1,
+    "mesh.fsdp": -1,  # All chips.
+}
+
 # The `local` argument of both stages: `mini` on a laptop CPU.
 LOCAL: dict[str, Any] = {
     "data.query_length": 32,

@@ -309,8 +309,6 @@ def test_workers_with_parts_of_their_own_need_no_locks(
     [
         ("llm.model=other", "model.model: was 'fake', is 'other'"),
         ("llm.revision=abc", "model.revision: was '', is 'abc'"),
-        ("generate.temperature=0.9", "sampling.temperature: was 0.7, is 0.9"),
-        ("generate.prompt=generate_for_task", "prompt.name: was 'generate', is"),
         ("seed=1", "seed: was 0, is 1"),
         ("passages.min_words=2", "rules.min_words: was 10, is 2"),
         ("retrieve.max_seed_rank=2", "max_seed_rank: was None, is 2"),
@@ -321,8 +319,24 @@ def test_workers_with_parts_of_their_own_need_no_locks(
 def test_a_changed_setting_is_refused_by_name(
     corpus, tmp_path, fresh, override, difference
 ):
-    if override.startswith("generate") and corpus.name == "pairs.jsonl":
-        pytest.skip("pairs have their queries")
+    _refuse(corpus, tmp_path, fresh, override, difference)
+
+
+@of_a_corpus  # Pairs have their queries.
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("generate.temperature=0.9", "sampling.temperature: was 0.7, is 0.9"),
+        ("generate.prompt=generate_for_task", "prompt.name: was 'generate', is"),
+    ],
+)
+def test_a_changed_prompt_is_refused_by_name(
+    corpus, tmp_path, fresh, override, difference
+):
+    _refuse(corpus, tmp_path, fresh, override, difference)
+
+
+def _refuse(corpus, tmp_path, fresh, override, difference):
     with pytest.raises(ValueError, match=re.escape(difference)) as error:
         runs.run(
             fret_runs.load(corpus, "http://127.0.0.1:9", override), tmp_path / "fresh"
