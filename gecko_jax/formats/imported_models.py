@@ -4,10 +4,12 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
 from gecko_jax.formats import (
+    family_configs,
     from_hugging_face,
     from_sentence_transformers,
     from_t5x,
@@ -93,8 +95,28 @@ def open_t5x(
             _T5_BUCKETS,
             config.relpos_max_distance,
         )
-    tokenizer.check_size(vocab, config.vocab_size, source=place, is_given=True)
+    _check_vocabulary(vocab, config, {}, place, is_given=True)
     return _build(opened.params, config, vocab, step=opened.step)
+
+
+def _check_vocabulary(
+    vocab: vocabularies.Vocabulary,
+    config: dual_encoder.EncoderConfig,
+    values: Mapping[str, Any],
+    source: str,
+    *,
+    is_given: bool,
+) -> None:
+    """Refuses a vocabulary of another model; `values` are those of `config.json`."""
+    family, rows = config.family, config.vocab_size
+    tokenizer.check_size(vocab, rows, family=family, source=source, is_given=is_given)
+    if family != "t5":
+        family_configs.check_ends(vocab, values, source)
+    elif vocab.opening or vocab.eos_id != vocabularies.EOS_ID:
+        raise ValueError(
+            f"{source}: a T5, whose texts end with the id {vocabularies.EOS_ID} and "
+            "begin with no other; give the vocabulary of the model"
+        )
 
 
 def _read_t5x_settings(model_dir: kvstores.Folder) -> model_folder.ModelFiles | None:
@@ -142,6 +164,13 @@ def open_hugging_face(
         from_hugging_face.refuse_adapter(encoder)
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
+    is_given = vocab is not None
+    if vocab is None and config.family == "t5":
+        prompts = modules.text_format.prompts.values() if modules else ()
+        vocab = tokenizer.read(encoder, prompts)
+    elif vocab is None:
+        vocab = tokenizer.read_json(encoder, is_base=modules is None)
+    _check_vocabulary(vocab, config, values, str(encoder), is_given=is_given)
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
     text_format = PLAIN_FORMAT
     if modules is not None:
@@ -160,15 +189,6 @@ def open_hugging_face(
             f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has "
             f"more than the model's {config.embedding_dim} dims; correct it"
         )
-    is_given = vocab is not None
-    if vocab is None and config.family == "t5":
-        prompts = modules.text_format.prompts.values() if modules else ()
-        vocab = tokenizer.read(encoder, prompts)
-    elif vocab is None:
-        vocab = tokenizer.read_json(encoder, is_base=modules is None)
-    tokenizer.check_size(
-        vocab, config.vocab_size, source=str(encoder), is_given=is_given
-    )
     if modules is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
         if config.family != "t5":  # The limit of a language model.

@@ -25,12 +25,13 @@ from gecko_jax.formats import (
     tokenizer_json,
 )
 from gecko_jax.io import field_rules, writing
-from gecko_jax.text import json_vocabularies, text_formats, vocabularies
+from gecko_jax.text import text_formats, vocabularies
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
-# T5 rounds the rows of its embedding table up to a multiple of this.
-_ROUNDED_TO = 128
+# T5 rounds the rows of its embedding table up to a multiple of this. Other tables have
+# fewer rows without a token than the second number: Qwen3's have 267.
+_ROUNDED_TO, _SPARE_ROWS = 128, 1_024
 
 # Tokenizer classes that behave as SentencePiece does, or as `tokenizer.json` says.
 _CLASS = re.compile(
@@ -183,30 +184,35 @@ def _check_listed(files: added_tokens.Files) -> None:
 
 
 def check_size(
-    vocab: vocabularies.Vocabulary, rows: int, *, source: str, is_given: bool
+    vocab: vocabularies.Vocabulary,
+    rows: int,
+    *,
+    family: str,
+    source: str,
+    is_given: bool,
 ) -> None:
     """Compares a vocabulary with the rows of the embedding table.
 
     Args:
         vocab: The vocabulary.
         rows: Rows of the embedding table.
+        family: The encoder family.
         source: The model, for errors.
-        is_given: Whether the user named the vocabulary. Then additional rows are an
-            error, because the vocabulary is another one or lacks its sentinels.
+        is_given: Whether the user named the vocabulary. Then additional rows of a T5
+            are an error, because the vocabulary is another one or lacks its sentinels.
 
     Raises:
         ValueError: The sizes differ; names both.
     """
     numbers = f"the vocabulary has {vocab.size:,} ids ({vocab.extra_ids} of them"
     numbers += f" sentinels), and the embedding table {rows:,} rows"
-    if vocab.size > rows:
+    spare = rows - vocab.size
+    if spare < 0 or (family != "t5" and spare >= _SPARE_ROWS):
         raise ValueError(
             f"{source}: {numbers}: they do not belong together; use the vocabulary of "
             "the model"
         )
-    # The tables of Qwen and Gemma have rows that no token uses.
-    is_json = isinstance(vocab, json_vocabularies.JsonVocabulary)
-    if is_json or rows - vocab.size < _ROUNDED_TO:
+    if family != "t5" or spare < _ROUNDED_TO:
         return
     if is_given:
         raise ValueError(
