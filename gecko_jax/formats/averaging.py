@@ -45,9 +45,10 @@ _TOLERANCE = 1e-9
 
 # Settings that affect training and no embedding.
 _TRAINING_SETTINGS = ("dropout_rate", "scan_layers", "remat")
-# What an error names of models of two families, and characters of a setting there.
-_MAIN_SETTINGS = tuple(
-    f"model.{name}" for name in ("family", "vocab_size", "model_dim", "num_layers")
+# Settings whose difference is reason enough, and the characters of a value in errors.
+_ARCHITECTURE = (
+    *("model.family", "model.model_dim", "model.num_layers", "model.vocab_size"),
+    "vocabulary",
 )
 _MOST_SHOWN = 60
 
@@ -219,8 +220,8 @@ def _check_same_kind(
 
     left, right = settings(first), settings(second)
     keys = [k for k in (left | right) if left.get(k) != right.get(k)]
-    if "model.family" in keys:  # Families have different settings.
-        keys = [k for k in keys if not k.startswith("model.") or k in _MAIN_SETTINGS]
+    # Models of unlike architecture differ in everything else, too.
+    keys = [k for k in _ARCHITECTURE if k in keys] or keys
     if keys:
         differences = "; ".join(
             f"{key}: {_shown(left.get(key))}, and {_shown(right.get(key))}"

@@ -155,6 +155,11 @@ def open_hugging_face(
     """
     from_hugging_face.refuse_adapter(folder)
     if has_modules and (folder / model_folder.MODEL_JSON).exists():
+        if vocab is not None:
+            raise ValueError(
+                f"{folder}: exported by gecko_jax, with its own vocabulary; leave "
+                "--vocabulary out"
+            )
         return _open_own_export(folder)
     modules = None
     encoder = folder

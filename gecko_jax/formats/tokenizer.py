@@ -204,8 +204,9 @@ def check_size(
     Raises:
         ValueError: The sizes differ; names both.
     """
-    numbers = f"the vocabulary has {vocab.size:,} ids ({vocab.extra_ids} of them"
-    numbers += f" sentinels), and the embedding table {rows:,} rows"
+    sentinels = f" ({vocab.extra_ids} of them sentinels)" if family == "t5" else ""
+    numbers = f"the vocabulary has {vocab.size:,} ids{sentinels}, and the embedding"
+    numbers += f" table {rows:,} rows"
     spare = rows - vocab.size
     if spare < 0 or (family != "t5" and spare >= _SPARE_ROWS):
         raise ValueError(

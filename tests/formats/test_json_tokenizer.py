@@ -83,6 +83,8 @@ def test_an_export_hands_the_files_back(files, tmp_path):
         gecko_jax.load(tmp_path / "m").encode_queries(["a\nb!"]),
     )
     to_sentence_transformers.save(tmp_path / "st", opened)  # Replaces it.
+    with pytest.raises(ValueError, match="st: exported by gecko_jax, with its own voc"):
+        gecko_jax.load(tmp_path / "st", vocabulary=tmp_path / "st" / "tokenizer.json")
 
 
 @KINDS
