@@ -9,13 +9,12 @@
 Only settings that Gecko computes are read; all others are refused by name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gecko_jax.formats import names, source_files
 from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
-from gecko_jax.text import vocabularies
 
 _REMEDY = "Gecko computes nothing else, take another model"
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -69,8 +68,6 @@ _SIZES = {
     "head_dim": "head_dim",
     "intermediate_size": "mlp_dim",
 }
-# Families whose texts begin with a BOS.
-_WITH_BOS = ("gemma", "embeddinggemma2")
 _GLOBAL_HEADS = {
     "head_dim": "global_head_dim",
     "num_key_value_heads": "global_num_kv_heads",
@@ -148,7 +145,7 @@ def read(values: Mapping[str, Any], source: str) -> dual_encoder.EncoderConfig:
         ValueError: Names each setting that Gecko does not compute.
     """
     name = values["model_type"]
-    family, text = MODEL_TYPES[name].family, _text_settings(values, source)
+    family, text = MODEL_TYPES[name].family, text_settings(values, source)
     if name == "gemma3_text" and not text.get("use_bidirectional_attention"):
         raise ValueError(
             f"{source}: use_bidirectional_attention is not set, so this Gemma 3 is a "
@@ -181,7 +178,7 @@ def read(values: Mapping[str, Any], source: str) -> dual_encoder.EncoderConfig:
         raise ValueError(f"{source}: {error}; take another model") from None
 
 
-def _text_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def text_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Returns the settings of the text encoder in a `config.json`."""
     path = MODEL_TYPES[values["model_type"]].path
     text: Any = values
@@ -190,46 +187,6 @@ def _text_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         if not isinstance(text, dict):
             raise source_files.damaged(source, f"has no object {'.'.join(path)}")
     return text
-
-
-def check_ends(
-    vocab: vocabularies.Vocabulary, values: Mapping[str, Any], source: str
-) -> None:
-    """Refuses a vocabulary that begins or ends texts in another way than the model's.
-
-    Texts of the Gemma families begin with BOS and end with EOS. Those of Qwen3 begin
-    with no token and end with one of its special tokens: Qwen3-Embedding ends them with
-    the token that `config.json` calls BOS.
-
-    Args:
-        vocab: The vocabulary.
-        values: The contents of `config.json`.
-        source: The model, for errors.
-    """
-    text = _text_settings(values, source)
-    family = MODEL_TYPES[values["model_type"]].family
-    has_bos = family in _WITH_BOS
-    # Defaults of transformers.
-    bos, eos, pad = (
-        text.get(f"{name}_token_id", default if has_bos else None)
-        for name, default in (("bos", 2), ("eos", 1), ("pad", 0))
-    )
-    opening = (bos,) if has_bos and bos is not None else ()
-    ends = set(eos if isinstance(eos, list) else [eos])
-    ends = (ends if has_bos else ends | {bos, pad}) - {None}
-    if vocab.opening == opening and (not ends or vocab.eos_id in ends):
-        return
-    raise ValueError(
-        f"{source}: its vocabulary begins texts with {_named(vocab.opening)} and ends "
-        f"them with {_named([vocab.eos_id])}, and the model needs {_named(opening)} "
-        f"and {_named(sorted(ends), ' or ')} (config.json); use the tokenizer of the "
-        "model"
-    )
-
-
-def _named(ids: Sequence[int], separator: str = " ") -> str:
-    numbers = separator.join(map(str, ids))
-    return f"the id {numbers}" if numbers else "no token"
 
 
 def _read_rope(text: Mapping[str, Any], family: str, source: str) -> dict[str, float]:

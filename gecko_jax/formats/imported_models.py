@@ -4,12 +4,10 @@ import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from absl import logging
 
 from gecko_jax.formats import (
-    family_configs,
     from_hugging_face,
     from_sentence_transformers,
     from_t5x,
@@ -18,6 +16,7 @@ from gecko_jax.formats import (
     parameters,
     tensors,
     tokenizer,
+    vocabulary_fit,
 )
 from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
@@ -95,28 +94,8 @@ def open_t5x(
             _T5_BUCKETS,
             config.relpos_max_distance,
         )
-    _check_vocabulary(vocab, config, {}, place, is_given=True)
+    vocabulary_fit.check(vocab, config, source=place, is_given=True)
     return _build(opened.params, config, vocab, step=opened.step)
-
-
-def _check_vocabulary(
-    vocab: vocabularies.Vocabulary,
-    config: dual_encoder.EncoderConfig,
-    values: Mapping[str, Any],
-    source: str,
-    *,
-    is_given: bool,
-) -> None:
-    """Refuses a vocabulary of another model; `values` are those of `config.json`."""
-    family, rows = config.family, config.vocab_size
-    tokenizer.check_size(vocab, rows, family=family, source=source, is_given=is_given)
-    if family != "t5":
-        family_configs.check_ends(vocab, values, source)
-    elif vocab.opening or vocab.eos_id != vocabularies.EOS_ID:
-        raise ValueError(
-            f"{source}: a T5, whose texts end with the id {vocabularies.EOS_ID} and "
-            "begin with no other; give the vocabulary of the model"
-        )
 
 
 def _read_t5x_settings(model_dir: kvstores.Folder) -> model_folder.ModelFiles | None:
@@ -175,7 +154,7 @@ def open_hugging_face(
         vocab = tokenizer.read(encoder, prompts)
     elif vocab is None:
         vocab = tokenizer.read_json(encoder, is_base=modules is None)
-    _check_vocabulary(vocab, config, values, str(encoder), is_given=is_given)
+    vocabulary_fit.check(vocab, config, values, source=str(encoder), is_given=is_given)
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
     text_format = PLAIN_FORMAT
     if modules is not None:

@@ -29,10 +29,6 @@ from gecko_jax.text import text_formats, vocabularies
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
-# T5 rounds the rows of its embedding table up to a multiple of this. Other tables have
-# fewer rows without a token than the second number: Qwen3's have 267.
-_ROUNDED_TO, _SPARE_ROWS = 128, 1_024
-
 # Tokenizer classes that behave as SentencePiece does, or as `tokenizer.json` says.
 _CLASS = re.compile(
     "(T5|MT5|PreTrained|TokenizersBackend|SentencePieceBackend)(Tokenizer)?(Fast)?"
@@ -181,46 +177,6 @@ def _check_listed(files: added_tokens.Files) -> None:
                 f"{source}: the token {content!r} has another id in tokenizer.json, or "
                 "none; save the tokenizer again with transformers 5"
             )
-
-
-def check_size(
-    vocab: vocabularies.Vocabulary,
-    rows: int,
-    *,
-    family: str,
-    source: str,
-    is_given: bool,
-) -> None:
-    """Compares a vocabulary with the rows of the embedding table.
-
-    Args:
-        vocab: The vocabulary.
-        rows: Rows of the embedding table.
-        family: The encoder family.
-        source: The model, for errors.
-        is_given: Whether the user named the vocabulary. Then additional rows of a T5
-            are an error, because the vocabulary is another one or lacks its sentinels.
-
-    Raises:
-        ValueError: The sizes differ; names both.
-    """
-    sentinels = f" ({vocab.extra_ids} of them sentinels)" if family == "t5" else ""
-    numbers = f"the vocabulary has {vocab.size:,} ids{sentinels}, and the embedding"
-    numbers += f" table {rows:,} rows"
-    spare = rows - vocab.size
-    if spare < 0 or (family != "t5" and spare >= _SPARE_ROWS):
-        raise ValueError(
-            f"{source}: {numbers}: they do not belong together; use the vocabulary of "
-            "the model"
-        )
-    if family != "t5" or spare < _ROUNDED_TO:
-        return
-    if is_given:
-        raise ValueError(
-            f"{source}: {numbers}: give the vocabulary of the model, and its sentinels "
-            "with --extra-ids (T5: 100)"
-        )
-    logging.warning("%s: %s", source, numbers)
 
 
 def _read_spiece(path: pathlib.Path) -> bytes:

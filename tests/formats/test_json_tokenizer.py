@@ -99,12 +99,6 @@ def test_a_tokenizer_without_a_config_gets_one(kind, tmp_path):
 
 
 def test_more_ids_than_rows_are_refused(files):
-    vocab = files.build_vocabulary()
-    facts = {"family": "qwen3", "source": "m", "is_given": False}
-    tokenizer.check_size(vocab, vocab.size + 500, **facts)
-    for rows in (vocab.size - 1, vocab.size + 1_024):
-        with pytest.raises(ValueError, match="do not belong together"):
-            tokenizer.check_size(vocab, rows, **facts)
     config = dual_encoder.EncoderConfig(
         **{**dual_encoder.config_to_dict(files.encoder_config), "vocab_size": 32}
     )
