@@ -14,6 +14,9 @@ import typing
 import distil_solve
 import distil_texts
 import numpy as np
+import quality_data
+
+from gecko_jax.io import reading
 
 if typing.TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +25,7 @@ if typing.TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # A token that came so many times keeps half of its own vector.
-CASE = 100
+CASE = 50
 # Factor of the row of EOS. It is above 0, so that an empty text has a direction, too.
 EOS_WEIGHT = 0.01
 # Power of the standard deviation by which each principal direction is divided.
@@ -84,7 +87,11 @@ def share_case(
 
 
 def sample_queries(rows: Sequence[Mapping[str, str]], seed: int) -> list[str]:
-    """Returns queries of every source, as they are and as questions."""
+    """Returns queries of every source, as they are and as questions.
+
+    The training queries of the bundled corpus follow, whose tasks have a form of their
+    own ("What is X?", "PostgreSQL: ...").
+    """
     by_source: dict[str, list[str]] = {}
     for row in rows:
         if row.get("q"):
@@ -96,7 +103,8 @@ def sample_queries(rows: Sequence[Mapping[str, str]], seed: int) -> list[str]:
         for place in random.permutation(len(queries))[:PER_SOURCE]:
             form = QUESTIONS[random.integers(len(QUESTIONS))]
             chosen += [queries[place], form.format(queries[place])]
-    return chosen
+    bundled = reading.read_records(quality_data.QUICKSTART / "train.jsonl")
+    return [*chosen, *(row["query"] for _, row in bundled)]
 
 
 def flatten_spectrum(

@@ -302,10 +302,11 @@ def test_every_source_has_its_share_of_the_queries(monkeypatch):
     rows = [{"t": "A text.", "s": f"one/{n}", "q": f"a {n}"} for n in range(9)]
     rows += [{"t": "A text.", "s": "@npm/two", "q": "b"}, {"t": "No query.", "s": "c"}]
     queries = distil_finish.sample_queries(rows, 0)
-    assert len(queries) == 2 * (3 + 1)
+    bundled = queries[2 * (3 + 1) :]
+    assert len(bundled) > 3_000
     assert queries[0] == "b"
     assert "b" in queries[1] != "b"
-    plain = queries[2::2]
+    plain = queries[2:8:2]
     assert len(set(plain)) == 3
     assert all(query.startswith("a ") for query in plain)
     assert queries == distil_finish.sample_queries(rows, 0)
