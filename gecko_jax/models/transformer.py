@@ -324,6 +324,7 @@ def _attend(
     batch, length, heads, width = query.shape
     num_kv_heads = parts[0][0].shape[-2]
     is_own = [keys.ndim == 4 for keys, _ in parts]
+    # `lax.map` and `vmap` split the rows' own parts; the shared ones are constants.
     own_parts = [part for part, own in zip(parts, is_own, strict=True) if own]
     masks = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks]
 
