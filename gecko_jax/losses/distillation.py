@@ -58,7 +58,7 @@ def candidate_divergence(
         dual_encoder.normalize(candidates),
         precision=jax.lax.Precision.HIGHEST,
     )
-    # The positive, in column 0, is always there.
+    # Column 0 is the positive, which is never padding. `keep` also requires a score.
     is_present = jnp.pad(negative_mask, ((0, 0), (1, 0)), constant_values=True)
     keep = is_present & jnp.isfinite(scores)
     student, judge = (

@@ -79,7 +79,8 @@ class Encoder(nn.Module):
                 kernel, scale = rotary_encoder.declare(
                     self, {spec.path: spec for spec in specs}
                 ).values()
-                # The file has one matrix for all layers; a scan needs layers in front.
+                # The checkpoint stores the projections of all layers as one matrix. The
+                # scan needs the layer axis first.
                 per_layer = kernel.reshape(specs[0].view).swapaxes(0, 1)
                 context = context._replace(embedded=x, per_layer_norm=scale)
 

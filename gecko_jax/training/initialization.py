@@ -116,7 +116,8 @@ def _check_settings(
     config: dual_encoder.EncoderConfig, start: dual_encoder.EncoderConfig, source: str
 ) -> None:
     """Compares sizes, and settings that affect results but no shape."""
-    # A bag of tokens has no layers and a plain encoder no projection: both can be new.
+    # Layers and projection are compared only if the checkpoint has them. Otherwise the
+    # run adds new ones.
     names = ["family", "vocab_size", "model_dim"]
     if start.num_layers:
         names += ["num_layers", "head_dim", "mlp_dim"]

@@ -305,7 +305,7 @@ def _loss(
         negative_group=batch["negative_group"],
     )
     loss, terms = contrastive.mrl_loss(queries, positives, negatives, ids, **settings)
-    # Similarities are reported at the largest dim.
+    # Accuracy and similarity are reported at the largest dim.
     full = terms[max(terms)]
     values = {
         "loss": loss,
