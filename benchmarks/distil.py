@@ -10,6 +10,8 @@ tokens. The steps:
     solve     least squares from the tokens of the texts to the teacher's vectors
     train     gradient descent on the teacher's vectors, on the similarities within a
               batch and on pairs of query and passage, at every MRL dim
+    finish    rare tokens with capitals move towards their lower case, EOS gets little
+              weight, and the directions that all queries share become shorter
 
 `--text` is the output of `text.py`. The teacher is a folder with config.json,
 tokenizer.json and model.safetensors of a BERT encoder with mean pooling. On two cores
@@ -37,6 +39,7 @@ import typing
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import distil_finish
 import distil_solve
 import distil_teacher
 import distil_texts
@@ -130,6 +133,9 @@ def run(options: argparse.Namespace) -> None:
     table, trained = trainer.train(
         table @ turn, RECIPE, options.output / "training.npz"
     )
+    counts = np.bincount(np.concatenate(tokens), minlength=count)
+    queries = distil_finish.sample_queries(rows, options.seed)
+    table = distil_finish.finish(table, vocabulary, counts, queries)
     facts = {
         "method": "distillation of a sentence encoder into a table of token vectors",
         "teacher": options.teacher.resolve().name,
@@ -150,6 +156,7 @@ def run(options: argparse.Namespace) -> None:
             "pair_batch": options.pair_batch,
             "seed": options.seed,
         },
+        "finish": distil_finish.FACTS,
         "device": jax.devices()[0].device_kind,
         "versions": {
             name: importlib.metadata.version(name)

@@ -1,17 +1,18 @@
 r"""Tests whether FRet's triples train a better model: tables 3 and 6 of the paper.
 
-    python benchmarks/fret_proof.py --output=DIR --config=configs/fret.py:local \
-        --config.passages.limit=2000
+    python benchmarks/fret_proof.py --output=DIR --config=configs/fret.py:local,qwen \
+        --config.passages.limit=1100 --start=mini
     python benchmarks/fret_proof.py --output=DIR --table=docs/fret.md
 
-The first command runs `gecko fret run` in DIR/fret and ranks the candidates of held-out
-seed passages and of judged queries with the language model (table 6). Then, for each
-random seed, it trains the initial retriever on generated queries with their seed
-passages, and five models that start from it: with the seed passage or the relabelled
-positive, and with no, a random or the hardest candidate as the negative (table 3). All
-five train on the same queries. Each step writes a file in DIR/rows. A second run skips
-the steps whose file exists and resumes a step that was interrupted. `--data` names the
-judged queries: a data folder of `quality.py`, or the bundled corpus.
+The first command runs `gecko fret run` in DIR/fret (`gecko fret relabel` with
+`relabel.files`) and ranks the candidates of held-out seed passages and of judged
+queries with the language model (table 6). Then it trains one model per choice of
+positive and negative (table 3) and one that also learns the judge's scores, for each
+random seed and all on the same queries. They start from `mini`, or from an initial
+retriever that is trained on the queries with their seed passages: a bag of tokens or a
+small T5. Each step writes a file in DIR/rows. A second run skips the steps whose file
+exists and resumes a step that was interrupted. `--data` names the judged queries: a
+data folder of `quality.py`, or the bundled corpus.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import fret_proof_table
@@ -40,14 +42,21 @@ from gecko_jax.inference import ranking
 from gecko_jax.io import progress, writing
 from gecko_jax.llm import request_log
 
-# Table 3: fuse.positive, fuse.negative.
-ROWS = {
-    "seed, none": ("seed", "none"),
-    "seed, hardest": ("seed", "lowest"),
-    "relabelled, none": ("relabelled", "none"),
-    "relabelled, random": ("relabelled", "sampled"),
-    "relabelled, hardest": ("relabelled", "lowest"),
+# Table 3, and more negatives with and without distillation from the judge.
+_HARDEST = {"fuse.positive": "relabelled", "fuse.negative": "lowest"}
+_FOUR = _HARDEST | {"fuse.num_negatives": 4}
+ROWS: dict[str, dict[str, Any]] = {
+    "seed, none": {"fuse.positive": "seed", "fuse.negative": "none"},
+    "seed, hardest": {"fuse.positive": "seed", "fuse.negative": "lowest"},
+    "relabelled, none": {"fuse.positive": "relabelled", "fuse.negative": "none"},
+    "relabelled, random": {"fuse.positive": "relabelled", "fuse.negative": "sampled"},
+    "relabelled, hardest": _HARDEST,
+    "relabelled, hardest 4": _FOUR,
+    "relabelled, hardest 4, KL": _FOUR | {"export.scores": "likelihood"},
 }
+# Divides the judge's scores, which are nats of a whole query.
+_KL_TEMPERATURE = 4.0
+STARTS = ("bag", "t5", "mini")
 START = "initial retriever"
 _QUERIES_AT_ONCE = 16
 
@@ -61,9 +70,12 @@ def main() -> None:
     parser.add_argument("--config", default="configs/fret.py:local", metavar="FILE:ARG")
     parser.add_argument("--data", default="quickstart", help="data folder (quickstart)")
     parser.add_argument(
-        "--judged", type=int, default=100, help="judged queries (100); 0 omits table 6"
+        "--judged", type=int, default=100, help="queries per task (100); 0: no table 6"
     )
     parser.add_argument("--seeds", default="0,1,2", help="training seeds (0,1,2)")
+    parser.add_argument(
+        "--start", choices=STARTS, default="mini", help="what the models start from"
+    )
     parser.add_argument("--start-steps", type=int, default=200, help="stage 1 (200)")
     parser.add_argument("--steps", type=int, default=60, help="steps per row (60)")
     parser.add_argument("--batch-size", type=int, default=64, help="examples (64)")
@@ -109,8 +121,11 @@ def judges_path(options: argparse.Namespace) -> pathlib.Path:
 def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
     """Returns the path of the file of a row of table 3."""
     label = name.replace(", ", "-").replace(" ", "-")
-    steps = f"{options.start_steps}+{options.steps}x{options.batch_size}"
-    return options.output / "rows" / f"model-{label}-{steps}-seed{seed}.json"
+    steps = f"{options.steps}x{options.batch_size}"
+    if options.start != "mini":
+        steps = f"{options.start_steps}+{steps}"
+    about = f"{options.start}-{pathlib.Path(options.data).name}-{steps}"
+    return options.output / "rows" / f"model-{about}-{label}-seed{seed}.json"
 
 
 def work(
@@ -146,31 +161,31 @@ def make_triples(
         summary = runs.run(config, workdir)
     pairs, num_pairs = bootstrapping.write_pairs(config, workdir)
     shutil.copy(pairs, triples_path(START, options))
-    found: dict[str, dict[int, str]] = {}
-    for name, (positive, negative) in ROWS.items():
-        # Only the choice of positive and negative differs: no new LLM requests.
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for name, choice in ROWS.items():
+        # Only the choice among the judged candidates differs: no new LLM requests.
         again = options.output / "chosen" / name.replace(", ", "-")
         shutil.rmtree(again, ignore_errors=True)
         unlike = ("fuse", "export", request_log.FOLDER, "calibration", "bootstrap")
         shutil.copytree(workdir, again, ignore=shutil.ignore_patterns(*unlike))
         chosen = ml_collections.ConfigDict(config)
-        chosen.fuse.positive, chosen.fuse.negative = positive, negative
+        chosen.update_from_flattened_dict(choice)
         output = runs.run(chosen, again).output
         assert output is not None
-        lines = output.read_text().splitlines(keepends=True)
-        found[name] = {json.loads(line)["seed"]: line for line in lines}
+        found[name] = by_query(output)
     # A row may drop a query whose positive is uninformative: drop it from all rows.
     common = set.intersection(*(set(lines) for lines in found.values()))
     for name, lines in found.items():
         with writing.write_file(triples_path(name, options)) as temporary:
-            temporary.write_text("".join(lines[n] for n in sorted(common)))
+            temporary.write_text("".join(lines[query] for query in sorted(common)))
     positives = [
-        [json.loads(found[name][n])["positive"] for n in sorted(common)]
+        [json.loads(found[name][query])["positive"] for query in sorted(common)]
         for name in ("seed, none", "relabelled, none")
     ]
     moved = sum(a != b for a, b in zip(*positives, strict=True))
     return {
         "generator": config.llm.weights or config.llm.model or config.llm.recording,
+        "relabelled": bool(config.relabel.files),
         "passages": summary.stages["passages"]["kept"],
         "queries": num_pairs,
         "triples": len(common),
@@ -180,6 +195,15 @@ def make_triples(
         "weights": [config.fuse.likelihood_weight, config.fuse.relevance_weight],
         "seconds": measured.spent(workdir),
     }
+
+
+def by_query(path: pathlib.Path) -> dict[tuple[str, str], str]:
+    """Returns the lines of an export whose task and query are those of no other."""
+    lines = path.read_text().splitlines(keepends=True)
+    queries = [(record["task"], record["query"]) for record in map(json.loads, lines)]
+    counts = Counter(queries)
+    found = zip(queries, lines, strict=True)
+    return {query: line for query, line in found if counts[query] == 1}
 
 
 def triples_path(name: str, options: argparse.Namespace) -> pathlib.Path:
@@ -226,7 +250,10 @@ def retrieval_sets(options: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any]:
-    """Returns nDCG@10 of the candidates in the order of each judge.
+    """Returns nDCG@10 of each query's candidates in the order of each judge.
+
+    The judges read the first `passages.max_characters` characters of a passage; the
+    retriever reads all of it.
 
     Args:
         source: Model, prompts and settings of the run.
@@ -236,8 +263,9 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
     """
     config, prompts = source.config, source.prompts
     passages = list(zip(one.titles, one.texts, strict=True))
+    longest = config.passages.max_characters
     store = stages.Passages(
-        [{"title": title, "text": text} for title, text in passages]
+        [{"title": title, "text": text[:longest]} for title, text in passages]
     )
     if config.retrieve.model:
         vectors = source.gecko.encode_passages(one.texts, one.titles)
@@ -254,23 +282,22 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
     rows = [row for row in rows if row["candidates"]]
     queries = {row["id"]: {"query": one.queries[row["id"]]} for row in rows}
     grades = list(prompts.relevance.labels.values())
+    # With one prompt for both, one reading also answers RC's questions.
+    shares_reading = prompts.likelihood.sha256 == prompts.relevance.sha256
+    then = prompts.relevance if shares_reading else None
     judged: dict[str, dict[int, Any]] = {"QL": {}, "RC": {}}
     for start in progress.track(
         range(0, len(rows), _QUERIES_AT_ONCE), f"Judging {task}"
     ):
-        block = rows[start : start + _QUERIES_AT_ONCE]
-        with request_log.RequestLog(log / f"likelihood-{start:05}.jsonl") as answers:
-            source.model.log = answers
+        block = (rows[start : start + _QUERIES_AT_ONCE], queries, store, source.model)
+        read = log / f"likelihood-{start:05}.jsonl"
+        with request_log.RequestLog(read) as source.model.log:
             judged["QL"] |= stages.by_id(
-                stages.likelihood(
-                    block, queries, store, source.model, prompts.likelihood, ""
-                )
+                stages.likelihood(*block, prompts.likelihood, "", then)
             )
-        with request_log.RequestLog(log / f"relevance-{start:05}.jsonl") as answers:
-            source.model.log = answers
-            judged["RC"] |= stages.by_id(
-                stages.relevance(block, queries, store, source.model, prompts.relevance)
-            )
+        asked = log / f"relevance-{start:05}.jsonl"
+        with request_log.RequestLog(asked, read) as source.model.log:
+            judged["RC"] |= stages.by_id(stages.relevance(*block, prompts.relevance))
     both = dataclasses.replace(
         settings.fusion_settings(config), likelihood_weight=1.0, relevance_weight=1.0
     )
@@ -299,16 +326,10 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
                     one.relevance[query],
                 )
             )
-    num_judged = len(next(iter(scores.values()), []))
     return {
         "queries": len(one.queries),
-        "judged": num_judged,
         "candidates": config.retrieve.num_candidates,
-        "ndcg": {name: float(np.mean(values)) for name, values in scores.items()},
-        "standard_error": {
-            name: float(np.std(values) / np.sqrt(len(values)))
-            for name, values in scores.items()
-        },
+        "ndcg": scores,
     }
 
 
@@ -317,11 +338,13 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     from gecko_jax.inference import embedding
     from gecko_jax.training import loop
 
-    workdir = model_path(name, seed, options)
-    config = training_config(name, seed, options)
-    with measured.timed(workdir):
-        loop.train(config, workdir)
-    model = embedding.load(str(workdir))
+    folder = model_path(name, seed, options)
+    seconds = 0.0
+    if isinstance(folder, pathlib.Path):
+        with measured.timed(folder):
+            loop.train(training_config(name, seed, options), folder)
+        seconds = measured.spent(folder)
+    model = embedding.load(str(folder))
 
     def rank(found: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(
@@ -332,16 +355,19 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
     data = quality_data.find(options.data, split="test")
     return {
-        "steps": [options.start_steps, options.steps],
+        "start": options.start,
+        "steps": [options.start_steps * (options.start != "mini"), options.steps],
         "batch_size": options.batch_size,
         "data": data.name,
-        "train_seconds": measured.spent(workdir),
+        "train_seconds": seconds,
         "scores": quality_scores.score(data, rank),
     }
 
 
-def model_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
-    """Returns the workdir of a model."""
+def model_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path | str:
+    """Returns the workdir of a model, or the name of the bundled one."""
+    if name == START and options.start == "mini":
+        return "mini"
     return options.output / "models" / row_path(name, seed, options).stem
 
 
@@ -350,12 +376,14 @@ def training_config(
 ) -> ml_collections.ConfigDict:
     """Returns the config of the initial retriever, or of a row that starts from it.
 
-    Both are bags of tokens, which learn most from so few queries. The second stage
-    keeps the high learning rate of the token embeddings; at the usual rate the rows do
-    not differ.
+    A bag of tokens learns most from so few queries. Its second stage keeps the high
+    learning rate of the token embeddings; at the usual rate the rows do not differ.
     """
-    is_start = name == START
-    stage = "prefinetune.py:local,bag" if is_start else "finetune.py:fret,local"
+    is_bag = options.start == "bag"
+    if is_start := name == START:
+        stage = "prefinetune.py:local" + ",bag" * is_bag
+    else:
+        stage = "finetune.py:fret,local" + ",shipped" * (options.start == "mini")
     config = flags.load(f"{measured.ROOT / 'configs' / stage}")
     config.seed = seed
     config.data.files = (str(triples_path(name, options)),)
@@ -369,12 +397,19 @@ def training_config(
     config.checkpoint.every_minutes = 5
     config.evaluation.every_steps = 0
     config.evaluation.folder = ""
-    if not is_start:
+    if is_start:
+        return config
+    config.init.checkpoint = str(model_path(START, seed, options))
+    choice = ROWS[name]
+    negatives = choice["fuse.negative"] != "none"
+    config.data.num_negatives = negatives * choice.get("fuse.num_negatives", 1)
+    if "export.scores" in choice:
+        config.loss.kl_weight = 1.0
+        config.loss.kl_temperature = _KL_TEMPERATURE
+    if is_bag:
         config.model.num_layers = 0
         config.optimizer.learning_rate = 3e-4
         config.optimizer.token_rate = 60.0
-        config.data.num_negatives = int(ROWS[name][1] != "none")
-        config.init.checkpoint = str(model_path(START, seed, options))
     return config
 
 

@@ -11,6 +11,11 @@ from gecko_jax.io import wording, writing
 
 # Markers in the page. The text between them is replaced.
 BEGIN, END = "<!-- fret_proof: begin -->", "<!-- fret_proof: end -->"
+_STARTS = {
+    "bag": "a bag of tokens",
+    "t5": "a small T5",
+    "mini": "the bundled model",
+}
 _JUDGES = {"retrieval": "retrieval", "QL": "QL", "RC": "RC", "RRF": "RRF of both"}
 
 
@@ -39,8 +44,10 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
     run = json.loads((folder / "run.json").read_text())
     lines = [
         "",
-        f"{run['passages']:,} passages gave {run['queries']:,} queries and "
-        f"{run['triples']:,} triples; generator {run['generator']}, candidates by "
+        f"{run['passages']:,} passages{'' if run['relabelled'] else ' gave'} "
+        f"{run['queries']:,} queries and {run['triples']:,} triples; "
+        f"{'judge' if run['relabelled'] else 'generator and judge'} "
+        f"{run['generator']}, candidates by "
         f"{run['retriever']} ({run['candidates']}), weights of QL and RC "
         f"{run['weights'][0]:g} and {run['weights'][1]:g}; the positive moved in "
         f"{run['moved']:.1%}. {run['seconds'] / run['passages']:.1f} s a passage, "
@@ -49,19 +56,16 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
     ]
     for path in sorted(folder.glob("judges-*.json")):
         lines += _judges(json.loads(path.read_text()))
-    made = [json.loads(path.read_text()) for path in folder.glob("model-*.json")]
-    trained_by = {(row["data"], *row["steps"], row["batch_size"]) for row in made}
-    for data, first, second, batch in sorted(trained_by):
-        rows = [
-            row
-            for row in made
-            if (row["data"], *row["steps"], row["batch_size"])
-            == (data, first, second, batch)
-        ]
+    models: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("model-*.json")):
+        row = json.loads(path.read_text())
+        key = (row["data"], row["start"], *row["steps"], row["batch_size"])
+        models.setdefault(key, []).append(row)
+    for (data, start, first, second, batch), rows in sorted(models.items()):
+        begun = f", trained for {wording.counted(first, 'step')}" if first else ""
         lines += [
-            f"Models, nDCG@10 on the judged queries of `{data}`; "
-            f"{wording.counted(first, 'step')} of the initial retriever, then "
-            f"{second} of each row, batches of {batch}; "
+            f"Models that start from {_STARTS[start]}{begun}, nDCG@10 on the judged "
+            f"queries of `{data}`; {second} steps of each row, batches of {batch}; "
             "mean ± standard deviation over the seeds, and the gain over "
             f"`{names[1]}` of the same seed:",
             "",
@@ -75,7 +79,8 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
     seeds, queries = found["seeds"], found["queries"]
     head = [f"MRR of the seed ({seeds['seeds']} held out)"]
     head += [
-        f"nDCG@10, {one['judged']} queries of `{task}`" for task, one in queries.items()
+        f"nDCG@10, {len(one['ndcg']['retrieval'])} queries of `{task}`"
+        for task, one in queries.items()
     ]
     head.append("mean of these")
     lines = [
@@ -86,17 +91,18 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
     ]
     for name, about in _JUDGES.items():
         key = "fusion" if name == "RRF" else name
-        cells = [_value(seeds["mrr"].get(key), seeds["standard_error"].get(key))]
-        cells += [
-            _value(one["ndcg"].get(name), one["standard_error"].get(name))
-            for one in queries.values()
+        mrr = _value(seeds["mrr"][key], seeds["standard_error"][key])
+        scores = [one["ndcg"][name] for one in queries.values()]
+        lines.append(f"| {about} | {mrr} | {_cells(scores)} |")
+    # Of the same queries, so that their difficulty cancels.
+    gains = [
+        [
+            a - b
+            for a, b in zip(one["ndcg"]["RRF"], one["ndcg"]["retrieval"], strict=True)
         ]
-        judged = [one for one in queries.values() if name in one["ndcg"]]
-        errors = [one["standard_error"][name] for one in judged]
-        mean = statistics.fmean(one["ndcg"][name] for one in judged) if judged else None
-        error = math.hypot(*errors) / len(errors) if judged else None
-        cells.append(_value(mean, error))
-        lines.append(f"| {about} | {' | '.join(cells)} |")
+        for one in queries.values()
+    ]
+    lines.append(f"| RRF less retrieval, paired | | {_cells(gains, '+.3f')} |")
     return [*lines, "", f"A random order has the MRR {seeds['mrr']['chance']:.3f}.", ""]
 
 
@@ -130,7 +136,14 @@ def _spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
-def _value(value: float | None, error: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+def _cells(scores: Sequence[Sequence[float]], form: str = ".3f") -> str:
+    """Returns mean and standard error of every task, and of the mean over tasks."""
+    means = [statistics.fmean(values) for values in scores]
+    errors = [statistics.pstdev(v) / math.sqrt(len(v)) for v in scores]
+    both = [*zip(means, errors, strict=True)]
+    both.append((statistics.fmean(means), math.hypot(*errors) / len(errors)))
+    return " | ".join(_value(mean, error, form) for mean, error in both)
+
+
+def _value(value: float, error: float, form: str = ".3f") -> str:
+    return f"{format(value, form)} ± {error:.3f}"

@@ -25,6 +25,7 @@ spec.loader.exec_module(finetune)
 def get_config(arg=None):
     config = finetune.get_config(arg)
     config.model.update({sizes!r})
+    config.data.vocabulary = "quickstart"
     config.loss.mrl_dims = (4, 8, 16)
     config.data.batch_size = 8
     config.data.passage_length = 32

@@ -79,7 +79,7 @@ def test_setup_copies_the_commit_and_mounts_the_bucket(call):
         "pod:",
         "--worker=all",
     ]
-    assert '.venv/bin/pip install -q -e ".[tpu]"' in done[2][-2]
+    assert '.venv/bin/pip install -q -e ".[tpu,tokenizers]"' in done[2][-2]
     assert "gcsfuse --implicit-dirs my-bucket /mnt/bucket" in done[3][-2]
 
 

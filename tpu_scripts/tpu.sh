@@ -95,7 +95,7 @@ setup() {
   local install='tar xzf gecko_jax.tar.gz && cd gecko_jax && '
   install+='{ command -v python3.11 >/dev/null || { sudo apt-get -qq update && '
   install+='sudo apt-get -qq install -y python3.11-venv; }; } && '
-  install+='python3.11 -m venv .venv && .venv/bin/pip install -q -e ".[tpu]"'
+  install+='python3.11 -m venv .venv && .venv/bin/pip install -q -e ".[tpu,tokenizers]"'
   on_hosts all "$install"
   if [[ -n $bucket ]]; then
     on_hosts all "mountpoint -q /mnt/bucket || { sudo mkdir -p /mnt/bucket && \

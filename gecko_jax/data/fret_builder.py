@@ -1,16 +1,18 @@
-"""The triples of `gecko fret run` as a TFDS data set.
+"""The triples of `gecko fret run` or `relabel` as a TFDS data set.
 
     builder = fret_builder.build("runs/fret/export", "~/tensorflow_datasets")
     builder.as_dataset(split="train")          tfds.load("gecko_fret") reads it, too
 
-The features are the fields of the exported lines, with "" or [] for missing ones. The
-description is the export's card, with generator, prompts, counts and licences.
+The features are the fields of the exported lines. Missing ones are "", [], NaN (scores)
+or -1 (`seed`, `moved`). The description is the export's card, with generator, prompts,
+counts and licences.
 """
 
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ import numpy as np
 from gecko_jax.data import jsonl
 from gecko_jax.io import reading
 
-# File names of `gecko fret run`.
-TRIPLES, CARD = "fret.jsonl", "README.md"
+# File names of `gecko fret run`; the triples may be compressed.
+TRIPLES, CARD = ("fret.jsonl", "fret.jsonl.gz"), "README.md"
 
 _LISTS = (
     *("negatives", "negative_titles"),
@@ -28,8 +30,12 @@ _LISTS = (
 _TEXTS = (
     *("task", "query", "positive", "title", "task_description", "generator", "prompt"),
     *("source", "source_id", "licence"),
-    *("seed_source", "seed_source_id", "seed_licence"),
+    *("seed_source", "seed_source_id", "seed_licence", "judge"),
 )
+_NUMBERS = ("seed", "moved")
+# Of every candidate, with `export.candidates`.
+_CANDIDATE_TEXTS = ("title", "text", "source", "source_id", "licence", "part")
+_CANDIDATE_SCORES = ("ql", "rc", "rrf")
 _CITATION = """@article{lee2024gecko,
   title={Gecko: Versatile Text Embeddings Distilled from Large Language Models},
   author={Lee, Jinhyuk and others},
@@ -50,15 +56,16 @@ def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
             `data_dir` has the triples of another export.
     """
     export = pathlib.Path(export)
-    for name in (TRIPLES, CARD):
-        if not (export / name).is_file():
-            raise ValueError(
-                f"{export}: it has no {name}; give the folder `export` of a finished "
-                "`gecko fret run`"
-            )
-    digest = reading.sha256(export / TRIPLES)
+    triples = next((export / n for n in TRIPLES if (export / n).is_file()), None)
+    if triples is None or not (export / CARD).is_file():
+        missing = CARD if triples else TRIPLES[0]
+        raise ValueError(
+            f"{export}: it has no {missing}; give the folder `export` of a finished "
+            "`gecko fret run`"
+        )
+    digest = reading.sha256(triples)
     data_dir = str(pathlib.Path(data_dir).expanduser())
-    builder = _builder_class()(export=str(export), data_dir=data_dir)
+    builder = _builder_class()(triples=str(triples), data_dir=data_dir)
     builder.download_and_prepare()
     stored = builder.info.metadata["sha256"]
     if stored != digest:
@@ -79,39 +86,57 @@ def _builder_class() -> Any:
 
         VERSION = tfds.core.Version("1.0.0")
 
-        def __init__(self, *, export: str = "", **options: Any):
-            self._export = pathlib.Path(export)
+        def __init__(self, *, triples: str = "", **options: Any):
+            self._triples = pathlib.Path(triples)
             super().__init__(**options)
 
         def _info(self) -> Any:
-            text = tfds.features.Text()
+            text, score = tfds.features.Text(), tfds.features.Scalar(np.float32)
+            candidate = dict.fromkeys(_CANDIDATE_TEXTS, text)
+            candidate |= dict.fromkeys(_CANDIDATE_SCORES, score)
             return self.dataset_info_from_configs(
-                description=(self._export / CARD).read_text(encoding="utf-8"),
+                description=(self._triples.parent / CARD).read_text(encoding="utf-8"),
                 features=tfds.features.FeaturesDict(
                     {
                         **dict.fromkeys(_TEXTS, text),
                         **{name: tfds.features.Sequence(text) for name in _LISTS},
-                        "seed": tfds.features.Scalar(np.int64),
+                        **dict.fromkeys(_NUMBERS, tfds.features.Scalar(np.int64)),
+                        "scores": tfds.features.Sequence(score),
+                        "candidates": tfds.features.Sequence(candidate),
                     }
                 ),
                 supervised_keys=("query", "positive"),
                 citation=_CITATION,
-                metadata=tfds.core.MetadataDict(
-                    sha256=reading.sha256(self._export / TRIPLES)
-                ),
+                metadata=tfds.core.MetadataDict(sha256=reading.sha256(self._triples)),
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             del dl_manager
-            return {"train": self._generate_examples(self._export / TRIPLES)}
+            return {"train": self._generate_examples(self._triples)}
 
         def _generate_examples(
             self, path: pathlib.Path
         ) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, (_, record, _) in enumerate(jsonl.read_lines(path)):
-                texts = {name: str(record.get(name, "")) for name in _TEXTS}
-                lists = {name: list(record.get(name, ())) for name in _LISTS}
-                seed = int(record.get("seed", -1))
-                yield number, {**texts, **lists, "seed": seed}
+                example: dict[str, Any] = _texts_of(record, _TEXTS)
+                example |= {name: list(record.get(name, ())) for name in _LISTS}
+                example |= {name: int(record.get(name, -1)) for name in _NUMBERS}
+                example["scores"] = _scores_of(record.get("scores", ()))
+                example["candidates"] = [
+                    {
+                        **_texts_of(one, _CANDIDATE_TEXTS),
+                        **{n: one.get(n, math.nan) for n in _CANDIDATE_SCORES},
+                    }
+                    for one in record.get("candidates", ())
+                ]
+                yield number, example
 
     return GeckoFret
+
+
+def _texts_of(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    return {name: str(record.get(name, "")) for name in names}
+
+
+def _scores_of(scores: Sequence[float | None]) -> list[float]:
+    return [math.nan if score is None else score for score in scores]

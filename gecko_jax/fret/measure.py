@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -240,17 +240,20 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
             name: float(np.std(values) / np.sqrt(len(values)))
             for name, values in reciprocal.items()
         },
-        warnings=tuple(_warnings(mrr, chance, weighted)),
+        warnings=tuple(_warnings(reciprocal, chance, weighted)),
     )
 
 
 def _warnings(
-    mrr: dict[str, float], chance: float, weighted: fusion.Settings
+    reciprocal: Mapping[str, Sequence[float]], chance: float, weighted: fusion.Settings
 ) -> list[str]:
     warnings = []
+    mrr = {name: float(np.mean(values)) for name, values in reciprocal.items()}
     if {"QL", "RC", "fusion"} <= mrr.keys():
         best = max(("QL", "RC"), key=lambda name: mrr[name])
-        if mrr["fusion"] < mrr[best]:
+        # Of the same seeds, so that their difficulty cancels.
+        loss = np.subtract(reciprocal[best], reciprocal["fusion"])
+        if np.mean(loss) > np.std(loss) / np.sqrt(len(loss)):
             other = "relevance" if best == "QL" else "likelihood"
             weight = getattr(weighted, f"{other}_weight")
             advice = (

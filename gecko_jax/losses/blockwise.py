@@ -179,6 +179,7 @@ def _masks(
     rows: Rows, keys: Keys, with_self: bool
 ) -> tuple[Bool[Array, "B C"], Bool[Array, "B C"]]:
     """Returns which keys count: the other ones, and those of the log-sum-exp."""
+    # Rows and keys carry their index in the global batch, on every device.
     is_self = rows.row[:, None] == keys.row[None]
     others = (rows.group[:, None] == keys.group[None]) & keys.mask[None] & ~is_self
     for reason in range(rows.excluded.shape[1]):

@@ -159,7 +159,7 @@ def contrastive_loss(
         in_batch.append(compare(positives, positives, duplicates))
     logits = [sums.log_sum_exp[:, None] for sums in in_batch]
     best_other = [sums.best for sums in in_batch]
-    # ... and hard negatives: the row's own, then everyone's.
+    # ... and hard negatives: the row's own, then those of others (no `with_self`).
     if negatives is not None and negatives.shape[1]:
         negatives = dual_encoder.normalize(negatives)
         similarity = jnp.einsum(
@@ -290,6 +290,7 @@ def embedding_matching(
     if negatives is not None and negatives.shape[1]:
         each, has_target = distance(negatives, teacher.negative_teacher)
         keep = ids.negative_mask & has_target
+        # The mean over the row's negatives with a vector; 0 if there is none.
         number = jnp.sum(keep.astype(jnp.float32), axis=1)
         total += jnp.sum(jnp.where(keep, each, 0.0), axis=1) / jnp.maximum(number, 1.0)
     return jnp.where(ids.example_mask, total, 0.0)
@@ -379,6 +380,7 @@ def mrl_loss(
             )
         matching = embedding_matching(queries, positives, negatives, ids, teacher)
         total += matching_weight * matching
+        # The distance is the same for all prefixes, so it is reported once.
         largest = max(terms)
         terms[largest] = terms[largest]._replace(matching=matching)
     return total, terms

@@ -48,6 +48,7 @@ def candidate_divergence(
     Returns:
         The divergence over the candidates with a score: 0 if there are fewer than two.
     """
+    # [B, N, D]: the positive first, as in `scores`.
     candidates = positives[:, None]
     if negatives is not None:
         candidates = jnp.concatenate([candidates, negatives], axis=1)
@@ -57,10 +58,12 @@ def candidate_divergence(
         dual_encoder.normalize(candidates),
         precision=jax.lax.Precision.HIGHEST,
     )
+    # Column 0 is the positive, which is never padding. `keep` also requires a score.
     is_present = jnp.pad(negative_mask, ((0, 0), (1, 0)), constant_values=True)
     keep = is_present & jnp.isfinite(scores)
     student, judge = (
         jax.nn.log_softmax(jnp.where(keep, logits, _MISSING), axis=1)
         for logits in (cosine / temperature, scores / judge_temperature)
     )
+    # With a single candidate both distributions are 1, and the divergence is 0.
     return jnp.sum(jnp.where(keep, jnp.exp(judge) * (judge - student), 0.0), axis=1)

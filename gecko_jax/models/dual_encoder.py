@@ -173,7 +173,7 @@ class _TokenEmbedder(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L M"]:
         scale = self.config.embedding_scale
-        # Flax unboxes it, but its types do not say so.
+        # `param` returns an unboxed array, but the annotation of Flax does not say so.
         embedding: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(

@@ -79,6 +79,8 @@ class Encoder(nn.Module):
                 kernel, scale = rotary_encoder.declare(
                     self, {spec.path: spec for spec in specs}
                 ).values()
+                # The checkpoint stores the projections of all layers as one matrix. The
+                # scan needs the layer axis first.
                 per_layer = kernel.reshape(specs[0].view).swapaxes(0, 1)
                 context = context._replace(embedded=x, per_layer_norm=scale)
 
@@ -112,6 +114,8 @@ class Encoder(nn.Module):
         if _STACKED not in params:
             params = stack_layers(params, config)
         starts = jnp.arange(0, config.num_layers, period)
+        # Layers of equal shapes share one program, which selects by index whether it is
+        # local. Otherwise a step runs a whole period, each layer with its own program.
         if per_layer is not None:
             per_layer = per_layer.reshape(-1, period, *per_layer.shape[1:])
         has_both = len(set(config.is_local)) > 1
@@ -146,6 +150,7 @@ def stack_layers(
     groups = [
         tuple(all_layers[i : i + period]) for i in range(0, len(all_layers), period)
     ]
+    # A per-model parameter, such as T5's shared position bias, is not stacked.
     others = {k: v for k, v in params.items() if not k.startswith("layers_")}
     return others | {_STACKED: jax.tree.map(stack, *groups)}
 

@@ -195,6 +195,7 @@ def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
             f"{values['model_dim']}; change one of them, or set "
             f"{prefix}projection=True",
         )
+    # A field that the family would ignore must not look as if it had an effect.
     unused = ROTARY_FIELDS if family == "t5" else _T5_FIELDS
     for name in unused:
         if values[name] != _DEFAULTS[name]:

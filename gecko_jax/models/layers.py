@@ -51,7 +51,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
         """Multiplies the last axis, in `dtype`."""
-        # Flax unboxes it, but its types do not say so.
+        # `param` returns an unboxed array, but the annotation of Flax does not say so.
         kernel: Any = self.param(
             "kernel",
             nn.with_logical_partitioning(self.kernel_init, self.axes),
@@ -76,7 +76,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
         """Normalizes the last axis; takes any dtype and returns `dtype`."""
         init = nn.initializers.constant(1.0 - self.offset)
-        # Flax unboxes it, but its types do not say so.
+        # `param` returns an unboxed array, but the annotation of Flax does not say so.
         scale: Any = self.param(
             "scale",
             nn.with_logical_partitioning(init, ("embed",)),

@@ -62,6 +62,8 @@ def build_context(
     index = jnp.arange(segment_ids.shape[1])
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     distance = (index[None, :] - index[:, None])[None]  # to the right
+    # The segments of a packed row are contiguous, so the distance inside a segment is
+    # that of the text alone, and so is the local window.
     if config.switches.causal:
         same &= distance <= 0
     near = same
@@ -73,6 +75,7 @@ def build_context(
     first = jax.lax.cummax(jnp.where(is_first, index[None], 0), axis=1)
     positions = index[None] - first
     _, _, width = config.heads(is_local=False)
+    # Linear scaling divides every frequency, and applies to global layers only.
     factors = None
     if config.rope_factor != 1.0:
         factors = (config.rope_factor,) * (width // 2)
@@ -113,6 +116,7 @@ class EncoderLayer(nn.Module):
         if dropout_keys is not None:
             keys = list(jax.vmap(lambda key: jax.random.split(key, 4))(dropout_keys).T)
         kinds = tuple(zip(context.masks, context.angles, strict=True))
+        # In a scan with one layer per step, the index is traced: select at run time.
         if self.is_local is None:
             is_local = (index + 1) % config.global_every != 0
             mask, angles = jax.tree.map(
@@ -128,6 +132,7 @@ class EncoderLayer(nn.Module):
             if name == "layer_scalar":
                 value = jax.lax.stop_gradient(value)  # a constant of the checkpoint
             elif name.endswith("norm"):
+                # Gemma 3 stores w and scales by 1 + w. Norms stay float32.
                 value = value + switches.norm_offset if switches.norm_offset else value
             else:
                 value = value.astype(dtype)
@@ -172,6 +177,7 @@ def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spe
     """Returns the parameters of a layer by their names in `run_layer`."""
     width, mlp_dim, per_layer = config.model_dim, config.mlp_dim, config.per_layer_dim
     num_heads, num_kv_heads, head_dim = config.heads(is_local)
+    # A norm that scales by offset + w begins at a scale of 1 with w = 1 - offset.
     residual, offset = config.residual_init_scale, config.switches.norm_offset
 
     def matrix(
@@ -260,6 +266,7 @@ def per_layer_specs(config: families.EncoderConfig) -> list[Spec]:
 
 def declare(module: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Array]:
     """Declares parameters named by paths below a module; returns their values."""
+    # Linen names a parameter by its modules: each level of a path becomes a module.
     values, groups = {}, {}
     for path, spec in specs.items():
         head, _, rest = path.partition("/")
@@ -292,6 +299,7 @@ def _attend(
 ) -> Float[Array, "R L H K"]:
     """Grouped-query attention; logits and softmax are float32 in every dtype."""
     rows, length, num_heads, width = query.shape
+    # H / G query heads share a key head, so the keys are never repeated in memory.
     grouped = query.reshape(rows, length, key.shape[2], -1, width)
     logits = jnp.einsum(
         "rlghk,rsgk->rghls", grouped, key, preferred_element_type=jnp.float32

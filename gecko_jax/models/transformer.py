@@ -30,7 +30,7 @@ from gecko_jax.models import transformer_layer
 
 PAD_POSITION = np.iinfo(np.int32).max
 
-# Most logits in memory at once: 128 MiB in float32.
+# Maximum number of logits in memory at once (128 MiB in float32).
 _HEAD_LOGITS = 1 << 25
 
 
@@ -324,6 +324,8 @@ def _attend(
     batch, length, heads, width = query.shape
     num_kv_heads = parts[0][0].shape[-2]
     is_own = [keys.ndim == 4 for keys, _ in parts]
+    # `lax.map` and `vmap` split only the parts that belong to a row.
+    # `attend_row` closes over the shared parts.
     own_parts = [part for part, own in zip(parts, is_own, strict=True) if own]
     masks = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks]
 
@@ -372,7 +374,7 @@ def _attend(
         mixed = (mixed / total).astype(query.dtype)
         return mixed.transpose(2, 0, 1, 3).reshape(length, heads, width)
 
-    # A CPU is fastest one row at a time, because a row's logits fit its caches.
+    # On a CPU, one row at a time is fastest: the logits of one row fit the caches.
     row_by_row = jax.default_backend() == "cpu" and length > 1
     over_rows = jax.lax.map if row_by_row else lambda f, rows: jax.vmap(f)(rows)
     return over_rows(attend_row, (query, own_parts, masks))

@@ -56,19 +56,23 @@ def run_layer(
         _product("blm,mhk->blhk", normed, weights[name])
         for name in ("query", "key", "value")
     )
+    # Qwen 2.
     if "query_bias" in weights:
         query = query + weights["query_bias"][None, None]
         key = key + weights["key_bias"][None, None]
         value = value + weights["value_bias"][None, None]
+    # Qwen 3 and Gemma 3: a norm of each head keeps the logits in range.
     if "query_norm" in weights:
         query = norm(query, weights["query_norm"], norm_epsilon)
         key = norm(key, weights["key_norm"], norm_epsilon)
     if value_norm:
         value = norm(value, None, norm_epsilon)
+    # The norms come before the rotation, which keeps the length of a head.
     query = _rotate(query, angles) * jnp.asarray(query_scale, query.dtype)
     key = _rotate(key, angles)
     mixed = attend(query, key, value)
     attended = _product("blhk,hkm->blm", mixed, weights["out"])
+    # Gemma 3's sandwich norms: the residual adds a normalized output.
     if "post_attention_norm" in weights:
         attended = norm(attended, weights["post_attention_norm"], norm_epsilon)
     hidden = hidden + drop(0, attended)

@@ -23,7 +23,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Both axes that hold examples split the rows of a batch.
 BATCH_AXES = ("data", "fsdp")
 
-# As in T5X, the first rule of a logical axis whose mesh axes are still free applies.
+# As in T5X, the rules of a logical axis are tried in order, and the first applies whose
+# mesh axes no earlier dimension of the array uses.
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 RULES: Rules = (
     ("vocab", "tensor"),

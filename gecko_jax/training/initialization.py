@@ -95,8 +95,10 @@ def _add_layers(
             for name in ("attention", "mlp", "per_layer")
         )
     flat = parameters.flatten(params)
+    # Token embeddings, projection and final norm stay those of the checkpoint.
     for name, leaf in parameters.flatten(dual_encoder.init_params(config, key)).items():
         if name.startswith(("encoder/layers_", "encoder/per_layer_")):
+            # A norm that scales by 1 + w is zero at w = -1.
             zero = -switches.norm_offset if switches.sandwich_norms else 0.0
             is_last = name.endswith(ends)
             flat[name] = np.full_like(leaf, zero) if is_last else np.asarray(leaf)
@@ -143,6 +145,8 @@ def _check_settings(
     config: dual_encoder.EncoderConfig, start: dual_encoder.EncoderConfig, source: str
 ) -> None:
     """Compares sizes, and settings that affect results but no shape."""
+    # Layers and projection are compared only if the checkpoint has them. Otherwise the
+    # run adds new ones.
     names = ["family", "vocab_size", "model_dim"]
     if start.num_layers:
         names += ["num_layers", "head_dim", "mlp_dim"]
@@ -171,6 +175,7 @@ def check_vocabulary(
     Raises:
         ValueError: Names both and the setting that fits.
     """
+    # A table may have unused rows at its end (T5: 32,128 rows for 32,100 ids).
     if vocab.size > config.model.vocab_size:
         raise ValueError(
             f"data.vocabulary={config.data.vocabulary}: its {vocab.size} ids exceed "
@@ -277,7 +282,6 @@ def _pair_covariance(
     ):
         step = sums(params, sharding.place_batch(batch, mesh))
         total = step if total is None else jax.tree.map(jnp.add, total, step)
-    # E[q p^T] - E[q] E[p]^T, from the sums over all batches.
     # Cov(q, p) = E[q p^T] - E[q] E[p]^T, over all pairs.
     products, queries, positives, count = total
     return products / count - jnp.outer(queries / count, positives / count)

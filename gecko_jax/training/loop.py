@@ -118,7 +118,7 @@ def _train(
     is_interrupted = False
     try:
         report.evaluate_once(step, state.params)
-        # Metrics are read one step late, so that the device never waits for them.
+        # Metrics are read after the next step has begun, but before a checkpoint.
         pending = None
         shapes = set()
         saved_at = time.monotonic()

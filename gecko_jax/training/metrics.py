@@ -173,8 +173,8 @@ class Writer:
         from tensorboardX import SummaryWriter
 
         path = pathlib.Path(workdir) / METRICS
-        # A resumed run computes these steps again. Replace the file in one rename, so a
-        # kill loses nothing.
+        # A resumed run computes the steps after `first_step` again, so their lines are
+        # removed. The file is replaced in one rename, so a kill loses no line.
         lines = [line for line in read(path) if line["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -48,6 +48,7 @@ class Guard:
         Raises:
             FloatingPointError: More than `max_skipped` steps in a row are not.
         """
+        # One NaN in the gradient of any parameter makes the norm NaN.
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
             self._in_a_row = 0  # Only consecutive steps count towards the limit.
             return True

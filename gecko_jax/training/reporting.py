@@ -124,8 +124,7 @@ class Report:
             }
         self._writer.write(step, results)
         self.last.update(results)
-        # Speeds are those of training alone.
-        # An evaluation must not lower the reported training speed.
+        # The time of an evaluation does not count in the reported training speed.
         self._window.pause(time.monotonic() - began)
 
     def evaluate_once(self, step: int, params: Any) -> None:

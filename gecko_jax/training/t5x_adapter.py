@@ -82,6 +82,7 @@ def summarize_config(
     from t5x import gin_utils
 
     gin_utils.summarize_gin_config(model_dir, summary_writer, step)
+    # Every process calls this, and `model_dir` is shared.
     if jax.process_index() == 0:
         _write_settings(
             epath.Path(model_dir) / to_t5x.SETTINGS,
@@ -158,6 +159,7 @@ def build_model(
         "temperature": temperature,
         **switches,
     }
+    # The converter pads to G negatives, which fixes the shapes that t5x compiles.
     converter = t5x_features.feature_converter(num_negatives)
     return _model_class()(config, optimizer_def, loss_settings, converter)
 
@@ -303,7 +305,7 @@ def _loss(
         negative_group=batch["negative_group"],
     )
     loss, terms = contrastive.mrl_loss(queries, positives, negatives, ids, **settings)
-    # Similarities are reported at the largest dim.
+    # Accuracy and similarity are reported at the largest dim.
     full = terms[max(terms)]
     values = {
         "loss": loss,

@@ -85,7 +85,8 @@ def train_step(
     count = jnp.maximum(jnp.sum(mask), 1.0)
     loss = jnp.sum(row_loss) / count
     grad_norm = optax.tree.norm(grads)
-    # Skip the update if it is not finite; the host decides whether to stop.
+    # The update is skipped if the loss or the gradient norm is not finite. The host
+    # decides whether the run stops.
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     # Compute it anyway and select afterwards: no branch, and no wait for the host.
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

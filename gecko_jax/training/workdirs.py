@@ -68,6 +68,7 @@ def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
         except OSError as error:
             # A bucket mounted as a folder may not support locks.
             logging.info("%s cannot be locked (%s)", workdir, error.strerror)
+        # The next process that finds the lock taken reads who has it.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -174,6 +175,7 @@ def _loss_name(loss: whole_batch.Loss | None) -> str | None:
     """Returns the name of a loss and a digest of its code, which must not change."""
     if loss is None:
         return None
+    # The digest is of the bytecode: comments and line numbers may change.
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
     content = _code(getattr(loss, "__code__", None))
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]

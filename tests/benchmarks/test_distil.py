@@ -233,3 +233,80 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
     rest, _ = trainer.train(begin[::-1], recipe, stored)
     np.testing.assert_allclose(rest, whole, atol=1e-6)
     assert not stored.exists()
+
+
+class Vocabulary:
+    """The methods of a SentencePiece processor that `distil_finish` calls."""
+
+    pieces = ("<unk>", "</s>", "▁big", "▁Big", "▁bi", "g", "▁IG", "G", "▁Gig")
+
+    def IdToPiece(self, token):
+        return self.pieces[token]
+
+    def IsControl(self, token):
+        return token == 1
+
+    def PieceToId(self, piece):
+        return self.pieces.index(piece) if piece in self.pieces else 0
+
+    def unk_id(self):
+        return 0
+
+    def EncodeAsIds(self, text):
+        return {"big": [2], "ig": [0], "gig": [5, 4]}[text]
+
+
+def test_rare_tokens_with_capitals_move_towards_their_lower_case():
+    import distil_finish
+
+    table = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    before = table.copy()
+    counts = np.array([0, 0, 5, distil_finish.CASE, 0, 0, 0, 0, 0])
+    found = distil_finish.share_case(table, Vocabulary(), counts)
+    np.testing.assert_allclose(found[3], (table[2] + table[3]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(found[7], table[5], rtol=1e-5)
+    np.testing.assert_allclose(found[8], table[5] + table[4], rtol=1e-5)
+    # Without capitals, or with an unknown lower case, a row stays.
+    np.testing.assert_array_equal(found[[0, 1, 2, 4, 5, 6]], table[[0, 1, 2, 4, 5, 6]])
+    np.testing.assert_array_equal(table, before)
+
+
+def test_directions_that_queries_share_become_shorter():
+    import distil_finish
+
+    random = np.random.default_rng(0)
+    table = random.normal(size=(50, 8)).astype(np.float32)
+    table[0] = 0.0
+    table[0, 3] = 20.0
+    queries = [np.array([0, *random.integers(1, 50, 4)]) for _ in range(500)]
+    found = distil_finish.flatten_spectrum(table, queries)
+    assert np.linalg.norm(found[0]) < 0.7 * 20 * np.mean(
+        np.linalg.norm(found[1:], axis=1) / np.linalg.norm(table[1:], axis=1)
+    )
+    # It is divided by a power of its standard deviation, the root mean square.
+    vectors = np.stack([table[query].sum(0) for query in queries])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    matrix = np.linalg.lstsq(table, found, rcond=None)[0]
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-4)
+    values, directions = np.linalg.eigh(vectors.T @ vectors / len(vectors))
+    expected = values ** (-distil_finish.SPECTRUM / 2)
+    np.testing.assert_allclose(
+        directions.T @ matrix @ directions, np.diag(expected), atol=1e-3
+    )
+
+
+def test_every_source_has_its_share_of_the_queries(monkeypatch):
+    import distil_finish
+
+    monkeypatch.setattr(distil_finish, "PER_SOURCE", 3)
+    rows = [{"t": "A text.", "s": f"one/{n}", "q": f"a {n}"} for n in range(9)]
+    rows += [{"t": "A text.", "s": "@npm/two", "q": "b"}, {"t": "No query.", "s": "c"}]
+    queries = distil_finish.sample_queries(rows, 0)
+    bundled = queries[2 * (3 + 1) :]
+    assert len(bundled) > 3_000
+    assert queries[0] == "b"
+    assert "b" in queries[1] != "b"
+    plain = queries[2:8:2]
+    assert len(set(plain)) == 3
+    assert all(query.startswith("a ") for query in plain)
+    assert queries == distil_finish.sample_queries(rows, 0)

@@ -1,5 +1,6 @@
 """The TFDS data set of FRet's triples."""
 
+import gzip
 import json
 import pathlib
 import re
@@ -26,6 +27,15 @@ TRIPLES = [
 ]
 TRIPLES[4].pop("negatives")
 TRIPLES[4].pop("negative_titles")
+TRIPLES[3] |= {
+    "moved": True,
+    "judge": "a judge",
+    "scores": [-1.5, None],
+    "candidates": [
+        {"text": "passage 3", "title": "A title", "ql": -1.5, "rc": -0.5, "part": ""},
+        {"text": "another passage 3", "title": "", "ql": -2.0, "part": "negative"},
+    ],
+}
 
 
 @pytest.fixture
@@ -38,8 +48,18 @@ def export(tmp_path):
 
 
 def write(folder, triples):
-    lines = "".join(json.dumps(triple) + "\n" for triple in triples)
-    (folder / "fret.jsonl").write_text(lines)
+    (folder / "fret.jsonl").write_text(to_lines(triples))
+
+
+def to_lines(triples):
+    return "".join(json.dumps(triple) + "\n" for triple in triples)
+
+
+def test_triples_may_be_compressed(export, tmp_path):
+    (export / "fret.jsonl").unlink()
+    (export / "fret.jsonl.gz").write_bytes(gzip.compress(to_lines(TRIPLES).encode()))
+    builder = fret_builder.build(export, tmp_path / "tfds")
+    assert builder.info.splits["train"].num_examples == 5
 
 
 def test_the_data_set_holds_every_field_in_order(export, tmp_path):
@@ -51,9 +71,19 @@ def test_the_data_set_holds_every_field_in_order(export, tmp_path):
     found = list(sources.read("tfds:gecko_fret:train", tfds_data_dir=data_dir))
     found.sort(key=lambda record: record["seed"])
     for record, triple in zip(found, TRIPLES, strict=True):
-        for name, value in ({"negatives": []} | triple).items():
-            assert plain(record[name]) == value, name
+        for name, value in ({"negatives": [], "judge": ""} | triple).items():
+            if name not in ("scores", "candidates"):
+                assert plain(record[name]) == value, name
         assert plain(record["source"]) == ""
+    assert [record["moved"] for record in found] == [-1, -1, -1, 1, -1]
+    # The reader of our sources turns NaN into null.
+    assert plain(found[3]["scores"]) == [-1.5, None]
+    assert not len(found[0]["scores"])
+    candidates = found[3]["candidates"]
+    assert plain(candidates["text"]) == ["passage 3", "another passage 3"]
+    assert plain(candidates["part"]) == ["", "negative"]
+    assert plain(candidates["ql"]) == [-1.5, -2.0]
+    assert plain(candidates["rc"]) == [-0.5, None]
 
 
 def plain(value):

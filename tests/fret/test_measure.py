@@ -29,12 +29,19 @@ def test_calibration_measures_the_seed_among_the_candidates(corpus, tmp_path):
 
 def test_calibration_warns_when_fusing_hurts():
     weights = settings.fusion_settings(fret_runs.load("x"))
-    mrr = {"QL": 0.8, "RC": 0.3, "fusion": 0.6}
-    (hurts, blind) = measure._warnings(mrr, 0.29, weights)
+    ranks = {"QL": [1.0, 0.6], "RC": [0.3, 0.3], "fusion": [0.7, 0.5]}
+    (hurts, blind) = measure._warnings(ranks, 0.29, weights)
     assert "fusing hurts: 0.600 against 0.800 of QL" in hurts
     assert "fuse.relevance_weight=0" in hurts
     assert "RC does not judge" in blind
-    assert not measure._warnings(mrr | {"RC": 0.7, "fusion": 0.9}, 0.29, weights)
+    better = ranks | {"RC": [0.7, 0.7], "fusion": [0.9, 0.9]}
+    assert not measure._warnings(better, 0.29, weights)
+
+
+def test_calibration_does_not_warn_of_a_loss_within_its_standard_error():
+    weights = settings.fusion_settings(fret_runs.load("x"))
+    ranks = {"QL": [1.0, 0.5, 1.0], "RC": [0.5] * 3, "fusion": [0.5, 0.9, 1.0]}
+    assert not measure._warnings(ranks, 0.29, weights)
 
 
 def test_the_plan_counts_what_the_run_sends(corpus, tmp_path):
