@@ -25,7 +25,7 @@ from gecko_jax.text import text_formats
 _COUNTS = ".counts.json"
 _KEPT = "kept"
 
-_Place = tuple[int, int]
+_Place = tuple[int, int]  # File and line.
 _Signed = tuple[_Place, bytes]  # A place and its signature.
 _Judged = tuple[_Place, tuple[dict[str, Any], str | None]]  # Record, reason to drop.
 

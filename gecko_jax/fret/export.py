@@ -51,8 +51,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 "writes it again"
             )
         return path
-    num_rows = num_triples = 0
-    marked: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     digest = hashlib.sha256()
     with writing.write_file(path) as temporary, temporary.open("wb") as lines:
@@ -60,28 +59,27 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
             line = records.to_line(triple).encode()
             lines.write(line)
             digest.update(line)
-            num_rows += 1
+            counts["rows"] += 1
             if record is None:  # A further positive of the line before.
-                marked["further_positives"] += 1
+                counts["further_positives"] += 1
             else:
-                num_triples += 1
-                marked["moved"] += record["moved"]
-                marked["false_negatives"] += len(record.get("false_negatives", ()))
-            negatives = triple.get("negative_licences", [])
-            licences.update(name or "unknown" for name in negatives)
-            licences[triple.get("licence") or triple.get("license") or "unknown"] += 1
+                false = len(record.get("false_negatives", ()))
+                counts.update(triples=1, moved=record["moved"], false_negatives=false)
+            named = [*triple.get("negative_licences", [])]
+            named.append(triple.get("licence") or triple.get("license"))
+            licences.update(name or "unknown" for name in named)
             if "seed_licence" in triple or not source.pair_files:
                 licences[triple.get("seed_licence", "unknown")] += 1
-    if not num_rows:
+    if not counts["rows"]:
         path.unlink()
         raise ValueError(
             f"{source.workdir}: no triple is left; `gecko fret report` shows what "
             "was dropped and why"
         )
     with writing.write_file(stage.folder / "README.md") as temporary:
-        temporary.write_text(_card(passes, num_rows, num_triples, marked, licences))
-    facts = {name: marked[name] for name in COUNTS if marked[name] or name == "moved"}
-    stage.finish(0, records=num_rows, sha256=digest.hexdigest(), **facts)
+        temporary.write_text(_card(passes, counts, licences))
+    facts = {name: counts[name] for name in COUNTS if counts[name] or name == "moved"}
+    stage.finish(0, records=counts["rows"], sha256=digest.hexdigest(), **facts)
     return path
 
 
@@ -134,9 +132,10 @@ def _triples(
         for record in source.stage.read(shard)
     }
     lines = enumerate(relabelling.read_lines(source.pair_files))
+    has_scores = source.config.export.candidates or source.config.export.scores
     for shard in range(len(passes.shards)):
         queries = stages.by_id(passes.queries.read(shard))
-        candidates = _candidates_of(passes, shard) if _has_scores(passes) else {}
+        candidates = _candidates_of(passes, shard) if has_scores else {}
         for record in stages.kept(passes.fuse.read(shard)):
             query = queries[record["id"]]
             given = None
@@ -188,11 +187,6 @@ def negatives_of(record: stages.Record) -> list[int]:
     return record.get("negatives") or ([] if one is None else [one])
 
 
-def _has_scores(passes: pipeline.Pipeline) -> bool:
-    config = passes.source.config
-    return config.export.candidates or bool(config.export.scores)
-
-
 def _candidates_of(
     passes: pipeline.Pipeline, shard: int
 ) -> dict[int, dict[int, dict[str, float]]]:
@@ -204,14 +198,14 @@ def _candidates_of(
         rows = stages.kept(passes.likelihood.read(shard))
         columns["likelihood"] = {row["id"]: row["log_probs"] for row in rows}
     if weights.relevance_weight:
+        settings = (list(grades.values()), weights.relevance)
+        rows = stages.kept(passes.relevance.read(shard))
         columns["relevance"] = {
-            row["id"]: stages.relevance_scores(
-                row, retrieved[row["id"]], list(grades.values()), weights.relevance
-            )
-            for row in stages.kept(passes.relevance.read(shard))
+            row["id"]: stages.relevance_scores(row, retrieved[row["id"]], *settings)
+            for row in rows
         }
-    fused = stages.kept(passes.fuse.read(shard))
-    columns["fused"] = {row["id"]: row["fused"] for row in fused}
+    rows = stages.kept(passes.fuse.read(shard))
+    columns["fused"] = {row["id"]: row["fused"] for row in rows}
     return {
         number: {
             candidate: {
@@ -261,50 +255,38 @@ def origin_of(passage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _card(
-    passes: pipeline.Pipeline,
-    num_rows: int,
-    num_triples: int,
-    marked: Counter[str],
-    licences: Counter[str],
+    passes: pipeline.Pipeline, counts: Counter[str], licences: Counter[str]
 ) -> str:
     """Returns the data card."""
-    source, config = passes.source, passes.source.config
+    source, config, safe = passes.source, passes.source.config, wording.markdown
     prompts = [] if source.pair_files else [source.prompts.generate]
     prompts += [source.prompts.likelihood] * passes.has_likelihood
     prompts += [source.prompts.relevance] * passes.has_relevance
     used = ", ".join(
-        f"{wording.markdown(f'{p.name} version {p.version}')} ({p.sha256[:12]})"
-        for p in prompts
-    )
-    clear_of = ", ".join(map(wording.markdown, config.passages.decontaminate))
-    counted = ", ".join(
-        f"{wording.markdown(name)} {count:,}" for name, count in licences.most_common()
+        f"{safe(f'{p.name} version {p.version}')} ({p.sha256[:12]})" for p in prompts
     )
     rows = []
     for stage, done in passes.done().items():
         if done is not None and done["records"]:
-            why = ", ".join(
-                f"{count} {wording.markdown(name)}"
-                for name, count in done["dropped"].items()
-            )
+            why = ", ".join(f"{n} {safe(name)}" for name, n in done["dropped"].items())
             rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
     templates = _RELABELLED if source.pair_files else _GENERATED
     template = _CARD.replace("{head}", templates[0]).replace("{fields}", templates[1])
     return template.format(
-        num_rows=num_rows,
-        moved=marked["moved"] / num_triples,
-        others=marked["further_positives"],
-        false_negatives=marked["false_negatives"],
-        files=", ".join(wording.markdown(path.name) for path in source.pair_files),
-        generator=wording.markdown(json.dumps(source.model_facts)),
-        licence=wording.markdown(config.llm.licence or "not stated"),
-        retriever=wording.markdown(config.retrieve.model or "BM25"),
+        num_rows=counts["rows"],
+        moved=counts["moved"] / counts["triples"],
+        others=counts["further_positives"],
+        false_negatives=counts["false_negatives"],
+        files=", ".join(safe(path.name) for path in source.pair_files),
+        generator=safe(json.dumps(source.model_facts)),
+        licence=safe(config.llm.licence or "not stated"),
+        retriever=safe(config.retrieve.model or "BM25"),
         num_candidates=config.retrieve.num_candidates,
         seed=config.seed,
         hash=passes.fuse.hash,
         prompts=used,
-        clear_of=clear_of or "nothing",
-        licences=counted,
+        clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
+        licences=", ".join(f"{safe(name)} {n:,}" for name, n in licences.most_common()),
         stages="\n".join(rows),
     )
 

@@ -8,7 +8,7 @@ of queries whose answer is known, the seed, and compares them with their fusion.
 import dataclasses
 import pathlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,38 +69,38 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
     with runs.prepare(config, workdir, budget) as source:
         seeds = sum(map(len, runs.main_pipeline(source).shards))
         chosen = _held_out(config, source)[:sample]
-        model = source.model
-        sent = budget.requests
+        prompts, model, sent = source.prompts, source.model, budget.requests
         kinds = []
         if source.pair_files:
             generated = [source.pairs[number] for number in chosen]
         else:
-            generated, seconds = _time(source, lambda: source.generate(chosen))
-            kinds.append(_kind("generate", generated, seconds, seeds))
+            generated, kind = _measure(
+                source, "generate", seeds, lambda: source.generate(chosen)
+            )
+            kinds.append(kind)
         kept = stages.kept(generated)
         share = len(kept) / len(generated)
+        num_passages, num_queries = len(source.store), int(seeds * share)
+        num_candidates = min(config.retrieve.num_candidates, num_passages)
         rng = np.random.default_rng([config.seed, len(chosen)])
-        num_passages = len(source.store)
         rows = [
             {"id": r["id"], "candidates": rng.integers(num_passages, size=1).tolist()}
             for r in kept
         ]
         shared = (rows, stages.by_id(kept), source.store, model)
-        prompts = source.prompts
-        num_candidates = min(config.retrieve.num_candidates, num_passages)
+        asked: dict[str, tuple[int, Callable[[], list[stages.Record]]]] = {}
         if config.fuse.likelihood_weight and rows:
-            scored, seconds = _time(
-                source, lambda: stages.likelihood(*shared, prompts.likelihood, "")
+            asked["likelihood"] = (
+                num_candidates + bool(config.likelihood.generic_passage),
+                lambda: stages.likelihood(*shared, prompts.likelihood, ""),
             )
-            count = num_candidates + bool(config.likelihood.generic_passage)
-            total = int(seeds * share) * count
-            kinds.append(_kind("likelihood", scored, seconds, total))
         if config.fuse.relevance_weight and rows:
-            scored, seconds = _time(
-                source, lambda: stages.relevance(*shared, prompts.relevance)
+            asked["relevance"] = (
+                num_candidates,
+                lambda: stages.relevance(*shared, prompts.relevance),
             )
-            total = int(seeds * share) * num_candidates
-            kinds.append(_kind("relevance", scored, seconds, total))
+        for name, (count, ask) in asked.items():
+            kinds.append(_measure(source, name, num_queries * count, ask)[1])
     return Plan(
         passages=seeds,
         kept=share,
@@ -114,10 +114,13 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
     )
 
 
-def _time(
-    source: pipeline.Source, ask: Callable[[], list[stages.Record]]
-) -> tuple[list[stages.Record], float]:
-    """Returns the rows that the model answers now, and the seconds it takes."""
+def _measure(
+    source: pipeline.Source,
+    name: str,
+    count: int,
+    ask: Callable[[], list[stages.Record]],
+) -> tuple[list[stages.Record], Kind]:
+    """Returns the rows that the model answers now, and the cost of `count` requests."""
     if source.config.llm.weights:  # The first call compiles.
         source.model.log = request_log.RequestLog(None)
         ask()
@@ -131,19 +134,12 @@ def _time(
             f"no request of the sample was answered: {errors[0]['dropped']} "
             f"({errors[0].get('detail', '')}); check the model"
         )
-    return rows, seconds
-
-
-def _kind(name: str, rows: Sequence[stages.Record], seconds: float, count: int) -> Kind:
-    usages = [row["usage"] for row in rows if "usage" in row]
-    total = max(sum(usage["requests"] for usage in usages), 1)
-    return Kind(
-        name=name,
-        requests=count,
-        prompt_tokens=sum(usage["prompt_tokens"] for usage in usages) / total,
-        completion_tokens=sum(usage["completion_tokens"] for usage in usages) / total,
-        seconds=seconds / total,
-    )
+    used: Counter[str] = Counter()
+    for row in rows:
+        used.update(row.get("usage", {}))
+    num = max(used["requests"], 1)
+    tokens = (used["prompt_tokens"] / num, used["completion_tokens"] / num)
+    return rows, Kind(name, count, *tokens, seconds / num)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +209,8 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
             if number in likelihoods:
                 log_probs = likelihoods[number]["log_probs"]
                 ranks["QL"] = fusion.ranks(stages.of_candidates(log_probs, row))
-            record, kind = relevances[number], config.fuse.relevance
-            ranks["RC"] = fusion.ranks(
-                stages.relevance_scores(record, row, grades, kind)
-            )
+            judged = (relevances[number], row, grades, config.fuse.relevance)
+            ranks["RC"] = fusion.ranks(stages.relevance_scores(*judged))
             if "QL" in ranks:
                 fused = fusion.fuse(ranks["QL"], ranks["RC"], both)
                 ranks["fusion"] = fusion.ranks(fused.tolist())
@@ -252,9 +246,9 @@ def _warnings(
         best = max(("QL", "RC"), key=lambda name: mrr[name])
         if mrr["fusion"] < mrr[best]:
             other = "relevance" if best == "QL" else "likelihood"
-            weight = getattr(weighted, f"{other}_weight")
+            is_used = getattr(weighted, f"{other}_weight")
             advice = (
-                f"set fuse.{other}_weight=0 or lower" if weight else "leave it at 0"
+                f"set fuse.{other}_weight=0 or lower" if is_used else "leave it at 0"
             )
             warnings.append(
                 f"fusing hurts: {mrr['fusion']:.3f} against {mrr[best]:.3f} of {best} "

@@ -26,15 +26,7 @@ _KEPT_FIELDS = ("licence", "license", "src", "url")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Limits of a passage.
-
-    Attributes:
-        min_words: Fewest words.
-        max_characters: Most characters.
-        near_duplicate: Least resemblance of near duplicates, in (0, 1]; 0 drops only
-            equal texts.
-        limit: Most passages kept; 0 for all.
-    """
+    """Limits of a passage: keys `passages` of `configs/fret.py`."""
 
     min_words: int
     max_characters: int
@@ -72,8 +64,7 @@ def read(
         is_limited = own is rules
         if is_limited and rules.limit and num_limited == rules.limit:
             break
-        reason = clean(record, own, known)
-        if reason is None:
+        if (reason := clean(record, own, known)) is None:
             # Titles are ignored: an equal text would be a doubtful negative.
             content = text_formats.content_id(record["text"])
             if content in seen:
@@ -82,11 +73,11 @@ def read(
                 resembles = near.add(record["text"]) is not None
                 reason = "near_duplicate" if resembles and is_limited else None
             seen.add(content)
-        if reason is not None:
+        if reason is None:
+            kept.append({"id": len(kept), **record})
+            num_limited += is_limited
+        else:
             dropped[reason] += 1
-            continue
-        kept.append({"id": len(kept), **record})
-        num_limited += is_limited
     if not kept:
         raise none_left(paths, dropped)
     return kept, dict(sorted(dropped.items()))

@@ -55,12 +55,9 @@ def searched_by(
 
     def build(passages: Sequence[tuple[str, str]], task: str) -> GeckoRetriever:
         titles, texts = zip(*passages, strict=True)
+        shown = f"Encoding passages of {task}"
         vectors = gecko.encode(
-            texts,
-            side="passage",
-            task=task,
-            titles=titles,
-            description=f"Encoding passages of {task}",
+            texts, side="passage", task=task, titles=titles, description=shown
         )
         return GeckoRetriever(gecko, vectors)
 
