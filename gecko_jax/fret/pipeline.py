@@ -6,6 +6,7 @@ stages before it, and retrieval needs all embeddings. Workers that share the fol
 any shard that is ready and not locked.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -65,7 +66,7 @@ class Step:
 
 
 @dataclasses.dataclass(eq=False)
-class Source:
+class Source(contextlib.AbstractContextManager["Source"]):
     """What all pipelines of a run share: passages, prompts, model, retriever.
 
     A context manager that closes the model, which is opened at its first use.
@@ -111,9 +112,6 @@ class Source:
                 "dim": self.config.retrieve.dim,
             }
             self.embed = records.Stage(self.workdir, "embed", facts, ".npy")
-
-    def __enter__(self) -> "Source":
-        return self
 
     def __exit__(self, *unused: object) -> None:
         if "model" in vars(self):

@@ -94,9 +94,8 @@ def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
         rest = reads[number][len(prompt) :]
         merged.append(Request(prompt, rest, targets.tolist()))
     width = max((len(request.targets[0]) for request in merged), default=0)
-    for request in merged:
-        for row in request.targets:
-            row.extend([0] * (width - len(row)))
+    for row in itertools.chain.from_iterable(request.targets for request in merged):
+        row.extend([0] * (width - len(row)))
     return merged, [answers[number] for number in range(len(requests))]
 
 
@@ -120,12 +119,10 @@ def families(prompts: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
     groups: dict[tuple[int, ...], list[int]] = {}
     for members in heads.values():
         # The first and last prompt in sorted order share what all of them share.
-        first = min(prompts[n] for n in members)
-        last = max(prompts[n] for n in members)
-        pairs = zip(first, last, strict=False)
+        alike = [prompts[n] for n in members]
+        pairs = zip(min(alike), max(alike), strict=False)
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        shared = [token for token, _ in equal]
-        shared = shared[: min(len(prompts[n]) for n in members) - 1]
+        shared = [token for token, _ in equal][: min(map(len, alike)) - 1]
         pays = len(members) >= FAMILY_SIZE and len(shared) >= FAMILY_TOKENS // 2
         groups.setdefault(tuple(shared) if pays else (), []).extend(members)
     return groups
@@ -159,10 +156,7 @@ def split(
         call_cost: Fixed cost of a batch, in tokens.
     """
     for prefix, members in families.items():
-        lengths = {
-            n: len(requests[n].prompt) + len(requests[n].fed) - len(prefix)
-            for n in members
-        }
+        lengths = {n: len(requests[n].read) - len(prefix) for n in members}
         order = sorted(members, key=lambda number: (-lengths[number], number))
         rounded = [round_up(lengths[number]) for number in order]
         start = 0
@@ -185,14 +179,12 @@ def _cut(
     for start in range(count - 1, -1, -1):
         choices = []
         num_rows = row_multiple
-        while True:
+        while not choices or num_rows * lengths[start] <= tokens_per_call:
             cost = num_rows * lengths[start] + call_cost
             choices.append((cost + best[min(start + num_rows, count)][0], num_rows))
             if start + num_rows >= count:
                 break
             num_rows *= 2
-            if num_rows * lengths[start] > tokens_per_call:
-                break
         best[start] = min(choices)
     start = 0
     while start < count:
@@ -208,8 +200,7 @@ def rows(
     positions = np.full_like(tokens, transformer.PAD_POSITION)
     positions[:, 0] = len(batch.prefix)  # Padding rows need a token, too.
     for row, number in enumerate(batch.requests):
-        request = requests[number]
-        rest = (request.prompt + request.fed)[len(batch.prefix) :]
+        rest = requests[number].read[len(batch.prefix) :]
         tokens[row, : len(rest)] = rest
         positions[row, : len(rest)] = len(batch.prefix) + np.arange(len(rest))
     return tokens, positions
@@ -220,9 +211,9 @@ def questions(
 ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"], Int[np.ndarray, "T Y"]]:
     """Returns row, column and targets of every scored position, padded by the first."""
     places = [
-        (row, len(request.prompt) + len(request.fed) - len(batch.prefix) - back)
-        for row, request in enumerate(requests[n] for n in batch.requests)
-        for back in range(len(request.targets), 0, -1)
+        (row, column - len(batch.prefix))
+        for row, number in enumerate(batch.requests)
+        for column in range(*requests[number].ends)
     ]
     targets = [t for number in batch.requests for t in requests[number].targets]
     padding = round_up(len(places)) - len(places)

@@ -69,12 +69,7 @@ def open_model(path: pathlib.Path) -> gguf.Gguf | safetensors_folder.Safetensors
 
 
 def name(path: pathlib.Path, dtype: str) -> str:
-    """Returns file name, checksum and dtype, which together decide the answers.
-
-    Args:
-        path: Path of the model.
-        dtype: Dtype of the products.
-    """
+    """Returns file name, checksum, and dtype of the products: they decide answers."""
     contents = [path]
     if path.is_dir():
         contents = [path / "config.json", path / "tokenizer.json"]

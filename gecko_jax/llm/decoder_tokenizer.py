@@ -10,6 +10,7 @@ encoded as plain characters. A generated control token ends the text.
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,13 +92,9 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text before the first control token."""
-        kept = []
-        for token in map(int, tokens):
-            if token in self.end_ids:
-                break
-            kept.append(token)
+        ids = itertools.takewhile(lambda n: n not in self.end_ids, map(int, tokens))
         with _named(self.place):
-            return self.decode_ids(kept)
+            return self.decode_ids(list(ids))
 
 
 def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:

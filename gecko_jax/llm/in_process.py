@@ -140,22 +140,16 @@ class _Asker:
 
     def _generate(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.Generation]:
         first = bodies[0]  # The bodies of a call differ in prompt and seed only.
-        sampling = protocol.Sampling(
-            first["temperature"],
-            first["top_p"],
-            first["max_tokens"],
-            tuple(first["stop"]),
-        )
-        completions = self._model.complete(
-            [body["prompt"] for body in bodies],
-            [body["seed"] for body in bodies],
-            sampling,
-        )
+        names = ("temperature", "top_p", "max_tokens")
+        chosen = {name: first[name] for name in names} | {"stop": tuple(first["stop"])}
+        prompts = [body["prompt"] for body in bodies]
+        seeds = [body["seed"] for body in bodies]
+        completions = self._model.complete(prompts, seeds, protocol.Sampling(**chosen))
         return [
-            protocol.Generation(
-                one.text, one.is_cut, self._usage(body["prompt"], one.num_tokens)
+            protocol.Generation(text, is_cut, self._usage(prompt, num_tokens))
+            for prompt, (text, is_cut, num_tokens) in zip(
+                prompts, completions, strict=True
             )
-            for body, one in zip(bodies, completions, strict=True)
         ]
 
     def _judge(

@@ -34,11 +34,8 @@ class Usage:
     requests: int = 1
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.requests + other.requests,
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Usage(*map(sum, pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +172,8 @@ class LanguageModel:
 
     def _answer(self, kind: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
         kinds = ["labels" if "labels" in body else kind for body in bodies]
-        keys = [
-            request_key(kind, self.facts, body)
-            for kind, body in zip(kinds, bodies, strict=True)
-        ]
+        requests = zip(kinds, bodies, strict=True)
+        keys = [request_key(kind, self.facts, body) for kind, body in requests]
         distinct = dict(zip(keys, bodies, strict=True))
         order = list(distinct)
         new = [n for n, key in enumerate(order) if self.log.get(key) is None]
@@ -196,12 +191,10 @@ class LanguageModel:
             self._ask(kind, list(distinct.values()), new, keep)
         answers = []
         for kind, key, body in zip(kinds, keys, bodies, strict=True):
-            record = self.log.get(key)
-            answers.append(
-                failures.get(key, Failure("not_asked"))
-                if record is None
-                else from_record(kind, record, body, key)
-            )
+            if record := self.log.get(key):
+                answers.append(from_record(kind, record, body, key))
+            else:
+                answers.append(failures.get(key, Failure("not_asked")))
         return answers
 
 

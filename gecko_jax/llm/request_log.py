@@ -8,7 +8,9 @@ The logs of a run are also its recording, which `protocol.recorded` replays.
     requests/model.json                     {"name": "...", "facts": {...}}
 """
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -33,7 +35,7 @@ _ANSWERS = (
 _REMEDY = "the log is damaged: remove the line, and its request is sent again"
 
 
-class RequestLog:
+class RequestLog(contextlib.AbstractContextManager["RequestLog"]):
     """The answers of one shard, by request key."""
 
     def __init__(self, path: pathlib.Path | None, earlier: pathlib.Path | None = None):
@@ -91,9 +93,6 @@ class RequestLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> "RequestLog":
-        return self
 
     def __exit__(self, *unused: object) -> None:
         self.close()
@@ -158,9 +157,8 @@ def read_recording(
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted([*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]):
         # Texts may hold lone surrogates, which `protocol.from_record` replaces.
-        for place, record in reading.read_records(path, any_characters=True):
-            key, answer = _read_answer(place, record)
-            answers[key] = answer
+        records = reading.read_records(path, any_characters=True)
+        answers |= dict(itertools.starmap(_read_answer, records))
     return about["name"], about["facts"], answers
 
 
@@ -200,15 +198,11 @@ class Budget:
                 f"max_cost={max_cost}: it needs prices; set llm.price_input and "
                 "llm.price_output (per million tokens)"
             )
-        self._max_requests = max_requests
-        self._max_cost = max_cost
+        self._max_requests, self._max_cost = max_requests, max_cost
         self._prices = (price_input, price_output)
         self._lock = threading.Condition()
-        self._reserved = 0.0
-        self._num_reserved = 0
-        self.requests = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
+        self._reserved, self._num_reserved = 0.0, 0
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
 
     def price(
         self, prompt_tokens: int | float, completion_tokens: int | float

@@ -66,13 +66,13 @@ def draw(
     `tokens` are those of the prompts after the shared prefix, `lengths` count the
     tokens of whole prompts, and `keys` are the rows' random keys.
     """
-    rounds = -(-sampling.max_tokens // decoding.STEPS)
+    num_slots = -(-sampling.max_tokens // decoding.STEPS) * decoding.STEPS
     hidden, cache = decoding.start(
-        params, config, prefix, tokens, positions, num_slots=rounds * decoding.STEPS
+        params, config, prefix, tokens, positions, num_slots=num_slots
     )
     drawn = np.empty((count, 0), np.int32)
     completions: list[Completion] = []
-    for start in range(0, rounds * decoding.STEPS, decoding.STEPS):
+    for start in range(0, num_slots, decoding.STEPS):
         new, cache, hidden = decoding.decode(
             params,
             config,
