@@ -151,15 +151,13 @@ def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
     built = tables.new_table(name, "a/b: over a of its b tasks" if is_partial else "")
     built.add_column("mean over", no_wrap=True)
     built.add_column("tasks", justify="right")
+    number = {"justify": "right", "no_wrap": True}
     for dim in board.dims:
-        built.add_column(
-            f"this model\n{dim} dims", justify="right", style="bold", no_wrap=True
-        )
+        built.add_column(f"this model\n{dim} dims", style="bold", **number)
     published = [row for row in PUBLISHED if row.suite == name]
     for row in published:
         dims = f"\n{row.dim} dims" if row.dim else ""
-        title = f"{row.system}{dims}\npublished"
-        built.add_column(title, justify="right", no_wrap=True)
+        built.add_column(f"{row.system}{dims}\npublished", **number)
     own = [means(tasks, dim) for dim in board.dims]
     for mean, size in sizes.items():
         cells = []

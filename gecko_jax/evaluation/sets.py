@@ -76,15 +76,10 @@ class RetrievalSet:
         room = max(max_passages - len(kept), 0)
         if room or not max_passages:
             kept = sorted(kept + _spread(others, room))
-        return dataclasses.replace(
-            self,
-            passage_ids=_take(self.passage_ids, kept),
-            titles=_take(self.titles, kept),
-            texts=_take(self.texts, kept),
-            query_ids=_take(self.query_ids, chosen),
-            queries=_take(self.queries, chosen),
-            tasks=_take(self.tasks, chosen),
-        )
+        columns = dict.fromkeys(("passage_ids", "titles", "texts"), kept)
+        columns |= dict.fromkeys(("query_ids", "queries", "tasks"), chosen)
+        cut = {name: _take(getattr(self, name), rows) for name, rows in columns.items()}
+        return dataclasses.replace(self, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +93,6 @@ class SimilaritySet:
 
     def limit(self, max_queries: int, max_passages: int) -> "SimilaritySet":
         """Returns `max_queries` pairs at even distances; 0 sets no limit."""
-        del max_passages
         chosen = _spread(range(len(self.scores)), max_queries)
         return dataclasses.replace(
             self,
@@ -125,7 +119,6 @@ class ClassificationSet:
 
     def limit(self, max_queries: int, max_passages: int) -> "ClassificationSet":
         """Returns `max_queries` test texts at even distances; 0 sets no limit."""
-        del max_passages
         chosen = _spread(range(len(self.test.texts)), max_queries)
         test = Labelled(*(_take(column, chosen) for column in self.test))
         return dataclasses.replace(self, test=test)
@@ -208,10 +201,9 @@ def _load_one(path: pathlib.Path) -> EvaluationSet | None:
 
 
 def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
-    corpus_path, queries_path, qrels_path = (
-        reading.find(folder, *names)
-        for names in (("corpus.jsonl",), ("queries.jsonl",), _QRELS)
-    )
+    corpus_path = reading.find(folder, "corpus.jsonl")
+    queries_path = reading.find(folder, "queries.jsonl")
+    qrels_path = reading.find(folder, *_QRELS)
     if corpus_path is None or queries_path is None:
         raise ValueError(
             f"{folder}: no queries.jsonl; a retrieval set needs corpus.jsonl, "
@@ -278,8 +270,7 @@ def _load_relevance(
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
     rows = [
         (
-            inputs.string_field(place, row, "sentence1"),
-            inputs.string_field(place, row, "sentence2"),
+            *(inputs.string_field(place, row, name) for name in _PAIR[:2]),
             inputs.number_field(place, row, "score"),
         )
         for place, row in columns.read(path, _PAIR)

@@ -205,14 +205,12 @@ def _build_table(results: Results, rows: Sequence[Row]) -> Any:
         }
         scores = [row.metrics.get(metric) for metric in metrics]
         scores += [by_task.get(task) for task in tasks]
-        num_bytes = row.dim and quantization.bytes_per_vector(row.precision, row.dim)
-        table.add_row(
-            wording.printable(row.label),
-            str(row.dim or ""),
-            *([f"{num_bytes:,}" if num_bytes else ""] if has_codes else []),
-            *("" if score is None else f"{score:.3f}" for score in scores),
-            style="bold" if row.label == MODEL else None,
-        )
+        cells = [wording.printable(row.label), str(row.dim or "")]
+        if has_codes:
+            size = row.dim and quantization.bytes_per_vector(row.precision, row.dim)
+            cells.append(f"{size:,}" if size else "")
+        cells += ["" if score is None else f"{score:.3f}" for score in scores]
+        table.add_row(*cells, style="bold" if row.label == MODEL else None)
     return table
 
 
@@ -222,25 +220,22 @@ def _means(results: Results) -> list[Row]:
     for row in results.rows:
         if row.task == ALL and "ndcg_at_10" in row.metrics:
             groups.setdefault((row.system, row.precision, row.dim), []).append(row)
-    count = max(map(len, groups.values()), default=0)
-    if count < 2:
+    num_sets = max(map(len, groups.values()), default=0)
+    if num_sets < 2:
         return []
-    return [
-        Row(
-            set=f"mean of {count} sets",
-            system=system,
-            dim=dim,
-            task=ALL,
-            count=sum(row.count for row in rows),
-            metrics={
-                name: float(np.mean([row.metrics[name] for row in rows]))
-                for name in rows[0].metrics
-                if all(name in row.metrics for row in rows)
-            },
-            precision=precision,
+    means = []
+    for rows in groups.values():
+        metrics = {
+            name: float(np.mean([row.metrics[name] for row in rows]))
+            for name in rows[0].metrics
+            if all(name in row.metrics for row in rows)
+        }
+        name, count = f"mean of {num_sets} sets", sum(row.count for row in rows)
+        mean = dataclasses.replace(
+            rows[0], set=name, count=count, metrics=metrics, note=""
         )
-        for (system, precision, dim), rows in groups.items()
-    ]
+        means.append(mean)
+    return means
 
 
 def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
@@ -276,10 +271,9 @@ def read(path: str | os.PathLike) -> Results:
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
         ) from None
     results = Results.from_dict(values)
-    for name in dict.fromkeys(row.set for row in results.rows):
-        if not any(
-            row.metrics for row in results.rows if (row.set, row.task) == (name, ALL)
-        ):
+    whole = {row.set for row in results.rows if row.task == ALL and row.metrics}
+    for name in (row.set for row in results.rows):
+        if name not in whole:
             raise ValueError(
                 f"{path}: set {name!r} has no row for all its queries; evaluate again"
             )
