@@ -99,13 +99,10 @@ def run_child(arguments: Sequence[str], peers: Peers) -> int:
 
 @contextlib.contextmanager
 def join(peers: Peers) -> Iterator[None]:
-    """Connects this process to the others of its run.
+    """Connects this process to the others of its run; raises ValueError if that fails.
 
     If communication with another process fails, this process exits at once: a normal
     exit would wait for the others.
-
-    Raises:
-        ValueError: There is no coordinator, or it did not answer.
     """
     import jax
 

@@ -95,8 +95,7 @@ class Report:
 def parse_topology(name: str) -> str:
     """Returns a topology such as "v5e:4x4", also for a cloud name (v5litepod-16).
 
-    Raises:
-        ValueError: The name is unknown; lists the known ones.
+    Raises ValueError for an unknown name; lists the known ones.
     """
     kind, _, sizes = name.partition(":")
     if sizes in TOPOLOGIES.get(kind, ()):
@@ -223,8 +222,7 @@ def compile_step(
         totals = collectives.setdefault(one.kind, {"count": 0, "bytes": 0})
         totals["count"] += one.times
         totals["bytes"] += one.times * one.num_bytes
-        if any(map(_is_microbatch_loop, one.loops)):
-            in_microbatch_loop += one.times
+        in_microbatch_loop += one.times * any(map(_is_microbatch_loop, one.loops))
     chip = chips.CHIPS[topology.partition(":")[0]]
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()

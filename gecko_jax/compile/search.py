@@ -40,13 +40,9 @@ class Stored:
     """Results of compilations, as JSON lines in a file."""
 
     def __init__(self, path: str | os.PathLike):
-        """Reads the results of earlier runs.
+        """Reads the results of earlier runs from a file, which may be missing.
 
-        Args:
-            path: File; it may be missing.
-
-        Raises:
-            ValueError: A line is not one of these results; names file and line.
+        Raises a ValueError that names a line which is not one of these results.
         """
         self._path = pathlib.Path(path)
         self._results = dict(self._read()) if self._path.exists() else {}

@@ -15,8 +15,8 @@ SCHEMA = {name: key.rule for name, key in keys.TRAINING.items()}
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks every key of a training config.
 
-    Raises:
-        ValueError: Lists every fault: the key, its value, the rule, the remedy.
+    Raises a ValueError that lists every fault: the key, its value, the rule, the
+    remedy.
     """
     flat = flatten(config)
     rules.refuse(rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat))

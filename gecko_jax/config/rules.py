@@ -24,17 +24,11 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A config key.
+    """A config key."""
 
-    Attributes:
-        default: The default value.
-        rule: Type and range.
-        doc: Meaning, unit and source.
-    """
-
-    default: Any
-    rule: Rule
-    doc: str
+    default: Any  # the default value
+    rule: Rule  # type and range
+    doc: str  # meaning, unit and source
 
 
 def one_of(*names: str) -> Rule:

@@ -28,10 +28,8 @@ _SPLIT = "test"
 def build(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
     """Returns the mteb task of an evaluation set.
 
-    Raises:
-        ValueError: The queries of the set have symmetric and other tasks, which need
-            two formats of passages, but mteb encodes the passages once. Or `judgements`
-            rejects the set.
+    Raises ValueError if `judgements` rejects the set, or its queries have symmetric and
+    other tasks: these need two formats of passages, but mteb encodes the passages once.
     """
     from mteb import abstasks
     from mteb.abstasks import task_metadata

@@ -28,24 +28,15 @@ _SHOW_PROGRESS = 2_000
 
 @dataclasses.dataclass(eq=False)
 class Encoder:
-    """One model at one dim.
+    """One model at one dim."""
 
-    Attributes:
-        gecko: The model.
-        vectors: Store that the encoders of all dims share.
-        dim: Width of the vectors.
-        name: Name of the model and dim in mteb's tables ("organization/model").
-        query_length: Most tokens of a query of an asymmetric task.
-        passage_length: Most tokens of any other text.
-    """
-
-    gecko: embedding.Gecko
-    vectors: vector_store.Store
+    gecko: embedding.Gecko  # the model
+    vectors: vector_store.Store  # store that the encoders of all dims share
     _: dataclasses.KW_ONLY
-    dim: int
-    name: str
-    query_length: int
-    passage_length: int
+    dim: int  # width of the vectors
+    name: str  # name of the model and dim in mteb's tables ("organization/model")
+    query_length: int  # most tokens of a query of an asymmetric task
+    passage_length: int  # most tokens of any other text
 
     def __post_init__(self):
         """Checks the dim."""

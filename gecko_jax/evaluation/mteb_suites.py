@@ -121,20 +121,13 @@ def run(
 
 @dataclasses.dataclass
 class Runner:
-    """Runs tasks at every dim, and collects the failures.
+    """Runs tasks at every dim, and collects the failures."""
 
-    Attributes:
-        mteb: The module.
-        encoders: One per dim.
-        cache: mteb's result cache.
-        vectors: The store of the encoders.
-        failures: Name of a task -> reason why it did not run.
-    """
-
-    mteb: Any
-    encoders: Sequence[mteb_encoder.Encoder]
-    cache: Any
-    vectors: vector_store.Store
+    mteb: Any  # the module
+    encoders: Sequence[mteb_encoder.Encoder]  # one per dim
+    cache: Any  # mteb's result cache
+    vectors: vector_store.Store  # of the encoders
+    # Name of a task -> reason why it did not run.
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     _has_checked_hub: bool = False
 

@@ -130,8 +130,7 @@ EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
     """Reads an evaluation set, or a folder of several; "quickstart" is bundled.
 
-    Raises:
-        ValueError: There is no set, or a file has an error.
+    Raises ValueError if there is no set, or a file has an error.
     """
     return [dataset for _, dataset in _load_with_paths(path)]
 

@@ -254,11 +254,7 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def read(path: str | os.PathLike) -> Results:
-    """Reads a results.json that `save` wrote.
-
-    Raises:
-        ValueError: The file is missing or is not such a file.
-    """
+    """Reads a results.json that `save` wrote; raises ValueError for any other file."""
     path = pathlib.Path(path)
     try:
         values = checksums.read_object(

@@ -41,11 +41,8 @@ def write(
     """Writes the shards of the passages and closes their stage; see `passages.read`.
 
     Every worker needs access to the files and to the folder of the stage. `options` are
-    those of Apache Beam, such as ("--runner=DirectRunner",).
-
-    Raises:
-        ImportError: Apache Beam is missing.
-        ValueError: `rules` has a limit, which needs an order, or no passage is left.
+    those of Apache Beam, such as ("--runner=DirectRunner",). Raises ValueError if
+    `rules` has a limit, which needs an order.
     """
     try:
         import apache_beam as beam

@@ -23,6 +23,7 @@ from typing import Any
 from gecko_jax.fret import pipeline, records, relabelling, stages
 from gecko_jax.io import reading, wording, writing
 
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
 OUTPUT = "fret.jsonl"
 OTHER_TASK = "search result"
 _ORIGIN = ("source", "source_id", "licence")
@@ -35,10 +36,8 @@ COUNTS = ("moved", "further_positives", "false_negatives")
 def export(passes: pipeline.Pipeline) -> pathlib.Path:
     """Writes the triples of a finished pass and returns their file.
 
-    An existing file that was made from the same records stays.
-
-    Raises:
-        ValueError: No triple is left, or the file was changed since it was written.
+    An existing file that was made from the same records stays. Raises ValueError if no
+    triple is left, or the file was changed since it was written.
     """
     source, stage = passes.source, open_stage(passes)
     stage.begin()
@@ -270,96 +269,27 @@ def _card(
         if done is not None and done["records"]:
             why = ", ".join(f"{n} {safe(name)}" for name, n in done["dropped"].items())
             rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
-    templates = _RELABELLED if source.pair_files else _GENERATED
-    template = _CARD.replace("{head}", templates[0]).replace("{fields}", templates[1])
-    return template.format(
-        num_rows=counts["rows"],
-        moved=counts["moved"] / counts["triples"],
-        others=counts["further_positives"],
-        false_negatives=counts["false_negatives"],
-        files=", ".join(safe(path.name) for path in source.pair_files),
-        generator=safe(json.dumps(source.model_facts)),
-        licence=safe(config.llm.licence or "not stated"),
-        retriever=safe(config.retrieve.model or "BM25"),
-        num_candidates=config.retrieve.num_candidates,
-        seed=config.seed,
-        hash=passes.fuse.hash,
-        prompts=used,
-        clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
-        licences=", ".join(f"{safe(name)} {n:,}" for name, n in licences.most_common()),
-        stages="\n".join(rows),
+    name = "card_relabelled.md" if source.pair_files else "card_generated.md"
+    return (
+        (TEMPLATES / name)
+        .read_text("utf-8")
+        .format(
+            num_rows=counts["rows"],
+            moved=counts["moved"] / counts["triples"],
+            others=counts["further_positives"],
+            false_negatives=counts["false_negatives"],
+            files=", ".join(safe(path.name) for path in source.pair_files),
+            generator=safe(json.dumps(source.model_facts)),
+            licence=safe(config.llm.licence or "not stated"),
+            retriever=safe(config.retrieve.model or "BM25"),
+            num_candidates=config.retrieve.num_candidates,
+            seed=config.seed,
+            hash=passes.fuse.hash,
+            prompts=used,
+            clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
+            licences=", ".join(
+                f"{safe(name)} {n:,}" for name, n in licences.most_common()
+            ),
+            stages="\n".join(rows),
+        )
     )
-
-
-_GENERATED = (
-    """\
-# FRet triples
-
-Made by `gecko fret run` (gecko_jax): a language model read each passage and wrote a \
-task and a query; it then chose the positive and the hard negative among the \
-neighbours of the query (Lee et al. 2024, section 3.2). Queries are machine-written \
-and were not checked by people.
-
-- triples: {num_rows:,}; the positive is not the seed in {moved:.1%} of them
-- generator: {generator}, licence of its output: {licence}
-""",
-    """\
-| `task` | name of the task; rare ones are "search result" |
-| `query` | query written by the model |
-| `positive`, `title` | passage chosen for it |
-| `negatives`, `negative_titles` | the hard negatives, a list, if there are any |
-| `task_description` | the task in the model's words |
-| `generator`, `prompt` | the model, and the prompt with its version |
-| `seed` | number of the passage that the model read |
-| `seed_source`, `seed_source_id`, `seed_licence` | origin of this passage |
-""",
-)
-_RELABELLED = (
-    """\
-# Relabelled triples
-
-Made by `gecko fret relabel` (gecko_jax) from {files}: a language model chose the \
-positive and the hard negatives of each query anew among its neighbours (Lee et al. \
-2024, section 3.2). Its choices were not checked by people.
-
-- lines: {num_rows:,}; the positive moved in {moved:.1%}; further positives: \
-{others:,}; negatives of the files that were judged above their positive: \
-{false_negatives:,}
-- judge: {generator}, licence of its output: {licence}
-""",
-    """\
-| fields not named here | as in the files |
-| `positive`, `title` | passage chosen for the query |
-| `moved` | whether it is another passage than in the files |
-| `negatives`, `negative_titles` | the hard negatives, a list, if there are any |
-| `judge` | the model |
-| `seed_source`, `seed_source_id`, `seed_licence` | origin of the positive in the \
-files, if it moved |
-""",
-)
-_CARD = """\
-{head}\
-- retriever: {retriever}, {num_candidates} candidates
-- seed: {seed}; hash of the fused records: {hash}
-- prompts: {prompts}
-- kept clear of: {clear_of}
-- licences of the texts (positives, hard negatives, and the passages that the model \
-read): {licences}
-
-| stage | records | kept | dropped |
-|---|---|---|---|
-{stages}
-
-## Fields of `fret.jsonl`, one triple per line
-
-| field | |
-|---|---|
-{fields}\
-| `source`, `source_id`, `licence` | origin of the positive, as far as known |
-| `negative_sources`, `negative_source_ids`, `negative_licences` | of the negatives |
-| `scores` | with `export.scores`: of the positive and of each negative |
-| `candidates` | with `export.candidates`: the passages that were judged, with scores |
-
-`gecko train --config.data.files=fret.jsonl` trains on it;
-`gecko_jax.data.fret_builder.build(FOLDER, DATA_DIR)` makes it a TFDS data set.
-"""

@@ -80,19 +80,12 @@ def fuse(
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Positions of the chosen candidates.
-
-    Attributes:
-        positive: The positive.
-        others: Further positives, best first.
-        negatives: Hard negatives, the first choice first.
-        false_negatives: Negatives of the line that are judged above its own positive.
-    """
+    """Positions of the chosen candidates."""
 
     positive: int
-    others: list[int]
-    negatives: list[int]
-    false_negatives: list[int]
+    others: list[int]  # further positives, best first
+    negatives: list[int]  # hard negatives, the first choice first
+    false_negatives: list[int]  # negatives of the line above its own positive
 
 
 def choose(

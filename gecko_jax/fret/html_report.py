@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from gecko_jax.fret import (
+    export,
     html_page,
     html_rows,
     measure,
@@ -50,8 +51,7 @@ def write(
 ) -> pathlib.Path:
     """Writes the page of a run, finished or not, with some random rows.
 
-    Raises:
-        ValueError: No shard is fused yet, or the settings are not those of the run.
+    Raises ValueError if no shard is fused yet, or the settings are not the run's.
     """
     if not (workdir / "passages").is_dir():
         raise ValueError(f"{workdir}: no run here; start one with `gecko fret run`")
@@ -95,7 +95,7 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     unfinished = f"Not finished: {num_fused:,} of {num:,} shards."
     unfinished = f"<p><b>{unfinished}</b> Figures are of these.</p>"
     parts = [
-        html_page.HEAD,
+        (export.TEMPLATES / "report_head.html").read_text("utf-8").rstrip(),
         f"<h1>FRet: {html_page.escape(source.workdir.resolve().name)}</h1>",
         f"<p class=lead>{len(facts):,} {html_page.escape(what)} "
         f"<b>{html_page.escape(source.model_facts['model'])}</b>, candidates by "

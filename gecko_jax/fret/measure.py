@@ -21,49 +21,31 @@ from gecko_jax.llm import request_log
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Requests of one stage.
+    """Requests of one stage."""
 
-    Attributes:
-        name: Name of the stage.
-        requests: Requests of the run.
-        prompt_tokens: Mean prompt tokens of a request.
-        completion_tokens: Mean completion tokens of a request.
-        seconds: Mean time of a request, among concurrent requests.
-    """
-
-    name: str
-    requests: int
-    prompt_tokens: float
-    completion_tokens: float
-    seconds: float
+    name: str  # of the stage
+    requests: int  # of the run
+    prompt_tokens: float  # mean prompt tokens of a request
+    completion_tokens: float  # mean completion tokens of a request
+    seconds: float  # mean time of a request, among concurrent requests
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Expected cost of a run.
+    """Expected cost of a run."""
 
-    Attributes:
-        passages: Seed passages of the run, without the held-out ones.
-        kept: Share of the sample with a valid query.
-        kinds: Requests by kind.
-        cost: Cost of all requests, in the currency of the prices.
-        hours: Time of the run if nothing else uses the server.
-        sample: Requests sent for this plan.
-    """
-
-    passages: int
-    kept: float
-    kinds: tuple[Kind, ...]
-    cost: float
-    hours: float
-    sample: int
+    passages: int  # seed passages of the run, without the held-out ones
+    kept: float  # share of the sample with a valid query
+    kinds: tuple[Kind, ...]  # of requests
+    cost: float  # of all requests, in the currency of the prices
+    hours: float  # time of the run if nothing else uses the server
+    sample: int  # requests sent for this plan
 
 
 def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) -> Plan:
     """Estimates the cost of a run from `sample` requests of each kind.
 
-    Raises:
-        ValueError: No seed is held out, or the model does not answer.
+    Raises ValueError if no seed is held out, or the model does not answer.
     """
     budget = runs.open_budget(config)
     with runs.prepare(config, workdir, budget) as source:
@@ -144,21 +126,13 @@ def _measure(
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How well each judge finds the seed among the candidates.
+    """How well each judge finds the seed among the candidates."""
 
-    Attributes:
-        seeds: Held-out queries that were judged.
-        candidates: Mean number of candidates.
-        mrr: Judge -> mean of 1 / rank of the seed, in [0, 1].
-        standard_error: Judge -> standard error of this mean.
-        warnings: Advice from the numbers.
-    """
-
-    seeds: int
-    candidates: float
-    mrr: dict[str, float]
-    standard_error: dict[str, float]
-    warnings: tuple[str, ...]
+    seeds: int  # held-out queries that were judged
+    candidates: float  # mean number of candidates
+    mrr: dict[str, float]  # judge -> mean of 1 / rank of the seed, in [0, 1]
+    standard_error: dict[str, float]  # judge -> standard error of this mean
+    warnings: tuple[str, ...]  # advice from the numbers
 
 
 def calibrate(

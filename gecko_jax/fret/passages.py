@@ -45,10 +45,8 @@ def read(
     Files are JSON lines or `.txt`, see `text_files.read_texts_or_records`. In a file of
     pairs, the field `positive` or `passage` is the text. Passages `of_pairs` that are
     to be relabelled come first. They may be short, resemble each other, and do not
-    count towards `rules.limit`.
-
-    Raises:
-        ValueError: A file is missing or malformed, or no passage is left.
+    count towards `rules.limit`. Raises ValueError if a file is malformed, or no passage
+    is left.
     """
     dropped: Counter[str] = Counter()
     kept: list[dict[str, Any]] = []
@@ -98,8 +96,7 @@ def none_left(
 def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Yields the passages of a file, with their source and licence.
 
-    Raises:
-        ValueError: The file cannot be read, or an id is invalid or repeated.
+    Raises ValueError if the file cannot be read, or an id is invalid or repeated.
     """
     name = wording.file_name(pathlib.Path(path).name)
     ids = inputs.UniqueIds()

@@ -45,19 +45,14 @@ _WAIT_SECONDS = 0.2
 class Step:
     """A stage of a pipeline.
 
-    Attributes:
-        stage: Folder of the stage.
-        make: Returns the records of a shard; None if it writes an array itself.
-        count: Number of shards.
-        needs: Stages whose shard of the same number must exist.
-        needs_all: Step whose shards must all exist.
+    `make` returns the records of a shard; None if it writes an array itself.
     """
 
     stage: records.Stage
     make: Callable[[int], list[stages.Record] | None]
-    count: int
-    needs: tuple[records.Stage, ...] = ()
-    needs_all: "Step | None" = None
+    count: int  # of shards
+    needs: tuple[records.Stage, ...] = ()  # whose shard of the same number must exist
+    needs_all: "Step | None" = None  # whose shards must all exist
 
     def missing(self, worker: tuple[int, int] = (0, 1)) -> list[int]:
         """Returns the unfinished shards of worker i of n."""
@@ -70,24 +65,15 @@ class Source(contextlib.AbstractContextManager["Source"]):
     """What all pipelines of a run share: passages, prompts, model, retriever.
 
     A context manager that closes the model, which is opened at its first use.
-
-    Attributes:
-        config: See `configs/fret.py`.
-        workdir: Workdir of the run.
-        stage: The finished passages.
-        contamination: Texts of evaluation sets.
-        model_facts: What identifies the model.
-        connect: Opens the model.
-        pair_files: Files to relabel; without them, queries are generated.
     """
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
-    stage: records.Stage
-    contamination: overlap.Contamination
-    model_facts: dict[str, Any]
-    connect: Callable[[], protocol.LanguageModel]
-    pair_files: Sequence[pathlib.Path] = ()
+    stage: records.Stage  # the finished passages
+    contamination: overlap.Contamination  # texts of evaluation sets
+    model_facts: dict[str, Any]  # what identifies the model
+    connect: Callable[[], protocol.LanguageModel]  # opens the model
+    pair_files: Sequence[pathlib.Path] = ()  # to relabel; else queries are generated
 
     def __post_init__(self):
         """Reads the passages and prompts."""

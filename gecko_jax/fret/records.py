@@ -161,8 +161,7 @@ class Stage:
     def compare(self) -> None:
         """Compares the facts with those of an earlier run, if there was one.
 
-        Raises:
-            ValueError: The facts differ; lists each difference.
+        Raises a ValueError that lists each difference.
         """
         path = self.folder / _FACTS
         if not path.exists():
@@ -187,8 +186,7 @@ class Stage:
     def read(self, shard: int) -> list[dict[str, Any]]:
         """Returns the records of a finished shard, including dropped ones.
 
-        Raises:
-            ValueError: A record is not as the stage writes it.
+        Raises ValueError if a record is not as the stage writes it.
         """
         remedy = f"the shard was changed: {self._remedy}"
         seeds = None if self._seeds is None else set(self._seeds[shard])
@@ -218,11 +216,10 @@ class Stage:
             lines.writelines(map(to_line, records))
 
     def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:
-        """Counts the records of every shard and closes the stage.
+        """Counts the records of every shard, and closes the stage.
 
-        Returns:
-            The content of `.done.json`: shards and their bytes, records, dropped
-            records by reason, tokens.
+        Returns the content of `.done.json`: shards and their bytes, records, dropped
+        records by reason, tokens.
         """
         num_records = 0
         usage: Counter[str] = Counter()
@@ -251,8 +248,7 @@ class Stage:
     def done(self) -> dict[str, Any] | None:
         """Returns the content of `.done.json`; None if the stage is unfinished.
 
-        Raises:
-            ValueError: The file is damaged, or a shard has changed its size.
+        Raises ValueError if the file is damaged, or a shard has changed its size.
         """
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"

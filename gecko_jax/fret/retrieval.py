@@ -75,11 +75,7 @@ def write_vectors(
 
 
 def read_vectors(paths: Sequence[pathlib.Path]) -> Float[np.ndarray, "P D"]:
-    """Returns the embeddings of all shards, in order.
-
-    Raises:
-        ValueError: A shard is damaged or missing.
-    """
+    """Returns the embeddings of all shards in order; raises ValueError for damage."""
     parts = []
     for path in paths:
         try:

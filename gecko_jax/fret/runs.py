@@ -43,19 +43,12 @@ Connect = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Result of a call.
+    """Result of a call."""
 
-    Attributes:
-        stages: Content of `.done.json` of each finished stage.
-        budget: Requests, tokens and cost of this call.
-        stopped: Why it ended early; "" if it did not.
-        output: The exported file; None if there is none yet.
-    """
-
-    stages: dict[str, dict[str, Any]]
-    budget: request_log.Budget
-    stopped: str
-    output: pathlib.Path | None
+    stages: dict[str, dict[str, Any]]  # content of `.done.json` of each finished stage
+    budget: request_log.Budget  # requests, tokens and cost of this call
+    stopped: str  # why it ended early; "" if it did not
+    output: pathlib.Path | None  # the exported file; None if there is none yet
 
 
 def run(

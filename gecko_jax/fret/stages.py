@@ -169,9 +169,9 @@ def likelihood(
 ) -> list[Record]:
     """Scores every candidate by QL(q, p) = log LLM(q | p, P_QL).
 
-    A generic passage, "" for none, is scored like a candidate, to measure how likely
-    the query is given any text. `then` is the prompt of `relevance` if it begins with
-    the texts that are read here.
+    A generic passage, "" for none, is scored like a candidate: how likely is the query
+    given any text? `then` is the prompt of `relevance` if it begins with the texts that
+    are read here.
     """
     shots = range(len(prompt.examples))
     texts, continuations = [], []

@@ -28,17 +28,11 @@ PREFIX_MULTIPLE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to score or continue.
-
-    Attributes:
-        prompt: Tokens of the prompt.
-        fed: Tokens read after the prompt.
-        targets: Tokens to score after each of the last `len(targets)` tokens.
-    """
+    """A prompt to score or continue, as tokens."""
 
     prompt: list[int]
-    fed: list[int]
-    targets: list[list[int]]
+    fed: list[int]  # read after the prompt
+    targets: list[list[int]]  # to score after each of the last `len(targets)`
 
     @property
     def read(self) -> list[int]:

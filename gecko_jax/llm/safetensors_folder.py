@@ -23,8 +23,7 @@ class SafetensorsFolder:
     def __init__(self, path: str | os.PathLike):
         """Reads settings and tensor names, and compares them.
 
-        Raises:
-            ValueError: Files are missing or damaged, or of an unsupported family.
+        Raises ValueError if files are missing or damaged, or of an unsupported family.
         """
         import safetensors
 

@@ -257,10 +257,7 @@ class _Client:
         """Sends a request to the model, within the budget and the rate limits.
 
         `text` is what the model reads, of `num_tokens` tokens if known; `path` is by
-        default that of OpenAI's API.
-
-        Raises:
-            wire.NoAnswer: No try succeeded.
+        default that of OpenAI's API. Raises `wire.NoAnswer` if no try succeeded.
         """
         chat = self._settings.chat
         path = path or ("/v1/chat/completions" if chat else "/v1/completions")

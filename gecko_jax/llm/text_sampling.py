@@ -18,17 +18,11 @@ from gecko_jax.models import transformer
 
 
 class Completion(NamedTuple):
-    """A generated text.
+    """A generated text."""
 
-    Attributes:
-        text: Text without the stop string that ended it.
-        is_cut: Whether the token limit ended it.
-        num_tokens: Generated tokens, including the one that ended it.
-    """
-
-    text: str
-    is_cut: bool
-    num_tokens: int
+    text: str  # text without the stop string that ended it
+    is_cut: bool  # whether the token limit ended it
+    num_tokens: int  # generated tokens, including the one that ended it
 
 
 def check(sampling: protocol.Sampling) -> None:

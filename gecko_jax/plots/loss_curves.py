@@ -75,10 +75,8 @@ def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
         curves.items(), style.shades(len(curves)), strict=True
     ):
         values = [line[key] for line in logged]
-        means = [
-            np.mean(values[max(0, i - window) : i + window + 1])
-            for i in range(len(values))
-        ]
+        spans = (slice(max(0, i - window), i + window + 1) for i in range(len(values)))
+        means = [np.mean(values[span]) for span in spans]
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
         axes.plot(steps, means, color=color, linewidth=2, label=label)
     axes.set_xlim(left=0)
@@ -88,16 +86,11 @@ def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
 def _draw_scores(axes: Any, lines: Sequence[Mapping[str, Any]], prefix: str) -> None:
     dims = _dims(lines, prefix)
     for dim, color in zip(dims, style.shades(len(dims)), strict=True):
-        scored = [line for line in lines if f"{prefix}{dim}" in line]
-        axes.plot(
-            [line["step"] for line in scored],
-            [line[f"{prefix}{dim}"] for line in scored],
-            color=color,
-            marker="o",
-            markersize=4,
-            linewidth=2,
-            label=f"{dim} dims",
-        )
+        key, label = f"{prefix}{dim}", f"{dim} dims"
+        steps = [line["step"] for line in lines if key in line]
+        scores = [line[key] for line in lines if key in line]
+        drawn = {"color": color, "markersize": 4, "linewidth": 2, "label": label}
+        axes.plot(steps, scores, "o-", **drawn)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     if dims:
