@@ -9,17 +9,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Type and range of a value.
+    """Type and range of a value."""
 
-    Attributes:
-        kind: The type; an int passes for a float, and a list for a tuple.
-        rule: The range in words, for the error message.
-        holds: Returns whether a value of the right type is in range.
-    """
-
-    kind: type
-    rule: str = ""
-    holds: Callable[[Any], bool] = lambda value: True
+    kind: type  # an int passes for a float, and a list for a tuple
+    rule: str = ""  # the range in words, for the error message
+    holds: Callable[[Any], bool] = lambda value: True  # whether it is in range
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,26 +40,16 @@ _QRELS = ("qrels/test.tsv", "qrels/test.jsonl", "qrels.tsv", "qrels.jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
-    """Queries with relevant passages, and the corpus to search.
+    """Queries with relevant passages, and the corpus to search."""
 
-    Attributes:
-        name: Name of the folder.
-        passage_ids: One per passage.
-        titles: One per passage, "" for none.
-        texts: One per passage.
-        query_ids: One per query with a relevant passage; others are left out.
-        queries: One per query.
-        tasks: The field `task` of each query, "" for none.
-        relevance: Query id -> passage id -> grade.
-    """
-
-    name: str
+    name: str  # of the folder
     passage_ids: tuple[str, ...]
-    titles: tuple[str, ...]
-    texts: tuple[str, ...]
-    query_ids: tuple[str, ...]
-    queries: tuple[str, ...]
-    tasks: tuple[str, ...]
+    titles: tuple[str, ...]  # of the passages, "" for none
+    texts: tuple[str, ...]  # of the passages
+    query_ids: tuple[str, ...]  # of the queries with a relevant passage
+    queries: tuple[str, ...]  # their texts
+    tasks: tuple[str, ...]  # the field `task` of each query, "" for none
+    # Query id -> passage id -> grade.
     relevance: Mapping[str, Mapping[str, int | float]]
 
     def limit(self, max_queries: int, max_passages: int) -> "RetrievalSet":

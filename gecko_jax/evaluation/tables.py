@@ -64,27 +64,16 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Scores of one system at one dim on one task of one set.
+    """Scores of one system at one dim on one task of one set."""
 
-    Attributes:
-        set: Name of the evaluation set.
-        system: One of `SYSTEMS`, or the name of another model.
-        dim: Width of the vectors; None for BM25.
-        task: Task of the queries; `ALL` for all queries.
-        count: Number of queries, pairs of sentences, or texts to classify.
-        metrics: ndcg_at_10, recall_at_100 and mrr_at_10, or spearman, or accuracy.
-        precision: Precision of the passages' vectors (`quantization`).
-        note: Remark below the table, such as `NO_HIT`; "" for none.
-    """
-
-    set: str
-    system: str
-    dim: int | None
-    task: str
-    count: int
-    metrics: dict[str, float]
-    precision: str = quantization.FLOAT32
-    note: str = ""
+    set: str  # name of the evaluation set
+    system: str  # one of `SYSTEMS`, or the name of another model
+    dim: int | None  # width of the vectors; None for BM25
+    task: str  # of the queries; `ALL` for all queries
+    count: int  # of queries, pairs of sentences, or texts to classify
+    metrics: dict[str, float]  # some of `METRICS`
+    precision: str = quantization.FLOAT32  # of the passages' vectors
+    note: str = ""  # remark below the table, such as `NO_HIT`; "" for none
 
     @property
     def label(self) -> str:

@@ -190,32 +190,27 @@ def _candidates_of(
     passes: pipeline.Pipeline, shard: int
 ) -> dict[int, dict[int, dict[str, float]]]:
     """Returns query -> candidate -> scores: likelihood, relevance, fused."""
-    weights, grades = passes.source.config.fuse, passes.source.prompts.relevance.labels
+    kind = passes.source.config.fuse.relevance
+    grades = list(passes.source.prompts.relevance.labels.values())
     retrieved = stages.by_id(passes.retrieve.read(shard))
-    columns: dict[str, dict[int, Any]] = {}
-    if weights.likelihood_weight:
-        rows = stages.kept(passes.likelihood.read(shard))
-        columns["likelihood"] = {row["id"]: row["log_probs"] for row in rows}
-    if weights.relevance_weight:
-        settings = (list(grades.values()), weights.relevance)
-        rows = stages.kept(passes.relevance.read(shard))
-        columns["relevance"] = {
-            row["id"]: stages.relevance_scores(row, retrieved[row["id"]], *settings)
-            for row in rows
+    likelihoods, relevances = passes.judged(shard)
+    scores: dict[int, dict[int, dict[str, float]]] = {}
+    for record in stages.kept(passes.fuse.read(shard)):
+        number, row = record["id"], retrieved[record["id"]]
+        columns: dict[str, Any] = {}
+        if passes.has_likelihood:
+            columns["likelihood"] = likelihoods[number]["log_probs"]
+        if passes.has_relevance:
+            columns["relevance"] = stages.relevance_scores(
+                relevances[number], row, grades, kind
+            )
+        columns["fused"] = record["fused"]
+        values = [stages.of_candidates(column, row) for column in columns.values()]
+        scores[number] = {
+            candidate: {n: round(v, 4) for n, v in zip(columns, judged, strict=True)}
+            for candidate, *judged in zip(row["candidates"], *values, strict=True)
         }
-    rows = stages.kept(passes.fuse.read(shard))
-    columns["fused"] = {row["id"]: row["fused"] for row in rows}
-    return {
-        number: {
-            candidate: {
-                name: round(stages.of_candidates(column[number], row)[place], 4)
-                for name, column in columns.items()
-            }
-            for place, candidate in enumerate(row["candidates"])
-        }
-        for number, row in retrieved.items()
-        if number in columns["fused"]
-    }
+    return scores
 
 
 def _scores(

@@ -170,10 +170,7 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
     reciprocal: defaultdict[str, list[float]] = defaultdict(list)
     sizes = []
     for shard in range(len(passes.shards)):
-        likelihoods = {}
-        if passes.has_likelihood:
-            likelihoods = stages.by_id(passes.likelihood.read(shard))
-        relevances = stages.by_id(passes.relevance.read(shard))
+        likelihoods, relevances = passes.judged(shard)
         for row in stages.kept(passes.retrieve.read(shard)):
             number = row["id"]
             if number not in relevances:

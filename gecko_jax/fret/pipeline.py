@@ -241,6 +241,14 @@ class Pipeline:
         steps = [self.source.stage, *(step.stage for step in self.steps)]
         return {stage.name: stage.done() for stage in steps}
 
+    def judged(
+        self, shard: int
+    ) -> tuple[dict[int, stages.Record], dict[int, stages.Record]]:
+        """Returns the scores by QL and by RC, by id; empty where nothing is scored."""
+        likelihoods = self.likelihood.read(shard) if self.has_likelihood else []
+        relevances = self.relevance.read(shard) if self.has_relevance else []
+        return stages.by_id(likelihoods), stages.by_id(relevances)
+
     def run(self, until: str = "fuse", worker: tuple[int, int] = (0, 1)) -> None:
         """Makes every missing shard, up to a stage.
 
@@ -405,8 +413,7 @@ class Pipeline:
     def _fuse(self, shard: int) -> list[stages.Record]:
         return stages.fuse(
             *self._retrieved(shard),
-            stages.by_id(self.likelihood.read(shard)) if self.has_likelihood else {},
-            stages.by_id(self.relevance.read(shard)) if self.has_relevance else {},
+            *self.judged(shard),
             list(self.source.prompts.relevance.labels.values()),
             settings.fusion_settings(self.source.config),
             seed=self.source.config.seed,

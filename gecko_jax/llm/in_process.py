@@ -6,7 +6,7 @@ must end with the bytes of an uninterrupted one.
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,21 +58,12 @@ class _Asker:
         self._budget = budget
         self._size = max(_REQUESTS, model.tokens_per_call // _TOKENS_PER_REQUEST)
 
-    def ask(
-        self,
-        kind: str,
-        bodies: list[dict[str, Any]],
-        new: Sequence[int],
-        keep: Callable[[int, Any], None],
-    ) -> None:
-        """Answers the new requests; see `protocol.Ask`."""
-        answer = self._generate if kind == "generate" else self._judge
-        failures = {
-            number: failure
-            for number, body in enumerate(bodies)
-            if (failure := self._find_failure(body))
-        }
-        unanswered = set(new)
+    def ask(self, call: protocol.Call) -> None:
+        """Answers the new requests of a call."""
+        answer = self._generate if call.kind == "generate" else self._judge
+        bodies, keep, unanswered = call.bodies, call.keep, set(call.new)
+        reasons = dict(enumerate(map(self._find_failure, bodies)))
+        failures = {number: reason for number, reason in reasons.items() if reason}
         for number in unanswered & failures.keys():
             keep(number, failures[number])
         # Similar lengths side by side need little padding. A question that begins with

@@ -76,12 +76,14 @@ class Sampling:
     stop: tuple[str, ...]  # strings that end an answer and are not part of it
 
 
-# Answers the requests of a call. Arguments: the kind, the bodies of all requests, the
-# indices of those without an answer, and a callback (index, answer). Among requests of
-# the kind "score", those with labels are of the kind "labels".
-Ask = Callable[
-    [str, list[dict[str, Any]], Sequence[int], Callable[[int, Any], None]], None
-]
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Requests; among those of the kind "score", ones with labels are of "labels"."""
+
+    kind: str  # "generate", "score" or "labels"
+    bodies: list[dict[str, Any]]  # of all requests
+    new: Sequence[int]  # indices of the requests to answer
+    keep: Callable[[int, Any], None]  # takes the index of a request and its answer
 
 
 class LanguageModel:
@@ -100,12 +102,12 @@ class LanguageModel:
         self,
         name: str,
         facts: dict[str, Any],
-        ask: Ask,
+        ask: Callable[[Call], None],
         close: Callable[[], None] = lambda: None,
         *,
         reads_ahead: bool = False,
     ):
-        """Starts with a log in memory; see the class and `Ask`."""
+        """Starts with a log in memory; `ask` answers the requests of a call."""
         self.name = name
         self.facts = facts
         self.close = close
@@ -170,7 +172,7 @@ class LanguageModel:
             self.report(next(finished) / len(order))
 
         if new:
-            self._ask(kind, list(distinct.values()), new, keep)
+            self._ask(Call(kind, list(distinct.values()), new, keep))
         answers = []
         for kind, key, body in zip(kinds, keys, bodies, strict=True):
             if record := self.log.get(key):
@@ -227,19 +229,14 @@ def recorded(folder: str | os.PathLike) -> LanguageModel:
     """
     name, facts, answers = request_log.read_recording(folder)
 
-    def ask(
-        kind: str,
-        bodies: list[dict[str, Any]],
-        new: Sequence[int],
-        keep: Callable[[int, Any], None],
-    ) -> None:
-        for number in new:
-            body = bodies[number]
-            key = request_key(kind, facts, body)
+    def ask(call: Call) -> None:
+        for number in call.new:
+            body = call.bodies[number]
+            key = request_key(call.kind, facts, body)
             if key in answers:
-                keep(number, from_record(kind, answers[key], body, key))
+                call.keep(number, from_record(call.kind, answers[key], body, key))
             else:
                 detail = f"no answer to ...{body['prompt'][-80:]!r}"
-                keep(number, Failure("not_recorded", detail))
+                call.keep(number, Failure("not_recorded", detail))
 
     return LanguageModel(name, facts, ask)
