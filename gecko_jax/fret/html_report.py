@@ -6,6 +6,7 @@ was dropped, what it cost, and what moved. Charts are HTML and CSS.
 
 import math
 import pathlib
+import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,43 +95,30 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     num_fused = sum(map(passes.fuse.has, range(num)))
     unfinished = f"Not finished: {num_fused:,} of {num:,} shards."
     unfinished = f"<p><b>{unfinished}</b> Figures are of these.</p>"
-    parts = [
-        (export.TEMPLATES / "report_head.html").read_text("utf-8").rstrip(),
-        f"<h1>FRet: {html_page.escape(source.workdir.resolve().name)}</h1>",
-        f"<p class=lead>{len(facts):,} {html_page.escape(what)} "
-        f"<b>{html_page.escape(source.model_facts['model'])}</b>, candidates by "
-        f"<b>{html_page.escape(config.retrieve.model or 'BM25')}</b>.</p>",
-        "" if num_fused == num else unfinished,
-        _tiles(gathered, len(tasks), passes),
-        "<h2>Do the judges judge?</h2>",
-        _judges(passes, facts, seed),
-        "<h2>What was kept</h2>",
-        _funnel(passes, gathered),
-        "<h2>What was dropped, and why</h2>",
-        _dropped(gathered),
-        "<h2>What it cost</h2>",
-        _costs(passes, gathered),
-        f"<h2>What moved: {len(gathered.moved)} random examples</h2>",
-        f"<p>Left the {seed}, right the passage that was chosen in its place. QL is "
-        "log p(query | passage) in nats, RC the likeliest label. Read some: is the "
-        "right one the better answer?</p>",
-        *(html_rows.side_by_side(passes, row, seed) for row in gathered.moved),
-        "<h2>Ranks</h2>",
-        f"<p>A good retriever and good judges rank the {seed} near the top; otherwise "
-        "either another passage answers the query better, or the judge errs. One that "
-        "retrieval did not find counts as one place behind the last.</p>",
-        f"<div class=figures>{''.join(charts)}</div>",
-        "<h2>Tasks and lengths</h2>",
-        html_page.table(("task", "*queries"), listed),
-        f"<div class=figures>{''.join(lengths)}</div>",
-        f"<h2>{len(gathered.rows)} random rows</h2>",
-        "<p>Candidates in the order of retrieval. A filled mark is the choice: the "
-        "positive, and the hard negatives. Scroll the table sideways to see all of "
-        "it.</p>",
-        *(html_rows.with_candidates(passes, row, seed) for row in gathered.rows),
-        "</main></body></html>\n",
-    ]
-    return "\n".join(parts)
+    moved = [html_rows.side_by_side(passes, row, seed) for row in gathered.moved]
+    rows = [html_rows.with_candidates(passes, row, seed) for row in gathered.rows]
+    page = string.Template((export.TEMPLATES / "report.html").read_text("utf-8"))
+    return page.substitute(
+        name=html_page.escape(source.workdir.resolve().name),
+        num_triples=f"{len(facts):,}",
+        what=html_page.escape(what),
+        model=html_page.escape(source.model_facts["model"]),
+        retriever=html_page.escape(config.retrieve.model or "BM25"),
+        unfinished="" if num_fused == num else unfinished,
+        tiles=_tiles(gathered, len(tasks), passes),
+        judges=_judges(passes, facts, seed),
+        funnel=_funnel(passes, gathered),
+        dropped=_dropped(gathered),
+        costs=_costs(passes, gathered),
+        seed=seed,
+        num_moved=len(moved),
+        moved="".join(f"\n{one}" for one in moved),
+        ranks="".join(charts),
+        tasks=html_page.table(("task", "*queries"), listed),
+        lengths="".join(lengths),
+        num_rows=len(rows),
+        rows="".join(f"\n{one}" for one in rows),
+    )
 
 
 def _tiles(
