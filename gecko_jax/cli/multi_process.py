@@ -65,8 +65,7 @@ def is_child() -> bool:
 def run_child(arguments: Sequence[str], peers: Peers) -> int:
     """Runs `gecko` with the arguments in a child process and explains how it ended.
 
-    Returns:
-        The exit status of the child; 1 if a signal ended it.
+    Returns the exit status of the child; 1 if a signal ended it.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", "gecko_jax", *arguments], env=os.environ | {_CHILD: "1"}

@@ -118,14 +118,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
     """Yields the devices of a topology: a program can be compiled, not run, for them.
 
     Only one process at a time can load libtpu, so this waits for other processes.
-
-    Args:
-        topology: Topology of one slice; see `parse_topology`.
-        num_slices: Slices, connected by DCN.
-
-    Raises:
-        ValueError: The topology is unknown, or libtpu does not start.
-        ImportError: libtpu is missing; names the extra.
+    Slices are connected by DCN. Raises ValueError if libtpu does not start.
     """
     topology = parse_topology(topology)
     try:
@@ -200,13 +193,9 @@ def compile_step(
                 "mesh.tensor, or use --search"
             ) from error
     memory: Any = compiled.memory_analysis()
-    peak_bytes = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    parts = ("argument", "temp", "output", "generated_code")
+    sizes = [getattr(memory, f"{part}_size_in_bytes") for part in parts]
+    peak_bytes = sum(sizes) - memory.alias_size_in_bytes  # Donated arrays count once.
     try:
         program = hlo.Program(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as error:

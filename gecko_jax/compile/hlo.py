@@ -206,11 +206,9 @@ class Program:
 
 
 def shape_bytes(shape: str, *, in_main: bool = False) -> int:
-    """Returns the bytes of a shape, or of a tuple of shapes.
+    """Returns the bytes of a shape such as `f32[2,3]{1,0}`, or of a tuple of shapes.
 
-    Args:
-        shape: HLO text, such as `f32[2,3]{1,0}`.
-        in_main: Leaves out arrays in other memories than the main one.
+    `in_main` leaves out arrays in other memories than the main one.
     """
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shape):

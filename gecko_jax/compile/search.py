@@ -96,13 +96,8 @@ def search(
     bounds. A split over `tensor` makes every microbatch wait for other devices, which
     does not help a step that fits without it.
 
-    Args:
-        config: The training config; the settings are changed on copies.
-        topology: See `aot.parse_topology`.
-        compile_step: `aot.compile_step`, or that of a `Stored`.
-
-    Yields:
-        A report for each setting that compiles.
+    Yields a report for each setting that compiles; `compile_step` is that of `aot` or
+    of a `Stored`.
     """
     with aot.topology_devices(topology) as devices:
         num_devices = len(devices)

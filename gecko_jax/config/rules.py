@@ -64,9 +64,7 @@ def is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:
 def find_faults(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> list[str]:
     """Returns a line for each unknown or missing key and each wrong value.
 
-    Args:
-        flat: The config, as `flatten` returns it.
-        schema: Every key of such a config.
+    `flat` is the config, as `flatten` returns it, and `schema` has all of its keys.
     """
     faults = []
     for key in sorted(set(flat) - set(schema)):

@@ -40,20 +40,11 @@ def parse(
     shots: Sequence[int],
     is_cut: bool,
 ) -> tuple[str, str]:
-    """Returns task description and query of an answer.
+    """Returns task description and query of an answer, or raises `Rejected`.
 
-    Args:
-        answer: Text that the model generated.
-        prompt: The prompt file.
-        rules: Limits of the query.
-        task: The given task, or None if the model writes it.
-        passage: The seed passage.
-        shots: Examples in the prompt, whose queries the answer may not repeat.
-        is_cut: Whether the token limit ended the answer; a query without end is
-            rejected.
-
-    Raises:
-        Rejected: A rule is broken.
+    `task` is None if the model writes it. The query may not repeat those of `shots`,
+    the examples in the prompt. `is_cut` says whether the token limit ended the answer:
+    a query without end is rejected.
     """
     for stop in prompt.stop:  # Not every server stops there.
         answer, separator, _ = answer.partition(stop)

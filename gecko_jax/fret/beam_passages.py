@@ -174,8 +174,7 @@ def _similar(
 def later_of_the_kept(pairs: Iterable[tuple[_Place, _Place]]) -> list[_Place]:
     """Returns, in order, the places that resemble an earlier place that is kept.
 
-    Args:
-        pairs: (earlier, later) of each similar pair, in any order.
+    `pairs` are the (earlier, later) of each similar pair, in any order.
     """
     dropped: set[_Place] = set()
     for earlier, later in sorted(set(pairs), key=lambda pair: (pair[1], pair[0])):

@@ -14,7 +14,10 @@ from gecko_jax.fret import fusion, prompts
 from gecko_jax.llm import protocol, wire
 from gecko_jax.text import text_formats
 
-Key, Rule = rules.Key, rules.Rule
+Key, Rule, between, one_of = rules.Key, rules.Rule, rules.between, rules.one_of
+TEXT, NAME, SWITCH = rules.TEXT, rules.NAME, rules.SWITCH
+POSITIVE, COUNT = rules.POSITIVE, rules.COUNT
+ABOVE_ZERO, NOT_NEGATIVE = rules.ABOVE_ZERO, rules.NOT_NEGATIVE
 
 _Settings = TypeVar("_Settings")
 _SHARE = Rule(float, "must be in [0, 1]", lambda v: 0 <= v <= 1)
@@ -23,53 +26,45 @@ _FILES = Rule(tuple)
 # Defaults without a source are ours: the paper gives neither prompts, model, N nor
 # filters.
 KEYS: dict[str, rules.Key] = {
-    "seed": Key(0, rules.COUNT, "PRNG seed."),
+    "seed": Key(0, COUNT, "PRNG seed."),
     "passages.files": Key(
         (), _FILES, "JSONL with `text` (optionally `title`, `_id`), or .txt files."
     ),
     "passages.decontaminate": Key(
         (), _FILES, "BEIR folders and STS files whose texts are dropped."
     ),
-    "passages.min_words": Key(10, rules.POSITIVE, "Shortest passage, in words."),
+    "passages.min_words": Key(10, POSITIVE, "Shortest passage, in words."),
     "passages.max_characters": Key(
-        4000,
-        rules.between(1, text_formats.MAX_CHARACTERS),
-        "Longest passage, in characters.",
+        4000, between(1, text_formats.MAX_CHARACTERS), "Longest passage, in characters."
     ),
     "passages.near_duplicate": Key(
         0.8, _SHARE, "Least resemblance of near duplicates; 0 drops only equal texts."
     ),
-    "passages.limit": Key(0, rules.COUNT, "Largest number of passages; 0 for all."),
+    "passages.limit": Key(0, COUNT, "Largest number of passages; 0 for all."),
     "passages.shard_rows": Key(
-        256, rules.POSITIVE, "Passages per shard, which is written as a whole."
+        256, POSITIVE, "Passages per shard, which is written as a whole."
     ),
     "relabel.files": Key(
         (), _FILES, "JSONL of pairs or triples for `gecko fret relabel`."
     ),
-    "relabel.limit": Key(
-        0, rules.COUNT, "Lines to relabel, drawn at random; 0 for all."
-    ),
-    "llm.recording": Key(
-        "", rules.TEXT, "Workdir whose recorded answers replace the model."
-    ),
+    "relabel.limit": Key(0, COUNT, "Lines to relabel, drawn at random; 0 for all."),
+    "llm.recording": Key("", TEXT, "Workdir whose recorded answers replace the model."),
     "llm.weights": Key(
         "",
-        rules.TEXT,
+        TEXT,
         "Model in this process: .gguf, folder or `smollm2`; empty for a server.",
     ),
     "llm.dtype": Key(
-        "float32",
-        rules.one_of("float32", "bfloat16"),
-        "Dtype of the model in this process.",
+        "float32", one_of("float32", "bfloat16"), "Dtype of the model in this process."
     ),
     "llm.tensor": Key(
         1,
-        rules.POSITIVE,
+        POSITIVE,
         "Devices over which the model is split; the other axis splits the rows.",
     ),
     "llm.compilation_cache": Key(
         "~/.cache/gecko_jax/compiled",
-        rules.TEXT,
+        TEXT,
         "Folder of compiled functions; empty for none.",
     ),
     "llm.url": Key(
@@ -84,65 +79,47 @@ KEYS: dict[str, rules.Key] = {
         ),
         "Address of the server, without /v1.",
     ),
-    "llm.model": Key("", rules.TEXT, "Name under which the server serves the model."),
-    "llm.revision": Key(
-        "", rules.TEXT, "Commit or checksum of the weights, for the record."
-    ),
-    "llm.licence": Key(
-        "", rules.TEXT, "Licence of the model's output, for the record."
-    ),
-    "llm.api_key_env": Key(
-        "", rules.TEXT, "Environment variable that holds the API key."
-    ),
+    "llm.model": Key("", TEXT, "Name under which the server serves the model."),
+    "llm.revision": Key("", TEXT, "Commit or checksum of the weights, for the record."),
+    "llm.licence": Key("", TEXT, "Licence of the model's output, for the record."),
+    "llm.api_key_env": Key("", TEXT, "Environment variable that holds the API key."),
     "llm.chat": Key(
-        False, rules.SWITCH, "Uses the chat API, which cannot score continuations."
+        False, SWITCH, "Uses the chat API, which cannot score continuations."
     ),
     "llm.scoring": Key(
         "echo",
-        rules.one_of(*wire.SCORING),
+        one_of(*wire.SCORING),
         "How the server scores: echo, echo_tokens, forced (llama.cpp) or none.",
     ),
     "llm.top_log_probs": Key(
-        20, rules.POSITIVE, "Number of first tokens listed when labels are scored."
+        20, POSITIVE, "Number of first tokens listed when labels are scored."
     ),
-    "llm.concurrency": Key(64, rules.POSITIVE, "Requests in flight."),
-    "llm.retries": Key(6, rules.COUNT, "Retries of a failed request."),
+    "llm.concurrency": Key(64, POSITIVE, "Requests in flight."),
+    "llm.retries": Key(6, COUNT, "Retries of a failed request."),
     "llm.retry_seconds": Key(
-        1.0, rules.NOT_NEGATIVE, "Seconds before the first retry; doubled each time."
+        1.0, NOT_NEGATIVE, "Seconds before the first retry; doubled each time."
     ),
-    "llm.timeout_seconds": Key(
-        300.0, rules.ABOVE_ZERO, "Deadline of a request, in seconds."
-    ),
-    "llm.requests_per_minute": Key(
-        0, rules.COUNT, "Rate limit in requests; 0 for none."
-    ),
-    "llm.tokens_per_minute": Key(0, rules.COUNT, "Rate limit in tokens; 0 for none."),
-    "llm.price_input": Key(
-        0.0, rules.NOT_NEGATIVE, "Price of a million prompt tokens."
-    ),
-    "llm.price_output": Key(
-        0.0, rules.NOT_NEGATIVE, "Price of a million completion tokens."
-    ),
+    "llm.timeout_seconds": Key(300.0, ABOVE_ZERO, "Deadline of a request, in seconds."),
+    "llm.requests_per_minute": Key(0, COUNT, "Rate limit in requests; 0 for none."),
+    "llm.tokens_per_minute": Key(0, COUNT, "Rate limit in tokens; 0 for none."),
+    "llm.price_input": Key(0.0, NOT_NEGATIVE, "Price of a million prompt tokens."),
+    "llm.price_output": Key(0.0, NOT_NEGATIVE, "Price of a million completion tokens."),
     "generate.prompt": Key(
-        "generate", rules.NAME, "Prompt; `generate_for_task` draws the task."
+        "generate", NAME, "Prompt; `generate_for_task` draws the task."
     ),
-    "generate.shots": Key(5, rules.COUNT, "Few-shot examples per row; 0 for all."),
-    "generate.temperature": Key(0.7, rules.NOT_NEGATIVE, "Sampling temperature."),
+    "generate.shots": Key(5, COUNT, "Few-shot examples per row; 0 for all."),
+    "generate.temperature": Key(0.7, NOT_NEGATIVE, "Sampling temperature."),
     "generate.top_p": Key(
         1.0, _SHARE, "Nucleus sampling: smallest probability mass to draw from."
     ),
-    "generate.max_tokens": Key(
-        96, rules.POSITIVE, "Largest number of tokens to generate."
-    ),
-    "generate.min_words": Key(3, rules.POSITIVE, "Shortest query, in words."),
-    "generate.max_words": Key(40, rules.POSITIVE, "Longest query, in words."),
+    "generate.max_tokens": Key(96, POSITIVE, "Largest number of tokens to generate."),
+    "generate.min_words": Key(3, POSITIVE, "Shortest query, in words."),
+    "generate.max_words": Key(40, POSITIVE, "Longest query, in words."),
     "generate.max_copied_words": Key(
-        8, rules.COUNT, "Longest run of words copied from the passage; 0 for any."
+        8, COUNT, "Longest run of words copied from the passage; 0 for any."
     ),
-    "retrieve.model": Key(
-        "", rules.TEXT, "Workdir or export of a Gecko; empty for BM25."
-    ),
-    "retrieve.dim": Key(0, rules.COUNT, "Dims of its embeddings; 0 for all."),
+    "retrieve.model": Key("", TEXT, "Workdir or export of a Gecko; empty for BM25."),
+    "retrieve.dim": Key(0, COUNT, "Dims of its embeddings; 0 for all."),
     "retrieve.num_candidates": Key(
         20,
         Rule(int, "must be at least 2", lambda v: v >= 2),
@@ -150,7 +127,7 @@ KEYS: dict[str, rules.Key] = {
     ),
     "retrieve.max_seed_rank": Key(
         0,
-        rules.COUNT,
+        COUNT,
         "Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2; "
         "Promptagator, arXiv 2209.11755: 1); 0 for any.",
     ),
@@ -162,37 +139,37 @@ KEYS: dict[str, rules.Key] = {
     ),
     "likelihood.prompt": Key(
         "likelihood",
-        rules.NAME,
+        NAME,
         "Prompt of query likelihood (QL); with that of RC, both share a reading.",
     ),
     "likelihood.generic_passage": Key(
-        "", rules.TEXT, "Passage scored as well, for `fuse.min_information`."
+        "", TEXT, "Passage scored as well, for `fuse.min_information`."
     ),
     "relevance.prompt": Key(
-        "relevance", rules.NAME, "Prompt of relevance classification (RC)."
+        "relevance", NAME, "Prompt of relevance classification (RC)."
     ),
     "fuse.k": Key(
-        0.0, rules.NOT_NEGATIVE, "Constant added to ranks (RRF); the paper has none."
+        0.0, NOT_NEGATIVE, "Constant added to ranks (RRF); the paper has none."
     ),
-    "fuse.likelihood_weight": Key(1.0, rules.NOT_NEGATIVE, "Weight of the QL ranking."),
-    "fuse.relevance_weight": Key(1.0, rules.NOT_NEGATIVE, "Weight of the RC ranking."),
+    "fuse.likelihood_weight": Key(1.0, NOT_NEGATIVE, "Weight of the QL ranking."),
+    "fuse.relevance_weight": Key(1.0, NOT_NEGATIVE, "Weight of the RC ranking."),
     "fuse.relevance": Key(
         "log_prob",
-        rules.one_of("log_prob", "log_odds"),
+        one_of("log_prob", "log_odds"),
         "RC score: log-probability of the best label (paper), or log-odds.",
     ),
     "fuse.positive": Key(
         "relabelled",
-        rules.one_of("relabelled", "seed"),
+        one_of("relabelled", "seed"),
         "Positive: the best candidate (paper), or the seed passage.",
     ),
     "fuse.negative": Key(
         "lowest",
-        rules.one_of("lowest", "sampled", "given", "none"),
+        one_of("lowest", "sampled", "given", "none"),
         "Hard negative: the lowest candidate (paper), a sampled one, those of the line "
         "that is relabelled, or none.",
     ),
-    "fuse.num_negatives": Key(1, rules.POSITIVE, "Most hard negatives of a query."),
+    "fuse.num_negatives": Key(1, POSITIVE, "Most hard negatives of a query."),
     "fuse.margin": Key(
         0.0,
         _SHARE,
@@ -200,7 +177,7 @@ KEYS: dict[str, rules.Key] = {
     ),
     "fuse.near": Key(
         "drop",
-        rules.one_of("drop", "positive"),
+        one_of("drop", "positive"),
         "What becomes of it: nothing, or a further positive (RLHN, arXiv 2505.16967).",
     ),
     "fuse.max_negative_share": Key(
@@ -213,18 +190,18 @@ KEYS: dict[str, rules.Key] = {
         0.0, Rule(float), "Least QL above that of the generic passage, in nats."
     ),
     "export.max_tasks": Key(
-        64, rules.POSITIVE, "Most tasks to keep; rarer ones become `search result`."
+        64, POSITIVE, "Most tasks to keep; rarer ones become `search result`."
     ),
     "export.candidates": Key(
-        False, rules.SWITCH, "Writes all candidates with their scores and ranks."
+        False, SWITCH, "Writes all candidates with their scores and ranks."
     ),
     "export.scores": Key(
         "",
-        rules.one_of("", "likelihood", "relevance", "fused"),
+        one_of("", "likelihood", "relevance", "fused"),
         "Scores of positive and negatives that are written, for `loss.kl_weight`.",
     ),
     "calibrate.num_seeds": Key(
-        100, rules.COUNT, "Seeds held out of the run, at most a fifth."
+        100, COUNT, "Seeds held out of the run, at most a fifth."
     ),
     "run.max_error_rate": Key(
         0.05, _SHARE, "Share of failed rows in a shard that stops the run."

@@ -56,9 +56,8 @@ class Answer(NamedTuple):
 def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
     """Answers a request whose tokens begin those of another while reading the other.
 
-    Returns:
-        The requests that remain, in their order, all with equally many targets per
-        position; and where the answer to each of `requests` is.
+    Returns the requests that remain, in their order, all with equally many targets per
+    position; and where the answer to each of `requests` is.
     """
     reads = [request.read for request in requests]
     # All that begin with A follow A in sorted order, so A begins its successor or none.
@@ -140,14 +139,9 @@ def split(
     """Yields batches of similar length within each family, the longest first.
 
     The cut of the sorted requests is the one with the least total cost, where padding
-    costs as much as text.
-
-    Args:
-        requests: All requests of a call.
-        families: See `families`.
-        tokens_per_call: Largest rows times length, unless one row is longer.
-        row_multiple: Divisor of the number of rows: the devices that share them.
-        call_cost: Fixed cost of a batch, in tokens.
+    costs as much as text, and a batch `call_cost` tokens. A batch has at most
+    `tokens_per_call`, unless one row is longer, and a multiple of `row_multiple` rows:
+    of the devices that share them.
     """
     for prefix, members in families.items():
         lengths = {n: len(requests[n].read) - len(prefix) for n in members}

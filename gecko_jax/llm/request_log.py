@@ -215,14 +215,9 @@ class Budget:
     ) -> float:
         """Counts a request that is about to be sent, and returns its maximum cost.
 
-        Args:
-            prompt_tokens: Most tokens that it may read.
-            completion_tokens: Most tokens that it may write.
-            waits: Whether to wait at the cost limit for the requests of other threads,
-                most of which cost less than was reserved for them.
-
-        Raises:
-            BudgetError: The request would exceed a limit.
+        The tokens are the most that it may read and write. With `waits`, it waits at
+        the cost limit for the requests of other threads, most of which cost less than
+        was reserved for them. Raises BudgetError if the request would exceed a limit.
         """
         price = self.price(prompt_tokens, completion_tokens)
         with self._lock:

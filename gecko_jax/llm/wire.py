@@ -30,10 +30,9 @@ _MIN_EQUAL = 4
 class NoAnswer(Exception):
     """A request without a usable answer.
 
-    Attributes:
-        reason: One of a few categories, by which failures are counted.
-        detail: What arrived instead; may quote the server.
-        retry_after: Seconds to wait before the next try, if the server says so.
+    `reason` is one of a few categories, by which failures are counted; `detail` is what
+    arrived instead, and may quote the server; `retry_after` are the seconds that the
+    server asks to wait.
     """
 
     def __init__(self, reason: str, detail: str, retry_after: float = 0.0):

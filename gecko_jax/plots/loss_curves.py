@@ -16,14 +16,10 @@ _EVALUATION = "evaluation/"
 def plot_training(
     runs: Sequence[str | os.PathLike], output: str | os.PathLike
 ) -> pathlib.Path:
-    """Draws loss and evaluation over the steps, one column per run.
+    """Draws loss and evaluation over the steps, one column per run, into a PNG.
 
-    Args:
-        runs: Files `metrics.jsonl` of workdirs, in the order of training.
-        output: The PNG to write.
-
-    Raises:
-        ValueError: A file holds no logged step.
+    `runs` are files `metrics.jsonl` of workdirs, in the order of training. Raises
+    ValueError if one holds no logged step.
     """
     logs = {}
     for path in map(pathlib.Path, runs):

@@ -11,14 +11,10 @@ from gecko_jax.plots import style
 
 
 def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathlib.Path:
-    """Draws quality over dims next to the baselines, and per task or set.
+    """Draws quality over dims next to the baselines, and per task or set, into a PNG.
 
-    Args:
-        results: `evaluation.Results.to_dict()`.
-        output: The PNG to write.
-
-    Raises:
-        ValueError: The results hold no scores of a model.
+    `results` is `evaluation.Results.to_dict()`; raises ValueError without scores of a
+    model.
     """
     rows = results["rows"]
     metric = style.first_metric(name for row in rows for name in row["metrics"])
