@@ -223,10 +223,8 @@ def _passages(
     """Returns the finished stage of passages; one worker makes it, others wait."""
     paths = find_files(config, "passages")
     pairs = find_files(config, "relabel")
-    rules, rows = (
-        settings.fill(passages.Rules, config.passages),
-        config.passages.shard_rows,
-    )
+    rules = settings.fill(passages.Rules, config.passages)
+    rows = config.passages.shard_rows
     facts = {
         "code": pipeline.CODE_VERSION["passages"],
         "files": {path.name: reading.sha256(path) for path in paths},
@@ -247,8 +245,8 @@ def _passages(
                     paths, rules, contamination, relabelling.read_passages(pairs)
                 )
                 shards = _shards(config, kept)
-                for shard, records_of_shard in enumerate(shards):
-                    stage.write(shard, records_of_shard)
+                for shard, part in enumerate(shards):
+                    stage.write(shard, part)
                 total = len(kept) + sum(dropped.values())
                 stage.finish(len(shards), records=total, dropped=dropped)
         if not got:
