@@ -78,7 +78,7 @@ def _build_dataset(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
         return {_SPLIT: columns(**sides, score=dataset.scores)}
     if isinstance(dataset, sets.ClassificationSet):
         number = {label: n for n, label in enumerate(sorted(set(dataset.train.labels)))}
-        parts = {
+        parts: Any = {
             split: columns(text=part.texts, label=[number[n] for n in part.labels])
             for split, part in (("train", dataset.train), (_SPLIT, dataset.test))
         }

@@ -123,11 +123,11 @@ class _Asker:
 
     def _generate(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.Generation]:
         first = bodies[0]  # The bodies of a call differ in prompt and seed only.
-        names = ("temperature", "top_p", "max_tokens")
-        chosen = {name: first[name] for name in names} | {"stop": tuple(first["stop"])}
+        numbers = (first[name] for name in ("temperature", "top_p", "max_tokens"))
+        sampling = protocol.Sampling(*numbers, stop=tuple(first["stop"]))
         prompts = [body["prompt"] for body in bodies]
         seeds = [body["seed"] for body in bodies]
-        completions = self._model.complete(prompts, seeds, protocol.Sampling(**chosen))
+        completions = self._model.complete(prompts, seeds, sampling)
         return [
             protocol.Generation(text, is_cut, self._usage(prompt, num_tokens))
             for prompt, (text, is_cut, num_tokens) in zip(

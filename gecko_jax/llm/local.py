@@ -239,7 +239,8 @@ class LocalModel:
                 self.config,
                 self.tokenizer,
                 *self._read_rows(batch, requests),
-                *jax.device_put((lengths, keys), self._rows),
+                jax.device_put(lengths, self._rows),
+                jax.device_put(keys, self._rows),
                 sampling,
                 len(batch.requests),
             )
