@@ -22,7 +22,8 @@ _BYTES = {
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
 
-# Instructions that only name or arrange arrays: no memory traffic.
+# Instructions without traffic of their own. What a loop, a call or a branch does counts
+# where its computation is walked.
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
     "conditional", "call", "after-all", "opt-barrier", "iota", "partition-id",
@@ -49,6 +50,13 @@ class Instruction(NamedTuple):
     def called(self, attribute: str) -> str:
         """Returns the computation in an attribute such as `body`; "" if not there."""
         return self.find(rf"\b{attribute}=%?([\w.\-]+)")
+
+    def branches(self) -> list[str]:
+        """Returns the computations of a conditional."""
+        branches = self.find(r"branch_computations=\{([^}]*)\}")
+        if branches:
+            return [name.strip().lstrip("%") for name in branches.split(",")]
+        return [self.called(f"{value}_computation") for value in ("true", "false")]
 
     @property
     def path(self) -> str:
@@ -134,7 +142,11 @@ class Program:
                 attributes = ("calls", "called_computations=\\{", "to_apply")
             elif one.opcode == "call":
                 attributes = ("to_apply",)
-            for called in map(one.called, attributes):
+            inner = [*map(one.called, attributes)]
+            if one.opcode == "conditional":
+                # Which branch runs is unknown: all count, which is an upper bound.
+                inner += one.branches()
+            for called in inner:
                 if called in self._computations:
                     yield from self._walk(
                         called, fusions=fusions, times=inner_times, loops=inner_loops
@@ -150,7 +162,7 @@ class Program:
             read = shape_bytes(result) if shape_bytes(shapes[0], in_main=True) else 0
             return read + shape_bytes(result, in_main=True)
         if one.opcode == "copy-start":
-            # The shape is (result, operand, context).
+            # The shape lists result, operand and context: the bytes written and read.
             return shape_bytes(one.shape, in_main=True)
         if one.opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * shape_bytes(one.shape, in_main=True)

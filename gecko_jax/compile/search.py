@@ -32,7 +32,7 @@ _REMAT = ("full", "dots", "none")
 _TENSOR = (1, 2)
 _ROWS = (1, 2, 4, 8, 16, 32)  # per device and microbatch
 
-# Groups of config keys that do not change the compiled step.
+# Prefixes of the config keys that do not change the compiled step.
 _NOT_COMPILED = ("init.", "checkpoint.", "evaluation.", "data.cache_dir", "data.files")
 
 
