@@ -49,21 +49,12 @@ _POOLINGS = {"mean": "mean", "lasttoken": "last"}
 _OTHER_PASSAGE_PROMPTS = ("passage", "corpus")
 
 # Settings of the Transformer module; the first file that exists counts.
-_SETTINGS = [
-    f"sentence_{name}_config.json"
-    for name in (
-        *("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta"),
-        "xlnet",
-    )
-]
-
-
-def _only(*values: Any) -> field_rules.Kind:
-    return field_rules.optional(field_rules.one_of(*values))
-
+_ENCODERS = "bert roberta distilbert camembert albert xlm-roberta xlnet"
+_SETTINGS = [f"sentence_{name}_config.json" for name in _ENCODERS.split()]
 
 # What Gecko computes. All other settings change no embedding.
 _REMEDY = "Gecko computes nothing else, take another model"
+_only = field_rules.only
 _LENGTH = field_rules.optional(field_rules.integer(8, 2**20))
 _TRANSFORMER = {
     "max_seq_length": _LENGTH,
@@ -134,11 +125,7 @@ class Modules:
 
 
 def read_modules(folder: pathlib.Path) -> Modules:
-    """Reads the modules and refuses those that Gecko does not compute.
-
-    Raises:
-        ValueError: Names the module and the permitted settings.
-    """
+    """Reads the modules; raises ValueError for those that Gecko does not compute."""
     folders = _read_folders(folder)
     [encoder], [pooling] = folders["Transformer"], folders["Pooling"]
     dense = tuple(folders.get("Dense", ()))
@@ -241,14 +228,13 @@ def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
             f"{path}: the modules are {', '.join(kinds)}; Gecko computes "
             f"{', '.join(_ORDERS[-1])}, with or without the last two, or with two Dense"
         )
-    for place in places:
+    folders: dict[str, list[pathlib.Path]] = {}
+    for kind, place in zip(kinds, places, strict=True):
         if place.is_absolute() or ".." in place.parts:
             raise ValueError(
                 f"{path}: names the folder {str(place)!r}, outside its own; do not "
                 "use this model"
             )
-    folders: dict[str, list[pathlib.Path]] = {}
-    for kind, place in zip(kinds, places, strict=True):
         folders.setdefault(kind, []).append(writing.inside(folder, str(place)))
     return folders
 
@@ -262,8 +248,7 @@ def _read_pooling(path: pathlib.Path) -> str:
         for key, value in values.items()
         if key.startswith("pooling_mode_") and value
     ]
-    if not isinstance(modes, list):
-        modes = [modes]
+    modes = modes if isinstance(modes, list) else [modes]
     modes = modes or ["mean"]
     if len(modes) > 1 or str(modes[0]) not in _POOLINGS:
         raise ValueError(
@@ -313,7 +298,7 @@ def tokenizer_length(encoder: pathlib.Path) -> int | None:
     length = values.get("model_max_length")
     if length is None:
         return None
-    if isinstance(length, bool) or not isinstance(length, int | float) or length < 8:
+    if type(length) not in (int, float) or length < 8:
         raise ValueError(
             f"{path}: model_max_length={length!r}: must be at least 8 tokens"
         )

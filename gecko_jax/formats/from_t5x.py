@@ -15,10 +15,11 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from gecko_jax.formats import kvstores, msgpack_files, names, source_files, tensors
 from gecko_jax.io import reading
@@ -40,12 +41,7 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The encoder of a checkpoint.
-
-    Attributes:
-        params: Parameters of the encoder by T5X name; read later.
-        step: Number of optimizer updates, as the checkpoint says.
-    """
+    """Parameters of an encoder by T5X name, read later, and its number of updates."""
 
     params: dict[str, tensors.Tensor]
     step: int
@@ -70,12 +66,7 @@ def tensorflow_error(path: str) -> ValueError:
 
 
 def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
-    """Opens the encoder of the checkpoint in a folder.
-
-    Args:
-        folder: `checkpoint_N`, or the folder that holds a bare file.
-        file: Name of the msgpack tree of the legacy form.
-    """
+    """Opens the encoder of the checkpoint in a folder, which may be a bare `file`."""
     is_orbax = folder.has("_METADATA") or not folder.has(file)
     leaves, parts, step = (
         _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
@@ -137,7 +128,8 @@ def infer_config(
             "missing, copy it again"
         )
     is_gated = "encoder/layers_0/mlp/wi_0/kernel" in params
-    config = dual_encoder.EncoderConfig(
+    projection = params.get(names.PROJECTION)
+    return dual_encoder.EncoderConfig(
         vocab_size=embedding[0],
         model_dim=embedding[1],
         num_layers=num_layers,
@@ -148,16 +140,9 @@ def infer_config(
         mlp_activations=("gelu", "linear") if is_gated else ("relu",),
         shared_relative_bias=is_shared,
         relpos_num_buckets=bias[1],
-        embedding_dim=embedding[1],
-        projection=False,
-    )
-    if names.PROJECTION not in params:
-        return config
-    return dataclasses.replace(
-        config,
-        embedding_dim=params[names.PROJECTION].shape[-1],
-        projection=True,
-        l2_epsilon=_RETRIEVAL_L2_EPSILON,
+        embedding_dim=projection.shape[-1] if projection else embedding[1],
+        projection=projection is not None,
+        **({"l2_epsilon": _RETRIEVAL_L2_EPSILON} if projection else {}),
     )
 
 
@@ -193,7 +178,10 @@ def _open_legacy(
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     parts = target if isinstance(target, dict) else {}
     parts = {key: value for key, value in parts.items() if key in _PARTS}
-    has_placeholder = _holds_placeholder(parts)
+    # A TensorStore spec is a dict itself.
+    flat = traverse_util.flatten_dict(parts, is_leaf=lambda _, tree: "kvstore" in tree)
+    strings = [leaf for leaf in flat.values() if isinstance(leaf, str)]
+    has_placeholder = any(leaf.startswith(_PLACEHOLDER) for leaf in strings)
     if not parts:  # Early Orbax wrote trees of several layouts.
         has_placeholder = _PLACEHOLDER.encode() in (folder.read(file, 2**26) or b"")
     if has_placeholder:
@@ -203,10 +191,10 @@ def _open_legacy(
             f"{source}: a msgpack tree, but not T5X's: no optimizer/target among "
             f"{', '.join(sorted(tree))[:200] or 'no keys'}"
         )
-    leaves = {
-        name: _open_leaf(folder, source, name, leaf)
-        for name, leaf in _flatten_specs(source, parts).items()
-    }
+    leaves = {}
+    for path, leaf in flat.items():
+        name = _join_names(source, path)
+        leaves[name] = _open_leaf(folder, source, name, leaf)
     return leaves, set(target), _read_step(optimizer)
 
 
@@ -238,12 +226,6 @@ def _as_step(array: tensors.Tensor) -> int | None:
     return max(0, int(array.read().reshape(-1)[0]))
 
 
-def _holds_placeholder(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return any(map(_holds_placeholder, tree.values()))
-    return isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
-
-
 def _early_orbax(folder: kvstores.Folder) -> ValueError:
     return ValueError(
         f"{folder.path}: written by an early Orbax ({_PLACEHOLDER} entries), which "
@@ -251,29 +233,19 @@ def _early_orbax(folder: kvstores.Folder) -> ValueError:
     )
 
 
-def _flatten_specs(
-    source: str, tree: Mapping[str, Any], prefix: str = ""
-) -> dict[str, Any]:
-    """Flattens a tree of arrays and TensorStore specs, which are dicts themselves."""
-    flat = {}
-    for key, value in tree.items():
-        _check_name(source, prefix, key)
-        if isinstance(value, dict) and "kvstore" not in value:
-            flat |= _flatten_specs(source, value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text)) and text not in (".", "..")
 
 
-def _check_name(source: str, prefix: str, key: str) -> None:
-    if not _is_name(key):
-        raise source_files.damaged(
-            source, f"{key[:80]!r} under {prefix or 'target'!r} is not a parameter name"
-        )
+def _join_names(source: str, path: Iterable[str]) -> str:
+    """Returns the name of the parameter at a path of keys, which it checks."""
+    name = ""
+    for key in path:
+        if not _is_name(key):
+            problem = f"{key[:80]!r} under {name or 'target'!r} is not a parameter name"
+            raise source_files.damaged(source, problem)
+        name += f"/{key}" if name else key
+    return name
 
 
 def _open_leaf(
@@ -331,10 +303,8 @@ def _open_orbax(
             continue
         parts.add(key[1])
         if key[1] in _PARTS:
-            for part in path:
-                _check_name(f"{state.path}/_METADATA", "/".join(key[:-1]), part)
-            array = stored.open_array(".".join(path))
-            params["/".join(key[1:])] = array.as_weights()
+            name = _join_names(f"{state.path}/_METADATA", key[1:])
+            params[name] = stored.open_array(".".join(path)).as_weights()
     step = None
     for key in (("state", "step"), ("step",)):
         name = ".".join(placed.get(key, ()))

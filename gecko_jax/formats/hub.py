@@ -20,10 +20,8 @@ _NAME = r"[\w.-]+/[\w.-]+"
 def download(source: str) -> pathlib.Path:
     """Downloads a model, unless it is in the hub's cache, and returns its folder.
 
-    Raises:
-        ValueError: The source is not a hub name, there is no such model, or the hub
-            cannot be reached.
-        ImportError: huggingface_hub is missing.
+    Raises ValueError if the source is not a hub name, there is no such model, or the
+    hub cannot be reached.
     """
     match = re.fullmatch(rf"(?:hf://)?({_NAME})(?:@([\w./-]+))?", source)
     # `runs/fintune` next to a folder `runs/finetune` is a typo, not a hub name.
@@ -68,10 +66,8 @@ def download(source: str) -> pathlib.Path:
 def check_upload(repo_id: str) -> None:
     """Checks the name, the login and the network, before a model is exported.
 
-    Raises:
-        ValueError: The name is not a repository name.
-        OSError: There is no login, or the hub cannot be reached.
-        ImportError: huggingface_hub is missing.
+    Raises ValueError if the name is not a repository name, and OSError if there is no
+    login or the hub cannot be reached.
     """
     if not re.fullmatch(_NAME, repo_id, re.ASCII):
         raise ValueError(
@@ -89,13 +85,10 @@ def check_upload(repo_id: str) -> None:
 
 
 def upload(folder: pathlib.Path, repo_id: str) -> str:
-    """Uploads a folder in one commit, and creates the repository if it is missing.
+    """Uploads a folder in one commit, and returns the URL of the repository.
 
-    Returns:
-        The URL of the repository.
-
-    Raises:
-        OSError: The upload failed. The folder stays.
+    A missing repository is created. Raises OSError if the upload failed; the folder
+    stays.
     """
     hub = _import_hub("uploading")
     try:

@@ -125,11 +125,9 @@ def open_hugging_face(
 ) -> model_folder.ModelFiles:
     """Opens a Hugging Face or sentence-transformers folder.
 
-    Args:
-        folder: The folder.
-        vocab: Vocabulary that the user named; None reads the folder's.
-        has_modules: Whether the folder has the modules of sentence-transformers.
-        is_length_given: Whether the user set both lengths.
+    `vocab` is the vocabulary that the user named; None reads the folder's.
+    `has_modules` tells whether the folder has the modules of sentence-transformers, and
+    `is_length_given` whether the user set both lengths.
     """
     from_hugging_face.refuse_adapter(folder)
     if has_modules and (folder / model_folder.MODEL_JSON).exists():

@@ -57,13 +57,9 @@ _RULES = {
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """Reads and checks `gecko.json`.
+    """Reads and checks `gecko.json`; raises ValueError that lists all problems.
 
-    Returns:
-        The values; `model`, `text_format` and `added_tokens` as their dataclasses.
-
-    Raises:
-        ValueError: The file is missing or damaged; lists all problems.
+    `model`, `text_format` and `added_tokens` are returned as their dataclasses.
     """
     path = writing.member(folder, NAME)
     try:

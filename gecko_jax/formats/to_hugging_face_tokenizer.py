@@ -95,8 +95,7 @@ def write_tokenizer(
 def build_tokenizer(vocab: vocabularies.Vocabulary) -> dict[str, Any]:
     """Returns the contents of `tokenizer.json`.
 
-    Raises:
-        ValueError: The vocabulary is not a unigram model.
+    Raises ValueError if the vocabulary is not a unigram model.
     """
     proto = vocabularies.parse_proto(vocab.full_proto)
     spec = proto.trainer_spec

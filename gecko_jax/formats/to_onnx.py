@@ -161,14 +161,10 @@ class _Graph:
         self._names: dict[Any, str] = {}
 
     def op(self, name: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
-        """Adds a node.
+        """Adds a node of the operator `name`, and returns the name of its value.
 
-        Args:
-            name: Operator.
-            *inputs: Names of values, or constants: a float, an int, or a tuple of ints
-                for a shape or axes.
-            output: Name of the value; "" for a new one.
-            **attributes: Attributes of the operator.
+        Inputs are names of values, or constants: a float, an int, or a tuple of ints
+        for a shape or axes. `output` is the name of the value; "" for a new one.
         """
         from onnx import helper
 

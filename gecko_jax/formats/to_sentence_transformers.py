@@ -159,8 +159,7 @@ def _build_contents(
 def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
     """Returns the prompt of each task, and those of other queries and documents.
 
-    Raises:
-        ValueError: The format writes something after the text.
+    Raises ValueError if the format writes something after the text.
     """
     if text_format.has_only_prompts:
         return dict(text_format.prompts)
@@ -195,10 +194,8 @@ def build_config(
 ) -> dict[str, Any]:
     """Returns Hugging Face's `config.json` of the encoder.
 
-    vLLM reads `matryoshka_dimensions`.
-
-    Raises:
-        ValueError: transformers does not have this encoder.
+    vLLM reads `matryoshka_dimensions`. Raises ValueError if transformers does not have
+    this encoder.
     """
     config = model_files.encoder_config
     if config.family == "t5":

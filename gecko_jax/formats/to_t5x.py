@@ -29,8 +29,7 @@ _COMPRESSOR = {"id": "gzip", "level": 1}
 def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
     """Writes a complete checkpoint or none; an earlier export is replaced.
 
-    Raises:
-        ValueError: The folder contains other files, or the encoder is not a T5.
+    Raises ValueError if the folder contains other files, or the encoder is not a T5.
     """
     from flax import serialization
 

@@ -93,6 +93,11 @@ def nullable(kind: Kind) -> Kind:
     return Kind(f"{kind.name} or null", lambda v: v is None or kind.holds(v))
 
 
+def only(*values: Any) -> Kind:
+    """One of some values, absent or null."""
+    return optional(one_of(*values))
+
+
 def list_of(kind: Kind, least: int = 0) -> Kind:
     """Lists of at least `least` values of one kind."""
     return Kind(
