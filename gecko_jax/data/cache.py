@@ -55,10 +55,8 @@ _VERSION = 1
 def summarize_source(path: str, cache_dir: pathlib.Path) -> tuple[str, dict[str, int]]:
     """Returns a source file's checksum, and the number of examples of each task.
 
-    A file is read and checked once; later calls only compare its checksum.
-
-    Raises:
-        ValueError: The file is missing, empty or has an invalid line.
+    A file is read and checked once; later calls only compare its checksum. Raises
+    ValueError if the file is missing, empty or has an invalid line.
     """
     try:
         digest = reading.sha256(path)
@@ -182,8 +180,7 @@ def _write_records(
 ) -> tuple[int, int]:
     """Writes the records.
 
-    Returns:
-        The number that can be read back, and the number of examples with a score.
+    Returns the number that can be read back, and the number of examples with a score.
     """
     module = _array_record()
     writer = module.ArrayRecordWriter(str(path), "group_size:1")

@@ -116,16 +116,10 @@ def convert(
     shape: Shape,
     choices: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Builds the model features of a batch.
+    """Builds the features of a batch that `pipeline` lists, but no task or teacher.
 
-    Args:
-        examples: The examples of the step, in order.
-        shape: Sizes of the batch.
-        choices: Indices of the negatives that each example uses, at most G; by default
-            the first G. Missing negatives are masked.
-
-    Returns:
-        The features listed in `pipeline`, except `task_index` and the teacher's.
+    `choices` has the indices of the negatives that each example uses, at most G; by
+    default the first G. Missing negatives are masked.
     """
     size, num = len(examples), shape.num_negatives
     if choices is None:

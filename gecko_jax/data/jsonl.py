@@ -86,8 +86,7 @@ class Pair:
 def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pair]:
     """Yields the examples of a file, of one task or of all.
 
-    Raises:
-        ValueError: The file or a line of it is invalid.
+    Raises ValueError if the file or a line of it is invalid.
     """
     for _, _, pair in read_lines(path):
         if task is None or pair.task == task:
@@ -104,8 +103,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], P
 def count_examples(path: str | os.PathLike) -> dict[str, int]:
     """Checks every line of a file, and returns the number of examples of each task.
 
-    Raises:
-        ValueError: The file or a line of it is invalid, or the file has no lines.
+    Raises ValueError if the file or a line of it is invalid, or the file has no lines.
     """
     examples = collections.Counter(pair.task for pair in read_pairs(path))
     if not examples:

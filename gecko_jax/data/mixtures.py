@@ -34,8 +34,7 @@ class Mixture:
     def rates(self, names: Sequence[str], sizes: Sequence[int]) -> list[float]:
         """Returns the rate of each task, not normalized.
 
-        Raises:
-            ValueError: The temperature or a rate is not a number above 0.
+        Raises ValueError if the temperature or a rate is not a number above 0.
         """
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature}: must be above 0")
@@ -98,8 +97,7 @@ def resolve(
 ) -> tuple[tuple[task_table.Task, ...], Mixture]:
     """Returns the tasks of a mixture, or the task of that name, with their files.
 
-    Raises:
-        ValueError: The name is unknown, or sets are not prepared.
+    Raises ValueError if the name is unknown, or sets are not prepared.
     """
     rows, drawn = describe(mixture)
     tasks = tuple(locate(row, prepared_dir) for row in rows)

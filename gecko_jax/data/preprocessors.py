@@ -36,8 +36,7 @@ Preprocessor = Callable[[Iterable[Record]], Iterator[dict[str, Any] | Drop]]
 def field(record: Record, name: str) -> Any:
     """Returns a field of a source's record.
 
-    Raises:
-        ValueError: The field is missing, so the source has another schema.
+    Raises ValueError if the field is missing, so the source has another schema.
     """
     if name not in record:
         raise ValueError(

@@ -46,10 +46,8 @@ def register(
     """Registers a mixture or task of the table under its own name, for use by seqio.
 
     Training does not need this: it registers tasks under names that also depend on the
-    format and the vocabulary. Repeated calls with one name have no effect.
-
-    Returns:
-        The seqio Mixture or Task.
+    format and the vocabulary. Repeated calls with one name have no effect. Returns the
+    seqio Mixture or Task.
     """
     seqio = load_seqio()
     tasks, drawn = mixtures.resolve(mixture, prepared_dir)
@@ -90,11 +88,8 @@ class Registered:
 def describe(provider: Any) -> Registered:
     """Returns the text format and vocabulary of registered tasks.
 
-    Args:
-        provider: A seqio Task or Mixture that `register` returned, or its name.
-
-    Raises:
-        ValueError: A task is not from this module, or two tasks do not agree.
+    `provider` is a seqio Task or Mixture that `register` returned, or its name. Raises
+    ValueError if a task is not from this module, or two tasks do not agree.
     """
     seqio = load_seqio()
     if isinstance(provider, str):
@@ -240,12 +235,7 @@ def _source_class() -> Any:
     import tensorflow as tf
 
     class JsonlSource(seqio.DataSource):
-        """The formatted examples of a task, in the order of its files and lines.
-
-        Attributes:
-            text_format: How the task's texts are written.
-            vocabulary: The task's vocabulary.
-        """
+        """The formatted examples of a task, in the order of its files and lines."""
 
         def __init__(
             self,

@@ -45,8 +45,7 @@ def find(
 ) -> pathlib.Path | None:
     """Returns the folder of the task's finished cache, or None.
 
-    Raises:
-        ValueError: The cache is half-written or lacks files.
+    Raises ValueError if the cache is half-written or lacks files.
     """
     path = folder(task, key, cache_dir)
     if not path.exists():
@@ -73,9 +72,7 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
 def read(path: pathlib.Path, scores: bool = False) -> Any:
     """Returns the examples of a finished cache as a dataset, like the task's own.
 
-    Args:
-        path: Folder of the cache.
-        scores: Whether the task keeps scores.
+    `scores` tells whether the task keeps scores.
     """
     seqio = load_seqio()
     import tensorflow as tf
@@ -122,15 +119,9 @@ def write(
     """Tokenizes a task with Apache Beam, unless its finished cache exists.
 
     Every worker reads the file of the vocabulary. The options are Apache Beam's, such
-    as "--runner=DirectRunner".
-
-    Returns:
-        The folder, and seqio's statistics: examples, tokens and longest text of each
-        feature.
-
-    Raises:
-        ImportError: Apache Beam is not installed.
-        ValueError: A half-written cache is in the way.
+    as "--runner=DirectRunner". Returns the folder, and seqio's statistics: examples,
+    tokens and longest text of each feature. Raises ValueError if a half-written cache
+    is in the way.
     """
     beam, beam_utils = load_beam()
     seqio = load_seqio()
@@ -192,11 +183,7 @@ def _build(
 
 
 def load_beam() -> tuple[Any, Any]:
-    """Returns Apache Beam and seqio's transforms for it.
-
-    Raises:
-        ImportError: Apache Beam is not installed.
-    """
+    """Returns Apache Beam and seqio's transforms for it."""
     try:
         import apache_beam
     except ModuleNotFoundError:

@@ -17,8 +17,7 @@ from gecko_jax.text import json_vocabularies, vocabularies
 def wrap(vocabulary: vocabularies.Vocabulary) -> Any:
     """Returns the seqio Vocabulary of one from `vocabularies.load`.
 
-    Raises:
-        ValueError: The file, which seqio reads again, has changed.
+    Raises ValueError if the file, which seqio reads again, has changed.
     """
     if isinstance(vocabulary, json_vocabularies.JsonVocabulary):
         return _json_class()(vocabulary)

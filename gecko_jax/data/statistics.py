@@ -126,9 +126,7 @@ def collect(
     """Reads all lines of the tasks, and tokenizes at most `sample` of each.
 
     The tasks' descriptions complete `text_format`, and `drawn` gives their rates.
-
-    Raises:
-        ValueError: A line is invalid, or a task has none.
+    Raises ValueError if a line is invalid, or a task has none.
     """
     text_format = formatting.complete_text_format(text_format, tasks, vocabulary)
     lines = {task.name: _Lines(task.name) for task in tasks}

@@ -315,8 +315,7 @@ TASKS: tuple[Task, ...] = (
 def vocabulary_path(name: str) -> str:
     """Returns the file of `data.vocabulary`.
 
-    Args:
-        name: A path, "quickstart", or the name of a model (`pretrained.find`).
+    `name` is a path, "quickstart", or the name of a model (`pretrained.find`).
     """
     if name == "quickstart":
         return str(QUICKSTART_VOCABULARY)
@@ -329,12 +328,10 @@ def from_files(
     examples: Sequence[Mapping[str, int]],
     text_format: text_formats.TextFormat,
 ) -> tuple[Task, ...]:
-    """Returns a task for each value of the field `task` in the files.
+    """Returns a task for each value of the field `task` in JSONL files.
 
-    Args:
-        files: JSONL files.
-        examples: Task -> number of its examples, for each file.
-        text_format: Has the descriptions of the tasks; by default the name of the task.
+    `examples` has the number of each task's examples for each file. `text_format` has
+    the descriptions of the tasks; by default, a task's name describes it.
     """
     sizes: dict[str, int] = {}
     for counts in examples:
@@ -370,12 +367,8 @@ def read_lines(
 ) -> Iterator[tuple[Task, str, jsonl.Pair]]:
     """Yields (task, place, example) of all lines of tasks; reads each file once.
 
-    Args:
-        tasks: Tasks with their files.
-        description: Verb of the progress bar.
-
-    Raises:
-        ValueError: A line is invalid.
+    `description` is the verb of the progress bar. Raises ValueError if a line is
+    invalid.
     """
     for path in dict.fromkeys(path for task in tasks for path in task.files):
         tasks_here = {task.source_task: task for task in tasks if path in task.files}

@@ -73,8 +73,7 @@ def keys_of(
 def list_texts(paths: Sequence[str | os.PathLike]) -> Iterator[Text]:
     """Yields each text of JSONL files once for each side and task.
 
-    Raises:
-        ValueError: A file or a line of it is invalid.
+    Raises ValueError if a file or a line of it is invalid.
     """
     seen: set[int] = set()
     for path in paths:
@@ -92,14 +91,10 @@ def list_texts(paths: Sequence[str | os.PathLike]) -> Iterator[Text]:
 def read_vectors(
     path: str | os.PathLike, texts: Sequence[Text]
 ) -> Iterator[Float[np.ndarray, "_ T"]]:
-    """Yields the vectors of texts in their order, in blocks.
+    """Yields the vectors of texts from `list_texts`, in their order, in blocks.
 
-    Args:
-        path: An .npy with a row for each text, or JSON lines with `_id` and `vector`.
-        texts: The texts, from `list_texts`.
-
-    Raises:
-        ValueError: The file does not fit the texts.
+    `path` is an .npy with a row for each text, or JSON lines with `_id` and `vector`.
+    Raises ValueError if the file does not fit the texts.
     """
     reading.check_is_file(path)
     if str(path).endswith(".npy"):
@@ -156,7 +151,7 @@ def write(
     made_by: str,
     dim: int = 0,
 ) -> dict[str, Any]:
-    """Writes the folder, whole or not at all.
+    """Writes the folder, whole or not at all, and returns the content of its JSON file.
 
     Args:
         folder: The folder; an earlier one is replaced.
@@ -165,9 +160,6 @@ def write(
         made_by: Name of the teacher, for messages.
         dim: Width to project to, on the leading right singular vectors, which preserve
             the inner products best; 0 keeps all dims.
-
-    Returns:
-        The content of the folder's JSON file.
 
     Raises:
         ValueError: There are too few or too many vectors, or one is zero or not finite.
@@ -255,14 +247,10 @@ class Teacher:
     """
 
     def __init__(self, folder: str | os.PathLike, dim: int):
-        """Maps the folder into memory.
+        """Maps a folder that `write` wrote into memory.
 
-        Args:
-            folder: A folder that `write` wrote.
-            dim: Expected width of the vectors.
-
-        Raises:
-            ValueError: The folder is missing, damaged, or of another width.
+        Raises ValueError if the folder is missing, damaged, or its vectors have another
+        width than `dim`.
         """
         path = self._folder = pathlib.Path(folder)
         try:

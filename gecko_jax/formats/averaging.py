@@ -231,11 +231,9 @@ def _provenance(
     Config and start are those of the inputs if these are equal.
     """
     provenance: dict[str, Any] = {"average": {"method": method, "models": list(inputs)}}
-    tasks = {}
     for files in models:
-        tasks |= files.provenance.get("tasks") or {}
-    if tasks:
-        provenance["tasks"] = tasks
+        if tasks := files.provenance.get("tasks"):
+            provenance["tasks"] = provenance.get("tasks", {}) | tasks
     for key in ("config", "started_from"):
         first, *others = [files.provenance.get(key) for files in models]
         if first and all(value == first for value in others):

@@ -62,8 +62,8 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     `model`, `text_format` and `added_tokens` are returned as their dataclasses.
     """
     path = writing.member(folder, NAME)
+    remedy = "the file is damaged, copy it again"
     try:
-        remedy = "the file is damaged, copy it again"
         values = reading.read_object(path, {}, remedy=remedy)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
@@ -107,13 +107,17 @@ def _convert(values: dict[str, Any]) -> list[str]:
         # Such as "__init__() got an unexpected keyword argument 'x'".
         return [str(error)]
     values["mrl_dims"] = tuple(values["mrl_dims"])
+    width, rows, extra_ids = (
+        config.embedding_dim,
+        config.vocab_size,
+        values["extra_ids"],
+    )
     problems = []
-    if max(values["mrl_dims"]) > config.embedding_dim:
-        limit = f"model.embedding_dim={config.embedding_dim}"
-        problems.append(f"mrl_dims: none may exceed {limit}")
-    if values["extra_ids"] > config.vocab_size:
-        limit = f"model.vocab_size={config.vocab_size}"
-        problems.append(f"extra_ids={values['extra_ids']}: must not exceed {limit}")
+    if max(values["mrl_dims"]) > width:
+        problems.append(f"mrl_dims: none may exceed model.embedding_dim={width}")
+    if extra_ids > rows:
+        limit = f"must not exceed model.vocab_size={rows}"
+        problems.append(f"extra_ids={extra_ids}: {limit}")
     return problems
 
 

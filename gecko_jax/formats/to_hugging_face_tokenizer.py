@@ -43,9 +43,7 @@ _SPACE = "▁"  # SentencePiece's mark of a space.
 
 # Files that `write_tokenizer` writes.
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     "spiece.model",
 )
 
@@ -178,14 +176,13 @@ def _scored_pieces(
     """
     types = proto.SentencePiece
     matchable = (types.NORMAL, types.USER_DEFINED, types.UNUSED)
-    names = [
-        p.piece.replace("<", " ") if p.type in matchable else p.piece
-        for p in proto.pieces
-    ]
-    for token in vocab.added_tokens:
-        if token.id < len(names):
-            names[token.id] = token.content
-    return [(name, p.score) for name, p in zip(names, proto.pieces, strict=True)]
+    added = {token.id: token.content for token in vocab.added_tokens}
+
+    def name(number: int, piece: Any) -> str:
+        own = piece.piece.replace("<", " ") if piece.type in matchable else piece.piece
+        return added.get(number, own)
+
+    return [(name(n, piece), piece.score) for n, piece in enumerate(proto.pieces)]
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:

@@ -88,9 +88,8 @@ def save(
     with writing.write_folder(path) as folder:
         for name, values in contents.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(
-                json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            )
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text)
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         safetensors_files.write(folder, encoder)
         weights = safetensors_files.names(folder)
@@ -167,25 +166,23 @@ def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
         **text_format.task_descriptions,
         text_formats.QUERY_PROMPT: text_format.describe(text_formats.DEFAULT_TASK),
     }
+    query, passage = _prefix(text_format.query), _prefix(text_format.passage)
     prompts = {
-        task: _prefix(text_format.query, task_description=description)
+        task: query.replace("{task_description}", description)
         for task, description in descriptions.items()
     }
-    prompts[text_formats.DOCUMENT_PROMPT] = _prefix(
-        text_format.passage, title=text_format.no_title
-    )
+    document = passage.replace("{title}", text_format.no_title)
+    prompts[text_formats.DOCUMENT_PROMPT] = document
     return prompts | dict(text_format.prompts)
 
 
-def _prefix(template: str, **fields: str) -> str:
+def _prefix(template: str) -> str:
     prefix, _, suffix = template.partition("{text}")
     if suffix.strip():
         raise ValueError(
             f"text format {template!r}: sentence-transformers can only write before a "
             "text, not after it; use a format that ends in {text}"
         )
-    for name, value in fields.items():
-        prefix = prefix.replace("{" + name + "}", value)
     return prefix
 
 
@@ -223,13 +220,11 @@ def _build_t5_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
     # In transformers, "gated-gelu" means gelu_new.
     gated = "gated-gelu" if activation == "gelu" else f"gated-{act}"
     is_shared = config.shared_relative_bias
+    sizes = names.HUGGING_FACE_SIZES.items()
     return {
         "architectures": ["T5EncoderModel" if is_shared else "UMT5EncoderModel"],
         "model_type": "t5" if is_shared else "umt5",
-        **{
-            name: getattr(config, ours)
-            for name, ours in names.HUGGING_FACE_SIZES.items()
-        },
+        **{name: getattr(config, ours) for name, ours in sizes},
         "num_decoder_layers": config.num_layers,
         "feed_forward_proj": gated if gate else act,
         "dense_act_fn": act,
