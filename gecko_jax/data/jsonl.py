@@ -173,12 +173,10 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         _text(place, {name: value}, name, default="")
         for name, value in _list(place, record, "negative_titles", len(negatives))
     ]
+    ids = _list(place, record, "negative_ids", len(negatives))
     given_ids = (
         _given_id(place, "passage_id", record.get("passage_id")),
-        *(
-            _given_id(place, "negative_ids", value)
-            for _, value in _list(place, record, "negative_ids", len(negatives))
-        ),
+        *(_given_id(place, "negative_ids", value) for _, value in ids),
     )
     query_id = _given_id(place, "query_id", record.get("query_id"))
     # Hashes of query ids and of passage ids never collide.
@@ -231,7 +229,7 @@ def _scores(
     scores: list[float | None] = []
     length = num_positives + num_negatives
     for name, value in _list(place, record, "scores", length, "positive and negative"):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = type(value) in (int, float)
         if value is not None and not (is_number and abs(value) < _MOST):
             raise ValueError(
                 f"{place}: field {name!r} is {value!r}; it must be a finite number, or "
@@ -283,11 +281,11 @@ def _list(
 
 
 def _group(place: str, value: Any) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value not in _INT32:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or value not in _INT32:
         raise ValueError(
             f"{place}: field 'negative_group' is {value!r}; it must be a whole number "
             "of at most 32 bits"

@@ -61,12 +61,7 @@ _MIRACL = tuple(t.name for t in task_table.TASKS if t.name.startswith("miracl_")
 
 MIXTURES: Mapping[str, Mixture] = {
     "quickstart": Mixture(
-        (
-            "quickstart_docs",
-            "quickstart_wordnet",
-            "quickstart_code",
-            "quickstart_term",
-        )
+        ("quickstart_docs", "quickstart_wordnet", "quickstart_code", "quickstart_term")
     ),
     "gecko_prefinetune": Mixture(
         (
@@ -85,9 +80,7 @@ MIXTURES: Mapping[str, Mixture] = {
         ("fret", *_ACADEMIC, *_CLASSIFICATION), cap=1_000_000, temperature=2.0
     ),
     "gecko_multilingual": Mixture(
-        ("fret", *_ACADEMIC, *_CLASSIFICATION, *_MIRACL),
-        cap=1_000_000,
-        temperature=2.0,
+        ("fret", *_ACADEMIC, *_CLASSIFICATION, *_MIRACL), cap=1_000_000, temperature=2.0
     ),
 }
 

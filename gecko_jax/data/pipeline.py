@@ -54,9 +54,6 @@ _TEACHER_EXAMPLES = 200
 # Batches prepared ahead of their use.
 _AHEAD = 4
 
-# Bytes of a seed of Grain.
-_SEED_BYTES = 4
-
 
 class Batches:
     """The global batches of a mixture, by step.
@@ -224,11 +221,9 @@ class Batches:
         import grain
 
         orders = []
-        for task_index, (name, size) in enumerate(
-            zip(self.task_names, self.task_sizes, strict=True)
-        ):
+        for task_index, name in enumerate(self.task_names):
             order = (
-                grain.MapDataset.range(size)
+                grain.MapDataset.range(self.task_sizes[task_index])
                 .seed(_derive_seed(self._seed, name))
                 .shuffle()
                 .repeat()
@@ -251,8 +246,7 @@ class Batches:
         counts = np.zeros(vocab_size)
         num_texts = 0
         for task_index in range(len(self.tasks)):
-            count = _IDF_EXAMPLES // len(self.tasks)
-            for example in self.examples(task_index, count):
+            for example in self.examples(task_index, _IDF_EXAMPLES // len(self.tasks)):
                 for tokens in (example.query, example.positive):
                     counts[np.unique(tokens)] += 1
                 num_texts += 2
@@ -303,8 +297,7 @@ class Batches:
                 logging.warning(
                     "The teacher has vectors for %.0f%% of the texts of task %s; the "
                     "others are trained without it.",
-                    100 * share,
-                    name,
+                    *(100 * share, name),
                 )
 
     def _check_scores(self) -> None:
@@ -314,29 +307,23 @@ class Batches:
                 f"loss.kl_weight: no line of {', '.join(self.task_names)} has scores; "
                 "add them (docs/data.md), or set the weight to 0"
             )
-        for name, size, reader in zip(
-            self.task_names, self.task_sizes, self.readers, strict=True
-        ):
-            if reader.num_scored < size:
+        for name, reader in zip(self.task_names, self.readers, strict=True):
+            if reader.num_scored < len(reader):
                 logging.warning(
                     "%d of the %d examples of task %s have scores; the others are "
                     "trained without the KL divergence.",
-                    reader.num_scored,
-                    size,
-                    name,
+                    *(reader.num_scored, len(reader), name),
                 )
 
     def _warn_about_small_tasks(self) -> None:
-        for name, size, rate in zip(
-            self.task_names, self.task_sizes, self.rates, strict=True
-        ):
+        sizes = zip(self.task_names, self.task_sizes, self.rates, strict=True)
+        for name, size, rate in sizes:
             share = 1.0 if self._one_task_per_batch else rate
             if size < self._batch_size * share:
                 logging.warning(
                     "Task %s has %d examples, fewer than its part of a batch: some "
                     "occur twice in a batch. loss.mask_duplicates masks them.",
-                    name,
-                    size,
+                    *(name, size),
                 )
 
 
@@ -355,6 +342,6 @@ def _check_sizes(batch_size: int, shape: features.Shape, seed: int) -> None:
 
 
 def _derive_seed(seed: int, name: str) -> int:
-    """Returns a seed for a task that does not depend on the other tasks."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=_SEED_BYTES)
+    """Returns a seed of Grain for a task that does not depend on the other tasks."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4)
     return int.from_bytes(digest.digest(), "little") % (2**31)

@@ -94,11 +94,7 @@ def strip_html(markup: str) -> str:
 
 
 def pairs(
-    records: Iterable[Record],
-    *,
-    query: str,
-    positive: str,
-    is_html: bool = False,
+    records: Iterable[Record], *, query: str, positive: str, is_html: bool = False
 ) -> Iterator[dict[str, Any] | Drop]:
     """Reads query and positive from two fields.
 

@@ -74,10 +74,8 @@ def register(
 class Registered:
     """The facts about registered tasks that a checkpoint stores.
 
-    Attributes:
-        text_format: How texts are written, with the descriptions of all tasks.
-        vocabulary_proto: The serialized SentencePiece model, without sentinels.
-        extra_ids: Number of sentinels after its pieces.
+    The format has the descriptions of all tasks, and the bytes of the SentencePiece
+    model do not contain its sentinels (`extra_ids`).
     """
 
     text_format: text_formats.TextFormat
@@ -106,23 +104,18 @@ def describe(provider: Any) -> Registered:
     for task in tasks:
         descriptions |= task.source.text_format.task_descriptions
         symmetric |= dict.fromkeys(task.source.text_format.symmetric_tasks)
-    formats = [
-        dataclasses.replace(
-            task.source.text_format,
-            task_descriptions=descriptions,
-            symmetric_tasks=tuple(symmetric),
-        )
+    joint = {"task_descriptions": descriptions, "symmetric_tasks": tuple(symmetric)}
+    settings = [
+        (dataclasses.replace(task.source.text_format, **joint), task.source.vocabulary)
         for task in tasks
     ]
-    vocabulary = tasks[0].source.vocabulary
-    if any(text_format != formats[0] for text_format in formats) or any(
-        task.source.vocabulary != vocabulary for task in tasks
-    ):
+    text_format, vocabulary = settings[0]
+    if settings.count(settings[0]) < len(settings):
         raise ValueError(
             f"{provider.name}: its tasks were registered with different text formats "
             "or vocabularies; register all of them with the same"
         )
-    return Registered(formats[0], vocabulary.model_proto, vocabulary.extra_ids)
+    return Registered(text_format, vocabulary.model_proto, vocabulary.extra_ids)
 
 
 def register_task(

@@ -80,18 +80,15 @@ def read(path: pathlib.Path, scores: bool = False) -> Any:
     sequence = functools.partial(
         tf.io.FixedLenSequenceFeature, dtype=tf.int64, allow_missing=True
     )
+    lists = ("query", "positive", "negatives", "negative_lengths")
+    two_words = ("query_id", "passage_id", "place")
     source = seqio.TFExampleDataSource(
         {"train": [os.fspath(shard) for shard in _shards(path)]},
         feature_description={
-            "query": sequence([]),
-            "positive": sequence([]),
-            "negatives": sequence([]),
-            "negative_lengths": sequence([]),
+            **dict.fromkeys(lists, sequence([])),
+            **dict.fromkeys(two_words, tf.io.FixedLenFeature([2], tf.int64)),
             "negative_ids": sequence([2]),
-            "query_id": tf.io.FixedLenFeature([2], tf.int64),
-            "passage_id": tf.io.FixedLenFeature([2], tf.int64),
             "negative_group": tf.io.FixedLenFeature([], tf.int64),
-            "place": tf.io.FixedLenFeature([2], tf.int64),
             **({"scores": sequence([], dtype=tf.float32)} if scores else {}),
         },
     )
@@ -129,13 +126,8 @@ def write(
     if target is None:
         target = folder(task, key, cache_dir)
         # Each worker has a registry of its own.
-        register = functools.partial(
-            registration.register_task,
-            task,
-            text_format,
-            vocabulary,
-            task_name(task, key),
-        )
+        arguments = (task, text_format, vocabulary, task_name(task, key))
+        register = functools.partial(registration.register_task, *arguments)
         options = beam.options.pipeline_options.PipelineOptions(list(pipeline_options))
         logging.info("Caching %s in %s", task.name, target)
         with writing.write_folder(target) as temporary:

@@ -189,11 +189,8 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
     similar_ids: set[str] = set()
     for passage in text_files.read_texts(corpus, allow_empty=True):
         if passage.id in judged_ids:
-            passages[passage.id] = {
-                "docid": passage.id,
-                "title": passage.title,
-                "text": passage.text,
-            }
+            content = {"title": passage.title, "text": passage.text}
+            passages[passage.id] = {"docid": passage.id, **content}
         elif passage.id in other_spellings:
             similar_ids.add(passage.id)
     for query in queries.values():

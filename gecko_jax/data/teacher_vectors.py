@@ -29,7 +29,7 @@ from gecko_jax.data import features, jsonl
 from gecko_jax.io import checksums, inputs, npy, reading, writing
 
 SETTINGS = "teacher.json"
-_ARRAYS = ("keys", "rows", "vectors")
+_ARRAYS, _DTYPES = ("keys", "rows", "vectors"), ("u8", "i8", "f2")
 _REMEDY = "make the folder again with `gecko data teach`"
 
 # Vectors in memory at once.
@@ -254,20 +254,15 @@ class Teacher:
         """
         path = self._folder = pathlib.Path(folder)
         try:
-            self.facts = checksums.read_object(
-                writing.member(path, SETTINGS),
-                {"dim": int, "sha256": str},
-                remedy=_REMEDY,
-            )
+            settings = writing.member(path, SETTINGS)
+            fields = {"dim": int, "sha256": str}
+            self.facts = checksums.read_object(settings, fields, remedy=_REMEDY)
             self.dim = self.facts["dim"]
             shapes = ((None,), (None,), (None, self.dim))
+            files = [writing.member(path, f"{name}.npy") for name in _ARRAYS]
             self._keys, self._rows, self._vectors = (
-                npy.open_array(
-                    writing.member(path, f"{name}.npy"), shape, kind, remedy=_REMEDY
-                )
-                for name, shape, kind in zip(
-                    _ARRAYS, shapes, ("u8", "i8", "f2"), strict=True
-                )
+                npy.open_array(file, shape, kind, remedy=_REMEDY)
+                for file, shape, kind in zip(files, shapes, _DTYPES, strict=True)
             )
         except FileNotFoundError:
             raise ValueError(
@@ -317,9 +312,8 @@ class Teacher:
         for example, task, chosen in zip(examples, source_tasks, choices, strict=True):
             queries.append(keys_of("query", task, example.query_id[None]))
             passages.append(keys_of("passage", task, example.passage_id[None]))
-            negatives.append(
-                keys_of("passage", task, example.negative_ids[list(chosen)])
-            )
+            ids = example.negative_ids[list(chosen)]
+            negatives.append(keys_of("passage", task, ids))
         size = len(examples)
         negative_vectors = np.zeros((size, num_negatives, self.dim), np.float16)
         if num_negatives:

@@ -37,10 +37,7 @@ def download(source: str) -> pathlib.Path:
     name, revision = match.groups()
     try:
         folder = hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=_PATTERNS,
-            ignore_patterns=_IGNORED,
+            name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
         )
     except errors.GatedRepoError as error:
         raise ValueError(

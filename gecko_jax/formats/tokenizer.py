@@ -18,12 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax.formats import (
-    added_tokens,
-    model_folder,
-    source_files,
-    tokenizer_json,
-)
+from gecko_jax.formats import added_tokens, model_folder, source_files, tokenizer_json
 from gecko_jax.io import field_rules, writing
 from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 

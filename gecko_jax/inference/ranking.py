@@ -203,10 +203,7 @@ def _english() -> tuple[frozenset[str], Any]:
 
 
 def bm25_rankings(
-    queries: Sequence[str],
-    passages: Sequence[str],
-    ids: Sequence[str],
-    k: int = 100,
+    queries: Sequence[str], passages: Sequence[str], ids: Sequence[str], k: int = 100
 ) -> list[list[str]]:
     """Returns the ids of the k best passages for each query by BM25.
 

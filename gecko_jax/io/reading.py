@@ -17,11 +17,7 @@ from gecko_jax.io import field_rules, inputs
 # Type of a field that `read_object` checks.
 Field = type | tuple[Any, ...] | field_rules.Kind
 
-_KINDS = {
-    int: field_rules.integer(1),
-    str: field_rules.TEXT,
-    dict: field_rules.OBJECT,
-}
+_KINDS = {int: field_rules.integer(1), str: field_rules.TEXT, dict: field_rules.OBJECT}
 
 # Maximum nesting of JSON; configs, the deepest of our files, have three levels.
 _MOST_NESTED = 50
