@@ -26,17 +26,11 @@ def open_index(
     paths: Sequence[str | os.PathLike],
     cache: str | os.PathLike = CACHE,
 ) -> vector_index.Index:
-    """Returns an index of the passages in some files and folders.
+    """Returns an index of the passages in some files and folders (`text.corpora`).
 
-    An interrupted build resumes after the last shard of vectors.
-
-    Args:
-        gecko: The model.
-        paths: Files and folders, see `text.corpora`.
-        cache: Folder of all cached indexes.
-
-    Raises:
-        ValueError: A path is of an unknown kind, or a line breaks a rule.
+    An interrupted build resumes after the last shard of vectors. `cache` is the folder
+    of all cached indexes. Raises ValueError if a path is of an unknown kind, or a line
+    breaks a rule.
     """
     files = corpora.find_files(paths)
     names = [str(file.absolute()) for file in files]

@@ -50,12 +50,10 @@ def of_file(path: pathlib.Path) -> str:
 
 def of_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns the field `FILES` for the named files of a folder."""
+    paths = {name: folder / name for name in sorted(names)}
     return {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            CHECKSUM: of_file(folder / name),
-        }
-        for name in sorted(names)
+        name: {"bytes": path.stat().st_size, CHECKSUM: of_file(path)}
+        for name, path in paths.items()
     }
 
 

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -168,14 +169,11 @@ def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) 
         raise ValueError(too_deep) from None
     level = [value]
     for _ in range(_MOST_NESTED):
-        containers = [part for part in level if isinstance(part, dict | list)]
-        if not containers:
+        parts = [part for part in level if isinstance(part, dict | list)]
+        if not parts:
             return value
-        level = [
-            part
-            for outer in containers
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        lists = (part.values() if isinstance(part, dict) else part for part in parts)
+        level = list(itertools.chain.from_iterable(lists))
     raise ValueError(too_deep)
 
 
