@@ -81,20 +81,18 @@ def _builder_class() -> Any:
 
         def _info(self) -> Any:
             text = tfds.features.Text()
+            features = {
+                **dict.fromkeys(_TEXTS, text),
+                **{name: tfds.features.Sequence(text) for name in _LISTS},
+                "seed": tfds.features.Scalar(np.int64),
+            }
+            digest = reading.sha256(self._export / TRIPLES)
             return self.dataset_info_from_configs(
                 description=(self._export / CARD).read_text(encoding="utf-8"),
-                features=tfds.features.FeaturesDict(
-                    {
-                        **dict.fromkeys(_TEXTS, text),
-                        **{name: tfds.features.Sequence(text) for name in _LISTS},
-                        "seed": tfds.features.Scalar(np.int64),
-                    }
-                ),
+                features=tfds.features.FeaturesDict(features),
                 supervised_keys=("query", "positive"),
                 citation=_CITATION,
-                metadata=tfds.core.MetadataDict(
-                    sha256=reading.sha256(self._export / TRIPLES)
-                ),
+                metadata=tfds.core.MetadataDict(sha256=digest),
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:

@@ -127,22 +127,15 @@ class Batches:
             "vocabulary": self.vocabulary.fingerprint,
             "tasks": {
                 name: {
-                    "rate": weight,
-                    "examples": size,
-                    "sources": list(sources),
+                    "rate": weights[n],
+                    "examples": self.task_sizes[n],
+                    "sources": list(chosen.sources[n]),
                     "format": dataclasses.asdict(
                         formatting.templates(self.text_format, name)
                     ),
-                    "cache": key,
+                    "cache": chosen.keys[n],
                 }
-                for name, weight, size, sources, key in zip(
-                    self.task_names,
-                    weights,
-                    self.task_sizes,
-                    chosen.sources,
-                    chosen.keys,
-                    strict=True,
-                )
+                for n, name in enumerate(self.task_names)
             },
         }
         # Omitted if absent, which keeps the hashes of older runs.
@@ -177,12 +170,9 @@ class Batches:
         batch = features.convert(examples, self.shape, choices)
         batch["task_index"] = np.array([task for task, _ in picks], np.int32)
         if self._teacher is not None:
-            batch |= self._teacher.features(
-                examples,
-                [self.tasks[task].source_task for task, _ in picks],
-                choices,
-                self.shape.num_negatives,
-            )
+            names = [self.tasks[task].source_task for task, _ in picks]
+            num = self.shape.num_negatives
+            batch |= self._teacher.features(examples, names, choices, num)
         return batch
 
     def iterate(

@@ -206,13 +206,11 @@ def restore(dataset: Any) -> Any:
     ragged: Any = tf.RaggedTensor  # Its type stubs lack its methods.
 
     def restore_record(record: dict[str, Any]) -> dict[str, Any]:
+        names = (*TEXTS, "negative_group")
         restored = {
             **record,
             **{name: tf.cast(record[name], tf.uint32) for name in _IDS},
-            **{
-                name: tf.cast(record[name], tf.int32)
-                for name in ("query", "positive", "negatives", "negative_group")
-            },
+            **{name: tf.cast(record[name], tf.int32) for name in names},
         }
         # Kept, because seqio pads the negatives of an example to equal length.
         lengths = restored["negative_lengths"]

@@ -82,14 +82,9 @@ def select(
         sized.append(task)
         sources.append(tuple(digest for digest, _ in summaries))
         keys.append(cache.key(task, sources[-1], text_format, vocabulary))
+    tasks = tuple(sized)
     return Selection(
-        tuple(sized),
-        drawn,
-        text_format,
-        vocabulary,
-        folder,
-        tuple(sources),
-        tuple(keys),
+        tasks, drawn, text_format, vocabulary, folder, tuple(sources), tuple(keys)
     )
 
 

@@ -31,13 +31,8 @@ _ID = field_rules.Kind(
         or (isinstance(v, str) and v.isdecimal() and len(v) < 16)
     ),
 )
-_TOKEN = {
-    "content": _CONTENT,
-    "id": _ID,
-    "special": _FLAG,
-    "single_word": _FLAG,
-    "normalized": _FLAG,
-}
+_FLAGS = dict.fromkeys(("special", "single_word", "normalized"), _FLAG)
+_TOKEN = {"content": _CONTENT, "id": _ID, **_FLAGS}
 _FILE_NAMES = {
     "tokenizer": "tokenizer.json",
     "config": "tokenizer_config.json",
@@ -91,17 +86,15 @@ def read_listed(files: Files) -> dict[str, Listed]:
     listed: dict[str, Listed] = {}
     for entry, name in entries:
         source, content = files.path(name), entry["content"]
-        place = f"{source}, an added token"
-        field_rules.check(place, entry, _TOKEN, "the file is damaged, copy it again")
+        remedy = "the file is damaged, copy it again"
+        field_rules.check(f"{source}, an added token", entry, _TOKEN, remedy)
         is_special = bool(entry.get("special", content in special))
+        single_word = bool(entry.get("single_word", False))
+        # transformers' default.
+        normalized = bool(entry.get("normalized", not is_special))
         try:
-            token = vocabularies.AddedToken(
-                content,
-                int(entry["id"]),
-                bool(entry.get("single_word", False)),
-                # transformers' default.
-                bool(entry.get("normalized", not is_special)),
-            )
+            number = int(entry["id"])
+            token = vocabularies.AddedToken(content, number, single_word, normalized)
         except ValueError as error:
             raise ValueError(
                 f"{source}: {error}; {tokenizer_json.GIVE_VOCABULARY}"

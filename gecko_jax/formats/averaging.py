@@ -99,16 +99,14 @@ def average(
         name: _average_array([params[name] for params in flat], shares, method, gram)
         for name in flat[0]
     }
-    written = model_folder.save_model(
-        output,
-        dataclasses.replace(
-            models[0],
-            params=parameters.unflatten(params),
-            step=max(files.step for files in models),
-            revision="",
-            provenance=_provenance(method, inputs, models),
-        ),
+    averaged = dataclasses.replace(
+        models[0],
+        params=parameters.unflatten(params),
+        step=max(files.step for files in models),
+        revision="",
+        provenance=_provenance(method, inputs, models),
     )
+    written = model_folder.save_model(output, averaged)
     lengths = np.sqrt(np.diag(gram))
     products = np.maximum(lengths[1:] * lengths[:-1], np.finfo(np.float64).tiny)
     cosines = tuple((np.diag(gram, k=1) / products).tolist())
@@ -118,9 +116,7 @@ def average(
             logging.warning(
                 "the parameters of %s and %s have a cosine of %.2f: such models did "
                 "not start from the same checkpoint, and their average is noise",
-                describe(first),
-                describe(second),
-                cosine,
+                *(describe(first), describe(second), cosine),
             )
     return Average(written, inputs, cosines)
 

@@ -84,11 +84,10 @@ class Checkpointer:
         # Orbax writes in the background, while the caller changes its counters: write
         # a copy, the one that the checksum covers.
         position = json.loads(json.dumps({**position, _DIGESTS: digests}))
-        position = checksums.seal(position)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),
-            position=ocp.args.JsonSave(position),
+            position=ocp.args.JsonSave(checksums.seal(position)),
         )
         with self._explain_writing():
             self._manager.save(step, args=args)
@@ -132,13 +131,10 @@ class Checkpointer:
                 damaged[step] = error or ValueError(f"{folder}: {elsewhere}")
                 continue
             position = dict(restored.position)
+            arrays = _named(params=restored.params, opt_state=restored.opt_state)
             try:
                 # All processes compute the digests together and get the same result.
-                _check_digests(
-                    folder,
-                    position.pop(_DIGESTS, None),
-                    _named(params=restored.params, opt_state=restored.opt_state),
-                )
+                _check_digests(folder, position.pop(_DIGESTS, None), arrays)
             except checkpoint_damage.DamagedError as raised:
                 # The traceback would keep the arrays in memory.
                 damaged[step] = raised.with_traceback(None)
@@ -325,6 +321,4 @@ def _check_digests(
 
 def _any_process(value: bool) -> bool:
     """Whether the value is true in any process."""
-    if jax.process_count() == 1:
-        return value
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))

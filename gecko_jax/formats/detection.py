@@ -30,9 +30,9 @@ from gecko_jax.formats import (
     safetensors_files,
 )
 from gecko_jax.models import dual_encoder
-from gecko_jax.text import vocabularies
+from gecko_jax.text import text_formats, vocabularies
 
-PLAIN_FORMAT = imported_models.PLAIN_FORMAT
+PLAIN_FORMAT = text_formats.PLAIN
 
 
 class Format(enum.Enum):

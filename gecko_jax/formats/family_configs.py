@@ -304,20 +304,18 @@ def write(
             "embedding_dim": config.embedding_dim,
             "per_layer_config": {str(n): heads for n in wide},
         }
-    factor, bases = config.rope_factor, (config.rope_base, config.local_rope_base)
-    scaling = {"rope_type": "default"}
-    if factor != 1.0:
-        scaling = {"rope_type": "linear", "factor": factor}
+    base, local_base, scaling = config.rope_base, config.local_rope_base, None
+    if config.rope_factor != 1.0:
+        scaling = {"rope_type": "linear", "factor": config.rope_factor}
     if values["model_type"] in ("gemma3_text", "qwen3"):
         # The form of transformers 4, which 5 and other servers read, too.
-        text["rope_theta"] = bases[0]
-        text["rope_scaling"] = None if factor == 1.0 else scaling
-        if family == "gemma":
-            text["rope_local_base_freq"] = bases[1]
+        text |= {"rope_theta": base, "rope_scaling": scaling}
+        text |= {"rope_local_base_freq": local_base} if family == "gemma" else {}
     else:
+        plain = {"rope_type": "default"}
         text["rope_parameters"] = {
-            _GLOBAL: {**scaling, "rope_theta": bases[0]},
-            _LOCAL: {"rope_type": "default", "rope_theta": bases[1]},
+            _GLOBAL: {**(scaling or plain), "rope_theta": base},
+            _LOCAL: {**plain, "rope_theta": local_base},
         }
     values["architectures"] = [_ARCHITECTURES[values["model_type"]]]
     values |= {"text_config": text} if "vision_config" in values else text

@@ -55,7 +55,7 @@ _SETTINGS = [f"sentence_{name}_config.json" for name in _ENCODERS.split()]
 # What Gecko computes. All other settings change no embedding.
 _REMEDY = "Gecko computes nothing else, take another model"
 _only = field_rules.only
-_LENGTH = field_rules.optional(field_rules.integer(8, 2**20))
+_TEXT, _LENGTH = field_rules.TEXT, field_rules.optional(field_rules.integer(8, 2**20))
 _TRANSFORMER = {
     "max_seq_length": _LENGTH,
     "query_length": _LENGTH,
@@ -67,10 +67,8 @@ _TRANSFORMER = {
     "module_output_name": _only("token_embeddings"),
 }
 _PROMPTS = {
-    "prompts": field_rules.optional(
-        field_rules.map_of(field_rules.nullable(field_rules.TEXT))
-    ),
-    "default_prompt_name": field_rules.optional(field_rules.TEXT),
+    "prompts": field_rules.optional(field_rules.map_of(field_rules.nullable(_TEXT))),
+    "default_prompt_name": field_rules.optional(_TEXT),
     "truncate_dim": field_rules.optional(field_rules.integer(1)),
 }
 _POOLING = {"include_prompt": _only(True)}
@@ -327,9 +325,7 @@ def _read_prompts(
             logging.warning(
                 "%s: encode_query and encode_document write the prompts 'query' and "
                 "'document', not the default prompt %r; to use it, pass task=%r",
-                path,
-                default,
-                default,
+                *(path, default, default),
             )
     unused = [name for name in _OTHER_PASSAGE_PROMPTS if given.get(name)]
     if unused and document not in given:
@@ -340,9 +336,5 @@ def _read_prompts(
             unused[0],
         )
     prompts = {query: "", document: "", **given}
-    return text_formats.TextFormat(
-        query="{text}",
-        passage="{text}",
-        no_title="",
-        prompts=prompts if any(prompts.values()) else {},
-    )
+    prompts = prompts if any(prompts.values()) else {}
+    return dataclasses.replace(text_formats.PLAIN, prompts=prompts)

@@ -9,10 +9,11 @@ from typing import Any
 
 from gecko_jax.formats import source_files
 
-# Files of a model; pickles are never downloaded.
-_PATTERNS = ["*.json", "*.safetensors", "*.model"]
-# Other forms of the same weights.
-_IGNORED = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "coreml/*"]
+# Files of a model, without other forms of its weights; pickles are never downloaded.
+_FILES = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.model"],
+    "ignore_patterns": ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "coreml/*"],
+}
 
 _NAME = r"[\w.-]+/[\w.-]+"
 
@@ -36,9 +37,7 @@ def download(source: str) -> pathlib.Path:
 
     name, revision = match.groups()
     try:
-        folder = hub.snapshot_download(
-            name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED
-        )
+        folder = hub.snapshot_download(name, revision=revision, **_FILES)
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{source}: access to this model on the hub is restricted; accept its "

@@ -34,9 +34,6 @@ _DIMS = field_rules.optional(field_rules.list_of(field_rules.integer(1)))
 # T5X does not store.
 _T5X_SETTINGS = "gecko"
 
-# Format of a plain encoder, which reads texts as they are.
-PLAIN_FORMAT = text_formats.TextFormat(query="{text}", passage="{text}", no_title="")
-
 
 def open_t5x(
     place: str,
@@ -84,14 +81,12 @@ def open_t5x(
     if relpos_max_distance is not None:
         config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
     elif config.relpos_num_buckets != _T5_BUCKETS:
+        num, distance = config.relpos_num_buckets, config.relpos_max_distance
         logging.warning(
             "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
             "the distance at which they end; %d tokens are assumed, set "
             "--relpos-max-distance to the distance of the training",
-            place,
-            config.relpos_num_buckets,
-            _T5_BUCKETS,
-            config.relpos_max_distance,
+            *(place, num, _T5_BUCKETS, distance),
         )
     tokenizer.check_size(vocab, config.vocab_size, source=place, is_given=True)
     return _build(opened.params, config, vocab, step=opened.step)
@@ -141,7 +136,7 @@ def open_hugging_face(
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
-    text_format = PLAIN_FORMAT
+    text_format = text_formats.PLAIN
     if modules is not None:
         config = _with_pooling(config, modules)
         params, config = from_sentence_transformers.add_projection(
@@ -226,7 +221,7 @@ def _build(
     *,
     step: int = 0,
     lengths: tuple[int | None, int | None] = (None, None),
-    text_format: text_formats.TextFormat = PLAIN_FORMAT,
+    text_format: text_formats.TextFormat = text_formats.PLAIN,
     mrl_dims: Sequence[int] = (),
     truncate_dim: int | None = None,
 ) -> model_folder.ModelFiles:

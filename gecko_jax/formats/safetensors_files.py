@@ -160,11 +160,8 @@ def _write_file(
     end = 0
     for name, tensor in weights.items():
         begin, end = end, end + tensor.size * np.dtype(numpy_dtype).itemsize
-        header[name] = {
-            "dtype": name_in_file,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        entry = {"dtype": name_in_file, "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:

@@ -183,6 +183,8 @@ class TextFormat:
         return cls(**fields)
 
 
+# Format of a plain encoder, which reads texts as they are.
+PLAIN = TextFormat(query=_BARE, passage=_BARE, no_title="")
 # Qwen3-Embedding's format: passages are written as they are.
 INSTRUCT = TextFormat(
     query="Instruct: {task_description}\nQuery:{text}", passage=_BARE, no_title=""
@@ -214,7 +216,7 @@ def from_prompts(prompts: Mapping[str, str]) -> TextFormat:
                 task_descriptions=descriptions,
                 prompts={name: prompts[name] for name in sorted(others)},
             )
-    return TextFormat(query=_BARE, passage=_BARE, no_title="", prompts=prompts)
+    return dataclasses.replace(PLAIN, prompts=prompts)
 
 
 def _fill(template: str, **fields: str) -> str:

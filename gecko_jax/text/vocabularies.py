@@ -14,7 +14,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 # T5's reserved ids: 0 pads encoder inputs and 1 ends them. Rows of every vocabulary are
@@ -205,16 +205,12 @@ class Vocabulary:
         raw, normalized = self._added_patterns
         ids: list[int] = []
         for part in _cut(text, raw):
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-                continue
-            if normalized:
-                part = self._normalize(part)
-            for inner in _cut(part, normalized):
-                if isinstance(inner, AddedToken):
-                    ids.append(inner.id)
-                else:
-                    ids += self._processor.EncodeAsIds(inner)
+            parts: Iterable[str | AddedToken] = [part]
+            if isinstance(part, str):
+                parts = _cut(self._normalize(part) if normalized else part, normalized)
+            for inner in parts:
+                is_added = isinstance(inner, AddedToken)
+                ids += [inner.id] if is_added else self._processor.EncodeAsIds(inner)
         return ids
 
     def _normalize(self, text: str) -> str:
@@ -223,13 +219,13 @@ class Vocabulary:
     @functools.cached_property
     def _added_patterns(self) -> tuple[dict[str, AddedToken], dict[str, AddedToken]]:
         """Returns the tokens to match in raw and in normalized text, longest first."""
-        raw = {t.content: t for t in self.added_tokens if not t.normalized}
-        normalized = {
-            self._normalize(t.content).strip(): t
-            for t in self.added_tokens
-            if t.normalized
-        }
-        normalized.pop("", None)
+        raw: dict[str, AddedToken] = {}
+        normalized: dict[str, AddedToken] = {}
+        for token in self.added_tokens:
+            if not token.normalized:
+                raw[token.content] = token
+            elif content := self._normalize(token.content).strip():
+                normalized[content] = token
         raw, normalized = (
             {content: tokens[content] for content in sorted(tokens, key=len)[::-1]}
             for tokens in (raw, normalized)
