@@ -19,6 +19,8 @@ Record = Mapping[str, Any]
 _TAG = re.compile(r"<(?:[a-zA-Z/!][^<>]*)>")
 # C0 and C1 controls that are not whitespace; they come from broken encodings.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# Escapes in FEVER's page titles.
+_ESCAPES = {"-LRB-": "(", "-RRB-": ")", "-COLON-": ":", "_": " "}
 _ENTAILMENT, _NEUTRAL, _CONTRADICTION = 0, 1, 2
 _CHECK = "check that it is the right set and version"
 
@@ -214,13 +216,8 @@ def fact_verification(records: Iterable[Record]) -> Iterator[dict[str, Any] | Dr
             yield {
                 "query": claim,
                 "positive": " ".join(sentences[n] for n in sorted(sentences)),
-                "title": re.sub("-[LR]RB-|-COLON-|_", _unescape, page),
+                "title": re.sub("-[LR]RB-|-COLON-|_", lambda m: _ESCAPES[m[0]], page),
             }
-
-
-def _unescape(match: re.Match[str]) -> str:
-    """Decodes the escapes in FEVER's page titles."""
-    return {"-LRB-": "(", "-RRB-": ")", "-COLON-": ":", "_": " "}[match[0]]
 
 
 def multiple_choice(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:

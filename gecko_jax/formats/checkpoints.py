@@ -118,7 +118,9 @@ class Checkpointer:
             error: ValueError | None = None
             restored: Any = None
             try:
-                restored = self._restore(folder, step, args)
+                with checkpoint_damage.explain_reading(folder):
+                    restored = self._manager.restore(step, args=args)
+                _check_position(folder, restored.position)
             except ValueError as raised:
                 error = raised
             is_damaged = isinstance(error, checkpoint_damage.DamagedError)
@@ -146,12 +148,6 @@ class Checkpointer:
         if damaged:
             raise damaged[max(damaged)]
         return None
-
-    def _restore(self, folder: pathlib.Path, step: int, args: Any) -> Any:
-        with checkpoint_damage.explain_reading(folder):
-            restored: Any = self._manager.restore(step, args=args)
-        _check_position(folder, restored.position)
-        return restored
 
     def _set_aside(self, damaged: Mapping[int, ValueError], restored_step: int) -> None:
         target = self._workdir / _DAMAGED

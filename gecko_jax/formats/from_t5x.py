@@ -88,7 +88,10 @@ def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkp
             raise source_files.damaged(
                 folder.path, f"{name} is below a name that is itself an array"
             )
-    return Checkpoint(params, _step_of(folder, file) if step is None else step)
+    name = folder.name if file == "checkpoint" else file
+    if step is None and (match := re.fullmatch(r"checkpoint_([0-9]{1,18})", name)):
+        step = int(match[1])
+    return Checkpoint(params, step or 0)
 
 
 def infer_config(
@@ -157,13 +160,6 @@ def _check_layers(source: str, count: int) -> None:
         raise source_files.damaged(
             source, f"claims {count:,} layers, and at most {_MAX_LAYERS:,} are read"
         )
-
-
-def _step_of(folder: kvstores.Folder, file: str) -> int:
-    """Returns N of `checkpoint_N`, 0 for another name."""
-    name = folder.name if file == "checkpoint" else file
-    match = re.fullmatch(r"checkpoint_([0-9]{1,18})", name)
-    return int(match[1]) if match else 0
 
 
 def _open_legacy(

@@ -138,7 +138,12 @@ def open_hugging_face(
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
     text_format = text_formats.PLAIN
     if modules is not None:
-        config = _with_pooling(config, modules)
+        if modules.pooling != "mean" and config.family == "t5":
+            raise ValueError(
+                f"{encoder}: a T5 encoder that pools by the last token; Gecko pools T5 "
+                "by the mean of all tokens, take another model"
+            )
+        config = dataclasses.replace(config, pooling=modules.pooling)
         params, config = from_sentence_transformers.add_projection(
             modules, params, config
         )
@@ -186,17 +191,6 @@ def open_hugging_face(
         mrl_dims=mrl_dims,
         truncate_dim=modules.truncate_dim,
     )
-
-
-def _with_pooling(
-    config: dual_encoder.EncoderConfig, modules: from_sentence_transformers.Modules
-) -> dual_encoder.EncoderConfig:
-    if modules.pooling != "mean" and config.family == "t5":
-        raise ValueError(
-            f"{modules.encoder}: a T5 encoder that pools by the last token; Gecko "
-            "pools T5 by the mean of all tokens, take another model"
-        )
-    return dataclasses.replace(config, pooling=modules.pooling)
 
 
 def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:

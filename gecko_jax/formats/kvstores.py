@@ -118,7 +118,10 @@ class Folder:
         shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
         # TensorStore aborts the process when memory runs out.
         tensors.parse_shape(place.path, shape)
-        tensors.check_size(place.path, shape, dtype, place._stored_bytes())
+        # Listing the files of a remote folder is slow.
+        local = place.local_file("")
+        stored = place.database_bytes if local is None else _total_bytes(local)
+        tensors.check_size(place.path, shape, dtype, stored)
         # The chunk shape of a scalar is None.
         chunk = tuple(array.chunk_layout.read_chunk.shape or ())
         if any(size > max(whole, 1) for size, whole in zip(chunk, shape, strict=True)):
@@ -129,11 +132,6 @@ class Folder:
         return tensors.Tensor(
             shape, lambda: _result(array.read(), place.path), place.path, dtype
         )
-
-    def _stored_bytes(self) -> int | None:
-        """Returns the size of the files below; None where listing them is slow."""
-        local = self.local_file("")
-        return self.database_bytes if local is None else _total_bytes(local)
 
     def _array_driver(self) -> str:
         name = next(filter(self.has, _ARRAY_DRIVERS), None)
