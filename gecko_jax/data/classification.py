@@ -71,8 +71,8 @@ def triples(
             yield preprocessors.Drop("only text of its label")
             continue
         # Draw among all but the last text, and replace the text itself by the last.
-        position = draw.randrange(len(same) - 1)
-        positive = same[position] if same[position] != number else same[-1]
+        positive = same[draw.randrange(len(same) - 1)]
+        positive = same[-1] if positive == number else positive
         while labelled[negative := draw.randrange(len(labelled))][1] == value:
             pass
         yield {

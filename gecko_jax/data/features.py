@@ -132,9 +132,8 @@ def convert(
     scores = np.full((size, 1 + num), -np.inf, np.float32)
     for row, (example, chosen) in enumerate(zip(examples, choices, strict=True)):
         for column, choice in enumerate(chosen):
-            negatives[row * num + column] = trim(
-                example.negatives[choice], shape.passage_length
-            )
+            tokens = trim(example.negatives[choice], shape.passage_length)
+            negatives[row * num + column] = tokens
             negative_id[row, column] = example.negative_ids[choice]
             negative_mask[row, column] = True
         if len(example.scores):
@@ -179,23 +178,20 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
             f"{side}_segment_ids": ((rows, row_length), np.int32),
             f"{side}_index": ((texts, 2), np.int32),
         }
-    if shape.teacher_dim:
-        width = shape.teacher_dim
-        sides |= {
-            "query_teacher": ((batch_size, width), np.float16),
-            "passage_teacher": ((batch_size, width), np.float16),
-            "negative_teacher": ((batch_size, shape.num_negatives, width), np.float16),
-        }
+    one, negatives = (batch_size,), (batch_size, shape.num_negatives)
+    if width := shape.teacher_dim:
+        sides["query_teacher"] = sides["passage_teacher"] = ((*one, width), np.float16)
+        sides["negative_teacher"] = ((*negatives, width), np.float16)
     if shape.scores:
-        sides["scores"] = ((batch_size, 1 + shape.num_negatives), np.float32)
+        sides["scores"] = ((*one, 1 + shape.num_negatives), np.float32)
     return sides | {
-        "query_id": ((batch_size, 2), np.uint32),
-        "passage_id": ((batch_size, 2), np.uint32),
-        "negative_id": ((batch_size, shape.num_negatives, 2), np.uint32),
-        "negative_mask": ((batch_size, shape.num_negatives), np.bool_),
-        "example_mask": ((batch_size,), np.bool_),
-        "negative_group": ((batch_size,), np.int32),
-        "task_index": ((batch_size,), np.int32),
+        "query_id": ((*one, 2), np.uint32),
+        "passage_id": ((*one, 2), np.uint32),
+        "negative_id": ((*negatives, 2), np.uint32),
+        "negative_mask": (negatives, np.bool_),
+        "example_mask": (one, np.bool_),
+        "negative_group": (one, np.int32),
+        "task_index": (one, np.int32),
     }
 
 

@@ -159,9 +159,9 @@ def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def parse(place: str, record: dict[str, Any]) -> Pair:
     """Checks one record with one positive; `place` (file:line) starts every error."""
-    for aliases in _ALIASES:
-        if all(record.get(name) is not None for name in aliases):
-            both = " and ".join(map(repr, aliases))
+    for one, other in _ALIASES:
+        if record.get(one) is not None and record.get(other) is not None:
+            both = f"{one!r} and {other!r}"
             raise ValueError(f"{place}: fields {both} mean the same; keep one")
     if isinstance(record.get("positive"), list):
         raise ValueError(f"{place}: field 'positive' is a list; name it 'positives'")
@@ -179,15 +179,15 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         *(_given_id(place, "negative_ids", value) for _, value in ids),
     )
     query_id = _given_id(place, "query_id", record.get("query_id"))
+    texts = zip((positive, *negatives), (title, *titles), given_ids, strict=True)
     # Hashes of query ids and of passage ids never collide.
     passage_ids = [
         text_formats.content_id(text, text_title)
         if given is None
         else text_formats.hash_words(f"passage_id:{given}")
-        for text, text_title, given in zip(
-            (positive, *negatives), (title, *titles), given_ids, strict=True
-        )
+        for text, text_title, given in texts
     ]
+    scores = _scores(place, record, 1, len(negatives))
     return Pair(
         task=_text(place, record, "task"),
         task_description=_text(place, record, "task_description", default=""),
@@ -203,10 +203,7 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         negative_ids=tuple(passage_ids[1:]),
         negative_group=_group(place, record.get("negative_group")),
         given_ids=given_ids,
-        scores=tuple(
-            -math.inf if score is None else score
-            for score in _scores(place, record, 1, len(negatives))
-        ),
+        scores=tuple(-math.inf if score is None else score for score in scores),
     )
 
 

@@ -111,12 +111,12 @@ def read_vectors(
         for first in range(0, len(vectors), _BLOCK):
             yield vectors[first : first + _BLOCK]
         return
-    rows = {text.id: row for row, text in enumerate(texts)}
-    by_row: dict[int, np.ndarray] = {}
+    ids = {text.id for text in texts}
+    by_id: dict[str, np.ndarray] = {}
     width = 0
     for place, record in reading.read_records(path):
-        row = rows.get(inputs.id_field(place, record, "_id"))
-        if row is None:
+        identity = inputs.id_field(place, record, "_id")
+        if identity not in ids:
             raise ValueError(
                 f"{place}: `_id` {record['_id']!r} is not an id of these files' texts; "
                 "drop the line, or list the texts again"
@@ -131,16 +131,15 @@ def read_vectors(
                 f"{place}: field 'vector' must be a list of numbers, as many as on the "
                 "other lines; embed the text again"
             )
-        by_row[row] = vector
-    if len(by_row) < len(texts):
-        missing = next(text for row, text in enumerate(texts) if row not in by_row)
+        by_id[identity] = vector
+    if missing := [text.id for text in texts if text.id not in by_id]:
         raise ValueError(
-            f"{path}: no vector for {len(texts) - len(by_row):,} of {len(texts):,} "
-            f"texts, such as `_id` {missing.id!r}; embed all texts"
+            f"{path}: no vector for {len(missing):,} of {len(texts):,} texts, such as "
+            f"`_id` {missing[0]!r}; embed all texts"
         )
     for first in range(0, len(texts), _BLOCK):
-        block = range(len(texts))[first : first + _BLOCK]
-        yield np.stack([by_row[row] for row in block])
+        block = texts[first : first + _BLOCK]
+        yield np.stack([by_id[text.id] for text in block])
 
 
 def write(

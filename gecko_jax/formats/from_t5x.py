@@ -33,6 +33,9 @@ _RETRIEVAL_L2_EPSILON = 1e-6
 # T5 XXL has 24.
 _MAX_LAYERS = 1_000
 
+# Parameters, names of all parts of the model, and the step if it is stored.
+_Opened = tuple[dict[str, tensors.Tensor], set[str], int | None]
+
 # Names of parameters, and of the folders that hold them.
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 
@@ -68,9 +71,8 @@ def tensorflow_error(path: str) -> ValueError:
 def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
     """Opens the encoder of the checkpoint in a folder, which may be a bare `file`."""
     is_orbax = folder.has("_METADATA") or not folder.has(file)
-    leaves, parts, step = (
-        _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
-    )
+    opened = _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
+    leaves, parts, step = opened
     if "encoder" not in parts and "decoder" in parts:
         raise ValueError(
             f"{folder.path}: a decoder-only model; Gecko needs an encoder, take a T5 "
@@ -112,13 +114,10 @@ def infer_config(
             f"{source}: not a T5 encoder, {', '.join(missing)} missing; it has "
             f"{', '.join(sorted(params)[:8])}, ..."
         )
-    shapes = [params[name].shape for name in required]
-    embedding, bias, query, wo = shapes
+    embedding, bias, query, wo = shapes = [params[name].shape for name in required]
     if any(len(shape) != 2 for shape in shapes) or query[1] % bias[0]:
-        raise ValueError(
-            f"{source}: not the shapes of a T5 encoder: "
-            + ", ".join(f"{name} {params[name].shape}" for name in required)
-        )
+        listed = ", ".join(f"{name} {params[name].shape}" for name in required)
+        raise ValueError(f"{source}: not the shapes of a T5 encoder: {listed}")
     numbers = re.findall(r"encoder/layers_([0-9]{1,18})/", "\n".join(params))
     layers = {int(number) for number in numbers}
     num_layers = max(layers) + 1
@@ -162,10 +161,7 @@ def _check_layers(source: str, count: int) -> None:
         )
 
 
-def _open_legacy(
-    folder: kvstores.Folder, file: str
-) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
-    """Returns the parameters, the names of all parts of the model, and the step."""
+def _open_legacy(folder: kvstores.Folder, file: str) -> _Opened:
     data: pathlib.Path | bytes | None = folder.local_file(file) or folder.read(file)
     assert data is not None  # `open_checkpoint` has checked it.
     source = f"{folder.path}/{file}"
@@ -272,10 +268,7 @@ def _open_leaf(
     return array.as_weights(bits_are_bfloat16=True)
 
 
-def _open_orbax(
-    folder: kvstores.Folder,
-) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
-    """Returns the parameters, the names of all parts of the model, and the step."""
+def _open_orbax(folder: kvstores.Folder) -> _Opened:
     has_state = folder.has("state/_METADATA")
     if not has_state and not folder.has("_METADATA"):
         raise _early_orbax(folder)
