@@ -287,7 +287,8 @@ class Batches:
                 logging.warning(
                     "The teacher has vectors for %.0f%% of the texts of task %s; the "
                     "others are trained without it.",
-                    *(100 * share, name),
+                    100 * share,
+                    name,
                 )
 
     def _check_scores(self) -> None:
@@ -302,7 +303,9 @@ class Batches:
                 logging.warning(
                     "%d of the %d examples of task %s have scores; the others are "
                     "trained without the KL divergence.",
-                    *(reader.num_scored, len(reader), name),
+                    reader.num_scored,
+                    len(reader),
+                    name,
                 )
 
     def _warn_about_small_tasks(self) -> None:
@@ -313,7 +316,8 @@ class Batches:
                 logging.warning(
                     "Task %s has %d examples, fewer than its part of a batch: some "
                     "occur twice in a batch. loss.mask_duplicates masks them.",
-                    *(name, size),
+                    name,
+                    size,
                 )
 
 

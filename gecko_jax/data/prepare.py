@@ -35,6 +35,7 @@ _PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
 # Increased whenever the content of a part changes.
 _VERSION = 2
 
+_REMEDY = "delete the folder and prepare again"
 _DROPPED = field_rules.map_of(field_rules.COUNT)
 _FIELDS = {
     "facts": dict,
@@ -102,11 +103,9 @@ def prepare(
         **({"negatives": negatives} if negatives != 1 else {}),
     }
     if note.exists():
-        remedy, defaults = (
-            "delete the folder and prepare again",
-            {"without_negative": 0},
+        content = reading.read_object(
+            note, _FIELDS, remedy=_REMEDY, defaults={"without_negative": 0}
         )
-        content = reading.read_object(note, _FIELDS, remedy=remedy, defaults=defaults)
         if content["facts"] != facts:
             raise ValueError(
                 f"{target}: was prepared from {content['facts'].get('source')} with "

@@ -116,7 +116,9 @@ def average(
             logging.warning(
                 "the parameters of %s and %s have a cosine of %.2f: such models did "
                 "not start from the same checkpoint, and their average is noise",
-                *(describe(first), describe(second), cosine),
+                describe(first),
+                describe(second),
+                cosine,
             )
     return Average(written, inputs, cosines)
 

@@ -325,7 +325,9 @@ def _read_prompts(
             logging.warning(
                 "%s: encode_query and encode_document write the prompts 'query' and "
                 "'document', not the default prompt %r; to use it, pass task=%r",
-                *(path, default, default),
+                path,
+                default,
+                default,
             )
     unused = [name for name in _OTHER_PASSAGE_PROMPTS if given.get(name)]
     if unused and document not in given:

@@ -131,6 +131,7 @@ def infer_config(
         )
     is_gated = "encoder/layers_0/mlp/wi_0/kernel" in params
     projection = params.get(names.PROJECTION)
+    epsilon = dual_encoder.EncoderConfig.l2_epsilon
     return dual_encoder.EncoderConfig(
         vocab_size=embedding[0],
         model_dim=embedding[1],
@@ -144,7 +145,7 @@ def infer_config(
         relpos_num_buckets=bias[1],
         embedding_dim=projection.shape[-1] if projection else embedding[1],
         projection=projection is not None,
-        **({"l2_epsilon": _RETRIEVAL_L2_EPSILON} if projection else {}),
+        l2_epsilon=_RETRIEVAL_L2_EPSILON if projection else epsilon,
     )
 
 

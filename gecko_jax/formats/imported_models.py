@@ -81,12 +81,14 @@ def open_t5x(
     if relpos_max_distance is not None:
         config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
     elif config.relpos_num_buckets != _T5_BUCKETS:
-        num, distance = config.relpos_num_buckets, config.relpos_max_distance
         logging.warning(
             "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
             "the distance at which they end; %d tokens are assumed, set "
             "--relpos-max-distance to the distance of the training",
-            *(place, num, _T5_BUCKETS, distance),
+            place,
+            config.relpos_num_buckets,
+            _T5_BUCKETS,
+            config.relpos_max_distance,
         )
     tokenizer.check_size(vocab, config.vocab_size, source=place, is_given=True)
     return _build(opened.params, config, vocab, step=opened.step)

@@ -107,17 +107,12 @@ def _convert(values: dict[str, Any]) -> list[str]:
         # Such as "__init__() got an unexpected keyword argument 'x'".
         return [str(error)]
     values["mrl_dims"] = tuple(values["mrl_dims"])
-    width, rows, extra_ids = (
-        config.embedding_dim,
-        config.vocab_size,
-        values["extra_ids"],
-    )
     problems = []
-    if max(values["mrl_dims"]) > width:
-        problems.append(f"mrl_dims: none may exceed model.embedding_dim={width}")
-    if extra_ids > rows:
-        limit = f"must not exceed model.vocab_size={rows}"
-        problems.append(f"extra_ids={extra_ids}: {limit}")
+    if max(values["mrl_dims"]) > (dim := config.embedding_dim):
+        problems.append(f"mrl_dims: none may exceed model.embedding_dim={dim}")
+    if (extra_ids := values["extra_ids"]) > config.vocab_size:
+        limit = f"model.vocab_size={config.vocab_size}"
+        problems.append(f"extra_ids={extra_ids}: must not exceed {limit}")
     return problems
 
 

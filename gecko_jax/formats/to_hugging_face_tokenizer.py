@@ -177,12 +177,11 @@ def _scored_pieces(
     types = proto.SentencePiece
     matchable = (types.NORMAL, types.USER_DEFINED, types.UNUSED)
     added = {token.id: token.content for token in vocab.added_tokens}
-
-    def name(number: int, piece: Any) -> str:
+    scored = []
+    for number, piece in enumerate(proto.pieces):
         own = piece.piece.replace("<", " ") if piece.type in matchable else piece.piece
-        return added.get(number, own)
-
-    return [(name(n, piece), piece.score) for n, piece in enumerate(proto.pieces)]
+        scored.append((added.get(number, own), piece.score))
+    return scored
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:

@@ -19,8 +19,13 @@ from gecko_jax.text import text_files
 
 _SETTINGS = "embeddings.json"
 _FIELDS = {
-    **{"revision": str, "dim": int, "precision": quantization.PRECISIONS},
-    **{"shard_rows": int, "num_texts": int, "source_sha256": str, "source": str},
+    "revision": str,
+    "dim": int,
+    "precision": quantization.PRECISIONS,
+    "shard_rows": int,
+    "num_texts": int,
+    "source_sha256": str,
+    "source": str,
 }
 
 
@@ -67,8 +72,13 @@ def embed_file(
     settings = {
         "format": 1,
         "revision": gecko.revision,
-        **{"dim": dim, "side": side, "task": task, "max_length": max_length},
-        **{"precision": precision, "shard_rows": shard_rows, "num_texts": num_texts},
+        "dim": dim,
+        "side": side,
+        "task": task,
+        "max_length": max_length,
+        "precision": precision,
+        "shard_rows": shard_rows,
+        "num_texts": num_texts,
         "source_sha256": reading.sha256(source),
         "source": str(pathlib.Path(source).absolute()),
     }
