@@ -225,8 +225,5 @@ def _beir_files(folder: str) -> tuple[Any, Any, Any]:
             )
         return path
 
-    return (
-        find("corpus.jsonl"),
-        find("queries.jsonl"),
-        find("qrels/train.tsv", "qrels/train.jsonl"),
-    )
+    corpus, queries = find("corpus.jsonl"), find("queries.jsonl")
+    return corpus, queries, find("qrels/train.tsv", "qrels/train.jsonl")

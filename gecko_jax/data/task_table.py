@@ -5,6 +5,7 @@ A data set is a row of `TASKS`. `mixtures` combines tasks and sets their rates, 
 the field `task` in them becomes a task.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -333,20 +334,17 @@ def from_files(
     `examples` has the number of each task's examples for each file. `text_format` has
     the descriptions of the tasks; by default, a task's name describes it.
     """
-    sizes: dict[str, int] = {}
-    for counts in examples:
-        for name, count in counts.items():
-            sizes[name] = sizes.get(name, 0) + count
+    sizes = collections.Counter[str]()
+    files_of = collections.defaultdict[str, list[str]](list)
+    for file, counts in zip(files, examples, strict=True):
+        sizes.update(counts)
+        for name in counts:
+            files_of[name].append(os.fspath(file))
     return tuple(
         Task(
-            name=name,
-            files=tuple(
-                os.fspath(file)
-                for file, counts in zip(files, examples, strict=True)
-                if name in counts
-            ),
-            source_task=name,
-            task_description=text_format.describe(name),
+            name,
+            text_format.describe(name),
+            tuple(files_of[name]),
             symmetric=text_format.is_symmetric(name),
             num_examples=size,
         )

@@ -137,18 +137,12 @@ def read_modules(folder: pathlib.Path) -> Modules:
         _read(folders["Normalize"][0] / "config.json", _NORMALIZE)
     for place in dense:
         _read(place / "config.json", _DENSE, **_DENSE_DEFAULTS)
-    query_length, passage_length = _read_lengths(encoder)
+    lengths = _read_lengths(encoder)
     path = folder / "config_sentence_transformers.json"
     values = _read(path, _PROMPTS) if path.exists() else {}
-    return Modules(
-        encoder,
-        dense,
-        _read_pooling(pooling / "config.json"),
-        query_length,
-        passage_length,
-        _read_prompts(values, path),
-        values.get("truncate_dim"),
-    )
+    pooling = _read_pooling(pooling / "config.json")
+    prompts, truncate_dim = _read_prompts(values, path), values.get("truncate_dim")
+    return Modules(encoder, dense, pooling, *lengths, prompts, truncate_dim)
 
 
 def _read(

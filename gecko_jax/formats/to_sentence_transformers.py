@@ -111,16 +111,13 @@ def _build_contents(
     has_dense = config.projection and config.family != "embeddinggemma2"
     pooled_width = config.model_dim if has_dense else config.embedding_dim
     modules = ["Transformer", "Pooling", *(["Dense"] * has_dense), "Normalize"]
+    paths = ["", *(f"{n}_{modules[n]}" for n in range(1, len(modules)))]
+    # Every release knows these names.
+    types = [f"sentence_transformers.models.{name}" for name in modules]
     contents: dict[str, Any] = {
         _MODULES: [
-            {
-                "idx": n,
-                "name": str(n),
-                "path": f"{n}_{name}" if n else "",
-                # Every release knows these names.
-                "type": f"sentence_transformers.models.{name}",
-            }
-            for n, name in enumerate(modules)
+            {"idx": n, "name": str(n), "path": paths[n], "type": types[n]}
+            for n in range(len(modules))
         ],
         "config_sentence_transformers.json": {
             "__version__": model_folder.versions(),
