@@ -216,19 +216,10 @@ def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Ro
         ]
     else:
         members = [[number] for number in range(len(texts))]
-    rows = shape.round_rows(len(members))
-    tokens = np.zeros((rows, length), np.int32)
-    segment_ids = np.zeros((rows, length), np.int32)
     index = np.zeros((len(texts), 2), np.int32)
-    lone_eos = np.array([vocabularies.EOS_ID], np.int32)
     for row, numbers in enumerate(members):
-        filled = 0
-        for segment, number in enumerate(numbers):
-            text = texts[number]
-            text = lone_eos if text is None else text
-            columns = slice(filled, filled + len(text))
-            tokens[row, columns] = text
-            segment_ids[row, columns] = segment + 1
-            index[number] = row, segment
-            filled += len(text)
-    return tokens, segment_ids, index
+        index[numbers] = [(row, segment) for segment in range(len(numbers))]
+    lone_eos = np.array([vocabularies.EOS_ID], np.int32)
+    filled = [lone_eos if text is None else text for text in texts]
+    size = (shape.round_rows(len(members)), length)
+    return *packing.lay_out(filled, members, size), index

@@ -69,7 +69,7 @@ def tensorflow_error(path: str) -> ValueError:
 
 
 def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
-    """Opens the encoder of the checkpoint in a folder, which may be a bare `file`."""
+    """Opens the encoder of `checkpoint_N`, or that of a bare file in a folder."""
     is_orbax = folder.has("_METADATA") or not folder.has(file)
     opened = _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
     leaves, parts, step = opened

@@ -251,22 +251,15 @@ class Gecko:
         self, tokens: list[list[int]]
     ) -> Iterator[tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N D"]]]:
         """Yields (positions, projected vectors) of each call, in any order."""
-        rows = packing.pack([len(ids) for ids in tokens])
-        calls = packing.plan_calls(rows, self._tokens_per_call, self._num_devices)
+        packed = packing.pack([len(ids) for ids in tokens])
+        calls = packing.plan_calls(packed, self._tokens_per_call, self._num_devices)
         apply = _build_apply(self.files.encoder_config, self._sharding)
         previous: tuple[packing.Call, Array] | None = None
         for call in calls:
             width = call.rows[0].width
-            ids = np.zeros((call.num_rows, width), np.int32)
-            segments = np.zeros((call.num_rows, width), np.int32)
-            for r, row in enumerate(call.rows):
-                begin = 0
-                for segment, position in enumerate(row.positions, start=1):
-                    end = begin + len(tokens[position])
-                    ids[r, begin:end] = tokens[position]
-                    segments[r, begin:end] = segment
-                    begin = end
-            arrays = map(self._share, (ids, segments))
+            rows = [row.positions for row in call.rows]
+            laid_out = packing.lay_out(tokens, rows, (call.num_rows, width))
+            arrays = map(self._share, laid_out)
             result = apply(self._params, *arrays, width // packing.MIN_TEXT)
             # The device computes this call while the previous result is unpacked and
             # the next rows are filled.
