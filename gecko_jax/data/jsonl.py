@@ -120,8 +120,8 @@ def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     -> {"positive": "a", "negatives": ["n"], "scores": [3, 0], ...}
        {"positive": "b", "negatives": ["n"], "scores": [2, 0], ...}
 
-    The examples have the same query, so `loss.mask_duplicates` masks the one's positive
-    as a negative of the other.
+    The examples have the same query, so `loss.mask_duplicates` masks the positive of
+    one as a negative of the other.
     """
     if record.get("positives") is None:
         yield record

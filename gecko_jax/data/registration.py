@@ -141,6 +141,7 @@ def register_task(
         name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', task.name)}:{digest[:16]}"
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
+    wrapped = seqio_vocabulary.wrap(vocabulary)
     return seqio.TaskRegistry.add(
         name,
         source=_source_class()(task, text_format, vocabulary),
@@ -151,9 +152,7 @@ def register_task(
             seqio.CacheDatasetPlaceholder(),
             restore,
         ],
-        output_features=_output_features(
-            seqio_vocabulary.wrap(vocabulary), task.scores
-        ),
+        output_features=_output_features(wrapped, task.scores),
         metric_fns=[],
     )
 

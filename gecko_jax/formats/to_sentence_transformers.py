@@ -37,12 +37,8 @@ _MODULES = "modules.json"
 
 # Patterns of the files in an export.
 _FILES = (
-    "README.md",
-    "config.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-    "2_Dense/config.json",
+    *("README.md", "config.json", "1_Pooling/config.json", "2_Dense/config.json"),
+    *("config_sentence_transformers.json", "sentence_bert_config.json"),
     *to_hugging_face_tokenizer.FILES,
     *model_folder.FILES,
     f"2_Dense/*{safetensors_files.SUFFIX}",

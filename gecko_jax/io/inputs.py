@@ -138,7 +138,7 @@ def no_value(place: str, record: Mapping[str, Any], *names: str) -> ValueError:
 
 
 class UniqueIds:
-    """Refuses duplicate ids, and names both lines; takes some 200 bytes per id."""
+    """Refuses duplicate ids, and names both lines; uses about 200 bytes per id."""
 
     def __init__(self):
         """Starts without ids."""

@@ -274,7 +274,7 @@ def build(
     path: str = "",
     tokenizer_config: bytes = b"",
 ) -> Vocabulary:
-    """Returns the vocabulary of a file's bytes; JSON is told by its first character.
+    """Returns the vocabulary of a file's bytes; JSON is recognized by its first byte.
 
     Raises ValueError if the bytes are not those of a supported vocabulary.
     """
