@@ -95,11 +95,6 @@ def mine_negatives(
         ValueError: A file or line is invalid, there are no lines, or a number is
             impossible.
     """
-    if num_negatives < 1 or skip_top < 0:
-        raise ValueError(
-            f"num_negatives={num_negatives}, skip_top={skip_top}: the first must be at "
-            "least 1, the second at least 0"
-        )
     if not 0 <= max_negative_share < 1:
         raise ValueError(
             f"max_negative_share={max_negative_share}: must be in [0, 1); 0 is no limit"

@@ -96,9 +96,12 @@ class Batches:
             teacher: Folder of a teacher's vectors; "" for none.
 
         Raises:
-            ValueError: A size is impossible, or the sources or vectors are invalid.
+            ValueError: A length is impossible, or the sources or vectors are invalid.
         """
-        _check_sizes(batch_size, shape, seed)
+        for name in ("query_length", "passage_length"):
+            if not 2 <= (length := getattr(shape, name)) <= cache.MAX_TOKENS:
+                rule = f"must be at least 2 and at most {cache.MAX_TOKENS}"
+                raise ValueError(f"data {name}={length}: {rule}")
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
@@ -319,20 +322,6 @@ class Batches:
                     name,
                     size,
                 )
-
-
-def _check_sizes(batch_size: int, shape: features.Shape, seed: int) -> None:
-    for name, value, least, most in (
-        ("batch_size", batch_size, 1, None),
-        ("query_length", shape.query_length, 2, cache.MAX_TOKENS),
-        ("passage_length", shape.passage_length, 2, cache.MAX_TOKENS),
-        ("num_negatives", shape.num_negatives, 0, None),
-        ("row_multiple", shape.row_multiple, 1, None),
-        ("seed", seed, 0, None),
-    ):
-        if value < least or (most is not None and value > most):
-            rule = f"at least {least}" + (f" and at most {most}" if most else "")
-            raise ValueError(f"data {name}={value}: must be {rule}")
 
 
 def _derive_seed(seed: int, name: str) -> int:
