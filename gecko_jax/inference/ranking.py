@@ -210,10 +210,6 @@ def bm25_rankings(
     A title precedes the text of its passage. Passages that share no term with the query
     are omitted, so a ranking may be shorter. Equal scores are in `tie_order`.
     """
-    if len(passages) != len(ids):
-        raise ValueError(
-            f"{len(passages)} passages and {len(ids)} ids: pass one id for each"
-        )
     order = tie_order(ids)
     retriever = Bm25Retriever([("", passages[position]) for position in order])
     results = retriever.search(queries, [""] * len(queries), k)
