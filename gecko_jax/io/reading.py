@@ -215,11 +215,8 @@ def find(folder: Any, *names: str) -> Any | None:
 
     `folder` is a `pathlib.Path`, or a cloud path with the same methods.
     """
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.exists():
-                return path
-    return None
+    paths = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
+    return next((path for path in paths if path.exists()), None)
 
 
 def sha256(path: str | os.PathLike) -> str:
