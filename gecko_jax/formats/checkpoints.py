@@ -30,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gecko_jax.formats import checkpoint_damage, source_files, tensors
@@ -229,24 +230,21 @@ def open_params(workdir: str | pathlib.Path, step: int) -> dict[str, tensors.Ten
     folder = _folder(workdir, step)
     digests = _read_digests(folder)
     with _open_handler(folder) as (handler, path):
-        leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(path).tree)
+        leaves: Any = traverse_util.flatten_dict(handler.metadata(path).tree)
 
     def read(keys: tuple[str, ...]) -> np.ndarray:
-        def nest(leaf: Any) -> Any:
-            return functools.reduce(lambda tree, key: {key: tree}, keys[::-1], leaf)
-
+        nest = traverse_util.unflatten_dict
         args = ocp.args.PyTreeRestore(
-            item=nest(0),
-            restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)),
+            item=nest({keys: 0}),
+            restore_args=nest({keys: ocp.RestoreArgs(restore_type=np.ndarray)}),
             partial_restore=True,
         )
         (leaf,) = jax.tree.leaves(_restore_params(folder, digests, args))
         return np.asarray(leaf, np.float32)
 
-    named = {tuple(str(part.key) for part in path): leaf for path, leaf in leaves}
     return {
         "/".join(keys): tensors.Tensor(tuple(leaf.shape), functools.partial(read, keys))
-        for keys, leaf in named.items()
+        for keys, leaf in leaves.items()
     }
 
 
