@@ -120,6 +120,7 @@ setuptools.setup(
             "quickstart/*/*",
             "pretrained/*/*",
             "fret/prompt_files/*",
+            "fret/templates/*",
         ]
     },
     install_requires=_CORE,

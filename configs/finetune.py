@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     recipes = [name for name in ("paper", "zero_shot", "modern") if arg[name]]
     _check(arg, recipes)
-    # Every key with its default, unit and source: gecko_jax/config.py.
+    # Every key with its default, unit and source: gecko_jax/config/keys.py.
     config = gecko_jax.config.training(arg.size)
     width = config.model.embedding_dim
     if recipes:

@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         multilingual=False,
     )
     _check(arg)
-    # Every key with its default, unit and source: gecko_jax/config.py.
+    # Every key with its default, unit and source: gecko_jax/config/keys.py.
     config = gecko_jax.config.training(arg.size)
     width = config.model.embedding_dim
     config.data.num_negatives = 0  # Eq. 2 has none,

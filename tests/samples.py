@@ -4,6 +4,12 @@ import gzip
 import json
 
 from gecko_jax.data import task_table
+from gecko_jax.formats import model_folder
+
+
+def load_model(path, mesh=None):
+    """Reads a model folder, or the newest checkpoint of a workdir."""
+    return model_folder.read_params(model_folder.open_model(path, mesh), mesh)
 
 
 def forget_checksums(path):

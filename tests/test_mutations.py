@@ -52,7 +52,7 @@ def _model(folder, small_files):
     model_folder.save_model(folder, made, shard_bytes=1_000)
 
     def read():
-        opened = model_folder.load_model(folder)
+        opened = samples.load_model(folder)
         card = model_card.write(opened, CONTENTS)
         assert "\n# INJECTED" not in card
         return opened
@@ -271,7 +271,7 @@ def _workdir(folder, small_files):
     checkpointer.save(2, small_files.params, {"count": np.int32(2)}, {"seed": 2})
     checkpointer.close()
     names = ["checkpoints/2/position/metadata", "checkpoints/2/params/_METADATA"]
-    return lambda: model_folder.load_model(folder), ["gecko.json", *names]
+    return lambda: samples.load_model(folder), ["gecko.json", *names]
 
 
 def _config(folder, _):
@@ -459,7 +459,7 @@ def test_no_text_of_gecko_json_is_markup_in_a_card(tmp_path, small_files):
     path.write_text(json.dumps(values))
 
     def card():
-        opened = model_folder.load_model(folder)
+        opened = samples.load_model(folder)
         prompts = {"query": "q: ", opened.text_format.no_title: "p: "}
         names = {"config_sentence_transformers.json": {"prompts": prompts}}
         return model_card.write(opened, CONTENTS | names)

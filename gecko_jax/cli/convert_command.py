@@ -145,20 +145,16 @@ def export(options: argparse.Namespace) -> None:
 
 def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> None:
     """Raises ValueError for an option that the output format does not support."""
-    to = options.to
-    unsupported = None
-    if options.dim and to not in ("sentence-transformers", "onnx"):
-        unsupported = "dim", "stores the full embedding, and encoding truncates it"
-    elif options.dtype != "float32" and to != "gecko":
-        unsupported = "dtype", "is always written in float32"
-    elif options.results and to != "sentence-transformers":
-        unsupported = "results", "has no model card"
-    if unsupported:
-        name, reason = unsupported
-        raise ValueError(
-            f"--{name}={getattr(options, name)}: the format {to} {reason}; leave "
-            f"--{name} out"
-        )
+    stores = "stores the full embedding, and encoding truncates it"
+    for name, default, formats, reason in (
+        ("dim", None, ("sentence-transformers", "onnx"), stores),
+        ("dtype", "float32", ("gecko",), "is always written in float32"),
+        ("results", None, ("sentence-transformers",), "has no model card"),
+    ):
+        value = getattr(options, name)
+        if value != default and options.to not in formats:
+            given = f"--{name}={value}: the format {options.to}"
+            raise ValueError(f"{given} {reason}; leave --{name} out")
     if options.dim and options.dim not in mrl_dims:
         raise ValueError(
             f"--dim={options.dim}: the model was not trained for this dimension; "

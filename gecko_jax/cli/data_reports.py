@@ -73,17 +73,13 @@ def _collect(config: Any, tasks: Sequence[Any], mixture: Any) -> Any:
 
     vocabulary = loop.load_vocabulary(config)
     unique_ids = config.data.unique_ids
+    names = ("query_length", "passage_length", "num_negatives", "packing")
     return statistics.collect(
         [dataclasses.replace(task, unique_ids=unique_ids) for task in tasks],
         mixture,
         vocabulary=vocabulary,
         text_format=initialization.expected_format(config, vocabulary),
-        shape=features.Shape(
-            query_length=config.data.query_length,
-            passage_length=config.data.passage_length,
-            num_negatives=config.data.num_negatives,
-            packing=config.data.packing,
-        ),
+        shape=features.Shape(**{name: config.data[name] for name in names}),
         batch_size=config.data.batch_size,
         one_task_per_batch=config.data.one_task_per_batch,
     )
@@ -118,10 +114,9 @@ def _print_stats(stats: Any, output: str | None) -> None:
     parsing.say("\nlines whose text repeats an earlier line of the task:")
     rows = []
     for task in stats.tasks:
-        counts = [task.repeated[part] for part in _PARTS]
-        rows.append(
-            [task.name, *(f"{n:,} ({n / task.num_examples:.1%})" for n in counts)]
-        )
+        counts = (task.repeated[part] for part in _PARTS)
+        cells = (f"{n:,} ({n / task.num_examples:.1%})" for n in counts)
+        rows.append([task.name, *cells])
     parsing.print_table(["task", *_PARTS], rows)
 
     if stats.overlaps:
@@ -186,10 +181,8 @@ def _histogram(lengths: Any) -> str:
 
     counts = np.bincount(np.searchsorted(_BINS, lengths), minlength=len(_BINS) + 1)
     heights = np.round((len(_BARS) - 1) * counts / counts.max()).astype(int)
-    return "".join(
-        _BARS[height] if count else " "
-        for height, count in zip(heights, counts, strict=True)
-    )
+    bars = np.where(counts, np.array(list(_BARS))[heights], " ")
+    return "".join(bars)
 
 
 def _print_contamination(

@@ -61,16 +61,11 @@ def teach(options: argparse.Namespace) -> None:
             "then run the same command with --vectors"
         )
         return
-    if options.model:
-        blocks = _embed_with(options.model, texts)
-    else:
-        blocks = teacher_vectors.read_vectors(options.vectors, texts)
+    source = options.model or options.vectors
+    read = _embed_with if options.model else teacher_vectors.read_vectors
+    keys = [text.key for text in texts]
     settings = teacher_vectors.write(
-        options.output,
-        [text.key for text in texts],
-        blocks,
-        made_by=options.model or options.vectors,
-        dim=options.dim,
+        options.output, keys, read(source, texts), made_by=source, dim=options.dim
     )
     parsing.say(
         f"{options.output}: {wording.counted(settings['num_texts'], 'vector')} of "

@@ -194,13 +194,11 @@ class _LogHandler(standard_logging.Handler):
 
     def emit(self, record: standard_logging.LogRecord) -> None:
         time = standard_logging.Formatter().formatTime(record, "%H:%M:%S")
-        level = record.levelname.lower() + ": "
+        is_info = record.levelno == standard_logging.INFO
+        level = "" if is_info else f"{record.levelname.lower()}: "
+        message = wording.message(record.getMessage())
         # Looked up at each call, because an open progress bar replaces sys.stderr.
-        print(
-            f"{time} {'' if level == 'info: ' else level}"
-            f"{wording.message(record.getMessage())}",
-            file=sys.stderr,
-        )
+        print(f"{time} {level}{message}", file=sys.stderr)
 
 
 _LOG_HANDLER = _LogHandler()

@@ -3,8 +3,9 @@
 import argparse
 import contextlib
 import pathlib
+import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from gecko_jax.cli import flags, parsing
@@ -115,29 +116,25 @@ def add_parser(verbs: Any) -> None:
     parent = parsing.add_verb(verbs, "gecko fret", _DESCRIPTION)
     fret_verbs = parent.add_subparsers(metavar="VERB", required=True)
 
-    def add_verb(description: str, verb: Any) -> Any:
-        name = f"gecko fret {verb.__name__.replace('_', '-')}"
+    def add_verb(description: str, verb: Any, *, has_limits: bool = False) -> Any:
+        name = f"gecko fret {verb.__name__}"
         parser = parsing.add_verb(fret_verbs, name, description, verb)
-        if verb is fetch_model:
-            return parser.option
         parsing.add_config(parser)
         parser.option("--workdir", "folder of the run", "DIR", required=True)
+        if has_limits:
+            text = "limit on the requests of this call"
+            parser.option("--max-requests", text, parsing.positive)
+            text = "limit on the cost of this call"
+            parser.option("--max-cost", text, _money, metavar="AMOUNT")
         return parser.option
-
-    def add_limits(add: Any) -> None:
-        text = "limit on the requests of this call"
-        add("--max-requests", text, parsing.positive)
-        text = "limit on the cost of this call"
-        add("--max-cost", text, _money, metavar="AMOUNT")
 
     add = add_verb(_PLAN, plan)
     add("--sample", "sample requests per kind", parsing.positive, 8)
 
-    add_limits(add_verb(_CALIBRATE, calibrate))
+    add_verb(_CALIBRATE, calibrate, has_limits=True)
 
     def add_run(description: str, verb: Any, stages: tuple[str, ...]) -> Any:
-        add = add_verb(description, verb)
-        add_limits(add)
+        add = add_verb(description, verb, has_limits=True)
         text = f"last stage to run: {', '.join(stages)}"
         add("--until", text, stages, "export", metavar="STAGE")
         add("--worker", "see above", _worker, "1/1", metavar="I/N")
@@ -159,7 +156,8 @@ def add_parser(verbs: Any) -> None:
     add = add_verb(_REPORT, report)
     add("--rows", "random rows to show", parsing.count, 12)
 
-    add = add_verb(_FETCH, fetch_model)
+    name = "gecko fret fetch-model"
+    add = parsing.add_verb(fret_verbs, name, _FETCH, fetch_model).option
     add("name", "name of the model", "NAME")
     add("--output", "folder of the model", "DIR", "~/.cache/gecko_jax/models")
 
@@ -176,18 +174,12 @@ def plan(options: argparse.Namespace) -> None:
         size, share = wording.counted(estimate.passages, "line"), ""
     sent = wording.counted(estimate.sample, "request")
     parsing.say(f"{size}{share} ({sent} sent)\n")
-    header = ("", "requests", "tokens in", "tokens out", "hours")
-    rows = [
-        (
-            kind.name,
-            f"{kind.requests:,}",
-            f"{kind.requests * kind.prompt_tokens:,.0f}",
-            f"{kind.requests * kind.completion_tokens:,.0f}",
-            f"{kind.requests * kind.seconds / 3600:,.2f}",
-        )
-        for kind in estimate.kinds
-    ]
-    parsing.print_table(header, rows)
+    rows = []
+    for kind in estimate.kinds:
+        tokens = (kind.prompt_tokens, kind.completion_tokens)
+        cells = (f"{kind.requests * each:,.0f}" for each in (1, *tokens))
+        rows.append((kind.name, *cells, f"{kind.requests * kind.seconds / 3600:,.2f}"))
+    parsing.print_table(("", "requests", "tokens in", "tokens out", "hours"), rows)
     total = sum(kind.requests for kind in estimate.kinds)
     parsing.say(
         f"\n{wording.counted(total, 'request')}, {estimate.hours:,.2f} hours, cost "
@@ -205,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
             f"relabel.files={config.relabel.files}: `gecko fret run` generates its "
             "queries; use `gecko fret relabel`, or leave it empty"
         )
-    _run(options, config, options.beam)
+    _run(options, config)
 
 
 def relabel(options: argparse.Namespace) -> None:
@@ -216,12 +208,10 @@ def relabel(options: argparse.Namespace) -> None:
             "relabel.files=(): name a file or more with lines of task, query and "
             "positive"
         )
-    _run(options, config, None)
+    _run(options, config)
 
 
-def _run(
-    options: argparse.Namespace, config: Any, beam_options: Sequence[str] | None
-) -> None:
+def _run(options: argparse.Namespace, config: Any) -> None:
     from gecko_jax.fret import runs
 
     budget = runs.open_budget(config, options.max_requests, options.max_cost)
@@ -232,7 +222,7 @@ def _run(
             budget=budget,
             worker=options.worker,
             until=options.until,
-            beam_options=beam_options,
+            beam_options=getattr(options, "beam", None),
         )
     for name, stage in summary.stages.items():
         if stage["records"]:
@@ -329,21 +319,17 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _money(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be an amount above 0")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be an amount above 0")
 
 
 def _worker(text: str) -> tuple[int, int]:
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal()) or not (
-        1 <= int(number) <= int(total)
-    ):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be I/N with I from 1 to N, such as 1/4"
-        )
-    return int(number) - 1, int(total)
+    if match := re.fullmatch(r"(\d+)/(\d+)", text):
+        number, total = map(int, match.groups())
+        if 1 <= number <= total:
+            return number - 1, total
+    raise argparse.ArgumentTypeError(
+        f"{text!r} must be I/N with I from 1 to N, such as 1/4"
+    )

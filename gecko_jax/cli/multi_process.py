@@ -65,8 +65,7 @@ def is_child() -> bool:
 def run_child(arguments: Sequence[str], peers: Peers) -> int:
     """Runs `gecko` with the arguments in a child process and explains how it ended.
 
-    Returns:
-        The exit status of the child; 1 if a signal ended it.
+    Returns the exit status of the child; 1 if a signal ended it.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", "gecko_jax", *arguments], env=os.environ | {_CHILD: "1"}
@@ -99,13 +98,10 @@ def run_child(arguments: Sequence[str], peers: Peers) -> int:
 
 @contextlib.contextmanager
 def join(peers: Peers) -> Iterator[None]:
-    """Connects this process to the others of its run.
+    """Connects this process to the others of its run; raises ValueError if that fails.
 
     If communication with another process fails, this process exits at once: a normal
     exit would wait for the others.
-
-    Raises:
-        ValueError: There is no coordinator, or it did not answer.
     """
     import jax
 

@@ -95,8 +95,7 @@ class Report:
 def parse_topology(name: str) -> str:
     """Returns a topology such as "v5e:4x4", also for a cloud name (v5litepod-16).
 
-    Raises:
-        ValueError: The name is unknown; lists the known ones.
+    Raises ValueError for an unknown name; lists the known ones.
     """
     kind, _, sizes = name.partition(":")
     if sizes in TOPOLOGIES.get(kind, ()):
@@ -119,14 +118,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> Iterator[Sequence[An
     """Yields the devices of a topology: a program can be compiled, not run, for them.
 
     Only one process at a time can load libtpu, so this waits for other processes.
-
-    Args:
-        topology: Topology of one slice; see `parse_topology`.
-        num_slices: Slices, connected by DCN.
-
-    Raises:
-        ValueError: The topology is unknown, or libtpu does not start.
-        ImportError: libtpu is missing; names the extra.
+    Slices are connected by DCN. Raises ValueError if libtpu does not start.
     """
     topology = parse_topology(topology)
     try:
@@ -201,13 +193,9 @@ def compile_step(
                 "mesh.tensor, or use --search"
             ) from error
     memory: Any = compiled.memory_analysis()
-    peak_bytes = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    parts = ("argument", "temp", "output", "generated_code")
+    sizes = [getattr(memory, f"{part}_size_in_bytes") for part in parts]
+    peak_bytes = sum(sizes) - memory.alias_size_in_bytes  # Donated arrays count once.
     try:
         program = hlo.Program(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as error:
@@ -223,8 +211,7 @@ def compile_step(
         totals = collectives.setdefault(one.kind, {"count": 0, "bytes": 0})
         totals["count"] += one.times
         totals["bytes"] += one.times * one.num_bytes
-        if any(map(_is_microbatch_loop, one.loops)):
-            in_microbatch_loop += one.times
+        in_microbatch_loop += one.times * any(map(_is_microbatch_loop, one.loops))
     chip = chips.CHIPS[topology.partition(":")[0]]
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()

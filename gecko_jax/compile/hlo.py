@@ -22,7 +22,8 @@ _BYTES = {
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
 
-# Instructions that only name or arrange arrays: no memory traffic.
+# Instructions without traffic of their own. What a loop, a call or a branch does counts
+# where its computation is walked.
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
     "conditional", "call", "after-all", "opt-barrier", "iota", "partition-id",
@@ -48,13 +49,23 @@ class Instruction(NamedTuple):
 
     def called(self, attribute: str) -> str:
         """Returns the computation in an attribute such as `body`; "" if not there."""
-        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
-        return match[1] if match else ""
+        return self.find(rf"\b{attribute}=%?([\w.\-]+)")
+
+    def branches(self) -> list[str]:
+        """Returns the computations of a conditional."""
+        branches = self.find(r"branch_computations=\{([^}]*)\}")
+        if branches:
+            return [name.strip().lstrip("%") for name in branches.split(",")]
+        return [self.called(f"{value}_computation") for value in ("true", "false")]
 
     @property
     def path(self) -> str:
         """Name scopes of the instruction in the source program."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return self.find(r'op_name="([^"]*)"')
+
+    def find(self, pattern: str) -> str:
+        """Returns the group of a pattern in the attributes; "" if not there."""
+        match = re.search(pattern, self.attributes)
         return match[1] if match else ""
 
 
@@ -63,19 +74,12 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of one device's program.
+    """A collective of one device's program."""
 
-    Attributes:
-        kind: One of `COLLECTIVES`.
-        num_bytes: Size of its result, or of the operands of a reduce-scatter.
-        times: Number of runs per step.
-        loops: Paths of the loops around it, outermost first.
-    """
-
-    kind: str
-    num_bytes: int
-    times: int
-    loops: tuple[str, ...]
+    kind: str  # one of `COLLECTIVES`
+    num_bytes: int  # size of its result, or of the operands of a reduce-scatter
+    times: int  # number of runs per step
+    loops: tuple[str, ...]  # paths of the loops around it, outermost first
 
 
 class Program:
@@ -109,21 +113,18 @@ class Program:
             collective = Collective(kind, num_bytes, times, loops)
             # XLA may cut one collective into a chain of pieces, some of them in a loop,
             # to overlap it with compute. The chain counts as its first piece.
-            chain = re.search(r'chain_id="(\d+)"', one.attributes)
-            key = chain[1] if chain else len(found)
+            key = one.find(r'chain_id="(\d+)"') or len(found)
             if key not in found or times < found[key].times:
                 found[key] = collective
         return list(found.values())
 
     def memory_bytes(self) -> float:
         """Returns the bytes read from and written to main memory."""
-        return float(
-            sum(
-                times * self._traffic(one, computation)
-                for one, computation, times, _ in self._walk(self._entry, fusions=False)
-                if one.opcode not in _FREE and not one.opcode.endswith(_FINISHING)
-            )
-        )
+        total = 0
+        for one, computation, times, _ in self._walk(self._entry, fusions=False):
+            if one.opcode not in _FREE and not one.opcode.endswith(_FINISHING):
+                total += times * self._traffic(one, computation)
+        return float(total)
 
     def _walk(
         self, name: str, *, fusions: bool, times: int = 1, loops: tuple[str, ...] = ()
@@ -141,7 +142,11 @@ class Program:
                 attributes = ("calls", "called_computations=\\{", "to_apply")
             elif one.opcode == "call":
                 attributes = ("to_apply",)
-            for called in map(one.called, attributes):
+            inner = [*map(one.called, attributes)]
+            if one.opcode == "conditional":
+                # Which branch runs is unknown: all count, which is an upper bound.
+                inner += one.branches()
+            for called in inner:
                 if called in self._computations:
                     yield from self._walk(
                         called, fusions=fusions, times=inner_times, loops=inner_loops
@@ -157,7 +162,7 @@ class Program:
             read = shape_bytes(result) if shape_bytes(shapes[0], in_main=True) else 0
             return read + shape_bytes(result, in_main=True)
         if one.opcode == "copy-start":
-            # The shape is (result, operand, context).
+            # The shape lists result, operand and context: the bytes written and read.
             return shape_bytes(one.shape, in_main=True)
         if one.opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * shape_bytes(one.shape, in_main=True)
@@ -200,9 +205,8 @@ class Program:
 
     def _trips(self, loop: Instruction) -> int:
         """Returns how often a loop runs: its condition compares with a constant."""
-        known = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
-        if known:
-            return int(known[1])
+        if known := loop.find(r"known_trip_count\W+n\W+(\d+)"):
+            return int(known)
         pending = [loop.called("condition")]
         numbers = [1]
         while pending:
@@ -214,11 +218,9 @@ class Program:
 
 
 def shape_bytes(shape: str, *, in_main: bool = False) -> int:
-    """Returns the bytes of a shape, or of a tuple of shapes.
+    """Returns the bytes of a shape such as `f32[2,3]{1,0}`, or of a tuple of shapes.
 
-    Args:
-        shape: HLO text, such as `f32[2,3]{1,0}`.
-        in_main: Leaves out arrays in other memories than the main one.
+    `in_main` leaves out arrays in other memories than the main one.
     """
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shape):

@@ -32,7 +32,7 @@ _REMAT = ("full", "dots", "none")
 _TENSOR = (1, 2)
 _ROWS = (1, 2, 4, 8, 16, 32)  # per device and microbatch
 
-# Groups of config keys that do not change the compiled step.
+# Prefixes of the config keys that do not change the compiled step.
 _NOT_COMPILED = ("init.", "checkpoint.", "evaluation.", "data.cache_dir", "data.files")
 
 
@@ -40,13 +40,9 @@ class Stored:
     """Results of compilations, as JSON lines in a file."""
 
     def __init__(self, path: str | os.PathLike):
-        """Reads the results of earlier runs.
+        """Reads the results of earlier runs from a file, which may be missing.
 
-        Args:
-            path: File; it may be missing.
-
-        Raises:
-            ValueError: A line is not one of these results; names file and line.
+        Raises a ValueError that names a line which is not one of these results.
         """
         self._path = pathlib.Path(path)
         self._results = dict(self._read()) if self._path.exists() else {}
@@ -100,13 +96,8 @@ def search(
     bounds. A split over `tensor` makes every microbatch wait for other devices, which
     does not help a step that fits without it.
 
-    Args:
-        config: The training config; the settings are changed on copies.
-        topology: See `aot.parse_topology`.
-        compile_step: `aot.compile_step`, or that of a `Stored`.
-
-    Yields:
-        A report for each setting that compiles.
+    Yields a report for each setting that compiles; `compile_step` is that of `aot` or
+    of a `Stored`.
     """
     with aot.topology_devices(topology) as devices:
         num_devices = len(devices)

@@ -28,10 +28,8 @@ from typing import Any
 def load_seqio() -> Any:
     """Imports seqio, and hides the accelerators from TensorFlow.
 
-    TensorFlow would otherwise reserve all memory of the GPU that JAX uses.
-
-    Raises:
-        ImportError: TensorFlow or seqio is not installed.
+    TensorFlow would otherwise reserve all memory of the GPU that JAX uses. Raises an
+    ImportError with the remedy if TensorFlow or seqio is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:

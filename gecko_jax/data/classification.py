@@ -32,16 +32,9 @@ def triples(
 ) -> Iterator[dict[str, Any] | preprocessors.Drop]:
     """Draws a positive and a negative for every text.
 
-    Args:
-        records: Records with a text and a label.
-        text: Name of the text field.
-        label: Name of the label field.
-        num_labels: Labels are whole numbers below it, and -1 for "no label"; None for
-            labels of any type.
-        seed: Seed of the draws.
-
-    Raises:
-        ValueError: A label is out of range, or there are fewer than two labels.
+    Labels are whole numbers below `num_labels`, and -1 for "no label"; None allows
+    labels of any type. Raises ValueError if a label is out of range, or there are fewer
+    than two labels.
     """
     labelled: list[tuple[str, Any]] = []
     by_label: dict[Any, list[int]] = {}
@@ -78,8 +71,8 @@ def triples(
             yield preprocessors.Drop("only text of its label")
             continue
         # Draw among all but the last text, and replace the text itself by the last.
-        position = draw.randrange(len(same) - 1)
-        positive = same[position] if same[position] != number else same[-1]
+        positive = same[draw.randrange(len(same) - 1)]
+        positive = same[-1] if positive == number else positive
         while labelled[negative := draw.randrange(len(labelled))][1] == value:
             pass
         yield {

@@ -66,8 +66,7 @@ def find(
 ) -> list[Report]:
     """Reads all lines of tasks, and reports the hits of each task in `known` sets.
 
-    Raises:
-        ValueError: A line is invalid.
+    Raises ValueError if a line is invalid.
     """
     reports = {task.name: Report(task.name) for task in tasks}
     for task, place, pair in task_table.read_lines(tasks, "Comparing"):

@@ -116,16 +116,10 @@ def convert(
     shape: Shape,
     choices: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Builds the model features of a batch.
+    """Builds the features of a batch that `pipeline` lists, but no task or teacher.
 
-    Args:
-        examples: The examples of the step, in order.
-        shape: Sizes of the batch.
-        choices: Indices of the negatives that each example uses, at most G; by default
-            the first G. Missing negatives are masked.
-
-    Returns:
-        The features listed in `pipeline`, except `task_index` and the teacher's.
+    `choices` has the indices of the negatives that each example uses, at most G; by
+    default the first G. Missing negatives are masked.
     """
     size, num = len(examples), shape.num_negatives
     if choices is None:
@@ -138,9 +132,8 @@ def convert(
     scores = np.full((size, 1 + num), -np.inf, np.float32)
     for row, (example, chosen) in enumerate(zip(examples, choices, strict=True)):
         for column, choice in enumerate(chosen):
-            negatives[row * num + column] = trim(
-                example.negatives[choice], shape.passage_length
-            )
+            tokens = trim(example.negatives[choice], shape.passage_length)
+            negatives[row * num + column] = tokens
             negative_id[row, column] = example.negative_ids[choice]
             negative_mask[row, column] = True
         if len(example.scores):
@@ -185,23 +178,20 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
             f"{side}_segment_ids": ((rows, row_length), np.int32),
             f"{side}_index": ((texts, 2), np.int32),
         }
-    if shape.teacher_dim:
-        width = shape.teacher_dim
-        sides |= {
-            "query_teacher": ((batch_size, width), np.float16),
-            "passage_teacher": ((batch_size, width), np.float16),
-            "negative_teacher": ((batch_size, shape.num_negatives, width), np.float16),
-        }
+    one, negatives = (batch_size,), (batch_size, shape.num_negatives)
+    if width := shape.teacher_dim:
+        sides["query_teacher"] = sides["passage_teacher"] = ((*one, width), np.float16)
+        sides["negative_teacher"] = ((*negatives, width), np.float16)
     if shape.scores:
-        sides["scores"] = ((batch_size, 1 + shape.num_negatives), np.float32)
+        sides["scores"] = ((*one, 1 + shape.num_negatives), np.float32)
     return sides | {
-        "query_id": ((batch_size, 2), np.uint32),
-        "passage_id": ((batch_size, 2), np.uint32),
-        "negative_id": ((batch_size, shape.num_negatives, 2), np.uint32),
-        "negative_mask": ((batch_size, shape.num_negatives), np.bool_),
-        "example_mask": ((batch_size,), np.bool_),
-        "negative_group": ((batch_size,), np.int32),
-        "task_index": ((batch_size,), np.int32),
+        "query_id": ((*one, 2), np.uint32),
+        "passage_id": ((*one, 2), np.uint32),
+        "negative_id": ((*negatives, 2), np.uint32),
+        "negative_mask": (negatives, np.bool_),
+        "example_mask": (one, np.bool_),
+        "negative_group": (one, np.int32),
+        "task_index": (one, np.int32),
     }
 
 
@@ -226,19 +216,10 @@ def _lay_out(texts: Sequence[np.ndarray | None], side: str, shape: Shape) -> _Ro
         ]
     else:
         members = [[number] for number in range(len(texts))]
-    rows = shape.round_rows(len(members))
-    tokens = np.zeros((rows, length), np.int32)
-    segment_ids = np.zeros((rows, length), np.int32)
     index = np.zeros((len(texts), 2), np.int32)
-    lone_eos = np.array([vocabularies.EOS_ID], np.int32)
     for row, numbers in enumerate(members):
-        filled = 0
-        for segment, number in enumerate(numbers):
-            text = texts[number]
-            text = lone_eos if text is None else text
-            columns = slice(filled, filled + len(text))
-            tokens[row, columns] = text
-            segment_ids[row, columns] = segment + 1
-            index[number] = row, segment
-            filled += len(text)
-    return tokens, segment_ids, index
+        index[numbers] = [(row, segment) for segment in range(len(numbers))]
+    lone_eos = np.array([vocabularies.EOS_ID], np.int32)
+    filled = [lone_eos if text is None else text for text in texts]
+    size = (shape.round_rows(len(members)), length)
+    return *packing.lay_out(filled, members, size), index

@@ -47,13 +47,9 @@ _CITATION = """@article{lee2024gecko,
 def build(export: str | os.PathLike, data_dir: str | os.PathLike) -> Any:
     """Writes the data set, unless it exists; returns its TFDS builder.
 
-    Args:
-        export: Folder WORKDIR/export of `gecko fret run`.
-        data_dir: Folder of TFDS's sets.
-
-    Raises:
-        ValueError: The folder is not a finished export, a line is invalid, or
-            `data_dir` has the triples of another export.
+    `export` is the folder WORKDIR/export of `gecko fret run`, `data_dir` that of TFDS's
+    sets. Raises ValueError if the folder is not a finished export, a line is invalid,
+    or `data_dir` has the triples of another export.
     """
     export = pathlib.Path(export)
     triples = next((export / n for n in TRIPLES if (export / n).is_file()), None)

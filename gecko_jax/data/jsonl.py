@@ -86,8 +86,7 @@ class Pair:
 def read_pairs(path: str | os.PathLike, task: str | None = None) -> Iterator[Pair]:
     """Yields the examples of a file, of one task or of all.
 
-    Raises:
-        ValueError: The file or a line of it is invalid.
+    Raises ValueError if the file or a line of it is invalid.
     """
     for _, _, pair in read_lines(path):
         if task is None or pair.task == task:
@@ -104,8 +103,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any], P
 def count_examples(path: str | os.PathLike) -> dict[str, int]:
     """Checks every line of a file, and returns the number of examples of each task.
 
-    Raises:
-        ValueError: The file or a line of it is invalid, or the file has no lines.
+    Raises ValueError if the file or a line of it is invalid, or the file has no lines.
     """
     examples = collections.Counter(pair.task for pair in read_pairs(path))
     if not examples:
@@ -122,8 +120,8 @@ def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     -> {"positive": "a", "negatives": ["n"], "scores": [3, 0], ...}
        {"positive": "b", "negatives": ["n"], "scores": [2, 0], ...}
 
-    The examples have the same query, so `loss.mask_duplicates` masks the one's positive
-    as a negative of the other.
+    The examples have the same query, so `loss.mask_duplicates` masks the positive of
+    one as a negative of the other.
     """
     if record.get("positives") is None:
         yield record
@@ -161,9 +159,9 @@ def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def parse(place: str, record: dict[str, Any]) -> Pair:
     """Checks one record with one positive; `place` (file:line) starts every error."""
-    for aliases in _ALIASES:
-        if all(record.get(name) is not None for name in aliases):
-            both = " and ".join(map(repr, aliases))
+    for one, other in _ALIASES:
+        if record.get(one) is not None and record.get(other) is not None:
+            both = f"{one!r} and {other!r}"
             raise ValueError(f"{place}: fields {both} mean the same; keep one")
     if isinstance(record.get("positive"), list):
         raise ValueError(f"{place}: field 'positive' is a list; name it 'positives'")
@@ -175,23 +173,21 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         _text(place, {name: value}, name, default="")
         for name, value in _list(place, record, "negative_titles", len(negatives))
     ]
+    ids = _list(place, record, "negative_ids", len(negatives))
     given_ids = (
         _given_id(place, "passage_id", record.get("passage_id")),
-        *(
-            _given_id(place, "negative_ids", value)
-            for _, value in _list(place, record, "negative_ids", len(negatives))
-        ),
+        *(_given_id(place, "negative_ids", value) for _, value in ids),
     )
     query_id = _given_id(place, "query_id", record.get("query_id"))
+    texts = zip((positive, *negatives), (title, *titles), given_ids, strict=True)
     # Hashes of query ids and of passage ids never collide.
     passage_ids = [
         text_formats.content_id(text, text_title)
         if given is None
         else text_formats.hash_words(f"passage_id:{given}")
-        for text, text_title, given in zip(
-            (positive, *negatives), (title, *titles), given_ids, strict=True
-        )
+        for text, text_title, given in texts
     ]
+    scores = _scores(place, record, 1, len(negatives))
     return Pair(
         task=_text(place, record, "task"),
         task_description=_text(place, record, "task_description", default=""),
@@ -207,10 +203,7 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
         negative_ids=tuple(passage_ids[1:]),
         negative_group=_group(place, record.get("negative_group")),
         given_ids=given_ids,
-        scores=tuple(
-            -math.inf if score is None else score
-            for score in _scores(place, record, 1, len(negatives))
-        ),
+        scores=tuple(-math.inf if score is None else score for score in scores),
     )
 
 
@@ -233,7 +226,7 @@ def _scores(
     scores: list[float | None] = []
     length = num_positives + num_negatives
     for name, value in _list(place, record, "scores", length, "positive and negative"):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = type(value) in (int, float)
         if value is not None and not (is_number and abs(value) < _MOST):
             raise ValueError(
                 f"{place}: field {name!r} is {value!r}; it must be a finite number, or "
@@ -285,11 +278,11 @@ def _list(
 
 
 def _group(place: str, value: Any) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value not in _INT32:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or value not in _INT32:
         raise ValueError(
             f"{place}: field 'negative_group' is {value!r}; it must be a whole number "
             "of at most 32 bits"

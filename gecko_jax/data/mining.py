@@ -95,11 +95,6 @@ def mine_negatives(
         ValueError: A file or line is invalid, there are no lines, or a number is
             impossible.
     """
-    if num_negatives < 1 or skip_top < 0:
-        raise ValueError(
-            f"num_negatives={num_negatives}, skip_top={skip_top}: the first must be at "
-            "least 1, the second at least 0"
-        )
     if not 0 <= max_negative_share < 1:
         raise ValueError(
             f"max_negative_share={max_negative_share}: must be in [0, 1); 0 is no limit"
@@ -125,16 +120,13 @@ def mine_negatives(
     mined: list[list[Mined]] = [[] for _ in pairs]
     answers = Answers(pairs)
 
+    limits: Any = {"skip_top": skip_top, "max_negative_share": max_negative_share}
+
     def mine() -> Iterator[int]:
         for numbers in by_task.values():
             members = [pairs[number] for number in numbers]
             corpus = Corpus(members, build, answers)
-            negatives_of_task = corpus.mine(
-                members,
-                num_negatives,
-                skip_top=skip_top,
-                max_negative_share=max_negative_share,
-            )
+            negatives_of_task = corpus.mine(members, num_negatives, **limits)
             for number, negatives in zip(numbers, negatives_of_task, strict=True):
                 mined[number] = negatives
                 yield number
@@ -146,23 +138,17 @@ def mine_negatives(
         yield from map(extend, records, pairs, mined)
 
     write_lines(output, lines())
-    summary = MiningSummary(
-        examples=len(pairs),
-        mined=sum(map(len, mined)),
-        short=count_short(pairs, mined, num_negatives),
-    )
-    checksums.write_object(
-        pathlib.Path(f"{os.fspath(output)}.meta.json"),
-        {
-            "retriever": retriever,
-            "num_negatives": num_negatives,
-            "skip_top": skip_top,
-            "max_negative_share": max_negative_share,
-            **dataclasses.asdict(summary),
-            "sources": {os.fspath(path): reading.sha256(path) for path in files},
-            "sha256": reading.sha256(output),
-        },
-    )
+    short = count_short(pairs, mined, num_negatives)
+    summary = MiningSummary(len(pairs), sum(map(len, mined)), short)
+    facts = {
+        "retriever": retriever,
+        "num_negatives": num_negatives,
+        **limits,
+        **dataclasses.asdict(summary),
+        "sources": {os.fspath(path): reading.sha256(path) for path in files},
+        "sha256": reading.sha256(output),
+    }
+    checksums.write_object(pathlib.Path(f"{os.fspath(output)}.meta.json"), facts)
     return summary
 
 
@@ -241,9 +227,8 @@ class Corpus:
             task = pair.task
             if answers is None:
                 self._answers.add(pair)
-            for (body, title, _), given in zip(
-                pair.passages, pair.given_ids, strict=True
-            ):
+            passages = zip(pair.passages, pair.given_ids, strict=True)
+            for (body, title, _), given in passages:
                 identity = text_formats.content_id(body)
                 self._passages.setdefault(identity, (body, title, given))
         self._ids = list(self._passages)
@@ -278,11 +263,9 @@ class Corpus:
                 depth = max(depth, _DEPTH)
             while unfinished:
                 searched = [block[place] for place in unfinished]
-                rankings = self._retriever.search(
-                    [pair.query for pair in searched],
-                    [pair.task_description or pair.task for pair in searched],
-                    depth,
-                )
+                queries = [pair.query for pair in searched]
+                tasks = [pair.task_description or pair.task for pair in searched]
+                rankings = self._retriever.search(queries, tasks, depth)
                 for place, (best, scores) in zip(unfinished, rankings, strict=True):
                     ids = (self._ids[position] for position in best)
                     score_of = dict(zip(ids, scores, strict=True))
@@ -293,11 +276,7 @@ class Corpus:
                 # Passages below the limit may lie deeper in the ranking.
                 if not max_negative_share or depth >= len(self._ids):
                     break
-                unfinished = [
-                    place
-                    for place in unfinished
-                    if len(negatives[place]) < missing[place]
-                ]
+                unfinished = [n for n in unfinished if len(negatives[n]) < missing[n]]
                 depth *= _DEEPER
             for ids in negatives:
                 yield [self._passages[identity] for identity in ids]

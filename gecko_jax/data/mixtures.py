@@ -34,8 +34,7 @@ class Mixture:
     def rates(self, names: Sequence[str], sizes: Sequence[int]) -> list[float]:
         """Returns the rate of each task, not normalized.
 
-        Raises:
-            ValueError: The temperature or a rate is not a number above 0.
+        Raises ValueError if the temperature or a rate is not a number above 0.
         """
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature}: must be above 0")
@@ -62,12 +61,7 @@ _MIRACL = tuple(t.name for t in task_table.TASKS if t.name.startswith("miracl_")
 
 MIXTURES: Mapping[str, Mixture] = {
     "quickstart": Mixture(
-        (
-            "quickstart_docs",
-            "quickstart_wordnet",
-            "quickstart_code",
-            "quickstart_term",
-        )
+        ("quickstart_docs", "quickstart_wordnet", "quickstart_code", "quickstart_term")
     ),
     "gecko_prefinetune": Mixture(
         (
@@ -86,9 +80,7 @@ MIXTURES: Mapping[str, Mixture] = {
         ("fret", *_ACADEMIC, *_CLASSIFICATION), cap=1_000_000, temperature=2.0
     ),
     "gecko_multilingual": Mixture(
-        ("fret", *_ACADEMIC, *_CLASSIFICATION, *_MIRACL),
-        cap=1_000_000,
-        temperature=2.0,
+        ("fret", *_ACADEMIC, *_CLASSIFICATION, *_MIRACL), cap=1_000_000, temperature=2.0
     ),
 }
 
@@ -98,8 +90,7 @@ def resolve(
 ) -> tuple[tuple[task_table.Task, ...], Mixture]:
     """Returns the tasks of a mixture, or the task of that name, with their files.
 
-    Raises:
-        ValueError: The name is unknown, or sets are not prepared.
+    Raises ValueError if the name is unknown, or sets are not prepared.
     """
     rows, drawn = describe(mixture)
     tasks = tuple(locate(row, prepared_dir) for row in rows)

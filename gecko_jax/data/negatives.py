@@ -63,12 +63,7 @@ class Watch:
     """
 
     def __init__(self, task_names: Sequence[str], *, all_hard_negatives: bool):
-        """Watches all tasks.
-
-        Args:
-            task_names: Names, indexed by `task_index`.
-            all_hard_negatives: See `has_negative`.
-        """
+        """Watches all tasks; for `all_hard_negatives`, see `has_negative`."""
         self._task_names = task_names
         self._all_hard_negatives = all_hard_negatives
         # Watched task -> its examples so far, none of which had a negative.

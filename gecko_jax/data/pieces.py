@@ -20,9 +20,7 @@ _MAX_TEXTS = 2_000_000
 
 
 def train_vocabulary(
-    files: Sequence[str | os.PathLike],
-    output: str | os.PathLike,
-    size: int = 32_000,
+    files: Sequence[str | os.PathLike], output: str | os.PathLike, size: int = 32_000
 ) -> vocabularies.Vocabulary:
     """Trains a unigram vocabulary with byte fallback and T5's reserved ids.
 

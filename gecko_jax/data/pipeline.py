@@ -54,9 +54,6 @@ _TEACHER_EXAMPLES = 200
 # Batches prepared ahead of their use.
 _AHEAD = 4
 
-# Bytes of a seed of Grain.
-_SEED_BYTES = 4
-
 
 class Batches:
     """The global batches of a mixture, by step.
@@ -99,9 +96,12 @@ class Batches:
             teacher: Folder of a teacher's vectors; "" for none.
 
         Raises:
-            ValueError: A size is impossible, or the sources or vectors are invalid.
+            ValueError: A length is impossible, or the sources or vectors are invalid.
         """
-        _check_sizes(batch_size, shape, seed)
+        for name in ("query_length", "passage_length"):
+            if not 2 <= (length := getattr(shape, name)) <= cache.MAX_TOKENS:
+                rule = f"must be at least 2 and at most {cache.MAX_TOKENS}"
+                raise ValueError(f"data {name}={length}: {rule}")
         self._batch_size = batch_size
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
@@ -130,22 +130,15 @@ class Batches:
             "vocabulary": self.vocabulary.fingerprint,
             "tasks": {
                 name: {
-                    "rate": weight,
-                    "examples": size,
-                    "sources": list(sources),
+                    "rate": weights[n],
+                    "examples": self.task_sizes[n],
+                    "sources": list(chosen.sources[n]),
                     "format": dataclasses.asdict(
                         formatting.templates(self.text_format, name)
                     ),
-                    "cache": key,
+                    "cache": chosen.keys[n],
                 }
-                for name, weight, size, sources, key in zip(
-                    self.task_names,
-                    weights,
-                    self.task_sizes,
-                    chosen.sources,
-                    chosen.keys,
-                    strict=True,
-                )
+                for n, name in enumerate(self.task_names)
             },
         }
         # Omitted if absent, which keeps the hashes of older runs.
@@ -180,12 +173,9 @@ class Batches:
         batch = features.convert(examples, self.shape, choices)
         batch["task_index"] = np.array([task for task, _ in picks], np.int32)
         if self._teacher is not None:
-            batch |= self._teacher.features(
-                examples,
-                [self.tasks[task].source_task for task, _ in picks],
-                choices,
-                self.shape.num_negatives,
-            )
+            names = [self.tasks[task].source_task for task, _ in picks]
+            num = self.shape.num_negatives
+            batch |= self._teacher.features(examples, names, choices, num)
         return batch
 
     def iterate(
@@ -224,11 +214,9 @@ class Batches:
         import grain
 
         orders = []
-        for task_index, (name, size) in enumerate(
-            zip(self.task_names, self.task_sizes, strict=True)
-        ):
+        for task_index, name in enumerate(self.task_names):
             order = (
-                grain.MapDataset.range(size)
+                grain.MapDataset.range(self.task_sizes[task_index])
                 .seed(_derive_seed(self._seed, name))
                 .shuffle()
                 .repeat()
@@ -251,8 +239,7 @@ class Batches:
         counts = np.zeros(vocab_size)
         num_texts = 0
         for task_index in range(len(self.tasks)):
-            count = _IDF_EXAMPLES // len(self.tasks)
-            for example in self.examples(task_index, count):
+            for example in self.examples(task_index, _IDF_EXAMPLES // len(self.tasks)):
                 for tokens in (example.query, example.positive):
                     counts[np.unique(tokens)] += 1
                 num_texts += 2
@@ -314,22 +301,19 @@ class Batches:
                 f"loss.kl_weight: no line of {', '.join(self.task_names)} has scores; "
                 "add them (docs/data.md), or set the weight to 0"
             )
-        for name, size, reader in zip(
-            self.task_names, self.task_sizes, self.readers, strict=True
-        ):
-            if reader.num_scored < size:
+        for name, reader in zip(self.task_names, self.readers, strict=True):
+            if reader.num_scored < len(reader):
                 logging.warning(
                     "%d of the %d examples of task %s have scores; the others are "
                     "trained without the KL divergence.",
                     reader.num_scored,
-                    size,
+                    len(reader),
                     name,
                 )
 
     def _warn_about_small_tasks(self) -> None:
-        for name, size, rate in zip(
-            self.task_names, self.task_sizes, self.rates, strict=True
-        ):
+        sizes = zip(self.task_names, self.task_sizes, self.rates, strict=True)
+        for name, size, rate in sizes:
             share = 1.0 if self._one_task_per_batch else rate
             if size < self._batch_size * share:
                 logging.warning(
@@ -340,21 +324,7 @@ class Batches:
                 )
 
 
-def _check_sizes(batch_size: int, shape: features.Shape, seed: int) -> None:
-    for name, value, least, most in (
-        ("batch_size", batch_size, 1, None),
-        ("query_length", shape.query_length, 2, cache.MAX_TOKENS),
-        ("passage_length", shape.passage_length, 2, cache.MAX_TOKENS),
-        ("num_negatives", shape.num_negatives, 0, None),
-        ("row_multiple", shape.row_multiple, 1, None),
-        ("seed", seed, 0, None),
-    ):
-        if value < least or (most is not None and value > most):
-            rule = f"at least {least}" + (f" and at most {most}" if most else "")
-            raise ValueError(f"data {name}={value}: must be {rule}")
-
-
 def _derive_seed(seed: int, name: str) -> int:
-    """Returns a seed for a task that does not depend on the other tasks."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=_SEED_BYTES)
+    """Returns a seed of Grain for a task that does not depend on the other tasks."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4)
     return int.from_bytes(digest.digest(), "little") % (2**31)

@@ -35,6 +35,7 @@ _PAIRS, _PART = "pairs-{:05}.jsonl.gz", "part-{:05}.jsonl.gz"
 # Increased whenever the content of a part changes.
 _VERSION = 2
 
+_REMEDY = "delete the folder and prepare again"
 _DROPPED = field_rules.map_of(field_rules.COUNT)
 _FIELDS = {
     "facts": dict,
@@ -103,10 +104,7 @@ def prepare(
     }
     if note.exists():
         content = reading.read_object(
-            note,
-            _FIELDS,
-            remedy="delete the folder and prepare again",
-            defaults={"without_negative": 0},
+            note, _FIELDS, remedy=_REMEDY, defaults={"without_negative": 0}
         )
         if content["facts"] != facts:
             raise ValueError(
@@ -186,11 +184,8 @@ def _write_pairs(
     """Writes the missing parts; returns the number of parts, and what was dropped."""
     done = work / "pairs-done.json"
     if done.exists():
-        facts = reading.read_object(
-            done,
-            {"parts": field_rules.COUNT, "dropped": _DROPPED},
-            remedy=_begin_again(work),
-        )
+        fields = {"parts": field_rules.COUNT, "dropped": _DROPPED}
+        facts = reading.read_object(done, fields, remedy=_begin_again(work))
         return facts["parts"], facts["dropped"]
     dropped: collections.Counter[str] = collections.Counter()
     records = sources.read(location, tfds_data_dir=tfds_data_dir)
@@ -283,11 +278,9 @@ def _mine(
         mined: list[list[mining.Mined]] = [[] for _ in pairs]
         if not is_mined:
             if task.mine and mining.count_short(pairs, mined, num_negatives):
-                corpus = corpus or mining.Corpus(
-                    pair
-                    for place in range(num_parts)
-                    for pair in jsonl.read_pairs(work / _PAIRS.format(place))
-                )
+                parts = (work / _PAIRS.format(place) for place in range(num_parts))
+                every_pair = (pair for part in parts for pair in jsonl.read_pairs(part))
+                corpus = corpus or mining.Corpus(every_pair)
                 negatives = corpus.mine(pairs, num_negatives)
                 title = f"Mining for part {number}"
                 mined = list(progress.track(negatives, title, len(pairs)))

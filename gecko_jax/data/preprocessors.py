@@ -19,6 +19,8 @@ Record = Mapping[str, Any]
 _TAG = re.compile(r"<(?:[a-zA-Z/!][^<>]*)>")
 # C0 and C1 controls that are not whitespace; they come from broken encodings.
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# Escapes in FEVER's page titles.
+_ESCAPES = {"-LRB-": "(", "-RRB-": ")", "-COLON-": ":", "_": " "}
 _ENTAILMENT, _NEUTRAL, _CONTRADICTION = 0, 1, 2
 _CHECK = "check that it is the right set and version"
 
@@ -36,8 +38,7 @@ Preprocessor = Callable[[Iterable[Record]], Iterator[dict[str, Any] | Drop]]
 def field(record: Record, name: str) -> Any:
     """Returns a field of a source's record.
 
-    Raises:
-        ValueError: The field is missing, so the source has another schema.
+    Raises ValueError if the field is missing, so the source has another schema.
     """
     if name not in record:
         raise ValueError(
@@ -95,11 +96,7 @@ def strip_html(markup: str) -> str:
 
 
 def pairs(
-    records: Iterable[Record],
-    *,
-    query: str,
-    positive: str,
-    is_html: bool = False,
+    records: Iterable[Record], *, query: str, positive: str, is_html: bool = False
 ) -> Iterator[dict[str, Any] | Drop]:
     """Reads query and positive from two fields.
 
@@ -219,13 +216,8 @@ def fact_verification(records: Iterable[Record]) -> Iterator[dict[str, Any] | Dr
             yield {
                 "query": claim,
                 "positive": " ".join(sentences[n] for n in sorted(sentences)),
-                "title": re.sub("-[LR]RB-|-COLON-|_", _unescape, page),
+                "title": re.sub("-[LR]RB-|-COLON-|_", lambda m: _ESCAPES[m[0]], page),
             }
-
-
-def _unescape(match: re.Match[str]) -> str:
-    """Decodes the escapes in FEVER's page titles."""
-    return {"-LRB-": "(", "-RRB-": ")", "-COLON-": ":", "_": " "}[match[0]]
 
 
 def multiple_choice(records: Iterable[Record]) -> Iterator[dict[str, Any] | Drop]:

@@ -46,10 +46,8 @@ def register(
     """Registers a mixture or task of the table under its own name, for use by seqio.
 
     Training does not need this: it registers tasks under names that also depend on the
-    format and the vocabulary. Repeated calls with one name have no effect.
-
-    Returns:
-        The seqio Mixture or Task.
+    format and the vocabulary. Repeated calls with one name have no effect. Returns the
+    seqio Mixture or Task.
     """
     seqio = load_seqio()
     tasks, drawn = mixtures.resolve(mixture, prepared_dir)
@@ -76,10 +74,8 @@ def register(
 class Registered:
     """The facts about registered tasks that a checkpoint stores.
 
-    Attributes:
-        text_format: How texts are written, with the descriptions of all tasks.
-        vocabulary_proto: The serialized SentencePiece model, without sentinels.
-        extra_ids: Number of sentinels after its pieces.
+    The format has the descriptions of all tasks, and the bytes of the SentencePiece
+    model do not contain its sentinels (`extra_ids`).
     """
 
     text_format: text_formats.TextFormat
@@ -90,11 +86,8 @@ class Registered:
 def describe(provider: Any) -> Registered:
     """Returns the text format and vocabulary of registered tasks.
 
-    Args:
-        provider: A seqio Task or Mixture that `register` returned, or its name.
-
-    Raises:
-        ValueError: A task is not from this module, or two tasks do not agree.
+    `provider` is a seqio Task or Mixture that `register` returned, or its name. Raises
+    ValueError if a task is not from this module, or two tasks do not agree.
     """
     seqio = load_seqio()
     if isinstance(provider, str):
@@ -111,23 +104,18 @@ def describe(provider: Any) -> Registered:
     for task in tasks:
         descriptions |= task.source.text_format.task_descriptions
         symmetric |= dict.fromkeys(task.source.text_format.symmetric_tasks)
-    formats = [
-        dataclasses.replace(
-            task.source.text_format,
-            task_descriptions=descriptions,
-            symmetric_tasks=tuple(symmetric),
-        )
+    joint = {"task_descriptions": descriptions, "symmetric_tasks": tuple(symmetric)}
+    settings = [
+        (dataclasses.replace(task.source.text_format, **joint), task.source.vocabulary)
         for task in tasks
     ]
-    vocabulary = tasks[0].source.vocabulary
-    if any(text_format != formats[0] for text_format in formats) or any(
-        task.source.vocabulary != vocabulary for task in tasks
-    ):
+    text_format, vocabulary = settings[0]
+    if settings.count(settings[0]) < len(settings):
         raise ValueError(
             f"{provider.name}: its tasks were registered with different text formats "
             "or vocabularies; register all of them with the same"
         )
-    return Registered(formats[0], vocabulary.model_proto, vocabulary.extra_ids)
+    return Registered(text_format, vocabulary.model_proto, vocabulary.extra_ids)
 
 
 def register_task(
@@ -153,6 +141,7 @@ def register_task(
         name = f"{re.sub(r'[^A-Za-z0-9_.]', '_', task.name)}:{digest[:16]}"
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
+    wrapped = seqio_vocabulary.wrap(vocabulary)
     return seqio.TaskRegistry.add(
         name,
         source=_source_class()(task, text_format, vocabulary),
@@ -163,9 +152,7 @@ def register_task(
             seqio.CacheDatasetPlaceholder(),
             restore,
         ],
-        output_features=_output_features(
-            seqio_vocabulary.wrap(vocabulary), task.scores
-        ),
+        output_features=_output_features(wrapped, task.scores),
         metric_fns=[],
     )
 
@@ -218,13 +205,11 @@ def restore(dataset: Any) -> Any:
     ragged: Any = tf.RaggedTensor  # Its type stubs lack its methods.
 
     def restore_record(record: dict[str, Any]) -> dict[str, Any]:
+        names = (*TEXTS, "negative_group")
         restored = {
             **record,
             **{name: tf.cast(record[name], tf.uint32) for name in _IDS},
-            **{
-                name: tf.cast(record[name], tf.int32)
-                for name in ("query", "positive", "negatives", "negative_group")
-            },
+            **{name: tf.cast(record[name], tf.int32) for name in names},
         }
         # Kept, because seqio pads the negatives of an example to equal length.
         lengths = restored["negative_lengths"]
@@ -240,12 +225,7 @@ def _source_class() -> Any:
     import tensorflow as tf
 
     class JsonlSource(seqio.DataSource):
-        """The formatted examples of a task, in the order of its files and lines.
-
-        Attributes:
-            text_format: How the task's texts are written.
-            vocabulary: The task's vocabulary.
-        """
+        """The formatted examples of a task, in the order of its files and lines."""
 
         def __init__(
             self,

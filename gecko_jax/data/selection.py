@@ -82,14 +82,9 @@ def select(
         sized.append(task)
         sources.append(tuple(digest for digest, _ in summaries))
         keys.append(cache.key(task, sources[-1], text_format, vocabulary))
+    tasks = tuple(sized)
     return Selection(
-        tuple(sized),
-        drawn,
-        text_format,
-        vocabulary,
-        folder,
-        tuple(sources),
-        tuple(keys),
+        tasks, drawn, text_format, vocabulary, folder, tuple(sources), tuple(keys)
     )
 
 
@@ -100,8 +95,7 @@ def tasks_of_files(
 ) -> tuple[tuple[task_table.Task, ...], mixtures.Mixture]:
     """Returns the tasks of a user's own files, and their mixture by size.
 
-    Raises:
-        ValueError: A file is missing, empty or has an invalid line.
+    Raises ValueError if a file is missing, empty or has an invalid line.
     """
     counts = [cache.summarize_source(str(path), cache_dir)[1] for path in files]
     tasks = task_table.from_files(files, counts, text_format)

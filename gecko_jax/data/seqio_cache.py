@@ -45,8 +45,7 @@ def find(
 ) -> pathlib.Path | None:
     """Returns the folder of the task's finished cache, or None.
 
-    Raises:
-        ValueError: The cache is half-written or lacks files.
+    Raises ValueError if the cache is half-written or lacks files.
     """
     path = folder(task, key, cache_dir)
     if not path.exists():
@@ -73,9 +72,7 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
 def read(path: pathlib.Path, scores: bool = False) -> Any:
     """Returns the examples of a finished cache as a dataset, like the task's own.
 
-    Args:
-        path: Folder of the cache.
-        scores: Whether the task keeps scores.
+    `scores` tells whether the task keeps scores.
     """
     seqio = load_seqio()
     import tensorflow as tf
@@ -83,18 +80,15 @@ def read(path: pathlib.Path, scores: bool = False) -> Any:
     sequence = functools.partial(
         tf.io.FixedLenSequenceFeature, dtype=tf.int64, allow_missing=True
     )
+    lists = ("query", "positive", "negatives", "negative_lengths")
+    two_words = ("query_id", "passage_id", "place")
     source = seqio.TFExampleDataSource(
         {"train": [os.fspath(shard) for shard in _shards(path)]},
         feature_description={
-            "query": sequence([]),
-            "positive": sequence([]),
-            "negatives": sequence([]),
-            "negative_lengths": sequence([]),
+            **dict.fromkeys(lists, sequence([])),
+            **dict.fromkeys(two_words, tf.io.FixedLenFeature([2], tf.int64)),
             "negative_ids": sequence([2]),
-            "query_id": tf.io.FixedLenFeature([2], tf.int64),
-            "passage_id": tf.io.FixedLenFeature([2], tf.int64),
             "negative_group": tf.io.FixedLenFeature([], tf.int64),
-            "place": tf.io.FixedLenFeature([2], tf.int64),
             **({"scores": sequence([], dtype=tf.float32)} if scores else {}),
         },
     )
@@ -122,15 +116,9 @@ def write(
     """Tokenizes a task with Apache Beam, unless its finished cache exists.
 
     Every worker reads the file of the vocabulary. The options are Apache Beam's, such
-    as "--runner=DirectRunner".
-
-    Returns:
-        The folder, and seqio's statistics: examples, tokens and longest text of each
-        feature.
-
-    Raises:
-        ImportError: Apache Beam is not installed.
-        ValueError: A half-written cache is in the way.
+    as "--runner=DirectRunner". Returns the folder, and seqio's statistics: examples,
+    tokens and longest text of each feature. Raises ValueError if a half-written cache
+    is in the way.
     """
     beam, beam_utils = load_beam()
     seqio = load_seqio()
@@ -138,13 +126,8 @@ def write(
     if target is None:
         target = folder(task, key, cache_dir)
         # Each worker has a registry of its own.
-        register = functools.partial(
-            registration.register_task,
-            task,
-            text_format,
-            vocabulary,
-            task_name(task, key),
-        )
+        arguments = (task, text_format, vocabulary, task_name(task, key))
+        register = functools.partial(registration.register_task, *arguments)
         options = beam.options.pipeline_options.PipelineOptions(list(pipeline_options))
         logging.info("Caching %s in %s", task.name, target)
         with writing.write_folder(target) as temporary:
@@ -192,11 +175,7 @@ def _build(
 
 
 def load_beam() -> tuple[Any, Any]:
-    """Returns Apache Beam and seqio's transforms for it.
-
-    Raises:
-        ImportError: Apache Beam is not installed.
-    """
+    """Returns Apache Beam and seqio's transforms for it."""
     try:
         import apache_beam
     except ModuleNotFoundError:

@@ -17,8 +17,7 @@ from gecko_jax.text import json_vocabularies, vocabularies
 def wrap(vocabulary: vocabularies.Vocabulary) -> Any:
     """Returns the seqio Vocabulary of one from `vocabularies.load`.
 
-    Raises:
-        ValueError: The file, which seqio reads again, has changed.
+    Raises ValueError if the file, which seqio reads again, has changed.
     """
     if isinstance(vocabulary, json_vocabularies.JsonVocabulary):
         return _json_class()(vocabulary)
@@ -81,11 +80,8 @@ def _json_class() -> Any:
         def _encode_tf(self, s: Any) -> Any:
             texts = tf.reshape(s, [-1])
             signature = (tf.int32, tf.int64)
-            ids, lengths = tf.numpy_function(self._encode_array, [texts], signature)
-            ids, lengths = (
-                tf.ensure_shape(ids, [None]),
-                tf.ensure_shape(lengths, [None]),
-            )
+            arrays = tf.numpy_function(self._encode_array, [texts], signature)
+            ids, lengths = (tf.ensure_shape(array, [None]) for array in arrays)
             is_text = s.shape.rank == 0
             return ids if is_text else ragged.from_row_lengths(ids, lengths)
 

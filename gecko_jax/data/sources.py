@@ -25,15 +25,10 @@ KINDS = ("tfds", "beir", "jsonl", "parquet")
 
 
 def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the records of a source.
+    """Yields the records of a source; `tfds_data_dir` is None for TFDS's default.
 
-    Args:
-        source: See above.
-        tfds_data_dir: Folder of TFDS's sets; None for TFDS's default.
-
-    Raises:
-        ValueError: The source does not exist or cannot be read as its kind, or two
-            records have the same id.
+    Raises ValueError if the source does not exist or cannot be read as its kind, or two
+    records have the same id.
     """
     with _cloud_errors(source):
         kind, rest = _split(source)
@@ -72,8 +67,7 @@ def _cloud_errors(source: str) -> Iterator[None]:
 def stamps(source: str) -> dict[str, list[int]]:
     """Returns size and modification time of each file; none for TFDS.
 
-    Raises:
-        ValueError: The source does not exist.
+    Raises ValueError if the source does not exist.
     """
     with _cloud_errors(source):
         kind, rest = _split(source)
@@ -195,11 +189,8 @@ def _read_beir(folder: str) -> Iterator[dict[str, Any]]:
     similar_ids: set[str] = set()
     for passage in text_files.read_texts(corpus, allow_empty=True):
         if passage.id in judged_ids:
-            passages[passage.id] = {
-                "docid": passage.id,
-                "title": passage.title,
-                "text": passage.text,
-            }
+            content = {"title": passage.title, "text": passage.text}
+            passages[passage.id] = {"docid": passage.id, **content}
         elif passage.id in other_spellings:
             similar_ids.add(passage.id)
     for query in queries.values():
@@ -234,8 +225,5 @@ def _beir_files(folder: str) -> tuple[Any, Any, Any]:
             )
         return path
 
-    return (
-        find("corpus.jsonl"),
-        find("queries.jsonl"),
-        find("qrels/train.tsv", "qrels/train.jsonl"),
-    )
+    corpus, queries = find("corpus.jsonl"), find("queries.jsonl")
+    return corpus, queries, find("qrels/train.tsv", "qrels/train.jsonl")

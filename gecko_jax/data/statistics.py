@@ -126,9 +126,7 @@ def collect(
     """Reads all lines of the tasks, and tokenizes at most `sample` of each.
 
     The tasks' descriptions complete `text_format`, and `drawn` gives their rates.
-
-    Raises:
-        ValueError: A line is invalid, or a task has none.
+    Raises ValueError if a line is invalid, or a task has none.
     """
     text_format = formatting.complete_text_format(text_format, tasks, vocabulary)
     lines = {task.name: _Lines(task.name) for task in tasks}
@@ -142,24 +140,20 @@ def collect(
     rates = [weight / sum(weights) for weight in weights]
     statistics, sampled = [], []
     for task, rate in zip(tasks, rates, strict=True):
-        task_lines = lines[task.name]
-        examples = _tokenize(task, task_lines.sample, vocabulary, text_format)
+        read = lines[task.name]
+        examples = _tokenize(task, read.sample, vocabulary, text_format)
         sampled.append(examples)
+        passages = [text for e in examples for text in (e.positive, *e.negatives)]
         statistics.append(
             TaskStatistics(
                 name=task.name,
-                num_examples=task_lines.num_examples,
+                num_examples=read.num_examples,
                 rate=rate,
                 num_sampled=len(examples),
                 query_lengths=np.array([len(e.query) for e in examples]),
-                passage_lengths=np.array(
-                    [len(t) for e in examples for t in (e.positive, *e.negatives)]
-                ),
-                repeated={
-                    part: task_lines.num_examples - len(set(hashes))
-                    for part, hashes in task_lines.hashes.items()
-                },
-                descriptions=dict(task_lines.descriptions.most_common()),
+                passage_lengths=np.array(list(map(len, passages))),
+                repeated={p: len(h) - len(set(h)) for p, h in read.hashes.items()},
+                descriptions=dict(read.descriptions.most_common()),
             )
         )
     overlaps: dict[tuple[str, str], dict[str, int]] = {}
@@ -218,10 +212,8 @@ def _padding(
     for _ in range(_BATCHES):
         num_drawn = 1 if one_task_per_batch else batch_size
         tasks = np.resize(draw.choice(len(sampled), num_drawn, p=rates), batch_size)
-        examples = [
-            sampled[task][int(draw.integers(len(sampled[task])))]
-            for task in tasks.tolist()
-        ]
+        samples = [sampled[task] for task in tasks.tolist()]
+        examples = [sample[int(draw.integers(len(sample)))] for sample in samples]
         for packing in (False, True):
             packed_shape = dataclasses.replace(shape, packing=packing)
             batch = features.convert(examples, packed_shape)

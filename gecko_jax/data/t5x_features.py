@@ -21,9 +21,8 @@ NEGATIVE_FEATURES = ("negative_tokens", "negative_mask", "negative_id")
 def feature_converter(num_negatives: int) -> Any:
     """Returns the converter class for t5x.
 
-    Args:
-        num_negatives: Hard negatives of an example (G): its first G. `negative_mask`
-            is False where an example has fewer. 0 omits all `NEGATIVE_FEATURES`.
+    An example has its first `num_negatives` hard negatives (G), and `negative_mask` is
+    False where it has fewer. 0 omits all `NEGATIVE_FEATURES`.
     """
     return functools.partial(_converter_class(), num_negatives)
 

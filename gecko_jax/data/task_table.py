@@ -5,6 +5,7 @@ A data set is a row of `TASKS`. `mixtures` combines tasks and sets their rates, 
 the field `task` in them becomes a task.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -315,8 +316,7 @@ TASKS: tuple[Task, ...] = (
 def vocabulary_path(name: str) -> str:
     """Returns the file of `data.vocabulary`.
 
-    Args:
-        name: A path, "quickstart", or the name of a model (`pretrained.find`).
+    `name` is a path, "quickstart", or the name of a model (`pretrained.find`).
     """
     if name == "quickstart":
         return str(QUICKSTART_VOCABULARY)
@@ -330,27 +330,22 @@ def from_files(
     examples: Sequence[Mapping[str, int]],
     text_format: text_formats.TextFormat,
 ) -> tuple[Task, ...]:
-    """Returns a task for each value of the field `task` in the files.
+    """Returns a task for each value of the field `task` in JSONL files.
 
-    Args:
-        files: JSONL files.
-        examples: Task -> number of its examples, for each file.
-        text_format: Has the descriptions of the tasks; by default the name of the task.
+    `examples` has the number of each task's examples for each file. `text_format` has
+    the descriptions of the tasks; by default, a task's name describes it.
     """
-    sizes: dict[str, int] = {}
-    for counts in examples:
-        for name, count in counts.items():
-            sizes[name] = sizes.get(name, 0) + count
+    sizes = collections.Counter[str]()
+    files_of = collections.defaultdict[str, list[str]](list)
+    for file, counts in zip(files, examples, strict=True):
+        sizes.update(counts)
+        for name in counts:
+            files_of[name].append(os.fspath(file))
     return tuple(
         Task(
-            name=name,
-            files=tuple(
-                os.fspath(file)
-                for file, counts in zip(files, examples, strict=True)
-                if name in counts
-            ),
-            source_task=name,
-            task_description=text_format.describe(name),
+            name,
+            text_format.describe(name),
+            tuple(files_of[name]),
             symmetric=text_format.is_symmetric(name),
             num_examples=size,
         )
@@ -371,12 +366,8 @@ def read_lines(
 ) -> Iterator[tuple[Task, str, jsonl.Pair]]:
     """Yields (task, place, example) of all lines of tasks; reads each file once.
 
-    Args:
-        tasks: Tasks with their files.
-        description: Verb of the progress bar.
-
-    Raises:
-        ValueError: A line is invalid.
+    `description` is the verb of the progress bar. Raises ValueError if a line is
+    invalid.
     """
     for path in dict.fromkeys(path for task in tasks for path in task.files):
         tasks_here = {task.source_task: task for task in tasks if path in task.files}

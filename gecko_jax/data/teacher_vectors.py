@@ -29,7 +29,7 @@ from gecko_jax.data import features, jsonl
 from gecko_jax.io import checksums, inputs, npy, reading, writing
 
 SETTINGS = "teacher.json"
-_ARRAYS = ("keys", "rows", "vectors")
+_ARRAYS, _DTYPES = ("keys", "rows", "vectors"), ("u8", "i8", "f2")
 _REMEDY = "make the folder again with `gecko data teach`"
 
 # Vectors in memory at once.
@@ -73,8 +73,7 @@ def keys_of(
 def list_texts(paths: Sequence[str | os.PathLike]) -> Iterator[Text]:
     """Yields each text of JSONL files once for each side and task.
 
-    Raises:
-        ValueError: A file or a line of it is invalid.
+    Raises ValueError if a file or a line of it is invalid.
     """
     seen: set[int] = set()
     for path in paths:
@@ -92,14 +91,10 @@ def list_texts(paths: Sequence[str | os.PathLike]) -> Iterator[Text]:
 def read_vectors(
     path: str | os.PathLike, texts: Sequence[Text]
 ) -> Iterator[Float[np.ndarray, "_ T"]]:
-    """Yields the vectors of texts in their order, in blocks.
+    """Yields the vectors of texts from `list_texts`, in their order, in blocks.
 
-    Args:
-        path: An .npy with a row for each text, or JSON lines with `_id` and `vector`.
-        texts: The texts, from `list_texts`.
-
-    Raises:
-        ValueError: The file does not fit the texts.
+    `path` is an .npy with a row for each text, or JSON lines with `_id` and `vector`.
+    Raises ValueError if the file does not fit the texts.
     """
     reading.check_is_file(path)
     if str(path).endswith(".npy"):
@@ -116,12 +111,12 @@ def read_vectors(
         for first in range(0, len(vectors), _BLOCK):
             yield vectors[first : first + _BLOCK]
         return
-    rows = {text.id: row for row, text in enumerate(texts)}
-    by_row: dict[int, np.ndarray] = {}
+    ids = {text.id for text in texts}
+    by_id: dict[str, np.ndarray] = {}
     width = 0
     for place, record in reading.read_records(path):
-        row = rows.get(inputs.id_field(place, record, "_id"))
-        if row is None:
+        identity = inputs.id_field(place, record, "_id")
+        if identity not in ids:
             raise ValueError(
                 f"{place}: `_id` {record['_id']!r} is not an id of these files' texts; "
                 "drop the line, or list the texts again"
@@ -136,16 +131,15 @@ def read_vectors(
                 f"{place}: field 'vector' must be a list of numbers, as many as on the "
                 "other lines; embed the text again"
             )
-        by_row[row] = vector
-    if len(by_row) < len(texts):
-        missing = next(text for row, text in enumerate(texts) if row not in by_row)
+        by_id[identity] = vector
+    if missing := [text.id for text in texts if text.id not in by_id]:
         raise ValueError(
-            f"{path}: no vector for {len(texts) - len(by_row):,} of {len(texts):,} "
-            f"texts, such as `_id` {missing.id!r}; embed all texts"
+            f"{path}: no vector for {len(missing):,} of {len(texts):,} texts, such as "
+            f"`_id` {missing[0]!r}; embed all texts"
         )
     for first in range(0, len(texts), _BLOCK):
-        block = range(len(texts))[first : first + _BLOCK]
-        yield np.stack([by_row[row] for row in block])
+        block = texts[first : first + _BLOCK]
+        yield np.stack([by_id[text.id] for text in block])
 
 
 def write(
@@ -156,7 +150,7 @@ def write(
     made_by: str,
     dim: int = 0,
 ) -> dict[str, Any]:
-    """Writes the folder, whole or not at all.
+    """Writes the folder, whole or not at all, and returns the content of its JSON file.
 
     Args:
         folder: The folder; an earlier one is replaced.
@@ -165,9 +159,6 @@ def write(
         made_by: Name of the teacher, for messages.
         dim: Width to project to, on the leading right singular vectors, which preserve
             the inner products best; 0 keeps all dims.
-
-    Returns:
-        The content of the folder's JSON file.
 
     Raises:
         ValueError: There are too few or too many vectors, or one is zero or not finite.
@@ -255,31 +246,22 @@ class Teacher:
     """
 
     def __init__(self, folder: str | os.PathLike, dim: int):
-        """Maps the folder into memory.
+        """Maps a folder that `write` wrote into memory.
 
-        Args:
-            folder: A folder that `write` wrote.
-            dim: Expected width of the vectors.
-
-        Raises:
-            ValueError: The folder is missing, damaged, or of another width.
+        Raises ValueError if the folder is missing, damaged, or its vectors have another
+        width than `dim`.
         """
         path = self._folder = pathlib.Path(folder)
         try:
-            self.facts = checksums.read_object(
-                writing.member(path, SETTINGS),
-                {"dim": int, "sha256": str},
-                remedy=_REMEDY,
-            )
+            settings = writing.member(path, SETTINGS)
+            fields = {"dim": int, "sha256": str}
+            self.facts = checksums.read_object(settings, fields, remedy=_REMEDY)
             self.dim = self.facts["dim"]
             shapes = ((None,), (None,), (None, self.dim))
+            files = [writing.member(path, f"{name}.npy") for name in _ARRAYS]
             self._keys, self._rows, self._vectors = (
-                npy.open_array(
-                    writing.member(path, f"{name}.npy"), shape, kind, remedy=_REMEDY
-                )
-                for name, shape, kind in zip(
-                    _ARRAYS, shapes, ("u8", "i8", "f2"), strict=True
-                )
+                npy.open_array(file, shape, kind, remedy=_REMEDY)
+                for file, shape, kind in zip(files, shapes, _DTYPES, strict=True)
             )
         except FileNotFoundError:
             raise ValueError(
@@ -329,9 +311,8 @@ class Teacher:
         for example, task, chosen in zip(examples, source_tasks, choices, strict=True):
             queries.append(keys_of("query", task, example.query_id[None]))
             passages.append(keys_of("passage", task, example.passage_id[None]))
-            negatives.append(
-                keys_of("passage", task, example.negative_ids[list(chosen)])
-            )
+            ids = example.negative_ids[list(chosen)]
+            negatives.append(keys_of("passage", task, ids))
         size = len(examples)
         negative_vectors = np.zeros((size, num_negatives, self.dim), np.float16)
         if num_negatives:

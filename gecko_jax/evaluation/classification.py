@@ -23,11 +23,7 @@ def accuracy(
     test: Float[np.ndarray, "M D"],
     test_labels: Sequence[str],
 ) -> float:
-    """Returns the mean accuracy, in [0, 1].
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-    """
+    """Returns the mean accuracy, in [0, 1]."""
     try:
         from sklearn import linear_model
     except ImportError:

@@ -20,15 +20,10 @@ _CLASSIFY = "classification"
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """Format of the texts of a task.
+    """Format of the texts of a task."""
 
-    Attributes:
-        task: Task description that precedes a query.
-        symmetric: Whether both sides have the format of queries.
-    """
-
-    task: str
-    symmetric: bool = False
+    task: str  # task description that precedes a query
+    symmetric: bool = False  # whether both sides have the format of queries
 
 
 # mteb's task type -> instruction.

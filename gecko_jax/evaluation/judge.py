@@ -110,6 +110,7 @@ def _judge(
         return retrieval_scores.score_model(
             gecko, dataset, dims, task, system, precisions
         )
+    rows: list[tables.Row] = []
     build = functools.partial(tables.Row, dataset.name, system, task=tables.ALL)
     if isinstance(dataset, sets.SimilaritySet):
         count = len(dataset.scores)
@@ -117,7 +118,6 @@ def _judge(
             encode_symmetric(gecko, side, "STS", task)
             for side in (dataset.sentences1, dataset.sentences2)
         ]
-        rows = []
         for dim in dims:
             first, second = (embedding.cut(side, dim) for side in sides)
             for precision in precisions:
@@ -128,20 +128,19 @@ def _judge(
                     build(dim, count=count, metrics=metrics, precision=precision)
                 )
         return rows
-    train, test = (
-        encode_symmetric(gecko, part.texts, "Classification", task)
+    (train, train_labels), (test, test_labels) = (
+        (encode_symmetric(gecko, part.texts, "Classification", task), part.labels)
         for part in (dataset.train, dataset.test)
     )
-    rows = []
     for dim in dims:
         accuracy = classification.accuracy(
             embedding.cut(train, dim),
-            dataset.train.labels,
+            train_labels,
             embedding.cut(test, dim),
-            dataset.test.labels,
+            test_labels,
         )
-        count = len(dataset.test.labels)
-        rows.append(build(dim, count=count, metrics={"accuracy": accuracy}))
+        metrics = {"accuracy": accuracy}
+        rows.append(build(dim, count=len(test_labels), metrics=metrics))
     return rows
 
 

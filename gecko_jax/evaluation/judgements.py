@@ -36,11 +36,8 @@ def check(dataset: sets.EvaluationSet) -> None:
     """Checks that the judgements of a set can rank systems.
 
     Logs a warning if no relevant passage of some query is in the corpus, or if every
-    query has the same grade for all passages.
-
-    Raises:
-        ValueError: No relevant passage is in the corpus, or all pairs of a similarity
-            set have the same gold score.
+    query has the same grade for all passages. Raises ValueError if no relevant passage
+    is in the corpus, or all pairs of a similarity set have the same gold score.
     """
     name = dataset.name
     if isinstance(dataset, sets.SimilaritySet) and np.ptp(dataset.scores) == 0:
@@ -128,11 +125,9 @@ def for_trec(dataset: sets.RetrievalSet) -> sets.RetrievalSet:
     """Returns the set in a form for which mteb computes the scores of `judge`.
 
     trec_eval needs integer grades, so the grades of a query are multiplied by one
-    factor, which does not change the metrics. mteb's `ignore_identical_ids` leaves out
-    every own passage, so queries that keep their own passage get another id.
-
-    Raises:
-        ValueError: The grades of a query need more than `MOST_STEPS` steps.
+    factor, which does not change the metrics; ValueError if they then exceed
+    `MOST_STEPS`. mteb's `ignore_identical_ids` leaves out every own passage, so queries
+    that keep their own passage get another id.
     """
     own, taken = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
     corpus = frozenset(dataset.passage_ids)

@@ -28,10 +28,8 @@ _SPLIT = "test"
 def build(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
     """Returns the mteb task of an evaluation set.
 
-    Raises:
-        ValueError: The queries of the set have symmetric and other tasks, which need
-            two formats of passages, but mteb encodes the passages once. Or `judgements`
-            rejects the set.
+    Raises ValueError if `judgements` rejects the set, or its queries have symmetric and
+    other tasks: these need two formats of passages, but mteb encodes the passages once.
     """
     from mteb import abstasks
     from mteb.abstasks import task_metadata
@@ -76,22 +74,15 @@ def _build_dataset(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
         return datasets.Dataset.from_dict(lists)
 
     if isinstance(dataset, sets.SimilaritySet):
-        return {
-            _SPLIT: columns(
-                sentence1=dataset.sentences1,
-                sentence2=dataset.sentences2,
-                score=dataset.scores,
-            )
-        }
+        sides = {"sentence1": dataset.sentences1, "sentence2": dataset.sentences2}
+        return {_SPLIT: columns(**sides, score=dataset.scores)}
     if isinstance(dataset, sets.ClassificationSet):
         number = {label: n for n, label in enumerate(sorted(set(dataset.train.labels)))}
-        parts = {"train": dataset.train, _SPLIT: dataset.test}
-        return datasets.DatasetDict(
-            {
-                split: columns(text=part.texts, label=[number[n] for n in part.labels])
-                for split, part in parts.items()
-            }
-        )
+        parts: Any = {
+            split: columns(text=part.texts, label=[number[n] for n in part.labels])
+            for split, part in (("train", dataset.train), (_SPLIT, dataset.test))
+        }
+        return datasets.DatasetDict(parts)
     tasks = retrieval_scores.resolve_tasks(gecko, dataset)
     symmetric = {t for t in tasks if gecko.files.text_format.is_symmetric(t)}
     if symmetric and len(set(tasks)) > 1:
@@ -100,26 +91,18 @@ def _build_dataset(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
             f"{min(symmetric)!r} with other tasks; make a folder of each, or score "
             "them together with gecko evaluate FOLDER"
         )
-    corpus: dict[str, Any] = {
-        "id": dataset.passage_ids,
-        "title": dataset.titles,
-        "text": dataset.texts,
-    }
-    if symmetric:
-        corpus[mteb_encoder.TASK_COLUMN] = [tasks[0]] * len(dataset.texts)
-    queries = {
-        "id": dataset.query_ids,
-        "text": dataset.queries,
-        mteb_encoder.TASK_COLUMN: tasks,
-    }
+    own = {mteb_encoder.TASK_COLUMN: tasks[:1] * len(dataset.texts)}
+    corpus = columns(
+        id=dataset.passage_ids,
+        title=dataset.titles,
+        text=dataset.texts,
+        **(own if symmetric else {}),
+    )
+    own = {mteb_encoder.TASK_COLUMN: tasks}
+    queries = columns(id=dataset.query_ids, text=dataset.queries, **own)
     relevance = {query: dict(dataset.relevance[query]) for query in dataset.query_ids}
-    retrieval = {
-        "corpus": columns(**corpus),
-        "queries": columns(**queries),
-        "relevant_docs": relevance,
-        "top_ranked": None,
-    }
-    return {"default": {_SPLIT: retrieval}}
+    parts = {"corpus": corpus, "queries": queries, "relevant_docs": relevance}
+    return {"default": {_SPLIT: parts | {"top_ranked": None}}}
 
 
 def _revision(dataset: sets.EvaluationSet) -> str:

@@ -6,6 +6,7 @@ through a `vector_store.Store`, so the same task at another dim encodes nothing.
 module imports mteb (and torch) only when mteb reads the model card.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,36 +26,21 @@ TASK_COLUMN = "gecko_task"
 _SHOW_PROGRESS = 2_000
 
 
+@dataclasses.dataclass(eq=False)
 class Encoder:
-    """One model at one dim.
+    """One model at one dim."""
 
-    Attributes:
-        dim: Width of the vectors.
-        name: Name of the model and dim in mteb's tables.
-    """
+    gecko: embedding.Gecko  # the model
+    vectors: vector_store.Store  # store that the encoders of all dims share
+    _: dataclasses.KW_ONLY
+    dim: int  # width of the vectors
+    name: str  # name of the model and dim in mteb's tables ("organization/model")
+    query_length: int  # most tokens of a query of an asymmetric task
+    passage_length: int  # most tokens of any other text
 
-    def __init__(
-        self,
-        gecko: embedding.Gecko,
-        vectors: vector_store.Store,
-        *,
-        dim: int,
-        name: str,
-        query_length: int,
-        passage_length: int,
-    ):
-        """Builds the encoder; encodes nothing.
-
-        The encoders of all dims share a store, and have different names
-        ("organization/model"). `query_length` is the maximum number of tokens for
-        queries of asymmetric tasks, `passage_length` for all other texts.
-        """
-        self.dim = gecko.check_dim(dim)
-        self.name = name
-        self._gecko = gecko
-        self._vectors = vectors
-        self._query_length = query_length
-        self._passage_length = passage_length
+    def __post_init__(self):
+        """Checks the dim."""
+        self.dim = self.gecko.check_dim(self.dim)
 
     def encode(
         self,
@@ -81,11 +67,11 @@ class Encoder:
             return self._encode_passages(columns, task_metadata.name, hf_subset)
         is_short = not is_passage and not instruction.symmetric
         texts = [self._mend(content) for content in columns.get("text", ())]
-        full = self._vectors.encode(
+        full = self.vectors.encode(
             texts,
             side="query",
             task=own_tasks or instruction.task,
-            max_length=self._query_length if is_short else self._passage_length,
+            max_length=self.query_length if is_short else self.passage_length,
             description=_describe(task_metadata.name, hf_subset, len(texts)),
         )
         return embedding.cut(full, self.dim)
@@ -113,18 +99,18 @@ class Encoder:
         """Model card that mteb stores next to the results."""
         from mteb.models import model_meta
 
-        leaves = jax.tree.leaves(self._gecko.files.params)
-        sizes = self._gecko.files.encoder_config
+        leaves = jax.tree.leaves(self.gecko.files.params)
+        sizes = self.gecko.files.encoder_config
         return model_meta.ModelMeta(
             loader=None,
             name=self.name,
-            revision=self._gecko.revision,
+            revision=self.gecko.revision,
             release_date=None,
             languages=None,
             n_parameters=sum(leaf.size for leaf in leaves),
             n_embedding_parameters=sizes.vocab_size * sizes.model_dim,
             memory_usage_mb=sum(leaf.nbytes for leaf in leaves) / 2**20,
-            max_tokens=self._passage_length,
+            max_tokens=self.passage_length,
             embed_dim=self.dim,
             license=None,  # Unknown: it depends on the weights.
             open_weights=None,
@@ -146,13 +132,12 @@ class Encoder:
                 content if content.strip() else title
                 for content, title in zip(texts, titles, strict=True)
             ]
-        full = self._vectors.encode(
+            titles = [title[: text_formats.MAX_CHARACTERS // 2] for title in titles]
+        full = self.vectors.encode(
             [self._mend(content) for content in texts],
             side="passage",
-            titles=[t[: text_formats.MAX_CHARACTERS // 2] for t in titles]
-            if titles
-            else None,
-            max_length=self._passage_length,
+            titles=titles,
+            max_length=self.passage_length,
             description=_describe(name, subset, len(texts)),
         )
         return embedding.cut(full, self.dim)
@@ -164,7 +149,7 @@ class Encoder:
         of an imported model may have an empty text for a missing title.
         """
         if not content.strip():
-            no_title = self._gecko.files.text_format.no_title
+            no_title = self.gecko.files.text_format.no_title
             return no_title if no_title.strip() else text_formats.TextFormat.no_title
         # Half of the limit, because NFC may lengthen a text.
         return content[: text_formats.MAX_CHARACTERS // 2]

@@ -95,14 +95,9 @@ def run(
     }
     _claim(pathlib.Path(output), about)
     vectors = vector_store.Store(config.cache.folder, gecko, config.cache.max_gib)
+    names = {dim: name if dim == gecko.dims[-1] else f"{name}-{dim}" for dim in dims}
     encoders = [
-        mteb_encoder.Encoder(
-            gecko,
-            vectors,
-            dim=dim,
-            name=name if dim == gecko.dims[-1] else f"{name}-{dim}",
-            **lengths,
-        )
+        mteb_encoder.Encoder(gecko, vectors, dim=dim, name=names[dim], **lengths)
         for dim in dims
     ]
     results = whole_results.build_cache(mteb, output)
@@ -124,27 +119,17 @@ def run(
     )
 
 
+@dataclasses.dataclass
 class Runner:
-    """Runs tasks at every dim, and collects the failures.
+    """Runs tasks at every dim, and collects the failures."""
 
-    Attributes:
-        failures: Name of a task -> reason why it did not run.
-    """
-
-    def __init__(
-        self,
-        mteb: Any,
-        encoders: Sequence[mteb_encoder.Encoder],
-        cache: Any,
-        vectors: vector_store.Store,
-    ):
-        """Takes the module, an encoder per dim, mteb's result cache, and the store."""
-        self.failures: dict[str, str] = {}
-        self._mteb = mteb
-        self._encoders = encoders
-        self._cache = cache
-        self._vectors = vectors
-        self._has_checked_hub = False
+    mteb: Any  # the module
+    encoders: Sequence[mteb_encoder.Encoder]  # one per dim
+    cache: Any  # mteb's result cache
+    vectors: vector_store.Store  # of the encoders
+    # Name of a task -> reason why it did not run.
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    _has_checked_hub: bool = False
 
     def run(self, task: Any) -> scoreboard.Task:
         """Runs the missing parts of a task, and returns its scores."""
@@ -154,9 +139,9 @@ class Runner:
         begin = time.monotonic()
         try:
             if name not in self.failures:  # A task may be in several suites.
-                waiting = [e for e in self._encoders if not self._load(task, e)]
+                waiting = [e for e in self.encoders if not self._load(task, e)]
                 self._run(task, waiting)
-                for one in self._encoders:
+                for one in self.encoders:
                     scores[one.dim] = float(self._load(task, one).get_score())
                 shown = " ".join(f"{100 * score:.2f}" for score in scores.values())
                 seconds = f"{time.monotonic() - begin:.0f} s"
@@ -184,10 +169,10 @@ class Runner:
                 task.unload_data()
             return
         for one in encoders:
-            self._mteb.evaluate(
+            self.mteb.evaluate(
                 one,
                 task,
-                cache=self._cache,
+                cache=self.cache,
                 overwrite_strategy=self._strategy(task, one),
                 encode_kwargs={"batch_size": _LOADER_BATCH, "show_progress_bar": False},
                 show_progress_bar=False,
@@ -195,7 +180,7 @@ class Runner:
                 # Otherwise mteb would skip data sets that are not public.
                 public_only=False,
             )
-        self._vectors.trim()
+        self.vectors.trim()
 
     def _load(self, task: Any, one: mteb_encoder.Encoder) -> Any:
         """Returns the result of the task if it is complete, else None."""
@@ -206,7 +191,7 @@ class Runner:
 
     def _strategy(self, task: Any, one: mteb_encoder.Encoder) -> str:
         # After a local file has changed, mteb would otherwise keep the old result.
-        path = self._cache.get_task_result_path(task.metadata.name, one.mteb_model_meta)
+        path = self.cache.get_task_result_path(task.metadata.name, one.mteb_model_meta)
         is_other = path.exists() and self._read(task, one) is None
         return "always" if is_other else "only-missing"
 
@@ -214,9 +199,9 @@ class Runner:
         """Returns the saved result of the task, None if it is for other data."""
         meta = one.mteb_model_meta
         try:
-            result = self._cache.load_task_result(task.metadata.name, meta)
+            result = self.cache.load_task_result(task.metadata.name, meta)
         except (ValueError, KeyError) as error:
-            path = self._cache.get_task_result_path(task.metadata.name, meta)
+            path = self.cache.get_task_result_path(task.metadata.name, meta)
             raise ValueError(
                 f"{path}: damaged ({_first_line(error)}); remove it and run again"
             ) from error
@@ -267,10 +252,9 @@ def _choose(
     """Returns the tasks of each suite, sorted by name."""
     chosen: dict[str, list[Any]] = {}
     for suite in config.suites:
-        if suite in _ALONE:
-            tasks = [mteb.get_task(name) for name in _ALONE[suite]]
-        else:
-            tasks = list(mteb.get_benchmark(suite).tasks)
+        tasks = map(mteb.get_task, _ALONE.get(suite, ()))
+        if suite not in _ALONE:
+            tasks = mteb.get_benchmark(suite).tasks
         chosen[suite] = sorted(tasks, key=lambda task: task.metadata.name)
     if config.tasks:
         chosen[TASKS] = [_get_task(mteb, name) for name in config.tasks]

@@ -40,9 +40,8 @@ def score_model(
     is_symmetric = gecko.files.text_format.is_symmetric
     passage_tasks = [name if is_symmetric(name) else None for name in tasks]
     kinds = [(dim, precision) for dim in dims for precision in precisions]
-    rankings: dict[tuple[int, str], list[list[str]]] = {
-        kind: [[]] * len(tasks) for kind in kinds
-    }
+    rankings: dict[tuple[int, str], list[list[str]]]
+    rankings = {kind: [[]] * len(tasks) for kind in kinds}
     order = ranking.tie_order(dataset.passage_ids)
     ids = [dataset.passage_ids[position] for position in order]
     suffix = "" if system == tables.MODEL else f", {system}"
@@ -177,13 +176,9 @@ def _score(
 ) -> list[tables.Row]:
     """Returns a row for all queries and, if there are several tasks, one per task."""
     rankings = judgements.leave_out_own(dataset, rankings)
+    relevance = [dataset.relevance[query] for query in dataset.query_ids]
     scores = {
-        name: np.array(
-            [
-                metric(ranked, dataset.relevance[query])
-                for query, ranked in zip(dataset.query_ids, rankings, strict=True)
-            ]
-        )
+        name: np.array(list(map(metric, rankings, relevance)))
         for name, metric in _METRICS.items()
     }
     tasks = np.array(dataset.tasks)
@@ -191,18 +186,11 @@ def _score(
     groups = [(tables.ALL, np.ones(len(tasks), bool))]
     if len(names) > 1:
         groups += [(name or "no task", tasks == name) for name in names]
-    return [
-        tables.Row(
-            set=dataset.name,
-            system=system,
-            dim=dim,
-            task=name,
-            count=int(members.sum()),
-            metrics={
-                metric: float(values[members].mean())
-                for metric, values in scores.items()
-            },
-            precision=precision,
+    rows = []
+    for task, members in groups:
+        means = {name: float(values[members].mean()) for name, values in scores.items()}
+        count = int(members.sum())
+        rows.append(
+            tables.Row(dataset.name, system, dim, task, count, means, precision)
         )
-        for name, members in groups
-    ]
+    return rows

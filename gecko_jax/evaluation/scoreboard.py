@@ -50,36 +50,22 @@ PUBLISHED = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of a suite with the model's main scores.
+    """A task of a suite with the model's main scores."""
 
-    Attributes:
-        name: mteb's name of the task.
-        kind: mteb's type of the task.
-        metric: mteb's main metric.
-        scores: Dim -> score in [0, 1]; empty if the task did not run.
-    """
-
-    name: str
-    kind: str
-    metric: str
-    scores: Mapping[int, float]
+    name: str  # mteb's name of the task
+    kind: str  # mteb's type of the task
+    metric: str  # mteb's main metric
+    scores: Mapping[int, float]  # dim -> score in [0, 1]; empty if the task did not run
 
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-    """Scores by suite, the settings that reproduce them, and the failures.
+    """Scores by suite, the settings that reproduce them, and the failures."""
 
-    Attributes:
-        about: Model, settings and versions.
-        dims: Dims of the run, ascending.
-        suites: Name of a suite -> its tasks.
-        failures: Name of a task -> reason why it did not run.
-    """
-
-    about: Mapping[str, Any]
-    dims: tuple[int, ...]
-    suites: Mapping[str, Sequence[Task]]
-    failures: Mapping[str, str]
+    about: Mapping[str, Any]  # model, settings and versions
+    dims: tuple[int, ...]  # dims of the run, ascending
+    suites: Mapping[str, Sequence[Task]]  # name of a suite -> its tasks
+    failures: Mapping[str, str]  # name of a task -> reason why it did not run
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -151,15 +137,13 @@ def _build_suite(board: Board, name: str, tasks: Sequence[Task]) -> Any:
     built = tables.new_table(name, "a/b: over a of its b tasks" if is_partial else "")
     built.add_column("mean over", no_wrap=True)
     built.add_column("tasks", justify="right")
+    number = {"justify": "right", "no_wrap": True}
     for dim in board.dims:
-        built.add_column(
-            f"this model\n{dim} dims", justify="right", style="bold", no_wrap=True
-        )
+        built.add_column(f"this model\n{dim} dims", style="bold", **number)
     published = [row for row in PUBLISHED if row.suite == name]
     for row in published:
         dims = f"\n{row.dim} dims" if row.dim else ""
-        title = f"{row.system}{dims}\npublished"
-        built.add_column(title, justify="right", no_wrap=True)
+        built.add_column(f"{row.system}{dims}\npublished", **number)
     own = [means(tasks, dim) for dim in board.dims]
     for mean, size in sizes.items():
         cells = []

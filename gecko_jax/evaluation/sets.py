@@ -40,26 +40,16 @@ _QRELS = ("qrels/test.tsv", "qrels/test.jsonl", "qrels.tsv", "qrels.jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
-    """Queries with relevant passages, and the corpus to search.
+    """Queries with relevant passages, and the corpus to search."""
 
-    Attributes:
-        name: Name of the folder.
-        passage_ids: One per passage.
-        titles: One per passage, "" for none.
-        texts: One per passage.
-        query_ids: One per query with a relevant passage; others are left out.
-        queries: One per query.
-        tasks: The field `task` of each query, "" for none.
-        relevance: Query id -> passage id -> grade.
-    """
-
-    name: str
+    name: str  # of the folder
     passage_ids: tuple[str, ...]
-    titles: tuple[str, ...]
-    texts: tuple[str, ...]
-    query_ids: tuple[str, ...]
-    queries: tuple[str, ...]
-    tasks: tuple[str, ...]
+    titles: tuple[str, ...]  # of the passages, "" for none
+    texts: tuple[str, ...]  # of the passages
+    query_ids: tuple[str, ...]  # of the queries with a relevant passage
+    queries: tuple[str, ...]  # their texts
+    tasks: tuple[str, ...]  # the field `task` of each query, "" for none
+    # Query id -> passage id -> grade.
     relevance: Mapping[str, Mapping[str, int | float]]
 
     def limit(self, max_queries: int, max_passages: int) -> "RetrievalSet":
@@ -76,15 +66,10 @@ class RetrievalSet:
         room = max(max_passages - len(kept), 0)
         if room or not max_passages:
             kept = sorted(kept + _spread(others, room))
-        return dataclasses.replace(
-            self,
-            passage_ids=_take(self.passage_ids, kept),
-            titles=_take(self.titles, kept),
-            texts=_take(self.texts, kept),
-            query_ids=_take(self.query_ids, chosen),
-            queries=_take(self.queries, chosen),
-            tasks=_take(self.tasks, chosen),
-        )
+        columns = dict.fromkeys(("passage_ids", "titles", "texts"), kept)
+        columns |= dict.fromkeys(("query_ids", "queries", "tasks"), chosen)
+        cut = {name: _take(getattr(self, name), rows) for name, rows in columns.items()}
+        return dataclasses.replace(self, **cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +83,6 @@ class SimilaritySet:
 
     def limit(self, max_queries: int, max_passages: int) -> "SimilaritySet":
         """Returns `max_queries` pairs at even distances; 0 sets no limit."""
-        del max_passages
         chosen = _spread(range(len(self.scores)), max_queries)
         return dataclasses.replace(
             self,
@@ -125,7 +109,6 @@ class ClassificationSet:
 
     def limit(self, max_queries: int, max_passages: int) -> "ClassificationSet":
         """Returns `max_queries` test texts at even distances; 0 sets no limit."""
-        del max_passages
         chosen = _spread(range(len(self.test.texts)), max_queries)
         test = Labelled(*(_take(column, chosen) for column in self.test))
         return dataclasses.replace(self, test=test)
@@ -137,8 +120,7 @@ EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
     """Reads an evaluation set, or a folder of several; "quickstart" is bundled.
 
-    Raises:
-        ValueError: There is no set, or a file has an error.
+    Raises ValueError if there is no set, or a file has an error.
     """
     return [dataset for _, dataset in _load_with_paths(path)]
 
@@ -208,10 +190,9 @@ def _load_one(path: pathlib.Path) -> EvaluationSet | None:
 
 
 def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
-    corpus_path, queries_path, qrels_path = (
-        reading.find(folder, *names)
-        for names in (("corpus.jsonl",), ("queries.jsonl",), _QRELS)
-    )
+    corpus_path = reading.find(folder, "corpus.jsonl")
+    queries_path = reading.find(folder, "queries.jsonl")
+    qrels_path = reading.find(folder, *_QRELS)
     if corpus_path is None or queries_path is None:
         raise ValueError(
             f"{folder}: no queries.jsonl; a retrieval set needs corpus.jsonl, "
@@ -278,8 +259,7 @@ def _load_relevance(
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
     rows = [
         (
-            inputs.string_field(place, row, "sentence1"),
-            inputs.string_field(place, row, "sentence2"),
+            *(inputs.string_field(place, row, name) for name in _PAIR[:2]),
             inputs.number_field(place, row, "score"),
         )
         for place, row in columns.read(path, _PAIR)

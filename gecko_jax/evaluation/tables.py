@@ -64,27 +64,16 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Scores of one system at one dim on one task of one set.
+    """Scores of one system at one dim on one task of one set."""
 
-    Attributes:
-        set: Name of the evaluation set.
-        system: One of `SYSTEMS`, or the name of another model.
-        dim: Width of the vectors; None for BM25.
-        task: Task of the queries; `ALL` for all queries.
-        count: Number of queries, pairs of sentences, or texts to classify.
-        metrics: ndcg_at_10, recall_at_100 and mrr_at_10, or spearman, or accuracy.
-        precision: Precision of the passages' vectors (`quantization`).
-        note: Remark below the table, such as `NO_HIT`; "" for none.
-    """
-
-    set: str
-    system: str
-    dim: int | None
-    task: str
-    count: int
-    metrics: dict[str, float]
-    precision: str = quantization.FLOAT32
-    note: str = ""
+    set: str  # name of the evaluation set
+    system: str  # one of `SYSTEMS`, or the name of another model
+    dim: int | None  # width of the vectors; None for BM25
+    task: str  # of the queries; `ALL` for all queries
+    count: int  # of queries, pairs of sentences, or texts to classify
+    metrics: dict[str, float]  # some of `METRICS`
+    precision: str = quantization.FLOAT32  # of the passages' vectors
+    note: str = ""  # remark below the table, such as `NO_HIT`; "" for none
 
     @property
     def label(self) -> str:
@@ -205,14 +194,12 @@ def _build_table(results: Results, rows: Sequence[Row]) -> Any:
         }
         scores = [row.metrics.get(metric) for metric in metrics]
         scores += [by_task.get(task) for task in tasks]
-        num_bytes = row.dim and quantization.bytes_per_vector(row.precision, row.dim)
-        table.add_row(
-            wording.printable(row.label),
-            str(row.dim or ""),
-            *([f"{num_bytes:,}" if num_bytes else ""] if has_codes else []),
-            *("" if score is None else f"{score:.3f}" for score in scores),
-            style="bold" if row.label == MODEL else None,
-        )
+        cells = [wording.printable(row.label), str(row.dim or "")]
+        if has_codes:
+            size = row.dim and quantization.bytes_per_vector(row.precision, row.dim)
+            cells.append(f"{size:,}" if size else "")
+        cells += ["" if score is None else f"{score:.3f}" for score in scores]
+        table.add_row(*cells, style="bold" if row.label == MODEL else None)
     return table
 
 
@@ -222,25 +209,22 @@ def _means(results: Results) -> list[Row]:
     for row in results.rows:
         if row.task == ALL and "ndcg_at_10" in row.metrics:
             groups.setdefault((row.system, row.precision, row.dim), []).append(row)
-    count = max(map(len, groups.values()), default=0)
-    if count < 2:
+    num_sets = max(map(len, groups.values()), default=0)
+    if num_sets < 2:
         return []
-    return [
-        Row(
-            set=f"mean of {count} sets",
-            system=system,
-            dim=dim,
-            task=ALL,
-            count=sum(row.count for row in rows),
-            metrics={
-                name: float(np.mean([row.metrics[name] for row in rows]))
-                for name in rows[0].metrics
-                if all(name in row.metrics for row in rows)
-            },
-            precision=precision,
+    means = []
+    for rows in groups.values():
+        metrics = {
+            name: float(np.mean([row.metrics[name] for row in rows]))
+            for name in rows[0].metrics
+            if all(name in row.metrics for row in rows)
+        }
+        name, count = f"mean of {num_sets} sets", sum(row.count for row in rows)
+        mean = dataclasses.replace(
+            rows[0], set=name, count=count, metrics=metrics, note=""
         )
-        for (system, precision, dim), rows in groups.items()
-    ]
+        means.append(mean)
+    return means
 
 
 def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
@@ -259,11 +243,7 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def read(path: str | os.PathLike) -> Results:
-    """Reads a results.json that `save` wrote.
-
-    Raises:
-        ValueError: The file is missing or is not such a file.
-    """
+    """Reads a results.json that `save` wrote; raises ValueError for any other file."""
     path = pathlib.Path(path)
     try:
         values = checksums.read_object(
@@ -276,10 +256,9 @@ def read(path: str | os.PathLike) -> Results:
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
         ) from None
     results = Results.from_dict(values)
-    for name in dict.fromkeys(row.set for row in results.rows):
-        if not any(
-            row.metrics for row in results.rows if (row.set, row.task) == (name, ALL)
-        ):
+    whole = {row.set for row in results.rows if row.task == ALL and row.metrics}
+    for name in (row.set for row in results.rows):
+        if name not in whole:
             raise ValueError(
                 f"{path}: set {name!r} has no row for all its queries; evaluate again"
             )

@@ -38,12 +38,7 @@ _KEYS, _VECTORS, _CHECKSUMS = ".keys.npy", ".vectors.npy", ".json"
 
 
 class Store:
-    """Vectors of one model.
-
-    Attributes:
-        folder: Folder of the vectors of this model.
-        num_encoded: Number of texts encoded since the store was opened.
-    """
+    """Vectors of one model, in `folder`; `num_encoded` texts since it was opened."""
 
     def __init__(
         self, root: str | os.PathLike, gecko: embedding.Gecko, max_gib: int | float

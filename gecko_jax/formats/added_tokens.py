@@ -31,13 +31,8 @@ _ID = field_rules.Kind(
         or (isinstance(v, str) and v.isdecimal() and len(v) < 16)
     ),
 )
-_TOKEN = {
-    "content": _CONTENT,
-    "id": _ID,
-    "special": _FLAG,
-    "single_word": _FLAG,
-    "normalized": _FLAG,
-}
+_FLAGS = dict.fromkeys(("special", "single_word", "normalized"), _FLAG)
+_TOKEN = {"content": _CONTENT, "id": _ID, **_FLAGS}
 _FILE_NAMES = {
     "tokenizer": "tokenizer.json",
     "config": "tokenizer_config.json",
@@ -63,13 +58,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A token that a file lists.
-
-    Attributes:
-        token: The token.
-        is_special: Whether `split_special_tokens` applies to it.
-        source: The file.
-    """
+    """A token, the file that lists it, and whether `split_special_tokens` applies."""
 
     token: vocabularies.AddedToken
     is_special: bool
@@ -97,17 +86,15 @@ def read_listed(files: Files) -> dict[str, Listed]:
     listed: dict[str, Listed] = {}
     for entry, name in entries:
         source, content = files.path(name), entry["content"]
-        place = f"{source}, an added token"
-        field_rules.check(place, entry, _TOKEN, "the file is damaged, copy it again")
+        remedy = "the file is damaged, copy it again"
+        field_rules.check(f"{source}, an added token", entry, _TOKEN, remedy)
         is_special = bool(entry.get("special", content in special))
+        single_word = bool(entry.get("single_word", False))
+        # transformers' default.
+        normalized = bool(entry.get("normalized", not is_special))
         try:
-            token = vocabularies.AddedToken(
-                content,
-                int(entry["id"]),
-                bool(entry.get("single_word", False)),
-                # transformers' default.
-                bool(entry.get("normalized", not is_special)),
-            )
+            number = int(entry["id"])
+            token = vocabularies.AddedToken(content, number, single_word, normalized)
         except ValueError as error:
             raise ValueError(
                 f"{source}: {error}; {tokenizer_json.GIVE_VOCABULARY}"
@@ -136,11 +123,8 @@ def read_special(files: Files) -> list[tuple[str, pathlib.Path]]:
             for entry in entries:
                 content = entry if isinstance(entry, str) else entry["content"]
                 if not _CONTENT.holds(content):
-                    raise source_files.damaged(
-                        path,
-                        f"{key} holds {inputs.kind(content)} that is not the text of a "
-                        "token",
-                    )
+                    problem = f"{inputs.kind(content)} that is not the text of a token"
+                    raise source_files.damaged(path, f"{key} holds {problem}")
                 special.append((content, path))
     return special
 
@@ -155,7 +139,7 @@ def choose(
 ) -> list[vocabularies.AddedToken]:
     """Returns the tokens that are cut out of texts, in the order of their ids.
 
-    Reserved tokens and sentinels are cut out only if a prompt contains one.
+    Reserved tokens and sentinels are cut out only if one of the prompts contains one.
 
     Args:
         plain: The vocabulary without added tokens.
@@ -213,14 +197,13 @@ def _find(plain: vocabularies.Vocabulary, content: str) -> int | None:
 
 def count_sentinels(files: Files) -> int:
     """Counts the sentinels that a tokenizer adds after the pieces of `spiece.model`."""
-    if files.tokenizer:
-        tokens = files.tokenizer.get("added_tokens") or ()
+    tokens = files.tokenizer.get("added_tokens") or ()
+    if not files.tokenizer:
+        tokens = (files.config.get("added_tokens_decoder") or {}).values()
+    if files.tokenizer or tokens:
         return _count_names(token["content"] for token in tokens)
     if not files.config:
         return 0
-    if files.config.get("added_tokens_decoder"):
-        tokens = files.config["added_tokens_decoder"].values()
-        return _count_names(token["content"] for token in tokens)
     if files.config.get("extra_ids") is not None:
         return files.config["extra_ids"]
     # T5's tokenizers add 100 by default.
@@ -228,7 +211,4 @@ def count_sentinels(files: Files) -> int:
 
 
 def _count_names(contents: Iterable[Any]) -> int:
-    return sum(
-        bool(re.fullmatch(tokenizer_json.SENTINEL, str(content)))
-        for content in contents
-    )
+    return sum(bool(re.fullmatch(tokenizer_json.SENTINEL, str(c))) for c in contents)

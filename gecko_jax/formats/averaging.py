@@ -55,12 +55,10 @@ _MOST_SHOWN = 60
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """An average and its inputs.
+    """An average as it was written, and its inputs.
 
-    Attributes:
-        model_files: The average, as written.
-        inputs: Source, revision, step and weight of each model.
-        cosines: Cosine of all parameters of each model with those of the previous one.
+    `inputs` has the source, revision, step and weight of each model, and `cosines` the
+    cosine of all parameters of each model with those of the previous one.
     """
 
     model_files: model_folder.ModelFiles
@@ -98,12 +96,7 @@ def average(
     for source, files in opened[1:]:
         _check_same_kind(*opened[0], source, files)
     inputs = tuple(
-        {
-            "source": source,
-            "revision": files.revision,
-            "step": files.step,
-            "weight": share,
-        }
+        dict(source=source, revision=files.revision, step=files.step, weight=share)
         for (source, files), share in zip(opened, shares, strict=True)
     )
     flat = [parameters.flatten_to_tensors(files.params) for files in models]
@@ -112,22 +105,19 @@ def average(
         name: _average_array([params[name] for params in flat], shares, method, gram)
         for name in flat[0]
     }
-    written = model_folder.save_model(
-        output,
-        dataclasses.replace(
-            models[0],
-            params=parameters.unflatten(params),
-            step=max(files.step for files in models),
-            revision="",
-            provenance=_provenance(method, inputs, models),
-        ),
+    averaged = dataclasses.replace(
+        models[0],
+        params=parameters.unflatten(params),
+        step=max(files.step for files in models),
+        revision="",
+        provenance=_provenance(method, inputs, models),
     )
+    written = model_folder.save_model(output, averaged)
     lengths = np.sqrt(np.diag(gram))
     products = np.maximum(lengths[1:] * lengths[:-1], np.finfo(np.float64).tiny)
     cosines = tuple((np.diag(gram, k=1) / products).tolist())
-    for (first, second), cosine in zip(
-        itertools.pairwise(inputs), cosines, strict=True
-    ):
+    pairs = itertools.pairwise(inputs)
+    for (first, second), cosine in zip(pairs, cosines, strict=True):
         if cosine < _MIN_COSINE:
             logging.warning(
                 "the parameters of %s and %s have a cosine of %.2f: such models did "
@@ -248,11 +238,9 @@ def _provenance(
     Config and start are those of the inputs if these are equal.
     """
     provenance: dict[str, Any] = {"average": {"method": method, "models": list(inputs)}}
-    tasks = {}
     for files in models:
-        tasks |= files.provenance.get("tasks") or {}
-    if tasks:
-        provenance["tasks"] = tasks
+        if tasks := files.provenance.get("tasks"):
+            provenance["tasks"] = provenance.get("tasks", {}) | tasks
     for key in ("config", "started_from"):
         first, *others = [files.provenance.get(key) for files in models]
         if first and all(value == first for value in others):
@@ -277,15 +265,13 @@ def _average_array(
             coefficients = spherical_coefficients(_gram(leaves), coefficients)
         # Sums in float64 are rounded once: the average of equal models is exact.
         total = np.zeros(leaves[0].size)
-        previous = None
-        for number, (leaf, coefficient) in enumerate(
-            zip(leaves, coefficients, strict=True)
-        ):
+        previous = np.zeros(0, np.float32)
+        for number, leaf in enumerate(leaves):
             array = leaf.read().reshape(-1)
             for part in _blocks(array.size):
-                total[part] += coefficient * array[part].astype(np.float64)
+                total[part] += coefficients[number] * array[part].astype(np.float64)
             gram[number, number] += _inner(array, array)
-            if previous is not None:
+            if number:
                 gram[number - 1, number] += _inner(previous, array)
             previous = array
         return total.astype(np.float32).reshape(leaves[0].shape)

@@ -38,11 +38,10 @@ def explain_reading(folder: pathlib.Path) -> Iterator[None]:
         if problem := _find_damage(folder, causes):
             raise damaged(folder, problem) from error
         # Orbax wraps the error of TensorStore, which is the last.
-        last = f"{type(causes[-1]).__name__}: {source_files.first_line(causes[-1])}"
         raise ValueError(
-            f"{folder}: this checkpoint cannot be read ({last}), and nothing proves "
-            "that its files are damaged, so they stay in place; remove the cause and "
-            "run the same command again"
+            f"{folder}: this checkpoint cannot be read ({_described(causes[-1])}), and "
+            "nothing proves that its files are damaged, so they stay in place; remove "
+            "the cause and run the same command again"
         ) from error
 
 
@@ -85,19 +84,18 @@ def _find_damaged_metadata(folder: pathlib.Path) -> str:
                     for key in entry["key_metadata"]:
                         _require(key, "key", "key_type")
             elif path.parent.name == "array_metadatas":
+                fields = ("param_name", "write_shape", "chunk_shape")
                 for entry in values["array_metadatas"]:
-                    _require(
-                        entry["array_metadata"],
-                        "param_name",
-                        "write_shape",
-                        "chunk_shape",
-                    )
+                    _require(entry["array_metadata"], *fields)
         except OSError:
             continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            line = source_files.first_line(error)
-            return f"{path}: {type(error).__name__}: {line}"
+            return f"{path}: {_described(error)}"
     return ""
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {source_files.first_line(error)}"
 
 
 def _require(values: Mapping[str, Any], *names: str) -> None:

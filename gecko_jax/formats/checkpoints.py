@@ -30,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gecko_jax.formats import checkpoint_damage, source_files, tensors
@@ -52,12 +53,10 @@ class Checkpointer:
     def __init__(
         self, workdir: str | pathlib.Path, *, keep: int, keep_every_steps: int
     ):
-        """Opens the workdir.
+        """Opens the workdir of a run.
 
-        Args:
-            workdir: Folder of the run.
-            keep: Number of newest checkpoints to keep.
-            keep_every_steps: Also keep multiples of this step; 0 for none.
+        `keep` is the number of newest checkpoints to keep. Multiples of
+        `keep_every_steps` are kept, too; 0 for none.
         """
         self._workdir = pathlib.Path(workdir).absolute()
         self._options = ocp.CheckpointManagerOptions(
@@ -79,24 +78,17 @@ class Checkpointer:
     ) -> None:
         """Starts to write the state after `step` updates.
 
-        Args:
-            step: Number of updates.
-            params: Parameters.
-            opt_state: Optimizer state.
-            position: JSON values with which the data stream and the run continue.
-
-        Raises:
-            OSError: This checkpoint or the previous one could not be written.
+        `position` has the JSON values with which the data stream and the run continue.
+        Raises OSError if this checkpoint or the previous one could not be written.
         """
         digests = checksums.of_arrays(_named(params=params, opt_state=opt_state))
         # Orbax writes in the background, while the caller changes its counters: write
         # a copy, the one that the checksum covers.
         position = json.loads(json.dumps({**position, _DIGESTS: digests}))
-        position = checksums.seal(position)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             opt_state=ocp.args.StandardSave(opt_state),
-            position=ocp.args.JsonSave(position),
+            position=ocp.args.JsonSave(checksums.seal(position)),
         )
         with self._explain_writing():
             self._manager.save(step, args=args)
@@ -104,14 +96,10 @@ class Checkpointer:
     def restore(
         self, params: Any, opt_state: Any
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """Restores the newest intact checkpoint.
+        """Restores the newest intact checkpoint, given the shapes and shardings.
 
         Newer checkpoints, which a disk error or a kill has damaged, are moved to
         `damaged/` of the workdir, with a warning.
-
-        Args:
-            params: Shapes and shardings of the parameters.
-            opt_state: Shapes and shardings of the optimizer state.
 
         Returns:
             Step, parameters, optimizer state and position; None without checkpoints.
@@ -128,33 +116,28 @@ class Checkpointer:
         damaged: dict[int, ValueError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = _folder(self._workdir, step)
-            error = restored = None
+            error: ValueError | None = None
+            restored: Any = None
             try:
-                restored = self._restore(folder, step, args)
+                with checkpoint_damage.explain_reading(folder):
+                    restored = self._manager.restore(step, args=args)
+                _check_position(folder, restored.position)
             except ValueError as raised:
                 error = raised
+            is_damaged = isinstance(error, checkpoint_damage.DamagedError)
             # All processes must restore the same step.
-            if _any_process(
-                error is not None
-                and not isinstance(error, checkpoint_damage.DamagedError)
-            ):
-                raise error or ValueError(
-                    f"{folder}: another process cannot read it; see its log"
-                )
-            if _any_process(error is not None):
-                damaged[step] = error or ValueError(
-                    f"{folder}: damaged, as another process reports"
-                )
+            if _any_process(error is not None and not is_damaged):
+                elsewhere = "another process cannot read it; see its log"
+                raise error or ValueError(f"{folder}: {elsewhere}")
+            if _any_process(is_damaged):
+                elsewhere = "damaged, as another process reports"
+                damaged[step] = error or ValueError(f"{folder}: {elsewhere}")
                 continue
-            assert restored is not None
             position = dict(restored.position)
+            arrays = _named(params=restored.params, opt_state=restored.opt_state)
             try:
                 # All processes compute the digests together and get the same result.
-                _check_digests(
-                    folder,
-                    position.pop(_DIGESTS, None),
-                    _named(params=restored.params, opt_state=restored.opt_state),
-                )
+                _check_digests(folder, position.pop(_DIGESTS, None), arrays)
             except checkpoint_damage.DamagedError as raised:
                 # The traceback would keep the arrays in memory.
                 damaged[step] = raised.with_traceback(None)
@@ -166,12 +149,6 @@ class Checkpointer:
         if damaged:
             raise damaged[max(damaged)]
         return None
-
-    def _restore(self, folder: pathlib.Path, step: int, args: Any) -> Any:
-        with checkpoint_damage.explain_reading(folder):
-            restored: Any = self._manager.restore(step, args=args)
-        _check_position(folder, restored.position)
-        return restored
 
     def _set_aside(self, damaged: Mapping[int, ValueError], restored_step: int) -> None:
         target = self._workdir / _DAMAGED
@@ -189,11 +166,7 @@ class Checkpointer:
         self._open()
 
     def wait(self) -> None:
-        """Waits until the saved checkpoints are on disk.
-
-        Raises:
-            OSError: The last checkpoint could not be written.
-        """
+        """Waits for the last checkpoint; raises OSError if it could not be written."""
         with self._explain_writing():
             self._manager.wait_until_finished()
 
@@ -229,10 +202,8 @@ def latest_step(workdir: str | pathlib.Path) -> int | None:
 
 def all_steps(workdir: str | pathlib.Path) -> list[int]:
     """Returns the steps of the complete checkpoints of a workdir, in order."""
-    folder = pathlib.Path(workdir) / CHECKPOINTS
-    if not folder.is_dir():
-        return []
-    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
+    children = pathlib.Path(workdir, CHECKPOINTS).glob("*")
+    return sorted(int(child.name) for child in children if child.name.isdigit())
 
 
 def remove_temporary(workdir: str | pathlib.Path) -> None:
@@ -246,52 +217,35 @@ def remove_temporary(workdir: str | pathlib.Path) -> None:
 def restore_params(
     workdir: str | pathlib.Path, step: int, shardings: Any
 ) -> dict[str, Any]:
-    """Reads the parameters of one checkpoint onto any mesh.
-
-    Args:
-        workdir: Folder of the run.
-        step: Step of a complete checkpoint.
-        shardings: Sharding of each parameter.
-    """
-    restore_args = jax.tree.map(
-        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), shardings
-    )
+    """Reads the parameters of a complete checkpoint onto any mesh."""
     folder = _folder(workdir, step)
-    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    args = ocp.args.PyTreeRestore(
+        restore_args=jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s), shardings)
+    )
     return _restore_params(folder, _read_digests(folder), args)
 
 
 def open_params(workdir: str | pathlib.Path, step: int) -> dict[str, tensors.Tensor]:
-    """Opens the parameters of one checkpoint, by name; they are read one at a time.
-
-    Args:
-        workdir: Folder of the run.
-        step: Step of a complete checkpoint.
-    """
+    """Opens the parameters of a complete checkpoint, to be read one at a time."""
     folder = _folder(workdir, step)
     digests = _read_digests(folder)
     with _open_handler(folder) as (handler, path):
-        leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(path).tree)
+        leaves: Any = traverse_util.flatten_dict(handler.metadata(path).tree)
 
-    def read(keys: list[str]) -> np.ndarray:
-        def nest(leaf: Any) -> Any:
-            return functools.reduce(lambda tree, key: {key: tree}, keys[::-1], leaf)
-
+    def read(keys: tuple[str, ...]) -> np.ndarray:
+        nest = traverse_util.unflatten_dict
         args = ocp.args.PyTreeRestore(
-            item=nest(0),
-            restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)),
+            item=nest({keys: 0}),
+            restore_args=nest({keys: ocp.RestoreArgs(restore_type=np.ndarray)}),
             partial_restore=True,
         )
         (leaf,) = jax.tree.leaves(_restore_params(folder, digests, args))
         return np.asarray(leaf, np.float32)
 
-    opened = {}
-    for path, leaf in leaves:
-        keys = [str(part.key) for part in path]
-        opened["/".join(keys)] = tensors.Tensor(
-            tuple(leaf.shape), functools.partial(read, keys)
-        )
-    return opened
+    return {
+        "/".join(keys): tensors.Tensor(tuple(leaf.shape), functools.partial(read, keys))
+        for keys, leaf in leaves.items()
+    }
 
 
 def _restore_params(
@@ -361,6 +315,4 @@ def _check_digests(
 
 def _any_process(value: bool) -> bool:
     """Whether the value is true in any process."""
-    if jax.process_count() == 1:
-        return value
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))

@@ -30,9 +30,9 @@ from gecko_jax.formats import (
     safetensors_files,
 )
 from gecko_jax.models import dual_encoder
-from gecko_jax.text import vocabularies
+from gecko_jax.text import text_formats, vocabularies
 
-PLAIN_FORMAT = imported_models.PLAIN_FORMAT
+PLAIN_FORMAT = text_formats.PLAIN
 
 
 class Format(enum.Enum):
@@ -77,18 +77,16 @@ def open_model(
     """
     source = str(source)
     source_format, place = find_format(source)
+    is_gecko = source_format is Format.GECKO
     if relpos_max_distance is not None and source_format is not Format.T5X:
         raise ValueError(
             f"--relpos-max-distance={relpos_max_distance}: {source} is a "
             f"{source_format.value} model, which holds the distance; leave it out"
         )
-    vocab = None
-    is_gecko = source_format is Format.GECKO
     for flag, value in (("vocabulary", vocabulary), ("mrl-dims", mrl_dims)):
         if is_gecko and value:
             raise ValueError(f"{source}: a Gecko model has its own; leave --{flag} out")
-    if vocabulary is not None:
-        vocab = _load_vocabulary(vocabulary, extra_ids)
+    vocab = None if vocabulary is None else _load_vocabulary(vocabulary, extra_ids)
     if is_gecko:
         opened = model_folder.open_model(place, mesh)
     elif source_format is Format.T5X:
@@ -113,7 +111,6 @@ def open_model(
             "name smaller ones"
         )
     dims = tuple(sorted({*opened.mrl_dims, *mrl_dims}))
-    opened = dataclasses.replace(opened, mrl_dims=dims)
     _check_relative_bias(opened.encoder_config, source)
     parameters.check(
         opened.params,
@@ -125,6 +122,7 @@ def open_model(
     return dataclasses.replace(
         opened,
         params=model_folder.require_finite(opened.params),
+        mrl_dims=dims,
         provenance={**opened.provenance, "imported": imported},
     )
 

@@ -74,10 +74,7 @@ _GLOBAL_HEADS = {
 }
 
 
-def _only(*values: Any) -> field_rules.Kind:
-    return field_rules.optional(field_rules.one_of(*values))
-
-
+_only = field_rules.only
 # Larger sizes are damage, and nothing is allocated for them.
 _SIZE = field_rules.integer(1, 2**24)
 _OBJECT = field_rules.optional(field_rules.OBJECT)
@@ -139,10 +136,7 @@ _LOCAL_ROPE = _ROPE | dict.fromkeys(("rope_type", "type"), _only("default"))
 def read(values: Mapping[str, Any], source: str) -> dual_encoder.EncoderConfig:
     """Returns the encoder's config from a `config.json`.
 
-    Only EmbeddingGemma 2 has a projection there.
-
-    Raises:
-        ValueError: Names each setting that Gecko does not compute.
+    Raises ValueError, which names each setting that Gecko does not compute.
     """
     name = values["model_type"]
     family, text = MODEL_TYPES[name].family, text_settings(values, source)
@@ -281,13 +275,9 @@ def write(
 ) -> dict[str, Any]:
     """Returns the `config.json` of an encoder of another family than T5.
 
-    Args:
-        config: The encoder.
-        max_length: Longest text in tokens.
-        special_ids: Ids of special tokens, by the keys of `config.json`.
-
-    Raises:
-        ValueError: No model of transformers computes this encoder.
+    `max_length` is in tokens, and `special_ids` has the ids of special tokens by the
+    keys of `config.json`. Raises ValueError if no model of transformers computes this
+    encoder.
     """
     activation, family = config.mlp_activations[0], config.family
     activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
@@ -328,20 +318,18 @@ def write(
             "embedding_dim": config.embedding_dim,
             "per_layer_config": {str(n): heads for n in wide},
         }
-    factor, bases = config.rope_factor, (config.rope_base, config.local_rope_base)
-    scaling = {"rope_type": "default"}
-    if factor != 1.0:
-        scaling = {"rope_type": "linear", "factor": factor}
+    base, local_base, scaling = config.rope_base, config.local_rope_base, None
+    if config.rope_factor != 1.0:
+        scaling = {"rope_type": "linear", "factor": config.rope_factor}
     if values["model_type"] in ("gemma3_text", "qwen3"):
         # The form of transformers 4, which 5 and other servers read, too.
-        text["rope_theta"] = bases[0]
-        text["rope_scaling"] = None if factor == 1.0 else scaling
-        if family == "gemma":
-            text["rope_local_base_freq"] = bases[1]
+        text |= {"rope_theta": base, "rope_scaling": scaling}
+        text |= {"rope_local_base_freq": local_base} if family == "gemma" else {}
     else:
+        plain = {"rope_type": "default"}
         text["rope_parameters"] = {
-            _GLOBAL: {**scaling, "rope_theta": bases[0]},
-            _LOCAL: {"rope_type": "default", "rope_theta": bases[1]},
+            _GLOBAL: {**(scaling or plain), "rope_theta": base},
+            _LOCAL: {**plain, "rope_theta": local_base},
         }
     values["architectures"] = [_ARCHITECTURES[values["model_type"]]]
     values |= {"text_config": text} if "vision_config" in values else text

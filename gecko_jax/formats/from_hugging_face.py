@@ -69,11 +69,11 @@ def open_params(
     lists them as unexpected. `model_type` is that of `config.json`.
     """
     refuse_pickle(folder)
-    weights = {}
-    for stored, tensor in safetensors_files.read(folder).items():
-        name = _encoder_name(stored, model_type)
-        if name is not None:
-            weights[name] = tensor
+    weights = {
+        name: tensor
+        for stored, tensor in safetensors_files.read(folder).items()
+        if (name := _encoder_name(stored, model_type)) is not None
+    }
     params = {}
     table = family_configs.tensor_names(config, model_type)
     for t5x_name, (name, is_transposed) in table.items():
@@ -108,9 +108,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         )
     take = f"take one of {', '.join((*_T5, *family_configs.MODEL_TYPES))}"
     if str(model_type) not in family_configs.MODEL_TYPES:
-        is_causal = any(
-            re.search(r"ForCausalLM|LMHeadModel", str(name)) for name in architectures
-        )
+        is_causal = re.search(r"ForCausalLM|LMHeadModel", str(architectures))
         # transformers gives the encoder of such a config a causal mask.
         if is_causal or values.get("is_decoder"):
             raise ValueError(

@@ -49,22 +49,13 @@ _POOLINGS = {"mean": "mean", "lasttoken": "last"}
 _OTHER_PASSAGE_PROMPTS = ("passage", "corpus")
 
 # Settings of the Transformer module; the first file that exists counts.
-_SETTINGS = [
-    f"sentence_{name}_config.json"
-    for name in (
-        *("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta"),
-        "xlnet",
-    )
-]
-
-
-def _only(*values: Any) -> field_rules.Kind:
-    return field_rules.optional(field_rules.one_of(*values))
-
+_ENCODERS = "bert roberta distilbert camembert albert xlm-roberta xlnet"
+_SETTINGS = [f"sentence_{name}_config.json" for name in _ENCODERS.split()]
 
 # What Gecko computes. All other settings change no embedding.
 _REMEDY = "Gecko computes nothing else, take another model"
-_LENGTH = field_rules.optional(field_rules.integer(8, 2**20))
+_only = field_rules.only
+_TEXT, _LENGTH = field_rules.TEXT, field_rules.optional(field_rules.integer(8, 2**20))
 _TRANSFORMER = {
     "max_seq_length": _LENGTH,
     "query_length": _LENGTH,
@@ -76,10 +67,8 @@ _TRANSFORMER = {
     "module_output_name": _only("token_embeddings"),
 }
 _PROMPTS = {
-    "prompts": field_rules.optional(
-        field_rules.map_of(field_rules.nullable(field_rules.TEXT))
-    ),
-    "default_prompt_name": field_rules.optional(field_rules.TEXT),
+    "prompts": field_rules.optional(field_rules.map_of(field_rules.nullable(_TEXT))),
+    "default_prompt_name": field_rules.optional(_TEXT),
     "truncate_dim": field_rules.optional(field_rules.integer(1)),
 }
 _POOLING = {"include_prompt": _only(True)}
@@ -134,11 +123,7 @@ class Modules:
 
 
 def read_modules(folder: pathlib.Path) -> Modules:
-    """Reads the modules and refuses those that Gecko does not compute.
-
-    Raises:
-        ValueError: Names the module and the permitted settings.
-    """
+    """Reads the modules; raises ValueError for those that Gecko does not compute."""
     folders = _read_folders(folder)
     [encoder], [pooling] = folders["Transformer"], folders["Pooling"]
     dense = tuple(folders.get("Dense", ()))
@@ -152,18 +137,12 @@ def read_modules(folder: pathlib.Path) -> Modules:
         _read(folders["Normalize"][0] / "config.json", _NORMALIZE)
     for place in dense:
         _read(place / "config.json", _DENSE, **_DENSE_DEFAULTS)
-    query_length, passage_length = _read_lengths(encoder)
+    lengths = _read_lengths(encoder)
     path = folder / "config_sentence_transformers.json"
     values = _read(path, _PROMPTS) if path.exists() else {}
-    return Modules(
-        encoder,
-        dense,
-        _read_pooling(pooling / "config.json"),
-        query_length,
-        passage_length,
-        _read_prompts(values, path),
-        values.get("truncate_dim"),
-    )
+    pooling = _read_pooling(pooling / "config.json")
+    prompts, truncate_dim = _read_prompts(values, path), values.get("truncate_dim")
+    return Modules(encoder, dense, pooling, *lengths, prompts, truncate_dim)
 
 
 def _read(
@@ -241,14 +220,13 @@ def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
             f"{path}: the modules are {', '.join(kinds)}; Gecko computes "
             f"{', '.join(_ORDERS[-1])}, with or without the last two, or with two Dense"
         )
-    for place in places:
+    folders: dict[str, list[pathlib.Path]] = {}
+    for kind, place in zip(kinds, places, strict=True):
         if place.is_absolute() or ".." in place.parts:
             raise ValueError(
                 f"{path}: names the folder {str(place)!r}, outside its own; do not "
                 "use this model"
             )
-    folders: dict[str, list[pathlib.Path]] = {}
-    for kind, place in zip(kinds, places, strict=True):
         folders.setdefault(kind, []).append(writing.inside(folder, str(place)))
     return folders
 
@@ -262,8 +240,7 @@ def _read_pooling(path: pathlib.Path) -> str:
         for key, value in values.items()
         if key.startswith("pooling_mode_") and value
     ]
-    if not isinstance(modes, list):
-        modes = [modes]
+    modes = modes if isinstance(modes, list) else [modes]
     modes = modes or ["mean"]
     if len(modes) > 1 or str(modes[0]) not in _POOLINGS:
         raise ValueError(
@@ -313,7 +290,7 @@ def tokenizer_length(encoder: pathlib.Path) -> int | None:
     length = values.get("model_max_length")
     if length is None:
         return None
-    if isinstance(length, bool) or not isinstance(length, int | float) or length < 8:
+    if type(length) not in (int, float) or length < 8:
         raise ValueError(
             f"{path}: model_max_length={length!r}: must be at least 8 tokens"
         )
@@ -355,9 +332,5 @@ def _read_prompts(
             unused[0],
         )
     prompts = {query: "", document: "", **given}
-    return text_formats.TextFormat(
-        query="{text}",
-        passage="{text}",
-        no_title="",
-        prompts=prompts if any(prompts.values()) else {},
-    )
+    prompts = prompts if any(prompts.values()) else {}
+    return dataclasses.replace(text_formats.PLAIN, prompts=prompts)

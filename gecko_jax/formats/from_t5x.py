@@ -15,10 +15,11 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from gecko_jax.formats import kvstores, msgpack_files, names, source_files, tensors
 from gecko_jax.io import reading
@@ -32,6 +33,9 @@ _RETRIEVAL_L2_EPSILON = 1e-6
 # T5 XXL has 24.
 _MAX_LAYERS = 1_000
 
+# Parameters, names of all parts of the model, and the step if it is stored.
+_Opened = tuple[dict[str, tensors.Tensor], set[str], int | None]
+
 # Names of parameters, and of the folders that hold them.
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 
@@ -40,12 +44,7 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The encoder of a checkpoint.
-
-    Attributes:
-        params: Parameters of the encoder by T5X name; read later.
-        step: Number of optimizer updates, as the checkpoint says.
-    """
+    """Parameters of an encoder by T5X name, read later, and its number of updates."""
 
     params: dict[str, tensors.Tensor]
     step: int
@@ -70,16 +69,10 @@ def tensorflow_error(path: str) -> ValueError:
 
 
 def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkpoint:
-    """Opens the encoder of the checkpoint in a folder.
-
-    Args:
-        folder: `checkpoint_N`, or the folder that holds a bare file.
-        file: Name of the msgpack tree of the legacy form.
-    """
+    """Opens the encoder of `checkpoint_N`, or that of a bare file in a folder."""
     is_orbax = folder.has("_METADATA") or not folder.has(file)
-    leaves, parts, step = (
-        _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
-    )
+    opened = _open_orbax(folder) if is_orbax else _open_legacy(folder, file)
+    leaves, parts, step = opened
     if "encoder" not in parts and "decoder" in parts:
         raise ValueError(
             f"{folder.path}: a decoder-only model; Gecko needs an encoder, take a T5 "
@@ -97,7 +90,10 @@ def open_checkpoint(folder: kvstores.Folder, file: str = "checkpoint") -> Checkp
             raise source_files.damaged(
                 folder.path, f"{name} is below a name that is itself an array"
             )
-    return Checkpoint(params, _step_of(folder, file) if step is None else step)
+    name = folder.name if file == "checkpoint" else file
+    if step is None and (match := re.fullmatch(r"checkpoint_([0-9]{1,18})", name)):
+        step = int(match[1])
+    return Checkpoint(params, step or 0)
 
 
 def infer_config(
@@ -118,13 +114,10 @@ def infer_config(
             f"{source}: not a T5 encoder, {', '.join(missing)} missing; it has "
             f"{', '.join(sorted(params)[:8])}, ..."
         )
-    shapes = [params[name].shape for name in required]
-    embedding, bias, query, wo = shapes
+    embedding, bias, query, wo = shapes = [params[name].shape for name in required]
     if any(len(shape) != 2 for shape in shapes) or query[1] % bias[0]:
-        raise ValueError(
-            f"{source}: not the shapes of a T5 encoder: "
-            + ", ".join(f"{name} {params[name].shape}" for name in required)
-        )
+        listed = ", ".join(f"{name} {params[name].shape}" for name in required)
+        raise ValueError(f"{source}: not the shapes of a T5 encoder: {listed}")
     numbers = re.findall(r"encoder/layers_([0-9]{1,18})/", "\n".join(params))
     layers = {int(number) for number in numbers}
     num_layers = max(layers) + 1
@@ -137,7 +130,9 @@ def infer_config(
             "missing, copy it again"
         )
     is_gated = "encoder/layers_0/mlp/wi_0/kernel" in params
-    config = dual_encoder.EncoderConfig(
+    projection = params.get(names.PROJECTION)
+    epsilon = dual_encoder.EncoderConfig.l2_epsilon
+    return dual_encoder.EncoderConfig(
         vocab_size=embedding[0],
         model_dim=embedding[1],
         num_layers=num_layers,
@@ -148,16 +143,9 @@ def infer_config(
         mlp_activations=("gelu", "linear") if is_gated else ("relu",),
         shared_relative_bias=is_shared,
         relpos_num_buckets=bias[1],
-        embedding_dim=embedding[1],
-        projection=False,
-    )
-    if names.PROJECTION not in params:
-        return config
-    return dataclasses.replace(
-        config,
-        embedding_dim=params[names.PROJECTION].shape[-1],
-        projection=True,
-        l2_epsilon=_RETRIEVAL_L2_EPSILON,
+        embedding_dim=projection.shape[-1] if projection else embedding[1],
+        projection=projection is not None,
+        l2_epsilon=_RETRIEVAL_L2_EPSILON if projection else epsilon,
     )
 
 
@@ -174,17 +162,7 @@ def _check_layers(source: str, count: int) -> None:
         )
 
 
-def _step_of(folder: kvstores.Folder, file: str) -> int:
-    """Returns N of `checkpoint_N`, 0 for another name."""
-    name = folder.name if file == "checkpoint" else file
-    match = re.fullmatch(r"checkpoint_([0-9]{1,18})", name)
-    return int(match[1]) if match else 0
-
-
-def _open_legacy(
-    folder: kvstores.Folder, file: str
-) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
-    """Returns the parameters, the names of all parts of the model, and the step."""
+def _open_legacy(folder: kvstores.Folder, file: str) -> _Opened:
     data: pathlib.Path | bytes | None = folder.local_file(file) or folder.read(file)
     assert data is not None  # `open_checkpoint` has checked it.
     source = f"{folder.path}/{file}"
@@ -193,7 +171,10 @@ def _open_legacy(
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     parts = target if isinstance(target, dict) else {}
     parts = {key: value for key, value in parts.items() if key in _PARTS}
-    has_placeholder = _holds_placeholder(parts)
+    # A TensorStore spec is a dict itself.
+    flat = traverse_util.flatten_dict(parts, is_leaf=lambda _, tree: "kvstore" in tree)
+    strings = [leaf for leaf in flat.values() if isinstance(leaf, str)]
+    has_placeholder = any(leaf.startswith(_PLACEHOLDER) for leaf in strings)
     if not parts:  # Early Orbax wrote trees of several layouts.
         has_placeholder = _PLACEHOLDER.encode() in (folder.read(file, 2**26) or b"")
     if has_placeholder:
@@ -203,10 +184,10 @@ def _open_legacy(
             f"{source}: a msgpack tree, but not T5X's: no optimizer/target among "
             f"{', '.join(sorted(tree))[:200] or 'no keys'}"
         )
-    leaves = {
-        name: _open_leaf(folder, source, name, leaf)
-        for name, leaf in _flatten_specs(source, parts).items()
-    }
+    leaves = {}
+    for path, leaf in flat.items():
+        name = _join_names(source, path)
+        leaves[name] = _open_leaf(folder, source, name, leaf)
     return leaves, set(target), _read_step(optimizer)
 
 
@@ -238,12 +219,6 @@ def _as_step(array: tensors.Tensor) -> int | None:
     return max(0, int(array.read().reshape(-1)[0]))
 
 
-def _holds_placeholder(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return any(map(_holds_placeholder, tree.values()))
-    return isinstance(tree, str) and tree.startswith(_PLACEHOLDER)
-
-
 def _early_orbax(folder: kvstores.Folder) -> ValueError:
     return ValueError(
         f"{folder.path}: written by an early Orbax ({_PLACEHOLDER} entries), which "
@@ -251,29 +226,19 @@ def _early_orbax(folder: kvstores.Folder) -> ValueError:
     )
 
 
-def _flatten_specs(
-    source: str, tree: Mapping[str, Any], prefix: str = ""
-) -> dict[str, Any]:
-    """Flattens a tree of arrays and TensorStore specs, which are dicts themselves."""
-    flat = {}
-    for key, value in tree.items():
-        _check_name(source, prefix, key)
-        if isinstance(value, dict) and "kvstore" not in value:
-            flat |= _flatten_specs(source, value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text)) and text not in (".", "..")
 
 
-def _check_name(source: str, prefix: str, key: str) -> None:
-    if not _is_name(key):
-        raise source_files.damaged(
-            source, f"{key[:80]!r} under {prefix or 'target'!r} is not a parameter name"
-        )
+def _join_names(source: str, path: Iterable[str]) -> str:
+    """Returns the name of the parameter at a path of keys, which it checks."""
+    name = ""
+    for key in path:
+        if not _is_name(key):
+            problem = f"{key[:80]!r} under {name or 'target'!r} is not a parameter name"
+            raise source_files.damaged(source, problem)
+        name += f"/{key}" if name else key
+    return name
 
 
 def _open_leaf(
@@ -304,10 +269,7 @@ def _open_leaf(
     return array.as_weights(bits_are_bfloat16=True)
 
 
-def _open_orbax(
-    folder: kvstores.Folder,
-) -> tuple[dict[str, tensors.Tensor], set[str], int | None]:
-    """Returns the parameters, the names of all parts of the model, and the step."""
+def _open_orbax(folder: kvstores.Folder) -> _Opened:
     has_state = folder.has("state/_METADATA")
     if not has_state and not folder.has("_METADATA"):
         raise _early_orbax(folder)
@@ -331,10 +293,8 @@ def _open_orbax(
             continue
         parts.add(key[1])
         if key[1] in _PARTS:
-            for part in path:
-                _check_name(f"{state.path}/_METADATA", "/".join(key[:-1]), part)
-            array = stored.open_array(".".join(path))
-            params["/".join(key[1:])] = array.as_weights()
+            name = _join_names(f"{state.path}/_METADATA", key[1:])
+            params[name] = stored.open_array(".".join(path)).as_weights()
     step = None
     for key in (("state", "step"), ("step",)):
         name = ".".join(placed.get(key, ()))

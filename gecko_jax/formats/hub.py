@@ -9,10 +9,11 @@ from typing import Any
 
 from gecko_jax.formats import source_files
 
-# Files of a model; pickles are never downloaded.
-_PATTERNS = ["*.json", "*.safetensors", "*.model"]
-# Other forms of the same weights.
-_IGNORED = ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "coreml/*"]
+# Files of a model, without other forms of its weights; pickles are never downloaded.
+_FILES = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.model"],
+    "ignore_patterns": ["onnx/*", "openvino/*", "*.onnx", "*.msgpack", "coreml/*"],
+}
 
 _NAME = r"[\w.-]+/[\w.-]+"
 
@@ -20,10 +21,8 @@ _NAME = r"[\w.-]+/[\w.-]+"
 def download(source: str) -> pathlib.Path:
     """Downloads a model, unless it is in the hub's cache, and returns its folder.
 
-    Raises:
-        ValueError: The source is not a hub name, there is no such model, or the hub
-            cannot be reached.
-        ImportError: huggingface_hub is missing.
+    Raises ValueError if the source is not a hub name, there is no such model, or the
+    hub cannot be reached.
     """
     match = re.fullmatch(rf"(?:hf://)?({_NAME})(?:@([\w./-]+))?", source)
     # `runs/fintune` next to a folder `runs/finetune` is a typo, not a hub name.
@@ -38,12 +37,7 @@ def download(source: str) -> pathlib.Path:
 
     name, revision = match.groups()
     try:
-        folder = hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=_PATTERNS,
-            ignore_patterns=_IGNORED,
-        )
+        folder = hub.snapshot_download(name, revision=revision, **_FILES)
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{source}: access to this model on the hub is restricted; accept its "
@@ -68,10 +62,8 @@ def download(source: str) -> pathlib.Path:
 def check_upload(repo_id: str) -> None:
     """Checks the name, the login and the network, before a model is exported.
 
-    Raises:
-        ValueError: The name is not a repository name.
-        OSError: There is no login, or the hub cannot be reached.
-        ImportError: huggingface_hub is missing.
+    Raises ValueError if the name is not a repository name, and OSError if there is no
+    login or the hub cannot be reached.
     """
     if not re.fullmatch(_NAME, repo_id, re.ASCII):
         raise ValueError(
@@ -89,13 +81,10 @@ def check_upload(repo_id: str) -> None:
 
 
 def upload(folder: pathlib.Path, repo_id: str) -> str:
-    """Uploads a folder in one commit, and creates the repository if it is missing.
+    """Uploads a folder in one commit, and returns the URL of the repository.
 
-    Returns:
-        The URL of the repository.
-
-    Raises:
-        OSError: The upload failed. The folder stays.
+    A missing repository is created. Raises OSError if the upload failed; the folder
+    stays.
     """
     hub = _import_hub("uploading")
     try:

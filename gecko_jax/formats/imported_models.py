@@ -35,9 +35,6 @@ _DIMS = field_rules.optional(field_rules.list_of(field_rules.integer(1)))
 # T5X does not store.
 _T5X_SETTINGS = "gecko"
 
-# Format of a plain encoder, which reads texts as they are.
-PLAIN_FORMAT = text_formats.TextFormat(query="{text}", passage="{text}", no_title="")
-
 
 def open_t5x(
     place: str,
@@ -126,11 +123,9 @@ def open_hugging_face(
 ) -> model_folder.ModelFiles:
     """Opens a Hugging Face or sentence-transformers folder.
 
-    Args:
-        folder: The folder.
-        vocab: Vocabulary that the user named; None reads the folder's.
-        has_modules: Whether the folder has the modules of sentence-transformers.
-        is_length_given: Whether the user set both lengths.
+    `vocab` is the vocabulary that the user named; None reads the folder's.
+    `has_modules` tells whether the folder has the modules of sentence-transformers, and
+    `is_length_given` whether the user set both lengths.
     """
     from_hugging_face.refuse_adapter(folder)
     if has_modules and (folder / model_folder.MODEL_JSON).exists():
@@ -156,9 +151,14 @@ def open_hugging_face(
         vocab = tokenizer.read_json(encoder, is_base=modules is None)
     vocabulary_fit.check(vocab, config, values, source=str(encoder), is_given=is_given)
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
-    text_format = PLAIN_FORMAT
+    text_format = text_formats.PLAIN
     if modules is not None:
-        config = _with_pooling(config, modules)
+        if modules.pooling != "mean" and config.family == "t5":
+            raise ValueError(
+                f"{encoder}: a T5 encoder that pools by the last token; Gecko pools T5 "
+                "by the mean of all tokens, take another model"
+            )
+        config = dataclasses.replace(config, pooling=modules.pooling)
         params, config = from_sentence_transformers.add_projection(
             modules, params, config
         )
@@ -199,17 +199,6 @@ def open_hugging_face(
     )
 
 
-def _with_pooling(
-    config: dual_encoder.EncoderConfig, modules: from_sentence_transformers.Modules
-) -> dual_encoder.EncoderConfig:
-    if modules.pooling != "mean" and config.family == "t5":
-        raise ValueError(
-            f"{modules.encoder}: a T5 encoder that pools by the last token; Gecko "
-            "pools T5 by the mean of all tokens, take another model"
-        )
-    return dataclasses.replace(config, pooling=modules.pooling)
-
-
 def _open_own_export(folder: pathlib.Path) -> model_folder.ModelFiles:
     """Opens a sentence-transformers folder that `gecko export` wrote."""
     settings = model_folder.load_settings(folder)
@@ -232,7 +221,7 @@ def _build(
     *,
     step: int = 0,
     lengths: tuple[int | None, int | None] = (None, None),
-    text_format: text_formats.TextFormat = PLAIN_FORMAT,
+    text_format: text_formats.TextFormat = text_formats.PLAIN,
     mrl_dims: Sequence[int] = (),
     truncate_dim: int | None = None,
 ) -> model_folder.ModelFiles:

@@ -17,7 +17,8 @@ import tensorstore as ts
 
 from gecko_jax.formats import source_files, tensors
 
-# Largest metadata file of an array.
+# Metadata file of an array -> TensorStore's driver, and its largest size.
+_ARRAY_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
 _MAX_METADATA_BYTES = 2**20
 
 # With TensorStore's default number of retries, a machine without network waits long.
@@ -101,8 +102,7 @@ class Folder:
     def open_array(self, name: str) -> tensors.Tensor:
         """Opens the array in the folder `name`; its chunks are read later.
 
-        Raises:
-            ValueError: There is no array, or it claims more than is stored.
+        Raises ValueError if there is no array, or it claims more than is stored.
         """
         place = self / name.strip("/")
         spec = {
@@ -118,7 +118,10 @@ class Folder:
         shape, dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
         # TensorStore aborts the process when memory runs out.
         tensors.parse_shape(place.path, shape)
-        tensors.check_size(place.path, shape, dtype, place._stored_bytes())
+        # Listing the files of a remote folder is slow.
+        local = place.local_file("")
+        stored = place.database_bytes if local is None else _total_bytes(local)
+        tensors.check_size(place.path, shape, dtype, stored)
         # The chunk shape of a scalar is None.
         chunk = tuple(array.chunk_layout.read_chunk.shape or ())
         if any(size > max(whole, 1) for size, whole in zip(chunk, shape, strict=True)):
@@ -130,39 +133,29 @@ class Folder:
             shape, lambda: _result(array.read(), place.path), place.path, dtype
         )
 
-    def _stored_bytes(self) -> int | None:
-        """Returns the size of the files below; None where listing them is slow."""
-        local = self.local_file("")
-        return self.database_bytes if local is None else _total_bytes(local)
-
     def _array_driver(self) -> str:
-        for name, driver in ((".zarray", "zarr"), ("zarr.json", "zarr3")):
-            if not self.has(name):
-                continue
-            local = self.local_file(name)
-            size = 0 if local is None else local.stat().st_size
-            if size > _MAX_METADATA_BYTES:
-                raise source_files.damaged(
-                    local,
-                    f"{size:,} bytes, and the metadata of an array takes at most "
-                    f"{_MAX_METADATA_BYTES:,}",
-                )
-            return driver
-        raise ValueError(
-            f"{self.path}: neither .zarray nor zarr.json here; a part of the "
-            "checkpoint is missing, copy it again"
-        )
+        name = next(filter(self.has, _ARRAY_DRIVERS), None)
+        if name is None:
+            raise ValueError(
+                f"{self.path}: neither .zarray nor zarr.json here; a part of the "
+                "checkpoint is missing, copy it again"
+            )
+        local = self.local_file(name)
+        size = 0 if local is None else local.stat().st_size
+        if size > _MAX_METADATA_BYTES:
+            limit = f"the metadata of an array takes at most {_MAX_METADATA_BYTES:,}"
+            raise source_files.damaged(local, f"{size:,} bytes, and {limit}")
+        return _ARRAY_DRIVERS[name]
 
     @functools.cached_property
     def _store(self) -> ts.KvStore:
         return ts.KvStore.open(self.spec, context=ts.Context(_CONTEXT)).result()
 
     def _explain(self, error: Exception) -> ValueError:
-        remedy = "check the path and its permissions"
-        if is_remote(self.path):
-            remedy = "check the address and the network"
+        local, remote = "the path and its permissions", "the address and the network"
         return ValueError(
-            f"{self.path}: cannot be read ({source_files.first_line(error)}); {remedy}"
+            f"{self.path}: cannot be read ({source_files.first_line(error)}); check "
+            f"{remote if is_remote(self.path) else local}"
         )
 
 

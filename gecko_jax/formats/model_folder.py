@@ -12,6 +12,7 @@ A training workdir has the first two, and checkpoints in place of the third (see
 `checkpoints`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -43,10 +44,7 @@ VOCABULARY_FILES = (VOCABULARY, vocabularies.JSON_FILE, vocabularies.JSON_CONFIG
 _WEIGHTS = f"model*{safetensors_files.SUFFIX}*"
 # Patterns of the files in a model folder.
 FILES = (MODEL_JSON, *VOCABULARY_FILES, _WEIGHTS)
-_VERSIONED = (
-    *("gecko-jax", "jax", "jaxlib", "flax", "sentencepiece", "numpy"),
-    "tokenizers",
-)
+_VERSIONED = "gecko-jax jax jaxlib flax sentencepiece numpy tokenizers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +109,8 @@ def save_model(
     """Writes a complete model folder or none, with one parameter in memory at a time.
 
     A `dtype` of float16 rounds the parameters, so the written model has another
-    revision. An earlier model folder is replaced.
-
-    Returns:
-        The written model, with a revision.
-
-    Raises:
-        ValueError: The folder has other files than a model folder.
+    revision. An earlier model folder is replaced. Returns the written model, with a
+    revision. Raises ValueError if the folder has other files than a model folder.
     """
     path = pathlib.Path(path)
     if dtype != "float32":
@@ -176,37 +169,22 @@ def settings(model_files: ModelFiles) -> dict[str, Any]:
     return values | ({"added_tokens": added} if added else {})
 
 
-def load_model(
-    path: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None
-) -> ModelFiles:
-    """Reads a model folder, or the newest checkpoint of a training workdir.
-
-    Args:
-        path: The folder, or the name of a bundled model (`pretrained`).
-        mesh: Mesh for the parameters, sharded as in training; None keeps NumPy arrays.
-
-    Raises:
-        ValueError: Files are missing, truncated or do not fit each other; names all of
-            them.
-    """
-    return read_params(open_model(path, mesh), mesh)
-
-
 def open_model(
     path: str | pathlib.Path,
     mesh: jax.sharding.Mesh | None = None,
     step: int | None = None,
 ) -> ModelFiles:
-    """Opens what `load_model` reads, with parameters that are read later.
+    """Opens a model folder or a training workdir; `read_params` reads the parameters.
 
     Args:
-        path: See `load_model`.
+        path: The folder, or the name of a bundled model (`pretrained`).
         mesh: Mesh for the parameters of a workdir, whose checkpoint is restored at
             once, each process its own part; None reads them later.
         step: Checkpoint of a workdir; None takes the newest.
 
     Raises:
-        ValueError: See `load_model`.
+        ValueError: Files are missing, truncated or do not fit each other; names all of
+            them.
     """
     path = pathlib.Path(pretrained.find(path))
     model_files = load_settings(path)
@@ -269,16 +247,15 @@ def read_params(
     opened, digests = _digested(model_files)
     flat = parameters.flatten(model_files.params)
     for name, tensor in tensors.in_reading_order(opened):
-        is_array = not isinstance(flat[name], tensors.Tensor)
-        if is_array and model_files.revision:
+        if not isinstance(flat[name], tensors.Tensor):
+            if not model_files.revision:
+                tensor.read()  # Arrays, too, enter the revision.
             continue
-        array = tensor.read()  # Arrays, too, enter the revision.
-        if mesh is not None and not is_array:
+        array = flat[name] = tensor.read()
+        if mesh is not None:
             flat[name] = jax.make_array_from_callback(
                 array.shape, shardings[name], array.__getitem__
             )
-        elif not is_array:
-            flat[name] = array
     return dataclasses.replace(
         _with_revision(model_files, digests), params=parameters.unflatten(flat)
     )
@@ -320,10 +297,7 @@ def _with_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
         return model_files
     vocabulary = model_files.vocabulary_proto + model_files.tokenizer_config
     proto = hashlib.sha256(vocabulary).hexdigest()
-    content = json.dumps(
-        [settings(model_files), proto, dict(sorted(digests.items()))],
-        sort_keys=True,
-    )
+    content = json.dumps([settings(model_files), proto, digests], sort_keys=True)
     revision = hashlib.sha256(content.encode()).hexdigest()[:12]
     return dataclasses.replace(model_files, revision=revision)
 
@@ -331,8 +305,7 @@ def _with_revision(model_files: ModelFiles, digests: Mapping[str, str]) -> Model
 def load_settings(path: str | pathlib.Path) -> ModelFiles:
     """Reads everything but the parameters, which are left empty.
 
-    Raises:
-        ValueError: Files are missing or damaged.
+    Raises ValueError if files are missing or damaged.
     """
     path = pathlib.Path(path)
     values = model_json.read(path)
@@ -371,9 +344,7 @@ def load_settings(path: str | pathlib.Path) -> ModelFiles:
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that affect a result."""
     installed = {}
-    for name in _VERSIONED:
-        try:
+    for name in _VERSIONED.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return installed

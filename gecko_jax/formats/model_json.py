@@ -57,17 +57,13 @@ _RULES = {
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """Reads and checks `gecko.json`.
+    """Reads and checks `gecko.json`; raises ValueError that lists all problems.
 
-    Returns:
-        The values; `model`, `text_format` and `added_tokens` as their dataclasses.
-
-    Raises:
-        ValueError: The file is missing or damaged; lists all problems.
+    `model`, `text_format` and `added_tokens` are returned as their dataclasses.
     """
     path = writing.member(folder, NAME)
+    remedy = "the file is damaged, copy it again"
     try:
-        remedy = "the file is damaged, copy it again"
         values = reading.read_object(path, {}, remedy=remedy)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
@@ -112,12 +108,11 @@ def _convert(values: dict[str, Any]) -> list[str]:
         return [str(error)]
     values["mrl_dims"] = tuple(values["mrl_dims"])
     problems = []
-    if max(values["mrl_dims"]) > config.embedding_dim:
-        limit = f"model.embedding_dim={config.embedding_dim}"
-        problems.append(f"mrl_dims: none may exceed {limit}")
-    if values["extra_ids"] > config.vocab_size:
+    if max(values["mrl_dims"]) > (dim := config.embedding_dim):
+        problems.append(f"mrl_dims: none may exceed model.embedding_dim={dim}")
+    if (extra_ids := values["extra_ids"]) > config.vocab_size:
         limit = f"model.vocab_size={config.vocab_size}"
-        problems.append(f"extra_ids={values['extra_ids']}: must not exceed {limit}")
+        problems.append(f"extra_ids={extra_ids}: must not exceed {limit}")
     return problems
 
 

@@ -70,14 +70,11 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     """Returns the file that holds each tensor, by the tensor's name."""
     shards = source_files.read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise source_files.damaged(
-            index,
-            "not an index of safetensors files, which has a weight_map from tensor to "
-            "file",
-        )
+        problem = "not an index of safetensors files, which has a weight_map from"
+        raise source_files.damaged(index, f"{problem} tensor to file")
     for name, file in shards.items():
         is_text = isinstance(file, str)
-        if not is_text or not file.isprintable() or not file.endswith(SUFFIX):
+        if not (is_text and file.isprintable() and file.endswith(SUFFIX)):
             value = repr(file) if is_text else inputs.kind(file)
             raise source_files.damaged(
                 index, f"weight_map[{name!r}] is {value}, not a {SUFFIX} file name"
@@ -133,15 +130,14 @@ def write(
     dtype than float32, the tensors must have passed `Tensor.round`.
     """
     shards: list[dict[str, tensors.Tensor]] = [{}]
-    size = total = 0
+    sizes = [0]
     for name, tensor in tensors.in_reading_order(weights):
         nbytes = tensor.size * np.dtype(dtype).itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
+        if shards[-1] and sizes[-1] + nbytes > shard_bytes:
             shards.append({})
-            size = 0
+            sizes.append(0)
         shards[-1][name] = tensor
-        size += nbytes
-        total += nbytes
+        sizes[-1] += nbytes
     if len(shards) == 1:
         _write_file(folder / f"model{SUFFIX}", shards[0], dtype)
         return
@@ -150,7 +146,7 @@ def write(
         file = f"model-{number:05}-of-{len(shards):05}{SUFFIX}"
         _write_file(folder / file, shard, dtype)
         files |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": files}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
     (folder / f"model{_INDEX}").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -164,11 +160,8 @@ def _write_file(
     end = 0
     for name, tensor in weights.items():
         begin, end = end, end + tensor.size * np.dtype(numpy_dtype).itemsize
-        header[name] = {
-            "dtype": name_in_file,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        entry = {"dtype": name_in_file, "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:

@@ -9,20 +9,14 @@ _DAMAGED = "the file is damaged, copy it again"
 
 
 def damaged(place: object, problem: str) -> ValueError:
-    """Returns the error for a file whose content is wrong.
-
-    Args:
-        place: The file, and the entry in it where there are several.
-        problem: What is wrong.
-    """
+    """Returns the error for a file, or an entry in one, whose content is wrong."""
     return ValueError(f"{place}: {problem}; {_DAMAGED}")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON object.
 
-    Raises:
-        ValueError: The file is missing or damaged, or lies outside of its folder.
+    Raises ValueError if the file is missing or damaged, or lies outside of its folder.
     """
     path = writing.member(path.parent, path.name)
     try:

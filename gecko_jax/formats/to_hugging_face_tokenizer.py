@@ -43,9 +43,7 @@ _SPACE = "▁"  # SentencePiece's mark of a space.
 
 # Files that `write_tokenizer` writes.
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     "spiece.model",
 )
 
@@ -95,8 +93,7 @@ def write_tokenizer(
 def build_tokenizer(vocab: vocabularies.Vocabulary) -> dict[str, Any]:
     """Returns the contents of `tokenizer.json`.
 
-    Raises:
-        ValueError: The vocabulary is not a unigram model.
+    Raises ValueError if the vocabulary is not a unigram model.
     """
     proto = vocabularies.parse_proto(vocab.full_proto)
     spec = proto.trainer_spec
@@ -179,14 +176,12 @@ def _scored_pieces(
     """
     types = proto.SentencePiece
     matchable = (types.NORMAL, types.USER_DEFINED, types.UNUSED)
-    names = [
-        p.piece.replace("<", " ") if p.type in matchable else p.piece
-        for p in proto.pieces
-    ]
-    for token in vocab.added_tokens:
-        if token.id < len(names):
-            names[token.id] = token.content
-    return [(name, p.score) for name, p in zip(names, proto.pieces, strict=True)]
+    added = {token.id: token.content for token in vocab.added_tokens}
+    scored = []
+    for number, piece in enumerate(proto.pieces):
+        own = piece.piece.replace("<", " ") if piece.type in matchable else piece.piece
+        scored.append((added.get(number, own), piece.score))
+    return scored
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:

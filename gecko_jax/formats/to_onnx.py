@@ -123,17 +123,13 @@ def _build(
     graph = _Graph(flat, config, data)
     graph.op("Identity", graph.embed(dim), output="sentence_embedding")
     value_info = helper.make_tensor_value_info
+    inputs = [
+        value_info(name, TensorProto.INT64, ["batch", "length"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    outputs = [value_info("sentence_embedding", TensorProto.FLOAT, ["batch", dim])]
     model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "gecko",
-            [
-                value_info(name, TensorProto.INT64, ["batch", "length"])
-                for name in ("input_ids", "attention_mask")
-            ],
-            [value_info("sentence_embedding", TensorProto.FLOAT, ["batch", dim])],
-            graph.constants,
-        ),
+        helper.make_graph(graph.nodes, "gecko", inputs, outputs, graph.constants),
         opset_imports=[helper.make_opsetid("", _OPSET)],
         producer_name="gecko_jax",
     )
@@ -161,14 +157,10 @@ class _Graph:
         self._names: dict[Any, str] = {}
 
     def op(self, name: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
-        """Adds a node.
+        """Adds a node of the operator `name`, and returns the name of its value.
 
-        Args:
-            name: Operator.
-            *inputs: Names of values, or constants: a float, an int, or a tuple of ints
-                for a shape or axes.
-            output: Name of the value; "" for a new one.
-            **attributes: Attributes of the operator.
+        Inputs are names of values, or constants: a float, an int, or a tuple of ints
+        for a shape or axes. `output` is the name of the value; "" for a new one.
         """
         from onnx import helper
 
@@ -196,17 +188,10 @@ class _Graph:
             self.constants.append(numpy_helper.from_array(array, name))
             return name
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
-        proto = TensorProto(
-            name=name,
-            dims=array.shape,
-            data_type=TensorProto.FLOAT,
-            data_location=TensorProto.EXTERNAL,
-        )
-        for key, value in (
-            ("location", _DATA),
-            ("offset", self._data.tell()),
-            ("length", array.nbytes),
-        ):
+        place = {"location": _DATA, "offset": self._data.tell(), "length": array.nbytes}
+        proto = TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in place.items():
             proto.external_data.add(key=key, value=str(value))
         self._data.write(array.reshape(-1).view(np.uint8).data)
         self.constants.append(proto)
@@ -226,9 +211,8 @@ class _Graph:
             layer = f"encoder/layers_{n}"
             if n == 0 or not config.shared_relative_bias:
                 owner = "encoder" if config.shared_relative_bias else layer
-                bias = op(
-                    "Add", self._bias(f"{owner}/relpos_bias", distances), key_bias
-                )
+                own = self._bias(f"{owner}/relpos_bias", distances)
+                bias = op("Add", own, key_bias)
             y = self._norm(f"{layer}/pre_attention_layer_norm", x)
             x = op("Add", x, self._attention(f"{layer}/attention", y, bias))
             y = self._norm(f"{layer}/pre_mlp_layer_norm", x)

@@ -37,12 +37,8 @@ _MODULES = "modules.json"
 
 # Patterns of the files in an export.
 _FILES = (
-    "README.md",
-    "config.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-    "2_Dense/config.json",
+    *("README.md", "config.json", "1_Pooling/config.json", "2_Dense/config.json"),
+    *("config_sentence_transformers.json", "sentence_bert_config.json"),
     *to_hugging_face_tokenizer.FILES,
     *model_folder.FILES,
     f"2_Dense/*{safetensors_files.SUFFIX}",
@@ -88,9 +84,8 @@ def save(
     with writing.write_folder(path) as folder:
         for name, values in contents.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(
-                json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            )
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text)
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         safetensors_files.write(folder, encoder)
         weights = safetensors_files.names(folder)
@@ -112,16 +107,13 @@ def _build_contents(
     has_dense = config.projection and config.family != "embeddinggemma2"
     pooled_width = config.model_dim if has_dense else config.embedding_dim
     modules = ["Transformer", "Pooling", *(["Dense"] * has_dense), "Normalize"]
+    paths = ["", *(f"{n}_{modules[n]}" for n in range(1, len(modules)))]
+    # Every release knows these names.
+    types = [f"sentence_transformers.models.{name}" for name in modules]
     contents: dict[str, Any] = {
         _MODULES: [
-            {
-                "idx": n,
-                "name": str(n),
-                "path": f"{n}_{name}" if n else "",
-                # Every release knows these names.
-                "type": f"sentence_transformers.models.{name}",
-            }
-            for n, name in enumerate(modules)
+            {"idx": n, "name": str(n), "path": paths[n], "type": types[n]}
+            for n in range(len(modules))
         ],
         "config_sentence_transformers.json": {
             "__version__": model_folder.versions(),
@@ -159,8 +151,7 @@ def _build_contents(
 def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
     """Returns the prompt of each task, and those of other queries and documents.
 
-    Raises:
-        ValueError: The format writes something after the text.
+    Raises ValueError if the format writes something after the text.
     """
     if text_format.has_only_prompts:
         return dict(text_format.prompts)
@@ -168,25 +159,23 @@ def build_prompts(text_format: text_formats.TextFormat) -> dict[str, str]:
         **text_format.task_descriptions,
         text_formats.QUERY_PROMPT: text_format.describe(text_formats.DEFAULT_TASK),
     }
+    query, passage = _prefix(text_format.query), _prefix(text_format.passage)
     prompts = {
-        task: _prefix(text_format.query, task_description=description)
+        task: query.replace("{task_description}", description)
         for task, description in descriptions.items()
     }
-    prompts[text_formats.DOCUMENT_PROMPT] = _prefix(
-        text_format.passage, title=text_format.no_title
-    )
+    document = passage.replace("{title}", text_format.no_title)
+    prompts[text_formats.DOCUMENT_PROMPT] = document
     return prompts | dict(text_format.prompts)
 
 
-def _prefix(template: str, **fields: str) -> str:
+def _prefix(template: str) -> str:
     prefix, _, suffix = template.partition("{text}")
     if suffix.strip():
         raise ValueError(
             f"text format {template!r}: sentence-transformers can only write before a "
             "text, not after it; use a format that ends in {text}"
         )
-    for name, value in fields.items():
-        prefix = prefix.replace("{" + name + "}", value)
     return prefix
 
 
@@ -195,10 +184,8 @@ def build_config(
 ) -> dict[str, Any]:
     """Returns Hugging Face's `config.json` of the encoder.
 
-    vLLM reads `matryoshka_dimensions`.
-
-    Raises:
-        ValueError: transformers does not have this encoder.
+    vLLM reads `matryoshka_dimensions`. Raises ValueError if transformers does not have
+    this encoder.
     """
     config = model_files.encoder_config
     if config.family == "t5":
@@ -229,13 +216,11 @@ def _build_t5_config(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
     # In transformers, "gated-gelu" means gelu_new.
     gated = "gated-gelu" if activation == "gelu" else f"gated-{act}"
     is_shared = config.shared_relative_bias
+    sizes = names.HUGGING_FACE_SIZES.items()
     return {
         "architectures": ["T5EncoderModel" if is_shared else "UMT5EncoderModel"],
         "model_type": "t5" if is_shared else "umt5",
-        **{
-            name: getattr(config, ours)
-            for name, ours in names.HUGGING_FACE_SIZES.items()
-        },
+        **{name: getattr(config, ours) for name, ours in sizes},
         "num_decoder_layers": config.num_layers,
         "feed_forward_proj": gated if gate else act,
         "dense_act_fn": act,

@@ -29,8 +29,7 @@ _COMPRESSOR = {"id": "gzip", "level": 1}
 def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
     """Writes a complete checkpoint or none; an earlier export is replaced.
 
-    Raises:
-        ValueError: The folder contains other files, or the encoder is not a T5.
+    Raises ValueError if the folder contains other files, or the encoder is not a T5.
     """
     from flax import serialization
 
@@ -50,16 +49,11 @@ def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
         for name, tensor in tensors.in_reading_order(flat):
             place = f"target.{name.replace('/', '.')}"
             specs[name] = _write_array(checkpoint, place, tensor)
-        contents = {
-            "version": _FORMAT_VERSION,
-            "optimizer": {
-                "state": {"step": np.int32(model_files.step)},
-                "target": parameters.unflatten(specs),
-            },
-        }
-        (checkpoint / "checkpoint").write_bytes(
-            serialization.msgpack_serialize(contents)
-        )
+        state = {"step": np.int32(model_files.step)}
+        optimizer = {"state": state, "target": parameters.unflatten(specs)}
+        contents = {"version": _FORMAT_VERSION, "optimizer": optimizer}
+        packed = serialization.msgpack_serialize(contents)
+        (checkpoint / "checkpoint").write_bytes(packed)
         (folder / SETTINGS).mkdir()
         model_folder.write_model_json(folder / SETTINGS, model_files)
 
@@ -85,16 +79,13 @@ def _write_array(
         "chunks": choose_chunks(tensor.shape),
         "compressor": _COMPRESSOR,
     }
-    store = tensorstore.open(
-        {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(folder.resolve() / name)},
-            "metadata": metadata
-            | {"dtype": "<f4", "fill_value": None, "dimension_separator": "."},
-        },
-        create=True,
-    ).result()
-    store.write(tensor.read()).result()
+    stored = {"dtype": "<f4", "fill_value": None, "dimension_separator": "."}
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(folder.resolve() / name)},
+        "metadata": metadata | stored,
+    }
+    tensorstore.open(spec, create=True).result().write(tensor.read()).result()
     return {
         "driver": "zarr",
         "dtype": "float32",

@@ -18,12 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from gecko_jax.formats import (
-    added_tokens,
-    model_folder,
-    source_files,
-    tokenizer_json,
-)
+from gecko_jax.formats import added_tokens, model_folder, source_files, tokenizer_json
 from gecko_jax.io import field_rules, writing
 from gecko_jax.text import text_formats, vocabularies
 
@@ -34,13 +29,12 @@ _CLASS = re.compile(
     "(T5|MT5|PreTrained|TokenizersBackend|SentencePieceBackend)(Tokenizer)?(Fast)?"
 )
 _CONFIG = {
-    "tokenizer_class": field_rules.optional(
-        field_rules.Kind(
-            "the class of a T5 tokenizer",
-            lambda v: isinstance(v, str) and bool(_CLASS.fullmatch(v)),
-        )
+    "tokenizer_class": field_rules.Kind(
+        "the class of a T5 tokenizer or null",
+        lambda v: isinstance(v, str) and bool(_CLASS.fullmatch(v)),
+        is_optional=True,
     ),
-    "truncation_side": field_rules.optional(field_rules.one_of("right")),
+    "truncation_side": field_rules.only("right"),
     "split_special_tokens": field_rules.optional(field_rules.FLAG),
     "added_tokens_decoder": field_rules.optional(field_rules.OBJECT),
     "extra_ids": field_rules.optional(field_rules.integer(0, 100_000)),
@@ -65,17 +59,13 @@ _PROBES = (
 
 
 def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> vocabularies.Vocabulary:
-    """Returns the vocabulary of a folder.
+    """Returns the vocabulary of an encoder's folder.
 
-    Args:
-        folder: Folder of the encoder.
-        prompts: Texts that the model writes before others. If one contains a reserved
-            token such as "</s>", reserved tokens in a text are cut out of it; otherwise
-            they are text.
-
-    Raises:
-        ValueError: There is no vocabulary, it is not a SentencePiece Unigram model, or
-            the tokenizer does something that SentencePiece does not.
+    If one of the prompts, which the model writes before other texts, contains a
+    reserved token such as "</s>", reserved tokens in a text are cut out of it;
+    otherwise they are text. Raises ValueError if there is no vocabulary, it is not a
+    SentencePiece Unigram model, or the tokenizer does something that SentencePiece does
+    not.
     """
     files = added_tokens.read_files(folder)
     values, config = files.tokenizer, files.config
@@ -111,9 +101,8 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> vocabularies.Voca
     plain = vocabularies.Vocabulary(proto, extra_ids)
     _check_end(plain, files)
     is_split = bool(config.get("split_special_tokens"))
-    added = added_tokens.choose(
-        plain, listed, special, list(prompts), is_split=is_split
-    )
+    prompts = list(prompts)
+    added = added_tokens.choose(plain, listed, special, prompts, is_split=is_split)
     if added and values:
         tokenizer_json.check_words(values, path, added)
     try:
@@ -130,14 +119,10 @@ def read(folder: pathlib.Path, prompts: Iterable[str] = ()) -> vocabularies.Voca
 def read_json(folder: pathlib.Path, *, is_base: bool) -> vocabularies.Vocabulary:
     """Returns the vocabulary of a folder's `tokenizer.json`.
 
-    Args:
-        folder: Folder of the encoder.
-        is_base: Whether the model is not an embedding model yet. Then a tokenizer that
-            does not end texts gets an EOS, which would change the vectors of others.
-
-    Raises:
-        ValueError: There is no supported `tokenizer.json`, or another file lists a
-            token that it lacks.
+    With `is_base`, the model is not an embedding model yet. Then a tokenizer that does
+    not end texts gets an EOS, which would change the vectors of others. Raises
+    ValueError if there is no supported `tokenizer.json`, or another file lists a token
+    that it lacks.
     """
     path = folder / vocabularies.JSON_FILE
     if not path.is_file():
@@ -209,11 +194,7 @@ def _check_end(plain: vocabularies.Vocabulary, files: added_tokens.Files) -> Non
 def _compare(
     vocab: vocabularies.Vocabulary, path: pathlib.Path, *, is_split: bool
 ) -> None:
-    """Compares ids with those of the `tokenizers` library, where it is installed.
-
-    Raises:
-        ValueError: They differ; names the text and both.
-    """
+    """Compares ids with those of the `tokenizers` library, where it is installed."""
     library = _open_in_library(path)
     if library is None:
         return
@@ -235,23 +216,22 @@ def _compare(
                 path,
                 f"the tokenizers library cannot cut {probe!r} into tokens ({error})",
             ) from None
-        if library_ids == ids or _are_equally_good(vocab, library_ids, ids):
-            continue
-        raise ValueError(
-            f"{path}: cuts {probe!r} into {library_ids}, and its SentencePiece model "
-            f"into {ids}; it differs from SentencePiece, "
-            f"{tokenizer_json.GIVE_VOCABULARY}"
-        )
+        if library_ids != ids and not _are_equally_good(vocab, library_ids, ids):
+            raise ValueError(
+                f"{path}: cuts {probe!r} into {library_ids}, and its SentencePiece "
+                f"model into {ids}; it differs from SentencePiece, "
+                f"{tokenizer_json.GIVE_VOCABULARY}"
+            )
 
 
 def _open_in_library(path: pathlib.Path) -> Any:
     """Returns the `tokenizers.Tokenizer` of a file, None if there is no comparison."""
     try:
         import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(path))
     except ImportError:
         return None
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises no narrower type.
         logging.warning(
             "%s: the tokenizers library cannot read it (%s), so its ids are not "

@@ -29,8 +29,7 @@ def to_sentencepiece(
 ) -> tuple[bytes, int]:
     """Rebuilds the SentencePiece model of a Unigram `tokenizer.json`.
 
-    Returns:
-        The serialized model, and the number of sentinels after it.
+    Returns the serialized model, and the number of sentinels after it.
     """
     model = values.get("model") or {}
     pieces = _read_pieces(model, path)
@@ -95,9 +94,8 @@ def _charsmap(values: Mapping[str, Any], path: pathlib.Path) -> bytes | None:
             try:
                 return base64.b64decode(step["precompiled_charsmap"] or "")
             except ValueError:
-                raise source_files.damaged(
-                    path, "precompiled_charsmap is not base64"
-                ) from None
+                problem = "precompiled_charsmap is not base64"
+                raise source_files.damaged(path, problem) from None
     return None
 
 
@@ -112,10 +110,9 @@ def check_steps(values: Mapping[str, Any], path: pathlib.Path) -> None:
     if "model" not in values:
         return
     words = json_vocabularies.flatten(values.get("pre_tokenizer"), "pretokenizers")
-    if [step["type"] for step in words] not in (
-        ["Metaspace"],
-        ["WhitespaceSplit", "Metaspace"],
-    ) or not _marks_every_word(words[-1]):
+    kinds = [step["type"] for step in words]
+    is_known = kinds in (["Metaspace"], ["WhitespaceSplit", "Metaspace"])
+    if not is_known or not _marks_every_word(words[-1]):
         raise ValueError(
             f"{path}: its pre_tokenizer is {_describe(words)}, and not Metaspace, "
             "which marks the space before every word as SentencePiece does; "
@@ -126,11 +123,7 @@ def check_steps(values: Mapping[str, Any], path: pathlib.Path) -> None:
         part["SpecialToken"]["id"] if "SpecialToken" in part else "text"
         for part in processor.get("single") or ()
     ]
-    ids = [
-        number
-        for token in tokens[1:]
-        for number in processor["special_tokens"][token]["ids"]
-    ]
+    ids = [n for t in tokens[1:] for n in processor["special_tokens"][t]["ids"]]
     if tokens[:1] != ["text"] or ids != [vocabularies.EOS_ID]:
         raise ValueError(
             f"{path}: its post_processor writes {' '.join(tokens) or 'nothing'}; "
@@ -203,8 +196,7 @@ def _describe(steps: Sequence[Mapping[str, Any]]) -> str:
     """Names steps, with their settings where these matter."""
     described = []
     for step in steps:
-        settings = {key: value for key, value in step.items() if key != "type"}
-        is_short = step["type"] in ("Replace", "Metaspace", "Prepend", "Strip")
-        shown = f" {settings}" if is_short and settings else ""
-        described.append(f"{step['type']}{shown}")
+        kind, settings = step["type"], {k: v for k, v in step.items() if k != "type"}
+        is_short = settings and kind in ("Replace", "Metaspace", "Prepend", "Strip")
+        described.append(f"{kind} {settings}" if is_short else kind)
     return " and ".join(described) or "none"

@@ -18,23 +18,12 @@ _MAX_TASK_WORDS, _MAX_TASK_CHARACTERS = 8, 60
 
 
 class Rejected(Exception):
-    """An answer without a valid query; answers are counted by `reason`."""
-
-    def __init__(self, reason: str):
-        """Keeps the reason."""
-        super().__init__(reason)
-        self.reason = reason
+    """An answer without a valid query; the text is the reason, which is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Limits of a query.
-
-    Attributes:
-        min_words: Fewest words.
-        max_words: Most words.
-        max_copied_words: Longest run of words from the passage; 0 for no limit.
-    """
+    """Limits of a query: keys `generate` of `configs/fret.py`."""
 
     min_words: int
     max_words: int
@@ -51,20 +40,11 @@ def parse(
     shots: Sequence[int],
     is_cut: bool,
 ) -> tuple[str, str]:
-    """Returns task description and query of an answer.
+    """Returns task description and query of an answer, or raises `Rejected`.
 
-    Args:
-        answer: Text that the model generated.
-        prompt: The prompt file.
-        rules: Limits of the query.
-        task: The given task, or None if the model writes it.
-        passage: The seed passage.
-        shots: Examples in the prompt, whose queries the answer may not repeat.
-        is_cut: Whether the token limit ended the answer; a query without end is
-            rejected.
-
-    Raises:
-        Rejected: A rule is broken.
+    `task` is None if the model writes it. The query may not repeat those of `shots`,
+    the examples in the prompt. `is_cut` says whether the token limit ended the answer:
+    a query without end is rejected.
     """
     for stop in prompt.stop:  # Not every server stops there.
         answer, separator, _ = answer.partition(stop)
@@ -86,7 +66,7 @@ def parse(
     query = _clean(lines[0])
     if reason := _find_fault(query, prompt, rules, passage, shots):
         raise Rejected(reason)
-    if any(marker.lower() in task.lower() for marker in prompt.markers):
+    if _has_marker(task, prompt):
         raise Rejected("marker")
     return task, query
 
@@ -102,7 +82,7 @@ def _find_fault(
     num_words = word_rule.count(words)
     if "\ufffd" in query:
         return "not_text"
-    if any(marker.lower() in query.lower() for marker in prompt.markers):
+    if _has_marker(query, prompt):
         return "marker"
     if query and prompt.neutralize(query) != query:
         return "special_token"
@@ -110,13 +90,16 @@ def _find_fault(
         return "too_short"
     if num_words > rules.max_words:
         return "too_long"
-    examples = [word_rule.words(prompt.examples[shot]["query"]) for shot in shots]
-    if words in examples:
+    if words in (word_rule.words(prompt.examples[shot]["query"]) for shot in shots):
         return "copied_example"
     limit = rules.max_copied_words
     if limit and longest_copy(words, word_rule.words(passage)) > limit:
         return "copied_passage"
     return None
+
+
+def _has_marker(text: str, prompt: prompts.Prompt) -> bool:
+    return any(marker.lower() in text.lower() for marker in prompt.markers)
 
 
 def longest_copy(words: Sequence[str], source: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from gecko_jax.text import text_formats
 _COUNTS = ".counts.json"
 _KEPT = "kept"
 
-_Place = tuple[int, int]
+_Place = tuple[int, int]  # File and line.
 _Signed = tuple[_Place, bytes]  # A place and its signature.
 _Judged = tuple[_Place, tuple[dict[str, Any], str | None]]  # Record, reason to drop.
 
@@ -41,11 +41,8 @@ def write(
     """Writes the shards of the passages and closes their stage; see `passages.read`.
 
     Every worker needs access to the files and to the folder of the stage. `options` are
-    those of Apache Beam, such as ("--runner=DirectRunner",).
-
-    Raises:
-        ImportError: Apache Beam is missing.
-        ValueError: `rules` has a limit, which needs an order, or no passage is left.
+    those of Apache Beam, such as ("--runner=DirectRunner",). Raises ValueError if
+    `rules` has a limit, which needs an order.
     """
     try:
         import apache_beam as beam
@@ -177,8 +174,7 @@ def _similar(
 def later_of_the_kept(pairs: Iterable[tuple[_Place, _Place]]) -> list[_Place]:
     """Returns, in order, the places that resemble an earlier place that is kept.
 
-    Args:
-        pairs: (earlier, later) of each similar pair, in any order.
+    `pairs` are the (earlier, later) of each similar pair, in any order.
     """
     dropped: set[_Place] = set()
     for earlier, later in sorted(set(pairs), key=lambda pair: (pair[1], pair[0])):

@@ -20,8 +20,7 @@ def write_pairs(
 ) -> tuple[pathlib.Path, int]:
     """Writes the pairs of a run with generated queries; returns the file and its rows.
 
-    Raises:
-        ValueError: The queries are missing, or were made with other settings.
+    Raises ValueError if the queries are missing, or were made with other settings.
     """
     source = runs.prepare(config, workdir)
     passes = runs.main_pipeline(source)
@@ -45,8 +44,7 @@ def training_config(
 ) -> ml_collections.ConfigDict:
     """Returns a pre-finetuning config that trains on the pairs of `write_pairs`.
 
-    Raises:
-        ValueError: The config has hard negatives, or batches larger than the pairs.
+    Raises ValueError for hard negatives, or a batch larger than the pairs.
     """
     if config.data.num_negatives:
         raise ValueError(

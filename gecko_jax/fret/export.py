@@ -23,6 +23,7 @@ from typing import Any
 from gecko_jax.fret import pipeline, records, relabelling, stages
 from gecko_jax.io import reading, wording, writing
 
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
 OUTPUT = "fret.jsonl"
 OTHER_TASK = "search result"
 _ORIGIN = ("source", "source_id", "licence")
@@ -35,10 +36,8 @@ COUNTS = ("moved", "further_positives", "false_negatives")
 def export(passes: pipeline.Pipeline) -> pathlib.Path:
     """Writes the triples of a finished pass and returns their file.
 
-    An existing file that was made from the same records stays.
-
-    Raises:
-        ValueError: No triple is left, or the file was changed since it was written.
+    An existing file that was made from the same records stays. Raises ValueError if no
+    triple is left, or the file was changed since it was written.
     """
     source, stage = passes.source, open_stage(passes)
     stage.begin()
@@ -51,8 +50,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 "writes it again"
             )
         return path
-    num_rows = num_triples = 0
-    marked: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     digest = hashlib.sha256()
     with writing.write_file(path) as temporary, temporary.open("wb") as lines:
@@ -60,28 +58,27 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
             line = records.to_line(triple).encode()
             lines.write(line)
             digest.update(line)
-            num_rows += 1
+            counts["rows"] += 1
             if record is None:  # A further positive of the line before.
-                marked["further_positives"] += 1
+                counts["further_positives"] += 1
             else:
-                num_triples += 1
-                marked["moved"] += record["moved"]
-                marked["false_negatives"] += len(record.get("false_negatives", ()))
-            negatives = triple.get("negative_licences", [])
-            licences.update(name or "unknown" for name in negatives)
-            licences[triple.get("licence") or triple.get("license") or "unknown"] += 1
+                false = len(record.get("false_negatives", ()))
+                counts.update(triples=1, moved=record["moved"], false_negatives=false)
+            named = [*triple.get("negative_licences", [])]
+            named.append(triple.get("licence") or triple.get("license"))
+            licences.update(name or "unknown" for name in named)
             if "seed_licence" in triple or not source.pair_files:
                 licences[triple.get("seed_licence", "unknown")] += 1
-    if not num_rows:
+    if not counts["rows"]:
         path.unlink()
         raise ValueError(
             f"{source.workdir}: no triple is left; `gecko fret report` shows what "
             "was dropped and why"
         )
     with writing.write_file(stage.folder / "README.md") as temporary:
-        temporary.write_text(_card(passes, num_rows, num_triples, marked, licences))
-    facts = {name: marked[name] for name in COUNTS if marked[name] or name == "moved"}
-    stage.finish(0, records=num_rows, sha256=digest.hexdigest(), **facts)
+        temporary.write_text(_card(passes, counts, licences))
+    facts = {name: counts[name] for name in COUNTS if counts[name] or name == "moved"}
+    stage.finish(0, records=counts["rows"], sha256=digest.hexdigest(), **facts)
     return path
 
 
@@ -134,9 +131,10 @@ def _triples(
         for record in source.stage.read(shard)
     }
     lines = enumerate(relabelling.read_lines(source.pair_files))
+    has_scores = source.config.export.candidates or source.config.export.scores
     for shard in range(len(passes.shards)):
         queries = stages.by_id(passes.queries.read(shard))
-        candidates = _candidates_of(passes, shard) if _has_scores(passes) else {}
+        candidates = _candidates_of(passes, shard) if has_scores else {}
         for record in stages.kept(passes.fuse.read(shard)):
             query = queries[record["id"]]
             given = None
@@ -188,41 +186,31 @@ def negatives_of(record: stages.Record) -> list[int]:
     return record.get("negatives") or ([] if one is None else [one])
 
 
-def _has_scores(passes: pipeline.Pipeline) -> bool:
-    config = passes.source.config
-    return config.export.candidates or bool(config.export.scores)
-
-
 def _candidates_of(
     passes: pipeline.Pipeline, shard: int
 ) -> dict[int, dict[int, dict[str, float]]]:
     """Returns query -> candidate -> scores: likelihood, relevance, fused."""
-    weights, grades = passes.source.config.fuse, passes.source.prompts.relevance.labels
+    kind = passes.source.config.fuse.relevance
+    grades = list(passes.source.prompts.relevance.labels.values())
     retrieved = stages.by_id(passes.retrieve.read(shard))
-    columns: dict[str, dict[int, Any]] = {}
-    if weights.likelihood_weight:
-        rows = stages.kept(passes.likelihood.read(shard))
-        columns["likelihood"] = {row["id"]: row["log_probs"] for row in rows}
-    if weights.relevance_weight:
-        columns["relevance"] = {
-            row["id"]: stages.relevance_scores(
-                row, retrieved[row["id"]], list(grades.values()), weights.relevance
+    likelihoods, relevances = passes.judged(shard)
+    scores: dict[int, dict[int, dict[str, float]]] = {}
+    for record in stages.kept(passes.fuse.read(shard)):
+        number, row = record["id"], retrieved[record["id"]]
+        columns: dict[str, Any] = {}
+        if passes.has_likelihood:
+            columns["likelihood"] = likelihoods[number]["log_probs"]
+        if passes.has_relevance:
+            columns["relevance"] = stages.relevance_scores(
+                relevances[number], row, grades, kind
             )
-            for row in stages.kept(passes.relevance.read(shard))
+        columns["fused"] = record["fused"]
+        values = [stages.of_candidates(column, row) for column in columns.values()]
+        scores[number] = {
+            candidate: {n: round(v, 4) for n, v in zip(columns, judged, strict=True)}
+            for candidate, *judged in zip(row["candidates"], *values, strict=True)
         }
-    fused = stages.kept(passes.fuse.read(shard))
-    columns["fused"] = {row["id"]: row["fused"] for row in fused}
-    return {
-        number: {
-            candidate: {
-                name: round(stages.of_candidates(column[number], row)[place], 4)
-                for name, column in columns.items()
-            }
-            for place, candidate in enumerate(row["candidates"])
-        }
-        for number, row in retrieved.items()
-        if number in columns["fused"]
-    }
+    return scores
 
 
 def _scores(
@@ -261,123 +249,42 @@ def origin_of(passage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _card(
-    passes: pipeline.Pipeline,
-    num_rows: int,
-    num_triples: int,
-    marked: Counter[str],
-    licences: Counter[str],
+    passes: pipeline.Pipeline, counts: Counter[str], licences: Counter[str]
 ) -> str:
     """Returns the data card."""
-    source, config = passes.source, passes.source.config
+    source, config, safe = passes.source, passes.source.config, wording.markdown
     prompts = [] if source.pair_files else [source.prompts.generate]
     prompts += [source.prompts.likelihood] * passes.has_likelihood
     prompts += [source.prompts.relevance] * passes.has_relevance
     used = ", ".join(
-        f"{wording.markdown(f'{p.name} version {p.version}')} ({p.sha256[:12]})"
-        for p in prompts
-    )
-    clear_of = ", ".join(map(wording.markdown, config.passages.decontaminate))
-    counted = ", ".join(
-        f"{wording.markdown(name)} {count:,}" for name, count in licences.most_common()
+        f"{safe(f'{p.name} version {p.version}')} ({p.sha256[:12]})" for p in prompts
     )
     rows = []
     for stage, done in passes.done().items():
         if done is not None and done["records"]:
-            why = ", ".join(
-                f"{count} {wording.markdown(name)}"
-                for name, count in done["dropped"].items()
-            )
+            why = ", ".join(f"{n} {safe(name)}" for name, n in done["dropped"].items())
             rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
-    templates = _RELABELLED if source.pair_files else _GENERATED
-    template = _CARD.replace("{head}", templates[0]).replace("{fields}", templates[1])
-    return template.format(
-        num_rows=num_rows,
-        moved=marked["moved"] / num_triples,
-        others=marked["further_positives"],
-        false_negatives=marked["false_negatives"],
-        files=", ".join(wording.markdown(path.name) for path in source.pair_files),
-        generator=wording.markdown(json.dumps(source.model_facts)),
-        licence=wording.markdown(config.llm.licence or "not stated"),
-        retriever=wording.markdown(config.retrieve.model or "BM25"),
-        num_candidates=config.retrieve.num_candidates,
-        seed=config.seed,
-        hash=passes.fuse.hash,
-        prompts=used,
-        clear_of=clear_of or "nothing",
-        licences=counted,
-        stages="\n".join(rows),
+    name = "card_relabelled.md" if source.pair_files else "card_generated.md"
+    return (
+        (TEMPLATES / name)
+        .read_text("utf-8")
+        .format(
+            num_rows=counts["rows"],
+            moved=counts["moved"] / counts["triples"],
+            others=counts["further_positives"],
+            false_negatives=counts["false_negatives"],
+            files=", ".join(safe(path.name) for path in source.pair_files),
+            generator=safe(json.dumps(source.model_facts)),
+            licence=safe(config.llm.licence or "not stated"),
+            retriever=safe(config.retrieve.model or "BM25"),
+            num_candidates=config.retrieve.num_candidates,
+            seed=config.seed,
+            hash=passes.fuse.hash,
+            prompts=used,
+            clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
+            licences=", ".join(
+                f"{safe(name)} {n:,}" for name, n in licences.most_common()
+            ),
+            stages="\n".join(rows),
+        )
     )
-
-
-_GENERATED = (
-    """\
-# FRet triples
-
-Made by `gecko fret run` (gecko_jax): a language model read each passage and wrote a \
-task and a query; it then chose the positive and the hard negative among the \
-neighbours of the query (Lee et al. 2024, section 3.2). Queries are machine-written \
-and were not checked by people.
-
-- triples: {num_rows:,}; the positive is not the seed in {moved:.1%} of them
-- generator: {generator}, licence of its output: {licence}
-""",
-    """\
-| `task` | name of the task; rare ones are "search result" |
-| `query` | query written by the model |
-| `positive`, `title` | passage chosen for it |
-| `negatives`, `negative_titles` | the hard negatives, a list, if there are any |
-| `task_description` | the task in the model's words |
-| `generator`, `prompt` | the model, and the prompt with its version |
-| `seed` | number of the passage that the model read |
-| `seed_source`, `seed_source_id`, `seed_licence` | origin of this passage |
-""",
-)
-_RELABELLED = (
-    """\
-# Relabelled triples
-
-Made by `gecko fret relabel` (gecko_jax) from {files}: a language model chose the \
-positive and the hard negatives of each query anew among its neighbours (Lee et al. \
-2024, section 3.2). Its choices were not checked by people.
-
-- lines: {num_rows:,}; the positive moved in {moved:.1%}; further positives: \
-{others:,}; negatives of the files that were judged above their positive: \
-{false_negatives:,}
-- judge: {generator}, licence of its output: {licence}
-""",
-    """\
-| fields not named here | as in the files |
-| `positive`, `title` | passage chosen for the query |
-| `moved` | whether it is another passage than in the files |
-| `negatives`, `negative_titles` | the hard negatives, a list, if there are any |
-| `judge` | the model |
-| `seed_source`, `seed_source_id`, `seed_licence` | origin of the positive in the \
-files, if it moved |
-""",
-)
-_CARD = """\
-{head}\
-- retriever: {retriever}, {num_candidates} candidates
-- seed: {seed}; hash of the fused records: {hash}
-- prompts: {prompts}
-- kept clear of: {clear_of}
-- licences of the texts (positives, hard negatives, and the passages that the model \
-read): {licences}
-
-| stage | records | kept | dropped |
-|---|---|---|---|
-{stages}
-
-## Fields of `fret.jsonl`, one triple per line
-
-| field | |
-|---|---|
-{fields}\
-| `source`, `source_id`, `licence` | origin of the positive, as far as known |
-| `negative_sources`, `negative_source_ids`, `negative_licences` | of the negatives |
-| `scores` | with `export.scores`: of the positive and of each negative |
-| `candidates` | with `export.candidates`: the passages that were judged, with scores |
-
-`gecko train --config.data.files=fret.jsonl` trains on it;
-`gecko_jax.data.fret_builder.build(FOLDER, DATA_DIR)` makes it a TFDS data set.
-"""

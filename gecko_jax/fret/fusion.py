@@ -15,24 +15,9 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of the fusion, and of the choice of positive and negative.
+    """The keys `fuse` of `configs/fret.py`, which `settings.KEYS` describes.
 
-    Attributes:
-        k: Constant added to each rank; 0 in the paper.
-        likelihood_weight: Weight of 1 / r_QL; 0 leaves it out.
-        relevance_weight: Weight of 1 / r_RC; 0 leaves it out.
-        relevance: "log_prob" of the best label, or "log_odds" of the upper half of the
-            grades against the lower.
-        positive: "relabelled", or "seed" for the seed passage.
-        negative: "lowest", "sampled" from the rest, "given" for those of the line that
-            is relabelled, or "none".
-        min_information: Least log p(q|positive) - log p(q|generic passage), in nats;
-            used if a generic passage is scored.
-        margin: Candidates above (1 - margin) times the positive's R are no negatives.
-        near: What becomes of these: "drop", or "positive" for further positives.
-        num_negatives: Most hard negatives.
-        max_negative_share: Limit of a negative's similarity to the query, as a share of
-            the positive's; 0 for none.
+    `relevance` "log_odds" is of the upper half of the grades against the lower.
     """
 
     k: float
@@ -79,13 +64,14 @@ def fuse(
     settings: Settings,
 ) -> Float[np.ndarray, " N"]:
     """Returns R of every candidate; None leaves a judgement out."""
+    judgements = (
+        (likelihood_ranks, settings.likelihood_weight),
+        (relevance_ranks, settings.relevance_weight),
+    )
     parts = [
-        weight / (settings.k + np.asarray(judged, np.float64))
-        for judged, weight in (
-            (likelihood_ranks, settings.likelihood_weight),
-            (relevance_ranks, settings.relevance_weight),
-        )
-        if judged is not None and weight
+        weight / (settings.k + np.asarray(ranked, np.float64))
+        for ranked, weight in judgements
+        if ranked is not None and weight
     ]
     if not parts:
         raise ValueError("fuse: both weights are 0; give one of them a weight above 0")
@@ -94,19 +80,12 @@ def fuse(
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Positions of the chosen candidates.
-
-    Attributes:
-        positive: The positive.
-        others: Further positives, best first.
-        negatives: Hard negatives, the first choice first.
-        false_negatives: Negatives of the line that are judged above its own positive.
-    """
+    """Positions of the chosen candidates."""
 
     positive: int
-    others: list[int]
-    negatives: list[int]
-    false_negatives: list[int]
+    others: list[int]  # further positives, best first
+    negatives: list[int]  # hard negatives, the first choice first
+    false_negatives: list[int]  # negatives of the line above its own positive
 
 
 def choose(
@@ -128,7 +107,7 @@ def choose(
     Args:
         fused: R of every candidate.
         seed_position: Position of the seed passage, or of the line's positive.
-        settings: See there.
+        settings: Settings of the choice.
         rng: Draws sampled negatives.
         answers: Positions that are never negatives.
         given: Positions of the negatives of the line.

@@ -6,6 +6,7 @@ was dropped, what it cost, and what moved. Charts are HTML and CSS.
 
 import math
 import pathlib
+import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from gecko_jax.fret import (
+    export,
     html_page,
     html_rows,
     measure,
@@ -50,8 +52,7 @@ def write(
 ) -> pathlib.Path:
     """Writes the page of a run, finished or not, with some random rows.
 
-    Raises:
-        ValueError: No shard is fused yet, or the settings are not those of the run.
+    Raises ValueError if no shard is fused yet, or the settings are not the run's.
     """
     if not (workdir / "passages").is_dir():
         raise ValueError(f"{workdir}: no run here; start one with `gecko fret run`")
@@ -72,19 +73,16 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     source, config, facts = passes.source, passes.source.config, gathered.triples
     seed = "old positive" if source.pair_files else "seed"
     last = max((max(one["ranks"].values()) for one in facts), default=1)
-    names = dict.fromkeys(name for one in facts for name in one["ranks"])
     charts = []
-    for name in names:
+    for name in dict.fromkeys(name for one in facts for name in one["ranks"]):
         counts = Counter(one["ranks"].get(name) for one in facts)
         values = {str(rank): counts[rank] for rank in range(1, last + 1)}
         shown = name.replace("seed", seed)
         charts.append(html_page.columns(values, f"rank of the {shown}"))
+    titles = {"query": "words of a query", "passage": f"words of {seed}"}
     lengths = [
         html_page.columns(html_page.histogram([one[side] for one in facts]), title)
-        for side, title in (
-            ("query", "words of a query"),
-            ("passage", f"words of {seed}"),
-        )
+        for side, title in titles.items()
     ]
     tasks = Counter(one["task"] for one in facts)
     common = tasks.most_common(_MAX_TASKS)
@@ -93,47 +91,34 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     listed = [(name, f"{count:,}") for name, count in common]
     what = ", ".join(path.name for path in source.pair_files)
     what = f"queries of {what}, judged by" if what else "triples, written and judged by"
-    num_fused = sum(map(passes.fuse.has, range(len(passes.shards))))
-    is_whole = num_fused == len(passes.shards)
-    shards = f"{num_fused:,} of {len(passes.shards):,} shards"
-    unfinished = f"<p><b>Not finished: {shards}.</b> Figures are of these.</p>"
-    parts = [
-        html_page.HEAD,
-        f"<h1>FRet: {html_page.escape(source.workdir.resolve().name)}</h1>",
-        f"<p class=lead>{len(facts):,} {html_page.escape(what)} "
-        f"<b>{html_page.escape(source.model_facts['model'])}</b>, candidates by "
-        f"<b>{html_page.escape(config.retrieve.model or 'BM25')}</b>.</p>",
-        "" if is_whole else unfinished,
-        _tiles(gathered, len(tasks), passes),
-        "<h2>Do the judges judge?</h2>",
-        _judges(passes, facts, seed),
-        "<h2>What was kept</h2>",
-        _funnel(passes, gathered),
-        "<h2>What was dropped, and why</h2>",
-        _dropped(gathered),
-        "<h2>What it cost</h2>",
-        _costs(passes, gathered),
-        f"<h2>What moved: {len(gathered.moved)} random examples</h2>",
-        f"<p>Left the {seed}, right the passage that was chosen in its place. QL is "
-        "log p(query | passage) in nats, RC the likeliest label. Read some: is the "
-        "right one the better answer?</p>",
-        *(html_rows.side_by_side(passes, row, seed) for row in gathered.moved),
-        "<h2>Ranks</h2>",
-        f"<p>A good retriever and good judges rank the {seed} near the top; otherwise "
-        "either another passage answers the query better, or the judge errs. One that "
-        "retrieval did not find counts as one place behind the last.</p>",
-        f"<div class=figures>{''.join(charts)}</div>",
-        "<h2>Tasks and lengths</h2>",
-        html_page.table(("task", "*queries"), listed),
-        f"<div class=figures>{''.join(lengths)}</div>",
-        f"<h2>{len(gathered.rows)} random rows</h2>",
-        "<p>Candidates in the order of retrieval. A filled mark is the choice: the "
-        "positive, and the hard negatives. Scroll the table sideways to see all of "
-        "it.</p>",
-        *(html_rows.with_candidates(passes, row, seed) for row in gathered.rows),
-        "</main></body></html>\n",
-    ]
-    return "\n".join(parts)
+    num = len(passes.shards)
+    num_fused = sum(map(passes.fuse.has, range(num)))
+    unfinished = f"Not finished: {num_fused:,} of {num:,} shards."
+    unfinished = f"<p><b>{unfinished}</b> Figures are of these.</p>"
+    moved = [html_rows.side_by_side(passes, row, seed) for row in gathered.moved]
+    rows = [html_rows.with_candidates(passes, row, seed) for row in gathered.rows]
+    page = string.Template((export.TEMPLATES / "report.html").read_text("utf-8"))
+    return page.substitute(
+        name=html_page.escape(source.workdir.resolve().name),
+        num_triples=f"{len(facts):,}",
+        what=html_page.escape(what),
+        model=html_page.escape(source.model_facts["model"]),
+        retriever=html_page.escape(config.retrieve.model or "BM25"),
+        unfinished="" if num_fused == num else unfinished,
+        tiles=_tiles(gathered, len(tasks), passes),
+        judges=_judges(passes, facts, seed),
+        funnel=_funnel(passes, gathered),
+        dropped=_dropped(gathered),
+        costs=_costs(passes, gathered),
+        seed=seed,
+        num_moved=len(moved),
+        moved="".join(f"\n{one}" for one in moved),
+        ranks="".join(charts),
+        tasks=html_page.table(("task", "*queries"), listed),
+        lengths="".join(lengths),
+        num_rows=len(rows),
+        rows="".join(f"\n{one}" for one in rows),
+    )
 
 
 def _tiles(
@@ -181,37 +166,30 @@ def _judges(
     """Returns how high each judge ranks the seed, beside chance."""
     calibration = _calibration(passes.source)
     chance = np.mean([np.mean(1 / np.arange(1, f["candidates"] + 1)) for f in facts])
+    head = ["", f"*MRR, {len(facts):,} rows", "*ranked first"]
     rows = []
-    for name, key in (
-        ("retrieval", "by retrieval"),
-        ("QL", "by QL"),
-        ("RC", "by RC"),
-        ("fusion", "fused"),
-    ):
-        ranks = [f["ranks"].get(f"seed, {key}") for f in facts]
-        found = [rank for rank in ranks if rank is not None]
-        own = first = held_out = ""
-        if found:
-            values = 1 / np.array(found)
-            own = f"{values.mean():.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
-            first = f"{np.mean(np.array(found) == 1):.0%}"
-        if calibration and name in calibration.mrr:
-            error = calibration.standard_error[name]
-            held_out = f"{calibration.mrr[name]:.3f} ± {error:.3f}"
-        rows.append((name, own or "not asked", first, held_out))
+    for name in ("retrieval", "QL", "RC", "fusion"):
+        key = "fused" if name == "fusion" else f"by {name}"
+        found = [f["ranks"].get(f"seed, {key}") for f in facts]
+        ranks = np.array([rank for rank in found if rank is not None])
+        row = [name, "not asked", ""]
+        if len(ranks):
+            error = (1 / ranks).std() / math.sqrt(len(ranks))
+            own = f"{(1 / ranks).mean():.3f} ± {error:.3f}"
+            row = [name, own, f"{np.mean(ranks == 1):.0%}"]
+        rows.append(row)
     top = np.mean([1 / f["candidates"] for f in facts])
-    last = f"{calibration.mrr['chance']:.3f}" if calibration else ""
-    rows.append(("chance", f"{chance:.3f}", f"{top:.0%}", last))
-    num_judged = calibration.seeds if calibration else 0
-    head = ("", f"*MRR, {len(facts):,} rows", "*ranked first")
-    head += (f"*MRR, {num_judged:,} held out",)
-    if not calibration:
-        head, rows = head[:3], [row[:3] for row in rows]
-    advice = "".join(
-        f"<p><b>Warning:</b> {html_page.escape(one)}.</p>"
-        for one in (calibration.warnings if calibration else ())
-    )
-    if not calibration:
+    rows.append(["chance", f"{chance:.3f}", f"{top:.0%}"])
+    if calibration:
+        head.append(f"*MRR, {calibration.seeds:,} held out")
+        for row in rows:
+            value = calibration.mrr.get(row[0])
+            error = calibration.standard_error.get(row[0])
+            spread = "" if error is None else f" ± {error:.3f}"
+            row.append("" if value is None else f"{value:.3f}{spread}")
+        warnings = map(html_page.escape, calibration.warnings)
+        advice = "".join(f"<p><b>Warning:</b> {one}.</p>" for one in warnings)
+    else:
         advice = (
             "<p><code>gecko fret calibrate</code> with this config asks both judges "
             "about held-out queries, a judge without weight too, and adds a column.</p>"

@@ -23,24 +23,31 @@ def side_by_side(passes: pipeline.Pipeline, row: Row, seed: str) -> str:
     """Returns the seed and the positive of a row, with what was judged of each."""
     query, retrieved, record, *_ = row
     sides = []
-    for name, number in (
-        (seed, stages.seed_of(retrieved)),
-        ("positive", record["positive"]),
+    for kind, name, number in (
+        ("seed", seed, stages.seed_of(retrieved)),
+        ("positive", "positive", record["positive"]),
     ):
-        place = stages.position(retrieved, number)
-        values = ("retrieval", "QL", "RC", "R")
-        shown = zip(values, _judgements(passes, row, place), strict=True)
+        judged = _judgements(passes, row, stages.position(retrieved, number))
+        shown = zip(("retrieval", "QL", "RC", "R"), judged, strict=True)
         text = " · ".join(f"{one} {value}" for one, value in shown if value != "–")
-        kind = "positive" if name == "positive" else "seed"
         sides.append(
             f"<div><span class={kind}>{name}</span> <small>"
             f"{html_page.escape(text)}</small><p>"
             f"{html_page.escape(shortened(passes.source.store.write(number)))}</p></div>"
         )
+    return _article(query, f"<div class=sides>{''.join(sides)}</div>")
+
+
+def _article(query: stages.Record, body: str, note: str = "") -> str:
+    """Returns a query, where it is from, and what follows."""
+    about = query.get("line")
+    if about is None:
+        shots = f"prompt {query['prompt']}, examples {query['shots']}"
+        about = f"seed {query['id']} · {shots}"
     return (
-        f"<article><h3>{html_page.escape(query['query'])}</h3>"
-        f"<p class=note>{html_page.escape(_about(query))}</p>"
-        f"<div class=sides>{''.join(sides)}</div></article>"
+        f"<article><h3>{html_page.escape(query['query'])}</h3><p class=note>"
+        f"{html_page.escape(query['task'])} · {html_page.escape(about)}{note}</p>"
+        f"{body}</article>"
     )
 
 
@@ -63,20 +70,12 @@ def _judgements(passes: pipeline.Pipeline, row: Row, place: int) -> list[str]:
     return [*result, f"{record['fused'][place]:.3f}"]
 
 
-def _about(query: stages.Record) -> str:
-    """Returns where a query is from."""
-    if "line" in query:
-        return f"{query['task']} · {query['line']}"
-    shots = f"prompt {query['prompt']}, examples {query['shots']}"
-    return f"{query['task']} · seed {query['id']} · {shots}"
-
-
 def with_candidates(passes: pipeline.Pipeline, row: Row, seed: str) -> str:
     """Returns one row with its candidates."""
     query, retrieved, record, *_ = row
+    false = record.get("false_negatives", ())
     lines = []
     for place, number in enumerate(retrieved["candidates"]):
-        false = record.get("false_negatives", ())
         marks = "".join(
             f"<span class={kind}>{name}</span>"
             for kind, name, chosen in (
@@ -94,8 +93,4 @@ def with_candidates(passes: pipeline.Pipeline, row: Row, seed: str) -> str:
         lines.append((*judged, html_page.Markup(marks), text))
     head = ("*retrieval", "*QL", "*RC", "*fused", "", "passage")
     moved = " · moved" if record["moved"] else ""
-    return (
-        f"<article><h3>{html_page.escape(query['query'])}</h3><p class=note>"
-        f"{html_page.escape(_about(query))}{moved}</p>"
-        f"{html_page.table(head, lines)}</article>"
-    )
+    return _article(query, html_page.table(head, lines), moved)

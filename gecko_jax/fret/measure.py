@@ -8,7 +8,7 @@ of queries whose answer is known, the seed, and compares them with their fusion.
 import dataclasses
 import pathlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,86 +21,68 @@ from gecko_jax.llm import request_log
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Requests of one stage.
+    """Requests of one stage."""
 
-    Attributes:
-        name: Name of the stage.
-        requests: Requests of the run.
-        prompt_tokens: Mean prompt tokens of a request.
-        completion_tokens: Mean completion tokens of a request.
-        seconds: Mean time of a request, among concurrent requests.
-    """
-
-    name: str
-    requests: int
-    prompt_tokens: float
-    completion_tokens: float
-    seconds: float
+    name: str  # of the stage
+    requests: int  # of the run
+    prompt_tokens: float  # mean prompt tokens of a request
+    completion_tokens: float  # mean completion tokens of a request
+    seconds: float  # mean time of a request, among concurrent requests
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Expected cost of a run.
+    """Expected cost of a run."""
 
-    Attributes:
-        passages: Seed passages of the run, without the held-out ones.
-        kept: Share of the sample with a valid query.
-        kinds: Requests by kind.
-        cost: Cost of all requests, in the currency of the prices.
-        hours: Time of the run if nothing else uses the server.
-        sample: Requests sent for this plan.
-    """
-
-    passages: int
-    kept: float
-    kinds: tuple[Kind, ...]
-    cost: float
-    hours: float
-    sample: int
+    passages: int  # seed passages of the run, without the held-out ones
+    kept: float  # share of the sample with a valid query
+    kinds: tuple[Kind, ...]  # of requests
+    cost: float  # of all requests, in the currency of the prices
+    hours: float  # time of the run if nothing else uses the server
+    sample: int  # requests sent for this plan
 
 
 def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) -> Plan:
     """Estimates the cost of a run from `sample` requests of each kind.
 
-    Raises:
-        ValueError: No seed is held out, or the model does not answer.
+    Raises ValueError if no seed is held out, or the model does not answer.
     """
     budget = runs.open_budget(config)
     with runs.prepare(config, workdir, budget) as source:
         seeds = sum(map(len, runs.main_pipeline(source).shards))
         chosen = _held_out(config, source)[:sample]
-        model = source.model
-        sent = budget.requests
+        prompts, model, sent = source.prompts, source.model, budget.requests
         kinds = []
         if source.pair_files:
             generated = [source.pairs[number] for number in chosen]
         else:
-            generated, seconds = _time(source, lambda: source.generate(chosen))
-            kinds.append(_kind("generate", generated, seconds, seeds))
+            generated, kind = _measure(
+                source, "generate", seeds, lambda: source.generate(chosen)
+            )
+            kinds.append(kind)
         kept = stages.kept(generated)
         share = len(kept) / len(generated)
+        num_passages, num_queries = len(source.store), int(seeds * share)
+        num_candidates = min(config.retrieve.num_candidates, num_passages)
         rng = np.random.default_rng([config.seed, len(chosen)])
-        num_passages = len(source.store)
         rows = [
             {"id": r["id"], "candidates": rng.integers(num_passages, size=1).tolist()}
             for r in kept
         ]
         shared = (rows, stages.by_id(kept), source.store, model)
-        prompts = source.prompts
-        num_candidates = min(config.retrieve.num_candidates, num_passages)
+        asked: dict[str, tuple[int, Callable[[], list[stages.Record]]]] = {}
         if config.fuse.likelihood_weight and rows:
-            scored, seconds = _time(
-                source, lambda: stages.likelihood(*shared, prompts.likelihood, "")
+            asked["likelihood"] = (
+                num_candidates + bool(config.likelihood.generic_passage),
+                lambda: stages.likelihood(*shared, prompts.likelihood, ""),
             )
-            count = num_candidates + bool(config.likelihood.generic_passage)
-            total = int(seeds * share) * count
-            kinds.append(_kind("likelihood", scored, seconds, total))
         if config.fuse.relevance_weight and rows:
-            scored, seconds = _time(
-                source, lambda: stages.relevance(*shared, prompts.relevance)
+            asked["relevance"] = (
+                num_candidates,
+                lambda: stages.relevance(*shared, prompts.relevance),
             )
-            total = int(seeds * share) * num_candidates
-            kinds.append(_kind("relevance", scored, seconds, total))
+        for name, (count, ask) in asked.items():
+            kinds.append(_measure(source, name, num_queries * count, ask)[1])
     return Plan(
         passages=seeds,
         kept=share,
@@ -114,10 +96,13 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
     )
 
 
-def _time(
-    source: pipeline.Source, ask: Callable[[], list[stages.Record]]
-) -> tuple[list[stages.Record], float]:
-    """Returns the rows that the model answers now, and the seconds it takes."""
+def _measure(
+    source: pipeline.Source,
+    name: str,
+    count: int,
+    ask: Callable[[], list[stages.Record]],
+) -> tuple[list[stages.Record], Kind]:
+    """Returns the rows that the model answers now, and the cost of `count` requests."""
     if source.config.llm.weights:  # The first call compiles.
         source.model.log = request_log.RequestLog(None)
         ask()
@@ -131,38 +116,23 @@ def _time(
             f"no request of the sample was answered: {errors[0]['dropped']} "
             f"({errors[0].get('detail', '')}); check the model"
         )
-    return rows, seconds
-
-
-def _kind(name: str, rows: Sequence[stages.Record], seconds: float, count: int) -> Kind:
-    usages = [row["usage"] for row in rows if "usage" in row]
-    total = max(sum(usage["requests"] for usage in usages), 1)
-    return Kind(
-        name=name,
-        requests=count,
-        prompt_tokens=sum(usage["prompt_tokens"] for usage in usages) / total,
-        completion_tokens=sum(usage["completion_tokens"] for usage in usages) / total,
-        seconds=seconds / total,
-    )
+    used: Counter[str] = Counter()
+    for row in rows:
+        used.update(row.get("usage", {}))
+    num = max(used["requests"], 1)
+    tokens = (used["prompt_tokens"] / num, used["completion_tokens"] / num)
+    return rows, Kind(name, count, *tokens, seconds / num)
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How well each judge finds the seed among the candidates.
+    """How well each judge finds the seed among the candidates."""
 
-    Attributes:
-        seeds: Held-out queries that were judged.
-        candidates: Mean number of candidates.
-        mrr: Judge -> mean of 1 / rank of the seed, in [0, 1].
-        standard_error: Judge -> standard error of this mean.
-        warnings: Advice from the numbers.
-    """
-
-    seeds: int
-    candidates: float
-    mrr: dict[str, float]
-    standard_error: dict[str, float]
-    warnings: tuple[str, ...]
+    seeds: int  # held-out queries that were judged
+    candidates: float  # mean number of candidates
+    mrr: dict[str, float]  # judge -> mean of 1 / rank of the seed, in [0, 1]
+    standard_error: dict[str, float]  # judge -> standard error of this mean
+    warnings: tuple[str, ...]  # advice from the numbers
 
 
 def calibrate(
@@ -200,10 +170,7 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
     reciprocal: defaultdict[str, list[float]] = defaultdict(list)
     sizes = []
     for shard in range(len(passes.shards)):
-        likelihoods = {}
-        if passes.has_likelihood:
-            likelihoods = stages.by_id(passes.likelihood.read(shard))
-        relevances = stages.by_id(passes.relevance.read(shard))
+        likelihoods, relevances = passes.judged(shard)
         for row in stages.kept(passes.retrieve.read(shard)):
             number = row["id"]
             if number not in relevances:
@@ -213,10 +180,8 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
             if number in likelihoods:
                 log_probs = likelihoods[number]["log_probs"]
                 ranks["QL"] = fusion.ranks(stages.of_candidates(log_probs, row))
-            record, kind = relevances[number], config.fuse.relevance
-            ranks["RC"] = fusion.ranks(
-                stages.relevance_scores(record, row, grades, kind)
-            )
+            judged = (relevances[number], row, grades, config.fuse.relevance)
+            ranks["RC"] = fusion.ranks(stages.relevance_scores(*judged))
             if "QL" in ranks:
                 fused = fusion.fuse(ranks["QL"], ranks["RC"], both)
                 ranks["fusion"] = fusion.ranks(fused.tolist())
@@ -255,9 +220,9 @@ def _warnings(
         loss = np.subtract(reciprocal[best], reciprocal["fusion"])
         if np.mean(loss) > np.std(loss) / np.sqrt(len(loss)):
             other = "relevance" if best == "QL" else "likelihood"
-            weight = getattr(weighted, f"{other}_weight")
+            is_used = getattr(weighted, f"{other}_weight")
             advice = (
-                f"set fuse.{other}_weight=0 or lower" if weight else "leave it at 0"
+                f"set fuse.{other}_weight=0 or lower" if is_used else "leave it at 0"
             )
             warnings.append(
                 f"fusing hurts: {mrr['fusion']:.3f} against {mrr[best]:.3f} of {best} "

@@ -26,15 +26,7 @@ _KEPT_FIELDS = ("licence", "license", "src", "url")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Limits of a passage.
-
-    Attributes:
-        min_words: Fewest words.
-        max_characters: Most characters.
-        near_duplicate: Least resemblance of near duplicates, in (0, 1]; 0 drops only
-            equal texts.
-        limit: Most passages kept; 0 for all.
-    """
+    """Limits of a passage: keys `passages` of `configs/fret.py`."""
 
     min_words: int
     max_characters: int
@@ -53,10 +45,8 @@ def read(
     Files are JSON lines or `.txt`, see `text_files.read_texts_or_records`. In a file of
     pairs, the field `positive` or `passage` is the text. Passages `of_pairs` that are
     to be relabelled come first. They may be short, resemble each other, and do not
-    count towards `rules.limit`.
-
-    Raises:
-        ValueError: A file is missing or malformed, or no passage is left.
+    count towards `rules.limit`. Raises ValueError if a file is malformed, or no passage
+    is left.
     """
     dropped: Counter[str] = Counter()
     kept: list[dict[str, Any]] = []
@@ -72,8 +62,7 @@ def read(
         is_limited = own is rules
         if is_limited and rules.limit and num_limited == rules.limit:
             break
-        reason = clean(record, own, known)
-        if reason is None:
+        if (reason := clean(record, own, known)) is None:
             # Titles are ignored: an equal text would be a doubtful negative.
             content = text_formats.content_id(record["text"])
             if content in seen:
@@ -82,11 +71,11 @@ def read(
                 resembles = near.add(record["text"]) is not None
                 reason = "near_duplicate" if resembles and is_limited else None
             seen.add(content)
-        if reason is not None:
+        if reason is None:
+            kept.append({"id": len(kept), **record})
+            num_limited += is_limited
+        else:
             dropped[reason] += 1
-            continue
-        kept.append({"id": len(kept), **record})
-        num_limited += is_limited
     if not kept:
         raise none_left(paths, dropped)
     return kept, dict(sorted(dropped.items()))
@@ -107,8 +96,7 @@ def none_left(
 def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Yields the passages of a file, with their source and licence.
 
-    Raises:
-        ValueError: The file cannot be read, or an id is invalid or repeated.
+    Raises ValueError if the file cannot be read, or an id is invalid or repeated.
     """
     name = wording.file_name(pathlib.Path(path).name)
     ids = inputs.UniqueIds()

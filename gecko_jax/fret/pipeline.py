@@ -6,8 +6,10 @@ stages before it, and retrieval needs all embeddings. Workers that share the fol
 any shard that is ready and not locked.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import time
@@ -17,7 +19,7 @@ from typing import Any
 import ml_collections
 
 import gecko_jax.config
-from gecko_jax.fret import records, relabelling, retrieval, settings, stages
+from gecko_jax.fret import answers, records, relabelling, retrieval, settings, stages
 from gecko_jax.inference import ranking
 from gecko_jax.io import progress, writing
 from gecko_jax.llm import protocol, request_log
@@ -43,19 +45,14 @@ _WAIT_SECONDS = 0.2
 class Step:
     """A stage of a pipeline.
 
-    Attributes:
-        stage: Folder of the stage.
-        make: Returns the records of a shard; None if it writes an array itself.
-        count: Number of shards.
-        needs: Stages whose shard of the same number must exist.
-        needs_all: Step whose shards must all exist.
+    `make` returns the records of a shard; None if it writes an array itself.
     """
 
     stage: records.Stage
     make: Callable[[int], list[stages.Record] | None]
-    count: int
-    needs: tuple[records.Stage, ...] = ()
-    needs_all: "Step | None" = None
+    count: int  # of shards
+    needs: tuple[records.Stage, ...] = ()  # whose shard of the same number must exist
+    needs_all: "Step | None" = None  # whose shards must all exist
 
     def missing(self, worker: tuple[int, int] = (0, 1)) -> list[int]:
         """Returns the unfinished shards of worker i of n."""
@@ -63,56 +60,44 @@ class Step:
         return [shard for shard in shards if not self.stage.has(shard)]
 
 
-class Source:
+@dataclasses.dataclass(eq=False)
+class Source(contextlib.AbstractContextManager["Source"]):
     """What all pipelines of a run share: passages, prompts, model, retriever.
 
-    A context manager that closes the model.
+    A context manager that closes the model, which is opened at its first use.
     """
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        workdir: pathlib.Path,
-        stage: records.Stage,
-        contamination: overlap.Contamination,
-        model_facts: dict[str, Any],
-        connect: Callable[[], protocol.LanguageModel],
-        pair_files: Sequence[pathlib.Path] = (),
-    ):
-        """Reads the finished passages; the model is opened at its first use.
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    stage: records.Stage  # the finished passages
+    contamination: overlap.Contamination  # texts of evaluation sets
+    model_facts: dict[str, Any]  # what identifies the model
+    connect: Callable[[], protocol.LanguageModel]  # opens the model
+    pair_files: Sequence[pathlib.Path] = ()  # to relabel; else queries are generated
 
-        `pair_files` are relabelled; without them, queries are generated.
-        """
-        self.config = config
-        self.workdir = workdir
-        self.stage = stage
-        self.contamination = contamination
-        self.prompts = settings.Prompts(config)
-        self.model_facts = model_facts
-        self.pair_files = pair_files
-        self._connect = connect
-        done = stage.done()
+    def __post_init__(self):
+        """Reads the passages and prompts."""
+        self.prompts = settings.Prompts(self.config)
+        done = self.stage.done()
         assert done is not None
         self.num_shards = done["shards"]
-        passages = [record for s in range(self.num_shards) for record in stage.read(s)]
+        shards = map(self.stage.read, range(self.num_shards))
+        passages = list(itertools.chain.from_iterable(shards))
         if [record["id"] for record in passages] != list(range(len(passages))):
             raise ValueError(
-                f"{stage.folder}: its passages are not numbered from 0 on; a shard was "
-                "changed: restore it, or begin again in another workdir"
+                f"{self.stage.folder}: its passages are not numbered from 0 on; a "
+                "shard was changed: restore it, or begin again in another workdir"
             )
         self.store = stages.Passages(passages)
         self.embed: records.Stage | None = None
-        if config.retrieve.model:
+        if self.config.retrieve.model:
             facts = {
                 "code": CODE_VERSION["embed"],
-                "passages": stage.hash,
+                "passages": self.stage.hash,
                 "model": self.gecko.revision,
-                "dim": config.retrieve.dim,
+                "dim": self.config.retrieve.dim,
             }
-            self.embed = records.Stage(workdir, "embed", facts, ".npy")
-
-    def __enter__(self) -> "Source":
-        return self
+            self.embed = records.Stage(self.workdir, "embed", facts, ".npy")
 
     def __exit__(self, *unused: object) -> None:
         if "model" in vars(self):
@@ -120,8 +105,8 @@ class Source:
 
     @functools.cached_property
     def model(self) -> protocol.LanguageModel:
-        """The language model, opened and checked at the first use."""
-        return self._connect()
+        """The language model, opened and checked."""
+        return self.connect()
 
     @functools.cached_property
     def gecko(self) -> Any:
@@ -132,7 +117,7 @@ class Source:
 
     @functools.cached_property
     def retriever(self) -> ranking.Retriever:
-        """The retriever, built at the first use."""
+        """The retriever of candidates."""
         if self.embed is None:
             return ranking.Bm25Retriever(self.store.texts)
         paths = [self.embed.shard_path(s) for s in range(self.num_shards)]
@@ -150,7 +135,7 @@ class Source:
             self.store,
             self.model,
             self.prompts.generate,
-            settings.query_rules(self.config),
+            settings.fill(answers.Rules, self.config.generate),
             settings.sampling(self.config, self.prompts.generate),
             self.contamination,
             shots=self.config.generate.shots,
@@ -203,7 +188,7 @@ class Pipeline:
                 prompt=prompts.generate.facts,
                 model=source.model_facts,
                 sampling=dataclasses.asdict(sampling),
-                rules=dataclasses.asdict(settings.query_rules(config)),
+                rules=dataclasses.asdict(settings.fill(answers.Rules, config.generate)),
                 shots=config.generate.shots,
                 seed=config.seed,
                 **facts,
@@ -239,27 +224,30 @@ class Pipeline:
             # Since then, a candidate above a seed positive is no negative.
             **({"code": 2} if config.fuse.positive == "seed" else {}),
         )
-        count, embed = len(shards), None
-        self.steps = [Step(self.queries, self._queries, count)]
+        num, embed, needs = len(shards), None, (self.queries, self.retrieve)
+        self.steps = [Step(self.queries, self._queries, num)]
         if source.embed:
             embed = Step(source.embed, self._embed, source.num_shards)
             self.steps.append(embed)
-        self.steps.append(
-            Step(self.retrieve, self._retrieve, count, (self.queries,), embed)
-        )
+        self.steps.append(Step(self.retrieve, self._retrieve, num, needs[:1], embed))
         if self.has_likelihood:
-            self.steps.append(
-                Step(self.likelihood, self._likelihood, count, (self.retrieve,))
-            )
+            self.steps.append(Step(self.likelihood, self._likelihood, num, needs[1:]))
         if self.has_relevance:
-            self.steps.append(Step(self.relevance, self._relevance, count, (before,)))
-        needs = (self.queries, self.retrieve, *judged)
-        self.steps.append(Step(self.fuse, self._fuse, count, needs))
+            self.steps.append(Step(self.relevance, self._relevance, num, (before,)))
+        self.steps.append(Step(self.fuse, self._fuse, num, (*needs, *judged)))
 
     def done(self) -> dict[str, dict[str, Any] | None]:
         """Returns `records.Stage.done` of every stage, by name."""
         steps = [self.source.stage, *(step.stage for step in self.steps)]
         return {stage.name: stage.done() for stage in steps}
+
+    def judged(
+        self, shard: int
+    ) -> tuple[dict[int, stages.Record], dict[int, stages.Record]]:
+        """Returns the scores by QL and by RC, by id; empty where nothing is scored."""
+        likelihoods = self.likelihood.read(shard) if self.has_likelihood else []
+        relevances = self.relevance.read(shard) if self.has_relevance else []
+        return stages.by_id(likelihoods), stages.by_id(relevances)
 
     def run(self, until: str = "fuse", worker: tuple[int, int] = (0, 1)) -> None:
         """Makes every missing shard, up to a stage.
@@ -383,6 +371,13 @@ class Pipeline:
             return [self.source.pairs[number] for number in self.shards[shard]]
         return self.source.generate(self.shards[shard])
 
+    def _retrieved(
+        self, shard: int
+    ) -> tuple[list[stages.Record], dict[int, stages.Record]]:
+        """Returns the records of `retrieve` that are kept, and the queries by id."""
+        rows = stages.kept(self.retrieve.read(shard))
+        return rows, stages.by_id(self.queries.read(shard))
+
     def _retrieve(self, shard: int) -> list[stages.Record]:
         config = self.source.config
         return stages.retrieve(
@@ -399,8 +394,7 @@ class Pipeline:
         is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
         shares_reading = self.has_relevance and is_same_text
         return stages.likelihood(
-            stages.kept(self.retrieve.read(shard)),
-            stages.by_id(self.queries.read(shard)),
+            *self._retrieved(shard),
             self.source.store,
             self.source.model,
             prompts.likelihood,
@@ -409,24 +403,17 @@ class Pipeline:
         )
 
     def _relevance(self, shard: int) -> list[stages.Record]:
-        rows = stages.kept(self.retrieve.read(shard))
+        rows, queries = self._retrieved(shard)
         if self.has_likelihood:  # Rows without a likelihood are dropped anyway.
             scored = stages.by_id(self.likelihood.read(shard))
             rows = [row for row in rows if row["id"] in scored]
-        return stages.relevance(
-            rows,
-            stages.by_id(self.queries.read(shard)),
-            self.source.store,
-            self.source.model,
-            self.source.prompts.relevance,
-        )
+        source, prompt = self.source, self.source.prompts.relevance
+        return stages.relevance(rows, queries, source.store, source.model, prompt)
 
     def _fuse(self, shard: int) -> list[stages.Record]:
         return stages.fuse(
-            stages.kept(self.retrieve.read(shard)),
-            stages.by_id(self.queries.read(shard)),
-            stages.by_id(self.likelihood.read(shard)) if self.has_likelihood else {},
-            stages.by_id(self.relevance.read(shard)) if self.has_relevance else {},
+            *self._retrieved(shard),
+            *self.judged(shard),
             list(self.source.prompts.relevance.labels.values()),
             settings.fusion_settings(self.source.config),
             seed=self.source.config.seed,

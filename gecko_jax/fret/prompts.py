@@ -52,31 +52,18 @@ _INVISIBLE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt file.
+    """A prompt file."""
 
-    Attributes:
-        name: Name of the file without its suffix.
-        version: Version, recorded with every row.
-        sha256: Checksum of the file.
-        kind: "generate", "generate_for_task", "likelihood" or "relevance".
-        instruction: First paragraph; may be empty.
-        example: Template of an example.
-        answer: Marker after which the model continues.
-        markers: Strings that are broken up in texts.
-        examples: Field values of the examples.
-        labels: Relevance only: label -> grade, best first.
-    """
-
-    name: str
-    version: int
-    sha256: str
-    kind: str
-    instruction: str
-    example: str
-    answer: str
-    markers: tuple[str, ...]
-    examples: tuple[Mapping[str, str], ...]
-    labels: Mapping[str, int]
+    name: str  # name of the file without its suffix
+    version: int  # version, recorded with every row
+    sha256: str  # checksum of the file
+    kind: str  # "generate", "generate_for_task", "likelihood" or "relevance"
+    instruction: str  # first paragraph; may be empty
+    example: str  # template of an example
+    answer: str  # marker after which the model continues
+    markers: tuple[str, ...]  # strings that are broken up in texts
+    examples: tuple[Mapping[str, str], ...]  # field values of the examples
+    labels: Mapping[str, int]  # relevance only: label -> grade, best first
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -136,9 +123,7 @@ def before_query(prompt: Prompt) -> Prompt:
     """Returns a relevance prompt that ends before the query, to score the query (QL).
 
     Both judges then read the same text, so a model in this process reads it once.
-
-    Raises:
-        ValueError: The query is not on a line of its own after the passage.
+    Raises ValueError if the query is not on a line of its own after the passage.
     """
     head, _, tail = prompt.example.partition("{query}")
     answer = head.rpartition("\n")[2].rstrip()
@@ -153,8 +138,7 @@ def before_query(prompt: Prompt) -> Prompt:
 def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
     """Reads and checks a prompt file: a bundled one, such as "generate", or a path.
 
-    Raises:
-        ValueError: The file is missing, or breaks rules (lists all).
+    Raises a ValueError that lists all faults.
     """
     path = pathlib.Path(name)
     if not path.suffix:

@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,6 +51,8 @@ _RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
     """Returns the fields of a stage's kept records, which name passages by number."""
     passage = field_rules.integer(0, num_passages - 1)
+    passages = field_rules.list_of(passage)
+    number = field_rules.number()
     fields = {
         "passages": {
             "title": field_rules.TEXT,
@@ -65,23 +66,18 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             "task": field_rules.NAME,
             "query": field_rules.NAME,
             "positive": passage,
-            "negatives": field_rules.list_of(passage),
+            "negatives": passages,
             "answers": field_rules.list_of(passage, 1),
             "line": field_rules.NAME,
         },
         "generate": {
-            "task": field_rules.NAME,
-            "query": field_rules.NAME,
-            "prompt": field_rules.NAME,
-            "model": field_rules.NAME,
+            **dict.fromkeys(("task", "query", "prompt", "model"), field_rules.NAME),
             "shots": field_rules.list_of(field_rules.COUNT),
             "usage": _USAGE,
         },
         "retrieve": {
             "candidates": field_rules.list_of(passage, 2),
-            "scores": field_rules.list_of(
-                field_rules.nullable(field_rules.number()), 2
-            ),
+            "scores": field_rules.list_of(field_rules.nullable(number), 2),
             "seed_rank": field_rules.nullable(field_rules.integer(1)),
             "seed": field_rules.optional(passage),
         },
@@ -100,13 +96,14 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
         "fuse": {
             "positive": passage,
             "negative": field_rules.nullable(passage),
-            "negatives": field_rules.optional(field_rules.list_of(passage)),
-            "positives": field_rules.optional(field_rules.list_of(passage)),
-            "false_negatives": field_rules.optional(field_rules.list_of(passage)),
+            **dict.fromkeys(
+                ("negatives", "positives", "false_negatives"),
+                field_rules.optional(passages),
+            ),
             "moved": field_rules.FLAG,
             "ranks": field_rules.object_of({"likelihood": _RANKS, "relevance": _RANKS}),
-            "fused": field_rules.list_of(field_rules.number(), 2),
-            "information": field_rules.optional(field_rules.number()),
+            "fused": field_rules.list_of(number, 2),
+            "information": field_rules.optional(number),
         },
     }
     return {"id": field_rules.COUNT, **fields.get(stage, {})}
@@ -164,16 +161,14 @@ class Stage:
     def compare(self) -> None:
         """Compares the facts with those of an earlier run, if there was one.
 
-        Raises:
-            ValueError: The facts differ; lists each difference.
+        Raises a ValueError that lists each difference.
         """
         path = self.folder / _FACTS
         if not path.exists():
             return
         remedy = "remove the folder, or restore the file"
         before = reading.read_object(path, {}, remedy=remedy)
-        changed = list(_differences(before, self.facts))
-        if changed:
+        if changed := list(_differences(before, self.facts)):
             raise ValueError(
                 f"{self.folder}: begun with other settings. Set these back, remove "
                 "the folder and those of the stages after it to make them again, or "
@@ -191,22 +186,19 @@ class Stage:
     def read(self, shard: int) -> list[dict[str, Any]]:
         """Returns the records of a finished shard, including dropped ones.
 
-        Raises:
-            ValueError: A record is not as the stage writes it.
+        Raises ValueError if a record is not as the stage writes it.
         """
         remedy = f"the shard was changed: {self._remedy}"
         seeds = None if self._seeds is None else set(self._seeds[shard])
         result: dict[int, dict[str, Any]] = {}
         for place, record in reading.read_records(self.shard_path(shard)):
-            is_dropped = DROPPED in record
-            fields = _DROPPED_FIELDS if is_dropped else self._kinds
+            fields = _DROPPED_FIELDS if DROPPED in record else self._kinds
             field_rules.check(place, record, fields, remedy)
             number = record["id"]
             if number in result or (seeds is not None and number not in seeds):
                 raise ValueError(f"{place}: id {number} is not of this shard; {remedy}")
-            if self.name == "retrieve" and not is_dropped:
-                candidates = record["candidates"]
-                seed = record.get("seed", number)
+            if "candidates" in fields:
+                candidates, seed = record["candidates"], record.get("seed", number)
                 if seed not in candidates or len({*candidates}) < len(candidates):
                     raise ValueError(
                         f"{place}: the candidates lack the seed, or repeat one; "
@@ -224,28 +216,27 @@ class Stage:
             lines.writelines(map(to_line, records))
 
     def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:
-        """Counts the records of every shard and closes the stage.
+        """Counts the records of every shard, and closes the stage.
 
-        Returns:
-            The content of `.done.json`: shards and their bytes, records, dropped
-            records by reason, tokens.
+        Returns the content of `.done.json`: shards and their bytes, records, dropped
+        records by reason, tokens.
         """
-        counts: Counter[str] = Counter()
+        num_records = 0
+        usage: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         for shard in range(num_shards if self._suffix == ".jsonl" else 0):
             for record in self.read(shard):
-                counts["records"] += 1
-                if DROPPED in record:
-                    reasons[record[DROPPED]] += 1
-                counts.update(record.get("usage", {}))
+                num_records += 1
+                reasons.update([record[DROPPED]] if DROPPED in record else [])
+                usage.update(record.get("usage", {}))
         done = {
             "stage": self.name,
             "hash": self.hash,
             "shards": num_shards,
-            "records": counts.pop("records", 0),
+            "records": num_records,
             "kept": 0,
             "dropped": dict(sorted(reasons.items())),
-            "usage": dict(sorted(counts.items())),
+            "usage": dict(sorted(usage.items())),
             "bytes": [self.shard_path(n).stat().st_size for n in range(num_shards)],
             **facts,
         }
@@ -257,8 +248,7 @@ class Stage:
     def done(self) -> dict[str, Any] | None:
         """Returns the content of `.done.json`; None if the stage is unfinished.
 
-        Raises:
-            ValueError: The file is damaged, or a shard has changed its size.
+        Raises ValueError if the file is damaged, or a shard has changed its size.
         """
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"
@@ -296,16 +286,13 @@ def try_lock(path: pathlib.Path) -> Iterator[bool]:
     The file stays; the lock ends with the process that holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with path.open("a") as file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             got = True
         except BlockingIOError:
             got = False
         yield got
-    finally:
-        os.close(handle)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

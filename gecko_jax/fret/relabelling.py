@@ -21,7 +21,8 @@ from gecko_jax.io import wording
 from gecko_jax.text import overlap, text_formats
 
 # Fields of a line about the origin of its positive.
-ORIGIN = ("source", "source_id", "licence", "license", "src", "url")
+_NAMED = ("source", "source_id", "licence")
+ORIGIN = (*_NAMED, "license", "src", "url")
 # Fields of a line that describe its negatives, or scores of its candidates.
 _NEGATIVES = (
     *("negative", "negatives", "negative_titles", "negative_ids", "scores"),
@@ -32,16 +33,13 @@ _NEGATIVES = (
 def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
     """Yields the positives of all lines, then the negatives, as `passages.read_file`.
 
-    Raises:
-        ValueError: A file or line is invalid, or there are no lines.
+    Raises ValueError if a file or line is invalid, or there are no lines.
     """
     num_lines = 0
     for place, record, pair in read_lines(files):
         num_lines += 1
-        given, (source, number) = pair.given_ids[0], place.rsplit(":", 1)
-        known = {"source": source, "source_id": number if given is None else f"{given}"}
-        known |= {n: record[n] for n in ORIGIN if isinstance(record.get(n), str)}
-        yield _passage(known, pair.title, pair.positive, given)
+        origin = {n: record[n] for n in ORIGIN if isinstance(record.get(n), str)}
+        yield _passage(place, origin, pair.title, pair.positive, pair.given_ids[0])
     if files and not num_lines:
         raise ValueError(
             f"{', '.join(map(str, files))}: no lines; give lines with task, query and "
@@ -49,27 +47,26 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
         )
     for place, record, pair in read_lines(files):
         columns = (pair.negatives, pair.negative_titles, pair.given_ids[1:])
-        passages = list(zip(*columns, strict=True))
-        for position, (body, title, given) in enumerate(passages):
-            source, number = place.rsplit(":", 1)
-            if given is not None:
-                number = str(given)
-            known = {"source": source, "source_id": number}
+        for position, (body, title, given) in enumerate(zip(*columns, strict=True)):
             # The export of `gecko fret` has the origin of each negative.
-            for name in ("source", "source_id", "licence"):
+            origin = {}
+            for name in _NAMED:
                 values = record.get(f"negative_{name}s")
-                if not isinstance(values, list) or len(values) != len(passages):
-                    continue
-                if isinstance(values[position], str) and values[position]:
-                    known[name] = values[position]
-            yield _passage(known, title, body, given)
+                if isinstance(values, list) and len(values) == len(pair.negatives):
+                    value = values[position]
+                    origin |= {name: value} if isinstance(value, str) and value else {}
+            yield _passage(place, origin, title, body, given)
 
 
 def _passage(
-    known: dict[str, Any], title: str, body: str, given: str | int | None
+    place: str, origin: dict[str, Any], title: str, body: str, given: str | int | None
 ) -> dict[str, Any]:
+    source, number = place.rsplit(":", 1)
+    number = number if given is None else f"{given}"
+    known: dict[str, Any] = {"source": source, "source_id": number}
+    known |= origin
     if given is not None:
-        known = known | {"passage_id": given}
+        known["passage_id"] = given
     return {**known, "title": title, "text": body}
 
 
@@ -97,34 +94,29 @@ def read_pairs(
         text_formats.content_id(body): number
         for number, (_, body) in enumerate(store.texts)
     }
-
-    def find(texts: Sequence[str]) -> list[int]:
-        found = (numbers.get(text_formats.content_id(text)) for text in texts)
-        return list(dict.fromkeys(number for number in found if number is not None))
-
     answers = mining.Answers(pair for *_, pair in read_lines(files))
-    seen: set[tuple[str, str, int]] = set()
+    seen = set()
     rows = []
     for place, _, pair in read_lines(files):
         row: stages.Record = {"id": len(rows), "line": place}
         rows.append(row)
         query = text_formats.clean(pair.query)
-        positive = find([pair.positive])
-        if not positive:
+        positive = numbers.get(text_formats.content_id(pair.positive))
+        key = (pair.task, query, positive)
+        if positive is None:
             row[records.DROPPED] = "no_passage"
-            continue
-        if contamination.holds(query):
+        elif contamination.holds(query):
             row[records.DROPPED] = "evaluation_set"
-            continue
-        if (key := (pair.task, query, positive[0])) in seen:
+        elif key in seen:
             row[records.DROPPED] = "duplicate"
-            continue
-        seen.add(key)
-        known = sorted(numbers[one] for one in answers.of(pair) if one in numbers)
-        row["task"] = pair.task_description or pair.task
-        row |= {"query": query, "positive": positive[0]}
-        row["negatives"] = [n for n in find(pair.negatives) if n not in known]
-        row["answers"] = known
+        else:
+            seen.add(key)
+            known = sorted(numbers[one] for one in answers.of(pair) if one in numbers)
+            found = map(numbers.get, map(text_formats.content_id, pair.negatives))
+            negatives = [n for n in dict.fromkeys(found) if n not in (None, *known)]
+            row["task"] = pair.task_description or pair.task
+            row |= {"query": query, "positive": positive}
+            row |= {"negatives": negatives, "answers": known}
     return rows
 
 
@@ -150,14 +142,13 @@ def relabel(
         result |= {"positive": chosen["text"], "title": chosen["title"]}
         names = ("passage_id", *ORIGIN)
         result |= {name: chosen[name] for name in names if name in chosen}
-        names = ("source", "source_id", "licence")
-        result |= {f"seed_{name}": own[name] for name in names if name in own}
+        result |= {f"seed_{name}": own[name] for name in _NAMED if name in own}
     if negatives:
         chosen = [passages[number] for number in negatives]
         result["negatives"] = [one["text"] for one in chosen]
         result["negative_titles"] = [one["title"] for one in chosen]
         if any("passage_id" in one for one in chosen):
             result["negative_ids"] = [one.get("passage_id") for one in chosen]
-        for name in ("source", "source_id", "licence"):
+        for name in _NAMED:
             result[f"negative_{name}s"] = [one.get(name, "") for one in chosen]
     return result

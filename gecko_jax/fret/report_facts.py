@@ -11,7 +11,7 @@ from gecko_jax.text import word_rule
 
 
 class Facts:
-    """What the page shows: facts about every triple, and some rows.
+    """What the page shows.
 
     Attributes:
         triples: Facts about each triple.
@@ -46,19 +46,11 @@ class Facts:
                 rows = step.stage.read(shard)
                 kept[step.stage.name] = stages.by_id(rows)
                 self._count(step.stage.name, rows, kept[passes.queries.name])
-            for record in kept["fuse"].values():
-                number = record["id"]
-                row = (
-                    kept[passes.queries.name][number],
-                    kept["retrieve"][number],
-                    record,
-                )
-                self.triples.append(_measure(source, *row))
-                shown = (
-                    *row,
-                    kept["likelihood"].get(number, {}),
-                    kept["relevance"].get(number, {}),
-                )
+            for number, record in kept["fuse"].items():
+                query, row = kept[passes.queries.name][number], kept["retrieve"][number]
+                self.triples.append(_measure(source, query, row, record))
+                ql, rc = (kept[n].get(number, {}) for n in ("likelihood", "relevance"))
+                shown = (query, row, record, ql, rc)
                 _sample(self.rows, shown, len(self.triples), num_rows, rng)
                 if record["moved"]:
                     num_moved += 1
@@ -78,9 +70,8 @@ class Facts:
                     row = {**queries[row["id"]], **row}
                 shown = (row.get(n) for n in ("detail", "query", "raw", "line"))
                 text = next((one for one in shown if one and str(one).strip()), "")
-                self.examples.setdefault(
-                    (stage, reason), html_rows.shortened(str(text))
-                )
+                text = html_rows.shortened(str(text))
+                self.examples.setdefault((stage, reason), text)
 
 
 def _sample(
@@ -117,13 +108,13 @@ def _measure(
     ranks["seed, fused"] = int(fusion.ranks(record["fused"])[seed])
     for name in ("positive", "negative"):
         if record[name] is not None:
-            rank = stages.position(row, record[name]) + 1
-            ranks[f"{name}, by retrieval"] = rank
+            ranks[f"{name}, by retrieval"] = stages.position(row, record[name]) + 1
+    body = source.store.texts[stages.seed_of(row)][1]
     facts = {
         "moved": record["moved"],
         "task": query["task"],
-        "query": _num_words(query["query"]),
-        "passage": _num_words(source.store.texts[stages.seed_of(row)][1]),
+        "query": word_rule.count(word_rule.words(query["query"])),
+        "passage": word_rule.count(word_rule.words(body)),
         "ranks": ranks,
         "candidates": len(row["candidates"]),
         "others": len(record.get("positives", ())),
@@ -134,10 +125,6 @@ def _measure(
         facts["tau"] = kendall(first, second)
         facts["same_first"] = np.argmin(first) == np.argmin(second)
     return facts
-
-
-def _num_words(text: str) -> int:
-    return word_rule.count(word_rule.words(text))
 
 
 def kendall(first: Sequence[int], second: Sequence[int]) -> float:

@@ -55,12 +55,9 @@ def searched_by(
 
     def build(passages: Sequence[tuple[str, str]], task: str) -> GeckoRetriever:
         titles, texts = zip(*passages, strict=True)
+        shown = f"Encoding passages of {task}"
         vectors = gecko.encode(
-            texts,
-            side="passage",
-            task=task,
-            titles=titles,
-            description=f"Encoding passages of {task}",
+            texts, side="passage", task=task, titles=titles, description=shown
         )
         return GeckoRetriever(gecko, vectors)
 
@@ -78,11 +75,7 @@ def write_vectors(
 
 
 def read_vectors(paths: Sequence[pathlib.Path]) -> Float[np.ndarray, "P D"]:
-    """Returns the embeddings of all shards, in order.
-
-    Raises:
-        ValueError: A shard is damaged or missing.
-    """
+    """Returns the embeddings of all shards in order; raises ValueError for damage."""
     parts = []
     for path in paths:
         try:

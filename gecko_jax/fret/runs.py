@@ -43,19 +43,12 @@ Connect = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Result of a call.
+    """Result of a call."""
 
-    Attributes:
-        stages: Content of `.done.json` of each finished stage.
-        budget: Requests, tokens and cost of this call.
-        stopped: Why it ended early; "" if it did not.
-        output: The exported file; None if there is none yet.
-    """
-
-    stages: dict[str, dict[str, Any]]
-    budget: request_log.Budget
-    stopped: str
-    output: pathlib.Path | None
+    stages: dict[str, dict[str, Any]]  # content of `.done.json` of each finished stage
+    budget: request_log.Budget  # requests, tokens and cost of this call
+    stopped: str  # why it ended early; "" if it did not
+    output: pathlib.Path | None  # the exported file; None if there is none yet
 
 
 def run(
@@ -124,7 +117,7 @@ def prepare(
         request_log.write_model(workdir, name, facts)
         return model
 
-    files = find_files(config.relabel.files, "relabel.files")
+    files = find_files(config, "relabel")
     return pipeline.Source(
         config, workdir, stage, contamination, facts, open_and_record, files
     )
@@ -136,9 +129,8 @@ def open_budget(
     max_cost: int | float | None = None,
 ) -> request_log.Budget:
     """Returns a budget with the prices of the config."""
-    return request_log.Budget(
-        max_requests, max_cost, config.llm.price_input, config.llm.price_output
-    )
+    prices = (config.llm.price_input, config.llm.price_output)
+    return request_log.Budget(max_requests, max_cost, *prices)
 
 
 def open_model(
@@ -149,16 +141,12 @@ def open_model(
     A server is used once `canary.check` has passed.
     """
     if config.llm.recording:
-        return protocol.recorded(_recording(config))
+        return protocol.recorded(_or_bundled(config.llm.recording, "recording"))
     if config.llm.weights:
-        return in_process.open_model(
-            config.llm.weights,
-            config.llm.dtype,
-            config.llm.tensor,
-            config.llm.compilation_cache,
-            budget,
-        )
-    model = server.connect(settings.server_settings(config), budget)
+        names = ("weights", "dtype", "tensor", "compilation_cache")
+        chosen = {name: config.llm[name] for name in names}
+        return in_process.open_model(**chosen, budget=budget)
+    model = server.connect(settings.fill(server.ServerSettings, config.llm), budget)
     try:
         canary.check(
             model,
@@ -185,13 +173,10 @@ def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
     """Returns the pass over all passages that are not held out, or over the lines."""
     if source.pair_files:
         lines, facts = _lines(source)
-        return pipeline.Pipeline(source, _shards(source, lines), "", facts)
+        return pipeline.Pipeline(source, _shards(source.config, lines), "", facts)
     out = set(held_out(source.config, len(source.store)))
-    rows, total = source.config.passages.shard_rows, len(source.store)
-    shards = [
-        [n for n in range(start, min(start + rows, total)) if n not in out]
-        for start in range(0, total, rows)
-    ]
+    whole = _shards(source.config, range(len(source.store)))
+    shards = [[number for number in shard if number not in out] for shard in whole]
     return pipeline.Pipeline(source, shards, "", {"held_out": len(out)})
 
 
@@ -201,7 +186,7 @@ def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
     facts = {"seeds": len(chosen)}
     if source.pair_files:
         facts |= _lines(source)[1]
-    shards = _shards(source, chosen)
+    shards = _shards(source.config, chosen)
     return pipeline.Pipeline(source, shards, "calibration", facts, scores_all=True)
 
 
@@ -223,9 +208,10 @@ def _lines(source: pipeline.Source) -> tuple[list[int], dict[str, Any]]:
     return chosen, {"lines": len(chosen), "seed": source.config.seed}
 
 
-def _shards(source: pipeline.Source, numbers: list[int]) -> list[list[int]]:
-    rows = source.config.passages.shard_rows
-    return [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
+def _shards(config: ml_collections.ConfigDict, rows: Sequence[Any]) -> list[Any]:
+    """Cuts rows into shards."""
+    size = config.passages.shard_rows
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _passages(
@@ -235,9 +221,10 @@ def _passages(
     beam_options: Sequence[str] | None,
 ) -> records.Stage:
     """Returns the finished stage of passages; one worker makes it, others wait."""
-    paths = find_files(config.passages.files, "passages.files")
-    pairs = find_files(config.relabel.files, "relabel.files")
-    rules, rows = settings.passage_rules(config), config.passages.shard_rows
+    paths = find_files(config, "passages")
+    pairs = find_files(config, "relabel")
+    rules = settings.fill(passages.Rules, config.passages)
+    rows = config.passages.shard_rows
     facts = {
         "code": pipeline.CODE_VERSION["passages"],
         "files": {path.name: reading.sha256(path) for path in paths},
@@ -251,52 +238,43 @@ def _passages(
     while stage.done() is None:
         with records.try_lock(workdir / records.LOCKS / "passages.lock") as got:
             if got and stage.done() is None and beam_options is not None:
-                beam_passages.write(
-                    paths,
-                    rules,
-                    config.passages.decontaminate,
-                    stage,
-                    rows,
-                    beam_options,
-                )
+                sets = config.passages.decontaminate
+                beam_passages.write(paths, rules, sets, stage, rows, beam_options)
             elif got and stage.done() is None:
                 kept, dropped = passages.read(
                     paths, rules, contamination, relabelling.read_passages(pairs)
                 )
-                starts = range(0, len(kept), rows)
-                for shard, start in enumerate(starts):
-                    stage.write(shard, kept[start : start + rows])
+                shards = _shards(config, kept)
+                for shard, part in enumerate(shards):
+                    stage.write(shard, part)
                 total = len(kept) + sum(dropped.values())
-                stage.finish(len(starts), records=total, dropped=dropped)
+                stage.finish(len(shards), records=total, dropped=dropped)
         if not got:
             time.sleep(0.2)
     return stage
 
 
-def find_files(names: Sequence[str], key: str) -> list[pathlib.Path]:
-    """Returns the paths of the files of a key; "quickstart" is the bundled one."""
-    paths = [
-        _QUICKSTART / "train.jsonl" if name == "quickstart" else pathlib.Path(name)
-        for name in names
-    ]
+def find_files(config: ml_collections.ConfigDict, group: str) -> list[pathlib.Path]:
+    """Returns the `files` of a group; "quickstart" is the bundled one."""
+    paths = [_or_bundled(name, "train.jsonl") for name in config[group].files]
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{key}: {path}: no such file; check the path")
+            raise ValueError(f"{group}.files: {path}: no such file; check the path")
     return paths
 
 
-def _recording(config: ml_collections.ConfigDict) -> pathlib.Path:
-    path = config.llm.recording
-    return _QUICKSTART / "recording" if path == "quickstart" else pathlib.Path(path)
+def _or_bundled(path: str, bundled: str) -> pathlib.Path:
+    return _QUICKSTART / bundled if path == "quickstart" else pathlib.Path(path)
 
 
 def _describe_model(config: ml_collections.ConfigDict) -> tuple[str, dict[str, Any]]:
     """Returns name and facts of the model without opening it."""
     if config.llm.recording:
-        name, facts, _ = request_log.read_recording(_recording(config))
+        recording = _or_bundled(config.llm.recording, "recording")
+        name, facts, _ = request_log.read_recording(recording)
         return name, facts
     if config.llm.weights:
         facts = in_process.facts(config.llm.weights, config.llm.dtype)
         return facts["model"], facts
-    served = settings.server_settings(config)
+    served = settings.fill(server.ServerSettings, config.llm)
     return server.name(served), server.facts(served)

@@ -3,78 +3,68 @@
 `check` reports all faults at once, before anything is read or sent.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import ml_collections
 
 import gecko_jax.config
-from gecko_jax.fret import answers, fusion, passages, prompts
-from gecko_jax.llm import protocol, server, wire
+from gecko_jax.config import rules
+from gecko_jax.fret import fusion, prompts
+from gecko_jax.llm import protocol, wire
 from gecko_jax.text import text_formats
 
-rules = gecko_jax.config
-Key, Rule = rules.Key, rules.Rule
+Key, Rule, between, one_of = rules.Key, rules.Rule, rules.between, rules.one_of
+TEXT, NAME, SWITCH = rules.TEXT, rules.NAME, rules.SWITCH
+POSITIVE, COUNT = rules.POSITIVE, rules.COUNT
+ABOVE_ZERO, NOT_NEGATIVE = rules.ABOVE_ZERO, rules.NOT_NEGATIVE
 
+_Settings = TypeVar("_Settings")
 _SHARE = Rule(float, "must be in [0, 1]", lambda v: 0 <= v <= 1)
+_FILES = Rule(tuple)
 
 # Defaults without a source are ours: the paper gives neither prompts, model, N nor
 # filters.
-KEYS: dict[str, Key] = {
-    "seed": Key(0, rules.COUNT, "PRNG seed."),
+KEYS: dict[str, rules.Key] = {
+    "seed": Key(0, COUNT, "PRNG seed."),
     "passages.files": Key(
-        (),
-        Rule(tuple),
-        "JSONL with `text` (optionally `title`, `_id`), or .txt files.",
+        (), _FILES, "JSONL with `text` (optionally `title`, `_id`), or .txt files."
     ),
     "passages.decontaminate": Key(
-        (),
-        Rule(tuple),
-        "BEIR folders and STS files whose texts are dropped.",
+        (), _FILES, "BEIR folders and STS files whose texts are dropped."
     ),
-    "passages.min_words": Key(10, rules.POSITIVE, "Shortest passage, in words."),
+    "passages.min_words": Key(10, POSITIVE, "Shortest passage, in words."),
     "passages.max_characters": Key(
-        4000,
-        rules.between(1, text_formats.MAX_CHARACTERS),
-        "Longest passage, in characters.",
+        4000, between(1, text_formats.MAX_CHARACTERS), "Longest passage, in characters."
     ),
     "passages.near_duplicate": Key(
         0.8, _SHARE, "Least resemblance of near duplicates; 0 drops only equal texts."
     ),
-    "passages.limit": Key(0, rules.COUNT, "Largest number of passages; 0 for all."),
+    "passages.limit": Key(0, COUNT, "Largest number of passages; 0 for all."),
     "passages.shard_rows": Key(
-        256,
-        rules.POSITIVE,
-        "Passages per shard, which is written as a whole.",
+        256, POSITIVE, "Passages per shard, which is written as a whole."
     ),
     "relabel.files": Key(
-        (),
-        Rule(tuple),
-        "JSONL of pairs or triples for `gecko fret relabel`.",
+        (), _FILES, "JSONL of pairs or triples for `gecko fret relabel`."
     ),
-    "relabel.limit": Key(
-        0, rules.COUNT, "Lines to relabel, drawn at random; 0 for all."
-    ),
-    "llm.recording": Key(
-        "", rules.TEXT, "Workdir whose recorded answers replace the model."
-    ),
+    "relabel.limit": Key(0, COUNT, "Lines to relabel, drawn at random; 0 for all."),
+    "llm.recording": Key("", TEXT, "Workdir whose recorded answers replace the model."),
     "llm.weights": Key(
         "",
-        rules.TEXT,
+        TEXT,
         "Model in this process: .gguf, folder or `smollm2`; empty for a server.",
     ),
     "llm.dtype": Key(
-        "float32",
-        rules.one_of("float32", "bfloat16"),
-        "Dtype of the model in this process.",
+        "float32", one_of("float32", "bfloat16"), "Dtype of the model in this process."
     ),
     "llm.tensor": Key(
         1,
-        rules.POSITIVE,
+        POSITIVE,
         "Devices over which the model is split; the other axis splits the rows.",
     ),
     "llm.compilation_cache": Key(
         "~/.cache/gecko_jax/compiled",
-        rules.TEXT,
+        TEXT,
         "Folder of compiled functions; empty for none.",
     ),
     "llm.url": Key(
@@ -89,73 +79,47 @@ KEYS: dict[str, Key] = {
         ),
         "Address of the server, without /v1.",
     ),
-    "llm.model": Key("", rules.TEXT, "Name under which the server serves the model."),
-    "llm.revision": Key(
-        "", rules.TEXT, "Commit or checksum of the weights, for the record."
-    ),
-    "llm.licence": Key(
-        "", rules.TEXT, "Licence of the model's output, for the record."
-    ),
-    "llm.api_key_env": Key(
-        "", rules.TEXT, "Environment variable that holds the API key."
-    ),
+    "llm.model": Key("", TEXT, "Name under which the server serves the model."),
+    "llm.revision": Key("", TEXT, "Commit or checksum of the weights, for the record."),
+    "llm.licence": Key("", TEXT, "Licence of the model's output, for the record."),
+    "llm.api_key_env": Key("", TEXT, "Environment variable that holds the API key."),
     "llm.chat": Key(
-        False,
-        rules.SWITCH,
-        "Uses the chat API, which cannot score continuations.",
+        False, SWITCH, "Uses the chat API, which cannot score continuations."
     ),
     "llm.scoring": Key(
         "echo",
-        rules.one_of(*wire.SCORING),
+        one_of(*wire.SCORING),
         "How the server scores: echo, echo_tokens, forced (llama.cpp) or none.",
     ),
     "llm.top_log_probs": Key(
-        20,
-        rules.POSITIVE,
-        "Number of first tokens listed when labels are scored.",
+        20, POSITIVE, "Number of first tokens listed when labels are scored."
     ),
-    "llm.concurrency": Key(64, rules.POSITIVE, "Requests in flight."),
-    "llm.retries": Key(6, rules.COUNT, "Retries of a failed request."),
+    "llm.concurrency": Key(64, POSITIVE, "Requests in flight."),
+    "llm.retries": Key(6, COUNT, "Retries of a failed request."),
     "llm.retry_seconds": Key(
-        1.0,
-        rules.NOT_NEGATIVE,
-        "Seconds before the first retry; doubled each time.",
+        1.0, NOT_NEGATIVE, "Seconds before the first retry; doubled each time."
     ),
-    "llm.timeout_seconds": Key(
-        300.0, rules.ABOVE_ZERO, "Deadline of a request, in seconds."
-    ),
-    "llm.requests_per_minute": Key(
-        0, rules.COUNT, "Rate limit in requests; 0 for none."
-    ),
-    "llm.tokens_per_minute": Key(0, rules.COUNT, "Rate limit in tokens; 0 for none."),
-    "llm.price_input": Key(
-        0.0, rules.NOT_NEGATIVE, "Price of a million prompt tokens."
-    ),
-    "llm.price_output": Key(
-        0.0, rules.NOT_NEGATIVE, "Price of a million completion tokens."
-    ),
+    "llm.timeout_seconds": Key(300.0, ABOVE_ZERO, "Deadline of a request, in seconds."),
+    "llm.requests_per_minute": Key(0, COUNT, "Rate limit in requests; 0 for none."),
+    "llm.tokens_per_minute": Key(0, COUNT, "Rate limit in tokens; 0 for none."),
+    "llm.price_input": Key(0.0, NOT_NEGATIVE, "Price of a million prompt tokens."),
+    "llm.price_output": Key(0.0, NOT_NEGATIVE, "Price of a million completion tokens."),
     "generate.prompt": Key(
-        "generate", rules.NAME, "Prompt; `generate_for_task` draws the task."
+        "generate", NAME, "Prompt; `generate_for_task` draws the task."
     ),
-    "generate.shots": Key(5, rules.COUNT, "Few-shot examples per row; 0 for all."),
-    "generate.temperature": Key(0.7, rules.NOT_NEGATIVE, "Sampling temperature."),
+    "generate.shots": Key(5, COUNT, "Few-shot examples per row; 0 for all."),
+    "generate.temperature": Key(0.7, NOT_NEGATIVE, "Sampling temperature."),
     "generate.top_p": Key(
         1.0, _SHARE, "Nucleus sampling: smallest probability mass to draw from."
     ),
-    "generate.max_tokens": Key(
-        96, rules.POSITIVE, "Largest number of tokens to generate."
-    ),
-    "generate.min_words": Key(3, rules.POSITIVE, "Shortest query, in words."),
-    "generate.max_words": Key(40, rules.POSITIVE, "Longest query, in words."),
+    "generate.max_tokens": Key(96, POSITIVE, "Largest number of tokens to generate."),
+    "generate.min_words": Key(3, POSITIVE, "Shortest query, in words."),
+    "generate.max_words": Key(40, POSITIVE, "Longest query, in words."),
     "generate.max_copied_words": Key(
-        8,
-        rules.COUNT,
-        "Longest run of words copied from the passage; 0 for any.",
+        8, COUNT, "Longest run of words copied from the passage; 0 for any."
     ),
-    "retrieve.model": Key(
-        "", rules.TEXT, "Workdir or export of a Gecko; empty for BM25."
-    ),
-    "retrieve.dim": Key(0, rules.COUNT, "Dims of its embeddings; 0 for all."),
+    "retrieve.model": Key("", TEXT, "Workdir or export of a Gecko; empty for BM25."),
+    "retrieve.dim": Key(0, COUNT, "Dims of its embeddings; 0 for all."),
     "retrieve.num_candidates": Key(
         20,
         Rule(int, "must be at least 2", lambda v: v >= 2),
@@ -163,7 +127,7 @@ KEYS: dict[str, Key] = {
     ),
     "retrieve.max_seed_rank": Key(
         0,
-        rules.COUNT,
+        COUNT,
         "Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2; "
         "Promptagator, arXiv 2209.11755: 1); 0 for any.",
     ),
@@ -175,39 +139,37 @@ KEYS: dict[str, Key] = {
     ),
     "likelihood.prompt": Key(
         "likelihood",
-        rules.NAME,
+        NAME,
         "Prompt of query likelihood (QL); with that of RC, both share a reading.",
     ),
     "likelihood.generic_passage": Key(
-        "", rules.TEXT, "Passage scored as well, for `fuse.min_information`."
+        "", TEXT, "Passage scored as well, for `fuse.min_information`."
     ),
     "relevance.prompt": Key(
-        "relevance", rules.NAME, "Prompt of relevance classification (RC)."
+        "relevance", NAME, "Prompt of relevance classification (RC)."
     ),
     "fuse.k": Key(
-        0.0,
-        rules.NOT_NEGATIVE,
-        "Constant added to ranks (RRF); the paper has none.",
+        0.0, NOT_NEGATIVE, "Constant added to ranks (RRF); the paper has none."
     ),
-    "fuse.likelihood_weight": Key(1.0, rules.NOT_NEGATIVE, "Weight of the QL ranking."),
-    "fuse.relevance_weight": Key(1.0, rules.NOT_NEGATIVE, "Weight of the RC ranking."),
+    "fuse.likelihood_weight": Key(1.0, NOT_NEGATIVE, "Weight of the QL ranking."),
+    "fuse.relevance_weight": Key(1.0, NOT_NEGATIVE, "Weight of the RC ranking."),
     "fuse.relevance": Key(
         "log_prob",
-        rules.one_of("log_prob", "log_odds"),
+        one_of("log_prob", "log_odds"),
         "RC score: log-probability of the best label (paper), or log-odds.",
     ),
     "fuse.positive": Key(
         "relabelled",
-        rules.one_of("relabelled", "seed"),
+        one_of("relabelled", "seed"),
         "Positive: the best candidate (paper), or the seed passage.",
     ),
     "fuse.negative": Key(
         "lowest",
-        rules.one_of("lowest", "sampled", "given", "none"),
+        one_of("lowest", "sampled", "given", "none"),
         "Hard negative: the lowest candidate (paper), a sampled one, those of the line "
         "that is relabelled, or none.",
     ),
-    "fuse.num_negatives": Key(1, rules.POSITIVE, "Most hard negatives of a query."),
+    "fuse.num_negatives": Key(1, POSITIVE, "Most hard negatives of a query."),
     "fuse.margin": Key(
         0.0,
         _SHARE,
@@ -215,7 +177,7 @@ KEYS: dict[str, Key] = {
     ),
     "fuse.near": Key(
         "drop",
-        rules.one_of("drop", "positive"),
+        one_of("drop", "positive"),
         "What becomes of it: nothing, or a further positive (RLHN, arXiv 2505.16967).",
     ),
     "fuse.max_negative_share": Key(
@@ -225,25 +187,21 @@ KEYS: dict[str, Key] = {
         "arXiv 2407.15831: 0.95); 0 for none. Needs `retrieve.model`.",
     ),
     "fuse.min_information": Key(
-        0.0,
-        Rule(float),
-        "Least QL above that of the generic passage, in nats.",
+        0.0, Rule(float), "Least QL above that of the generic passage, in nats."
     ),
     "export.max_tasks": Key(
-        64,
-        rules.POSITIVE,
-        "Most tasks to keep; rarer ones become `search result`.",
+        64, POSITIVE, "Most tasks to keep; rarer ones become `search result`."
     ),
     "export.candidates": Key(
-        False, rules.SWITCH, "Writes all candidates with their scores and ranks."
+        False, SWITCH, "Writes all candidates with their scores and ranks."
     ),
     "export.scores": Key(
         "",
-        rules.one_of("", "likelihood", "relevance", "fused"),
+        one_of("", "likelihood", "relevance", "fused"),
         "Scores of positive and negatives that are written, for `loss.kl_weight`.",
     ),
     "calibrate.num_seeds": Key(
-        100, rules.COUNT, "Seeds held out of the run, at most a fifth."
+        100, COUNT, "Seeds held out of the run, at most a fifth."
     ),
     "run.max_error_rate": Key(
         0.05, _SHARE, "Share of failed rows in a shard that stops the run."
@@ -254,69 +212,57 @@ SCHEMA = {name: key.rule for name, key in KEYS.items()}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks every key.
-
-    Raises:
-        ValueError: Lists every fault: the key, its value, the rule, the remedy.
-    """
+    """Checks every key; raises a ValueError that lists every fault, with its remedy."""
     flat = gecko_jax.config.flatten(config)
-    gecko_jax.config.refuse(
-        gecko_jax.config.find_faults(flat, SCHEMA) or _faults_between_keys(flat)
-    )
+    rules.refuse(rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat))
 
 
-def _faults_between_keys(flat: dict[str, Any]) -> list[str]:
-    faults = []
+def _faults_between_keys(flat: dict[str, Any]) -> Iterator[str]:
     is_served = not flat["llm.recording"] and not flat["llm.weights"]
     if is_served and not flat["llm.model"]:
-        faults.append(
+        yield (
             "llm.model='': name the model that llm.url serves, or set llm.weights to "
             "run one in this process"
         )
     if flat["llm.recording"] and flat["llm.weights"]:
-        faults.append(
+        yield (
             f"llm.recording={flat['llm.recording']!r}, llm.weights="
             f"{flat['llm.weights']!r}: only one can answer; leave the other empty"
         )
     if not flat["fuse.likelihood_weight"] and not flat["fuse.relevance_weight"]:
-        faults.append(
-            "fuse.likelihood_weight=0, fuse.relevance_weight=0: one must be above 0"
-        )
+        yield "fuse.likelihood_weight=0, fuse.relevance_weight=0: one must be above 0"
     cannot_score = flat["llm.chat"] or flat["llm.scoring"] == "none"
     if cannot_score and flat["fuse.likelihood_weight"] and is_served:
-        faults.append(
+        yield (
             f"fuse.likelihood_weight={flat['fuse.likelihood_weight']}: with llm.chat="
             f"{flat['llm.chat']}, llm.scoring={flat['llm.scoring']!r} no query is "
             "scored; set it to 0, or use a server that can score"
         )
     if not flat["passages.files"] and not flat["relabel.files"]:
-        faults.append("passages.files=(): must name a file or more")
-    for name, off in (
-        ("retrieve.min_seed_cosine", -1.0),
-        ("fuse.max_negative_share", 0.0),
-    ):
+        yield "passages.files=(): must name a file or more"
+    for name in ("retrieve.min_seed_cosine", "fuse.max_negative_share"):
+        off = KEYS[name].default
         if flat[name] != off and not flat["retrieve.model"]:
-            faults.append(
+            yield (
                 f"{name}={flat[name]}: BM25 has no cosines; set retrieve.model, or set "
                 f"it to {off}"
             )
     if flat["fuse.negative"] == "given" and not flat["relabel.files"]:
-        faults.append(
+        yield (
             "fuse.negative='given': only lines that are relabelled have negatives; set "
             "relabel.files, or choose another"
         )
     judge = flat["export.scores"]
     if judge in ("likelihood", "relevance") and not flat[f"fuse.{judge}_weight"]:
-        faults.append(
+        yield (
             f"export.scores={judge!r}: not scored with fuse.{judge}_weight=0; set it "
             "above 0"
         )
     if flat["generate.max_words"] < flat["generate.min_words"]:
-        faults.append(
+        yield (
             f"generate.max_words={flat['generate.max_words']}: must not be below "
             f"generate.min_words={flat['generate.min_words']}"
         )
-    return faults
 
 
 class Prompts:
@@ -333,22 +279,10 @@ class Prompts:
             self.likelihood = prompts.before_query(self.likelihood)
 
 
-def server_settings(config: ml_collections.ConfigDict) -> server.ServerSettings:
-    """Returns the settings of the server."""
-    names = server.ServerSettings.__dataclass_fields__
-    return server.ServerSettings(**{name: config.llm[name] for name in names})
-
-
-def passage_rules(config: ml_collections.ConfigDict) -> passages.Rules:
-    """Returns the limits of a passage."""
-    names = passages.Rules.__dataclass_fields__
-    return passages.Rules(**{name: config.passages[name] for name in names})
-
-
-def query_rules(config: ml_collections.ConfigDict) -> answers.Rules:
-    """Returns the limits of a generated query."""
-    names = answers.Rules.__dataclass_fields__
-    return answers.Rules(**{name: config.generate[name] for name in names})
+def fill(kind: type[_Settings], group: ml_collections.ConfigDict) -> _Settings:
+    """Returns a dataclass whose fields are keys of a group of the config."""
+    names = vars(kind)["__dataclass_fields__"]
+    return kind(**{name: group[name] for name in names})
 
 
 def sampling(
@@ -386,4 +320,4 @@ def fusion_facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def fusion_settings(config: ml_collections.ConfigDict) -> fusion.Settings:
     """Returns the settings of fusion and of the choice."""
-    return fusion.Settings(**config.fuse.to_dict())
+    return fill(fusion.Settings, config.fuse)

@@ -26,6 +26,8 @@ from gecko_jax.text import overlap
 
 Record = dict[str, Any]
 
+_FEW_SHOT, _NEGATIVE = 1, 2  # Purposes of random numbers.
+
 
 class Passages:
     """The (title, text) pairs of all passages, by number."""
@@ -43,11 +45,8 @@ class Passages:
         return f"{title}. {body}" if title else body
 
 
-_FEW_SHOT, _NEGATIVE = 1, 2  # Purposes of random numbers.
-
-
 def row_rng(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """Returns the random generator of a row, which does not depend on its shard."""
+    """Returns the random generator of a row, independent of its shard."""
     return np.random.default_rng([seed, purpose, number])
 
 
@@ -100,7 +99,7 @@ def generate(
                 raise answers.Rejected("evaluation_set")
             result.append(row | {"task": task, "query": query})
         except answers.Rejected as error:
-            result.append(row | {records.DROPPED: error.reason})
+            result.append(row | {records.DROPPED: str(error)})
     return result
 
 
@@ -131,11 +130,8 @@ def retrieve(
             # Rounding makes the file independent of the last bits.
             scores = [round(score, 6) for score in scores]
         others = [n for n in candidates if n not in own][: num_candidates - len(own)]
-        scored = {
-            number: score
-            for number, score in zip(candidates, scores, strict=True)
-            if number in own or number in others
-        }
+        scored = dict(zip(candidates, scores, strict=True))
+        scored = {n: score for n, score in scored.items() if n in own or n in others}
         missing = [number for number in own if number not in scored]
         if missing and scores_all:
             # `settings.check` refuses the settings that need this with BM25.
@@ -146,8 +142,7 @@ def retrieve(
             scored |= dict.fromkeys(missing)
         record = {"id": row["id"], "candidates": list(scored)}
         record |= {"scores": list(scored.values()), "seed_rank": seed_rank}
-        if "positive" in row:
-            record["seed"] = seed
+        record |= {"seed": seed} if "positive" in row else {}
         if len(scored) < 2:
             record[records.DROPPED] = "no_candidates"
         elif max_seed_rank and (seed_rank or len(scored) + 1) > max_seed_rank:
@@ -174,9 +169,9 @@ def likelihood(
 ) -> list[Record]:
     """Scores every candidate by QL(q, p) = log LLM(q | p, P_QL).
 
-    A generic passage, "" for none, is scored like a candidate, to measure how likely
-    the query is given any text. `then` is the prompt of `relevance` if it begins with
-    the texts that are read here.
+    A generic passage, "" for none, is scored like a candidate: how likely is the query
+    given any text? `then` is the prompt of `relevance` if it begins with the texts that
+    are read here.
     """
     shots = range(len(prompt.examples))
     texts, continuations = [], []
@@ -194,12 +189,11 @@ def likelihood(
         scores = [next(scored) for _ in row["candidates"]]
         record: Record = {"id": row["id"]}
         record["log_probs"] = [_number(score, "log_prob") for score in scores]
-        record_scores = list(scores)
         if generic_passage:
-            record_scores.append(next(scored))
-            record["generic_log_prob"] = _number(record_scores[-1], "log_prob")
+            scores.append(next(scored))
+            record["generic_log_prob"] = _number(scores[-1], "log_prob")
         record["num_tokens"] = _number(scores[0], "num_tokens")
-        result.append(record | _total(record_scores))
+        result.append(record | _total(scores))
     return result
 
 
@@ -229,13 +223,8 @@ def _questions(
     prompt: prompts.Prompt,
 ) -> list[str]:
     shots = range(len(prompt.examples))
-    return [
-        prompt.render(
-            shots, passage=store.write(number), query=queries[row["id"]]["query"]
-        )
-        for row in rows
-        for number in row["candidates"]
-    ]
+    shown = ((store.write(n), queries[r["id"]]) for r in rows for n in r["candidates"])
+    return [prompt.render(shots, passage=p, query=q["query"]) for p, q in shown]
 
 
 def fuse(
@@ -262,21 +251,19 @@ def fuse(
     for row in rows:
         number, candidates = row["id"], row["candidates"]
         places = {candidate: place for place, candidate in enumerate(candidates)}
-        ranks: dict[str, Any] = {"likelihood": None, "relevance": None}
-        if settings.likelihood_weight:
-            if number not in likelihoods:
-                result.append({"id": number, records.DROPPED: "no_likelihood"})
-                continue
-            ranks["likelihood"] = fusion.ranks(
-                of_candidates(likelihoods[number]["log_probs"], row)
-            )
-        if settings.relevance_weight:
-            if number not in relevances:
-                result.append({"id": number, records.DROPPED: "no_relevance"})
-                continue
-            ranks["relevance"] = fusion.ranks(
-                relevance_scores(relevances[number], row, grades, settings.relevance)
-            )
+        scores: dict[str, Any] = {"likelihood": None, "relevance": None}
+        if settings.likelihood_weight and number in likelihoods:
+            scores["likelihood"] = of_candidates(likelihoods[number]["log_probs"], row)
+        elif settings.likelihood_weight:
+            result.append({"id": number, records.DROPPED: "no_likelihood"})
+            continue
+        if settings.relevance_weight and number in relevances:
+            record, kind = relevances[number], settings.relevance
+            scores["relevance"] = relevance_scores(record, row, grades, kind)
+        elif settings.relevance_weight:
+            result.append({"id": number, records.DROPPED: "no_relevance"})
+            continue
+        ranks = {n: None if v is None else fusion.ranks(v) for n, v in scores.items()}
         fused = fusion.fuse(ranks["likelihood"], ranks["relevance"], settings)
         seed_position = position(row, seed_of(row))
         choice = fusion.choose(
@@ -289,25 +276,20 @@ def fuse(
             similarities=of_candidates(row["scores"], row),
         )
         negatives = [candidates[place] for place in choice.negatives]
-        record: Record = {
+        record = {
             "id": number,
             "positive": candidates[choice.positive],
             "negative": negatives[0] if negatives else None,
             "moved": choice.positive != seed_position,
-            "ranks": {
-                name: None if values is None else values.tolist()
-                for name, values in ranks.items()
-            },
+            "ranks": {n: None if v is None else v.tolist() for n, v in ranks.items()},
             "fused": [round(float(value), 6) for value in fused],
         }
         if len(negatives) > 1:
             record["negatives"] = negatives
-        for name, chosen in (
-            ("positives", choice.others),
-            ("false_negatives", choice.false_negatives),
-        ):
-            if chosen:
-                record[name] = [candidates[place] for place in chosen]
+        if choice.others:
+            record["positives"] = [candidates[p] for p in choice.others]
+        if choice.false_negatives:
+            record["false_negatives"] = [candidates[p] for p in choice.false_negatives]
         generic = likelihoods.get(number, {}).get("generic_log_prob")
         if generic is not None:
             information = likelihoods[number]["log_probs"][choice.positive] - generic
@@ -378,17 +360,16 @@ def _number(answer: Any, name: str) -> Any:
     if isinstance(answer, protocol.Failure):
         return None
     value = getattr(answer, name)
-    if isinstance(value, tuple):
-        return [round(entry, 6) for entry in value]
-    return round(value, 6)
+    many = isinstance(value, tuple)
+    return [round(entry, 6) for entry in value] if many else round(value, 6)
 
 
 def _total(row_answers: Sequence[Any]) -> Record:
     """Returns the tokens of a row, and its first failure if there is one."""
     failures = [one for one in row_answers if isinstance(one, protocol.Failure)]
     usages = [one.usage for one in row_answers if not isinstance(one, protocol.Failure)]
-    fields: Record = {"usage": _usage(sum(usages, protocol.Usage(0, 0, 0)))}
-    return fields | _error(failures[0]) if failures else fields
+    usage = {"usage": _usage(sum(usages, protocol.Usage(0, 0, 0)))}
+    return usage | _error(failures[0]) if failures else usage
 
 
 def _error(failure: protocol.Failure) -> Record:
@@ -397,8 +378,5 @@ def _error(failure: protocol.Failure) -> Record:
 
 
 def _usage(usage: protocol.Usage) -> dict[str, int]:
-    return {
-        "requests": usage.requests,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-    }
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    return {name: getattr(usage, name) for name in names}

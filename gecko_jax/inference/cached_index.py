@@ -26,17 +26,11 @@ def open_index(
     paths: Sequence[str | os.PathLike],
     cache: str | os.PathLike = CACHE,
 ) -> vector_index.Index:
-    """Returns an index of the passages in some files and folders.
+    """Returns an index of the passages in some files and folders (`text.corpora`).
 
-    An interrupted build resumes after the last shard of vectors.
-
-    Args:
-        gecko: The model.
-        paths: Files and folders, see `text.corpora`.
-        cache: Folder of all cached indexes.
-
-    Raises:
-        ValueError: A path is of an unknown kind, or a line breaks a rule.
+    An interrupted build resumes after the last shard of vectors. `cache` is the folder
+    of all cached indexes. Raises ValueError if a path is of an unknown kind, or a line
+    breaks a rule.
     """
     files = corpora.find_files(paths)
     names = [str(file.absolute()) for file in files]
@@ -46,7 +40,13 @@ def open_index(
     checksums = {name: reading.sha256(name) for name in names}
     if not listing.exists() or json.loads(listing.read_text("utf-8")) != checksums:
         shutil.rmtree(folder, ignore_errors=True)
-        _write_texts(files, folder / "texts.jsonl")
+        with (
+            writing.write_file(folder / "texts.jsonl") as path,
+            path.open("w") as lines,
+        ):
+            for _, identity, title, text, _ in corpora.read_passages(files):
+                record = {"_id": identity, "title": title, "text": text}
+                lines.write(json.dumps(record) + "\n")
         with writing.write_file(listing) as temporary:
             temporary.write_text(json.dumps(checksums, indent=1), "utf-8")
     if (folder / "index").exists():
@@ -57,10 +57,3 @@ def open_index(
     index.save(folder / "index")
     shutil.rmtree(vectors)
     return index
-
-
-def _write_texts(files: Sequence[pathlib.Path], path: pathlib.Path) -> None:
-    with writing.write_file(path) as temporary, temporary.open("w") as output:
-        for passage in corpora.read_passages(files):
-            record = {"_id": passage.id, "title": passage.title, "text": passage.text}
-            output.write(json.dumps(record) + "\n")

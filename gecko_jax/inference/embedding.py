@@ -164,16 +164,16 @@ class Gecko:
         projected = np.empty((len(texts), self.embedding_dim), np.float32)
         row_of = np.empty(len(texts), np.int64)
         rows: dict[bytes, int] = {}
-        with progress.Progress(
+        bar = progress.Progress(
             description or "", len(texts), enabled=bool(description)
-        ) as bar:
+        )
+        with bar:
             for start in range(0, len(texts), TEXTS_PER_CHUNK):
                 chunk = texts[start : start + TEXTS_PER_CHUNK]
                 first = len(rows)
                 new: list[list[int]] = []
-                for position, tokens in enumerate(
-                    self.vocabulary.encode(chunk, max_length), start
-                ):
+                encoded = self.vocabulary.encode(chunk, max_length)
+                for position, tokens in enumerate(encoded, start):
                     row_of[position] = rows.setdefault(_key(tokens), len(rows))
                     if len(rows) > first + len(new):
                         new.append(tokens)
@@ -234,45 +234,33 @@ class Gecko:
         for position, (text, title, name) in enumerate(rows):
             for field, value in (("texts", text), ("titles", title or "")):
                 if not isinstance(value, str):
-                    raise ValueError(
-                        f"{field}[{position}] is {value!r}: it must be a string"
-                    )
+                    shown = f"{field}[{position}] is {value!r}"
+                    raise ValueError(f"{shown}: it must be a string")
             try:
                 if side == "query" or (name and text_format.is_symmetric(name)):
-                    query = f"{title} {text}" if title else text
-                    encoded = text_format.format_query(query, name or DEFAULT_TASK)
+                    text = f"{title} {text}" if title else text
+                    text = text_format.format_query(text, name or DEFAULT_TASK)
                 else:
-                    encoded = text_format.format_passage(text, title)
+                    text = text_format.format_passage(text, title)
             except ValueError as error:
                 raise ValueError(f"texts[{position}]: {error}") from error
-            formatted.append(encoded)
+            formatted.append(text)
         return formatted
 
     def _project(
         self, tokens: list[list[int]]
     ) -> Iterator[tuple[Int[np.ndarray, " N"], Float[np.ndarray, "N D"]]]:
         """Yields (positions, projected vectors) of each call, in any order."""
-        rows = packing.pack([len(ids) for ids in tokens])
-        calls = packing.plan_calls(rows, self._tokens_per_call, self._num_devices)
+        packed = packing.pack([len(ids) for ids in tokens])
+        calls = packing.plan_calls(packed, self._tokens_per_call, self._num_devices)
         apply = _build_apply(self.files.encoder_config, self._sharding)
         previous: tuple[packing.Call, Array] | None = None
         for call in calls:
             width = call.rows[0].width
-            ids = np.zeros((call.num_rows, width), np.int32)
-            segments = np.zeros((call.num_rows, width), np.int32)
-            for r, row in enumerate(call.rows):
-                begin = 0
-                for segment, position in enumerate(row.positions, start=1):
-                    end = begin + len(tokens[position])
-                    ids[r, begin:end] = tokens[position]
-                    segments[r, begin:end] = segment
-                    begin = end
-            result = apply(
-                self._params,
-                self._share(ids),
-                self._share(segments),
-                width // packing.MIN_TEXT,
-            )
+            rows = [row.positions for row in call.rows]
+            laid_out = packing.lay_out(tokens, rows, (call.num_rows, width))
+            arrays = map(self._share, laid_out)
+            result = apply(self._params, *arrays, width // packing.MIN_TEXT)
             # The device computes this call while the previous result is unpacked and
             # the next rows are filled.
             if previous:

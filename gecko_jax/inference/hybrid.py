@@ -22,11 +22,7 @@ class HybridIndex:
     """An index of vectors together with BM25 over its texts."""
 
     def __init__(self, index: vector_index.Index):
-        """Builds BM25 over the texts of an index.
-
-        Raises:
-            ValueError: The index has no texts.
-        """
+        """Builds BM25 over the texts of an index; raises ValueError if it has none."""
         if index.texts is None:
             raise ValueError(
                 "the index has no texts, which BM25 needs; build it again while the "
@@ -41,10 +37,7 @@ class HybridIndex:
     ) -> tuple[list[list[float]], list[list[str]]]:
         """Returns fused scores and ids of the k best passages per query, best first.
 
-        Args:
-            queries: The queries as BM25 reads them.
-            vectors: Their embeddings.
-            k: Passages per query.
+        BM25 reads the queries as they are; `vectors` are their embeddings.
         """
         depth = max(k, _DEPTH)
         _, by_vectors = self._index.search_positions(vectors, depth)

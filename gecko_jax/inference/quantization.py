@@ -78,8 +78,7 @@ def dtype(precision: str) -> type:
 def calibrate(vectors: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "2 D"]:
     """Returns the least and the greatest value of each dim, for int8.
 
-    Raises:
-        ValueError: There are fewer than two vectors.
+    Raises ValueError if there are fewer than two vectors.
     """
     if len(vectors) < 2:
         raise ValueError(
@@ -97,10 +96,8 @@ def encode(
     """Quantizes embeddings.
 
     int8 clips values outside of `ranges`; None uses those of `vectors` (`calibrate`).
-
-    Raises:
-        ValueError: The precision is unknown, there are too few vectors for ranges, or
-            a vector is not finite, which int8 and binary cannot represent.
+    Raises ValueError if the precision is unknown, there are too few vectors for ranges,
+    or a vector is not finite, which int8 and binary cannot represent.
     """
     check_precision(precision)
     vectors = np.asarray(vectors, np.float32)

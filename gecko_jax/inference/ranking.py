@@ -203,20 +203,13 @@ def _english() -> tuple[frozenset[str], Any]:
 
 
 def bm25_rankings(
-    queries: Sequence[str],
-    passages: Sequence[str],
-    ids: Sequence[str],
-    k: int = 100,
+    queries: Sequence[str], passages: Sequence[str], ids: Sequence[str], k: int = 100
 ) -> list[list[str]]:
     """Returns the ids of the k best passages for each query by BM25.
 
     A title precedes the text of its passage. Passages that share no term with the query
     are omitted, so a ranking may be shorter. Equal scores are in `tie_order`.
     """
-    if len(passages) != len(ids):
-        raise ValueError(
-            f"{len(passages)} passages and {len(ids)} ids: pass one id for each"
-        )
     order = tie_order(ids)
     retriever = Bm25Retriever([("", passages[position]) for position in order])
     results = retriever.search(queries, [""] * len(queries), k)

@@ -69,22 +69,20 @@ def embed_file(
     num_texts = sum(1 for _ in text_files.read_texts(source))
     if not num_texts:
         raise ValueError(f"{source}: no texts; it needs at least one line")
-    _write_settings(
-        folder,
-        {
-            "format": 1,
-            "revision": gecko.revision,
-            "dim": dim,
-            "side": side,
-            "task": task,
-            "max_length": max_length,
-            "precision": precision,
-            "shard_rows": shard_rows,
-            "num_texts": num_texts,
-            "source_sha256": reading.sha256(source),
-            "source": str(pathlib.Path(source).absolute()),
-        },
-    )
+    settings = {
+        "format": 1,
+        "revision": gecko.revision,
+        "dim": dim,
+        "side": side,
+        "task": task,
+        "max_length": max_length,
+        "precision": precision,
+        "shard_rows": shard_rows,
+        "num_texts": num_texts,
+        "source_sha256": reading.sha256(source),
+        "source": str(pathlib.Path(source).absolute()),
+    }
+    _write_settings(folder, settings)
     texts = text_files.read_texts(source)
     ranges = None
     done = 0
@@ -139,8 +137,7 @@ def read_settings(folder: str | os.PathLike) -> dict[str, Any]:
 def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes]:
     """Returns ids and vectors of a finished `embed_file`, in the order of the file.
 
-    Raises:
-        ValueError: A shard is missing or damaged.
+    Raises ValueError if a shard is missing or damaged.
     """
     folder = pathlib.Path(folder)
     settings = read_settings(folder)
@@ -155,11 +152,10 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
         )
 
     # Check the sizes before allocating what the settings claim.
-    num_bytes = 0
     for shard, path in enumerate(paths):
         if not path.exists():
             raise damaged(shard)
-        num_bytes += path.stat().st_size
+    num_bytes = sum(path.stat().st_size for path in paths)
     if num_bytes < num_texts * quantization.bytes_per_vector(precision, dim):
         raise ValueError(
             f"{folder}: the shards are too small for the {num_texts:,} texts that "

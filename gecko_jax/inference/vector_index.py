@@ -75,10 +75,8 @@ class Index:
 
         Scores are cosines if the vectors are normalized, and approximate cosines if
         they are quantized. `revision` is that of the model that made the vectors.
-
-        Raises:
-            ValueError: There are no passages, the parts differ in length, or a vector
-                is not finite.
+        Raises ValueError if there are no passages, the parts differ in length, or a
+        vector is not finite.
         """
         if not len(vectors):
             raise ValueError("empty corpus: an index needs at least one passage")
@@ -179,16 +177,9 @@ class Index:
         scores = jnp.full((rows, k), -jnp.inf, jnp.float32)
         positions = jnp.zeros((rows, k), jnp.int32)
         for start, overlap, block in self._blocks():
-            scores, positions = _merge_block(
-                scores,
-                positions,
-                padded,
-                block,
-                self.codes.ranges,
-                np.int32(start),
-                np.int32(overlap),
-                precision=self.codes.precision,
-            )
+            place = np.int32(start), np.int32(overlap)
+            arrays = (scores, positions, padded, block, self.codes.ranges, *place)
+            scores, positions = _merge_block(*arrays, precision=self.codes.precision)
         return np.asarray(scores)[:count], np.asarray(positions)[:count]
 
     def _blocks(self) -> Iterable[tuple[int, int, Shaped[Array | np.ndarray, "B W"]]]:
@@ -218,9 +209,8 @@ class Index:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the index atomically; replaces an index that is already there.
 
-        Raises:
-            ValueError: `folder` holds something other than an index.
-            OSError: The disk is full.
+        Raises ValueError if `folder` holds something other than an index, and OSError
+        if the disk is full.
         """
         path = pathlib.Path(folder)
         is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
@@ -232,18 +222,16 @@ class Index:
             np.save(temporary / _VECTORS, self.codes.values)
             if self.codes.ranges is not None:
                 np.save(temporary / _RANGES, self.codes.ranges)
-            passage_lines.write(
-                temporary / _PASSAGES, self.ids, self.titles, self.texts
-            )
+            lines = temporary / _PASSAGES
+            passage_lines.write(lines, self.ids, self.titles, self.texts)
+            files = [path.name for path in temporary.iterdir()]
             about = {
                 "format_version": FORMAT_VERSION,
                 "num_passages": len(self),
                 "dim": self.dim,
                 "precision": self.codes.precision,
                 "revision": self.revision,
-                checksums.FILES: checksums.of_files(
-                    temporary, [path.name for path in temporary.iterdir()]
-                ),
+                checksums.FILES: checksums.of_files(temporary, files),
             }
             checksums.write_object(temporary / _ABOUT, about)
 
@@ -272,9 +260,8 @@ def _merge_block(
     # top_k prefers the first of equal values: earlier blocks come first, and the rows
     # of a block are in the order of the corpus.
     fresh, chosen = jax.lax.top_k(fresh, min(scores.shape[1], block.shape[0]))
-    scores, order = jax.lax.top_k(
-        jnp.concatenate([scores, fresh], axis=1), scores.shape[1]
-    )
+    k = scores.shape[1]
+    scores, order = jax.lax.top_k(jnp.concatenate([scores, fresh], axis=1), k)
     positions = jnp.concatenate([positions, chosen + start], axis=1)
     return scores, jnp.take_along_axis(positions, order, axis=1)
 
@@ -282,9 +269,8 @@ def _merge_block(
 def load(folder: str | os.PathLike) -> Index:
     """Reads an index that `Index.save` wrote.
 
-    Raises:
-        ValueError: There is no index, or files are missing, truncated or do not belong
-            together.
+    Raises ValueError if there is no index, or files are missing, truncated or do not
+    belong together.
     """
     path = pathlib.Path(folder)
     try:
@@ -359,9 +345,7 @@ def from_embeddings(
 
     Titles and texts come from `source`, the file that was embedded. If it is None, they
     come from its original path, and are left out if the file is gone or has changed.
-
-    Raises:
-        ValueError: A shard is missing or damaged, or `source` is another file.
+    Raises ValueError if a shard is missing or damaged, or `source` is another file.
     """
     settings = vector_files.read_settings(folder)
     ids, codes = vector_files.read_codes(folder)

@@ -15,6 +15,7 @@ its part where the array is stored, and the processes add the parts.
 """
 
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -39,23 +40,16 @@ _BLOCK_ELEMENTS = 1 << 16
 
 def of_file(path: pathlib.Path) -> str:
     """Returns the hash of a file's bytes, in hex."""
-    state = xxhash.xxh3_128()
-    block = bytearray(4 * 2**20)
-    view = memoryview(block)
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            state.update(view[:size])
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def of_files(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns the field `FILES` for the named files of a folder."""
+    paths = {name: folder / name for name in sorted(names)}
     return {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            CHECKSUM: of_file(folder / name),
-        }
-        for name in sorted(names)
+        name: {"bytes": path.stat().st_size, CHECKSUM: of_file(path)}
+        for name, path in paths.items()
     }
 
 

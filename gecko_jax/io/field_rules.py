@@ -21,12 +21,9 @@ _MOST = 2**53
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Type of a field.
+    """Type of a field: its name in errors, and a predicate for its values.
 
-    Attributes:
-        name: Description in error messages.
-        holds: Predicate for values.
-        is_optional: Whether the field may be absent or null.
+    An optional field may be absent or null.
     """
 
     name: str
@@ -56,14 +53,9 @@ def number(
         parts.append(f"of {most:g} or less")
 
     def holds(value: Any) -> bool:
-        return (
-            type(value) in (int, float)
-            and -1e300
-            < value
-            < 1e300  # Neither NaN nor an integer too large for float.
-            and least <= value <= most
-            and value > above
-        )
+        # Neither NaN nor an integer too large for float.
+        is_finite = type(value) in (int, float) and -1e300 < value < 1e300
+        return is_finite and least <= value <= most and value > above
 
     return Kind(" ".join(parts), holds)
 
@@ -93,6 +85,11 @@ def nullable(kind: Kind) -> Kind:
     return Kind(f"{kind.name} or null", lambda v: v is None or kind.holds(v))
 
 
+def only(*values: Any) -> Kind:
+    """One of some values, absent or null."""
+    return optional(one_of(*values))
+
+
 def list_of(kind: Kind, least: int = 0) -> Kind:
     """Lists of at least `least` values of one kind."""
     return Kind(
@@ -103,26 +100,22 @@ def list_of(kind: Kind, least: int = 0) -> Kind:
 
 def map_of(kind: Kind, names: Kind = TEXT) -> Kind:
     """Objects whose values are of one kind, and whose names are of another."""
-    return Kind(
-        f"an object of {kind.name}",
-        lambda v: (
-            isinstance(v, dict)
-            and all(map(kind.holds, v.values()))
-            and all(map(names.holds, v))
-        ),
-    )
+
+    def holds(value: Any) -> bool:
+        is_dict = isinstance(value, dict) and all(map(names.holds, value))
+        return is_dict and all(map(kind.holds, value.values()))
+
+    return Kind(f"an object of {kind.name}", holds)
 
 
 def object_of(kinds: Mapping[str, Kind], *, only: bool = False) -> Kind:
     """Objects with these fields, and with others unless `only`."""
-    return Kind(
-        f"an object with {', '.join(kinds)}",
-        lambda v: (
-            isinstance(v, dict)
-            and not faults(v, kinds)
-            and not (only and v.keys() - kinds.keys())
-        ),
-    )
+
+    def holds(value: Any) -> bool:
+        is_whole = isinstance(value, dict) and not faults(value, kinds)
+        return is_whole and not (only and value.keys() - kinds.keys())
+
+    return Kind(f"an object with {', '.join(kinds)}", holds)
 
 
 def faults(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:

@@ -110,7 +110,7 @@ def number_field(place: str, record: Mapping[str, Any], name: str) -> int | floa
     if value is None:
         raise no_value(place, record, name)
     number = math.nan
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = type(value) in (int, float)
     if is_number or (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
         with contextlib.suppress(OverflowError):
             number = float(value)
@@ -138,7 +138,7 @@ def no_value(place: str, record: Mapping[str, Any], *names: str) -> ValueError:
 
 
 class UniqueIds:
-    """Refuses duplicate ids, and names both lines; takes some 200 bytes per id."""
+    """Refuses duplicate ids, and names both lines; uses about 200 bytes per id."""
 
     def __init__(self):
         """Starts without ids."""

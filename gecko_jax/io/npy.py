@@ -17,11 +17,7 @@ ALIGNMENT = 64
 
 
 def open_array(
-    path: pathlib.Path,
-    shape: Sequence[int | None],
-    kinds: str,
-    *,
-    remedy: str,
+    path: pathlib.Path, shape: Sequence[int | None], kinds: str, *, remedy: str
 ) -> Shaped[np.memmap, "..."]:
     """Maps the array of a file into memory.
 

@@ -21,11 +21,8 @@ from gecko_jax.io import columns, inputs, wording
 NAMES = ("query-id", "corpus-id", "score")
 _OTHER_NAMES = {
     "qid": "query-id",
-    "doc-id": "corpus-id",
-    "passage-id": "corpus-id",
-    "pid": "corpus-id",
-    "grade": "score",
-    "relevance": "score",
+    **dict.fromkeys(("doc-id", "passage-id", "pid"), "corpus-id"),
+    **dict.fromkeys(("grade", "relevance"), "score"),
 }
 # Values of TREC's second column, which is unused.
 _ITERATIONS = ("0", "Q0")
@@ -41,8 +38,7 @@ class Judgement(NamedTuple):
 def load(path: str | os.PathLike) -> dict[str, dict[str, Judgement]]:
     """Returns query id -> passage id -> judgement, in the order of the file.
 
-    Raises:
-        ValueError: A line is not a judgement, or repeats one.
+    Raises ValueError if a line is not a judgement, or repeats one.
     """
     judgements: dict[str, dict[str, Judgement]] = {}
     rows = columns.read(path, NAMES, other_names=_OTHER_NAMES, layout=_build_layout())

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,11 +18,7 @@ from gecko_jax.io import field_rules, inputs
 # Type of a field that `read_object` checks.
 Field = type | tuple[Any, ...] | field_rules.Kind
 
-_KINDS = {
-    int: field_rules.integer(1),
-    str: field_rules.TEXT,
-    dict: field_rules.OBJECT,
-}
+_KINDS = {int: field_rules.integer(1), str: field_rules.TEXT, dict: field_rules.OBJECT}
 
 # Maximum nesting of JSON; configs, the deepest of our files, have three levels.
 _MOST_NESTED = 50
@@ -172,14 +169,11 @@ def parse_json(content: str | bytes, decode: Callable[[Any], Any] = json.loads) 
         raise ValueError(too_deep) from None
     level = [value]
     for _ in range(_MOST_NESTED):
-        containers = [part for part in level if isinstance(part, dict | list)]
-        if not containers:
+        parts = [part for part in level if isinstance(part, dict | list)]
+        if not parts:
             return value
-        level = [
-            part
-            for outer in containers
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        lists = (part.values() if isinstance(part, dict) else part for part in parts)
+        level = list(itertools.chain.from_iterable(lists))
     raise ValueError(too_deep)
 
 
@@ -221,11 +215,8 @@ def find(folder: Any, *names: str) -> Any | None:
 
     `folder` is a `pathlib.Path`, or a cloud path with the same methods.
     """
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.exists():
-                return path
-    return None
+    paths = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
+    return next((path for path in paths if path.exists()), None)
 
 
 def sha256(path: str | os.PathLike) -> str:

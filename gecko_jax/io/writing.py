@@ -23,9 +23,8 @@ def write_file(
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Yields a temporary path, which replaces `path` unless an error is raised.
 
-    Raises:
-        ValueError: `path` is a folder or a device.
-        OSError: The disk is full, or the location is not writable.
+    Raises ValueError if `path` is a folder or a device, and OSError if the disk is full
+    or the location is not writable.
     """
     return _write(path, "file")
 

@@ -22,9 +22,7 @@ def find(
     """Yields every (begin, end) of the continuation that agrees with the tokens' texts.
 
     `num_prompt_tokens` counts the tokens before the continuation; None if unknown.
-
-    Raises:
-        ValueError: Split characters can be read in too many ways.
+    Raises ValueError if split characters can be read in too many ways.
     """
     border = len(prompt.encode("utf-8", "surrogatepass"))
     text = (prompt + continuation).encode("utf-8", "surrogatepass")

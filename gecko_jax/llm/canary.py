@@ -21,10 +21,8 @@ _QUESTION = (
 def check(model: protocol.LanguageModel, *, scores: bool, labels: bool) -> None:
     """Sends requests whose answers any correct server agrees on.
 
-    `scores` and `labels` say what the run scores.
-
-    Raises:
-        ValueError: Lists what is wrong with the answers, and the remedy.
+    `scores` and `labels` say what the run scores. Raises a ValueError that lists what
+    is wrong with the answers, and the remedy.
     """
     faults = []
     sampling = protocol.Sampling(0.0, 1.0, 8, ())

@@ -34,10 +34,9 @@ class Connections:
     """The connections to one server; threads share them."""
 
     def __init__(self, url: str, headers: Mapping[str, str]):
-        """Parses the URL of the server's root; `headers` are sent with every request.
+        """Parses the URL of the server's root, or raises ValueError.
 
-        Raises:
-            ValueError: The URL is malformed.
+        `headers` are sent with every request.
         """
         try:
             parts = urllib.parse.urlsplit(url.rstrip("/"))
@@ -78,9 +77,8 @@ class Connections:
             seconds: Deadline, from connecting to the last byte.
             max_bytes: Largest body of the reply, compressed or not.
 
-        Raises:
-            wire.NoAnswer: The reply did not arrive whole and in time. The reason is
-                "connection", "timeout", "cut_off" or "too_large".
+        Raises `wire.NoAnswer` if the reply did not arrive whole and in time, for the
+        reason "connection", "timeout", "cut_off" or "too_large".
         """
         headers = dict(self._headers)
         if body is not None:

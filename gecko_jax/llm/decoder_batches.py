@@ -28,17 +28,11 @@ PREFIX_MULTIPLE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to score or continue.
-
-    Attributes:
-        prompt: Tokens of the prompt.
-        fed: Tokens read after the prompt.
-        targets: Tokens to score after each of the last `len(targets)` tokens.
-    """
+    """A prompt to score or continue, as tokens."""
 
     prompt: list[int]
-    fed: list[int]
-    targets: list[list[int]]
+    fed: list[int]  # read after the prompt
+    targets: list[list[int]]  # to score after each of the last `len(targets)`
 
     @property
     def read(self) -> list[int]:
@@ -62,9 +56,8 @@ class Answer(NamedTuple):
 def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
     """Answers a request whose tokens begin those of another while reading the other.
 
-    Returns:
-        The requests that remain, in their order, all with equally many targets per
-        position; and where the answer to each of `requests` is.
+    Returns the requests that remain, in their order, all with equally many targets per
+    position; and where the answer to each of `requests` is.
     """
     reads = [request.read for request in requests]
     # All that begin with A follow A in sorted order, so A begins its successor or none.
@@ -94,9 +87,8 @@ def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
         rest = reads[number][len(prompt) :]
         merged.append(Request(prompt, rest, targets.tolist()))
     width = max((len(request.targets[0]) for request in merged), default=0)
-    for request in merged:
-        for row in request.targets:
-            row.extend([0] * (width - len(row)))
+    for row in itertools.chain.from_iterable(request.targets for request in merged):
+        row.extend([0] * (width - len(row)))
     return merged, [answers[number] for number in range(len(requests))]
 
 
@@ -120,12 +112,10 @@ def families(prompts: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
     groups: dict[tuple[int, ...], list[int]] = {}
     for members in heads.values():
         # The first and last prompt in sorted order share what all of them share.
-        first = min(prompts[n] for n in members)
-        last = max(prompts[n] for n in members)
-        pairs = zip(first, last, strict=False)
+        alike = [prompts[n] for n in members]
+        pairs = zip(min(alike), max(alike), strict=False)
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        shared = [token for token, _ in equal]
-        shared = shared[: min(len(prompts[n]) for n in members) - 1]
+        shared = [token for token, _ in equal][: min(map(len, alike)) - 1]
         pays = len(members) >= FAMILY_SIZE and len(shared) >= FAMILY_TOKENS // 2
         groups.setdefault(tuple(shared) if pays else (), []).extend(members)
     return groups
@@ -149,20 +139,12 @@ def split(
     """Yields batches of similar length within each family, the longest first.
 
     The cut of the sorted requests is the one with the least total cost, where padding
-    costs as much as text.
-
-    Args:
-        requests: All requests of a call.
-        families: See `families`.
-        tokens_per_call: Largest rows times length, unless one row is longer.
-        row_multiple: Divisor of the number of rows: the devices that share them.
-        call_cost: Fixed cost of a batch, in tokens.
+    costs as much as text, and a batch `call_cost` tokens. A batch has at most
+    `tokens_per_call`, unless one row is longer, and a multiple of `row_multiple` rows:
+    of the devices that share them.
     """
     for prefix, members in families.items():
-        lengths = {
-            n: len(requests[n].prompt) + len(requests[n].fed) - len(prefix)
-            for n in members
-        }
+        lengths = {n: len(requests[n].read) - len(prefix) for n in members}
         order = sorted(members, key=lambda number: (-lengths[number], number))
         rounded = [round_up(lengths[number]) for number in order]
         start = 0
@@ -185,14 +167,12 @@ def _cut(
     for start in range(count - 1, -1, -1):
         choices = []
         num_rows = row_multiple
-        while True:
+        while not choices or num_rows * lengths[start] <= tokens_per_call:
             cost = num_rows * lengths[start] + call_cost
             choices.append((cost + best[min(start + num_rows, count)][0], num_rows))
             if start + num_rows >= count:
                 break
             num_rows *= 2
-            if num_rows * lengths[start] > tokens_per_call:
-                break
         best[start] = min(choices)
     start = 0
     while start < count:
@@ -208,8 +188,7 @@ def rows(
     positions = np.full_like(tokens, transformer.PAD_POSITION)
     positions[:, 0] = len(batch.prefix)  # Padding rows need a token, too.
     for row, number in enumerate(batch.requests):
-        request = requests[number]
-        rest = (request.prompt + request.fed)[len(batch.prefix) :]
+        rest = requests[number].read[len(batch.prefix) :]
         tokens[row, : len(rest)] = rest
         positions[row, : len(rest)] = len(batch.prefix) + np.arange(len(rest))
     return tokens, positions
@@ -220,9 +199,9 @@ def questions(
 ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"], Int[np.ndarray, "T Y"]]:
     """Returns row, column and targets of every scored position, padded by the first."""
     places = [
-        (row, len(request.prompt) + len(request.fed) - len(batch.prefix) - back)
-        for row, request in enumerate(requests[n] for n in batch.requests)
-        for back in range(len(request.targets), 0, -1)
+        (row, column - len(batch.prefix))
+        for row, number in enumerate(batch.requests)
+        for column in range(*requests[number].ends)
     ]
     targets = [t for number in batch.requests for t in requests[number].targets]
     padding = round_up(len(places)) - len(places)

@@ -53,9 +53,8 @@ def find(path: str | os.PathLike) -> pathlib.Path:
 def open_model(path: pathlib.Path) -> gguf.Gguf | safetensors_folder.SafetensorsFolder:
     """Reads settings and tokenizer, and checks that they and the weights match.
 
-    Raises:
-        ImportError: A package is missing (names it).
-        ValueError: A file is damaged, or of an unsupported family.
+    Raises ValueError for a damaged file or an unsupported family, and an ImportError
+    that names a missing package.
     """
     is_folder = path.is_dir()
     file = safetensors_folder.SafetensorsFolder(path) if is_folder else gguf.Gguf(path)
@@ -69,12 +68,7 @@ def open_model(path: pathlib.Path) -> gguf.Gguf | safetensors_folder.Safetensors
 
 
 def name(path: pathlib.Path, dtype: str) -> str:
-    """Returns file name, checksum and dtype, which together decide the answers.
-
-    Args:
-        path: Path of the model.
-        dtype: Dtype of the products.
-    """
+    """Returns file name, checksum, and dtype of the products: they decide answers."""
     contents = [path]
     if path.is_dir():
         contents = [path / "config.json", path / "tokenizer.json"]

@@ -20,55 +20,53 @@ _WIDTH = field_rules.integer(1, 1 << 24)
 _HEADS = field_rules.integer(1, 65_536)
 _LENGTH = field_rules.integer(1, 1 << 31)
 _ABOVE_ZERO = field_rules.number(above=0)
-_MAYBE_ABOVE_ZERO = field_rules.optional(_ABOVE_ZERO)
-_MAYBE_NUMBER = field_rules.optional(field_rules.number())
-_MAYBE_NAME = field_rules.optional(field_rules.NAME)
-_MAYBE_FLAG = field_rules.optional(field_rules.FLAG)
-_MAYBE_EVERY = field_rules.optional(field_rules.integer(1, 4_096))
+_maybe = field_rules.optional
+_NUMBER = _maybe(field_rules.number())
+_NAME, _FLAG = _maybe(field_rules.NAME), _maybe(field_rules.FLAG)
 _ROPE = {
-    "rope_type": _MAYBE_NAME,
-    "type": _MAYBE_NAME,
-    "rope_theta": _MAYBE_ABOVE_ZERO,
-    "factor": _MAYBE_ABOVE_ZERO,
-    "original_max_position_embeddings": _MAYBE_ABOVE_ZERO,
-    "low_freq_factor": _MAYBE_NUMBER,
-    "high_freq_factor": _MAYBE_NUMBER,
+    **dict.fromkeys(("rope_type", "type"), _NAME),
+    **dict.fromkeys(
+        ("rope_theta", "factor", "original_max_position_embeddings"),
+        _maybe(_ABOVE_ZERO),
+    ),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _NUMBER),
 }
-_ROPE_OF_KIND = field_rules.optional(field_rules.object_of(_ROPE))
-_MAYBE_ROPE = field_rules.optional(
-    field_rules.object_of(
-        {**_ROPE, "full_attention": _ROPE_OF_KIND, "sliding_attention": _ROPE_OF_KIND}
-    )
+# transformers 5 stores rotary settings per kind of layer.
+_ROPES = _ROPE | dict.fromkeys(
+    ("full_attention", "sliding_attention"), _maybe(field_rules.object_of(_ROPE))
 )
+_UNSUPPORTED = {
+    "attention_bias": _FLAG,
+    "mlp_bias": _FLAG,
+    "use_bidirectional_attention": _FLAG,
+    "attn_logit_softcapping": _NUMBER,
+    "final_logit_softcapping": _NUMBER,
+    "use_sliding_window": _FLAG,
+}
 _SETTINGS = {
     "vocab_size": _WIDTH,
     "hidden_size": _WIDTH,
     "num_hidden_layers": field_rules.integer(1, 4_096),
     "num_attention_heads": _HEADS,
-    "num_key_value_heads": field_rules.optional(_HEADS),
-    "head_dim": field_rules.optional(field_rules.integer(2, 65_536)),
+    "num_key_value_heads": _maybe(_HEADS),
+    "head_dim": _maybe(field_rules.integer(2, 65_536)),
     "intermediate_size": _WIDTH,
     "max_position_embeddings": _LENGTH,
     "rms_norm_eps": _ABOVE_ZERO,
-    "rope_theta": _MAYBE_ABOVE_ZERO,
-    "rope_parameters": _MAYBE_ROPE,
-    "rope_scaling": _MAYBE_ROPE,
+    "rope_theta": _maybe(_ABOVE_ZERO),
+    **dict.fromkeys(
+        ("rope_parameters", "rope_scaling"), _maybe(field_rules.object_of(_ROPES))
+    ),
     "tie_word_embeddings": field_rules.FLAG,
-    "attention_bias": _MAYBE_FLAG,
-    "mlp_bias": _MAYBE_FLAG,
-    "use_bidirectional_attention": _MAYBE_FLAG,
-    "attn_logit_softcapping": _MAYBE_NUMBER,
-    "final_logit_softcapping": _MAYBE_NUMBER,
-    "use_sliding_window": _MAYBE_FLAG,
+    **_UNSUPPORTED,
 }
-_UNSUPPORTED = tuple(_SETTINGS)[-6:]
+_PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 _GEMMA_SETTINGS = {
     "query_pre_attn_scalar": _ABOVE_ZERO,
     "sliding_window": _LENGTH,
-    "sliding_window_pattern": _MAYBE_EVERY,
-    "_sliding_window_pattern": _MAYBE_EVERY,
-    "rope_local_base_freq": _MAYBE_ABOVE_ZERO,
-    "layer_types": field_rules.optional(field_rules.list_of(field_rules.TEXT)),
+    **dict.fromkeys(_PATTERNS, _maybe(field_rules.integer(1, 4_096))),
+    "rope_local_base_freq": _maybe(_ABOVE_ZERO),
+    "layer_types": _maybe(field_rules.list_of(field_rules.TEXT)),
 }
 
 
@@ -89,10 +87,8 @@ def build(
     """Returns the decoder's settings from values by the keys of `config.json`.
 
     `rope_factors` are divisors of the rotary frequencies; None reads the settings.
-
-    Raises:
-        ValueError: A setting is missing, out of range or unsupported, or two settings
-            contradict each other.
+    Raises ValueError for a setting that is missing, out of range or unsupported, or
+    contradicts another.
     """
     family = settings["model_type"]
     is_gemma = family == "gemma3_text"
@@ -113,7 +109,6 @@ def build(
             f"{head_dim}; the first must be a multiple of the second, and head_dim "
             f"even: {REMEDY}"
         )
-    # transformers 5 stores rotary settings per kind of layer.
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     local_rope = rope.get("sliding_attention") or {}
     rope = rope.get("full_attention") or rope
@@ -134,6 +129,7 @@ def build(
     }
     if is_gemma:
         local_base = local_rope.get("rope_theta")
+        local_base = local_base or settings.get("rope_local_base_freq") or 1e4
         switches = {
             "activation": "gelu",
             "embedding_scale": model_dim**0.5,
@@ -142,9 +138,7 @@ def build(
             "head_norms": True,
             "local_window": settings["sliding_window"],
             "global_every": _global_every(place, settings),
-            "local_rope_base": float(
-                local_base or settings.get("rope_local_base_freq") or 1e4
-            ),
+            "local_rope_base": float(local_base),
         }
     return transformer.DecoderConfig(
         vocab_size=settings["vocab_size"],
@@ -165,11 +159,7 @@ def build(
 
 def _global_every(place: object, settings: Mapping[str, Any]) -> int:
     """Returns the period of the global layers; `layer_types` must agree."""
-    every = (
-        settings.get("sliding_window_pattern")
-        or settings.get("_sliding_window_pattern")
-        or 6
-    )
+    every = next(filter(None, map(settings.get, _PATTERNS)), 6)
     expected = [
         "sliding_attention" if (layer + 1) % every else "full_attention"
         for layer in range(settings["num_hidden_layers"])

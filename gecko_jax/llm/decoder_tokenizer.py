@@ -10,6 +10,7 @@ encoded as plain characters. A generated control token ends the text.
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,29 +55,19 @@ def _named(place: object) -> contextlib.AbstractContextManager[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.
+    """A tokenizer."""
 
-    Attributes:
-        place: The file, for errors.
-        encode_text: Encodes text without special tokens.
-        decode_ids: Decodes ids.
-        begin_id: Id before every prompt, or None if the model uses none.
-        end_ids: Control tokens, each of which ends a generated text.
-        num_ids: Number of ids.
-    """
-
-    place: object
-    encode_text: Callable[[str], list[int]]
-    decode_ids: Callable[[list[int]], str]
-    begin_id: int | None
-    end_ids: frozenset[int]
-    num_ids: int
+    place: object  # the file, for errors
+    encode_text: Callable[[str], list[int]]  # encodes text without special tokens
+    decode_ids: Callable[[list[int]], str]  # decodes ids
+    begin_id: int | None  # id before every prompt, or None if the model uses none
+    end_ids: frozenset[int]  # control tokens, each of which ends a generated text
+    num_ids: int  # number of ids
 
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
         """Returns the ids of a plain text; `begin` puts `begin_id` first.
 
-        Raises:
-            ValueError: The text holds a lone surrogate, so is not Unicode.
+        Raises ValueError for a lone surrogate, which is not Unicode.
         """
         try:
             text.encode("utf-8")
@@ -91,20 +82,15 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text before the first control token."""
-        kept = []
-        for token in map(int, tokens):
-            if token in self.end_ids:
-                break
-            kept.append(token)
+        ids = itertools.takewhile(lambda n: n not in self.end_ids, map(int, tokens))
         with _named(self.place):
-            return self.decode_ids(kept)
+            return self.decode_ids(list(ids))
 
 
 def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
     """Builds the tokenizer that a GGUF header describes; see `gguf.Gguf.setting`.
 
-    Raises:
-        ValueError: The tokenizer is damaged or of an unsupported kind.
+    Raises ValueError if it is damaged or of an unsupported kind.
     """
     header = {name: setting(f"tokenizer.ggml.{name}", None) for name in _HEADER}
     field_rules.check(place, header, _HEADER, _REMEDY)
@@ -138,9 +124,7 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
 def from_folder(folder: pathlib.Path) -> Tokenizer:
     """Builds the tokenizer in the `tokenizer.json` of a Hugging Face folder.
 
-    Raises:
-        ImportError: The `tokenizers` package is missing.
-        ValueError: The file is missing or damaged.
+    Raises ValueError if the file is missing or damaged.
     """
     path = folder / "tokenizer.json"
     tokenizers = json_vocabularies.import_tokenizers(*_NEEDS)

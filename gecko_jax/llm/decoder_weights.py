@@ -29,12 +29,10 @@ _NAMES = {
     "gate": ("ffn_gate", "mlp.gate_proj"),
     "up": ("ffn_up", "mlp.up_proj"),
     "down": ("ffn_down", "mlp.down_proj"),
-}
-_NAMES |= {f"{name}_bias": _NAMES[name] for name in ("query", "key", "value")}
-_NAMES |= {
     "query_norm": ("attn_q_norm", "self_attn.q_norm"),
     "key_norm": ("attn_k_norm", "self_attn.k_norm"),
 }
+_NAMES |= {f"{name}_bias": _NAMES[name] for name in ("query", "key", "value")}
 _GEMMA_NAMES = _NAMES | {
     "post_attention_norm": ("post_attention_norm", "post_attention_layernorm"),
     "mlp_norm": ("ffn_norm", "pre_feedforward_layernorm"),
@@ -46,12 +44,7 @@ Format = Literal["gguf", "hugging_face"]
 
 @runtime_checkable
 class ModelFile(Protocol):
-    """An open model, see `gguf.Gguf` and `safetensors_folder.SafetensorsFolder`.
-
-    Attributes:
-        config: The decoder's settings.
-        file_format: Format of the tensor names.
-    """
+    """An open model, see `gguf.Gguf` and `safetensors_folder.SafetensorsFolder`."""
 
     config: transformer.DecoderConfig
     file_format: Format
@@ -68,9 +61,7 @@ def file_names(
     config: transformer.DecoderConfig, file_format: Format
 ) -> dict[str, list[str]]:
     """Returns the tensor names of each parameter, one per layer where it has any."""
-    column, layers = {"gguf": (0, "blk"), "hugging_face": (1, "model.layers")}[
-        file_format
-    ]
+    column, layers = (0, "blk") if file_format == "gguf" else (1, "model.layers")
     table = _GEMMA_NAMES if config.sandwich_norms else _NAMES
     axes = transformer.logical_axes(config)
 
@@ -93,8 +84,7 @@ def check(
 ) -> None:
     """Compares the names and shapes of a file's tensors with its settings.
 
-    Raises:
-        ValueError: Lists missing, unexpected and wrong-shape tensors together.
+    Raises a ValueError that lists missing, unexpected and wrong-shape tensors together.
     """
     expected = {}
     for parameter, names in file_names(config, file_format).items():

@@ -95,9 +95,8 @@ def start(
 ) -> tuple[Float[Array, "B M"], transformer.KeyValues]:
     """Reads prompts.
 
-    Returns:
-        The hidden state at the end of each prompt, and a cache with `num_slots` free
-        slots after the prompts.
+    Returns the hidden state at the end of each prompt, and a cache with `num_slots`
+    free slots after the prompts.
     """
     hidden, own = transformer.extend(params, config, tokens, positions, prefix)
     is_text = positions != transformer.PAD_POSITION
@@ -144,8 +143,7 @@ def decode(
         is_greedy: Whether to take the likeliest token.
         is_nucleus: Whether to draw from the nucleus only.
 
-    Returns:
-        The tokens, the cache with them, and the hidden state of the last.
+    Returns the tokens, the cache with them, and the hidden state of the last.
     """
 
     def step(carry: tuple, number: Array) -> tuple[tuple, Array]:

@@ -22,24 +22,20 @@ from gecko_jax.llm import (
 )
 from gecko_jax.models import transformer
 
-_MODEL_TYPES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3": "gemma3_text",
-}
-# Key of `config.json` -> key of the header, `{}` for the architecture.
+# Architecture -> `model_type`.
+_MODEL_TYPES = {n: n for n in ("llama", "qwen2", "qwen3")} | {"gemma3": "gemma3_text"}
+# Key of `config.json` -> key of the header, after the architecture.
 _KEYS = {
-    "hidden_size": "{}.embedding_length",
-    "num_hidden_layers": "{}.block_count",
-    "num_attention_heads": "{}.attention.head_count",
-    "intermediate_size": "{}.feed_forward_length",
-    "max_position_embeddings": "{}.context_length",
-    "rms_norm_eps": "{}.attention.layer_norm_rms_epsilon",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 _OPTIONAL_KEYS = {
-    "num_key_value_heads": "{}.attention.head_count_kv",
-    "head_dim": "{}.attention.key_length",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
 }
 # Llama 3's divisors of the rotary frequencies are stored as a tensor.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -56,9 +52,7 @@ class Gguf:
     def __init__(self, path: str | os.PathLike):
         """Reads settings and tensor names, and compares them.
 
-        Raises:
-            ImportError: The `gguf` package is missing.
-            ValueError: The file is damaged, or of an unsupported family.
+        Raises ValueError if the file is damaged or of an unsupported family.
         """
         try:
             import gguf
@@ -81,10 +75,13 @@ class Gguf:
         self._fields: dict[str, Any] = dict(reader.fields)
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
         self._dequantize: Any = gguf.dequantize
-        architecture = {"general.architecture": self.setting("general.architecture")}
-        kinds = dict.fromkeys(architecture, field_rules.NAME)
-        field_rules.check(self._path, architecture, kinds, decoder_settings.REMEDY)
-        (self._architecture,) = architecture.values()
+        key = "general.architecture"
+        self._architecture: str = field_rules.check(
+            self._path,
+            {key: self.setting(key)},
+            {key: field_rules.NAME},
+            decoder_settings.REMEDY,
+        )[key]
         decoder_settings.check_family(
             self._path, "architecture", self._architecture, _MODEL_TYPES
         )
@@ -105,8 +102,7 @@ class Gguf:
     def setting(self, key: str, default: Any = ...) -> Any:
         """Returns a value of the header.
 
-        Raises:
-            ValueError: The value is damaged, or is missing and has no default.
+        Raises ValueError if it is damaged, or missing without a default.
         """
         if key in self._fields:
             try:
@@ -144,27 +140,26 @@ class Gguf:
     def _read_config(
         self, shapes: dict[str, tuple[int, ...]]
     ) -> transformer.DecoderConfig:
-        name = self._architecture
-        settings = {key: self.setting(_KEYS[key].format(name)) for key in _KEYS}
-        for key, header_key in _OPTIONAL_KEYS.items():
-            settings[key] = self.setting(header_key.format(name), None)
-        scaling = self.setting(f"{name}.rope.scaling.type", "none")
+        def own(key: str, default: Any = ...) -> Any:
+            return self.setting(f"{self._architecture}.{key}", default)
+
+        settings = {key: own(name) for key, name in _KEYS.items()}
+        settings |= {key: own(name, None) for key, name in _OPTIONAL_KEYS.items()}
         settings |= {
-            "model_type": _MODEL_TYPES[name],
+            "model_type": _MODEL_TYPES[self._architecture],
             "vocab_size": (*shapes.get("token_embd.weight", ()), 1)[0],
             "tie_word_embeddings": "output.weight" not in shapes,
-            "rope_theta": self.setting(f"{name}.rope.freq_base", 10_000.0),
+            "rope_theta": own("rope.freq_base", 10_000.0),
         }
-        if scaling != "none":
-            factor = self.setting(f"{name}.rope.scaling.factor", None)
+        if (scaling := own("rope.scaling.type", "none")) != "none":
+            factor = own("rope.scaling.factor", None)
             settings["rope_scaling"] = {"rope_type": scaling, "factor": factor}
-        if name == "gemma3":
+        if self._architecture == "gemma3":
             is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
+            scalar = _GEMMA_27B_SCALAR if is_27b else own("attention.key_length")
             settings |= _GEMMA | {
-                "sliding_window": self.setting("gemma3.attention.sliding_window"),
-                "query_pre_attn_scalar": _GEMMA_27B_SCALAR
-                if is_27b
-                else self.setting("gemma3.attention.key_length"),
+                "sliding_window": own("attention.sliding_window"),
+                "query_pre_attn_scalar": scalar,
             }
         factors = None
         if _ROPE_FACTORS in shapes:

@@ -19,11 +19,7 @@ _STRING, _LIST = 8, 9
 
 
 def check(path: pathlib.Path) -> None:
-    """Walks over the header of a file.
-
-    Raises:
-        ValueError: The file is not GGUF, or claims more than it holds.
-    """
+    """Walks over a header; raises ValueError if it claims more than the file holds."""
     try:
         with (
             path.open("rb") as file,

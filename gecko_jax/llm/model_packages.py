@@ -24,21 +24,13 @@ CACHE = "~/.cache/gecko_jax/models"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and where its parts are.
+    """A model and where its parts are."""
 
-    Attributes:
-        file: Name of the joined file.
-        packages: Requirement of each part's package, in order.
-        member: Pattern of the part's name inside its wheel.
-        num_bytes: Size of the joined file.
-        sha256: Checksum of the joined file.
-    """
-
-    file: str
-    packages: Sequence[str]
-    member: str
-    num_bytes: int
-    sha256: str
+    file: str  # name of the joined file
+    packages: Sequence[str]  # requirement of each part's package, in order
+    member: str  # pattern of the part's name inside its wheel
+    num_bytes: int  # size of the joined file
+    sha256: str  # checksum of the joined file
 
 
 MODELS = {
@@ -74,16 +66,8 @@ def path_of(name: str, folder: str | os.PathLike = CACHE) -> pathlib.Path:
 def fetch(name: str, folder: str | os.PathLike = CACHE) -> pathlib.Path:
     """Downloads a model's packages with pip, joins the parts, and checks the result.
 
-    Parts that an interrupted call has completed are not downloaded again.
-
-    Args:
-        name: Key of `MODELS`.
-        folder: Folder of the joined file.
-
-    Raises:
-        OSError: A package cannot be downloaded, or the disk is full. All complete
-            parts are kept.
-        ValueError: No such model, or the joined file is not the model.
+    Parts that an interrupted call has completed are not downloaded again; OSError if
+    one cannot be. Raises ValueError if the joined file is not the model.
     """
     if name not in MODELS:
         raise ValueError(f"{name}: no such model; choose {', '.join(MODELS)}")

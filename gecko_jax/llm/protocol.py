@@ -21,24 +21,15 @@ from gecko_jax.llm import request_log, wire
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Cost of an answer.
+    """Cost of an answer."""
 
-    Attributes:
-        prompt_tokens: Tokens read.
-        completion_tokens: Tokens written.
-        requests: Successful requests.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    requests: int = 1
+    prompt_tokens: int = 0  # tokens read
+    completion_tokens: int = 0  # tokens written
+    requests: int = 1  # successful requests
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.requests + other.requests,
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Usage(*map(sum, pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,40 +60,30 @@ class LabelScores:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A missing answer.
+    """A missing answer."""
 
-    Attributes:
-        reason: One of a few categories, by which failures are counted.
-        detail: What arrived instead, for messages.
-    """
-
-    reason: str
-    detail: str = ""
+    reason: str  # one of a few categories, by which failures are counted
+    detail: str = ""  # what arrived instead, for messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling settings.
+    """Sampling settings."""
 
-    Attributes:
-        temperature: Divisor of the logits; 0 is greedy.
-        top_p: Probability mass of the nucleus, in (0, 1].
-        max_tokens: Token limit of an answer.
-        stop: Strings that end an answer and are not part of it.
-    """
-
-    temperature: float
-    top_p: float
-    max_tokens: int
-    stop: tuple[str, ...]
+    temperature: float  # divisor of the logits; 0 is greedy
+    top_p: float  # probability mass of the nucleus, in (0, 1]
+    max_tokens: int  # token limit of an answer
+    stop: tuple[str, ...]  # strings that end an answer and are not part of it
 
 
-# Answers the requests of a call. Arguments: the kind, the bodies of all requests, the
-# indices of those without an answer, and a callback (index, answer). Among requests of
-# the kind "score", those with labels are of the kind "labels".
-Ask = Callable[
-    [str, list[dict[str, Any]], Sequence[int], Callable[[int, Any], None]], None
-]
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Requests; among those of the kind "score", ones with labels are of "labels"."""
+
+    kind: str  # "generate", "score" or "labels"
+    bodies: list[dict[str, Any]]  # of all requests
+    new: Sequence[int]  # indices of the requests to answer
+    keep: Callable[[int, Any], None]  # takes the index of a request and its answer
 
 
 class LanguageModel:
@@ -121,12 +102,12 @@ class LanguageModel:
         self,
         name: str,
         facts: dict[str, Any],
-        ask: Ask,
+        ask: Callable[[Call], None],
         close: Callable[[], None] = lambda: None,
         *,
         reads_ahead: bool = False,
     ):
-        """Starts with a log in memory; see the class and `Ask`."""
+        """Starts with a log in memory; `ask` answers the requests of a call."""
         self.name = name
         self.facts = facts
         self.close = close
@@ -175,10 +156,8 @@ class LanguageModel:
 
     def _answer(self, kind: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
         kinds = ["labels" if "labels" in body else kind for body in bodies]
-        keys = [
-            request_key(kind, self.facts, body)
-            for kind, body in zip(kinds, bodies, strict=True)
-        ]
+        requests = zip(kinds, bodies, strict=True)
+        keys = [request_key(kind, self.facts, body) for kind, body in requests]
         distinct = dict(zip(keys, bodies, strict=True))
         order = list(distinct)
         new = [n for n, key in enumerate(order) if self.log.get(key) is None]
@@ -193,15 +172,13 @@ class LanguageModel:
             self.report(next(finished) / len(order))
 
         if new:
-            self._ask(kind, list(distinct.values()), new, keep)
+            self._ask(Call(kind, list(distinct.values()), new, keep))
         answers = []
         for kind, key, body in zip(kinds, keys, bodies, strict=True):
-            record = self.log.get(key)
-            answers.append(
-                failures.get(key, Failure("not_asked"))
-                if record is None
-                else from_record(kind, record, body, key)
-            )
+            if record := self.log.get(key):
+                answers.append(from_record(kind, record, body, key))
+            else:
+                answers.append(failures.get(key, Failure("not_asked")))
         return answers
 
 
@@ -226,8 +203,7 @@ def from_record(
 ) -> Generation | Score | LabelScores:
     """Returns the answer that `to_record` wrote, from a record the log has checked.
 
-    Raises:
-        ValueError: The record answers another kind of request, or other labels.
+    Raises ValueError if it answers another kind of request, or other labels.
     """
     usage = Usage(**record["usage"])
     # Rounding may leave a log-probability slightly above 0.
@@ -253,19 +229,14 @@ def recorded(folder: str | os.PathLike) -> LanguageModel:
     """
     name, facts, answers = request_log.read_recording(folder)
 
-    def ask(
-        kind: str,
-        bodies: list[dict[str, Any]],
-        new: Sequence[int],
-        keep: Callable[[int, Any], None],
-    ) -> None:
-        for number in new:
-            body = bodies[number]
-            key = request_key(kind, facts, body)
+    def ask(call: Call) -> None:
+        for number in call.new:
+            body = call.bodies[number]
+            key = request_key(call.kind, facts, body)
             if key in answers:
-                keep(number, from_record(kind, answers[key], body, key))
+                call.keep(number, from_record(call.kind, answers[key], body, key))
             else:
                 detail = f"no answer to ...{body['prompt'][-80:]!r}"
-                keep(number, Failure("not_recorded", detail))
+                call.keep(number, Failure("not_recorded", detail))
 
     return LanguageModel(name, facts, ask)

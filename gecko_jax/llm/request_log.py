@@ -8,7 +8,9 @@ The logs of a run are also its recording, which `protocol.recorded` replays.
     requests/model.json                     {"name": "...", "facts": {...}}
 """
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -33,7 +35,7 @@ _ANSWERS = (
 _REMEDY = "the log is damaged: remove the line, and its request is sent again"
 
 
-class RequestLog:
+class RequestLog(contextlib.AbstractContextManager["RequestLog"]):
     """The answers of one shard, by request key."""
 
     def __init__(self, path: pathlib.Path | None, earlier: pathlib.Path | None = None):
@@ -63,8 +65,7 @@ class RequestLog:
     def put(self, key: str, answer: dict[str, Any]) -> None:
         """Stores an answer; it is in the file when this returns.
 
-        Raises:
-            OSError: The disk is full. The file still holds whole lines.
+        Raises OSError if the disk is full; the file still holds whole lines.
         """
         # ASCII: a lone surrogate, which only JSON can spell, stays an escape.
         line = json.dumps({"key": key, "answer": answer}).encode() + b"\n"
@@ -91,9 +92,6 @@ class RequestLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> "RequestLog":
-        return self
 
     def __exit__(self, *unused: object) -> None:
         self.close()
@@ -139,9 +137,7 @@ def read_recording(
 ) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
     """Returns the model's name, its facts, and every recorded answer by key.
 
-    Raises:
-        ValueError: The folder is neither a workdir with a recording nor its folder
-            `requests`, or the recording is damaged.
+    Raises ValueError if the folder holds no recording, or a damaged one.
     """
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
@@ -158,9 +154,8 @@ def read_recording(
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted([*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]):
         # Texts may hold lone surrogates, which `protocol.from_record` replaces.
-        for place, record in reading.read_records(path, any_characters=True):
-            key, answer = _read_answer(place, record)
-            answers[key] = answer
+        records = reading.read_records(path, any_characters=True)
+        answers |= dict(itertools.starmap(_read_answer, records))
     return about["name"], about["facts"], answers
 
 
@@ -189,26 +184,19 @@ class Budget:
     ):
         """Starts with nothing spent.
 
-        Args:
-            max_requests: Limit of requests, each try counted; None for no limit.
-            max_cost: Limit of the cost, in the currency of the prices; None for none.
-            price_input: Price of a million prompt tokens.
-            price_output: Price of a million completion tokens.
+        The limits are requests, each try counted, and cost, in the currency of the
+        prices of a million tokens; None sets no limit.
         """
         if max_cost is not None and not (price_input or price_output):
             raise ValueError(
                 f"max_cost={max_cost}: it needs prices; set llm.price_input and "
                 "llm.price_output (per million tokens)"
             )
-        self._max_requests = max_requests
-        self._max_cost = max_cost
+        self._max_requests, self._max_cost = max_requests, max_cost
         self._prices = (price_input, price_output)
         self._lock = threading.Condition()
-        self._reserved = 0.0
-        self._num_reserved = 0
-        self.requests = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
+        self._reserved, self._num_reserved = 0.0, 0
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
 
     def price(
         self, prompt_tokens: int | float, completion_tokens: int | float
@@ -227,14 +215,9 @@ class Budget:
     ) -> float:
         """Counts a request that is about to be sent, and returns its maximum cost.
 
-        Args:
-            prompt_tokens: Most tokens that it may read.
-            completion_tokens: Most tokens that it may write.
-            waits: Whether to wait at the cost limit for the requests of other threads,
-                most of which cost less than was reserved for them.
-
-        Raises:
-            BudgetError: The request would exceed a limit.
+        The tokens are the most that it may read and write. With `waits`, it waits at
+        the cost limit for the requests of other threads, most of which cost less than
+        was reserved for them. Raises BudgetError if the request would exceed a limit.
         """
         price = self.price(prompt_tokens, completion_tokens)
         with self._lock:

@@ -23,19 +23,15 @@ class SafetensorsFolder:
     def __init__(self, path: str | os.PathLike):
         """Reads settings and tensor names, and compares them.
 
-        Raises:
-            ValueError: Files are missing or damaged, or of an unsupported family.
+        Raises ValueError if files are missing or damaged, or of an unsupported family.
         """
         import safetensors
 
         self._path = pathlib.Path(path)
         place = self._path / "config.json"
         try:
-            settings = reading.read_object(
-                place,
-                {"model_type": field_rules.NAME},
-                remedy=decoder_settings.REMEDY,
-            )
+            fields, remedy = {"model_type": field_rules.NAME}, decoder_settings.REMEDY
+            settings = reading.read_object(place, fields, remedy=remedy)
         except FileNotFoundError:
             raise ValueError(
                 f"{place}: no such file; give the folder of a Hugging Face model, or a "

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from gecko_jax.io import inputs, reading, wording
@@ -101,22 +101,17 @@ class _Client:
         key = _read_key(settings.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._connections = connections.Connections(settings.url, headers)
-        self._pace = pacing.Pace(
-            settings.requests_per_minute, settings.tokens_per_minute
-        )
+        self.close = self._connections.close
+        limits = (settings.requests_per_minute, settings.tokens_per_minute)
+        self._pace = pacing.Pace(*limits)
         self._stop = self._pace.stop
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self._connections.close()
 
     def check_model(self) -> None:
         """Raises unless the server answers and lists the model, or has no list."""
         path = "/v1/models"
+        seconds = self._settings.timeout_seconds
         try:
-            reply = self._connections.request(
-                "GET", path, None, self._settings.timeout_seconds, _MOST_BYTES
-            )
+            reply = self._connections.request("GET", path, None, seconds, _MOST_BYTES)
         except wire.NoAnswer as error:
             if error.reason == "too_large":
                 return
@@ -133,41 +128,32 @@ class _Client:
                 f"serve it; it has {names}"
             )
 
-    def ask(
-        self,
-        kind: str,
-        bodies: list[dict[str, Any]],
-        new: Sequence[int],
-        keep: Callable[[int, Any], None],
-    ) -> None:
-        """Sends the new requests concurrently; see `protocol.Ask`.
+    def ask(self, call: protocol.Call) -> None:
+        """Sends the new requests of a call concurrently.
 
         When one request stops the run, the requests in flight are completed and their
         answers kept, since they are paid for. An interrupt ends them after a moment.
         """
         self._stop.clear()
-        answer = {
-            "generate": self._generate,
-            "score": self._score,
-            "labels": self._labels,
-        }[kind]
+        kinds = {"generate": self._generate, "score": self._score}
+        answer = kinds.get(call.kind, self._labels)
 
         def work(number: int) -> None:
             if self._stop.is_set():
                 return
             try:
-                keep(number, answer(bodies[number]))
+                call.keep(number, answer(call.bodies[number]))
             except wire.NoAnswer as error:
-                keep(number, protocol.Failure(error.reason, error.detail))
+                call.keep(number, protocol.Failure(error.reason, error.detail))
             except pacing.Stopped:
                 pass
             except BaseException:
                 self._stop.set()
                 raise
 
-        workers = min(self._settings.concurrency, len(new))
+        workers = min(self._settings.concurrency, len(call.new))
         pool = concurrent.futures.ThreadPoolExecutor(workers)
-        futures = [pool.submit(work, number) for number in new]
+        futures = [pool.submit(work, number) for number in call.new]
         try:
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -219,30 +205,25 @@ class _Client:
             value, count = wire.read_echo(answer.content, prompt, continuation)
             return protocol.Score(value, count, answer.usage)
         head, tail = self._tokenize(prompt, True), self._tokenize(continuation, False)
+        count = len(tail)
         if scoring == "echo_tokens":
             fields = wire.echo_body([*head, *tail])
             answer = self._post(fields, text, 1, len(head) + len(tail))
-            value, count = wire.read_echo(
-                answer.content, prompt, continuation, len(head)
-            )
+            texts = (prompt, continuation, len(head))
+            value, count = wire.read_echo(answer.content, *texts)
             if count != len(tail):
                 raise wire.NoAnswer("border", f"{count} tokens, {len(tail)} sent")
-            return protocol.Score(value, count, answer.usage)
-        fields = wire.forced_body(head, tail)
-        answer = self._post(fields, text, len(tail), len(head), "/completion")
-        value = wire.read_forced(answer.content, head, tail, continuation)
-        return protocol.Score(value, len(tail), answer.usage)
+        else:
+            fields = wire.forced_body(head, tail)
+            answer = self._post(fields, text, len(tail), len(head), "/completion")
+            value = wire.read_forced(answer.content, head, tail, continuation)
+        return protocol.Score(value, count, answer.usage)
 
     def _tokenize(self, text: str, is_beginning: bool) -> list[int]:
         # The fields of vLLM, then those of llama.cpp; each ignores the other's.
-        fields = {
-            "model": self._settings.model,
-            "prompt": text,
-            "add_special_tokens": is_beginning,
-            "content": text,
-            "add_special": is_beginning,
-        }
-        content = json.dumps(fields).encode()
+        fields = {"prompt": text, "add_special_tokens": is_beginning}
+        fields |= {"content": text, "add_special": is_beginning}
+        content = json.dumps({"model": self._settings.model, **fields}).encode()
         reply = self._retry(lambda: self._send("/tokenize", content, text))
         return wire.read_tokens(reply, text)
 
@@ -257,10 +238,7 @@ class _Client:
         """Sends a request to the model, within the budget and the rate limits.
 
         `text` is what the model reads, of `num_tokens` tokens if known; `path` is by
-        default that of OpenAI's API.
-
-        Raises:
-            wire.NoAnswer: No try succeeded.
+        default that of OpenAI's API. Raises `wire.NoAnswer` if no try succeeded.
         """
         chat = self._settings.chat
         path = path or ("/v1/chat/completions" if chat else "/v1/completions")

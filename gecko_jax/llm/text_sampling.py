@@ -18,17 +18,11 @@ from gecko_jax.models import transformer
 
 
 class Completion(NamedTuple):
-    """A generated text.
+    """A generated text."""
 
-    Attributes:
-        text: Text without the stop string that ended it.
-        is_cut: Whether the token limit ended it.
-        num_tokens: Generated tokens, including the one that ended it.
-    """
-
-    text: str
-    is_cut: bool
-    num_tokens: int
+    text: str  # text without the stop string that ended it
+    is_cut: bool  # whether the token limit ended it
+    num_tokens: int  # generated tokens, including the one that ended it
 
 
 def check(sampling: protocol.Sampling) -> None:
@@ -66,13 +60,13 @@ def draw(
     `tokens` are those of the prompts after the shared prefix, `lengths` count the
     tokens of whole prompts, and `keys` are the rows' random keys.
     """
-    rounds = -(-sampling.max_tokens // decoding.STEPS)
+    num_slots = -(-sampling.max_tokens // decoding.STEPS) * decoding.STEPS
     hidden, cache = decoding.start(
-        params, config, prefix, tokens, positions, num_slots=rounds * decoding.STEPS
+        params, config, prefix, tokens, positions, num_slots=num_slots
     )
     drawn = np.empty((count, 0), np.int32)
     completions: list[Completion] = []
-    for start in range(0, rounds * decoding.STEPS, decoding.STEPS):
+    for start in range(0, num_slots, decoding.STEPS):
         new, cache, hidden = decoding.decode(
             params,
             config,

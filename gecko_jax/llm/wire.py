@@ -30,10 +30,9 @@ _MIN_EQUAL = 4
 class NoAnswer(Exception):
     """A request without a usable answer.
 
-    Attributes:
-        reason: One of a few categories, by which failures are counted.
-        detail: What arrived instead; may quote the server.
-        retry_after: Seconds to wait before the next try, if the server says so.
+    `reason` is one of a few categories, by which failures are counted; `detail` is what
+    arrived instead, and may quote the server; `retry_after` are the seconds that the
+    server asks to wait.
     """
 
     def __init__(self, reason: str, detail: str, retry_after: float = 0.0):
@@ -96,11 +95,8 @@ def match_labels(
 
     A label is represented by the longest token that it begins with (" Per", not " P",
     which begins other words too). Probabilities of tokens that differ only in the
-    word-start mark (" Per", "Per") are added.
-
-    Raises:
-        NoAnswer: A label is missing from the tokens, two labels share a token, a token
-            is listed twice, or the numbers are not probabilities of distinct tokens.
+    word-start mark (" Per", "Per") are added. Raises NoAnswer if a label is missing,
+    two labels share a token, or the numbers are not probabilities of distinct tokens.
     """
     for _, value in pairs:
         _number(value)
@@ -148,11 +144,8 @@ def read_echo(
 
     The echoed tokens must spell the prompt and the continuation, so the texts locate
     the border, whatever the reply counts. `num_prompt_tokens` is the length of a prompt
-    that was sent as token ids.
-
-    Raises:
-        NoAnswer: The server did not echo these texts, no token begins at the border,
-            or the numbers are not log-probabilities.
+    that was sent as token ids. Raises NoAnswer if the server did not echo these texts,
+    no token begins at the border, or the numbers are not log-probabilities.
     """
     choice = _choice(reply)
     tokens = _get(choice, "logprobs", "tokens")
@@ -177,11 +170,9 @@ def align(
 ) -> tuple[int, int]:
     """Returns where the continuation begins among the echoed tokens, and where it ends.
 
-    A special token may precede the prompt, and one generated token may follow.
-
-    Raises:
-        NoAnswer: The tokens do not spell both texts, one token spans the border, or
-            split characters leave several borders possible.
+    A special token may precede the prompt, and one generated token may follow. Raises
+    NoAnswer if the tokens do not spell both texts, one token spans the border, or split
+    characters leave several borders possible.
     """
     # SentencePiece begins a text with an extra space.
     prompts = (prompt, f" {prompt}")
@@ -255,8 +246,7 @@ def read_forced(
 def read_tokens(reply: Any, text: str) -> list[int]:
     """Returns the token ids in a reply of `/tokenize`.
 
-    Raises:
-        NoAnswer: They are not ids, or there are more than the text has bytes.
+    Raises NoAnswer if they are not ids, or more than the text has bytes.
     """
     _check_reply(reply)
     tokens = reply.get("tokens")

@@ -14,13 +14,9 @@ def plot_lengths(
     passage_length: int,
     output: str | os.PathLike,
 ) -> pathlib.Path:
-    """Draws the token counts of each task's texts, and the limits.
+    """Draws the token counts of each task's texts, and the limits, into a PNG.
 
-    Args:
-        tasks: Name, token counts of queries and token counts of passages of each task.
-        query_length: Longest query, in tokens.
-        passage_length: Longest passage, in tokens.
-        output: The PNG to write.
+    `tasks` has the name and the token counts of queries and passages of each task.
     """
     pyplot, styled = style.start()
     with styled:

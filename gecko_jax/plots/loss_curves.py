@@ -16,14 +16,10 @@ _EVALUATION = "evaluation/"
 def plot_training(
     runs: Sequence[str | os.PathLike], output: str | os.PathLike
 ) -> pathlib.Path:
-    """Draws loss and evaluation over the steps, one column per run.
+    """Draws loss and evaluation over the steps, one column per run, into a PNG.
 
-    Args:
-        runs: Files `metrics.jsonl` of workdirs, in the order of training.
-        output: The PNG to write.
-
-    Raises:
-        ValueError: A file holds no logged step.
+    `runs` are files `metrics.jsonl` of workdirs, in the order of training. Raises
+    ValueError if one holds no logged step.
     """
     logs = {}
     for path in map(pathlib.Path, runs):
@@ -75,10 +71,8 @@ def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
         curves.items(), style.shades(len(curves)), strict=True
     ):
         values = [line[key] for line in logged]
-        means = [
-            np.mean(values[max(0, i - window) : i + window + 1])
-            for i in range(len(values))
-        ]
+        spans = (slice(max(0, i - window), i + window + 1) for i in range(len(values)))
+        means = [np.mean(values[span]) for span in spans]
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
         axes.plot(steps, means, color=color, linewidth=2, label=label)
     axes.set_xlim(left=0)
@@ -88,16 +82,11 @@ def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
 def _draw_scores(axes: Any, lines: Sequence[Mapping[str, Any]], prefix: str) -> None:
     dims = _dims(lines, prefix)
     for dim, color in zip(dims, style.shades(len(dims)), strict=True):
-        scored = [line for line in lines if f"{prefix}{dim}" in line]
-        axes.plot(
-            [line["step"] for line in scored],
-            [line[f"{prefix}{dim}"] for line in scored],
-            color=color,
-            marker="o",
-            markersize=4,
-            linewidth=2,
-            label=f"{dim} dims",
-        )
+        key, label = f"{prefix}{dim}", f"{dim} dims"
+        steps = [line["step"] for line in lines if key in line]
+        scores = [line[key] for line in lines if key in line]
+        drawn = {"color": color, "markersize": 4, "linewidth": 2, "label": label}
+        axes.plot(steps, scores, "o-", **drawn)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     if dims:

@@ -11,14 +11,10 @@ from gecko_jax.plots import style
 
 
 def plot_quality(results: Mapping[str, Any], output: str | os.PathLike) -> pathlib.Path:
-    """Draws quality over dims next to the baselines, and per task or set.
+    """Draws quality over dims next to the baselines, and per task or set, into a PNG.
 
-    Args:
-        results: `evaluation.Results.to_dict()`.
-        output: The PNG to write.
-
-    Raises:
-        ValueError: The results hold no scores of a model.
+    `results` is `evaluation.Results.to_dict()`; raises ValueError without scores of a
+    model.
     """
     rows = results["rows"]
     metric = style.first_metric(name for row in rows for name in row["metrics"])
@@ -71,7 +67,7 @@ def _draw_dims(
     values = [means["model", dim] for dim in dims]
     x = [math.log2(dim) for dim in dims]
     own = style.DIMS[2]
-    axes.plot(x, values, color=own, linewidth=2.5, marker="o", markersize=7, zorder=3)
+    axes.plot(x, values, "o-", color=own, linewidth=2.5, markersize=7, zorder=3)
     margin = 0.35 * max(x[-1] - x[0], 1.0)
     left, right = x[0] - 0.5 * margin, x[-1] + 0.5 * margin
     best = {
@@ -101,15 +97,10 @@ def _draw_dims(
     for system, height in _apart(best, text_height).items():
         value, color = best[system], colors.get(system, style.BAG)
         if system in models:
-            places = sorted(dim for s, dim in means if s == system and dim)
-            axes.plot(
-                [math.log2(dim) for dim in places],
-                [means[system, dim] for dim in places],
-                color=color,
-                linewidth=2,
-                marker="o",
-                markersize=5,
-            )
+            own_dims = sorted(dim for s, dim in means if s == system and dim)
+            heights = [means[system, dim] for dim in own_dims]
+            places = [math.log2(dim) for dim in own_dims]
+            axes.plot(places, heights, "o-", color=color, linewidth=2, markersize=5)
         elif system != "Gecko":
             dashes = "--" if system == "BM25" else ":"
             axes.plot([left, right], [value] * 2, color=color, ls=dashes, linewidth=1.8)

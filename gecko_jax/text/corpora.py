@@ -16,6 +16,7 @@ from gecko_jax.text import text_files
 
 _PROSE = (".md", ".rst")
 _KINDS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz", *_PROSE)
+_LISTED = f"{', '.join(_KINDS[:-1])} or {_KINDS[-1]}"
 # Longer paragraphs are split between lines: a model reads only the start of a passage.
 _MAX_PASSAGE = 2_000  # characters
 
@@ -23,39 +24,32 @@ _MAX_PASSAGE = 2_000  # characters
 def find_files(paths: Iterable[str | os.PathLike]) -> list[pathlib.Path]:
     """Returns the files at some paths; a folder stands for all files below it.
 
-    Raises:
-        FileNotFoundError: There is nothing at a path.
-        ValueError: A file is of another kind, or a folder has no file of a known kind.
+    Raises FileNotFoundError if there is nothing at a path, and ValueError if a file is
+    of another kind, or a folder has no file of a known kind.
     """
     files: list[pathlib.Path] = []
     for path in map(pathlib.Path, paths):
         if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if file.name.endswith(_KINDS) and file.is_file()
-            )
+            inside = (f for f in path.rglob("*") if f.name.endswith(_KINDS))
+            inside = sorted(filter(pathlib.Path.is_file, inside))
             if not inside:
-                raise ValueError(
-                    f"{path}: no files in it that end in {_listed(_KINDS)}"
-                )
+                raise ValueError(f"{path}: no files in it that end in {_LISTED}")
             files += inside
-        elif not path.name.endswith(_KINDS):
-            reading.check_is_file(path)
+            continue
+        reading.check_is_file(path)
+        if not path.name.endswith(_KINDS):
             raise ValueError(
-                f"{path}: unknown kind of file; use one that ends in {_listed(_KINDS)}"
+                f"{path}: unknown kind of file; use one that ends in {_LISTED}"
             )
-        else:
-            reading.check_is_file(path)
-            files.append(path)
+        files.append(path)
     return list(dict.fromkeys(files))
 
 
 def read_passages(files: Sequence[pathlib.Path]) -> Iterator[text_files.TextRecord]:
     """Yields the passages of some files, with unique ids.
 
-    Raises:
-        ValueError: A line breaks a rule, or an id comes twice; names file and line.
+    Raises ValueError, which names file and line, if a line breaks a rule or an id comes
+    twice.
     """
     ids = inputs.UniqueIds()
     for file in files:
@@ -87,7 +81,3 @@ def _paragraphs(file: pathlib.Path) -> Iterator[text_files.TextRecord]:
 def _paragraph(place: str, lines: Sequence[str]) -> text_files.TextRecord:
     number = place.rpartition(":")[2]
     return text_files.TextRecord(place, number, "", " ".join(lines), "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + f" or {names[-1]}"

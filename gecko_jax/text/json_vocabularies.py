@@ -52,10 +52,10 @@ _MODEL = {
     "type": field_rules.one_of("BPE"),
     "vocab": field_rules.map_of(field_rules.COUNT),
     "unk_token": field_rules.optional(field_rules.TEXT),
-    "dropout": field_rules.optional(field_rules.one_of(0, 0.0)),
+    "dropout": field_rules.only(0, 0.0),
 }
 _CONFIG = {
-    "truncation_side": field_rules.optional(field_rules.one_of("right")),
+    "truncation_side": field_rules.only("right"),
     "split_special_tokens": field_rules.optional(field_rules.FLAG),
 }
 
@@ -219,8 +219,7 @@ def _read_template(values: Mapping[str, Any]) -> tuple[tuple[int, ...], list[int
                 else:
                     token = step["special_tokens"][part["SpecialToken"]["id"]]
                     sides[-1] += token["ids"]
-            before, after = sides[0], sides[1]
-            opening, closing = before + opening, closing + after
+            opening, closing = sides[0] + opening, closing + sides[1]
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"its post_processor is damaged; {_REMEDY}") from None
     return tuple(opening), closing
@@ -262,11 +261,8 @@ def with_end(content: bytes) -> bytes:
             for part in template.get(key, ())
         ]
         template[key] = [part for pair in parts for part in pair]
-    template["special_tokens"][end] = {
-        "id": end,
-        "ids": [special[end]],
-        "tokens": [end],
-    }
+    entry = {"id": end, "ids": [special[end]], "tokens": [end]}
+    template["special_tokens"][end] = entry
     values["post_processor"] = {"type": "Sequence", "processors": steps}
     return json.dumps(values, indent=2, ensure_ascii=False).encode()
 

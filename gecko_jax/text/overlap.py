@@ -170,16 +170,13 @@ class _Runs:
     def __init__(self, words: Sequence[str]):
         size = len(words)
         # numpy multiplies modulo 2^64.
-        powers, inverses = (
+        powers, self._inverses = (
             np.multiply.accumulate(np.array([1] + [factor] * size, np.uint64))
             for factor in (_FACTOR, _INVERSE)
         )
-        hashes = np.array([_hash_word(word) for word in words], np.uint64)
-        self._inverses = inverses
+        hashes = np.array(list(map(_hash_word, words)), np.uint64)
         self._sums = np.append(np.uint64(0), np.cumsum(hashes * powers[:size]))
-        self._lengths = np.append(
-            0, np.cumsum([word_rule.units(word) for word in words])
-        )
+        self._lengths = np.append(0, np.cumsum(list(map(word_rule.units, words))))
 
     @property
     def length(self) -> int:

@@ -8,9 +8,10 @@ training batch have one width, and `round_up` rounds their number (`data.feature
 import collections
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 # Smallest row width, in tokens. Narrower rows would save a single query a few
 # milliseconds, and cost every process one more compilation.
@@ -75,6 +76,24 @@ def pack(
             open_rows[left].append(row)
             free |= 1 << left
     return rows
+
+
+def lay_out(
+    texts: Sequence[Any], rows: Sequence[Sequence[int]], shape: tuple[int, int]
+) -> tuple[Int32[np.ndarray, "R L"], Int32[np.ndarray, "R L"]]:
+    """Returns the tokens and segment ids of rows, given the positions of their texts.
+
+    Segment ids number the texts of a row from 1. Padding is 0 in both.
+    """
+    tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, positions in enumerate(rows):
+        begin = 0
+        for segment, position in enumerate(positions, start=1):
+            end = begin + len(texts[position])
+            tokens[row, begin:end] = texts[position]
+            segment_ids[row, begin:end] = segment
+            begin = end
+    return tokens, segment_ids
 
 
 def round_up(number: int, multiple: int = 1) -> int:

@@ -25,14 +25,9 @@ def read_texts(
     """Yields the texts of a JSON-lines file in the BEIR layout, or of a `.txt` file.
 
     JSON lines have `_id` (or `id`), `text`, and optionally `title` and `task`. A
-    passage with a title and no text uses the title as its text.
-
-    Args:
-        path: The file, `.gz` or plain.
-        allow_empty: Also yield texts without a visible character.
-
-    Raises:
-        ValueError: A line is invalid, or an id occurs twice.
+    passage with a title and no text uses the title as its text. `allow_empty` also
+    yields texts without a visible character. Raises ValueError if a line is invalid, or
+    an id occurs twice.
     """
     ids = inputs.UniqueIds()
     for place, record in read_texts_or_records(path):

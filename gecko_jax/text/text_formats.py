@@ -37,13 +37,11 @@ _BARE = "{text}"
 # was a field.
 _OLD_PROMPTS = "{task_description}{text}"
 
+_TEXT, _TEXTS = field_rules.TEXT, field_rules.map_of(field_rules.TEXT)
 _FIELDS = {
-    "query": field_rules.optional(field_rules.TEXT),
-    "passage": field_rules.optional(field_rules.TEXT),
-    "no_title": field_rules.optional(field_rules.TEXT),
-    "task_descriptions": field_rules.optional(field_rules.map_of(field_rules.TEXT)),
-    "symmetric_tasks": field_rules.optional(field_rules.list_of(field_rules.TEXT)),
-    "prompts": field_rules.optional(field_rules.map_of(field_rules.TEXT)),
+    **dict.fromkeys(("query", "passage", "no_title"), field_rules.optional(_TEXT)),
+    **dict.fromkeys(("task_descriptions", "prompts"), field_rules.optional(_TEXTS)),
+    "symmetric_tasks": field_rules.optional(field_rules.list_of(_TEXT)),
     "verbatim": field_rules.optional(field_rules.FLAG),
 }
 
@@ -115,17 +113,11 @@ class TextFormat:
         return task in self.symmetric_tasks
 
     def format_query(self, text: str, task: str, description: str | None = None) -> str:
-        """Writes one query.
+        """Writes one query; raises ValueError if the text is empty or only whitespace.
 
-        Args:
-            text: The raw query.
-            task: A name in `task_descriptions` or `prompts`, or a description in plain
-                words. A format with prompts cannot write descriptions and uses its
-                "query" prompt instead.
-            description: Overrides the task's description.
-
-        Raises:
-            ValueError: The text is empty or only whitespace.
+        `task` is a name in `task_descriptions` or `prompts`, or a description in plain
+        words. A format with prompts cannot write descriptions and uses its "query"
+        prompt instead. `description` overrides the task's.
         """
         written = self._write(text)
         # A query without a task must get the "query" prompt, even if the model has a
@@ -171,8 +163,7 @@ class TextFormat:
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":
         """Inverse of `to_dict`; also reads how older versions stored prompts.
 
-        Raises:
-            ValueError: A field is unknown or has a wrong type.
+        Raises ValueError if a field is unknown or has a wrong type.
         """
         field_rules.check("text_format", values, _FIELDS, "restore it", only=True)
         fields = {name: value for name, value in values.items() if value is not None}
@@ -180,25 +171,20 @@ class TextFormat:
             fields["symmetric_tasks"] = tuple(fields["symmetric_tasks"])
         passage = fields.get("passage", "")
         prompts = fields.get("task_descriptions", {})
-        if (
-            fields.get("query") == _OLD_PROMPTS
-            and DEFAULT_TASK in prompts
-            and passage.endswith(_BARE)
-            and "{title}" not in passage
-        ):
-            fields |= {
-                "query": _BARE,
-                "passage": _BARE,
-                "task_descriptions": {},
-                "prompts": {
-                    **prompts,
-                    QUERY_PROMPT: prompts[DEFAULT_TASK],
-                    DOCUMENT_PROMPT: passage.removesuffix(_BARE),
-                },
+        is_old = fields.get("query") == _OLD_PROMPTS and DEFAULT_TASK in prompts
+        if is_old and passage.endswith(_BARE) and "{title}" not in passage:
+            prompts = {
+                **prompts,
+                QUERY_PROMPT: prompts[DEFAULT_TASK],
+                DOCUMENT_PROMPT: passage.removesuffix(_BARE),
             }
+            fields |= {"query": _BARE, "passage": _BARE}
+            fields |= {"task_descriptions": {}, "prompts": prompts}
         return cls(**fields)
 
 
+# Format of a plain encoder, which reads texts as they are.
+PLAIN = TextFormat(query=_BARE, passage=_BARE, no_title="")
 # Qwen3-Embedding's format: passages are written as they are.
 INSTRUCT = TextFormat(
     query="Instruct: {task_description}\nQuery:{text}", passage=_BARE, no_title=""
@@ -210,9 +196,7 @@ def from_prompts(prompts: Mapping[str, str]) -> TextFormat:
 
     EmbeddingGemma's prompts are Gecko's templates, and Qwen3-Embedding's are
     `INSTRUCT`. As templates, they also write titles and descriptions of other tasks.
-
-    Args:
-        prompts: Prompts by task name, "query" and "document" included.
+    `prompts` has the prompts by task name, "query" and "document" included.
     """
     for known in (TextFormat(), INSTRUCT):
         head, _, tail = known.query.removesuffix(_BARE).partition("{task_description}")
@@ -232,7 +216,7 @@ def from_prompts(prompts: Mapping[str, str]) -> TextFormat:
                 task_descriptions=descriptions,
                 prompts={name: prompts[name] for name in sorted(others)},
             )
-    return TextFormat(query=_BARE, passage=_BARE, no_title="", prompts=prompts)
+    return dataclasses.replace(PLAIN, prompts=prompts)
 
 
 def _fill(template: str, **fields: str) -> str:
@@ -267,8 +251,7 @@ def _check_characters(formatted: str) -> str:
 def clean(text: str) -> str:
     """Returns `text` in NFC, each run of whitespace replaced by one space.
 
-    Raises:
-        ValueError: The text is empty, or longer than `MAX_CHARACTERS`.
+    Raises ValueError if the text is empty, or longer than `MAX_CHARACTERS`.
     """
     cleaned = " ".join(unicodedata.normalize("NFC", text).split())
     if not cleaned:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 # T5's reserved ids: 0 pads encoder inputs and 1 ends them. Rows of every vocabulary are
@@ -84,10 +84,8 @@ class Vocabulary:
             raise ValueError(
                 f"extra_ids={self.extra_ids}: must be 0 or more (T5 trained with 100)"
             )
-        for name, value, expected in (
-            ("pad_id", self._processor.pad_id(), PAD_ID),
-            ("eos_id", self._processor.eos_id(), EOS_ID),
-        ):
+        for name, expected in (("pad_id", PAD_ID), ("eos_id", EOS_ID)):
+            value = getattr(self._processor, name)()
             if value != expected:
                 raise ValueError(
                     f"the vocabulary has {name}={value}; Gecko's encoder needs "
@@ -96,10 +94,10 @@ class Vocabulary:
                 )
         pieces = self._processor.GetPieceSize()
         if self._ids_after_pieces != list(range(pieces, self.size)):
+            ids = ", ".join(map(str, self._ids_after_pieces))
             raise ValueError(
-                f"the added tokens have the ids "
-                f"{', '.join(map(str, self._ids_after_pieces))}; they must follow the "
-                f"{pieces:,} pieces and sentinels without a gap"
+                f"the added tokens have the ids {ids}; they must follow the {pieces:,} "
+                "pieces and sentinels without a gap"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,9 +111,8 @@ class Vocabulary:
 
         processor = sentencepiece.SentencePieceProcessor()
         try:
-            processor.LoadFromSerializedProto(
-                _add_sentinels(self.model_proto, self.extra_ids)
-            )
+            proto = _add_sentinels(self.model_proto, self.extra_ids)
+            processor.LoadFromSerializedProto(proto)
         except Exception as error:  # sentencepiece and protobuf raise several kinds
             raise ValueError(
                 f"not a SentencePiece model ({len(self.model_proto):,} bytes); give a "
@@ -208,16 +205,12 @@ class Vocabulary:
         raw, normalized = self._added_patterns
         ids: list[int] = []
         for part in _cut(text, raw):
-            if isinstance(part, AddedToken):
-                ids.append(part.id)
-                continue
-            if normalized:
-                part = self._normalize(part)
-            for inner in _cut(part, normalized):
-                if isinstance(inner, AddedToken):
-                    ids.append(inner.id)
-                else:
-                    ids += self._processor.EncodeAsIds(inner)
+            parts: Iterable[str | AddedToken] = [part]
+            if isinstance(part, str):
+                parts = _cut(self._normalize(part) if normalized else part, normalized)
+            for inner in parts:
+                is_added = isinstance(inner, AddedToken)
+                ids += [inner.id] if is_added else self._processor.EncodeAsIds(inner)
         return ids
 
     def _normalize(self, text: str) -> str:
@@ -226,13 +219,13 @@ class Vocabulary:
     @functools.cached_property
     def _added_patterns(self) -> tuple[dict[str, AddedToken], dict[str, AddedToken]]:
         """Returns the tokens to match in raw and in normalized text, longest first."""
-        raw = {t.content: t for t in self.added_tokens if not t.normalized}
-        normalized = {
-            self._normalize(t.content).strip(): t
-            for t in self.added_tokens
-            if t.normalized
-        }
-        normalized.pop("", None)
+        raw: dict[str, AddedToken] = {}
+        normalized: dict[str, AddedToken] = {}
+        for token in self.added_tokens:
+            if not token.normalized:
+                raw[token.content] = token
+            elif content := self._normalize(token.content).strip():
+                normalized[content] = token
         raw, normalized = (
             {content: tokens[content] for content in sorted(tokens, key=len)[::-1]}
             for tokens in (raw, normalized)
@@ -281,10 +274,9 @@ def build(
     path: str = "",
     tokenizer_config: bytes = b"",
 ) -> Vocabulary:
-    """Returns the vocabulary of a file's bytes; JSON is told by its first character.
+    """Returns the vocabulary of a file's bytes; JSON is recognized by its first byte.
 
-    Raises:
-        ValueError: The bytes are not those of a supported vocabulary.
+    Raises ValueError if the bytes are not those of a supported vocabulary.
     """
     # The kinds of vocabularies import this module.
     from gecko_jax.text import json_vocabularies
@@ -297,10 +289,8 @@ def load(path: str | os.PathLike, extra_ids: int = 0) -> Vocabulary:
     """Reads a `.model` file or a `tokenizer.json`, or the one in a folder.
 
     A `tokenizer_config.json` next to a `tokenizer.json` is read, too. A tokenizer that
-    does not end texts gets an EOS (`json_vocabularies.with_end`).
-
-    Raises:
-        ValueError: The file is missing or is no supported vocabulary.
+    does not end texts gets an EOS (`json_vocabularies.with_end`). Raises ValueError if
+    the file is missing or is no supported vocabulary.
     """
     from gecko_jax.text import json_vocabularies
 

@@ -96,6 +96,36 @@ def test_a_nested_fusion_that_slices_reads_only_the_slice(used, called, num_byte
     assert hlo.Program(text).memory_bytes() == 384 + 6 * (num_bytes + 16 + 128)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "branch_computations={%one, %two}",
+        "true_computation=%one, false_computation=%two",
+    ],
+)
+def test_every_branch_of_a_conditional_counts(names):
+    text = f"""\
+%one (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %y = f32[8]{{0}} negate(%x)
+}}
+
+%two (z: f32[8]) -> f32[8] {{
+  %z = f32[8]{{0}} parameter(0)
+  ROOT %sum = f32[8]{{0}} all-reduce(%z), to_apply=%add
+}}
+
+ENTRY %main (p: s32[], a: f32[8]) -> f32[8] {{
+  %p = s32[] parameter(0)
+  %a = f32[8]{{0}} parameter(1)
+  ROOT %c = f32[8]{{0}} conditional(%p, %a, %a), {names}
+}}
+"""
+    program = hlo.Program(text)
+    assert program.memory_bytes() == 2 * 64
+    assert program.collectives() == [hlo.Collective("all-reduce", 32, 1, ())]
+
+
 def test_an_asynchronous_copy_or_slice_counts_once():
     # The slice reads 16 bytes into another memory; the copy reads and writes 128.
     ahead = """\

@@ -192,8 +192,8 @@ def test_mining_leaves_nothing_half_written(tmp_path):
     with pytest.raises(ValueError, match=r"in\.jsonl:2: no field 'query'"):
         mine(tmp_path, [pair("a", "b"), {"task": "t"}])
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-    with pytest.raises(ValueError, match="num_negatives=0"):
-        mining.mine_negatives([], tmp_path / "x", 0)
+    with pytest.raises(ValueError, match="no files: no examples"):
+        mining.mine_negatives([], tmp_path / "x")
 
 
 def test_a_packed_file_holds_the_same_lines_and_characters(tmp_path):

@@ -429,10 +429,8 @@ def test_closing_the_iterator_ends_its_thread(open_batches):
             "'quikstart' is unknown: choose one of",
         ),
         ({"files": ("/nowhere.jsonl",)}, r"/nowhere\.jsonl: no such file"),
-        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"query_length": 1}, "query_length=1: must be at least 2"),
         ({"passage_length": 4096}, "passage_length=4096: .* at most 2048"),
-        ({"num_negatives": -1}, "num_negatives=-1: must be at least 0"),
     ],
 )
 def test_bad_arguments_are_named(open_batches, changes, message):

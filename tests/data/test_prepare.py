@@ -271,60 +271,45 @@ def cli_prepare(capsys, *arguments):
     return status, capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    ("name", "records", "message"),
-    [
-        ("gooaq", [{"question": "q"}], "record 1: a record has no field 'answer' (it"),
+BAD_RECORDS = {
+    "gooaq": [([{"question": "q"}], "record 1: a record has no field 'answer' (it")],
+    "medmcqa": [
         (
-            "medmcqa",
             [samples.MEDMCQA, {**samples.MEDMCQA, "cop": 4}],
             "record 2: label 4 is out of range",
         ),
         (
-            "medmcqa",
             [{**samples.MEDMCQA, "cop": "b"}],
             "record 1: field 'cop' is a string, and must be a number",
         ),
         (
-            "medmcqa",
             [{**samples.MEDMCQA, "cop": 0.5}],
             "record 1: field 'cop' is 0.5, and must be a whole number",
         ),
-        ("medmcqa", [{**samples.MEDMCQA, "cop": None}], "(left out: 1 no answer)"),
+        ([{**samples.MEDMCQA, "cop": None}], "(left out: 1 no answer)"),
+    ],
+    "fever": [
+        ([{**samples.FEVER, "label": "MAYBE"}], "record 1: label 'MAYBE' is out of"),
+        ([{**samples.FEVER, "evidence": [["A", 0]]}], "record 1: "),
+        ([{**samples.FEVER, "evidence": 3}], "record 1: "),
         (
-            "fever",
-            [{**samples.FEVER, "label": "MAYBE"}],
-            "record 1: label 'MAYBE' is out of",
-        ),
-        ("fever", [{**samples.FEVER, "evidence": [["A", 0]]}], "record 1: "),
-        ("fever", [{**samples.FEVER, "evidence": 3}], "record 1: "),
-        (
-            "fever",
             [{**samples.FEVER, "claim": 3}],
             "record 1: field 'claim' is a number, and must be text",
         ),
-        (
-            "fever",
-            [{**samples.FEVER, "id": 3}] * 2,
-            "train.jsonl.gz:2: id '3' was given before",
-        ),
-        (
-            "hotpotqa",
-            [{**samples.HOTPOT, "context": {"x": 1}}],
-            "record 1: a record has no field",
-        ),
-        (
-            "miracl_en",
-            [{**samples.MIRACL, "positive_passages": ["a"]}],
-            "record 1: ",
-        ),
-        (
-            "fever",
-            [{**samples.FEVER, "label": "NOT ENOUGH INFO"}],
-            "(left out: 1 no evidence)",
-        ),
-        ("fever", [], "gives no example; check the split"),
+        ([{**samples.FEVER, "id": 3}] * 2, "train.jsonl.gz:2: id '3' was given before"),
+        ([{**samples.FEVER, "label": "NOT ENOUGH INFO"}], "(left out: 1 no evidence)"),
+        ([], "gives no example; check the split"),
     ],
+    "hotpotqa": [
+        ([{**samples.HOTPOT, "context": {"x": 1}}], "record 1: a record has no field")
+    ],
+    "miracl_en": [([{**samples.MIRACL, "positive_passages": ["a"]}], "record 1: ")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "message"),
+    [(name, *case) for name, cases in BAD_RECORDS.items() for case in cases],
 )
 def test_bad_sources_are_told(tmp_path, capsys, name, records, message):
     source = samples.write_source(tmp_path, samples.TABLE[name].source, records)

@@ -32,152 +32,95 @@ def test_nli_groups_by_premise():
     ]
 
 
-@pytest.mark.parametrize(
-    ("preprocessor", "record", "line"),
-    [
-        (
-            preprocessors.fact_verification,
-            samples.FEVER,
-            {
-                "query": "Honey spoils.",
-                "positive": "Honey keeps.",
-                "title": "Honey (food)",
-            },
-        ),
-        (
-            preprocessors.multiple_choice,
-            samples.MEDMCQA,
-            {
-                "query": "Where is insulin made?",
-                "positive": "Pancreas. Beta cells make it.",
-                "negatives": ["Liver", "Spleen", "Lung"],
-            },
-        ),
-        (
-            preprocessors.multi_hop,
-            samples.HOTPOT,
-            {
-                "query": "Who?",
-                "query_id": "5a",
-                "positive": "a b",
-                "title": "A",
-                "negatives": ["c"],
-                "negative_titles": ["B"],
-            },
-        ),
-        (
-            preprocessors.natural_questions,
-            samples.NATURAL,
-            {"query": "who found it", "positive": "Bees did", "title": "Honey"},
-        ),
-    ],
-)
-def test_golden_examples(preprocessor, record, line):
-    assert samples.split(preprocessor([record])) == ([line], [])
+SAMPLES = {
+    "fever": (preprocessors.fact_verification, samples.FEVER),
+    "medmcqa": (preprocessors.multiple_choice, samples.MEDMCQA),
+    "hotpotqa": (preprocessors.multi_hop, samples.HOTPOT),
+    "natural_questions": (preprocessors.natural_questions, samples.NATURAL),
+    "miracl": (preprocessors.passage_lists, samples.MIRACL),
+}
+GOLDEN = {
+    "fever": {
+        "query": "Honey spoils.",
+        "positive": "Honey keeps.",
+        "title": "Honey (food)",
+    },
+    "medmcqa": {
+        "query": "Where is insulin made?",
+        "positive": "Pancreas. Beta cells make it.",
+        "negatives": ["Liver", "Spleen", "Lung"],
+    },
+    "hotpotqa": {
+        "query": "Who?",
+        "query_id": "5a",
+        "positive": "a b",
+        "title": "A",
+        "negatives": ["c"],
+        "negative_titles": ["B"],
+    },
+    "natural_questions": {
+        "query": "who found it",
+        "positive": "Bees did",
+        "title": "Honey",
+    },
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_examples(name):
+    preprocessor, record = SAMPLES[name]
+    assert samples.split(preprocessor([record])) == ([GOLDEN[name]], [])
 
 
 EMPTY = {"docid": "3#0", "title": "C", "text": " "}
 
 
+def span(start, end):
+    """An annotated answer from token `start` to token `end`."""
+    return {
+        "annotations": {"long_answer": {"start_token": [start], "end_token": [end]}}
+    }
+
+
 @pytest.mark.parametrize(
-    ("preprocessor", "record", "positives", "reasons"),
+    ("name", "changes", "positives", "reasons"),
     [
         # Sentences come in the page's order, and marks of titles are read.
         (
-            preprocessors.fact_verification,
-            {
-                **samples.FEVER,
-                "evidence": [["A-COLON-B", 7, "two."], ["A-COLON-B", 2, "one."]],
-            },
+            "fever",
+            {"evidence": [["A-COLON-B", 7, "two."], ["A-COLON-B", 2, "one."]]},
             [("A:B", "one. two.")],
             [],
         ),
+        ("fever", {"evidence": [["A", 1, " "], [None, 2, "x"]]}, [], ["no evidence"]),
+        ("fever", {"label": "NOT ENOUGH INFO"}, [], ["no evidence"]),
+        ("medmcqa", {"cop": -1}, [], ["no answer"]),
+        ("medmcqa", {"opb": ""}, [], ["empty text"]),
         (
-            preprocessors.fact_verification,
-            {**samples.FEVER, "evidence": [["A", 1, " "], [None, 2, "x"]]},
-            [],
-            ["no evidence"],
-        ),
-        (
-            preprocessors.fact_verification,
-            {**samples.FEVER, "label": "NOT ENOUGH INFO"},
-            [],
-            ["no evidence"],
-        ),
-        (
-            preprocessors.multiple_choice,
-            {**samples.MEDMCQA, "cop": -1},
-            [],
-            ["no answer"],
-        ),
-        (
-            preprocessors.multiple_choice,
-            {**samples.MEDMCQA, "opb": ""},
-            [],
-            ["empty text"],
-        ),
-        (
-            preprocessors.multiple_choice,
-            {**samples.MEDMCQA, "exp": None, "opa": "Pancreas", "opd": ""},
+            "medmcqa",
+            {"exp": None, "opa": "Pancreas", "opd": ""},
             [(None, "Pancreas")],
             [],
         ),
+        ("hotpotqa", {"supporting_facts": {"title": ["Z"]}}, [], ["no positive"]),
+        ("natural_questions", span(-1, 3), [], ["no long answer"]),
+        ("natural_questions", span(3, 4), [], ["empty text"]),
+        ("miracl", {"positive_passages": []}, [], ["no positive"]),
+        ("miracl", {"query": " "}, [], ["empty text"]),
         (
-            preprocessors.multi_hop,
-            {**samples.HOTPOT, "supporting_facts": {"title": ["Z"]}},
-            [],
-            ["no positive"],
-        ),
-        (
-            preprocessors.natural_questions,
+            "miracl",
             {
-                **samples.NATURAL,
-                "annotations": {"long_answer": {"start_token": [-1], "end_token": [3]}},
+                name: [EMPTY, *samples.MIRACL[name]]
+                for name in ("positive_passages", "negative_passages")
             },
-            [],
-            ["no long answer"],
-        ),
-        (
-            preprocessors.natural_questions,
-            {
-                **samples.NATURAL,
-                "annotations": {"long_answer": {"start_token": [3], "end_token": [4]}},
-            },
-            [],
-            ["empty text"],
-        ),
-        (
-            preprocessors.passage_lists,
-            {**samples.MIRACL, "positive_passages": []},
-            [],
-            ["no positive"],
-        ),
-        (
-            preprocessors.passage_lists,
-            {**samples.MIRACL, "query": " "},
-            [],
-            ["empty text"],
-        ),
-        (
-            preprocessors.passage_lists,
-            {
-                **samples.MIRACL,
-                "positive_passages": [
-                    EMPTY,
-                    samples.MIRACL["positive_passages"][0],
-                ],
-                "negative_passages": [
-                    EMPTY,
-                    *samples.MIRACL["negative_passages"],
-                ],
-            },
-            [("A", "a")],
+            [("A", "a"), ("A", "aa")],
             ["empty text"],
         ),
     ],
 )
-def test_what_is_left_out_has_a_reason(preprocessor, record, positives, reasons):
-    lines, dropped = samples.split(preprocessor([record]))
+def test_what_is_left_out_has_a_reason(name, changes, positives, reasons):
+    preprocessor, record = SAMPLES[name]
+    lines, dropped = samples.split(preprocessor([{**record, **changes}]))
     assert [(line.get("title"), line["positive"]) for line in lines] == positives
     assert dropped == reasons
     for line in lines:

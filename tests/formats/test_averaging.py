@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import random_params
+import samples
 import tiny_encoders
 
 from gecko_jax.formats import averaging, checkpoints, model_folder, parameters
@@ -73,7 +74,7 @@ def workdir(tiny_files, tmp_path):
 
 
 def read(path):
-    return parameters.flatten(model_folder.load_model(path).params)
+    return parameters.flatten(samples.load_model(path).params)
 
 
 def test_the_mean_is_the_weighted_mean_of_every_parameter(models, tmp_path):

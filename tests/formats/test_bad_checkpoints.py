@@ -9,6 +9,7 @@ import shutil
 import msgpack
 import pytest
 import safetensors.numpy
+import samples
 
 from gecko_jax.cli import entry
 from gecko_jax.formats import model_folder
@@ -207,4 +208,4 @@ def test_a_model_is_not_exported_over_its_checkpoints(workdir, tmp_path, capsys)
         )
         assert "not empty, and not an earlier export" in message
     assert (workdir / "checkpoints" / "4").is_dir()
-    assert model_folder.load_model(workdir).step == 4
+    assert samples.load_model(workdir).step == 4

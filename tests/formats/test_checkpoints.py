@@ -8,8 +8,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import samples
 
-from gecko_jax.formats import checkpoint_damage, checkpoints, model_folder, parameters
+from gecko_jax.formats import checkpoint_damage, checkpoints, parameters
 from gecko_jax.io import checksums
 from gecko_jax.parallel import sharding
 
@@ -232,7 +233,7 @@ def test_a_changed_file_is_set_aside_or_changes_nothing(
 
 def test_flipped_weights_of_a_workdir_are_reported(small_files, workdir, tmp_path):
     rng = random.Random(0)
-    expected = parameters.flatten(model_folder.load_model(workdir).params)
+    expected = parameters.flatten(samples.load_model(workdir).params)
     mesh = sharding.build_mesh(data=2, fsdp=2, tensor=2)
     reported = 0
     for path in sorted((workdir / "checkpoints" / "4" / "params").rglob("d/*")):
@@ -243,7 +244,7 @@ def test_flipped_weights_of_a_workdir_are_reported(small_files, workdir, tmp_pat
             path.write_bytes(changed)
             params, message = {}, None
             try:
-                loaded = model_folder.load_model(workdir, mesh if number % 2 else None)
+                loaded = samples.load_model(workdir, mesh if number % 2 else None)
                 params = parameters.flatten(loaded.params)
             except ValueError as error:
                 message = str(error)

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import samples
 
 import gecko_jax
 from gecko_jax.formats import (
@@ -71,7 +72,7 @@ def test_a_damaged_folder_is_refused(files, tmp_path, name):
 
 def test_an_export_hands_the_files_back(files, tmp_path):
     model_folder.save_model(tmp_path / "m", files)
-    opened = model_folder.load_model(tmp_path / "m")
+    opened = samples.load_model(tmp_path / "m")
     to_sentence_transformers.save(tmp_path / "st", opened)
     for name in NAMES:
         source = (tmp_path / "qwen" / name).read_bytes()

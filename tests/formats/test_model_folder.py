@@ -32,7 +32,7 @@ def assert_equal(got, want):
 
 
 def test_a_model_folder_holds_all_of_the_model(small_files, folder):
-    loaded = model_folder.load_model(folder)
+    loaded = samples.load_model(folder)
     assert_equal(loaded.params, small_files.params)
     for field in dataclasses.fields(small_files):
         if field.name != "params":
@@ -43,7 +43,7 @@ def test_a_model_folder_holds_all_of_the_model(small_files, folder):
 
 def test_a_stored_folder_of_version_1_still_loads():
     """Its embeddings are those of the release that wrote it."""
-    loaded = model_folder.load_model(STORED)
+    loaded = samples.load_model(STORED)
     assert json.loads((STORED / "gecko.json").read_text())["format_version"] == 1
     assert (loaded.step, loaded.revision) == (5, "stored-5")
     assert loaded.encoder_config.projection
@@ -65,7 +65,7 @@ def test_shards_hold_what_one_file_holds(small_files, tmp_path):
     for name in names:
         held = safetensors.numpy.load_file(path / name).values()
         assert len(held) == 1 or sum(leaf.nbytes for leaf in held) <= 1_000
-    assert_equal(model_folder.load_model(path).params, small_files.params)
+    assert_equal(samples.load_model(path).params, small_files.params)
     # One file replaces all shards.
     model_folder.save_model(path, small_files)
     assert {file.name for file in path.glob("model*")} == {WEIGHTS}
@@ -74,7 +74,7 @@ def test_shards_hold_what_one_file_holds(small_files, tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "workdir"])
 def test_parameters_lie_on_a_mesh_as_in_training(request, small_files, kind):
     mesh = sharding.build_mesh(data=2, fsdp=2, tensor=2)
-    loaded = model_folder.load_model(request.getfixturevalue(kind), mesh)
+    loaded = samples.load_model(request.getfixturevalue(kind), mesh)
     table = loaded.params["token_embedder"]["embedding"]
     assert table.sharding.spec == jax.sharding.PartitionSpec("tensor", "fsdp")
     added = 0 if kind == "folder" else 4
@@ -94,7 +94,7 @@ def test_a_model_without_a_revision_is_named_by_its_content(small_files, tmp_pat
     written = model_folder.save_model(
         tmp_path / "m", dataclasses.replace(small_files, revision="")
     )
-    assert name == written.revision == model_folder.load_model(tmp_path / "m").revision
+    assert name == written.revision == samples.load_model(tmp_path / "m").revision
     params = parameters.flatten(small_files.params)
     params["encoder/encoder_norm/scale"] += 1e-6
     others = [
@@ -108,7 +108,7 @@ def test_a_model_without_a_revision_is_named_by_its_content(small_files, tmp_pat
 
 def test_rounded_parameters_are_another_model(small_files, tmp_path):
     written = model_folder.save_model(tmp_path / "half", small_files, dtype="float16")
-    loaded = model_folder.load_model(tmp_path / "half")
+    loaded = samples.load_model(tmp_path / "half")
     assert_equal(
         loaded.params,
         jax.tree.map(
@@ -132,19 +132,19 @@ def test_a_missing_shard_is_named(small_files, tmp_path):
     content = lost.read_bytes()
     lost.unlink()
     with pytest.raises(ValueError, match=rf"{lost.name}: missing; copy it"):
-        model_folder.load_model(path)
+        samples.load_model(path)
     samples.forget_checksums(path / "gecko.json")
     shutil.copy(path / sorted(path.glob("model-*"))[0].name, lost)
     with pytest.raises(ValueError, match=rf"{lost.name}: .* should be in this file"):
-        model_folder.load_model(path)
+        samples.load_model(path)
     lost.write_bytes(content)
     (path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="not an index of safetensors files"):
-        model_folder.load_model(path)
+        samples.load_model(path)
 
 
 def test_a_workdir_loads_its_newest_checkpoint(small_files, workdir):
-    loaded = model_folder.load_model(workdir)
+    loaded = samples.load_model(workdir)
     assert_equal(loaded.params, jax.tree.map(lambda leaf: leaf + 4, small_files.params))
     assert loaded.step == 4
     assert loaded.revision == f"{small_files.revision}-4"
@@ -156,12 +156,12 @@ def test_a_truncated_model_is_named(folder):
     with pytest.raises(
         ValueError, match=r"model\.safetensors: damaged .* bytes, not .*copy it again"
     ):
-        model_folder.load_model(folder)
+        samples.load_model(folder)
     samples.forget_checksums(folder / "gecko.json")
     with pytest.raises(
         ValueError, match=r"model\.safetensors: not a whole safetensors"
     ):
-        model_folder.load_model(folder)
+        samples.load_model(folder)
 
 
 def test_a_truncated_checkpoint_is_named_with_the_remedy(workdir):
@@ -171,7 +171,7 @@ def test_a_truncated_checkpoint_is_named_with_the_remedy(workdir):
     with pytest.raises(
         ValueError, match=r"checkpoints/4: this checkpoint is damaged.*move .* away"
     ):
-        model_folder.load_model(workdir)
+        samples.load_model(workdir)
 
 
 def test_damaged_settings_are_named(folder):
@@ -179,14 +179,14 @@ def test_damaged_settings_are_named(folder):
     for content in (path.read_text()[:40], "[" * 100_000, '{"a":' * 400 + "}" * 400):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"gecko\.json: not JSON .*damaged"):
-            model_folder.load_model(folder)
+            samples.load_model(folder)
 
 
 def test_a_newer_format_is_refused(folder):
     path = folder / model_folder.MODEL_JSON
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match=r"format_version 99.*upgrade"):
-        model_folder.load_model(folder)
+        samples.load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_newer_format_is_refused(folder):
 def test_a_missing_file_is_named(folder, missing, message):
     (folder / missing).unlink()
     with pytest.raises(ValueError, match=message):
-        model_folder.load_model(folder)
+        samples.load_model(folder)
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(small_files, folder, monkeypatch):
@@ -266,11 +266,11 @@ def test_a_wrong_setting_is_named_with_its_rule(folder, change, message):
     values = {key: value for key, value in values.items() if value is not None}
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"(?s)gecko\.json has faults.*{message}"):
-        model_folder.load_model(folder)
+        samples.load_model(folder)
 
 
 def test_another_vocabulary_is_refused(folder):
     path = folder / model_folder.VOCABULARY
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(ValueError, match="not the vocabulary that the model was"):
-        model_folder.load_model(folder)
+        samples.load_model(folder)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import samples
 import tensorstore
 import tiny_encoders
 from flax import serialization
@@ -432,7 +433,7 @@ def test_the_command_leaves_the_parameters_of_a_workdir_on_disk(workdir, tmp_pat
     flat = parameters.flatten(opened.params)
     assert all(isinstance(leaf, tensors.Tensor) for leaf in flat.values())
     run("export", workdir, "--output", tmp_path / "t5x", "--to=t5x")
-    want = bits(parameters.flatten(model_folder.load_model(workdir).params))
+    want = bits(parameters.flatten(samples.load_model(workdir).params))
     assert read_t5x_bits(tmp_path / "t5x" / "checkpoint_4") == want
     assert bits({name: leaf.read() for name, leaf in flat.items()}) == want
 

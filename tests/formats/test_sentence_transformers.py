@@ -333,125 +333,99 @@ def test_every_prompt_gives_the_vectors_of_sentence_transformers(tmp_path, confi
 # What Gecko does not compute.
 
 
-@pytest.mark.parametrize(
-    ("path", "values", "message"),
-    [
+REFUSED = {
+    "1_Pooling/config.json": [
         (
-            "1_Pooling/config.json",
             {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True},
             "pools by cls; Gecko pools by the mean",
         ),
+        ({"pooling_mode_max_tokens": True}, "pools by mean and max"),
+        ({"pooling_mode": "lasttoken"}, "a T5 encoder that pools by"),
         (
-            "1_Pooling/config.json",
-            {"pooling_mode_max_tokens": True},
-            "pools by mean and max",
-        ),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode": "lasttoken"},
-            "a T5 encoder that pools by",
-        ),
-        (
-            "1_Pooling/config.json",
             {"include_prompt": False},
             "include_prompt must be one of True or null, not false",
         ),
+        ({"pooling_mode": 5}, "pools by 5"),
         (
-            "2_Dense/config.json",
-            {"bias": True},
-            "bias must be one of False, not true",
+            {"include_prompt": "no"},
+            'include_prompt must be one of True or null, not "no"',
         ),
+    ],
+    "2_Dense/config.json": [
+        ({"bias": True}, "bias must be one of False, not true"),
         (
-            "2_Dense/config.json",
             {"activation_function": "torch.nn.modules.activation.Tanh"},
             'must be torch.nn.modules.linear.Identity, not "torch.nn.modules.act',
         ),
         (
-            "2_Dense/config.json",
             {"module_input_name": "token_embeddings"},
             "module_input_name must be one of sentence_embedding or null",
         ),
+        ({"use_residual": True}, "use_residual must be one of False or null, not true"),
         (
-            "sentence_bert_config.json",
-            {"do_lower_case": True},
-            "do_lower_case must be one of False or null, not true",
-        ),
-        ("config.json", {"model_type": "mpnet"}, "model_type 'mpnet' has no enc"),
-        ("1_Pooling/config.json", {"pooling_mode": 5}, "pools by 5"),
-        (
-            "1_Pooling/config.json",
-            {"include_prompt": "no"},
-            'include_prompt must be one of True or null, not "no"',
-        ),
-        (
-            "2_Dense/config.json",
-            {"use_residual": True},
-            "use_residual must be one of False or null, not true",
-        ),
-        (
-            "2_Dense/config.json",
             {"activation_function": 3},
             "activation_function must be torch.nn.modules.linear.Identity, not 3",
         ),
-        (
-            "2_Dense/config.json",
-            # sentence-transformers computes Tanh in place of custom code.
+        (  # sentence-transformers computes Tanh in place of custom code.
             {"activation_function": "mine.Identity"},
             'torch.nn.modules.linear.Identity, not "mine.Identity"',
         ),
+    ],
+    "sentence_bert_config.json": [
         (
-            "3_Normalize/config.json",
-            {"module_input_name": "token_embeddings"},
-            "3_Normalize/config.json: module_input_name must be one of",
+            {"do_lower_case": True},
+            "do_lower_case must be one of False or null, not true",
         ),
+        ({"max_seq_length": "64"}, "a whole number from 8 "),
         (
-            "sentence_bert_config.json",
-            {"max_seq_length": "64"},
-            "a whole number from 8 ",
-        ),
-        (
-            "sentence_bert_config.json",
             {"max_seq_length": 3},
             "must be a whole number from 8 to 1,048,576 or null, not 3",
         ),
-        ("sentence_bert_config.json", {"max_seq_length": [64]}, "or null, not a list"),
+        ({"max_seq_length": [64]}, "or null, not a list"),
         (
-            "sentence_bert_config.json",
             {"query_expansion": {"strategy": "fixed", "length": 32}},
             "query_expansion must be one of {} or null, not an object",
         ),
         (
-            "sentence_bert_config.json",
             {"processing_kwargs": {"text": {"truncation": False}}},
             "processing_kwargs must be one of {} or null, not an object",
         ),
         (
-            "sentence_bert_config.json",
             {"tokenizer_args": {"do_lower_case": True}},
             "tokenizer_args sets do_lower_case, which Gecko does not support",
         ),
-        ("sentence_bert_config.json", {"model_args": 3}, "model_args is a number, not"),
+        ({"model_args": 3}, "model_args is a number, not"),
+    ],
+    "config.json": [({"model_type": "mpnet"}, "model_type 'mpnet' has no enc")],
+    "3_Normalize/config.json": [
         (
-            "config_sentence_transformers.json",
+            {"module_input_name": "token_embeddings"},
+            "3_Normalize/config.json: module_input_name must be one of",
+        )
+    ],
+    "config_sentence_transformers.json": [
+        (
             {"truncate_dim": "8"},
             'truncate_dim must be a whole number from 1 or null, not "8"',
         ),
         (
-            "config_sentence_transformers.json",
             {"prompts": ["a"]},
             "prompts must be an object of text or null or null, not a list",
         ),
+        ({"default_prompt_name": 1}, "default_prompt_name must be text or null, not 1"),
+    ],
+    "tokenizer_config.json": [
         (
-            "config_sentence_transformers.json",
-            {"default_prompt_name": 1},
-            "default_prompt_name must be text or null, not 1",
-        ),
-        (
-            "tokenizer_config.json",
             {"truncation_side": "left"},
             'truncation_side must be one of right or null, not "left"',
-        ),
+        )
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "message"),
+    [(name, *case) for name, cases in REFUSED.items() for case in cases],
 )
 def test_what_gecko_does_not_compute_is_refused(folder, path, values, message):
     if not (folder / path).exists():

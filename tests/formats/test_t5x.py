@@ -653,10 +653,23 @@ def test_shapes_of_another_model_are_named():
         from_t5x.infer_config({}, "here")
 
 
-def test_steps_are_parsed_from_the_name():
-    assert from_t5x._step_of(kvstores.Folder("/x/checkpoint_12"), "checkpoint") == 12
-    assert from_t5x._step_of(kvstores.Folder("/x/final"), "checkpoint") == 0
-    assert from_t5x._step_of(kvstores.Folder("/x"), "checkpoint_3") == 3
-    assert re.search(r"\d", from_t5x.newest({"checkpoint_2", "checkpoint_10"}))
+@pytest.mark.parametrize(
+    ("folder", "file", "step"),
+    [
+        ("checkpoint_12", "checkpoint", 12),
+        ("x", "checkpoint", 0),
+        ("x", "checkpoint_3", 3),
+    ],
+)
+def test_steps_are_parsed_from_the_name(tmp_path, folder, file, step):
+    path = tmp_path / folder / file
+    path.parent.mkdir()
+    tree = {"target": parameters.unflatten(reference_params())}
+    path.write_bytes(flax.serialization.msgpack_serialize(tree))
+    opened = from_t5x.open_checkpoint(kvstores.Folder(str(path.parent)), file)
+    assert opened.step == step
+
+
+def test_the_newest_step_is_the_greatest_number():
     assert from_t5x.newest({"checkpoint_2", "checkpoint_10"}) == "checkpoint_10"
     assert from_t5x.newest({"checkpoint_9.tmp"}) is None

@@ -137,17 +137,10 @@ def edit(path, **values):
     path.write_text(json.dumps(content | values))
 
 
-@pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize(
-    ("name", "values", "message"),
-    [
+REFUSED = {
+    "tokenizer.json": [
+        ({"normalizer": {"type": "Lowercase"}}, "its normalizer has a step Lowercase"),
         (
-            "tokenizer.json",
-            {"normalizer": {"type": "Lowercase"}},
-            "its normalizer has a step Lowercase",
-        ),
-        (
-            "tokenizer.json",
             {
                 "normalizer": {
                     "type": "Replace",
@@ -158,12 +151,10 @@ def edit(path, **values):
             "step Replace .*'cat'.*'dog'",
         ),
         (
-            "tokenizer.json",
             {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}]}},
             "step NFD",
         ),
         (
-            "tokenizer.json",
             {
                 "pre_tokenizer": {
                     "type": "Sequence",
@@ -175,15 +166,13 @@ def edit(path, **values):
             },
             "pre_tokenizer is Digits and Metaspace",
         ),
-        ("tokenizer.json", {"pre_tokenizer": None}, "pre_tokenizer is none"),
+        ({"pre_tokenizer": None}, "pre_tokenizer is none"),
         (
-            "tokenizer.json",
             {"pre_tokenizer": unigram_json.WORDS | {"prepend_scheme": "never"}},
             "pre_tokenizer is Metaspace .*'never'",
         ),
-        ("tokenizer.json", {"post_processor": None}, "post_processor writes nothing"),
+        ({"post_processor": None}, "post_processor writes nothing"),
         (
-            "tokenizer.json",
             {
                 "post_processor": unigram_json.CLOSED
                 | {"single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}]}
@@ -191,65 +180,62 @@ def edit(path, **values):
             "post_processor writes <unk>",
         ),
         (
-            "tokenizer.json",
             {"truncation": {"direction": "Left", "max_length": 9}},
             "truncation cuts at the left",
         ),
-        ("tokenizer.json", {"normalizer": 5}, "not the settings of a tokenizer"),
-        ("tokenizer.json", {"added_tokens": [5]}, "not the settings of a tokenizer"),
+        ({"normalizer": 5}, "not the settings of a tokenizer"),
+        ({"added_tokens": [5]}, "not the settings of a tokenizer"),
         (
-            "tokenizer.json",
             {"added_tokens": [unigram_json.added(8_007, "[QRY]")]},
             "the added tokens have the ids 8007; they must follow the 8,000 pieces",
         ),
         (
-            "tokenizer.json",
             {"added_tokens": [unigram_json.added(7, "</s>")]},
             "token '</s>' has the id 7, and is piece 1",
         ),
         (
-            "tokenizer.json",
             {
                 "added_tokens": [unigram_json.added(8_000, "[QRY]")],
                 "pre_tokenizer": unigram_json.WORDS,
             },
             r"added tokens \('\[QRY\]'\) and the pre_tokenizer Metaspace",
         ),
-        ("added_tokens.json", {"[QRY]": 9_000}, "the added tokens have the ids 9000"),
-        ("added_tokens.json", {"[QRY]": "x"}, "id must be a whole number from 0"),
-        ("special_tokens_map.json", {"eos_token": "<eos>"}, "eos_token is '<eos>'"),
+    ],
+    "added_tokens.json": [
+        ({"[QRY]": 9_000}, "the added tokens have the ids 9000"),
+        ({"[QRY]": "x"}, "id must be a whole number from 0"),
+    ],
+    "special_tokens_map.json": [
+        ({"eos_token": "<eos>"}, "eos_token is '<eos>'"),
         (
-            "special_tokens_map.json",
             {"additional_special_tokens": ["[SEP]"]},
             r"names the special token '\[SEP\]', which has an id in no file",
         ),
+    ],
+    "tokenizer_config.json": [
+        ({"cls_token": "[CLS]"}, r"'\[CLS\]', which has an id"),
+        ({"eos_token": {"content": "x"}}, "eos_token is 'x'"),
         (
-            "tokenizer_config.json",
-            {"cls_token": "[CLS]"},
-            r"'\[CLS\]', which has an id",
-        ),
-        ("tokenizer_config.json", {"eos_token": {"content": "x"}}, "eos_token is 'x'"),
-        (
-            "tokenizer_config.json",
             {"truncation_side": "left"},
             'truncation_side must be one of right or null, not "left"',
         ),
         (
-            "tokenizer_config.json",
             {"tokenizer_class": "AlbertTokenizer"},
             'tokenizer_class must be the class of a T5 tokenizer or null, not "Albert',
         ),
+        ({"tokenizer_class": 5}, "the class of a T5 tokenizer or null, not 5"),
         (
-            "tokenizer_config.json",
-            {"tokenizer_class": 5},
-            "the class of a T5 tokenizer or null, not 5",
-        ),
-        (
-            "tokenizer_config.json",
             {"added_tokens_decoder": {"8000": {"content": "  "}}},
             "needs a visible character",
         ),
     ],
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [(name, *case) for name, cases in REFUSED.items() for case in cases],
 )
 def test_what_sentencepiece_does_not_is_refused(
     tmp_path, name, values, message, beside

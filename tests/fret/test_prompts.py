@@ -245,7 +245,7 @@ def test_answers_are_read_or_rejected(bundled, answer, expected):
     else:
         with pytest.raises(answers.Rejected) as error:
             _parse(bundled["generate"], answer)
-        assert error.value.reason == expected
+        assert str(error.value) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import samples
 
 from gecko_jax.formats import model_folder
 from gecko_jax.inference import embedding
@@ -269,7 +270,7 @@ def test_each_query_may_have_its_own_task(tiny_gecko):
 
 def test_parameters_are_in_memory_once(tiny_files, tmp_path):
     model_folder.save_model(tmp_path / "model", tiny_files)
-    read = model_folder.load_model(tmp_path / "model")
+    read = samples.load_model(tmp_path / "model")
     for gecko in (embedding.Gecko(read), embedding.load(tmp_path / "model")):
         # The host has no copy in addition to the parameters that encode.
         for leaf in jax.tree.leaves(gecko.files.params):

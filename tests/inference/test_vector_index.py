@@ -127,40 +127,27 @@ def test_errors_name_a_missing_or_truncated_file(tmp_path, name, change):
         vector_index.load(tmp_path / "index")
 
 
+EDITS = {
+    "index.json": [
+        ('"dim": 6', '"dim": "6"', r'index\.json.*dim must be .*, not "6"'),
+        ('"dim": 6', '"dim": 0', r"index\.json.*dim must be .*, not 0"),
+        ('"revision"', '"version"', r"index\.json.*no revision"),
+        ('"float32"', '"float31"', r'index\.json.*must be .*, not "float31"'),
+    ],
+    "passages.jsonl": [
+        ('"p3"', "[3]", r"passages\.jsonl:4: .*_id must be text, not a list"),
+        ('"text": "t3"', '"text": 3', r"jsonl:4: .*text must be .*, not 3"),
+        ('"p3"', '"p2"', "index: .*duplicate id 'p2'"),
+        (', "text": "t3"', "", r"jsonl:4: .*lines before have"),
+        ('{"_id": "p3"', '{"_id" "p3"', r"jsonl:4: damaged"),
+    ],
+    "vectors.npy": [("{'descr'", "{('escr'", r"vectors\.npy: damaged")],
+}
+
+
 @pytest.mark.parametrize(
     ("name", "before", "after", "message"),
-    [
-        (
-            "index.json",
-            '"dim": 6',
-            '"dim": "6"',
-            r'index\.json.*dim must be .*, not "6"',
-        ),
-        ("index.json", '"dim": 6', '"dim": 0', r"index\.json.*dim must be .*, not 0"),
-        ("index.json", '"revision"', '"version"', r"index\.json.*no revision"),
-        (
-            "index.json",
-            '"float32"',
-            '"float31"',
-            r'index\.json.*must be .*, not "float31"',
-        ),
-        (
-            "passages.jsonl",
-            '"p3"',
-            "[3]",
-            r"passages\.jsonl:4: .*_id must be text, not a list",
-        ),
-        (
-            "passages.jsonl",
-            '"text": "t3"',
-            '"text": 3',
-            r"jsonl:4: .*text must be .*, not 3",
-        ),
-        ("passages.jsonl", '"p3"', '"p2"', "index: .*duplicate id 'p2'"),
-        ("passages.jsonl", ', "text": "t3"', "", r"jsonl:4: .*lines before have"),
-        ("passages.jsonl", '{"_id": "p3"', '{"_id" "p3"', r"jsonl:4: damaged"),
-        ("vectors.npy", "{'descr'", "{('escr'", r"vectors\.npy: damaged"),
-    ],
+    [(name, *case) for name, cases in EDITS.items() for case in cases],
 )
 def test_errors_name_an_edited_file(tmp_path, name, before, after, message):
     texts = [f"t{i}" for i in range(5)]

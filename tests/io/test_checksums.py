@@ -25,7 +25,7 @@ def _model(folder, tiny_files):
     model_folder.save_model(folder, tiny_files, shard_bytes=100_000)
 
     def read():
-        opened = model_folder.load_model(folder)
+        opened = samples.load_model(folder)
         return (
             parameters.flatten(opened.params),
             opened.vocabulary_proto,
@@ -199,7 +199,7 @@ def test_a_folder_of_an_earlier_version_loads_with_one_log_line(
     model_folder.save_model(tmp_path / "m", small_files)
     samples.forget_checksums(tmp_path / "m" / "gecko.json")
     with caplog.at_level(logging.INFO):
-        assert model_folder.load_model(tmp_path / "m").revision == small_files.revision
+        assert samples.load_model(tmp_path / "m").revision == small_files.revision
     assert caplog.text.count("gecko.json: no checksum, so damage") == 1
 
 
@@ -211,10 +211,10 @@ def test_an_edited_file_loads_after_removing_its_checksum(small_files, tmp_path)
     with pytest.raises(
         ValueError, match=r"gecko\.json: damaged or edited .*remove xxh128"
     ):
-        model_folder.load_model(tmp_path / "m")
+        samples.load_model(tmp_path / "m")
     del values["xxh128"]
     path.write_text(json.dumps(values))
-    assert model_folder.load_model(tmp_path / "m").query_length == 32
+    assert samples.load_model(tmp_path / "m").query_length == 32
 
 
 def test_the_formatting_of_json_does_not_matter(tmp_path):
@@ -309,12 +309,12 @@ def test_a_link_out_of_a_model_folder_is_refused_by_name(small_files, tmp_path):
         shutil.move(folder / name, tmp_path / name)
         (folder / name).symlink_to(tmp_path / name)
         with pytest.raises(ValueError, match=rf"m/{name}: leads out of its folder, to"):
-            model_folder.load_model(folder)
+            samples.load_model(folder)
         (folder / name).unlink()
         # A link inside the folder is followed.
         shutil.move(tmp_path / name, folder / f"linked-{name}")
         (folder / name).symlink_to(f"linked-{name}")
-        model_folder.load_model(folder)
+        samples.load_model(folder)
         (folder / name).unlink()
         shutil.move(folder / f"linked-{name}", folder / name)
 
@@ -327,7 +327,7 @@ def test_a_snapshot_of_the_hub_links_into_its_cache(small_files, tmp_path):
     for path in list(folder.iterdir()):
         path.rename(root / "blobs" / path.name)
         path.symlink_to(pathlib.Path("../../blobs") / path.name)
-    assert model_folder.load_model(folder).revision == small_files.revision
+    assert samples.load_model(folder).revision == small_files.revision
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_pipe_in_a_model_folder_is_refused_without_blocking(
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(ValueError, match=rf"{name}: not a file"):
-        model_folder.load_model(folder)
+        samples.load_model(folder)
 
 
 def test_a_member_may_be_missing(tmp_path):

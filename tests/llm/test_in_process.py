@@ -235,7 +235,7 @@ def test_a_block_is_computed_whole_and_known_answers_are_not_replaced(folder):
     answers = {n: one for n, one in enumerate(whole) if n % 2}
     bodies = [{"prompt": p, "continuation": " the hat"} for p in prompts]
     new = [n for n in range(9) if n not in answers]
-    model._ask("score", bodies, new, answers.setdefault)
+    model._ask(protocol.Call("score", bodies, new, answers.setdefault))
     assert [answers[n] for n in range(9)] == whole
 
 

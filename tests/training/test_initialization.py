@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import samples
 
 import gecko_jax.config
 from gecko_jax.cli import flags
@@ -240,7 +241,7 @@ def test_a_run_starts_from_an_encoder_of_hugging_face(hf, tmp_path):
         checkpoint__every_steps=2,
     )
     loop.train(config, tmp_path / "run")
-    trained = model_folder.load_model(tmp_path / "run")
+    trained = samples.load_model(tmp_path / "run")
     assert trained.text_format.query.startswith("task: ")
     opened = model_folder.read_params(detection.open_model(hf))
     assert trained.provenance["started_from"] == opened.revision

@@ -10,6 +10,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import samples
 
 import gecko_jax
 from gecko_jax.cli import flags
@@ -293,9 +294,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_task(
 def test_training_starts_from_a_workdir_or_a_folder(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     loop.train(build(cache, train__num_steps=2), tmp_path / "first")
-    model_folder.save_model(
-        tmp_path / "out", model_folder.load_model(tmp_path / "first")
-    )
+    model_folder.save_model(tmp_path / "out", samples.load_model(tmp_path / "first"))
     seen = []
 
     def evaluate(params, step):
