@@ -38,11 +38,12 @@ def cache(options: argparse.Namespace) -> None:
 
     seqio_cache.load_beam()
     # The text format is that of the checkpoint from which training will start.
-    start = initialization.load_start(config)
+    vocabulary = loop.load_vocabulary(config)
+    start = initialization.open_start(config, vocabulary)
     selected = selection.select(
         mixture=config.data.mixture,
         files=config.data.files,
-        vocabulary=loop.load_vocabulary(config),
+        vocabulary=vocabulary,
         text_format=initialization.text_format(start, config.data.text_format),
         cache_dir=options.output,
         prepared_dir=config.data.prepared_dir,

@@ -69,16 +69,16 @@ def _resolve(
 
 def _collect(config: Any, tasks: Sequence[Any], mixture: Any) -> Any:
     from gecko_jax.data import features, statistics
-    from gecko_jax.text import text_formats
-    from gecko_jax.training import loop
+    from gecko_jax.training import initialization, loop
 
+    vocabulary = loop.load_vocabulary(config)
     unique_ids = config.data.unique_ids
     names = ("query_length", "passage_length", "num_negatives", "packing")
     return statistics.collect(
         [dataclasses.replace(task, unique_ids=unique_ids) for task in tasks],
         mixture,
-        vocabulary=loop.load_vocabulary(config),
-        text_format=text_formats.TextFormat(),
+        vocabulary=vocabulary,
+        text_format=initialization.expected_format(config, vocabulary),
         shape=features.Shape(**{name: config.data[name] for name in names}),
         batch_size=config.data.batch_size,
         one_task_per_batch=config.data.one_task_per_batch,

@@ -60,9 +60,8 @@ def _print_examples(options: argparse.Namespace) -> None:
     config = flags.load_checked(options, flags.TRAIN)
     from gecko_jax.training import initialization, loop
 
-    batches = loop.build_batches(
-        config, text_format=initialization.text_format(None, config.data.text_format)
-    )
+    text_format = initialization.expected_format(config, loop.load_vocabulary(config))
+    batches = loop.build_batches(config, text_format=text_format)
     batch = batches.batch(0)
     decode = batches.vocabulary.decode
     parsing.say(

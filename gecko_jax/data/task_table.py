@@ -321,6 +321,7 @@ def vocabulary_path(name: str) -> str:
     if name == "quickstart":
         return str(QUICKSTART_VOCABULARY)
     folder = pretrained.find(name)
+    pretrained.check_imported(folder)
     return name if folder == name else f"{folder}/vocabulary.model"
 
 

@@ -45,6 +45,12 @@ _TOLERANCE = 1e-9
 
 # Settings that affect training and no embedding.
 _TRAINING_SETTINGS = ("dropout_rate", "scan_layers", "remat")
+# Settings whose difference is reason enough, and the characters of a value in errors.
+_ARCHITECTURE = (
+    *("model.family", "model.model_dim", "model.num_layers", "model.vocab_size"),
+    "vocabulary",
+)
+_MOST_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,28 +201,31 @@ def _check_same_kind(
 
     def settings(files: model_folder.ModelFiles) -> dict[str, Any]:
         values = model_folder.settings(files)
-        sizes = {
-            f"model.{key}": value
-            for key, value in values.pop("model").items()
-            if key not in _TRAINING_SETTINGS
-        }
-        flat = parameters.flatten(files.params)
-        shapes = {name: tuple(leaf.shape) for name, leaf in flat.items()}
+        # The sizes say the shapes of all arrays.
+        for name, skipped in (("model", _TRAINING_SETTINGS), ("text_format", ())):
+            fields = values.pop(name).items()
+            values |= {f"{name}.{k}": v for k, v in fields if k not in skipped}
         content = files.vocabulary_proto + files.tokenizer_config
-        digest = hashlib.sha256(content).hexdigest()[:12]
-        return {**values, **sizes, "vocabulary": digest, **shapes}
+        return values | {"vocabulary": hashlib.sha256(content).hexdigest()[:12]}
 
     left, right = settings(first), settings(second)
-    differences = [
-        f"{key}: {left.get(key, 'none')!r}, and {right.get(key, 'none')!r}"
-        for key in dict.fromkeys((*left, *right))
-        if left.get(key) != right.get(key)
-    ]
-    if differences:
-        raise ValueError(
-            f"{first_source} and {second_source} cannot be averaged; only models of "
-            "one shape, vocabulary and text format can:\n  " + "\n  ".join(differences)
+    keys = [k for k in (left | right) if left.get(k) != right.get(k)]
+    # Models of unlike architecture differ in everything else, too.
+    keys = [k for k in _ARCHITECTURE if k in keys] or keys
+    if keys:
+        differences = "; ".join(
+            f"{key}: {_shown(left.get(key))}, and {_shown(right.get(key))}"
+            for key in keys
         )
+        raise ValueError(
+            f"{first_source} and {second_source} cannot be averaged, because these "
+            f"settings differ; only models from the same start can: {differences}"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _provenance(

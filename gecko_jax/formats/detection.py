@@ -154,6 +154,7 @@ def find_format(source: str) -> tuple[Format, str]:
     if kvstores.is_remote(source):
         return Format.T5X, _find_remote(source)
     path = pathlib.Path(pretrained.find(source))
+    pretrained.check_imported(path)
     if source.startswith("hf://") or not path.exists():
         path = hub.download(source)
     if path.is_file() and _is_bare_t5x(str(path)):

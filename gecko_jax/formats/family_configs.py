@@ -79,6 +79,7 @@ _only = field_rules.only
 _SIZE = field_rules.integer(1, 2**24)
 _OBJECT = field_rules.optional(field_rules.OBJECT)
 _BASE = field_rules.optional(field_rules.number(above=0))
+_ID = field_rules.optional(field_rules.COUNT)
 _SETTINGS = {
     **dict.fromkeys(_SIZES, _SIZE),
     "rms_norm_eps": field_rules.number(above=0),
@@ -91,6 +92,13 @@ _SETTINGS = {
     ),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), _BASE),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _OBJECT),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _ID),
+    "eos_token_id": field_rules.optional(
+        field_rules.Kind(
+            "a token id, or a list of them",
+            lambda v: _ID.holds(v) or (isinstance(v, list) and all(map(_ID.holds, v))),
+        )
+    ),
 }
 _PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 _GEMMA = {
@@ -131,12 +139,7 @@ def read(values: Mapping[str, Any], source: str) -> dual_encoder.EncoderConfig:
     Raises ValueError, which names each setting that Gecko does not compute.
     """
     name = values["model_type"]
-    family, path, *_ = MODEL_TYPES[name]
-    text: Any = values
-    for key in path:
-        text = text.get(key)
-        if not isinstance(text, dict):
-            raise source_files.damaged(source, f"has no object {'.'.join(path)}")
+    family, text = MODEL_TYPES[name].family, text_settings(values, source)
     if name == "gemma3_text" and not text.get("use_bidirectional_attention"):
         raise ValueError(
             f"{source}: use_bidirectional_attention is not set, so this Gemma 3 is a "
@@ -167,6 +170,17 @@ def read(values: Mapping[str, Any], source: str) -> dual_encoder.EncoderConfig:
         return dual_encoder.EncoderConfig(**fields)
     except ValueError as error:
         raise ValueError(f"{source}: {error}; take another model") from None
+
+
+def text_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Returns the settings of the text encoder in a `config.json`."""
+    path = MODEL_TYPES[values["model_type"]].path
+    text: Any = values
+    for key in path:
+        text = text.get(key)
+        if not isinstance(text, dict):
+            raise source_files.damaged(source, f"has no object {'.'.join(path)}")
+    return text
 
 
 def _read_rope(text: Mapping[str, Any], family: str, source: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from gecko_jax.formats import (
     parameters,
     tensors,
     tokenizer,
+    vocabulary_fit,
 )
 from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
@@ -90,7 +91,7 @@ def open_t5x(
             _T5_BUCKETS,
             config.relpos_max_distance,
         )
-    tokenizer.check_size(vocab, config.vocab_size, source=place, is_given=True)
+    vocabulary_fit.check(vocab, config, source=place, is_given=True)
     return _build(opened.params, config, vocab, step=opened.step)
 
 
@@ -128,6 +129,11 @@ def open_hugging_face(
     """
     from_hugging_face.refuse_adapter(folder)
     if has_modules and (folder / model_folder.MODEL_JSON).exists():
+        if vocab is not None:
+            raise ValueError(
+                f"{folder}: exported by gecko_jax, with its own vocabulary; leave "
+                "--vocabulary out"
+            )
         return _open_own_export(folder)
     modules = None
     encoder = folder
@@ -137,6 +143,13 @@ def open_hugging_face(
         from_hugging_face.refuse_adapter(encoder)
     values = from_hugging_face.read_config(encoder)
     config = from_hugging_face.encoder_config(values, str(encoder / "config.json"))
+    is_given = vocab is not None
+    if vocab is None and config.family == "t5":
+        prompts = modules.text_format.prompts.values() if modules else ()
+        vocab = tokenizer.read(encoder, prompts)
+    elif vocab is None:
+        vocab = tokenizer.read_json(encoder, is_base=modules is None)
+    vocabulary_fit.check(vocab, config, values, source=str(encoder), is_given=is_given)
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
     text_format = text_formats.PLAIN
     if modules is not None:
@@ -160,15 +173,6 @@ def open_hugging_face(
             f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has "
             f"more than the model's {config.embedding_dim} dims; correct it"
         )
-    is_given = vocab is not None
-    if vocab is None and config.family == "t5":
-        prompts = modules.text_format.prompts.values() if modules else ()
-        vocab = tokenizer.read(encoder, prompts)
-    elif vocab is None:
-        vocab = tokenizer.read_json(encoder, is_base=modules is None)
-    tokenizer.check_size(
-        vocab, config.vocab_size, source=str(encoder), is_given=is_given
-    )
     if modules is None:
         length = from_sentence_transformers.tokenizer_length(encoder)
         if config.family != "t5":  # The limit of a language model.

@@ -194,9 +194,12 @@ def build_config(
         vocab = model_files.build_vocabulary()
         # Qwen pads with its EOS; the id 0 is "!".
         pad_id = vocab.eos_id if config.family == "qwen3" else vocab.pad_id
-        special_ids = {"pad_token_id": pad_id, "eos_token_id": vocab.eos_id}
-        if vocab.opening:
-            special_ids["bos_token_id"] = vocab.opening[0]
+        special_ids = {
+            "pad_token_id": pad_id,
+            "eos_token_id": vocab.eos_id,
+            # Without the key, transformers takes the BOS of Gemma.
+            "bos_token_id": vocab.opening[0] if vocab.opening else None,
+        }
         values = family_configs.write(config, max_length, special_ids)
     return values | {"matryoshka_dimensions": sorted(model_files.mrl_dims)}
 

@@ -20,12 +20,9 @@ from absl import logging
 
 from gecko_jax.formats import added_tokens, model_folder, source_files, tokenizer_json
 from gecko_jax.io import field_rules, writing
-from gecko_jax.text import json_vocabularies, text_formats, vocabularies
+from gecko_jax.text import text_formats, vocabularies
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
-
-# T5 rounds the rows of its embedding table up to a multiple of this.
-_ROUNDED_TO = 128
 
 # Tokenizer classes that behave as SentencePiece does, or as `tokenizer.json` says.
 _CLASS = re.compile(
@@ -165,35 +162,6 @@ def _check_listed(files: added_tokens.Files) -> None:
                 f"{source}: the token {content!r} has another id in tokenizer.json, or "
                 "none; save the tokenizer again with transformers 5"
             )
-
-
-def check_size(
-    vocab: vocabularies.Vocabulary, rows: int, *, source: str, is_given: bool
-) -> None:
-    """Compares a vocabulary with the rows of the embedding table.
-
-    If the user named the vocabulary (`is_given`), additional rows are an error, because
-    the vocabulary is another one or lacks its sentinels. `source` is the model in
-    errors.
-    """
-    numbers = (
-        f"{source}: the vocabulary has {vocab.size:,} ids ({vocab.extra_ids} of them "
-        f"sentinels), and the embedding table {rows:,} rows"
-    )
-    if vocab.size > rows:
-        raise ValueError(
-            f"{numbers}: they do not belong together; use the vocabulary of the model"
-        )
-    # The tables of Qwen and Gemma have rows that no token uses.
-    is_json = isinstance(vocab, json_vocabularies.JsonVocabulary)
-    if is_json or rows - vocab.size < _ROUNDED_TO:
-        return
-    if is_given:
-        raise ValueError(
-            f"{numbers}: give the vocabulary of the model, and its sentinels with "
-            "--extra-ids (T5: 100)"
-        )
-    logging.warning("%s", numbers)
 
 
 def _read_spiece(path: pathlib.Path) -> bytes:

@@ -26,30 +26,43 @@ from gecko_jax.parallel import sharding
 from gecko_jax.text import text_formats, vocabularies
 
 
-def load_start(config: ml_collections.ConfigDict) -> model_folder.ModelFiles | None:
-    """Reads `init.checkpoint`, if it is set, and checks that it fits the config.
+def open_start(
+    config: ml_collections.ConfigDict, vocab: vocabularies.Vocabulary
+) -> model_folder.ModelFiles | None:
+    """Opens `init.checkpoint`, if it is set, and checks that it fits the config.
 
-    The checkpoint can have any format. If the config has a projection and the
-    checkpoint has none, it gets a fresh one. A bag of tokens gets the config's layers,
-    whose output is 0 until they are trained.
+    The checkpoint can have any format. Its parameters are read by `read_start`.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or its sizes differ from the
-            config's.
+        ValueError: The checkpoint cannot be opened, or its sizes or its vocabulary
+            differ from the config's.
     """
-    if not config.init.checkpoint:
-        return None
+    start, source = None, config.init.checkpoint
+    if source:
+        options: dict[str, Any] = {}
+        # A T5X checkpoint has no vocabulary.
+        if detection.find_format(source)[0] is detection.Format.T5X:
+            options = {
+                "vocabulary": task_table.vocabulary_path(config.data.vocabulary),
+                "extra_ids": config.data.extra_ids,
+            }
+        start = detection.open_model(source, **options)
+        encoder_config = gecko_jax.config.encoder_config(config)
+        _check_settings(encoder_config, start.encoder_config, source)
+    check_vocabulary(vocab, config, start)
+    return start
+
+
+def read_start(
+    config: ml_collections.ConfigDict, start: model_folder.ModelFiles
+) -> model_folder.ModelFiles:
+    """Reads the parameters of an opened start, and adds what it lacks.
+
+    If the config has a projection and the checkpoint has none, it gets a fresh one. A
+    bag of tokens gets the config's layers, whose output is 0 until they are trained.
+    """
     source = config.init.checkpoint
-    vocab: dict[str, Any] = {}
-    # A T5X checkpoint has no vocabulary.
-    if detection.find_format(source)[0] is detection.Format.T5X:
-        vocab = {
-            "vocabulary": task_table.vocabulary_path(config.data.vocabulary),
-            "extra_ids": config.data.extra_ids,
-        }
-    start = detection.open_model(source, **vocab)
     encoder_config = gecko_jax.config.encoder_config(config)
-    _check_settings(encoder_config, start.encoder_config, source)
     start = model_folder.read_params(start)
     # Add what the checkpoint lacks, each part with its own key.
     if encoder_config.projection and not start.encoder_config.projection:
@@ -110,6 +123,22 @@ def text_format(
     ):
         return text_formats.TextFormat()
     return start.text_format
+
+
+def expected_format(
+    config: ml_collections.ConfigDict, vocab: vocabularies.Vocabulary
+) -> text_formats.TextFormat:
+    """Returns the text format of a run whose `init.checkpoint` may not exist yet."""
+    source, start = config.init.checkpoint, None
+    if source and not pathlib.Path(pretrained.find(source)).exists():
+        logging.warning(
+            "init.checkpoint=%s: not on this machine; the texts are written in the "
+            "format of the paper, which may not be that of the checkpoint",
+            source,
+        )
+    else:
+        start = open_start(config, vocab)
+    return text_format(start, config.data.text_format)
 
 
 def _check_settings(

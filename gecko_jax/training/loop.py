@@ -180,8 +180,9 @@ def _open_data(
 ) -> tuple[pipeline.Batches, model_folder.ModelFiles | None]:
     """Opens the training data and `init.checkpoint`, and writes the model folder."""
     _check_memory(f"data.batch_size={config.data.batch_size:,}", _batch_bytes(config))
-    start = initialization.load_start(config)
-    initialization.check_vocabulary(load_vocabulary(config), config, start)
+    start = initialization.open_start(config, load_vocabulary(config))
+    if start is not None:
+        start = initialization.read_start(config, start)
     batches = build_batches(
         config,
         text_format=initialization.text_format(start, config.data.text_format),

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import random_params
 import samples
+import tiny_encoders
 
 from gecko_jax.formats import averaging, checkpoints, model_folder, parameters
 from gecko_jax.models import dual_encoder
+from gecko_jax.text import text_formats
 
 CONFIG = dual_encoder.EncoderConfig(
     vocab_size=32,
@@ -218,6 +220,10 @@ def test_what_all_inputs_share_is_kept(tiny_files, tmp_path):
     [
         ({"mrl_dims": (2, 8)}, r"mrl_dims: \[4, 8\], and \[2, 8\]"),
         ({"query_length": 32}, "query_length: 64, and 32"),
+        (
+            {"text_format": text_formats.TextFormat(no_title="x" * 200)},
+            r"text_format.no_title: 'none', and 'x{59}\.\.\.;",
+        ),
         ({"vocabulary_proto": b"another"}, "vocabulary: "),
         (
             {"encoder_config": dataclasses.replace(CONFIG, l2_epsilon=1e-6)},
@@ -246,7 +252,21 @@ def test_other_shapes_are_refused_by_name(tiny_files, tmp_path, models):
     )
     with pytest.raises(ValueError, match=r"model\.mlp_dim: 8, and 16") as raised:
         averaging.average([models[0][0], other], tmp_path / "out")
-    assert "mlp/wo/kernel: (8, 8), and (16, 8)" in str(raised.value)
+    assert "kernel" not in str(raised.value)
+
+
+def test_models_of_two_families_are_refused_in_one_line(tiny_files, tmp_path, models):
+    config = tiny_encoders.GEMMA
+    other = str(tmp_path / "other")
+    params = random_params.random_params(config, 0)
+    files = build(tiny_files, 9, encoder_config=config, params=params, query_length=9)
+    model_folder.save_model(other, files)
+    with pytest.raises(ValueError, match="cannot be averaged") as raised:
+        averaging.average([models[0][0], other], tmp_path / "out")
+    assert str(raised.value).endswith(
+        "can: model.family: 't5', and 'gemma'; model.model_dim: 8, and 32; "
+        "model.num_layers: 1, and 3; model.vocab_size: 32, and 64"
+    )
 
 
 def test_settings_of_training_alone_may_differ(tiny_files, tmp_path, models):

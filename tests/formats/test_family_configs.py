@@ -111,6 +111,19 @@ READ = {
         T5GEMMA2,
         without_projection(tiny_encoders.GEMMA, local_window=(3, 4), rope_factor=8.0),
     ),
+    # The larger sizes end within a period: 26 and 34 layers, every 6th global.
+    "t5gemma2 with half a period": (
+        T5GEMMA2
+        | {
+            "encoder": {
+                "text_config": T5GEMMA2_TEXT
+                | {"num_hidden_layers": 4, "layer_types": [LOCAL, LOCAL, GLOBAL, LOCAL]}
+            }
+        },
+        without_projection(
+            tiny_encoders.GEMMA, num_layers=4, local_window=(3, 4), rope_factor=8.0
+        ),
+    ),
     "embeddinggemma2": (EMBEDDINGGEMMA2, tiny_encoders.EMBEDDINGGEMMA2),
     "embeddinggemma2, text": (EMBEDDINGGEMMA2_TEXT, tiny_encoders.EMBEDDINGGEMMA2),
     "qwen3": (QWEN3, dataclasses.replace(tiny_encoders.QWEN3, num_kv_heads=2)),

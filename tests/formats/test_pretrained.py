@@ -40,6 +40,22 @@ def test_other_sources_stay_as_they_are(named):
     assert task_table.vocabulary_path("tiny.model") == "tiny.model"
 
 
+@pytest.mark.parametrize("name", pretrained.RELEASED)
+def test_a_missing_released_model_is_an_error_with_its_command(name, tmp_path):
+    config = flags.load(f"{ROOT / 'configs' / 'finetune.py'}:{name}")
+    path = config.init.checkpoint
+    message = f"{path}: no such folder; write it with `gecko import .* --output={path}`"
+    vocab = vocabularies.load(task_table.QUICKSTART_VOCABULARY)
+    with pytest.raises(ValueError, match=message):
+        initialization.open_start(config, vocab)
+    with pytest.raises(ValueError, match=message):
+        task_table.vocabulary_path(config.data.vocabulary)
+    # A model of that name on the hub is another source.
+    pretrained.check_imported(f"owner/{name}")
+    (tmp_path / "models" / name).mkdir(parents=True)
+    pretrained.check_imported(tmp_path / "models" / name)
+
+
 def test_a_path_that_exists_takes_precedence_over_a_name(named, tiny_files, tmp_path):
     mine = dataclasses.replace(tiny_files, revision="mine")
     model_folder.save_model(tmp_path / "here" / "tiny", mine)

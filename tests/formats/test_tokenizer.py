@@ -5,7 +5,6 @@ import pathlib
 import shutil
 
 import pytest
-import sentencepiece
 import unigram_json
 from sentencepiece import sentencepiece_model_pb2
 
@@ -350,19 +349,3 @@ def test_other_tokenizers_are_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json:"):
         tokenizer.read(tmp_path)
-
-
-def test_too_few_ids_are_a_warning_for_a_folder_and_an_error_by_hand(caplog):
-    proto = QUICKSTART.read_bytes()
-    size = sentencepiece.SentencePieceProcessor(model_proto=proto).GetPieceSize()
-    found = vocabularies.Vocabulary(proto, 0)
-    tokenizer.check_size(found, size, source="m", is_given=True)
-    tokenizer.check_size(found, size + 127, source="m", is_given=True)
-    assert not caplog.text
-    tokenizer.check_size(found, size + 128, source="m", is_given=False)
-    assert (
-        "8,000 ids (0 of them sentinels), and the embedding table 8,128 rows"
-        in caplog.text
-    )
-    with pytest.raises(ValueError, match=r"sentinels with --extra-ids \(T5: 100\)"):
-        tokenizer.check_size(found, size + 128, source="m", is_given=True)

@@ -1,6 +1,7 @@
 """The start of a run: a checkpoint of any format, or an error before any work."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -46,6 +47,11 @@ def build(checkpoint, **overrides):
     )
 
 
+def load_start(config):
+    start = initialization.open_start(config, loop.load_vocabulary(config))
+    return start and initialization.read_start(config, start)
+
+
 @pytest.fixture
 def hf(tmp_path):
     copy = shutil.copytree(T5X / "hf", tmp_path / "hf")
@@ -54,13 +60,13 @@ def hf(tmp_path):
 
 
 def test_no_checkpoint_is_no_start():
-    assert initialization.load_start(build("")) is None
+    assert load_start(build("")) is None
     assert initialization.text_format(None, "gecko") == text_formats.TextFormat()
 
 
 @pytest.mark.parametrize("form", ["legacy_f32", "orbax_f32"])
 def test_a_t5x_checkpoint_is_a_start_with_the_vocabulary_of_the_data(form):
-    start = initialization.load_start(build(T5X / form, data__extra_ids=3))
+    start = load_start(build(T5X / form, data__extra_ids=3))
     assert start.vocabulary_proto == VOCABULARY.read_bytes()
     assert start.extra_ids == 3
     with np.load(T5X / "params.npz") as stored:
@@ -73,7 +79,7 @@ def test_a_t5x_checkpoint_is_a_start_with_the_vocabulary_of_the_data(form):
 
 def test_an_encoder_without_projection_gets_a_fresh_one(hf, caplog):
     caplog.set_level("INFO")
-    starts = [initialization.load_start(build(hf, seed=seed)) for seed in (1, 1, 2)]
+    starts = [load_start(build(hf, seed=seed)) for seed in (1, 1, 2)]
     assert "has no projection; adding a fresh one" in caplog.text
     first, again, other = (
         start.params["projection_layer"]["kernel"] for start in starts
@@ -86,7 +92,7 @@ def test_an_encoder_without_projection_gets_a_fresh_one(hf, caplog):
     bare = build(
         hf, model__projection=False, model__embedding_dim=16, loss__mrl_dims="(8,16)"
     )
-    assert "projection_layer" not in initialization.load_start(bare).params
+    assert "projection_layer" not in load_start(bare).params
 
 
 def test_a_bag_of_tokens_gets_layers_that_add_nothing_yet(tiny_files, tmp_path, caplog):
@@ -95,10 +101,14 @@ def test_a_bag_of_tokens_gets_layers_that_add_nothing_yet(tiny_files, tmp_path, 
     bag_config = dataclasses.replace(config, num_layers=0)
     bag = dual_encoder.init_params(bag_config, jax.random.key(0))
     files = dataclasses.replace(
-        tiny_files, params=bag, encoder_config=bag_config, mrl_dims=(4, 8)
+        tiny_files,
+        params=bag,
+        encoder_config=bag_config,
+        mrl_dims=(4, 8),
+        vocabulary_proto=VOCABULARY.read_bytes(),
     )
     model_folder.save_model(tmp_path / "bag", files)
-    start = initialization.load_start(build(tmp_path / "bag"))
+    start = load_start(build(tmp_path / "bag"))
     assert start is not None
     assert "is a bag of tokens; adding 2 layers" in caplog.text
     tokens, segments = jnp.arange(1, 9)[None], jnp.ones((1, 8), jnp.int32)
@@ -153,23 +163,41 @@ def test_a_plain_run_writes_texts_as_they_are(tiny_files):
 
 
 def test_another_vocabulary_is_refused_with_the_way_to_get_it(hf):
-    config = build(hf, data__vocabulary="quickstart")
-    start = initialization.load_start(config)
-    other = vocabularies.Vocabulary(b"".join([VOCABULARY.read_bytes()]), 1)
+    config = build(hf)
+    other = vocabularies.Vocabulary(VOCABULARY.read_bytes(), 1)
     with pytest.raises(ValueError, match=r"gecko import .*hf --output DIR.*DIR/voc"):
-        initialization.check_vocabulary(other, config, start)
-    initialization.check_vocabulary(
-        vocabularies.Vocabulary(VOCABULARY.read_bytes()), config, start
+        initialization.open_start(config, other)
+    vocab = vocabularies.Vocabulary(VOCABULARY.read_bytes())
+    assert initialization.open_start(config, vocab) is not None
+
+
+def test_the_format_of_a_start_is_known_before_its_parameters_are_read(hf, tmp_path):
+    (hf / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "ask: ", "document": ""}})
     )
+    modules = [("0", "Transformer", ""), ("1", "Pooling", "1_Pooling")]
+    (hf / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": n, "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for n, (_, kind, path) in enumerate(modules)
+            ]
+        )
+    )
+    (hf / "1_Pooling").mkdir()
+    (hf / "1_Pooling" / "config.json").write_text("{}")
+    vocab = vocabularies.Vocabulary(VOCABULARY.read_bytes())
+    found = initialization.expected_format(build(hf), vocab)
+    assert found.format_query("a list", "docs") == "ask: a list"
+    missing = build(tmp_path / "later")
+    assert initialization.expected_format(missing, vocab) == text_formats.TextFormat()
 
 
 def test_a_start_with_added_tokens_is_refused(hf):
     """The training pipeline does not split added tokens off the texts."""
     config = build(hf)
     token = vocabularies.AddedToken("[QRY]", 40)
-    start = dataclasses.replace(
-        initialization.load_start(config), added_tokens=(token,)
-    )
+    start = dataclasses.replace(load_start(config), added_tokens=(token,))
     vocab = vocabularies.Vocabulary(VOCABULARY.read_bytes())
     with pytest.raises(ValueError, match=r"added tokens \('\[QRY\]'\), which training"):
         initialization.check_vocabulary(vocab, config, start)
@@ -194,7 +222,7 @@ def test_a_start_with_added_tokens_is_refused(hf):
 )
 def test_a_start_of_other_sizes_or_settings_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        initialization.load_start(build(T5X / "legacy_f32", **overrides))
+        load_start(build(T5X / "legacy_f32", **overrides))
 
 
 @pytest.mark.slow
