@@ -97,8 +97,9 @@ def gecko(config: Any, scratch: pathlib.Path) -> Iterator[Any]:
 
     config = config.copy_and_resolve_references()
     config.init.checkpoint = str(scratch / "model")
-    start = initialization.load_start(config)
-    assert start is not None
+    opened = initialization.open_start(config, loop.load_vocabulary(config))
+    assert opened is not None
+    start = initialization.read_start(config, opened)
     mesh = sharding.build_mesh(**train_step.mesh_sizes(config))
     batches = loop.build_batches(
         config,
