@@ -16,7 +16,10 @@ from gecko_jax.formats import names, source_files
 from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
 
-_REMEDY = "Gecko computes nothing else, take another model"
+_REMEDY = (
+    "Gecko computes nothing else: take another model, or add what is missing from the "
+    "original config.json"
+)
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -82,6 +85,8 @@ _BASE = field_rules.optional(field_rules.number(above=0))
 _ID = field_rules.optional(field_rules.COUNT)
 _SETTINGS = {
     **dict.fromkeys(_SIZES, _SIZE),
+    # Every layer has a name of its own for each of its arrays. T5X has the same limit.
+    "num_hidden_layers": field_rules.integer(1, 1_000),
     "rms_norm_eps": field_rules.number(above=0),
     "attention_bias": _only(False),
     "attn_logit_softcapping": field_rules.Kind("null", lambda v: v is None, True),
@@ -140,9 +145,9 @@ def read(values: Mapping[str, Any], source: str) -> dual_encoder.EncoderConfig:
     """
     name = values["model_type"]
     family, text = MODEL_TYPES[name].family, text_settings(values, source)
-    if name == "gemma3_text" and not text.get("use_bidirectional_attention"):
+    if name == "gemma3_text" and text.get("use_bidirectional_attention") is not True:
         raise ValueError(
-            f"{source}: use_bidirectional_attention is not set, so this Gemma 3 is a "
+            f"{source}: use_bidirectional_attention is not true, so this Gemma 3 is a "
             "causal language model, not an encoder; take EmbeddingGemma or T5Gemma 2"
         )
     field_rules.check(source, text, _SETTINGS | _OWN_SETTINGS[family], _REMEDY)

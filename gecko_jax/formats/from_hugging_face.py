@@ -32,6 +32,8 @@ _ACTIVATIONS = {
 
 # Larger sizes are damage, and nothing is allocated for them.
 _MAX_SIZE = 2**24
+# Every layer has a name of its own for each of its arrays. T5X has the same limit.
+_MAX_LAYERS = 1_000
 
 # Other names of the sizes that transformers also reads.
 _ALIASES = {
@@ -175,6 +177,10 @@ def _read_sizes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(
             f"{', '.join(wrong)[:300]}, must be a whole number above 0 and at most "
             f"{_MAX_SIZE:,}"
+        )
+    elif sizes["num_layers"] > _MAX_LAYERS:
+        problems.append(
+            f"num_layers={sizes['num_layers']}, must be at most {_MAX_LAYERS:,}"
         )
     return sizes, problems
 

@@ -196,7 +196,7 @@ def _multiply(matrices: Sequence[tensors.Tensor]) -> tensors.Tensor:
         return functools.reduce(np.matmul, wide).astype(np.float32)
 
     shape = (matrices[0].shape[0], matrices[-1].shape[1])
-    return tensors.Tensor(shape, read, matrices[0].source)
+    return tensors.Tensor(shape, read, " times ".join(one.source for one in matrices))
 
 
 def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:

@@ -52,6 +52,14 @@ _MODEL = {
     "type": field_rules.one_of("BPE"),
     "vocab": field_rules.map_of(field_rules.COUNT),
     "unk_token": field_rules.optional(field_rules.TEXT),
+    "merges": field_rules.list_of(
+        field_rules.Kind(
+            "pairs of tokens",
+            lambda v: (
+                isinstance(v, str) or field_rules.list_of(field_rules.TEXT).holds(v)
+            ),
+        )
+    ),
     "dropout": field_rules.only(0, 0.0),
 }
 _CONFIG = {
@@ -183,8 +191,17 @@ def _parse(content: bytes) -> dict[str, Any]:
         )
     field_rules.check(vocabularies.JSON_FILE, values, _FIELDS, _REMEDY)
     field_rules.check(f"{vocabularies.JSON_FILE}: model", model, _MODEL, _REMEDY)
-    if len(set(values["model"]["vocab"].values())) < len(values["model"]["vocab"]):
+    vocab = values["model"]["vocab"]
+    if len(set(vocab.values())) < len(vocab):
         raise ValueError(f"model.vocab: two tokens share an id; {_REMEDY}")
+    for merge in values["model"]["merges"]:
+        # A string in older files, whose tokens hold no space.
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if len(parts) != 2 or not {*parts, "".join(parts)} <= vocab.keys():
+            raise ValueError(
+                f"model.merges: {merge!r} does not join two tokens of model.vocab to a "
+                f"third; {_REMEDY}"
+            )
     return values
 
 

@@ -196,6 +196,8 @@ REFUSED = [
     ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' has no encoder"),
     ({"model_type": "siglip_vision_model"}, "model_type 'siglip_vision_model' has no"),
     (GEMMA | {"use_bidirectional_attention": False}, "a causal language model"),
+    (GEMMA | {"use_bidirectional_attention": "vision"}, "a causal language model"),
+    (GEMMA | {"num_hidden_layers": 10_000_000}, "num_hidden_layers must be .* 1,000"),
     (GEMMA | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be null"),
     (GEMMA | {"attention_bias": True}, "attention_bias must be one of False"),
     (GEMMA | {"hidden_activation": "gelu"}, "hidden_activation must be one of gelu_p"),

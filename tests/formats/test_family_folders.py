@@ -129,6 +129,11 @@ def test_two_dense_layers_become_one_projection(folders, tmp_path):
     assert kernel.shape == (32, 28)
     np.testing.assert_array_equal(kernel, (second @ first).T.astype(np.float32))
     copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "3_Dense" / "model.safetensors"
+    weights = {names.DENSE_WEIGHT: np.full(second.shape, np.nan, np.float32)}
+    safetensors.numpy.save_file(weights, path)
+    with pytest.raises(ValueError, match=r"2_Dense.* times .*3_Dense"):
+        model_folder.read_params(detection.open_model(copy))
     shutil.copytree(copy / "2_Dense", copy / "3_Dense", dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"3_Dense: reads vectors of 32 entries.* 64"):
         detection.open_model(copy)

@@ -384,6 +384,9 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
     message = str(error.value)
     assert "missing encoder/layers_2/mlp/wo/kernel (48, 16)" in message
     assert "wrong shape encoder/layers_0/mlp/wo/kernel: (24, 16)" in message
+    edit(folder / "config.json", num_layers=10_000_000)
+    with pytest.raises(ValueError, match="num_layers=10000000, must be at most 1,000"):
+        detection.open_model(folder)
     edit(folder / "config.json", d_ff=24, num_layers=1)
     with pytest.raises(ValueError, match=r"unexpected encoder\.block\.1\.layer"):
         detection.open_model(folder)

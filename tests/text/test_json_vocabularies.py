@@ -126,11 +126,15 @@ def test_other_faults_are_refused(tmp_path):
         vocabularies.build(content).encode(["a"], 2)
     with pytest.raises(ValueError, match="max_length=1: must be at least 2"):
         build(json_tokenizers.closed("qwen")).encode(["a"], 1)
-    # The library, not this module, reads the merges.
+
+
+@pytest.mark.parametrize("merge", [["no", "such"], "no such", ["one"], "one"])
+def test_a_merge_of_tokens_that_the_vocabulary_lacks_is_refused(merge):
     values = json_tokenizers.closed("gemma")
-    values["model"]["merges"] = [["no", "such"]]
-    with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer"):
-        build(values).encode(["a"])
+    values["model"]["merges"].append(merge)
+    # Before anything is encoded, so an import refuses the file.
+    with pytest.raises(ValueError, match=r"model.merges: .*copy it again"):
+        build(values)
 
 
 def test_without_the_package_only_encoding_fails(monkeypatch):
