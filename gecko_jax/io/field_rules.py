@@ -8,27 +8,32 @@ are checked before use.
 """
 
 import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gecko_jax.io import inputs
 
 # Largest integer that every JSON reader represents exactly.
 _MOST = 2**53
+# Faults inside a field that an error lists.
+_MOST_LISTED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """Type of a field: its name in errors, and a predicate for its values.
 
-    An optional field may be absent or null.
+    An optional field may be absent or null. `find` lists what is wrong inside an object
+    or a list.
     """
 
     name: str
     holds: Callable[[Any], bool]
     is_optional: bool = False
+    find: Callable[[Any], list[str]] = lambda value: []
 
 
 def integer(least: int, most: int = _MOST) -> Kind:
@@ -77,12 +82,14 @@ def one_of(*values: Any) -> Kind:
 
 def optional(kind: Kind) -> Kind:
     """A field that may be absent or null."""
-    return Kind(f"{kind.name} or null", kind.holds, True)
+    return Kind(f"{kind.name} or null", kind.holds, True, kind.find)
 
 
 def nullable(kind: Kind) -> Kind:
     """A field that must be present and may be null."""
-    return Kind(f"{kind.name} or null", lambda v: v is None or kind.holds(v))
+    return Kind(
+        f"{kind.name} or null", lambda v: v is None or kind.holds(v), find=kind.find
+    )
 
 
 def only(*values: Any) -> Kind:
@@ -95,6 +102,7 @@ def list_of(kind: Kind, least: int = 0) -> Kind:
     return Kind(
         f"a list of {kind.name}",
         lambda v: isinstance(v, list) and len(v) >= least and all(map(kind.holds, v)),
+        find=lambda v: _find(enumerate(v), kind) if isinstance(v, list) else [],
     )
 
 
@@ -105,7 +113,11 @@ def map_of(kind: Kind, names: Kind = TEXT) -> Kind:
         is_dict = isinstance(value, dict) and all(map(names.holds, value))
         return is_dict and all(map(kind.holds, value.values()))
 
-    return Kind(f"an object of {kind.name}", holds)
+    return Kind(
+        f"an object of {kind.name}",
+        holds,
+        find=lambda v: _find(v.items(), kind) if isinstance(v, dict) else [],
+    )
 
 
 def object_of(kinds: Mapping[str, Kind], *, only: bool = False) -> Kind:
@@ -115,19 +127,43 @@ def object_of(kinds: Mapping[str, Kind], *, only: bool = False) -> Kind:
         is_whole = isinstance(value, dict) and not faults(value, kinds)
         return is_whole and not (only and value.keys() - kinds.keys())
 
-    return Kind(f"an object with {', '.join(kinds)}", holds)
+    def find(value: Any) -> list[str]:
+        if not isinstance(value, dict):
+            return []
+        unknown = sorted(value.keys() - kinds.keys()) if only else []
+        return faults(value, kinds) + [f"unknown field {name!r}" for name in unknown]
+
+    return Kind(f"an object with {', '.join(kinds)}", holds, find=find)
+
+
+def _find(items: Iterable[tuple[Any, Any]], kind: Kind) -> list[str]:
+    """Returns messages for the first values that are not of the kind."""
+    wrong = (item for item in items if not kind.holds(item[1]))
+    return [
+        message
+        for key, value in itertools.islice(wrong, _MOST_LISTED)
+        for message in _explain(f"[{json.dumps(key)[:40]}]", value, kind)
+    ]
+
+
+def _explain(name: str, value: Any, kind: Kind) -> list[str]:
+    """Says what is wrong with a field; inside it, if that can be told."""
+    if inner := kind.find(value):
+        return [f"{name}: {message}" for message in inner[:_MOST_LISTED]]
+    return [f"{name} must be {kind.name}, not {_shown(value)}"]
 
 
 def faults(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
-    """Returns a message for each missing or wrong field."""
-    return [
-        f"{name} must be {kind.name}, not {_shown(record[name])}"
-        if name in record
-        else f"no {name}"
-        for name, kind in kinds.items()
-        if not (record.get(name) is None and kind.is_optional)
-        and not (name in record and kind.holds(record[name]))
-    ]
+    """Returns messages for each missing or wrong field."""
+    messages = []
+    for name, kind in kinds.items():
+        if record.get(name) is None and kind.is_optional:
+            continue
+        if name not in record:
+            messages.append(f"no {name}")
+        elif not kind.holds(record[name]):
+            messages += _explain(name, record[name], kind)
+    return messages
 
 
 def _shown(value: Any) -> str:

@@ -203,7 +203,10 @@ REFUSED = [
     (GEMMA | {"hidden_activation": "gelu"}, "hidden_activation must be one of gelu_p"),
     (GEMMA | {"num_experts": 8}, "num_experts must be one of 0"),
     (GEMMA | {"layer_types": [GLOBAL, LOCAL, LOCAL]}, "layer_types must repeat"),
-    (GEMMA | {"layer_types": ["chunked_attention"] * 3}, "layer_types must be a list"),
+    (
+        GEMMA | {"layer_types": ["chunked_attention"] * 3},
+        r"layer_types: \[0\] must be one of sliding_attention",
+    ),
     (GEMMA | {"num_key_value_heads": 3}, "num_kv_heads=3: must divide"),
     (GEMMA | {"hidden_size": 0}, "hidden_size must be a whole number from 1"),
     (GEMMA | {"head_dim": "wide"}, 'head_dim must be a whole number.*not "wide"'),
@@ -228,7 +231,7 @@ REFUSED = [
     ),
     (
         EMBEDDINGGEMMA2_TEXT | {"per_layer_config": {"2": {"head_dim": 24}}},
-        "per_layer_config must be an object of an object with",
+        r"per_layer_config: \[\"2\"\]: no num_key_value_heads",
     ),
     (
         EMBEDDINGGEMMA2_TEXT

@@ -557,7 +557,9 @@ def test_a_projection_in_a_pickle_is_refused(folder):
 def test_prompts_must_be_texts(folder):
     path = folder / "config_sentence_transformers.json"
     write(path, {"prompts": {"query": 3}})
-    with pytest.raises(ValueError, match=r"prompts must be an object of text"):
+    with pytest.raises(
+        ValueError, match=r"prompts: \[\"query\"\] must be text or null"
+    ):
         detection.open_model(folder)
     write(path, {"prompts": {"a": "b"}, "default_prompt_name": "c"})
     with pytest.raises(ValueError, match="default_prompt_name='c', which is none of"):
