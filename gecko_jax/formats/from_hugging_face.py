@@ -68,14 +68,22 @@ def open_params(
     """Opens the encoder of a folder, under the package's names.
 
     Encoder parameters without such a name keep their own, so that `parameters.check`
-    lists them as unexpected. `model_type` is that of `config.json`.
+    lists them as unexpected. `model_type` is that of `config.json`. Raises ValueError
+    if a parameter is there under two names.
     """
     refuse_pickle(folder)
-    weights = {
-        name: tensor
-        for stored, tensor in safetensors_files.read(folder).items()
-        if (name := _encoder_name(stored, model_type)) is not None
-    }
+    weights: dict[str, tensors.Tensor] = {}
+    stored_as: dict[str, str] = {}
+    for stored, tensor in safetensors_files.read(folder).items():
+        name = _encoder_name(stored, model_type)
+        if name is None:
+            continue
+        if name in weights:
+            raise ValueError(
+                f"{folder}: {stored_as[name]} and {stored} are the same parameter; "
+                "keep the one that belongs to the model"
+            )
+        weights[name], stored_as[name] = tensor, stored
     params = {}
     table = family_configs.tensor_names(config, model_type)
     for t5x_name, (name, is_transposed) in table.items():

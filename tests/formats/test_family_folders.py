@@ -274,3 +274,17 @@ def test_a_vocabulary_of_another_model_is_refused(folders, tmp_path, family):
     (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
     with pytest.raises(ValueError, match="the embedding table 400 rows"):
         detection.open_model(copy)
+
+
+def test_a_parameter_under_two_names_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["gemma"][0], tmp_path / "copy")
+    (path,) = folder.glob("model*.safetensors")
+    weights = safetensors.numpy.load_file(path)
+    name = next(
+        name for name in weights if name.endswith("layers.0.mlp.up_proj.weight")
+    )
+    prefix = "model."
+    other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+    safetensors.numpy.save_file(weights | {other: 3 * weights[name]}, path)
+    with pytest.raises(ValueError, match="are the same parameter; keep the one"):
+        detection.open_model(folder)
