@@ -1,10 +1,10 @@
 """Changes of a trained table of token vectors that need no teacher, for `distil.py`.
 
-case      a token with capitals that came in few texts gets the vector of its lower
-          case: the teacher does not tell them apart
-EOS       its row becomes zero: every text ends with it, so it tells nothing
-spectrum  the directions in which all queries look alike ("what is", "how to", the
-          name of a manual) are made shorter
+- Letter case: a token with capitals that came in few texts moves towards its lower
+  case, because the teacher does not distinguish them.
+- EOS: every text ends with it, so it gets little weight.
+- Spectrum: the directions that all queries share ("what is", "how to", the name of a
+  manual) become shorter.
 """
 
 from __future__ import annotations

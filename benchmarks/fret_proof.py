@@ -4,9 +4,9 @@ r"""Tests whether FRet's triples train a better model: tables 3 and 6 of the pap
         --config.passages.limit=1100 --start=mini
     python benchmarks/fret_proof.py --output=DIR --table=docs/fret.md
 
-The first command runs `gecko fret run` in DIR/fret (`gecko fret relabel` with
-`relabel.files`) and ranks the candidates of held-out seed passages and of judged
-queries with the language model (table 6). Then it trains one model per choice of
+The first command ranks the candidates of held-out seed passages and of judged queries
+with the language model (table 6), and runs `gecko fret run` in DIR/fret (`gecko fret
+relabel` with `relabel.files`). Then it trains one model per choice of
 positive and negative (table 3) and one that also learns the judge's scores, for each
 random seed and all on the same queries. They start from `mini`, or from an initial
 retriever that is trained on the queries with their seed passages: a bag of tokens or a
@@ -92,9 +92,8 @@ def main() -> None:
         return
     # `subprocess.run` kills the worker when this is raised.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    jobs = {"fret": run_path(options)}
-    if options.judged:
-        jobs["judges"] = judges_path(options)
+    jobs = {"judges": judges_path(options)} if options.judged else {}
+    jobs["fret"] = run_path(options)
     for seed in map(int, options.seeds.split(",")):
         for name in (START, *ROWS):
             jobs[f"{name}:{seed}"] = row_path(name, seed, options)
