@@ -153,7 +153,7 @@ def test_all_faults_are_told_at_once():
     del config.loss.temperature
     config.model.dropout_rate = 1.5
     config.train = {**config.train.to_dict(), "num_steps": "many"}
-    with pytest.raises(ValueError, match="the config has faults") as error:
+    with pytest.raises(ValueError, match="the config has errors") as error:
         gecko_jax.config.check(config)
     message = str(error.value)
     assert "data.bach_size=3: unknown key; did you mean data.batch_size?" in message

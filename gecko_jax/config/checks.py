@@ -15,7 +15,7 @@ SCHEMA = {name: key.rule for name, key in keys.TRAINING.items()}
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks every key of a training config.
 
-    Raises a ValueError that lists every fault: the key, its value, the rule, the
+    Raises a ValueError that lists every error: the key, its value, the rule, the
     remedy.
     """
     flat = flatten(config)

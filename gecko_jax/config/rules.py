@@ -92,6 +92,6 @@ def find_wrong_values(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> li
 
 
 def refuse(faults: Iterable[str]) -> None:
-    """Raises ValueError with all faults, if there are any."""
+    """Raises a ValueError that lists all errors, if there are any."""
     if faults := list(faults):
-        raise ValueError("the config has faults:\n  " + "\n  ".join(faults))
+        raise ValueError("the config has errors:\n  " + "\n  ".join(faults))

@@ -88,7 +88,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     problems = problems or _convert(values)
     if problems:
         raise ValueError(
-            f"{path} has faults; {COPY_AGAIN}:\n  " + "\n  ".join(problems)
+            f"{path} has errors; {COPY_AGAIN}:\n  " + "\n  ".join(problems)
         )
     checksums.check_object(path, written, COPY_AGAIN)
     return values

@@ -166,7 +166,7 @@ def parse(
         raise ValueError(f"{name}: kind={kind!r}; it must be {' or '.join(kinds)}")
     faults = [*_template_faults(kind, values), *_example_faults(kind, values)]
     if faults:
-        raise ValueError(f"the prompt {name} has faults:\n  " + "\n  ".join(faults))
+        raise ValueError(f"the prompt {name} has errors:\n  " + "\n  ".join(faults))
     labels = values.get("labels", {})
     return Prompt(
         name=name,

@@ -212,7 +212,7 @@ SCHEMA = {name: key.rule for name, key in KEYS.items()}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks every key; raises a ValueError that lists every fault, with its remedy."""
+    """Checks every key; raises a ValueError that lists every error, with its remedy."""
     flat = gecko_jax.config.flatten(config)
     rules.refuse(rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat))
 

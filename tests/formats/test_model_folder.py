@@ -265,7 +265,7 @@ def test_a_wrong_setting_is_named_with_its_rule(folder, change, message):
     values = json.loads(path.read_text()) | change
     values = {key: value for key, value in values.items() if value is not None}
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=rf"(?s)gecko\.json has faults.*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)gecko\.json has errors.*{message}"):
         samples.load_model(folder)
 
 

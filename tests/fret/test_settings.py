@@ -11,7 +11,7 @@ def test_every_fault_of_the_config_is_told(tmp_path):
     config = fret_runs.load(
         "x", "localhost:8000", "llm.scoring=guess", "retrieve.num_candidates=1"
     )
-    with pytest.raises(ValueError, match="the config has faults") as error:
+    with pytest.raises(ValueError, match="the config has errors") as error:
         runs.run(config, tmp_path / "run")
     for key in ("llm.url", "llm.scoring", "retrieve.num_candidates"):
         assert f"{key}=" in str(error.value)
