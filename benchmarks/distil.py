@@ -9,7 +9,8 @@ tokens. The steps:
     teacher   the teacher's vector of every text, then a PCA to the student's width
     solve     least squares from the tokens of the texts to the teacher's vectors
     train     gradient descent on the teacher's vectors, on the similarities within a
-              batch and on pairs of query and passage, at every MRL dim
+              batch and on pairs of query and passage, at every MRL dim; a text counts
+              in another letter case as well, which the teacher does not distinguish
     finish    rare tokens with capitals move towards their lower case, EOS gets little
               weight, and the directions that all queries share become shorter
 
@@ -122,10 +123,17 @@ def run(options: argparse.Namespace) -> None:
     sides = list(zip(*pairs, strict=True))
     side_tokens = [distil_texts.tokenize(vocabulary, side) for side in sides]
     turn = distil_solve.turn(table, targets, *side_tokens)
+    others = {
+        place: other
+        for place, text in enumerate(texts[i] for i in found)
+        if (other := distil_texts.other_case(text)) != text
+    }
+    tokens += distil_texts.tokenize(vocabulary, [*others.values()])
     trainer = distil_training.Trainer(
         options,
         tokens,
         targets,
+        np.array([*range(len(found)), *others]),
         side_tokens,
         np.stack([np.unique(side, return_inverse=True)[1] for side in sides], axis=1),
         turn,
@@ -141,6 +149,7 @@ def run(options: argparse.Namespace) -> None:
         "teacher": options.teacher.resolve().name,
         "rows": len(rows),
         "texts": len(found),
+        "other_case": len(others),
         "pairs": len(pairs),
         "solve": {
             "sif": distil_solve.SIF,

@@ -1,8 +1,9 @@
 """The teacher's vectors of texts, stored in chunks, for `distil.py`.
 
 On a CPU the teacher runs in int8 on ONNX Runtime, about three times as fast as in
-float32: the mean cosine between the two vectors of a text is 0.994. On a GPU it runs in
-float16 on PyTorch.
+float32: the mean cosine between the two vectors of a text is 0.994. If PyTorch is
+installed, the teacher runs in float16 on a GPU, and in bfloat16 on a CPU with AMX,
+which is faster than int8 there, and nearer to float32 (mean cosine 0.99996).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if typing.TYPE_CHECKING:
 LENGTH = 128
 # Number of tokens in a batch. In int8 one scale holds for a whole batch.
 BATCH = 512
+BATCH_IN_BFLOAT16 = 4_096
 BATCH_ON_GPU = 262_144
 # Number of texts whose vectors are stored at a time.
 BLOCK = 8_192
@@ -160,7 +162,9 @@ def encoder(folder: pathlib.Path) -> tuple[Encode, int]:
     except ImportError:
         torch = None
     if torch is not None and torch.cuda.is_available():
-        return torch_encoder(folder, torch), BATCH_ON_GPU
+        return torch_encoder(folder, torch, "cuda", torch.float16), BATCH_ON_GPU
+    if torch is not None and torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch_encoder(folder, torch, "cpu", torch.bfloat16), BATCH_IN_BFLOAT16
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -171,8 +175,8 @@ def encoder(folder: pathlib.Path) -> tuple[Encode, int]:
     return lambda ids: session.run(None, {"ids": ids})[0], BATCH
 
 
-def torch_encoder(folder: pathlib.Path, torch: Any) -> Encode:
-    """Returns the teacher in float16 on a GPU."""
+def torch_encoder(folder: pathlib.Path, torch: Any, device: str, dtype: Any) -> Encode:
+    """Returns the teacher in a half precision of PyTorch."""
     import transformers
 
     config = transformers.BertConfig.from_pretrained(folder)
@@ -182,12 +186,12 @@ def torch_encoder(folder: pathlib.Path, torch: Any) -> Encode:
     }
     missing = model.load_state_dict(weights, strict=False).missing_keys
     assert not [name for name in missing if not name.endswith("_ids")], missing
-    torch.nn.Module.to(model, "cuda", torch.float16)
+    torch.nn.Module.to(model, device, dtype)
     model.eval()
 
     def encode(ids):
         with torch.inference_mode():
-            hidden = model(torch.from_numpy(ids).to("cuda")).last_hidden_state
+            hidden = model(torch.from_numpy(ids).to(device)).last_hidden_state
             return hidden.float().mean(1).cpu().numpy()
 
     return encode

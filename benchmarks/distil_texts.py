@@ -85,6 +85,14 @@ def spans_of(sentence: str, number: int) -> Iterator[str]:
         yield " ".join(words[start : start + length])
 
 
+def other_case(text: str) -> str:
+    """Returns a text in title case, lower case or, seldom, upper case."""
+    number = random_number(f"case {text}")
+    if number < 0.4:
+        return " ".join(word[:1].upper() + word[1:] for word in text.split(" "))
+    return text.lower() if number < 0.9 else text.upper()
+
+
 def random_number(text: str) -> float:
     """Returns a number in [0, 1) that depends on the text alone."""
     return (

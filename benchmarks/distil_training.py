@@ -187,14 +187,26 @@ class Trainer:
         options: argparse.Namespace,
         tokens: Sequence[Int[np.ndarray, " L"]],
         targets: Float[np.ndarray, "N D"],
+        target_of: Int[np.ndarray, " T"],
         pairs: Sequence[Sequence[Int[np.ndarray, " L"]]],
         ids: Int[np.ndarray, "P 2"],
         turn: Float[np.ndarray, "D D"],
     ):
-        """Keeps the texts with their targets, and the two sides of the pairs."""
+        """Keeps the texts with their targets, and the two sides of the pairs.
+
+        Args:
+            options: Sizes of the batches and the seed.
+            tokens: Token ids of each text.
+            targets: The teacher's vectors, projected.
+            target_of: Row of `targets` of each text.
+            pairs: Token ids of the queries and of the passages.
+            ids: Text indices of query and passage; equal texts have equal ones.
+            turn: Matrix from the teacher's dims to those of the student.
+        """
         self.options = options
         self.turn = turn
         self.targets = targets
+        self.target_of = target_of
         self.texts = Tokens(tokens, distil_texts.LENGTH)
         self.pairs = [
             Tokens(side, longest)
@@ -273,7 +285,9 @@ class Trainer:
         chosen = np.searchsorted(self.shares, random.random(size))
         chosen = np.minimum(chosen, len(self.shares) - 1)
         groups = [(self.texts, chosen)]
-        found: dict[str, Any] = {"targets": self.targets[chosen].astype(np.float32)}
+        found: dict[str, Any] = {
+            "targets": self.targets[self.target_of[chosen]].astype(np.float32)
+        }
         if recipe.pairs:
             pairs = random.integers(0, len(self.ids), self.options.pair_batch)
             groups += [(side, pairs) for side in self.pairs]

@@ -42,6 +42,29 @@ def test_an_opening_ends_with_a_sentence_or_a_word():
     assert len(long) <= distil_texts.OPENING
 
 
+def test_another_case_changes_letters_only():
+    import distil_texts
+
+    texts = [f"How Do {n} Geckos stick to the Glass?" for n in range(200)]
+    others = [distil_texts.other_case(text) for text in texts]
+    assert [other.lower() for other in others] == [text.lower() for text in texts]
+    assert others == [distil_texts.other_case(text) for text in texts]
+    titles = sum(other.endswith("Geckos Stick To The Glass?") for other in others)
+    assert titles + sum(map(str.islower, others)) + sum(map(str.isupper, others)) == 200
+    assert 50 < titles < 110
+    assert 5 < sum(map(str.isupper, others)) < 40
+
+
+def test_every_word_of_a_list_is_in_two_runs():
+    import text_readers
+
+    words = [f"word{n}" for n in range(500)]
+    rows = [*text_readers.word_rows("\n".join([*words, "word1's"]))]
+    runs = [passage.split() for query, passage in rows if not query]
+    assert sorted(word for run in runs for word in run) == sorted(2 * words)
+    assert {len(run) for run in runs} == {1, 2, 3, 4, 5, 6}
+
+
 def test_a_store_finds_what_was_added_and_nothing_else(tmp_path):
     import distil_teacher
 
@@ -94,7 +117,10 @@ def test_the_teacher_does_not_embed_a_text_twice(tmp_path, monkeypatch):
 
 
 @pytest.mark.torch
-def test_the_teacher_in_int8_is_close_to_its_float32(tmp_path):
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_the_teacher_in_low_precision_is_close_to_its_float32(
+    tmp_path, monkeypatch, has_amx
+):
     import distil_teacher
     import torch
     import transformers
@@ -110,7 +136,10 @@ def test_the_teacher_in_int8_is_close_to_its_float32(tmp_path):
     with torch.inference_mode():
         expected = model(torch.from_numpy(ids)).last_hidden_state.mean(1).numpy()
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    encode, _ = distil_teacher.encoder(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+    encode, size = distil_teacher.encoder(tmp_path)
+    expected_size = "BATCH_IN_BFLOAT16" if has_amx else "BATCH"
+    assert size == getattr(distil_teacher, expected_size)
     found = encode(ids)
     cosines = np.sum(found * expected, axis=1) / (
         np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
@@ -163,8 +192,9 @@ def test_training_reduces_the_distance_to_the_teacher(tmp_path):
     sides = [tokens[:50], tokens[50:100]]
     ids = np.stack([np.arange(50), np.arange(50)], axis=1)
     trainer = distil_training.Trainer(
-        options, tokens, targets, sides, ids, np.eye(256, dtype=np.float32)
-    )
+        options, tokens, targets, np.arange(300), sides, ids,
+        np.eye(256, dtype=np.float32),
+    )  # fmt: skip
     begin = random.normal(size=(count, 256)).astype(np.float32)
     begin[50:] = 0.5
     recipe = distil_training.Recipe(steps=80, rate=0.05, relate=1.0, pairs=0.1)
@@ -190,10 +220,22 @@ def _trainer():
     targets = random.normal(size=(50, 256)).astype(np.float16)
     options = types.SimpleNamespace(batch=8, pair_batch=4, seed=0)
     trainer = distil_training.Trainer(
-        options, tokens, targets, [tokens, tokens],
+        options, tokens, targets, np.arange(50), [tokens, tokens],
         np.stack([np.arange(50)] * 2, axis=1), np.eye(256, dtype=np.float32),
     )  # fmt: skip
     return random, trainer
+
+
+def test_texts_share_a_target():
+    import distil_training
+
+    _, trainer = _trainer()
+    trainer.target_of = np.repeat(np.arange(25), 2)
+    random = np.random.default_rng(0)
+    batch = trainer.batch(random, distil_training.Recipe(), 30)
+    random = np.random.default_rng(0)
+    chosen = np.searchsorted(trainer.shares, random.random(8))
+    np.testing.assert_array_equal(batch["targets"], trainer.targets[chosen // 2])
 
 
 def test_rows_without_tokens_in_the_batch_do_not_change(tmp_path):
