@@ -25,6 +25,7 @@ examples:
   gecko evaluate quickstart --model=runs/finetune
   gecko evaluate scifact nfcorpus --model=runs/finetune --dims=256,768 --output=results
   gecko evaluate scifact --model=runs/finetune --task="fact checking"
+  gecko evaluate scifact --model=runs/finetune --hybrid
   gecko evaluate scifact --model=runs/finetune --precision=float32,int8,binary
   gecko evaluate scifact --model=runs/finetune --beside=mini,runs/prefinetune
   gecko evaluate --config=configs/evaluate.py:v1,v2 --model=runs/finetune \\
@@ -49,6 +50,7 @@ def add_parser(verbs: Any) -> None:
     text = "other models to add to the tables"
     add("--beside", text, parsing.words, (), metavar="DIR,...")
     add("--untrained", "add the model before training", bool)
+    add("--hybrid", "add the model fused with BM25", bool)
     add("--no-baselines", "omit BM25 and bags of words", bool)
     add("--output", "folder for the tables and the plot", "DIR")
 
@@ -73,6 +75,7 @@ def evaluate(options: argparse.Namespace) -> None:
         precisions=options.precision,
         baselines=not options.no_baselines,
         untrained=options.untrained,
+        hybrid=options.hybrid,
         beside={name: embedding.load(name) for name in options.beside},
     )
     width = shutil.get_terminal_size((120, 24)).columns
@@ -84,7 +87,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def _evaluate_suites(options: argparse.Namespace) -> None:
     """Runs the suites of a config; raises at the end if a task failed."""
-    for name in ("folders", "dims", "task", "beside", "untrained", "no_baselines"):
+    names = "folders dims task beside untrained hybrid no_baselines"
+    for name in names.split():
         if getattr(options, name):
             option = "FOLDER" if name == "folders" else f"--{name.replace('_', '-')}"
             options.parser.error(

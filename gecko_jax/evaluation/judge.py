@@ -40,6 +40,7 @@ def evaluate(
     precisions: Sequence[str] = (quantization.FLOAT32,),
     baselines: bool = True,
     untrained: bool = False,
+    hybrid: bool = False,
     beside: Mapping[str, embedding.Gecko] | None = None,
 ) -> tables.Results:
     """Scores a model on retrieval folders, similarity files and classification files.
@@ -56,6 +57,7 @@ def evaluate(
             passage; classification uses float32 only.
         baselines: Adds BM25, a random bag of words and one with IDF weights.
         untrained: Adds the same architecture with fresh parameters.
+        hybrid: Adds the model's rankings fused with those of BM25 (`hybrid.fuse`).
         beside: Table name -> another model, scored at `dims` or at all its dims.
 
     Raises:
@@ -81,13 +83,24 @@ def evaluate(
     fresh = _untrained(gecko) if untrained else None
     rows: list[tables.Row] = []
     for dataset in all_sets:
-        rows += _judge(gecko, dataset, dims, task, precisions=precisions)
+        by_words = None
+        if isinstance(dataset, sets.RetrievalSet) and (baselines or hybrid):
+            by_words = retrieval_scores.rank_by_words(dataset)
+        rows += _judge(
+            gecko,
+            dataset,
+            dims,
+            task,
+            precisions=precisions,
+            by_words=by_words if hybrid else None,
+        )
         for name, other in others.items():
             rows += _judge(other, dataset, others_dims[name], task, name)
         if fresh:
             rows += _judge(fresh, dataset, dims, task, tables.UNTRAINED)
         if baselines and isinstance(dataset, sets.RetrievalSet):
-            rows += retrieval_scores.score_bm25(dataset)
+            assert by_words is not None
+            rows += retrieval_scores.score_bm25(dataset, by_words)
             for idf in (False, True):
                 rows += retrieval_scores.score_bag_of_words(
                     gecko.vocabulary, dataset, dim=dims[-1], idf=idf
@@ -104,11 +117,12 @@ def _judge(
     task: str | None = None,
     system: str = tables.MODEL,
     precisions: Sequence[str] = (quantization.FLOAT32,),
+    by_words: Sequence[Sequence[str]] | None = None,
 ) -> list[tables.Row]:
     """Returns the rows of one system on one set."""
     if isinstance(dataset, sets.RetrievalSet):
         return retrieval_scores.score_model(
-            gecko, dataset, dims, task, system, precisions
+            gecko, dataset, dims, task, system, precisions, by_words
         )
     rows: list[tables.Row] = []
     build = functools.partial(tables.Row, dataset.name, system, task=tables.ALL)

@@ -12,7 +12,13 @@ import numpy as np
 from jaxtyping import Float
 
 from gecko_jax.evaluation import judgements, sets, tables
-from gecko_jax.inference import embedding, quantization, ranking, vector_index
+from gecko_jax.inference import (
+    embedding,
+    hybrid,
+    quantization,
+    ranking,
+    vector_index,
+)
 from gecko_jax.text import vocabularies
 
 # Cut-off of recall, the deepest of the metrics.
@@ -32,8 +38,12 @@ def score_model(
     task: str | None = None,
     system: str = tables.MODEL,
     precisions: Sequence[str] = (quantization.FLOAT32,),
+    by_words: Sequence[Sequence[str]] | None = None,
 ) -> list[tables.Row]:
-    """Returns the rows of a model; see `judge.evaluate`."""
+    """Returns the rows of a model; see `judge.evaluate`.
+
+    With `by_words`, the rankings of BM25, rows of the fused rankings follow.
+    """
     tasks = resolve_tasks(gecko, dataset, task)
     queries = gecko.encode_queries(dataset.queries, tasks)
     # Passages of a symmetric task get the format of its queries.
@@ -59,11 +69,19 @@ def score_model(
             ranked = _rank(codes, ids, embedding.cut(queries[members], dim))
             for query, best in zip(members, ranked, strict=True):
                 rankings[dim, precision][query] = best
-    return [
+    rows = [
         row
         for dim, precision in kinds
         for row in _score(dataset, system, dim, rankings[dim, precision], precision)
     ]
+    if by_words is not None:
+        for dim, precision in kinds:
+            fused = [
+                [passage for passage, _ in hybrid.fuse(best, words)]
+                for best, words in zip(rankings[dim, precision], by_words, strict=True)
+            ]
+            rows += _score(dataset, tables.HYBRID, dim, fused, precision)
+    return rows
 
 
 def resolve_tasks(
@@ -110,15 +128,21 @@ def _rank(
     return ranked
 
 
-def score_bm25(dataset: sets.RetrievalSet) -> list[tables.Row]:
-    """Returns the rows of BM25."""
+def rank_by_words(dataset: sets.RetrievalSet) -> list[list[str]]:
+    """Returns BM25's best `DEPTH` + 1 passages of each query."""
     passages = [
         f"{title} {text}".strip()
         for title, text in zip(dataset.titles, dataset.texts, strict=True)
     ]
-    ranked = ranking.bm25_rankings(
+    return ranking.bm25_rankings(
         dataset.queries, passages, dataset.passage_ids, DEPTH + 1
     )
+
+
+def score_bm25(
+    dataset: sets.RetrievalSet, ranked: Sequence[Sequence[str]]
+) -> list[tables.Row]:
+    """Returns the rows of BM25, from the result of `rank_by_words`."""
     rows = _score(dataset, tables.BM25, None, ranked)
     if any(ranked):
         return rows

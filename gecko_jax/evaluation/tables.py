@@ -18,10 +18,10 @@ from gecko_jax.plots import quality
 ALL = "all"
 
 # Names of the systems.
-MODEL, BM25 = "model", "BM25"
+MODEL, BM25, HYBRID = "model", "BM25", "model and BM25"
 UNTRAINED = "untrained model"
 BAG, IDF_BAG = "random bag of words", "random bag, IDF weights"
-SYSTEMS = (MODEL, BM25, UNTRAINED, BAG, IDF_BAG)
+SYSTEMS = (MODEL, HYBRID, BM25, UNTRAINED, BAG, IDF_BAG)
 
 # Note on the rows of BM25 if no query has a result.
 NO_HIT = "no query shares a word with a passage"

@@ -6,11 +6,14 @@ ranking gets 1 / (60 + r), and the sum over both rankings orders the passages.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from gecko_jax.inference import ranking, vector_index
+
+Passage = TypeVar("Passage", int, str)
 
 # The constant of Cormack et al. (2009).
 RRF_K = 60
@@ -50,13 +53,13 @@ class HybridIndex:
         return scores, ids
 
 
-def fuse(*rankings: Sequence[int]) -> list[tuple[int, float]]:
+def fuse(*rankings: Sequence[Passage]) -> list[tuple[Passage, float]]:
     """Returns (passage, score) by reciprocal rank fusion, best first.
 
     Ties keep the order of the first ranking that has the passage.
     """
-    scores: dict[int, float] = {}
-    for one in rankings:
-        for rank, passage in enumerate(one, start=1):
+    scores: dict[Passage, float] = {}
+    for ranked in rankings:
+        for rank, passage in enumerate(ranked, start=1):
             scores[passage] = scores.get(passage, 0.0) + 1.0 / (RRF_K + rank)
     return sorted(scores.items(), key=lambda item: -item[1])

@@ -76,6 +76,40 @@ def test_tables_include_other_models(tiny_gecko, folder):
         evaluation.evaluate(tiny_gecko, [folder], dims=(16,), beside={"mini": other})
 
 
+def test_hybrid_rows_fuse_the_rankings_of_model_and_bm25(tiny_gecko, folder):
+    results = evaluation.evaluate(
+        tiny_gecko, [folder.parent], dims=(8, 16), baselines=False, hybrid=True
+    )
+    systems = [(row.system, row.dim) for row in results.rows if row.task == "all"]
+    assert systems == [
+        *(("model", 8), ("model", 16)),  # pairs of sentences have no BM25
+        *(("model", 8), ("model", 16)),
+        *(("model and BM25", 8), ("model and BM25", 16)),
+    ]
+    assert "model and BM25" in evaluation.format_table(results)
+    (dataset,) = sets.load(folder)
+    words = ranking.bm25_rankings(
+        dataset.queries, dataset.texts, dataset.passage_ids, len(dataset.texts)
+    )
+    values = []
+    for position, identity in enumerate(dataset.query_ids):
+        task = dataset.tasks[position]
+        query = dataset.queries[position]
+        vector = tiny_gecko.encode_queries([query], task)[0]
+        passages = tiny_gecko.encode(dataset.texts, side="passage", task=task)
+        best = np.argsort(-(passages @ vector), kind="stable")
+        ranks: dict[str, float] = {}
+        for ranked in ([dataset.passage_ids[p] for p in best], words[position]):
+            for rank, passage in enumerate(ranked, start=1):
+                ranks[passage] = ranks.get(passage, 0) + 1 / (60 + rank)
+        fused = sorted(ranks, key=lambda passage: -ranks[passage])
+        fused = [passage for passage in fused if passage != identity]
+        values.append(ranking.ndcg_at_k(fused, dataset.relevance[identity]))
+    score = _ndcg(results, "model and BM25", 16)
+    assert score == pytest.approx(np.mean(values), abs=1e-3)
+    assert score != pytest.approx(_ndcg(results, "model", 16), abs=1e-3)
+
+
 def test_scores_equal_those_of_ranking_every_passage(results, tiny_gecko, folder):
     (found,) = sets.load(folder)
     known = {"docs": [], "sts": []}

@@ -104,9 +104,13 @@ def test_ties_do_not_depend_on_the_order_of_the_corpus(tiny_gecko):
     other = _set(relevance, {"q": "a table of rows"}, {p: passages[p] for p in order})
     one, two = (
         retrieval_scores.score_model(
-            tiny_gecko, each, (4, 16), precisions=("float32", "binary")
+            tiny_gecko,
+            each,
+            (4, 16),
+            precisions=("float32", "binary"),
+            by_words=(by_words := retrieval_scores.rank_by_words(each)),
         )
-        + retrieval_scores.score_bm25(each)
+        + retrieval_scores.score_bm25(each, by_words)
         + retrieval_scores.score_bag_of_words(
             tiny_gecko.vocabulary, each, dim=8, idf=True
         )
