@@ -10,7 +10,8 @@ tokens. The steps:
     solve     least squares from the tokens of the texts to the teacher's vectors
     train     gradient descent on the teacher's vectors, on the similarities within a
               batch and on pairs of query and passage, at every MRL dim; a text counts
-              in another letter case as well, which the teacher does not distinguish
+              in another letter case and with other punctuation as well, which hardly
+              matters to the teacher
     finish    rare tokens with capitals move towards their lower case, EOS gets little
               weight, and the directions that all queries share become shorter
 
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
     others = {
         place: other
         for place, text in enumerate(texts[i] for i in found)
-        if (other := distil_texts.other_case(text)) != text
+        if (other := distil_texts.other_form(text)) != text
     }
     tokens += distil_texts.tokenize(vocabulary, [*others.values()])
     trainer = distil_training.Trainer(
@@ -149,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
         "teacher": options.teacher.resolve().name,
         "rows": len(rows),
         "texts": len(found),
-        "other_case": len(others),
+        "other_forms": len(others),
         "pairs": len(pairs),
         "solve": {
             "sif": distil_solve.SIF,

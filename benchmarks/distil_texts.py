@@ -24,6 +24,9 @@ EOS = 1
 # Longest part of a passage that the teacher reads, in characters.
 OPENING = 400
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(“‘]?[A-Z0-9])")
+# Signs around a word, and at the end of a text, in `other_form`.
+_SIGNS = ('"{}"', "'{}'", "({})", "#{}", "“{}”", "`{}`")
+_ENDS = ("", "", ".", "!", "?", ":", "...")
 _START = time.monotonic()
 
 
@@ -85,12 +88,29 @@ def spans_of(sentence: str, number: int) -> Iterator[str]:
         yield " ".join(words[start : start + length])
 
 
-def other_case(text: str) -> str:
-    """Returns a text in title case, lower case or, seldom, upper case."""
+def other_form(text: str) -> str:
+    """Returns a text in another letter case, with other punctuation.
+
+    It is in title case, lower case or, seldom, upper case. In half of the texts, a word
+    of eight gets quotes, brackets or a hash sign: the vocabulary spells a word that
+    follows a sign with other pieces than a word that follows a space. The last sign
+    changes or goes.
+    """
     number = random_number(f"case {text}")
     if number < 0.4:
-        return " ".join(word[:1].upper() + word[1:] for word in text.split(" "))
-    return text.lower() if number < 0.9 else text.upper()
+        text = " ".join(word[:1].upper() + word[1:] for word in text.split(" "))
+    else:
+        text = text.lower() if number < 0.9 else text.upper()
+    number = random_number(f"signs {text}")
+    if number < 0.5:
+        return text
+    words = text.rstrip(".!?:").split(" ")
+    for place in range(0, len(words), 8):
+        place += int(random_number(f"word {place} {text}") * min(8, len(words) - place))
+        if words[place].isalnum():
+            sign = _SIGNS[int(random_number(f"sign {place} {text}") * len(_SIGNS))]
+            words[place] = sign.format(words[place])
+    return " ".join(words) + _ENDS[int((number - 0.5) * 2 * len(_ENDS))]
 
 
 def random_number(text: str) -> float:

@@ -44,7 +44,7 @@ def read_package(
 
     Args:
         folder: The package.
-        reader: Format to read: html, json, rdb, wordnet, dictd or words.
+        reader: Format to read: html, json, rdb, wordnet or dictd.
         skip: Patterns of paths that are left out.
     """
     if reader == "html":
@@ -64,11 +64,8 @@ def read_package(
     elif reader == "dictd":
         for content in contents(folder, ("*.dict.dz",), skip):
             yield from dictd_rows(content)
-    elif reader == "words":
-        for content in contents(folder, ("*/share/dict/*",), skip, largest=10_000_000):
-            yield from word_rows(content)
     else:
-        raise ValueError(f"reader {reader!r}: unknown")
+        raise ValueError(f"reader {reader!r}: unknown; use html, json, rdb, wordnet")
 
 
 def contents(
@@ -231,20 +228,3 @@ def dictd_rows(content: str) -> Iterator[Row]:
             for part in passages(f"{match[2]} {body}"):
                 yield tidy(match[1]), part
                 break
-
-
-def word_rows(content: str) -> Iterator[Row]:
-    """Yields random runs of 1 to 6 words of a word list, each word twice.
-
-    Rare words and names, which prose seldom has, are in such runs with the pieces of
-    the vocabulary that spell them.
-    """
-    words = [word for word in content.split() if not word.endswith("'s")]
-    random_numbers = random.Random(0)
-    for _ in range(2):
-        random_numbers.shuffle(words)
-        place = 0
-        while place < len(words):
-            length = random_numbers.randint(1, 6)
-            yield "", " ".join(words[place : place + length])
-            place += length

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 import types
 
@@ -42,27 +43,28 @@ def test_an_opening_ends_with_a_sentence_or_a_word():
     assert len(long) <= distil_texts.OPENING
 
 
-def test_another_case_changes_letters_only():
+def test_another_form_has_the_same_words():
     import distil_texts
 
-    texts = [f"How Do {n} Geckos stick to the Glass?" for n in range(200)]
-    others = [distil_texts.other_case(text) for text in texts]
-    assert [other.lower() for other in others] == [text.lower() for text in texts]
-    assert others == [distil_texts.other_case(text) for text in texts]
-    titles = sum(other.endswith("Geckos Stick To The Glass?") for other in others)
-    assert titles + sum(map(str.islower, others)) + sum(map(str.isupper, others)) == 200
-    assert 50 < titles < 110
-    assert 5 < sum(map(str.isupper, others)) < 40
+    texts = [f"How Do {n} Geckos stick to the Glass?" for n in range(400)]
+    others = [distil_texts.other_form(text) for text in texts]
+    assert others == [distil_texts.other_form(text) for text in texts]
 
+    def words(text):
+        return re.findall(r"\w+", text.lower())
 
-def test_every_word_of_a_list_is_in_two_runs():
-    import text_readers
-
-    words = [f"word{n}" for n in range(500)]
-    rows = [*text_readers.word_rows("\n".join([*words, "word1's"]))]
-    runs = [passage.split() for query, passage in rows if not query]
-    assert sorted(word for run in runs for word in run) == sorted(2 * words)
-    assert {len(run) for run in runs} == {1, 2, 3, 4, 5, 6}
+    assert [words(other) for other in others] == [words(text) for text in texts]
+    letters = [re.sub(r"\W", "", other) for other in others]
+    titles = sum(other.endswith("StickToTheGlass") for other in letters)
+    assert (
+        titles + sum(map(str.islower, letters)) + sum(map(str.isupper, letters)) == 400
+    )
+    assert 120 < titles < 200
+    assert 20 < sum(map(str.isupper, letters)) < 70
+    # About half have other punctuation: one sign around a word, and another end.
+    signs = [re.sub(r"[\w ]", "", other) for other in others]
+    assert 150 < signs.count("?") < 250
+    assert {"#!", "()", '"".', "“”..."} <= set(signs)
 
 
 def test_a_store_finds_what_was_added_and_nothing_else(tmp_path):
