@@ -100,7 +100,7 @@ pretrained: $(VENV)/.test ## make the bundled model again: about two hours
 		--vocabulary=$(T5_VOCABULARY) --output=$(MADE)/model
 	$(GECKO) evaluate quickstart $(JUDGED) \
 		$(if $(DATA),$(patsubst %/,%,$(wildcard $(DATA)/eval/test/*/))) \
-		--model=$(MADE)/model --output=$(MADE)/evaluation
+		--model=$(MADE)/model --hybrid --output=$(MADE)/evaluation
 	$(BIN)/python benchmarks/pretrained.py $(MADE)/model --text=$(MADE)/text \
 		--results=$(MADE)/evaluation/results.json --output=gecko_jax/pretrained/mini
 

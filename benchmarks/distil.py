@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -56,6 +57,7 @@ if typing.TYPE_CHECKING:
     from jaxtyping import Float
 
 DIM = 256
+_VERSIONED = ("jax", "numpy", "onnxruntime", "scipy", "sentencepiece", "torch")
 # Chosen on the dev sets.
 RECIPE = distil_training.Recipe(
     steps=1_500,
@@ -170,7 +172,8 @@ def run(options: argparse.Namespace) -> None:
         "device": jax.devices()[0].device_kind,
         "versions": {
             name: importlib.metadata.version(name)
-            for name in ("jax", "numpy", "onnxruntime", "scipy", "sentencepiece")
+            for name in _VERSIONED
+            if importlib.util.find_spec(name)
         },
     }
     (options.output / "run.json").write_text(json.dumps(facts, indent=1) + "\n")

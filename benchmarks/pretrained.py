@@ -153,7 +153,12 @@ def scores_table(results: tables.Results, dims: Sequence[int]) -> str:
     """Returns the main score of each set at every dim, and of baselines."""
     from gecko_jax.evaluation import tables
 
-    systems = {tables.BM25: "BM25", tables.IDF_BAG: "random vectors, IDF weights"}
+    # Of the hybrid, the last row counts: that of the largest dim.
+    systems = {
+        tables.HYBRID: f"{max(dims)} dims and BM25",
+        tables.BM25: "BM25",
+        tables.IDF_BAG: "random vectors, IDF weights",
+    }
     scores: dict[str, dict[str, float]] = {}
     for row in results.rows:
         column = systems.get(row.system, str(row.dim))
