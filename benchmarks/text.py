@@ -189,11 +189,11 @@ def sources(
                 except (OSError, subprocess.CalledProcessError) as error:
                     print(f"{name}: left out: {error}")
                     continue
-                rows = text_readers.read_package(
+                package_rows = text_readers.read_package(
                     folder, entry["reader"], entry.get("skip", ())
                 )
                 with gzip.open(stored, "wt") as out:
-                    json.dump(sample(list(rows), entry["most"]), out)
+                    json.dump(sample(list(package_rows), entry["most"]), out)
             with gzip.open(stored, "rt") as lines:
                 yield name, entry["licence"], [tuple(row) for row in json.load(lines)]
 

@@ -135,7 +135,7 @@ def load(
 
 def load_file(argument: str) -> ml_collections.ConfigDict:
     """Calls the `get_config` of a config file; see `load`."""
-    name, colon, rest = argument.partition(":")
+    name, colon, arg = argument.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(
@@ -150,7 +150,7 @@ def load_file(argument: str) -> ml_collections.ConfigDict:
         specification.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise ValueError("has no function get_config(arg)")
-        config = module.get_config(rest) if colon else module.get_config()
+        config = module.get_config(arg) if colon else module.get_config()
         if not isinstance(config, ml_collections.ConfigDict):
             raise ValueError("get_config must return an ml_collections.ConfigDict")
     except Exception as error:  # Whatever the code of the file may raise.

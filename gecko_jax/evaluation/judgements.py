@@ -129,15 +129,15 @@ def for_trec(dataset: sets.RetrievalSet) -> sets.RetrievalSet:
     `MOST_STEPS`. mteb's `ignore_identical_ids` leaves out every own passage, so queries
     that keep their own passage get another id.
     """
-    own, taken = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
+    own, used_ids = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
     corpus = frozenset(dataset.passage_ids)
     query_ids, relevance = [], dict(dataset.relevance)
     for query in dataset.query_ids:
         name = query
         if query in corpus and query not in own:
-            while name in taken:
+            while name in used_ids:
                 name = f"query {name}"
-            taken.add(name)
+            used_ids.add(name)
         query_ids.append(name)
         relevance[name] = _to_integer_grades(dataset.name, query, relevance.pop(query))
     return dataclasses.replace(dataset, query_ids=tuple(query_ids), relevance=relevance)
