@@ -63,9 +63,9 @@ def step(name: str, seconds: int, *arguments: str) -> Stage:
 def stages(output: pathlib.Path) -> list[Stage]:
     """Returns the stages, most important first."""
     trace = f"--profile={output / 'trace'}"
-    both = ("--variants", "none:xla", "none:cudnn")
+    variants = ("--variants", "none:xla", "none:cudnn")
     return [
-        step("base", 200, GECKO, *BASE, trace, *both),
+        step("base", 200, GECKO, *BASE, trace, *variants),
         step("base sbert", 100, SBERT, *BASE),
         Stage("parity", 90, ["parity.py"]),
         step("xl", 120, GECKO, *XL, "--variants", "full:cudnn", "full:xla"),
@@ -158,8 +158,8 @@ def run(stage: Stage, results: Results, seconds: float, is_tiny: bool) -> None:
         else:
             results.log(line)
     status = process.wait()
-    taken = round(time.monotonic() - began, 1)
-    results.add(stage.name, finished=status == 0, status=status, wall=taken)
+    wall = round(time.monotonic() - began, 1)
+    results.add(stage.name, finished=status == 0, status=status, wall=wall)
 
 
 def summarize_traces(folder: pathlib.Path, results: Results) -> None:
@@ -180,14 +180,14 @@ def summarize_traces(folder: pathlib.Path, results: Results) -> None:
                     for event in line.events:
                         total = totals.get(event.name, 0.0) + event.duration_ns
                         totals[event.name] = total
-            whole = sum(totals.values())
+            overall = sum(totals.values())
             ranked = sorted(totals.items(), key=lambda item: -item[1])
             for name, total in ranked[:KERNELS]:
                 results.add(
                     "profile",
                     variant=variant,
                     kernel=name[:120],
-                    share=total / whole,
+                    share=total / overall,
                     ms=total / 1e6,
                 )
     shutil.rmtree(folder)

@@ -87,16 +87,16 @@ def padding(options: argparse.Namespace) -> None:
     for packing in (False, True):
         batches = open_batches(options, packing=packing)
         slots: collections.Counter[str] = collections.Counter()
-        kept: collections.Counter[str] = collections.Counter()
+        filled: collections.Counter[str] = collections.Counter()
         shapes = set()
         for step in range(STEPS):
             batch = batches.batch(step)
             shapes.add(tuple(batch[f"{side}_tokens"].shape for side in LENGTHS))
             for side in LENGTHS:
                 slots[side] += batch[f"{side}_tokens"].size
-                kept[side] += int((batch[f"{side}_segment_ids"] > 0).sum())
-        shares = [1 - kept[side] / slots[side] for side in LENGTHS]
-        shares.append(1 - kept.total() / slots.total())
+                filled[side] += int((batch[f"{side}_segment_ids"] > 0).sum())
+        shares = [1 - filled[side] / slots[side] for side in LENGTHS]
+        shares.append(1 - filled.total() / slots.total())
         print(
             f"{'packed' if packing else 'unpacked':10}"
             + "".join(f"{share:9.1%}" for share in shares)
@@ -110,12 +110,17 @@ def stages(options: argparse.Namespace) -> None:
     seconds, counts, tokens = measure_stages(options, batches)
     print(f"\nDelivered, batches of {options.batch_size:,}, in one core's time")
     print(f"{'':34}{'examples/s':>12}{'tokens/s':>14}")
-    for name, taken in seconds.items():
+    for name, duration in seconds.items():
         count, size = counts[name], tokens[name]
-        print(f"{name:34}{count / taken:12,.0f}{size / taken:14,.0f}")
-    whole = sum(taken for name, taken in seconds.items() if name.startswith("step: "))
+        print(f"{name:34}{count / duration:12,.0f}{size / duration:14,.0f}")
+    step_seconds = sum(
+        duration for name, duration in seconds.items() if name.startswith("step: ")
+    )
     count, size = (of["step: decode"] for of in (counts, tokens))
-    print(f"{'step: all of it':34}{count / whole:12,.0f}{size / whole:14,.0f}")
+    print(
+        f"{'step: all of it':34}{count / step_seconds:12,.0f}"
+        f"{size / step_seconds:14,.0f}"
+    )
     began, delivered = time.perf_counter(), 0
     for batch in batches.iterate(0, STEPS):
         delivered += len(batch["query_id"])
@@ -135,7 +140,7 @@ def stages(options: argparse.Namespace) -> None:
             needed = peak * utilisation / flops
             print(
                 f"{host:24}{utilisation:12.0%}{needed:12,.0f}"
-                f"{count / whole / needed:18.2f}"
+                f"{count / step_seconds / needed:18.2f}"
             )
 
 
@@ -147,8 +152,8 @@ def measure_stages(
     counts: dict[str, int] = collections.defaultdict(int)
     tokens: dict[str, int] = collections.defaultdict(int)
 
-    def note(name: str, taken: float, of: list[features.Example]) -> None:
-        seconds[name] += taken
+    def note(name: str, duration: float, of: list[features.Example]) -> None:
+        seconds[name] += duration
         counts[name] += len(of)
         tokens[name] += sum(
             min(len(e.query), LENGTHS["query"])
@@ -169,9 +174,9 @@ def measure_stages(
     ).get_dataset(sequence_length=None, split="train", shuffle=False)
     began = clock()
     blocks = dataset.take(parsed).ragged_batch(cache.BLOCK)
-    made = list(cache.examples(blocks, []))
-    note("once: parse, format, tokenize", clock() - began, made)
-    note("once: parse JSON lines", 0.0, made)
+    all_examples = list(cache.examples(blocks, []))
+    note("once: parse, format, tokenize", clock() - began, all_examples)
+    note("once: parse JSON lines", 0.0, all_examples)
 
     for step in range(STEPS):
         began = clock()
@@ -179,8 +184,8 @@ def measure_stages(
         drawn = clock()
         records = []
         for number, reader in enumerate(batches.readers):
-            wanted = [example for of_task, example in picks if of_task == number]
-            records += reader.records(wanted)
+            own_picks = [example for of_task, example in picks if of_task == number]
+            records += reader.records(own_picks)
         read = clock()
         examples = [cache.decode(record) for record in records]
         decoded = clock()

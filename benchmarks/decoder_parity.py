@@ -51,11 +51,11 @@ def write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
     writer.close()
 
 
-def compare(what: str, path: pathlib.Path, model: local.LocalModel) -> None:
+def compare(title: str, path: pathlib.Path, model: local.LocalModel) -> None:
     """Prints one line per comparison."""
     lines = (task_table.QUICKSTART / "train.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // 16]]
-    shots, asked = records[:2], records[2:14]
+    shots, questions = records[:2], records[2:14]
     server = llama_cpp.LlamaCpp(str(path), threads=1)
     tokenizer = model.tokenizer
     texts = [r[k] for r in records for k in ("positive", "query")] + list(ODD_TEXTS)
@@ -65,8 +65,8 @@ def compare(what: str, path: pathlib.Path, model: local.LocalModel) -> None:
         return f"Passage: {record['positive']}\nQuery:"
 
     few_shot = "".join(f"{ask(shot)} {shot['query']}\n\n" for shot in shots)
-    prompts = [few_shot + ask(record) for record in asked]
-    queries = [f" {record['query']}" for record in asked]
+    prompts = [few_shot + ask(record) for record in questions]
+    queries = [f" {record['query']}" for record in questions]
     ours = model.score_tokens(prompts, queries)
     theirs = server.score(
         [
@@ -77,7 +77,7 @@ def compare(what: str, path: pathlib.Path, model: local.LocalModel) -> None:
     difference = np.abs(np.concatenate(ours) - np.concatenate(theirs))
     sums = [abs(sum(a) - sum(b)) for a, b in zip(ours, theirs, strict=True)]
     print(
-        f"{what}: {same} of {len(texts)} texts cut into the same tokens; "
+        f"{title}: {same} of {len(texts)} texts cut into the same tokens; "
         f"{len(difference)} log-probs differ by {difference.mean():.4f} nat on "
         f"average, {difference.max():.4f} at most; those of {len(sums)} queries by "
         f"{max(sums):.4f} at most"

@@ -53,11 +53,11 @@ def take_turns(
         f"\n{'':34}{unit + '/s':>12}{'min':>9}{'max':>9}{'first is':>12}"
         f"{'processor s each':>18}"
     )
-    for name, found in rates.items():
-        ratios = [ours / theirs for ours, theirs in zip(first, found, strict=True)]
+    for name, samples in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(first, samples, strict=True)]
         print(
-            f"{name:34}{statistics.median(found):12.2f}{min(found):9.2f}"
-            f"{max(found):9.2f}{statistics.median(ratios):10.2f} x"
+            f"{name:34}{statistics.median(samples):12.2f}{min(samples):9.2f}"
+            f"{max(samples):9.2f}{statistics.median(ratios):10.2f} x"
             f"{statistics.median(costs[name]):18.2f}"
         )
 
@@ -91,20 +91,21 @@ def judging(
             for r in records
         ]
 
-    one = render(shared, passage="positive")
+    joint_prompts = render(shared, passage="positive")
     own = render(likelihood, passage="positive")
     questions = render(relevance, passage="positive", query="query")
     queries = [f" {relevance.neutralize(record['query'])}" for record in records]
     path = decoder_files.find(weights)
     model = local.load(path, dtype=dtype)
-    print(f"{model.name}: {pairs} pairs, prompts of {model.num_tokens(one[0])} tokens")
+    num_tokens = model.num_tokens(joint_prompts[0])
+    print(f"{model.name}: {pairs} pairs, prompts of {num_tokens} tokens")
 
     def forget() -> None:
         model.score(["x"], ["y"])  # The prefix of the round before.
 
     def share() -> None:
         forget()
-        model.judge(one, queries, questions, labels)
+        model.judge(joint_prompts, queries, questions, labels)
 
     def separate() -> None:
         forget()
@@ -117,11 +118,13 @@ def judging(
     }
     encode = model.tokenizer.encode
     scored = [(encode(p), encode(q)) for p, q in zip(own, queries, strict=True)]
-    asked = [(encode(question), encode(labels[0])[:1]) for question in questions]
+    label_requests = [
+        (encode(question), encode(labels[0])[:1]) for question in questions
+    ]
     for count in threads:
         server = llama_cpp.LlamaCpp(str(path), threads=count)
         contestants[f"llama.cpp, {count} thread(s)"] = (
-            lambda server=server: (server.score(scored), server.score(asked)),
+            lambda server=server: (server.score(scored), server.score(label_requests)),
             pairs,
         )
     take_turns(contestants, rounds, "pairs")
@@ -142,9 +145,9 @@ def scoring(
         return f"Passage: {record['positive']}\nQuery:"
 
     few_shot = "".join(f"{ask(r)} {r['query']}\n\n" for r in records[:SHOTS])
-    asked = records[SHOTS : SHOTS + pairs]
-    prompts = [few_shot + ask(record) for record in asked]
-    queries = [f" {record['query']}" for record in asked]
+    examples = records[SHOTS : SHOTS + pairs]
+    prompts = [few_shot + ask(record) for record in examples]
+    queries = [f" {record['query']}" for record in examples]
     path = decoder_files.find(weights)
     model = local.load(path, dtype=dtype)
     tokens = [
@@ -158,10 +161,10 @@ def scoring(
         f"tokens, prompts of {min(lengths)} to {max(lengths)}"
     )
     # A prompt alone shares neither its prefix nor its batch.
-    few = max(pairs // 8, 1)
+    num_alone = max(pairs // 8, 1)
 
     def alone() -> None:
-        for prompt, query in zip(prompts[:few], queries[:few], strict=True):
+        for prompt, query in zip(prompts[:num_alone], queries[:num_alone], strict=True):
             model.score([prompt], [query])
 
     def batched() -> None:
@@ -170,7 +173,7 @@ def scoring(
 
     contestants: dict[str, tuple[Callable[[], object], int]] = {
         "batches behind a shared prefix": (batched, pairs),
-        "one at a time, no prefix": (alone, few),
+        "one at a time, no prefix": (alone, num_alone),
     }
     for count in threads:
         server = llama_cpp.LlamaCpp(str(path), threads=count)

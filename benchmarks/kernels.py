@@ -73,10 +73,10 @@ def loss(batch_size: int) -> dict[str, float]:
     memory = compiled.memory_analysis()
     # Similarities to positives and queries: forward, recomputed, and two backward.
     flops = 2 * 4 * 2.0 * batch_size**2 * (256 + WIDTH)
-    taken = seconds(lambda: jax.block_until_ready(compiled(parts)))
+    duration = seconds(lambda: jax.block_until_ready(compiled(parts)))
     return {
-        "seconds": taken,
-        "tflops_per_second": flops / taken / 1e12,
+        "seconds": duration,
+        "tflops_per_second": flops / duration / 1e12,
         "temporary_gib": memory.temp_size_in_bytes / 2**30 if memory else 0.0,
     }
 
@@ -92,14 +92,15 @@ def search(num_passages: int) -> dict[str, float]:
     vectors = np.resize(drawn, (num_passages, DIM))
     built = vector_index.Index(vectors, [str(row) for row in range(num_passages)])
     queries = rng.standard_normal((256, DIM), np.float32)
-    found = {}
+    measurements = {}
     for number in (1, 256):
         chosen = queries[:number]
-        found[f"seconds_{number}"] = seconds(lambda q=chosen: built.search(q, 10))
+        duration = seconds(lambda q=chosen: built.search(q, 10))
+        measurements[f"seconds_{number}"] = duration
     _, positions = built.search_positions(queries[:8], 10)
     exact = np.argsort(-(queries[:8].astype(np.float64) @ drawn.T), axis=1)[:, :1]
-    found["share_right"] = float(np.mean(positions[:, :1] % len(drawn) == exact))
-    return found
+    measurements["share_right"] = float(np.mean(positions[:, :1] % len(drawn) == exact))
+    return measurements
 
 
 def main() -> None:

@@ -69,20 +69,21 @@ def state(workdir: pathlib.Path) -> dict[str, bytes]:
 
     from gecko_jax.training import metrics
 
-    found = {}
+    contents = {}
     for item in ("params", "opt_state"):
         folder = workdir.absolute() / "checkpoints" / str(STEPS) / item
         tree = ocp.PyTreeCheckpointHandler().restore(folder)
         for path, leaf in jax.tree.leaves_with_path(tree):
-            found[item + jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+            contents[item + jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
     for line in metrics.read(workdir / metrics.METRICS):
-        kept = {
+        reproducible = {
             name: value
             for name, value in line.items()
             if not name.startswith("time/") and not name.endswith("_per_second")
         }
-        found[f"metrics {line['step']}"] = repr(sorted(kept.items())).encode()
-    return found
+        content = repr(sorted(reproducible.items()))
+        contents[f"metrics {line['step']}"] = content.encode()
+    return contents
 
 
 def main() -> None:
@@ -94,22 +95,22 @@ def main() -> None:
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         shared = pathlib.Path(folder)
-        whole, killed = shared / "whole", shared / "killed"
-        small_runs.finish(start(whole, shared))
+        uninterrupted, killed = shared / "whole", shared / "killed"
+        small_runs.finish(start(uninterrupted, shared))
         # Ascending steps: a killed run resumes from an earlier checkpoint.
         steps = sorted(random.randrange(1, STEPS - 1) for _ in range(options.kills))
         for turn, step in enumerate(steps):
             number = (signal.SIGKILL, signal.SIGTERM)[turn % 2]
             kill(killed, shared, number, step)
         small_runs.finish(start(killed, shared))
-        left_alone, taken_up = state(whole), state(killed)
+        expected, resumed = state(uninterrupted), state(killed)
     differing = [
         name
-        for name in left_alone.keys() | taken_up.keys()
-        if left_alone.get(name) != taken_up.get(name)
+        for name in expected.keys() | resumed.keys()
+        if expected.get(name) != resumed.get(name)
     ]
     print(
-        f"{len(left_alone)} arrays and lines after {options.kills} kills: "
+        f"{len(expected)} arrays and lines after {options.kills} kills: "
         + (f"differing: {sorted(differing)}" if differing else "the same, bit for bit")
     )
     raise SystemExit(bool(differing))

@@ -45,8 +45,8 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of plain text."""
-        asked = {"content": text, "add_special": False, "parse_special": False}
-        return self._post("/tokenize", asked)["tokens"]
+        body = {"content": text, "add_special": False, "parse_special": False}
+        return self._post("/tokenize", body)["tokens"]
 
     def score(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, cache_prompt: bool = True
@@ -78,14 +78,14 @@ class LlamaCpp:
 
     def complete(self, prompt: list[int], num_tokens: int) -> list[int]:
         """Returns the most likely tokens after a prompt."""
-        asked = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0}
-        answer = self._post("/completion", asked | {"return_tokens": True})
+        body = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0}
+        answer = self._post("/completion", body | {"return_tokens": True})
         return answer["tokens"]
 
-    def _post(self, path: str, asked: dict) -> dict:
+    def _post(self, path: str, body: dict) -> dict:
         request = urllib.request.Request(
             self._server.listening_address + path,
-            data=json.dumps(asked).encode(),
+            data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=600) as answer:

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 # Part of the 128 MiB that is reserved for kernels, which store no arrays there.
-_KEPT_FOR_KERNELS = {"xla_tpu_scoped_vmem_limit_kib": "114688"}
+_KERNEL_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": "114688"}
 
 
 def measure(devices, batch_size: int) -> dict[str, int]:
@@ -71,12 +71,12 @@ def measure(devices, batch_size: int) -> dict[str, int]:
     )
     arguments = (shape(768), shape(768), shape(1, 768), ids)
     lowered = jax.jit(of_device).lower(*arguments)
-    found = {}
-    for name, keys in (("all", _KEPT_FOR_KERNELS), ("in main memory", None)):
+    sizes = {}
+    for name, keys in (("all", _KERNEL_MEMORY), ("in main memory", None)):
         memory = lowered.compile(compiler_options=keys).memory_analysis()
         assert memory is not None
-        found[name] = memory.temp_size_in_bytes
-    return found
+        sizes[name] = memory.temp_size_in_bytes
+    return sizes
 
 
 def main() -> None:
@@ -90,15 +90,15 @@ def main() -> None:
     before = {}
     with aot.topology_devices(options.topology) as devices:
         for batch_size in options.batches:
-            found = measure(devices, batch_size)
+            sizes = measure(devices, batch_size)
             parts = [
                 f"{name} {size / 2**20:,.1f} MiB"
                 + (f" ({size / before[name]:.2f} times)" if before else "")
-                for name, size in found.items()
+                for name, size in sizes.items()
             ]
             print(f"{batch_size:,} examples, temporaries of a chip: {', '.join(parts)}")
             sys.stdout.flush()
-            before = found
+            before = sizes
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def spent(workdir: pathlib.Path) -> float:
     # Killed after the last step, so no run followed.
     lines += [["saved", str(time_)] for time_ in _saved(workdir)[-1:]]
     total = 0.0
-    for (what, time_), (next_, end) in itertools.pairwise(lines):
-        if what == "began" and next_ != "began":
+    for (event, time_), (next_, end) in itertools.pairwise(lines):
+        if event == "began" and next_ != "began":
             total += max(float(end) - float(time_), 0.0)
     return total
 

@@ -140,14 +140,14 @@ def measure(
     with jax.default_matmul_precision(precision):
         loss, _, grads = jax.jit(loss_and_gradients)(params, batch, jax.random.key(0))
         embeddings = jax.jit(embed)(params, batch)
-    found = {"loss": np.asarray(loss), "embeddings": np.asarray(embeddings)}
+    results = {"loss": np.asarray(loss), "embeddings": np.asarray(embeddings)}
     rng = np.random.default_rng(2)
     for path, leaf in sorted(_named(grads).items()):
         values = np.asarray(leaf, np.float64).ravel()
         signs = rng.choice(np.array([-1, 1], np.int8), (SIGNS, values.size))
-        found[f"gradient/{path}"] = signs @ values
-        found[f"norm/{path}"] = np.linalg.norm(values)
-    return found
+        results[f"gradient/{path}"] = signs @ values
+        results[f"norm/{path}"] = np.linalg.norm(values)
+    return results
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -157,22 +157,22 @@ def _named(tree: Any) -> dict[str, Any]:
     return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
 
 
-def compare(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def compare(results: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """Returns relative errors of losses, embeddings and the worst gradient."""
 
     def relative(name: str) -> float:
-        difference = np.linalg.norm(found[name] - reference[name])
+        difference = np.linalg.norm(results[name] - reference[name])
         return float(difference / np.linalg.norm(reference[name]))
 
     gradients = {}
     for name in reference:
         if name.startswith("gradient/"):
             # The variance of each product is the squared norm of the difference.
-            difference = np.sqrt(np.mean((found[name] - reference[name]) ** 2))
+            difference = np.sqrt(np.mean((results[name] - reference[name]) ** 2))
             path = name.partition("/")[2]
             gradients[path] = float(difference / reference[f"norm/{path}"])
     worst = max(gradients, key=gradients.__getitem__)
-    cosines = np.sum(found["embeddings"] * reference["embeddings"], axis=1)
+    cosines = np.sum(results["embeddings"] * reference["embeddings"], axis=1)
     return {
         "loss_error": relative("loss"),
         "embedding_error": relative("embeddings"),

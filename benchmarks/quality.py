@@ -152,8 +152,8 @@ def row_path(name: str, seed: int, options: argparse.Namespace) -> pathlib.Path:
     row = ROWS[name]
     label = f"{name}-{find_data(options).name}"
     if row.kind in ("gecko", "sbert"):
-        given = (options.steps, options.second_steps, options.batch_size)
-        label += "-{}+{}x{}".format(*given) if any(given) else ""
+        overrides = (options.steps, options.second_steps, options.batch_size)
+        label += "-{}+{}x{}".format(*overrides) if any(overrides) else ""
         label += f"-seed{seed}"
     return options.output / "rows" / f"{label}.json"
 

@@ -65,7 +65,7 @@ def find(name: str, subset: int = 0, split: str = "") -> Data:
         }
         for split in ("dev", "test")
     }
-    evals = {split: found for split, found in evals.items() if found}
+    evals = {split: folders for split, folders in evals.items() if folders}
     if not train or not evals:
         raise SystemExit(f"{root}: needs train.jsonl(.gz) and eval/test/TASK/ folders")
     if split in evals:
@@ -119,16 +119,16 @@ def prepare(data: Data, output: pathlib.Path, vocabulary_size: int) -> None:
     from gecko_jax.data import mining, pieces
 
     logging.getLogger(bm25s.__name__).setLevel(logging.WARNING)
-    made = prepared(data, output, vocabulary_size)
-    if not made.vocabulary.exists():
+    files = prepared(data, output, vocabulary_size)
+    if not files.vocabulary.exists():
         pieces.train_vocabulary(
-            [str(data.train)], str(made.vocabulary), vocabulary_size
+            [str(data.train)], str(files.vocabulary), vocabulary_size
         )
-    if not made.pairs.exists():
-        mining.write_lines(made.pairs, choose(data))
-    if not made.triples.exists():
-        mining.mine_negatives([made.pairs], made.triples, 3)
-    for kind, path in made.classes.items():
+    if not files.pairs.exists():
+        mining.write_lines(files.pairs, choose(data))
+    if not files.triples.exists():
+        mining.mine_negatives([files.pairs], files.triples, 3)
+    for kind, path in files.classes.items():
         if not path.exists():
             mining.write_lines(path, class_triples(data, kind))
 
@@ -145,8 +145,8 @@ def choose(data: Data) -> list[dict[str, Any]]:
             f"--subset={data.subset}: {data.train} has {len(records):,} pairs; "
             "--subset=0 takes all"
         )
-    kept = set(sorted(map(draw, records))[: data.subset])
-    chosen = (record for record in records if draw(record) in kept)
+    smallest = set(sorted(map(draw, records))[: data.subset])
+    chosen = (record for record in records if draw(record) in smallest)
     return list(itertools.islice(chosen, data.subset))
 
 
@@ -185,8 +185,8 @@ def class_triples(data: Data, kind: str) -> Iterator[dict[str, Any]]:
 
 def judged_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns all evaluation folders of a data folder, such as "test/code"."""
-    found = sorted(path for path in root.glob("eval/*/*") if path.is_dir())
-    return {f"{path.parent.name}/{path.name}": path for path in found}
+    folders = sorted(path for path in root.glob("eval/*/*") if path.is_dir())
+    return {f"{path.parent.name}/{path.name}": path for path in folders}
 
 
 def held_out(folders: Mapping[str, pathlib.Path]) -> overlap.Contamination:
@@ -196,19 +196,21 @@ def held_out(folders: Mapping[str, pathlib.Path]) -> overlap.Contamination:
     """
     known = overlap.Contamination()
     for name, folder in folders.items():
-        for found in sets.load(folder):
-            if isinstance(found, sets.ClassificationSet):
-                texts = enumerate(found.test.texts)
+        for dataset in sets.load(folder):
+            if isinstance(dataset, sets.ClassificationSet):
+                texts = enumerate(dataset.test.texts)
                 known.add(name, "text", ((str(n), text) for n, text in texts))
-            if not isinstance(found, sets.RetrievalSet):
+            if not isinstance(dataset, sets.RetrievalSet):
                 continue
-            known.add(name, "query", zip(found.query_ids, found.queries, strict=True))
+            known.add(
+                name, "query", zip(dataset.query_ids, dataset.queries, strict=True)
+            )
             judged = {
                 passage
-                for passages in found.relevance.values()
+                for passages in dataset.relevance.values()
                 for passage, grade in passages.items()
                 if grade > 0
             }
-            passages = zip(found.passage_ids, found.texts, strict=True)
+            passages = zip(dataset.passage_ids, dataset.texts, strict=True)
             known.add(name, "passage", (p for p in passages if p[0] in judged))
     return known

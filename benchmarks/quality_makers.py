@@ -30,7 +30,7 @@ def configs(
     work = options.output / "work"
     ready = quality_data.prepared(data, options.output, row.vocabulary_size)
     triples = [ready.triples, *([ready.classes[row.classes]] if row.classes else [])]
-    made = []
+    stages = []
     for stage, arg, steps, keys, sources in (
         ("prefinetune", row.first, options.steps, row.both, [ready.pairs]),
         (
@@ -59,22 +59,22 @@ def configs(
         config.data.batch_size = options.batch_size or config.data.batch_size
         steps = config.train.num_steps
         config.checkpoint.every_steps = max(steps, 1)
-        if made and row.averaged:
+        if stages and row.averaged:
             config.checkpoint.every_steps = _apart(steps)
             config.checkpoint.keep_every_steps = _apart(steps)
-        if made and row.mined is not None:
-            config.data.files = (str(mined_path(made[-1][1], row.mined)),)
+        if stages and row.mined is not None:
+            config.data.files = (str(mined_path(stages[-1][1], row.mined)),)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
         if config.loss.matching_weight:
             config.data.teacher = str(ready.teacher)
             config.data.teacher_dim = quality_teacher.DIM
-        if made:
-            config.init.checkpoint = str(made[-1][1])
+        if stages:
+            config.init.checkpoint = str(stages[-1][1])
         digest = hashlib.sha256(gecko_jax.config.to_json(config).encode()).hexdigest()[
             :12
         ]
-        made.append((config, work / f"{stage}-{digest}"))
-    return made[0][0], made[1][0], made[0][1], made[1][1]
+        stages.append((config, work / f"{stage}-{digest}"))
+    return stages[0][0], stages[1][0], stages[0][1], stages[1][1]
 
 
 def _apart(steps: int) -> int:
@@ -93,14 +93,17 @@ def bm25(
     """Scores BM25."""
     del row, seed, options
 
-    def rank(found: Any) -> dict[str, Any]:
+    def rank(dataset: Any) -> dict[str, Any]:
         return {
             "all": ranking.bm25_rankings(
-                found.queries, quality_scores.passages(found), found.passage_ids, 11
+                dataset.queries,
+                quality_scores.passages(dataset),
+                dataset.passage_ids,
+                11,
             )
         }
 
-    return {"scores": quality_scores.score(data, lambda found, task: rank(found))}
+    return {"scores": quality_scores.score(data, lambda dataset, task: rank(dataset))}
 
 
 def tfidf(
@@ -110,11 +113,11 @@ def tfidf(
     del row, seed, options
     from sklearn.feature_extraction import text
 
-    def rank(found: Any, task: str) -> dict[str, Any]:
+    def rank(dataset: Any, task: str) -> dict[str, Any]:
         weigh = text.TfidfVectorizer(sublinear_tf=True)
-        corpus = weigh.fit_transform(quality_scores.passages(found))
-        similarity = (weigh.transform(found.queries) @ corpus.T).toarray()
-        return {"all": quality_scores.rankings(found, similarity)}
+        corpus = weigh.fit_transform(quality_scores.passages(dataset))
+        similarity = (weigh.transform(dataset.queries) @ corpus.T).toarray()
+        return {"all": quality_scores.rankings(dataset, similarity)}
 
     return {"scores": quality_scores.score(data, rank)}
 
@@ -126,12 +129,12 @@ def pretrained(
     del row, seed
     data = dataclasses.replace(data, evals={"test": data.evals["test"]})
 
-    def rank(found: Any, task: str) -> dict[str, Any]:
+    def rank(dataset: Any, task: str) -> dict[str, Any]:
         queries, corpus = (
             np.concatenate(list(quality_teacher.encode(options.pretrained, *texts)))
-            for texts in ([found.queries], [found.texts, found.titles])
+            for texts in ([dataset.queries], [dataset.texts, dataset.titles])
         )
-        return {"all": quality_scores.rankings(found, queries @ corpus.T)}
+        return {"all": quality_scores.rankings(dataset, queries @ corpus.T)}
 
     return {"scores": quality_scores.score(data, rank)}
 
@@ -145,27 +148,30 @@ def gecko(
     from gecko_jax.inference import embedding
     from gecko_jax.training import loop
 
-    *both, first, second = configs(row, data, seed, options)
+    *stage_configs, first, second = configs(row, data, seed, options)
     seconds = 0.0
-    for config, workdir in zip(both, (first, second), strict=True):
+    for config, workdir in zip(stage_configs, (first, second), strict=True):
         if workdir == second and row.mined is not None:
-            mine(both[0].data.files, first, row.mined)
+            mine(stage_configs[0].data.files, first, row.mined)
         # Rows that differ only in the second stage share the first.
         if checkpoints.latest_step(workdir) != config.train.num_steps:
             with measured.timed(workdir):
                 loop.train(config, workdir)
         seconds += measured.spent(workdir)
-    model = embedding.load(str(average(second, both[-1], row.averaged)))
-    dims = [both[-1].loss.mrl_dims[-1] // part for part in (4, 2, 1)]
+    model = embedding.load(str(average(second, stage_configs[-1], row.averaged)))
+    dims = [stage_configs[-1].loss.mrl_dims[-1] // part for part in (4, 2, 1)]
 
-    def rank(found: Any, task: str) -> dict[str, Any]:
+    def rank(dataset: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(
-            found.queries, task=quality_scores.tasks_of(found, task)
+            dataset.queries, task=quality_scores.tasks_of(dataset, task)
         )
-        corpus = model.encode_passages(found.texts, found.titles)
-        return quality_scores.by_dim(found, queries, corpus, dims)
+        corpus = model.encode_passages(dataset.texts, dataset.titles)
+        return quality_scores.by_dim(dataset, queries, corpus, dims)
 
-    facts = {**speed(both, seconds), "scores": quality_scores.score(data, rank)}
+    facts = {
+        **speed(stage_configs, seconds),
+        "scores": quality_scores.score(data, rank),
+    }
     if data.classes:
         (labelled,) = sets.load(data.classes)
         assert isinstance(labelled, sets.ClassificationSet)
@@ -218,11 +224,11 @@ def sbert(
     work.mkdir(parents=True, exist_ok=True)
     built, seconds = sbert_training.train((base, tuned), seed, work)
 
-    def rank(found: Any, task: str) -> dict[str, Any]:
+    def rank(dataset: Any, task: str) -> dict[str, Any]:
         queries, corpus = sbert_training.encode(
-            built, found, quality_scores.tasks_of(found, task), base
+            built, dataset, quality_scores.tasks_of(dataset, task), base
         )
-        return quality_scores.by_dim(found, queries, corpus, base.loss.mrl_dims)
+        return quality_scores.by_dim(dataset, queries, corpus, base.loss.mrl_dims)
 
     return {**speed((base, tuned), seconds), "scores": quality_scores.score(data, rank)}
 

@@ -34,9 +34,9 @@ def plot(
             sharey=True,
             layout="constrained",
         )
-        for column, (measure, found) in zip(axes[0], panels.items(), strict=True):
+        for column, (measure, panel) in zip(axes[0], panels.items(), strict=True):
             for place, row in enumerate(rows):
-                values = found[row]
+                values = panel[row]
                 if not values:
                     continue
                 mean = sum(values) / len(values)

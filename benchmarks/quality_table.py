@@ -53,7 +53,7 @@ core).
 
 
 # Other commands make the last part of the page. It is kept unchanged.
-_KEPT = "\n## The bundled model\n"
+_LAST_PART = "\n## The bundled model\n"
 
 _PARTS = {"at 1/2": 2, "at 1/4": 4}
 
@@ -72,32 +72,34 @@ def write(
         rows: Name -> row.
         groups: Name of a table -> names of its rows.
     """
-    made = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    if not made:
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    if not results:
         raise SystemExit(f"{folder}: no rows yet; run the command without --table")
     parts = [_HEAD]
-    for data in dict.fromkeys(row["data"] for row in made):
+    for data in dict.fromkeys(row["data"] for row in results):
         for group, names in groups.items():
             trained_by = dict.fromkeys(
                 (tuple(row["steps"]), row["batch_size"])
-                for row in made
+                for row in results
                 if row["data"] == data and row["seed"] is not None
             )
             for steps, batch in trained_by or {((), 0): None}:
                 lines = [
-                    (name, found)
+                    (name, runs)
                     for name in names
-                    if (found := _find(made, data, name, steps, batch))
+                    if (runs := _find(results, data, name, steps, batch))
                 ]
-                trained = sum(found[0]["seed"] is not None for _, found in lines)
+                trained = sum(runs[0]["seed"] is not None for _, runs in lines)
                 if not lines or (group != "ladder" and trained < 2):
                     continue
                 title = f"\n## {group.capitalize()} on `{data}`"
                 # 0 stands for the row's own number of steps.
                 stages = zip(("first", "second"), steps, strict=False)
-                said = [f"{n:,} steps in the {stage} stage" for stage, n in stages if n]
-                said += [f"batches of {batch:,}"] if batch else []
-                title += f": {', '.join(said)}" if said else ""
+                details = [
+                    f"{n:,} steps in the {stage} stage" for stage, n in stages if n
+                ]
+                details += [f"batches of {batch:,}"] if batch else []
+                title += f": {', '.join(details)}" if details else ""
                 parts += [title + "\n", *_table(lines, rows)]
                 if len(lines) < 2:
                     continue
@@ -110,13 +112,13 @@ def write(
                 )
                 parts.append(f"\n![Mean and spread of each row]({picture.name})")
     before = path.read_text() if path.exists() else ""
-    _, heading, kept = before.partition(_KEPT)
+    _, heading, last_part = before.partition(_LAST_PART)
     with writing.write_file(path) as temporary:
-        temporary.write_text("\n".join(parts) + "\n" + heading + kept)
+        temporary.write_text("\n".join(parts) + "\n" + heading + last_part)
 
 
 def _find(
-    made: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
     data: str,
     name: str,
     steps: tuple[int, ...],
@@ -124,7 +126,7 @@ def _find(
 ) -> list[Mapping[str, Any]]:
     return [
         row
-        for row in made
+        for row in results
         if (row["row"], row["data"]) == (name, data)
         and (
             row["seed"] is None
@@ -137,40 +139,40 @@ def _table(
     lines: Sequence[tuple[str, list[Mapping[str, Any]]]], rows: Mapping[str, Any]
 ) -> list[str]:
     split, tasks, trained = _judged(lines)
-    has_classes = any("accuracy" in row for _, found in lines for row in found)
+    has_classes = any("accuracy" in row for _, runs in lines for row in runs)
     head = ["system", "dims", *tasks, "mean", *_PARTS]
     head += ["classes"] if has_classes else []
     head += ["seconds", "pairs/s", "peak GiB", "seeds", "date", "commit"]
     out = [" | ".join(["", *head, ""]).strip(), "|" + "---|" * len(head)]
-    for name, found in lines:
-        cells = [rows[name].about, str(_largest(found[0]) or "")]
-        cells += [_spread([_full(row, split, task) for row in found]) for task in tasks]
-        cells.append(_spread([_mean(row, split, trained) for row in found]))
+    for name, runs in lines:
+        cells = [rows[name].about, str(_largest(runs[0]) or "")]
+        cells += [_spread([_full(row, split, task) for row in runs]) for task in tasks]
+        cells.append(_spread([_mean(row, split, trained) for row in runs]))
         for part in _PARTS.values():
-            dims = [str(_largest(row) // part) for row in found]
-            kept = zip(found, dims, strict=True)
+            dims = [str(_largest(row) // part) for row in runs]
+            run_dims = zip(runs, dims, strict=True)
             cells.append(
                 _spread(
                     [
                         _mean(row, split, trained, dim)
-                        for row, dim in kept
+                        for row, dim in run_dims
                         if dim in _dims(row)
                     ]
                 )
             )
         if has_classes:
             cells.append(
-                _spread([row["accuracy"] for row in found if "accuracy" in row])
+                _spread([row["accuracy"] for row in runs if "accuracy" in row])
             )
         for key, form in (("train_seconds", ".0f"), ("pairs_per_second", ".1f")):
-            cells.append(_spread([row[key] for row in found if key in row], form))
-        cells.append(_spread([row["peak_gib"] for row in found], ".2f"))
-        seeds = [str(row["seed"]) for row in found if row["seed"] is not None]
+            cells.append(_spread([row[key] for row in runs if key in row], form))
+        cells.append(_spread([row["peak_gib"] for row in runs], ".2f"))
+        seeds = [str(row["seed"]) for row in runs if row["seed"] is not None]
         cells.append(", ".join(seeds))
         for key in ("date", "commit"):
-            cells.append(", ".join(dict.fromkeys(row[key] for row in found)))
+            cells.append(", ".join(dict.fromkeys(row[key] for row in runs)))
         out.append(" | ".join(["", *cells, ""]).strip())
-    machines = dict.fromkeys(row["machine"] for _, found in lines for row in found)
+    machines = dict.fromkeys(row["machine"] for _, runs in lines for row in runs)
     return [*out, "", f"Machine: {'; '.join(machines)}."]
 
 
@@ -195,22 +197,22 @@ def _panels(
     split, _, trained = _judged(lines)
     panels = {
         f"mean nDCG@10 on {split}, all dims": {
-            rows[name].about: [_mean(row, split, trained) for row in found]
-            for name, found in lines
+            rows[name].about: [_mean(row, split, trained) for row in runs]
+            for name, runs in lines
         },
         f"mean nDCG@10 on {split}, 1/4 of the dims": {
             rows[name].about: [
                 _mean(row, split, trained, dim)
-                for row in found
+                for row in runs
                 if (dim := str(_largest(row) // 4)) in _dims(row)
             ]
-            for name, found in lines
+            for name, runs in lines
         },
     }
     panels = {name: panel for name, panel in panels.items() if any(panel.values())}
     classes = {
-        rows[name].about: [row["accuracy"] for row in found if "accuracy" in row]
-        for name, found in lines
+        rows[name].about: [row["accuracy"] for row in runs if "accuracy" in row]
+        for name, runs in lines
     }
     if any(classes.values()):
         panels["accuracy of classes"] = classes

@@ -31,11 +31,11 @@ def encode(
     model = SentenceTransformer(name)
     model.max_seq_length = length or model.max_seq_length
     titles = titles or [""] * len(texts)
-    both = [f"{t} {x}".strip() for t, x in zip(titles, texts, strict=True)]
-    starts = range(0, len(both), _BLOCK)
+    passages = [f"{t} {x}".strip() for t, x in zip(titles, texts, strict=True)]
+    starts = range(0, len(passages), _BLOCK)
     for start in progress.track(starts, f"Encoding by {pathlib.Path(name).name}"):
         yield np.asarray(
-            model.encode(both[start : start + _BLOCK], show_progress_bar=False)
+            model.encode(passages[start : start + _BLOCK], show_progress_bar=False)
         )
 
 
@@ -44,7 +44,7 @@ def teach(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
     from gecko_jax.data import teacher_vectors
 
     texts = list(teacher_vectors.list_texts([path]))
-    texts_, titles = [one.text for one in texts], [one.title for one in texts]
+    texts_, titles = [text.text for text in texts], [text.title for text in texts]
     blocks = encode(name, texts_, titles, LENGTH)
-    keys = [one.key for one in texts]
+    keys = [text.key for text in texts]
     teacher_vectors.write(folder, keys, blocks, made_by=name, dim=DIM)

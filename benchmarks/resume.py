@@ -52,9 +52,9 @@ def start(
     }
     if options.files:
         settings["data.files"] = repr(tuple(options.files))
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        port = one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
     group = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
     return [
         small_runs.start(
@@ -99,11 +99,11 @@ def main() -> None:
     from gecko_jax.formats import checkpoints
 
     with tempfile.TemporaryDirectory() as folder:
-        whole, stopped = (
+        uninterrupted, stopped = (
             pathlib.Path(folder) / "whole",
             pathlib.Path(folder) / "stopped",
         )
-        finish(start(whole, options, 1))
+        finish(start(uninterrupted, options, 1))
         print(f"1 process: {STEPS} steps", flush=True)
         pair = start(stopped, options, 2)
         while not (stopped / "checkpoints" / str(options.stop)).exists():
@@ -121,9 +121,9 @@ def main() -> None:
                 name: leaf.read()
                 for name, leaf in checkpoints.open_params(run, STEPS).items()
             }
-            for run in (whole, stopped)
+            for run in (uninterrupted, stopped)
         ]
-        curves = [losses(run) for run in (whole, stopped)]
+        curves = [losses(run) for run in (uninterrupted, stopped)]
     worst = max(
         float(np.abs(leaf - params[1][name]).max()) for name, leaf in params[0].items()
     )

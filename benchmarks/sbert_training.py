@@ -83,10 +83,10 @@ def steps(
     schedule, _ = train_step.build_optimizer(config)
     settings = config.optimizer
     tokens = built[0].auto_model.get_input_embeddings().weight
-    others = [weight for weight in built.parameters() if weight is not tokens]
+    other_weights = [weight for weight in built.parameters() if weight is not tokens]
     optimizer = torch.optim.AdamW(
         [
-            {"params": others, "factor": 1.0},
+            {"params": other_weights, "factor": 1.0},
             {"params": [tokens], "factor": settings.token_rate},
         ],
         lr=settings.learning_rate,
@@ -149,7 +149,7 @@ def tokenize(
 
 
 def encode(
-    built: SentenceTransformer, found: Any, tasks: list[str], config: Any
+    built: SentenceTransformer, dataset: Any, tasks: list[str], config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the vectors of queries and passages in the format of training."""
     text_format = text_formats.TextFormat()
@@ -157,14 +157,14 @@ def encode(
     queries = built.encode(
         [
             text_format.format_query(query, task)
-            for query, task in zip(found.queries, tasks, strict=True)
+            for query, task in zip(dataset.queries, tasks, strict=True)
         ],
         show_progress_bar=False,
     )
     built.max_seq_length = config.data.passage_length
-    both = zip(found.texts, found.titles, strict=True)
+    passages = zip(dataset.texts, dataset.titles, strict=True)
     corpus = built.encode(
-        [text_format.format_passage(text_, title) for text_, title in both],
+        [text_format.format_passage(text_, title) for text_, title in passages],
         show_progress_bar=False,
     )
     return np.asarray(queries), np.asarray(corpus)

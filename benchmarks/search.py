@@ -57,11 +57,11 @@ def take_turns(
                 seconds[contestant].append(time.perf_counter() - began)
     first = next(iter(seconds.values()))
     print(f"\n{name:32}{'median s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
-    for contestant, found in seconds.items():
-        ratio = statistics.median(t / f for t, f in zip(found, first, strict=True))
+    for contestant, times in seconds.items():
+        ratio = statistics.median(t / f for t, f in zip(times, first, strict=True))
         print(
-            f"{contestant:32}{statistics.median(found):10.3f}{min(found):8.3f}"
-            f"{max(found):8.3f}{ratio:8.2f}",
+            f"{contestant:32}{statistics.median(times):10.3f}{min(times):8.3f}"
+            f"{max(times):8.3f}{ratio:8.2f}",
             flush=True,
         )
 
@@ -118,7 +118,7 @@ def main() -> None:
     }
     theirs = faiss.IndexFlatIP(options.dim)
     theirs.add(vectors)
-    found_scores, found = ours[quantization.FLOAT32].search_positions(
+    own_scores, positions = ours[quantization.FLOAT32].search_positions(
         queries, options.top
     )
     scores, expected = theirs.search(queries, options.top)
@@ -127,8 +127,8 @@ def main() -> None:
         f"{measured.machine()}, {jax.default_backend()}, jax {jax.__version__}, "
         f"faiss {faiss.__version__}, "
         f"{faiss.omp_get_max_threads()} threads; commit {measured.commit()}\n"
-        f"{np.mean(found == expected):.3%} of the positions are faiss's, scores differ "
-        f"by at most {np.abs(found_scores - scores).max():.1e}"
+        f"{np.mean(positions == expected):.3%} of the positions are faiss's, scores "
+        f"differ by at most {np.abs(own_scores - scores).max():.1e}"
     )
     for some in (queries[:1], queries):
         contestants: dict[str, Callable[[], object]] = {

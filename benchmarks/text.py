@@ -145,13 +145,13 @@ def judged(options: argparse.Namespace) -> Judged:
         folders |= quality_data.judged_folders(options.data)
     known = Judged()
     for name, folder in folders.items():
-        for found in sets.load(folder):
-            if isinstance(found, sets.ClassificationSet):
-                known.add(name, found.test.texts)
-            if isinstance(found, sets.RetrievalSet):
-                relevant = {p for one in found.relevance.values() for p in one}
-                known.add(name, found.queries)
-                passages = zip(found.passage_ids, found.texts, strict=True)
+        for dataset in sets.load(folder):
+            if isinstance(dataset, sets.ClassificationSet):
+                known.add(name, dataset.test.texts)
+            if isinstance(dataset, sets.RetrievalSet):
+                relevant = {p for grades in dataset.relevance.values() for p in grades}
+                known.add(name, dataset.queries)
+                passages = zip(dataset.passage_ids, dataset.texts, strict=True)
                 known.add(name, [text for p, text in passages if p in relevant])
     for path in options.judged:
         rows = [row for _, row in reading.read_records(path)]
@@ -189,11 +189,11 @@ def sources(
                 except (OSError, subprocess.CalledProcessError) as error:
                     print(f"{name}: left out: {error}")
                     continue
-                found = text_readers.read_package(
+                package_rows = text_readers.read_package(
                     folder, entry["reader"], entry.get("skip", ())
                 )
                 with gzip.open(stored, "wt") as out:
-                    json.dump(sample(list(found), entry["most"]), out)
+                    json.dump(sample(list(package_rows), entry["most"]), out)
             with gzip.open(stored, "rt") as lines:
                 yield name, entry["licence"], [tuple(row) for row in json.load(lines)]
 

@@ -90,9 +90,9 @@ def contents(
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
-    wanted = [n for n in names if matches(n, patterns) and not matches(n, skip)]
-    random.Random(0).shuffle(wanted)
-    for name in wanted[:most]:
+    selected = [n for n in names if matches(n, patterns) and not matches(n, skip)]
+    random.Random(0).shuffle(selected)
+    for name in selected[:most]:
         path = names[name]
         if path.stat().st_size > largest:
             continue

@@ -157,14 +157,14 @@ def sbert(config: Any, scratch: pathlib.Path) -> Iterator[Any]:
 
 def serve(losses: Iterator[Any], batch_size: int, output: pathlib.Path) -> None:
     """Serves rounds of training, and writes the losses of all steps so far."""
-    taken = []
+    computed = []
 
     def work() -> tuple[float, int]:
         began = time.perf_counter()
-        taken.extend(itertools.islice(losses, STEPS))
-        float(taken[-1])  # Waits for the last step.
+        computed.extend(itertools.islice(losses, STEPS))
+        float(computed[-1])  # Waits for the last step.
         seconds = time.perf_counter() - began
-        np.save(output, [float(loss) for loss in taken])
+        np.save(output, [float(loss) for loss in computed])
         return seconds, STEPS * batch_size
 
     side_by_side.serve(work)

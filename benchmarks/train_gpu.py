@@ -30,9 +30,11 @@ QUERY, PASSAGE, WARMUP, PROFILED = 64, 512, 2, 5
 BEGAN = time.perf_counter()
 
 
-def note(what: str) -> None:
+def note(message: str) -> None:
     """Prints progress and the time since the start on standard error."""
-    print(f"{time.perf_counter() - BEGAN:6.1f} s  {what}", file=sys.stderr, flush=True)
+    print(
+        f"{time.perf_counter() - BEGAN:6.1f} s  {message}", file=sys.stderr, flush=True
+    )
 
 
 def gecko(options: argparse.Namespace) -> None:
@@ -40,10 +42,10 @@ def gecko(options: argparse.Namespace) -> None:
     for variant in options.variants:
         remat, _, attention = variant.partition(":")
         try:
-            found = gecko_variant(options, remat, attention or "xla")
+            result = gecko_variant(options, remat, attention or "xla")
         except Exception as error:  # Continue with the other variants.
-            found = {"failed": f"{type(error).__name__}: {error}"[:1000]}
-        print(json.dumps({"variant": variant, **found}), flush=True)
+            result = {"failed": f"{type(error).__name__}: {error}"[:1000]}
+        print(json.dumps({"variant": variant, **result}), flush=True)
 
 
 def gecko_variant(
@@ -114,7 +116,7 @@ def gecko_variant(
     note("timed")
     device = jax.devices()[0]
     chip = chips.of(device)
-    found = {
+    measurements = {
         "device": device.device_kind,
         "steps_per_second": 1 / seconds,
         "examples_per_second": options.batch / seconds,
@@ -123,17 +125,17 @@ def gecko_variant(
     }
     if chip is not None:
         flops = train_step.model_flops(config) / seconds
-        found["model_flops_utilisation"] = flops / chip.flops_per_second
+        measurements["model_flops_utilisation"] = flops / chip.flops_per_second
     if memory is not None:
         parts = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        found["compiled_gib"] = parts / 2**30
+        measurements["compiled_gib"] = parts / 2**30
     if options.profile:
         with _trace(f"{options.profile}/{remat}-{attention}"):
             for _ in range(PROFILED):
                 state, summary = compiled(state, placed, key)
             jax.block_until_ready(summary)
         note("traced")
-    return found
+    return measurements
 
 
 @contextlib.contextmanager
@@ -233,14 +235,14 @@ def sbert(options: argparse.Namespace) -> None:
         step()
     wait()
     seconds = (time.perf_counter() - began) / options.steps
-    found = {
+    measurements = {
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "steps_per_second": 1 / seconds,
         "examples_per_second": options.batch / seconds,
     }
     if device == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps(found), flush=True)
+        measurements["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps(measurements), flush=True)
 
 
 def main() -> None:
@@ -266,15 +268,15 @@ def main() -> None:
         return
     for name in ("gecko", "sbert"):
         if options.only in (None, name):
-            found = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], f"--only={name}", "--here"],
                 check=False,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            if found.returncode:
-                raise SystemExit(f"{name}: exit status {found.returncode}, see above")
-            print(f"{name}: {found.stdout}", end="", flush=True)
+            if process.returncode:
+                raise SystemExit(f"{name}: exit status {process.returncode}, see above")
+            print(f"{name}: {process.stdout}", end="", flush=True)
 
 
 if __name__ == "__main__":

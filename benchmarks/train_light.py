@@ -75,7 +75,7 @@ def measure(num_steps: int) -> dict[str, Any]:
         embed_seconds = time.perf_counter() - began
     built = vector_index.Index(vectors, [record["_id"] for record in records])
     scores, _ = built.search(vectors[:100], 1)
-    found = {
+    measurements = {
         "device": jax.devices()[0].device_kind,
         "resumed_from": saved[-1] if saved else 0,
         "seconds_second_half": seconds,
@@ -83,7 +83,9 @@ def measure(num_steps: int) -> dict[str, Any]:
         "least_score_of_itself": float(scores.min()),
         "tensorflow_or_seqio": sorted({"tensorflow", "seqio"} & set(sys.modules)),
     }
-    return found | {k: v for k, v in metrics.items() if "ndcg" in k or k == "loss"}
+    return measurements | {
+        k: v for k, v in metrics.items() if "ndcg" in k or k == "loss"
+    }
 
 
 def build() -> None:

@@ -40,13 +40,13 @@ def compile_step(options: argparse.Namespace) -> None:
     config = flags.load(options.config, options.overrides, flags.TRAIN)
     from gecko_jax.compile import aot, search
 
-    compile_one = aot.compile_step
+    compile_candidate = aot.compile_step
     if options.results:
-        compile_one = search.Stored(options.results).compile_step
+        compile_candidate = search.Stored(options.results).compile_step
     candidates = (
-        search.search(config, options.topology, compile_one)
+        search.search(config, options.topology, compile_candidate)
         if options.search
-        else [compile_one(config, options.topology, options.slices)]
+        else [compile_candidate(config, options.topology, options.slices)]
     )
     reports = []
     for report in candidates:

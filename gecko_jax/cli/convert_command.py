@@ -153,8 +153,8 @@ def _check_export(options: argparse.Namespace, mrl_dims: tuple[int, ...]) -> Non
     ):
         value = getattr(options, name)
         if value != default and options.to not in formats:
-            given = f"--{name}={value}: the format {options.to}"
-            raise ValueError(f"{given} {reason}; leave --{name} out")
+            flag = f"--{name}={value}: the format {options.to}"
+            raise ValueError(f"{flag} {reason}; leave --{name} out")
     if options.dim and options.dim not in mrl_dims:
         raise ValueError(
             f"--dim={options.dim}: the model was not trained for this dimension; "

@@ -207,11 +207,12 @@ def compile_step(
         ) from error
     collectives: dict[str, dict[str, int]] = {}
     in_microbatch_loop = 0
-    for one in program.collectives():
-        totals = collectives.setdefault(one.kind, {"count": 0, "bytes": 0})
-        totals["count"] += one.times
-        totals["bytes"] += one.times * one.num_bytes
-        in_microbatch_loop += one.times * any(map(_is_microbatch_loop, one.loops))
+    for collective in program.collectives():
+        totals = collectives.setdefault(collective.kind, {"count": 0, "bytes": 0})
+        totals["count"] += collective.times
+        totals["bytes"] += collective.times * collective.num_bytes
+        is_inside = any(map(_is_microbatch_loop, collective.loops))
+        in_microbatch_loop += collective.times * is_inside
     chip = chips.CHIPS[topology.partition(":")[0]]
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()
@@ -297,9 +298,9 @@ def count_flops(jaxpr: Any) -> float:
 def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the programs in an equation's parameters."""
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
-                yield one
+        for entry in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(entry, "eqns") or hasattr(entry, "jaxpr"):
+                yield entry
 
 
 def _is_microbatch_loop(path: str) -> bool:

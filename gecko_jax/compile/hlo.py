@@ -100,30 +100,37 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Returns every collective."""
-        found: dict[str | int, Collective] = {}
-        for one, computation, times, loops in self._walk(self._entry, fusions=True):
-            kind = one.opcode.removesuffix("-start")
+        collectives: dict[str | int, Collective] = {}
+        for instruction, computation, times, loops in self._walk(
+            self._entry, fusions=True
+        ):
+            kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            num_bytes = shape_bytes(one.shape)
-            if kind == "reduce-scatter" or one.opcode == "all-gather-start":
-                operands = sum(shape_bytes(computation[n].shape) for n in one.operands)
+            num_bytes = shape_bytes(instruction.shape)
+            if kind == "reduce-scatter" or instruction.opcode == "all-gather-start":
+                operands = sum(
+                    shape_bytes(computation[n].shape) for n in instruction.operands
+                )
                 # The result of an all-gather-start includes its operands.
                 num_bytes = num_bytes - operands if kind == "all-gather" else operands
             collective = Collective(kind, num_bytes, times, loops)
             # XLA may cut one collective into a chain of pieces, some of them in a loop,
             # to overlap it with compute. The chain counts as its first piece.
-            key = one.find(r'chain_id="(\d+)"') or len(found)
-            if key not in found or times < found[key].times:
-                found[key] = collective
-        return list(found.values())
+            key = instruction.find(r'chain_id="(\d+)"') or len(collectives)
+            if key not in collectives or times < collectives[key].times:
+                collectives[key] = collective
+        return list(collectives.values())
 
     def memory_bytes(self) -> float:
         """Returns the bytes read from and written to main memory."""
         total = 0
-        for one, computation, times, _ in self._walk(self._entry, fusions=False):
-            if one.opcode not in _FREE and not one.opcode.endswith(_FINISHING):
-                total += times * self._traffic(one, computation)
+        for instruction, computation, times, _ in self._walk(
+            self._entry, fusions=False
+        ):
+            opcode = instruction.opcode
+            if opcode not in _FREE and not opcode.endswith(_FINISHING):
+                total += times * self._traffic(instruction, computation)
         return float(total)
 
     def _walk(
@@ -131,48 +138,53 @@ class Program:
     ) -> Iterator[tuple[Instruction, Computation, int, tuple[str, ...]]]:
         """Yields each instruction, its computation, its runs per step and its loops."""
         computation = self._computations[name]
-        for one in computation.values():
-            yield one, computation, times, loops
+        for instruction in computation.values():
+            yield instruction, computation, times, loops
             attributes: tuple[str, ...] = ()
             inner_times, inner_loops = times, loops
-            if one.opcode == "while":
+            if instruction.opcode == "while":
                 attributes = ("body",)
-                inner_times, inner_loops = times * self._trips(one), (*loops, one.path)
+                inner_times = times * self._trips(instruction)
+                inner_loops = (*loops, instruction.path)
             elif fusions:
                 attributes = ("calls", "called_computations=\\{", "to_apply")
-            elif one.opcode == "call":
+            elif instruction.opcode == "call":
                 attributes = ("to_apply",)
-            inner = [*map(one.called, attributes)]
-            if one.opcode == "conditional":
+            inner = [*map(instruction.called, attributes)]
+            if instruction.opcode == "conditional":
                 # Which branch runs is unknown: all count, which is an upper bound.
-                inner += one.branches()
+                inner += instruction.branches()
             for called in inner:
                 if called in self._computations:
                     yield from self._walk(
                         called, fusions=fusions, times=inner_times, loops=inner_loops
                     )
 
-    def _traffic(self, one: Instruction, computation: Computation) -> int:
+    def _traffic(self, instruction: Instruction, computation: Computation) -> int:
         """Returns the bytes that one run of an instruction moves."""
-        shapes = [computation[n].shape for n in one.operands if n in computation]
-        if one.opcode in ("slice-start", "dynamic-slice-start"):
+        shapes = [
+            computation[n].shape for n in instruction.operands if n in computation
+        ]
+        if instruction.opcode in ("slice-start", "dynamic-slice-start"):
             # The shape is (operands, result, context); only a slice is read.
-            parts = [match[0] for match in _SHAPE.finditer(one.shape)]
-            result = parts[len(one.operands)]
+            parts = [match[0] for match in _SHAPE.finditer(instruction.shape)]
+            result = parts[len(instruction.operands)]
             read = shape_bytes(result) if shape_bytes(shapes[0], in_main=True) else 0
             return read + shape_bytes(result, in_main=True)
-        if one.opcode == "copy-start":
+        if instruction.opcode == "copy-start":
             # The shape lists result, operand and context: the bytes written and read.
-            return shape_bytes(one.shape, in_main=True)
-        if one.opcode in ("dynamic-slice", "gather", "slice"):
-            return 2 * shape_bytes(one.shape, in_main=True)
-        if one.opcode == "dynamic-update-slice":
+            return shape_bytes(instruction.shape, in_main=True)
+        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+            return 2 * shape_bytes(instruction.shape, in_main=True)
+        if instruction.opcode == "dynamic-update-slice":
             return 2 * shape_bytes(shapes[1], in_main=True)
-        inner = self._computations.get(one.called("calls"))
+        inner = self._computations.get(instruction.called("calls"))
         if inner is None:
-            return sum(shape_bytes(s, in_main=True) for s in (*shapes, one.shape))
+            return sum(
+                shape_bytes(s, in_main=True) for s in (*shapes, instruction.shape)
+            )
         # A fusion that slices an operand, or updates it in place, moves only that part.
-        written = shape_bytes(one.shape, in_main=True)
+        written = shape_bytes(instruction.shape, in_main=True)
         for root in inner.values():
             if root.is_root and root.opcode == "dynamic-update-slice":
                 written = min(written, shape_bytes(inner[root.operands[1]].shape))
@@ -186,8 +198,8 @@ class Program:
 
         The slice of one layer's matrix is often in a nested fusion.
         """
-        whole = shape_bytes(inner[name].shape)
-        total = whole if inner[name].is_root else 0
+        num_bytes = shape_bytes(inner[name].shape)
+        total = num_bytes if inner[name].is_root else 0
         for user in inner.values():
             nested = self._computations.get(user.called("calls"))
             for position, operand in enumerate(user.operands):
@@ -200,8 +212,8 @@ class Program:
                 elif nested is not None:
                     total += self._read(_parameters(nested)[position].name, nested)
                 elif user.opcode != "dynamic-update-slice" or position > 0:
-                    total += whole
-        return min(total, whole)
+                    total += num_bytes
+        return min(total, num_bytes)
 
     def _trips(self, loop: Instruction) -> int:
         """Returns how often a loop runs: its condition compares with a constant."""
@@ -210,10 +222,13 @@ class Program:
         pending = [loop.called("condition")]
         numbers = [1]
         while pending:
-            for one in self._computations.get(pending.pop(), {}).values():
-                pending.append(one.called("calls"))
-                if one.opcode == "constant" and one.operands[0].isdecimal():
-                    numbers.append(int(one.operands[0]))
+            for instruction in self._computations.get(pending.pop(), {}).values():
+                pending.append(instruction.called("calls"))
+                if (
+                    instruction.opcode == "constant"
+                    and instruction.operands[0].isdecimal()
+                ):
+                    numbers.append(int(instruction.operands[0]))
         return max(numbers)
 
 
@@ -235,22 +250,26 @@ def _parse(line: str) -> Instruction | None:
     head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not head:
         return None
-    rest = line[head.end() :]
+    tail = line[head.end() :]
     # The shape of a tuple has spaces and brackets.
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode, bracket, rest = rest.partition("(")
+    end = _closing(tail) + 1 if tail.startswith("(") else tail.find(" ")
+    shape, tail = tail[:end], tail[end:].lstrip()
+    opcode, bracket, tail = tail.partition("(")
     if not bracket:
         return None
-    end = _closing("(" + rest) - 1
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end])) or (rest[:end].strip(),)
-    return Instruction(head[2], shape, opcode, operands, rest[end:], bool(head[1]))
+    end = _closing("(" + tail) - 1
+    operands = tuple(re.findall(r"%([\w.\-]+)", tail[:end])) or (tail[:end].strip(),)
+    return Instruction(head[2], shape, opcode, operands, tail[end:], bool(head[1]))
 
 
 def _parameters(computation: Computation) -> list[Instruction]:
     """Returns the parameters of a computation, in order."""
-    parameters = [one for one in computation.values() if one.opcode == "parameter"]
-    return sorted(parameters, key=lambda one: int(one.operands[0]))
+    parameters = [
+        parameter
+        for parameter in computation.values()
+        if parameter.opcode == "parameter"
+    ]
+    return sorted(parameters, key=lambda parameter: int(parameter.operands[0]))
 
 
 def _closing(text: str) -> int:

@@ -30,7 +30,7 @@ Key, Rule, one_of, between = rules.Key, rules.Rule, rules.one_of, rules.between
 TEXT, NAME, SWITCH, SHARE = rules.TEXT, rules.NAME, rules.SWITCH, rules.SHARE
 POSITIVE, COUNT = rules.POSITIVE, rules.COUNT
 ABOVE_ZERO, NOT_NEGATIVE = rules.ABOVE_ZERO, rules.NOT_NEGATIVE
-find_faults, find_wrong_values = rules.find_faults, rules.find_wrong_values
+find_errors, find_wrong_values = rules.find_errors, rules.find_wrong_values
 refuse = rules.refuse
 TRAINING, ADDED_KEYS, SCHEMA = keys.TRAINING, keys.ADDED_KEYS, checks.SCHEMA
 RELEASED, LOCAL = keys.RELEASED, keys.LOCAL
@@ -135,7 +135,7 @@ def load(
 
 def load_file(argument: str) -> ml_collections.ConfigDict:
     """Calls the `get_config` of a config file; see `load`."""
-    name, colon, rest = argument.partition(":")
+    name, colon, arg = argument.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(
@@ -150,7 +150,7 @@ def load_file(argument: str) -> ml_collections.ConfigDict:
         specification.loader.exec_module(module)
         if not hasattr(module, "get_config"):
             raise ValueError("has no function get_config(arg)")
-        config = module.get_config(rest) if colon else module.get_config()
+        config = module.get_config(arg) if colon else module.get_config()
         if not isinstance(config, ml_collections.ConfigDict):
             raise ValueError("get_config must return an ml_collections.ConfigDict")
     except Exception as error:  # Whatever the code of the file may raise.

@@ -19,18 +19,18 @@ def check(config: ml_collections.ConfigDict) -> None:
     remedy.
     """
     flat = flatten(config)
-    rules.refuse(rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat))
+    rules.refuse(rules.find_errors(flat, SCHEMA) or _find_errors_between_keys(flat))
 
 
 def check_evaluation(config: ml_collections.ConfigDict) -> None:
     """Checks every key of `configs/evaluate.py`; raises as `check` does."""
     flat = flatten(config)
     schema = {name: key.rule for name, key in evaluation_keys.EVALUATION.items()}
-    rules.refuse(rules.find_faults(flat, schema))
-    faults = _faults_of_mesh(flat)
+    rules.refuse(rules.find_errors(flat, schema))
+    errors = _find_mesh_errors(flat)
     if not (flat["suites"] or flat["tasks"] or flat["folders"]):
-        faults.append("suites, tasks, folders: all are empty; set at least one")
-    rules.refuse(faults)
+        errors.append("suites, tasks, folders: all are empty; set at least one")
+    rules.refuse(errors)
 
 
 def flatten(
@@ -46,7 +46,7 @@ def flatten(
     return flat
 
 
-def _faults_between_keys(flat: Mapping[str, Any]) -> Iterator[str]:
+def _find_errors_between_keys(flat: Mapping[str, Any]) -> Iterator[str]:
     dims, weights = flat["loss.mrl_dims"], flat["loss.mrl_weights"]
     width = flat["model.embedding_dim"]
     if dims[-1] > width:
@@ -67,7 +67,7 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> Iterator[str]:
                     f"{flat[key]!r}; set it, or set model.attention='xla'"
                 )
     fields = traverse_util.unflatten_dict(flat, sep=".")["model"]
-    yield from families.find_faults(fields, "model.")
+    yield from families.find_errors(fields, "model.")
     for key, off, fresh in (
         ("init.token_weights", "none", "fresh token embeddings"),
         ("init.align_steps", 0, "a fresh projection"),
@@ -91,7 +91,7 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> Iterator[str]:
             f"optimizer.warmup_steps={flat['optimizer.warmup_steps']}: must not exceed "
             f"train.num_steps={flat['train.num_steps']}; lower it (0 for none)"
         )
-    yield from _faults_of_mesh(flat)
+    yield from _find_mesh_errors(flat)
     microbatch_size, batch_size = flat["train.microbatch_size"], flat["data.batch_size"]
     if microbatch_size > batch_size:
         yield (
@@ -128,7 +128,7 @@ def _faults_between_keys(flat: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _faults_of_mesh(flat: Mapping[str, Any]) -> list[str]:
+def _find_mesh_errors(flat: Mapping[str, Any]) -> list[str]:
     return [
         f"mesh: at most one of {', '.join(axes)} may be -1"
         for axes in (("data", "fsdp", "tensor"), ("dcn_data", "dcn_fsdp"))

@@ -61,37 +61,37 @@ def is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind)
 
 
-def find_faults(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> list[str]:
+def find_errors(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> list[str]:
     """Returns a line for each unknown or missing key and each wrong value.
 
     `flat` is the config, as `flatten` returns it, and `schema` has all of its keys.
     """
-    faults = []
+    errors = []
     for key in sorted(set(flat) - set(schema)):
         near = difflib.get_close_matches(key, schema, n=1)
         hint = f"did you mean {near[0]}?" if near else "remove it"
-        faults.append(f"{key}={flat[key]!r}: unknown key; {hint}")
+        errors.append(f"{key}={flat[key]!r}: unknown key; {hint}")
     missing = [key for key in schema if key not in flat]
-    faults += [
+    errors += [
         f"{k}: missing; start from the defaults of gecko_jax.config" for k in missing
     ]
-    return faults + find_wrong_values(flat, schema)
+    return errors + find_wrong_values(flat, schema)
 
 
 def find_wrong_values(flat: Mapping[str, Any], schema: Mapping[str, Rule]) -> list[str]:
     """Returns a line for each key whose value breaks its rule."""
-    faults = []
+    errors = []
     for key, value in ((key, flat[key]) for key in schema if key in flat):
         kind = schema[key].kind
         if not is_kind(value, kind):
             is_now = type(value).__name__
-            faults.append(f"{key}={value!r}: must be {kind.__name__}, is {is_now}")
+            errors.append(f"{key}={value!r}: must be {kind.__name__}, is {is_now}")
         elif not schema[key].holds(value):
-            faults.append(f"{key}={value!r}: {schema[key].rule}")
-    return faults
+            errors.append(f"{key}={value!r}: {schema[key].rule}")
+    return errors
 
 
-def refuse(faults: Iterable[str]) -> None:
+def refuse(errors: Iterable[str]) -> None:
     """Raises a ValueError that lists all errors, if there are any."""
-    if faults := list(faults):
-        raise ValueError("the config has errors:\n  " + "\n  ".join(faults))
+    if errors := list(errors):
+        raise ValueError("the config has errors:\n  " + "\n  ".join(errors))

@@ -106,9 +106,9 @@ def trim(tokens: np.ndarray, length: int) -> np.ndarray:
     """Returns the first `length` tokens, the last of them EOS, as in `tokens`."""
     if len(tokens) <= length:
         return tokens
-    kept = np.array(tokens[:length])
-    kept[-1] = tokens[-1]
-    return kept
+    trimmed = np.array(tokens[:length])
+    trimmed[-1] = tokens[-1]
+    return trimmed
 
 
 def convert(
@@ -178,20 +178,21 @@ def largest(batch_size: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], t
             f"{side}_segment_ids": ((rows, row_length), np.int32),
             f"{side}_index": ((texts, 2), np.int32),
         }
-    one, negatives = (batch_size,), (batch_size, shape.num_negatives)
+    examples, negatives = (batch_size,), (batch_size, shape.num_negatives)
     if width := shape.teacher_dim:
-        sides["query_teacher"] = sides["passage_teacher"] = ((*one, width), np.float16)
+        vectors = ((*examples, width), np.float16)
+        sides["query_teacher"] = sides["passage_teacher"] = vectors
         sides["negative_teacher"] = ((*negatives, width), np.float16)
     if shape.scores:
-        sides["scores"] = ((*one, 1 + shape.num_negatives), np.float32)
+        sides["scores"] = ((*examples, 1 + shape.num_negatives), np.float32)
     return sides | {
-        "query_id": ((*one, 2), np.uint32),
-        "passage_id": ((*one, 2), np.uint32),
+        "query_id": ((*examples, 2), np.uint32),
+        "passage_id": ((*examples, 2), np.uint32),
         "negative_id": ((*negatives, 2), np.uint32),
         "negative_mask": (negatives, np.bool_),
-        "example_mask": (one, np.bool_),
-        "negative_group": (one, np.int32),
-        "task_index": (one, np.int32),
+        "example_mask": (examples, np.bool_),
+        "negative_group": (examples, np.int32),
+        "task_index": (examples, np.int32),
     }
 
 

@@ -120,10 +120,10 @@ def _builder_class() -> Any:
                 example["scores"] = _scores_of(record.get("scores", ()))
                 example["candidates"] = [
                     {
-                        **_texts_of(one, _CANDIDATE_TEXTS),
-                        **{n: one.get(n, math.nan) for n in _CANDIDATE_SCORES},
+                        **_texts_of(candidate, _CANDIDATE_TEXTS),
+                        **{n: candidate.get(n, math.nan) for n in _CANDIDATE_SCORES},
                     }
-                    for one in record.get("candidates", ())
+                    for candidate in record.get("candidates", ())
                 ]
                 yield number, example
 

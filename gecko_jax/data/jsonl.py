@@ -137,8 +137,8 @@ def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if not positives:
         raise ValueError(f"{place}: field 'positives' is empty; give at least one")
     several = {
-        one: _list(place, record, name, len(positives), "positive")
-        for one, name in _SEVERAL.items()
+        singular: _list(place, record, name, len(positives), "positive")
+        for singular, name in _SEVERAL.items()
     }
     negatives = _negatives(place, record)
     for name, negative in negatives:
@@ -148,21 +148,23 @@ def split(place: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "them"
             )
     scores = _scores(place, record, len(positives), len(negatives))
-    rest = {name: record[name] for name in record if name not in _SEVERAL.values()}
+    shared = {name: record[name] for name in record if name not in _SEVERAL.values()}
     for number in range(len(positives)):
         own = {name: items[number][1] for name, items in several.items()}
-        one = rest | {name: value for name, value in own.items() if value is not None}
+        example = shared | {
+            name: value for name, value in own.items() if value is not None
+        }
         if scores:
-            one["scores"] = [scores[number], *scores[len(positives) :]]
-        yield one
+            example["scores"] = [scores[number], *scores[len(positives) :]]
+        yield example
 
 
 def parse(place: str, record: dict[str, Any]) -> Pair:
     """Checks one record with one positive; `place` (file:line) starts every error."""
-    for one, other in _ALIASES:
-        if record.get(one) is not None and record.get(other) is not None:
-            both = f"{one!r} and {other!r}"
-            raise ValueError(f"{place}: fields {both} mean the same; keep one")
+    for name, alias in _ALIASES:
+        if record.get(name) is not None and record.get(alias) is not None:
+            names = f"{name!r} and {alias!r}"
+            raise ValueError(f"{place}: fields {names} mean the same; keep one")
     if isinstance(record.get("positive"), list):
         raise ValueError(f"{place}: field 'positive' is a list; name it 'positives'")
     query = _text(place, record, "query")
@@ -183,9 +185,9 @@ def parse(place: str, record: dict[str, Any]) -> Pair:
     # Hashes of query ids and of passage ids never collide.
     passage_ids = [
         text_formats.content_id(text, text_title)
-        if given is None
-        else text_formats.hash_words(f"passage_id:{given}")
-        for text, text_title, given in texts
+        if given_id is None
+        else text_formats.hash_words(f"passage_id:{given_id}")
+        for text, text_title, given_id in texts
     ]
     scores = _scores(place, record, 1, len(negatives))
     return Pair(

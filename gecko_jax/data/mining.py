@@ -228,9 +228,9 @@ class Corpus:
             if answers is None:
                 self._answers.add(pair)
             passages = zip(pair.passages, pair.given_ids, strict=True)
-            for (body, title, _), given in passages:
+            for (body, title, _), given_id in passages:
                 identity = text_formats.content_id(body)
-                self._passages.setdefault(identity, (body, title, given))
+                self._passages.setdefault(identity, (body, title, given_id))
         self._ids = list(self._passages)
         self._retriever = build(
             [(title, body) for body, title, _ in self._passages.values()], task
@@ -318,8 +318,8 @@ def extend(
     titles = [*pair.negative_titles, *(title for _, title, _ in mined)]
     if any(titles):
         extended["negative_titles"] = titles
-    ids = [*pair.given_ids[1:], *(given for _, _, given in mined)]
-    if any(given is not None for given in ids):
+    ids = [*pair.given_ids[1:], *(given_id for _, _, given_id in mined)]
+    if any(given_id is not None for given_id in ids):
         extended["negative_ids"] = ids
     if pair.scores:  # No judge has seen the mined ones.
         extended["scores"] = [*record["scores"], *[None] * len(mined)]

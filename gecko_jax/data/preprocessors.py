@@ -301,9 +301,9 @@ def natural_questions(records: Iterable[Record]) -> Iterator[dict[str, Any] | Dr
         if not spans:
             yield Drop("no long answer")
             continue
-        kept = [n for n in range(*spans[0]) if not is_html[n]]
+        positions = [n for n in range(*spans[0]) if not is_html[n]]
         answer = " ".join(
-            filter(None, (text({"word": words[n]}, "word") for n in kept))
+            filter(None, (text({"word": words[n]}, "word") for n in positions))
         )
         if not answer:
             yield Drop("empty text")

@@ -31,14 +31,14 @@ def read(source: str, *, tfds_data_dir: str | None = None) -> Iterator[dict[str,
     records have the same id.
     """
     with _cloud_errors(source):
-        kind, rest = _split(source)
+        kind, location = _split(source)
         if kind == "tfds":
-            yield from _read_tfds(rest, tfds_data_dir)
+            yield from _read_tfds(location, tfds_data_dir)
         elif kind == "beir":
-            yield from _read_beir(rest)
+            yield from _read_beir(location)
         else:
             ids = inputs.UniqueIds()
-            for path in _paths(rest):
+            for path in _paths(location):
                 is_jsonl = kind == "jsonl"
                 records = reading.read_records(path) if is_jsonl else _parquet(path)
                 for place, record in records:
@@ -70,19 +70,19 @@ def stamps(source: str) -> dict[str, list[int]]:
     Raises ValueError if the source does not exist.
     """
     with _cloud_errors(source):
-        kind, rest = _split(source)
+        kind, location = _split(source)
         if kind == "tfds":  # TFDS has versions of its own.
             return {}
-        paths = _beir_files(rest) if kind == "beir" else _paths(rest)
+        paths = _beir_files(location) if kind == "beir" else _paths(location)
         stats = {str(path): path.stat() for path in paths}
     return {path: [int(stat.length), int(stat.mtime)] for path, stat in stats.items()}
 
 
 def _split(source: str) -> tuple[str, str]:
-    """Returns the kind of a source, and the rest."""
-    kind, _, rest = source.partition(":")
+    """Returns the kind of a source, and its location."""
+    kind, _, location = source.partition(":")
     if kind in KINDS:
-        return kind, rest
+        return kind, location
     for ending, kind in _ENDINGS.items():
         if source.endswith(ending):
             return kind, source

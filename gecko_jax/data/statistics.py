@@ -105,8 +105,8 @@ class _Lines:
             self.sample[place] = pair
         query = overlap.content_hash(pair.query)
         positive = overlap.content_hash(pair.positive)
-        both = overlap.content_hash(f"{query} {positive}")
-        for part, value in zip(PARTS, (query, positive, both), strict=True):
+        example = overlap.content_hash(f"{query} {positive}")
+        for part, value in zip(PARTS, (query, positive, example), strict=True):
             self.hashes[part].append(value)
         if pair.task_description.strip():
             self.descriptions[text_formats.clean(pair.task_description)] += 1
@@ -157,13 +157,15 @@ def collect(
             )
         )
     overlaps: dict[tuple[str, str], dict[str, int]] = {}
-    for one, two in itertools.combinations(lines, 2):
+    for first, second in itertools.combinations(lines, 2):
         shared = {
-            part: len(np.intersect1d(lines[one].hashes[part], lines[two].hashes[part]))
+            part: len(
+                np.intersect1d(lines[first].hashes[part], lines[second].hashes[part])
+            )
             for part in PARTS
         }
         if any(shared.values()):
-            overlaps[one, two] = shared
+            overlaps[first, second] = shared
     return Statistics(
         tasks=tuple(statistics),
         overlaps=overlaps,

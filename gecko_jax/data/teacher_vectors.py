@@ -226,11 +226,11 @@ def _write_vectors(
 def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> None:
     # The right singular vectors of the vectors are the eigenvectors of their moment.
     leading = np.linalg.eigh(moment)[1][:, ::-1][:, :dim].astype(np.float32)
-    whole = np.load(path, mmap_mode="r")
+    wide = np.load(path, mmap_mode="r")
     narrow = path.with_name("narrow.npy")
-    vectors = np.lib.format.open_memmap(narrow, "w+", np.float16, (len(whole), dim))
-    for first in range(0, len(whole), _BLOCK):
-        part = np.asarray(whole[first : first + _BLOCK], np.float32) @ leading
+    vectors = np.lib.format.open_memmap(narrow, "w+", np.float16, (len(wide), dim))
+    for first in range(0, len(wide), _BLOCK):
+        part = np.asarray(wide[first : first + _BLOCK], np.float32) @ leading
         lengths = np.linalg.norm(part, axis=1, keepdims=True)
         vectors[first : first + _BLOCK] = part / np.maximum(lengths, _LEAST_LENGTH)
     vectors.flush()
@@ -289,8 +289,10 @@ class Teacher:
         vectors[is_known] = self._vectors[rows]
         return vectors
 
-    def _damage(self, fault: str) -> ValueError:
-        return ValueError(f"data.teacher={self._folder}: damaged ({fault}); {_REMEDY}")
+    def _damage(self, problem: str) -> ValueError:
+        return ValueError(
+            f"data.teacher={self._folder}: damaged ({problem}); {_REMEDY}"
+        )
 
     def features(
         self,

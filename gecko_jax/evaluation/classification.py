@@ -51,11 +51,11 @@ def draw(labels: Sequence[str]) -> list[list[int]]:
     experiments = []
     for _ in range(NUM_EXPERIMENTS):
         np.random.RandomState(SEED).shuffle(order)
-        taken: collections.Counter[str] = collections.Counter()
+        counts: collections.Counter[str] = collections.Counter()
         members = []
         for position in order:
-            if taken[labels[position]] < SAMPLES_PER_LABEL:
-                taken[labels[position]] += 1
+            if counts[labels[position]] < SAMPLES_PER_LABEL:
+                counts[labels[position]] += 1
                 members.append(position)
         experiments.append(members)
     return experiments

@@ -64,9 +64,9 @@ def evaluate(
         ValueError: A dim was not trained, or a set has an error.
     """
     others = dict(beside or {})
-    if taken := others.keys() & set(tables.SYSTEMS):
+    if reserved := others.keys() & set(tables.SYSTEMS):
         raise ValueError(
-            f"{min(taken)!r}: the tables use this name for another system; pass the "
+            f"{min(reserved)!r}: the tables use this name for another system; pass the "
             "folder under another name, such as ./model"
         )
     others_dims = {
@@ -202,8 +202,10 @@ def _describe(
     all_sets: Sequence[sets.EvaluationSet],
 ) -> dict[str, Any]:
     model_files = gecko.files
-    retrieval = [one for one in all_sets if isinstance(one, sets.RetrievalSet)]
-    own = {one.name: len(judgements.find_own(one)) for one in retrieval}
+    retrieval = [
+        dataset for dataset in all_sets if isinstance(dataset, sets.RetrievalSet)
+    ]
+    own = {dataset.name: len(judgements.find_own(dataset)) for dataset in retrieval}
     return {
         "revision": gecko.revision,
         "step": model_files.step,
@@ -215,7 +217,7 @@ def _describe(
         "text_format": model_files.text_format.to_dict(),
         "backend": jax.default_backend(),
         "versions": model_folder.versions(),
-        "num_passages": {one.name: len(one.texts) for one in retrieval},
+        "num_passages": {dataset.name: len(dataset.texts) for dataset in retrieval},
         "num_own_left_out": {name: number for name, number in own.items() if number},
     }
 

@@ -129,21 +129,23 @@ def for_trec(dataset: sets.RetrievalSet) -> sets.RetrievalSet:
     `MOST_STEPS`. mteb's `ignore_identical_ids` leaves out every own passage, so queries
     that keep their own passage get another id.
     """
-    own, taken = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
+    own, used_ids = find_own(dataset), {*dataset.passage_ids, *dataset.query_ids}
     corpus = frozenset(dataset.passage_ids)
     query_ids, relevance = [], dict(dataset.relevance)
     for query in dataset.query_ids:
         name = query
         if query in corpus and query not in own:
-            while name in taken:
+            while name in used_ids:
                 name = f"query {name}"
-            taken.add(name)
+            used_ids.add(name)
         query_ids.append(name)
-        relevance[name] = _whole(dataset.name, query, relevance.pop(query))
+        relevance[name] = _to_integer_grades(dataset.name, query, relevance.pop(query))
     return dataclasses.replace(dataset, query_ids=tuple(query_ids), relevance=relevance)
 
 
-def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str, int]:
+def _to_integer_grades(
+    name: str, query: str, grades: Mapping[str, int | float]
+) -> dict[str, int]:
     """Returns the grades of a query as integer multiples of their common divisor."""
     if all(isinstance(g, int) and g <= MOST_STEPS for g in grades.values()):
         return {passage: int(grade) for passage, grade in grades.items()}
@@ -156,12 +158,12 @@ def _whole(name: str, query: str, grades: Mapping[str, int | float]) -> dict[str
     scale = math.lcm(*(grade.denominator for grade in exact.values()))
     steps = {passage: int(grade * scale) for passage, grade in exact.items()}
     divisor = math.gcd(*steps.values())
-    whole = {passage: number // divisor for passage, number in steps.items()}
-    if max(whole.values()) > MOST_STEPS:
+    reduced = {passage: number // divisor for passage, number in steps.items()}
+    if max(reduced.values()) > MOST_STEPS:
         least, most = (choose(exact, key=exact.__getitem__) for choose in (min, max))
         raise ValueError(
             f"{name}: query {query!r} has the grades {grades[least]} and "
             f"{grades[most]}; trec_eval supports multiples up to {MOST_STEPS:,} of a "
             "common divisor: round the grades, or use gecko evaluate FOLDER"
         )
-    return {passage: whole.get(passage, 0) for passage in grades}
+    return {passage: reduced.get(passage, 0) for passage in grades}

@@ -141,8 +141,8 @@ class Runner:
             if name not in self.failures:  # A task may be in several suites.
                 waiting = [e for e in self.encoders if not self._load(task, e)]
                 self._run(task, waiting)
-                for one in self.encoders:
-                    scores[one.dim] = float(self._load(task, one).get_score())
+                for encoder in self.encoders:
+                    scores[encoder.dim] = float(self._load(task, encoder).get_score())
                 shown = " ".join(f"{100 * score:.2f}" for score in scores.values())
                 seconds = f"{time.monotonic() - begin:.0f} s"
                 note = seconds if waiting else "from an earlier run"
@@ -168,12 +168,12 @@ class Runner:
             finally:
                 task.unload_data()
             return
-        for one in encoders:
+        for encoder in encoders:
             self.mteb.evaluate(
-                one,
+                encoder,
                 task,
                 cache=self.cache,
-                overwrite_strategy=self._strategy(task, one),
+                overwrite_strategy=self._strategy(task, encoder),
                 encode_kwargs={"batch_size": _LOADER_BATCH, "show_progress_bar": False},
                 show_progress_bar=False,
                 co2_tracker=False,
@@ -182,22 +182,24 @@ class Runner:
             )
         self.vectors.trim()
 
-    def _load(self, task: Any, one: mteb_encoder.Encoder) -> Any:
+    def _load(self, task: Any, encoder: mteb_encoder.Encoder) -> Any:
         """Returns the result of the task if it is complete, else None."""
-        result = self._read(task, one)
+        result = self._read(task, encoder)
         if result is None or result.get_missing_evaluations(task):
             return None
         return result.validate_and_filter_scores(task)
 
-    def _strategy(self, task: Any, one: mteb_encoder.Encoder) -> str:
+    def _strategy(self, task: Any, encoder: mteb_encoder.Encoder) -> str:
         # After a local file has changed, mteb would otherwise keep the old result.
-        path = self.cache.get_task_result_path(task.metadata.name, one.mteb_model_meta)
-        is_other = path.exists() and self._read(task, one) is None
-        return "always" if is_other else "only-missing"
+        path = self.cache.get_task_result_path(
+            task.metadata.name, encoder.mteb_model_meta
+        )
+        is_outdated = path.exists() and self._read(task, encoder) is None
+        return "always" if is_outdated else "only-missing"
 
-    def _read(self, task: Any, one: mteb_encoder.Encoder) -> Any:
+    def _read(self, task: Any, encoder: mteb_encoder.Encoder) -> Any:
         """Returns the saved result of the task, None if it is for other data."""
-        meta = one.mteb_model_meta
+        meta = encoder.mteb_model_meta
         try:
             result = self.cache.load_task_result(task.metadata.name, meta)
         except (ValueError, KeyError) as error:
@@ -259,14 +261,14 @@ def _choose(
     if config.tasks:
         chosen[TASKS] = [_get_task(mteb, name) for name in config.tasks]
     if config.folders:
-        local_sets = [one for path in config.folders for one in sets.load(path)]
-        names = [one.name for one in local_sets]
+        local_sets = [dataset for path in config.folders for dataset in sets.load(path)]
+        names = [dataset.name for dataset in local_sets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
                 f"folders: two sets have the name {twice[0]!r}; rename one"
             )
-        chosen[LOCAL] = [local_tasks.build(gecko, one) for one in local_sets]
+        chosen[LOCAL] = [local_tasks.build(gecko, dataset) for dataset in local_sets]
     return chosen
 
 
@@ -298,9 +300,9 @@ def _claim(folder: pathlib.Path, about: dict[str, Any]) -> None:
         before = checksums.read_object(path, {}, remedy="choose another --output")
         # Tuples become lists, as in the file.
         now = json.loads(json.dumps(about))
-        other = [key for key in now if before.get(key) != now[key]]
-        if other:
-            key = "revision" if "revision" in other else other[0]
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            key = "revision" if "revision" in changed else changed[0]
             raise ValueError(
                 f"{folder}: holds results with {key} {before.get(key)!r}, and this "
                 f"model has {now[key]!r}; choose another --output"
@@ -318,8 +320,10 @@ def _explain(task: Any, error: Exception) -> str:
     # `datasets` raises this if there is neither a copy nor a network.
     if isinstance(error, ConnectionError):
         path = (task.metadata.dataset or {}).get("path", "")
-        what = "its data sets are" if task.is_aggregate else f"its data set {path} is"
-        return f"{what} not on this machine and cannot be downloaded"
+        subject = (
+            "its data sets are" if task.is_aggregate else f"its data set {path} is"
+        )
+        return f"{subject} not on this machine and cannot be downloaded"
     return _first_line(error)
 
 

@@ -10,15 +10,23 @@ from gecko_jax.text import overlap
 def read(folders: Sequence[str | os.PathLike]) -> overlap.Contamination:
     """Reads every query and passage, sentence or text of sets (`sets.load_all`)."""
     known = overlap.Contamination()
-    for one in sets.load_all(folders):
-        if isinstance(one, sets.RetrievalSet):
-            known.add(one.name, "query", zip(one.query_ids, one.queries, strict=True))
-            known.add(one.name, "passage", zip(one.passage_ids, one.texts, strict=True))
+    for dataset in sets.load_all(folders):
+        if isinstance(dataset, sets.RetrievalSet):
+            known.add(
+                dataset.name,
+                "query",
+                zip(dataset.query_ids, dataset.queries, strict=True),
+            )
+            known.add(
+                dataset.name,
+                "passage",
+                zip(dataset.passage_ids, dataset.texts, strict=True),
+            )
             continue
-        if isinstance(one, sets.SimilaritySet):
-            kind, sides = "sentence", (one.sentences1, one.sentences2)
+        if isinstance(dataset, sets.SimilaritySet):
+            kind, sides = "sentence", (dataset.sentences1, dataset.sentences2)
         else:
-            kind, sides = "text", (one.train.texts, one.test.texts)
+            kind, sides = "text", (dataset.train.texts, dataset.test.texts)
         for texts in sides:
-            known.add(one.name, kind, ((str(n), t) for n, t in enumerate(texts, 1)))
+            known.add(dataset.name, kind, ((str(n), t) for n, t in enumerate(texts, 1)))
     return known

@@ -61,12 +61,12 @@ class RetrievalSet:
         """
         chosen = _spread(range(len(self.queries)), max_queries)
         judged = {p for q in chosen for p in self.relevance[self.query_ids[q]]}
-        kept = [r for r, p in enumerate(self.passage_ids) if p in judged]
-        others = [r for r, p in enumerate(self.passage_ids) if p not in judged]
-        room = max(max_passages - len(kept), 0)
+        passage_rows = [r for r, p in enumerate(self.passage_ids) if p in judged]
+        unjudged = [r for r, p in enumerate(self.passage_ids) if p not in judged]
+        room = max(max_passages - len(passage_rows), 0)
         if room or not max_passages:
-            kept = sorted(kept + _spread(others, room))
-        columns = dict.fromkeys(("passage_ids", "titles", "texts"), kept)
+            passage_rows = sorted(passage_rows + _spread(unjudged, room))
+        columns = dict.fromkeys(("passage_ids", "titles", "texts"), passage_rows)
         columns |= dict.fromkeys(("query_ids", "queries", "tasks"), chosen)
         cut = {name: _take(getattr(self, name), rows) for name, rows in columns.items()}
         return dataclasses.replace(self, **cut)
@@ -159,10 +159,10 @@ def _load_with_paths(
         root = QUICKSTART
     if not root.exists():
         raise ValueError(f"{root}: no such file or folder; check the path")
-    if dataset := _load_one(root):
+    if dataset := _load_set(root):
         return [(root.resolve(), dataset)]
     children = sorted(root.iterdir()) if root.is_dir() else []
-    several = [(c.resolve(), dataset) for c in children if (dataset := _load_one(c))]
+    several = [(c.resolve(), dataset) for c in children if (dataset := _load_set(c))]
     if not several:
         raise ValueError(
             f"{root}: nothing to evaluate; it must be a folder in the BEIR layout "
@@ -173,7 +173,7 @@ def _load_with_paths(
     return several
 
 
-def _load_one(path: pathlib.Path) -> EvaluationSet | None:
+def _load_set(path: pathlib.Path) -> EvaluationSet | None:
     if path.is_dir():
         if reading.find(path, "corpus.jsonl"):
             return _load_retrieval(path)

@@ -104,8 +104,8 @@ class Results:
         rows = []
         for row in values["rows"]:
             metrics = {name: float(value) for name, value in row["metrics"].items()}
-            given = {name: v for name, v in row.items() if v is not None}
-            rows.append(Row(**{"dim": None, **given, "metrics": metrics}))
+            filled = {name: v for name, v in row.items() if v is not None}
+            rows.append(Row(**{"dim": None, **filled, "metrics": metrics}))
         return cls(tuple(rows), dict(values["about"]))
 
     def check_model(self, model_files: model_folder.ModelFiles) -> "Results":
@@ -256,9 +256,9 @@ def read(path: str | os.PathLike) -> Results:
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"
         ) from None
     results = Results.from_dict(values)
-    whole = {row.set for row in results.rows if row.task == ALL and row.metrics}
+    with_overall = {row.set for row in results.rows if row.task == ALL and row.metrics}
     for name in (row.set for row in results.rows):
-        if name not in whole:
+        if name not in with_overall:
             raise ValueError(
                 f"{path}: set {name!r} has no row for all its queries; evaluate again"
             )

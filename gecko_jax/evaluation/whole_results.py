@@ -34,8 +34,10 @@ def build_cache(mteb: Any, folder: str | os.PathLike) -> Any:
                     source.parent.mkdir(parents=True)
                     shutil.copy(runs, source.parent)
                 staged.save_to_cache(task_result, model_name, *arguments, **settings)
-                rest = [path for path in source.parent.iterdir() if path != source]
-                for path in (*rest, source):
+                other_files = [
+                    path for path in source.parent.iterdir() if path != source
+                ]
+                for path in (*other_files, source):
                     with writing.write_file(target.with_name(path.name)) as temporary:
                         shutil.copy(path, temporary)
 

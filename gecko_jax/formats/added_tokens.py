@@ -165,7 +165,7 @@ def choose(
         tokens[content] = Listed(vocabularies.AddedToken(content, number), True, path)
     pad, eos = (plain.spell([n])[0] for n in (plain.pad_id, plain.eos_id))
     reserved = {pad, eos, "<unk>"}
-    kept, usual = [], []
+    chosen, usual = [], []
     for content, entry in tokens.items():
         number = _find(plain, content)
         if number is not None and number != entry.token.id:
@@ -176,15 +176,15 @@ def choose(
         if is_split and entry.is_special:
             continue
         is_usual = content in reserved or re.fullmatch(tokenizer_json.SENTINEL, content)
-        (usual if is_usual else kept).append(entry.token)
+        (usual if is_usual else chosen).append(entry.token)
     # T5's tokenizer cuts these out even if no file lists them.
     for content in (*reserved, *(f"<extra_id_{n}>" for n in range(plain.extra_ids))):
         number = _find(plain, content)
         if number is not None and content not in tokens and not is_split:
             usual.append(vocabularies.AddedToken(content, number))
     if any(token.content in prompt for token in usual for prompt in prompts):
-        kept += usual
-    return sorted(kept, key=lambda token: token.id)
+        chosen += usual
+    return sorted(chosen, key=lambda token: token.id)
 
 
 def _find(plain: vocabularies.Vocabulary, content: str) -> int | None:

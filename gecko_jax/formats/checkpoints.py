@@ -181,11 +181,13 @@ class Checkpointer:
             yield
         except Exception as error:  # Orbax and TensorStore raise several types.
             last = latest_step(self._workdir)
-            kept = f"that of step {last} is intact" if last else "none is complete yet"
+            newest = (
+                f"that of step {last} is intact" if last else "none is complete yet"
+            )
             raise OSError(
                 errno.EIO,
                 f"{self._workdir / CHECKPOINTS}: a checkpoint could not be written "
-                f"({source_files.first_line(error)}); {kept}. Make room on the disk "
+                f"({source_files.first_line(error)}); {newest}. Make room on the disk "
                 "(checkpoint.keep, checkpoint.keep_every_steps), then run the same "
                 "command again to continue",
             ) from error

@@ -190,23 +190,30 @@ def text_settings(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _read_rope(text: Mapping[str, Any], family: str, source: str) -> dict[str, float]:
     """Reads the rotary positions, in the form of transformers 5 or of 4."""
-    whole, local = text.get("rope_parameters") or {}, {}
-    if {_GLOBAL, _LOCAL} & whole.keys():
-        whole, local = whole.get(_GLOBAL) or {}, whole.get(_LOCAL) or {}
+    global_rope, local_rope = text.get("rope_parameters") or {}, {}
+    if {_GLOBAL, _LOCAL} & global_rope.keys():
+        local_rope = global_rope.get(_LOCAL) or {}
+        global_rope = global_rope.get(_GLOBAL) or {}
     scaling = text.get("rope_scaling") or {}
     place = f"{source}, rotary positions"
-    for rope, kinds in ((whole, _ROPE), (local, _LOCAL_ROPE), (scaling, _ROPE)):
+    for rope, kinds in (
+        (global_rope, _ROPE),
+        (local_rope, _LOCAL_ROPE),
+        (scaling, _ROPE),
+    ):
         field_rules.check(place, rope, kinds, _REMEDY, only=True)
-    whole = whole | scaling
-    is_linear = "linear" in (whole.get("rope_type"), whole.get("type"))
-    if is_linear and not whole.get("factor"):
+    global_rope = global_rope | scaling
+    is_linear = "linear" in (global_rope.get("rope_type"), global_rope.get("type"))
+    if is_linear and not global_rope.get("factor"):
         raise source_files.damaged(place, "linear scaling without a factor")
     # Defaults of transformers.
     base = 1e4 if family == "qwen3" else 1e6
-    local_base = local.get("rope_theta") or text.get("rope_local_base_freq") or 1e4
+    local_base = local_rope.get("rope_theta") or text.get("rope_local_base_freq") or 1e4
     return {
-        "rope_base": float(whole.get("rope_theta") or text.get("rope_theta") or base),
-        "rope_factor": float(whole["factor"]) if is_linear else 1.0,
+        "rope_base": float(
+            global_rope.get("rope_theta") or text.get("rope_theta") or base
+        ),
+        "rope_factor": float(global_rope["factor"]) if is_linear else 1.0,
         "local_rope_base": 1e4 if family == "qwen3" else float(local_base),
     }
 

@@ -196,7 +196,9 @@ def _multiply(matrices: Sequence[tensors.Tensor]) -> tensors.Tensor:
         return functools.reduce(np.matmul, wide).astype(np.float32)
 
     shape = (matrices[0].shape[0], matrices[-1].shape[1])
-    return tensors.Tensor(shape, read, " times ".join(one.source for one in matrices))
+    return tensors.Tensor(
+        shape, read, " times ".join(matrix.source for matrix in matrices)
+    )
 
 
 def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -307,15 +309,17 @@ def _read_prompts(
     writes the default prompt. All other prompts are tasks.
     """
     query, document = text_formats.QUERY_PROMPT, text_formats.DOCUMENT_PROMPT
-    given = {name: prompt or "" for name, prompt in values.get("prompts", {}).items()}
+    own_prompts = {
+        name: prompt or "" for name, prompt in values.get("prompts", {}).items()
+    }
     default = values.get("default_prompt_name")
     if default not in (None, query, document):
-        if default not in given:
+        if default not in own_prompts:
             raise ValueError(
                 f"{path}: default_prompt_name={default!r}, which is none of its "
-                f"prompts ({', '.join(given) or 'it has none'}); correct the file"
+                f"prompts ({', '.join(own_prompts) or 'it has none'}); correct the file"
             )
-        if given[default]:
+        if own_prompts[default]:
             logging.warning(
                 "%s: encode_query and encode_document write the prompts 'query' and "
                 "'document', not the default prompt %r; to use it, pass task=%r",
@@ -323,14 +327,14 @@ def _read_prompts(
                 default,
                 default,
             )
-    unused = [name for name in _OTHER_PASSAGE_PROMPTS if given.get(name)]
-    if unused and document not in given:
+    unused = [name for name in _OTHER_PASSAGE_PROMPTS if own_prompts.get(name)]
+    if unused and document not in own_prompts:
         logging.warning(
             "%s: encode_document writes the prompt 'document', which is missing, and "
             "not %r; passages are written without a prompt",
             path,
             unused[0],
         )
-    prompts = {query: "", document: "", **given}
+    prompts = {query: "", document: "", **own_prompts}
     prompts = prompts if any(prompts.values()) else {}
     return dataclasses.replace(text_formats.PLAIN, prompts=prompts)

@@ -124,7 +124,9 @@ class Folder:
         tensors.check_size(place.path, shape, dtype, stored)
         # The chunk shape of a scalar is None.
         chunk = tuple(array.chunk_layout.read_chunk.shape or ())
-        if any(size > max(whole, 1) for size, whole in zip(chunk, shape, strict=True)):
+        if any(
+            size > max(extent, 1) for size, extent in zip(chunk, shape, strict=True)
+        ):
             raise ValueError(
                 f"{place.path}: an array of shape {shape} in chunks of {chunk}; a "
                 "chunk cannot be larger than its array, copy the checkpoint again"

@@ -42,7 +42,7 @@ _RULES = {
         dict,
         "tasks (with licence and num_examples), config and started_from must be as "
         "training writes them, or missing",
-        lambda facts: not field_rules.faults(facts, _PROVENANCE),
+        lambda facts: not field_rules.find_errors(facts, _PROVENANCE),
     ),
     "added_tokens": gecko_jax.config.Rule(
         tuple,

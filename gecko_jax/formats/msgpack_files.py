@@ -189,10 +189,10 @@ class _Reader:
         return header
 
     def _take(self, size: int) -> bytes:
-        taken = self._stream.read(size)
-        if len(taken) < size:
+        content = self._stream.read(size)
+        if len(content) < size:
             raise _DamageError("an unexpected end")
-        return taken
+        return content
 
     def _skip(self) -> None:
         """Skips the next object. A loop, because nothing limits its nesting."""

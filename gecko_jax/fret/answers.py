@@ -64,14 +64,14 @@ def parse(
     if is_cut and len(lines) == 1:
         raise Rejected("cut_off")
     query = _clean(lines[0])
-    if reason := _find_fault(query, prompt, rules, passage, shots):
+    if reason := _find_rejection(query, prompt, rules, passage, shots):
         raise Rejected(reason)
     if _has_marker(task, prompt):
         raise Rejected("marker")
     return task, query
 
 
-def _find_fault(
+def _find_rejection(
     query: str,
     prompt: prompts.Prompt,
     rules: Rules,

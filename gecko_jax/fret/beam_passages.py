@@ -66,11 +66,11 @@ def write(
     path = stage.folder / _COUNTS
     dropped = dict(sorted(json.loads(path.read_text()).items()))
     path.unlink()
-    kept = dropped.pop(_KEPT, 0)
-    if not kept:
+    num_kept = dropped.pop(_KEPT, 0)
+    if not num_kept:
         raise passages.none_left(paths, dropped)
-    total = kept + sum(dropped.values())
-    stage.finish(-(-kept // shard_rows), records=total, dropped=dropped)
+    total = num_kept + sum(dropped.values())
+    stage.finish(-(-num_kept // shard_rows), records=total, dropped=dropped)
 
 
 def _build(
@@ -90,7 +90,7 @@ def _build(
     )
     first = (
         judged
-        | "Good" >> beam.Filter(lambda one: one[1][1] is None)
+        | "Good" >> beam.Filter(lambda entry: entry[1][1] is None)
         | "ByText" >> beam.Map(_by_text, bool(rules.near_duplicate))
         | "First" >> beam.CombinePerKey(min)
         | beam.Values()
@@ -112,20 +112,20 @@ def _build(
     settled = joined | beam.CoGroupByKey() | beam.Map(_settle)
     _ = (
         settled
-        | "Fates" >> beam.Map(lambda one: one[2])
+        | "Fates" >> beam.Map(lambda entry: entry[2])
         | "Count" >> beam.combiners.Count.PerElement()
         | "AllCounts" >> beam.combiners.ToList()
         | beam.Map(_write_counts, stage)
     )
-    kept = settled | "Kept" >> beam.Filter(lambda one: one[2] == _KEPT)
+    kept = settled | "Kept" >> beam.Filter(lambda entry: entry[2] == _KEPT)
     sizes = (
         kept
-        | "Files" >> beam.Map(lambda one: one[0][0])
+        | "Files" >> beam.Map(lambda entry: entry[0][0])
         | "CountFiles" >> beam.combiners.Count.PerElement()
     )
     _ = (
         kept
-        | "ByFile" >> beam.Map(lambda one: (one[0][0], (one[0][1], one[1])))
+        | "ByFile" >> beam.Map(lambda entry: (entry[0][0], (entry[0][1], entry[1])))
         | "FileGroups" >> beam.GroupByKey()
         | beam.FlatMap(_number, beam.pvalue.AsDict(sizes), shard_rows)
         | "ShardGroups" >> beam.GroupByKey()

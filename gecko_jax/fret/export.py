@@ -137,16 +137,16 @@ def _triples(
         candidates = _candidates_of(passes, shard) if has_scores else {}
         for record in stages.kept(passes.fuse.read(shard)):
             query = queries[record["id"]]
-            given = None
+            input_line = None
             if source.pair_files:
-                given = next(line for n, (_, line, _) in lines if n == query["id"])
+                input_line = next(line for n, (_, line, _) in lines if n == query["id"])
             for positive in (record["positive"], *record.get("positives", ())):
-                if given is None:
+                if input_line is None:
                     task = query["task"] if query["task"] in tasks else OTHER_TASK
                     triple = _triple(task, query, positive, record, passages)
                 else:
                     triple = relabelling.relabel(
-                        given, query, positive, negatives_of(record), passages
+                        input_line, query, positive, negatives_of(record), passages
                     )
                     triple["judge"] = source.model_facts["model"]
                 if candidates:
@@ -168,13 +168,13 @@ def _triple(
     triple |= {"positive": chosen["text"], "title": chosen["title"]}
     negatives = [passages[number] for number in negatives_of(record)]
     if negatives:
-        triple["negatives"] = [one["text"] for one in negatives]
-        triple["negative_titles"] = [one["title"] for one in negatives]
+        triple["negatives"] = [passage["text"] for passage in negatives]
+        triple["negative_titles"] = [passage["title"] for passage in negatives]
     triple |= {"task_description": query["task"], "generator": query["model"]}
     triple |= {"prompt": query["prompt"], "seed": record["id"]}
     triple |= origin_of(chosen)
     if negatives:
-        origins = [origin_of(one) for one in negatives]
+        origins = [origin_of(passage) for passage in negatives]
         triple |= {f"negative_{n}s": [o.get(n, "") for o in origins] for n in _ORIGIN}
     seed = origin_of(passages[record["id"]])
     return triple | {f"seed_{name}": value for name, value in seed.items()}
@@ -182,8 +182,8 @@ def _triple(
 
 def negatives_of(record: stages.Record) -> list[int]:
     """Returns the hard negatives of a record of `fuse`."""
-    one = record["negative"]
-    return record.get("negatives") or ([] if one is None else [one])
+    negative = record["negative"]
+    return record.get("negatives") or ([] if negative is None else [negative])
 
 
 def _candidates_of(

@@ -122,20 +122,22 @@ def choose(
     best_first = np.argsort(-fused, kind="stable").tolist()
     near = [p for p in best_first if fused[p] > limit and p != positive]
     others = near if settings.near == "positive" else []
-    rest = given if settings.negative == "given" else range(len(fused))
+    eligible = given if settings.negative == "given" else range(len(fused))
     excluded = {positive, *near, *false_negatives, *answers}
-    rest = [p for p in rest if p not in excluded]
+    eligible = [p for p in eligible if p not in excluded]
     if settings.max_negative_share:
-        rest = [p for p in rest if _is_below(similarities, p, positive, settings)]
+        eligible = [
+            p for p in eligible if _is_below(similarities, p, positive, settings)
+        ]
     negatives: list[int] = []
     if settings.negative == "none":
-        rest = []
-    for _ in range(min(settings.num_negatives, len(rest))):
+        eligible = []
+    for _ in range(min(settings.num_negatives, len(eligible))):
         if settings.negative == "sampled":
-            negatives.append(int(rng.choice(rest)))
+            negatives.append(int(rng.choice(eligible)))
         else:
-            negatives.append(min(rest, key=lambda p: (fused[p], -p)))
-        rest.remove(negatives[-1])
+            negatives.append(min(eligible, key=lambda p: (fused[p], -p)))
+        eligible.remove(negatives[-1])
     return Choice(positive, others, negatives, false_negatives)
 
 

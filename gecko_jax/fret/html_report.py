@@ -72,25 +72,29 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     """Returns the page."""
     source, config, facts = passes.source, passes.source.config, gathered.triples
     seed = "old positive" if source.pair_files else "seed"
-    last = max((max(one["ranks"].values()) for one in facts), default=1)
+    last = max((max(triple["ranks"].values()) for triple in facts), default=1)
     charts = []
-    for name in dict.fromkeys(name for one in facts for name in one["ranks"]):
-        counts = Counter(one["ranks"].get(name) for one in facts)
+    for name in dict.fromkeys(name for triple in facts for name in triple["ranks"]):
+        counts = Counter(triple["ranks"].get(name) for triple in facts)
         values = {str(rank): counts[rank] for rank in range(1, last + 1)}
         shown = name.replace("seed", seed)
         charts.append(html_page.columns(values, f"rank of the {shown}"))
     titles = {"query": "words of a query", "passage": f"words of {seed}"}
     lengths = [
-        html_page.columns(html_page.histogram([one[side] for one in facts]), title)
+        html_page.columns(
+            html_page.histogram([triple[side] for triple in facts]), title
+        )
         for side, title in titles.items()
     ]
-    tasks = Counter(one["task"] for one in facts)
+    tasks = Counter(triple["task"] for triple in facts)
     common = tasks.most_common(_MAX_TASKS)
-    if rest := tasks.total() - sum(count for _, count in common):
-        common.append((f"{len(tasks) - len(common):,} other tasks", rest))
+    if num_others := tasks.total() - sum(count for _, count in common):
+        common.append((f"{len(tasks) - len(common):,} other tasks", num_others))
     listed = [(name, f"{count:,}") for name, count in common]
-    what = ", ".join(path.name for path in source.pair_files)
-    what = f"queries of {what}, judged by" if what else "triples, written and judged by"
+    files = ", ".join(path.name for path in source.pair_files)
+    description = (
+        f"queries of {files}, judged by" if files else "triples, written and judged by"
+    )
     num = len(passes.shards)
     num_fused = sum(map(passes.fuse.has, range(num)))
     unfinished = f"Not finished: {num_fused:,} of {num:,} shards."
@@ -101,7 +105,7 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     return page.substitute(
         name=html_page.escape(source.workdir.resolve().name),
         num_triples=f"{len(facts):,}",
-        what=html_page.escape(what),
+        what=html_page.escape(description),
         model=html_page.escape(source.model_facts["model"]),
         retriever=html_page.escape(config.retrieve.model or "BM25"),
         unfinished="" if num_fused == num else unfinished,
@@ -112,12 +116,12 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
         costs=_costs(passes, gathered),
         seed=seed,
         num_moved=len(moved),
-        moved="".join(f"\n{one}" for one in moved),
+        moved="".join(f"\n{article}" for article in moved),
         ranks="".join(charts),
         tasks=html_page.table(("task", "*queries"), listed),
         lengths="".join(lengths),
         num_rows=len(rows),
-        rows="".join(f"\n{one}" for one in rows),
+        rows="".join(f"\n{article}" for article in rows),
     )
 
 
@@ -126,27 +130,29 @@ def _tiles(
 ) -> str:
     facts = gathered.triples
     seeds, rows = gathered.counts[passes.queries.name]["records"], max(len(facts), 1)
-    share = sum(one["moved"] for one in facts) / rows
-    kept = f"{len(facts) / max(seeds, 1):.0%}"
+    share = sum(triple["moved"] for triple in facts) / rows
+    kept_share = f"{len(facts) / max(seeds, 1):.0%}"
     if passes.source.pair_files:
         tiles = [
             (f"{share:.1%}", "of positives moved", "to a passage judged better"),
-            (kept, "of lines were kept", f"of {seeds:,}"),
+            (kept_share, "of lines were kept", f"of {seeds:,}"),
         ]
-        if given := sum(one["given"] for one in facts):
-            false = sum(one["false"] for one in facts)
-            note = f"judged above its positive: {false:,} of {given:,}"
-            tiles.append((f"{false / given:.1%}", "of negatives may be false", note))
+        if num_negatives := sum(triple["given"] for triple in facts):
+            num_false = sum(triple["false"] for triple in facts)
+            note = f"judged above its positive: {num_false:,} of {num_negatives:,}"
+            tiles.append(
+                (f"{num_false / num_negatives:.1%}", "of negatives may be false", note)
+            )
     else:
         note = f"the paper's: about {_PAPER_MOVED:.0%}"
         tiles = [
             (f"{share:.1%}", "of positives are not the seed", note),
-            (kept, "of seeds became a triple", f"of {seeds:,}"),
+            (kept_share, "of seeds became a triple", f"of {seeds:,}"),
         ]
-    if others := sum(one["others"] for one in facts):
-        tiles.append((f"{others:,}", "further positives", "judged nearly as high"))
-    if taus := [one["tau"] for one in facts if "tau" in one]:
-        same = sum(one.get("same_first", False) for one in facts) / rows
+    if num_further := sum(triple["others"] for triple in facts):
+        tiles.append((f"{num_further:,}", "further positives", "judged nearly as high"))
+    if taus := [triple["tau"] for triple in facts if "tau" in triple]:
+        same = sum(triple.get("same_first", False) for triple in facts) / rows
         note = "Kendall's tau; 1 is the same order, 0 is chance"
         tiles += [
             (f"{np.mean(taus):.2f}", "agreement of QL and RC", note),
@@ -170,8 +176,8 @@ def _judges(
     rows = []
     for name in ("retrieval", "QL", "RC", "fusion"):
         key = "fused" if name == "fusion" else f"by {name}"
-        found = [f["ranks"].get(f"seed, {key}") for f in facts]
-        ranks = np.array([rank for rank in found if rank is not None])
+        seed_ranks = [f["ranks"].get(f"seed, {key}") for f in facts]
+        ranks = np.array([rank for rank in seed_ranks if rank is not None])
         row = [name, "not asked", ""]
         if len(ranks):
             error = (1 / ranks).std() / math.sqrt(len(ranks))
@@ -188,7 +194,7 @@ def _judges(
             spread = "" if error is None else f" ± {error:.3f}"
             row.append("" if value is None else f"{value:.3f}{spread}")
         warnings = map(html_page.escape, calibration.warnings)
-        advice = "".join(f"<p><b>Warning:</b> {one}.</p>" for one in warnings)
+        advice = "".join(f"<p><b>Warning:</b> {warning}.</p>" for warning in warnings)
     else:
         advice = (
             "<p><code>gecko fret calibrate</code> with this config asks both judges "
@@ -214,17 +220,21 @@ def _calibration(source: pipeline.Source) -> measure.Calibration | None:
 
 
 def _funnel(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
-    counts = {stage: one["records"] for stage, one in gathered.counts.items()}
+    counts = {stage: counter["records"] for stage, counter in gathered.counts.items()}
     dropped = Counter(gathered.dropped)
     if done := passes.source.stage.done():
         counts = {"passages": done["records"], **counts}
         dropped.update({("passages", why): n for why, n in done["dropped"].items()})
     rows = []
     for stage, count in counts.items():
-        own = [(why, n) for (one, why), n in dropped.most_common() if one == stage]
+        own = [
+            (why, n)
+            for (dropped_at, why), n in dropped.most_common()
+            if dropped_at == stage
+        ]
         reasons = ", ".join(f"{n:,} {why}" for why, n in own)
-        kept = count - sum(n for _, n in own)
-        rows.append((stage, f"{count:,}", f"{kept:,}", reasons))
+        num_kept = count - sum(n for _, n in own)
+        rows.append((stage, f"{count:,}", f"{num_kept:,}", reasons))
     return html_page.table(("stage", "*records", "*kept", "dropped, by reason"), rows)
 
 
@@ -250,9 +260,9 @@ def _costs(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
         if done:
             counts[f"calibration, {stage}"] = done["usage"]
     usages = {
-        stage: [one.get(name, 0) for name in names]
-        for stage, one in counts.items()
-        if one.get("requests")
+        stage: [usage.get(name, 0) for name in names]
+        for stage, usage in counts.items()
+        if usage.get("requests")
     }
     usages["total"] = np.sum([*usages.values(), [0, 0, 0]], axis=0).tolist()
     rows = [

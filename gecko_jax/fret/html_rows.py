@@ -29,7 +29,7 @@ def side_by_side(passes: pipeline.Pipeline, row: Row, seed: str) -> str:
     ):
         judged = _judgements(passes, row, stages.position(retrieved, number))
         shown = zip(("retrieval", "QL", "RC", "R"), judged, strict=True)
-        text = " · ".join(f"{one} {value}" for one, value in shown if value != "–")
+        text = " · ".join(f"{judge} {value}" for judge, value in shown if value != "–")
         sides.append(
             f"<div><span class={kind}>{name}</span> <small>"
             f"{html_page.escape(text)}</small><p>"

@@ -60,28 +60,28 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
                 source, "generate", seeds, lambda: source.generate(chosen)
             )
             kinds.append(kind)
-        kept = stages.kept(generated)
-        share = len(kept) / len(generated)
+        queries = stages.kept(generated)
+        share = len(queries) / len(generated)
         num_passages, num_queries = len(source.store), int(seeds * share)
         num_candidates = min(config.retrieve.num_candidates, num_passages)
         rng = np.random.default_rng([config.seed, len(chosen)])
         rows = [
             {"id": r["id"], "candidates": rng.integers(num_passages, size=1).tolist()}
-            for r in kept
+            for r in queries
         ]
-        shared = (rows, stages.by_id(kept), source.store, model)
-        asked: dict[str, tuple[int, Callable[[], list[stages.Record]]]] = {}
+        shared = (rows, stages.by_id(queries), source.store, model)
+        judges: dict[str, tuple[int, Callable[[], list[stages.Record]]]] = {}
         if config.fuse.likelihood_weight and rows:
-            asked["likelihood"] = (
+            judges["likelihood"] = (
                 num_candidates + bool(config.likelihood.generic_passage),
                 lambda: stages.likelihood(*shared, prompts.likelihood, ""),
             )
         if config.fuse.relevance_weight and rows:
-            asked["relevance"] = (
+            judges["relevance"] = (
                 num_candidates,
                 lambda: stages.relevance(*shared, prompts.relevance),
             )
-        for name, (count, ask) in asked.items():
+        for name, (count, ask) in judges.items():
             kinds.append(_measure(source, name, num_queries * count, ask)[1])
     return Plan(
         passages=seeds,
@@ -162,7 +162,7 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
     grades = list(passes.source.prompts.relevance.labels.values())
     weighted = settings.fusion_settings(config)
     # Shows for a judge without weight what giving it one would do.
-    both = dataclasses.replace(
+    both_weighted = dataclasses.replace(
         weighted,
         likelihood_weight=weighted.likelihood_weight or 1.0,
         relevance_weight=weighted.relevance_weight or 1.0,
@@ -183,7 +183,7 @@ def read_calibration(passes: pipeline.Pipeline) -> Calibration:
             judged = (relevances[number], row, grades, config.fuse.relevance)
             ranks["RC"] = fusion.ranks(stages.relevance_scores(*judged))
             if "QL" in ranks:
-                fused = fusion.fuse(ranks["QL"], ranks["RC"], both)
+                fused = fusion.fuse(ranks["QL"], ranks["RC"], both_weighted)
                 ranks["fusion"] = fusion.ranks(fused.tolist())
             rank = row["seed_rank"]
             reciprocal["retrieval"].append(1.0 / rank if rank else 0.0)
@@ -219,10 +219,10 @@ def _warnings(
         # Of the same seeds, so that their difficulty cancels.
         loss = np.subtract(reciprocal[best], reciprocal["fusion"])
         if np.mean(loss) > np.std(loss) / np.sqrt(len(loss)):
-            other = "relevance" if best == "QL" else "likelihood"
-            is_used = getattr(weighted, f"{other}_weight")
+            worse = "relevance" if best == "QL" else "likelihood"
+            is_used = getattr(weighted, f"{worse}_weight")
             advice = (
-                f"set fuse.{other}_weight=0 or lower" if is_used else "leave it at 0"
+                f"set fuse.{worse}_weight=0 or lower" if is_used else "leave it at 0"
             )
             warnings.append(
                 f"fusing hurts: {mrr['fusion']:.3f} against {mrr[best]:.3f} of {best} "

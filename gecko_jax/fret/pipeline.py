@@ -310,11 +310,11 @@ class Pipeline:
                     continue
                 lock = f"{title.replace('/', '-')}-{shard:05}.lock"
                 path = self.source.workdir / records.LOCKS / lock
-                with records.try_lock(path) as got:
-                    if got and not step.stage.has(shard):
+                with records.try_lock(path) as has_lock:
+                    if has_lock and not step.stage.has(shard):
                         self._make(step, shard, report)
                         moved = True
-                    if got:
+                    if has_lock:
                         # Another worker may have removed the file before.
                         path.unlink(missing_ok=True)
                 finished += sizes[shard]

@@ -138,7 +138,7 @@ def before_query(prompt: Prompt) -> Prompt:
 def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
     """Reads and checks a prompt file: a bundled one, such as "generate", or a path.
 
-    Raises a ValueError that lists all faults.
+    Raises a ValueError that lists all errors.
     """
     path = pathlib.Path(name)
     if not path.suffix:
@@ -164,9 +164,9 @@ def parse(
     kind = values.get("kind")
     if kind not in kinds or kind not in _FIELDS:
         raise ValueError(f"{name}: kind={kind!r}; it must be {' or '.join(kinds)}")
-    faults = [*_template_faults(kind, values), *_example_faults(kind, values)]
-    if faults:
-        raise ValueError(f"the prompt {name} has errors:\n  " + "\n  ".join(faults))
+    errors = [*_find_template_errors(kind, values), *_find_example_errors(kind, values)]
+    if errors:
+        raise ValueError(f"the prompt {name} has errors:\n  " + "\n  ".join(errors))
     labels = values.get("labels", {})
     return Prompt(
         name=name,
@@ -187,7 +187,7 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], template)
 
 
-def _template_faults(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
+def _find_template_errors(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
     known = {field.name for field in dataclasses.fields(Prompt)} - {"name", "sha256"}
     yield from (f"unknown field {key!r}" for key in values if key not in known)
     if type(values.get("version")) is not int:
@@ -217,7 +217,7 @@ def _template_faults(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield f"markers must hold {answer!r}"
 
 
-def _example_faults(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
+def _find_example_errors(kind: str, values: Mapping[str, Any]) -> Iterator[str]:
     labels = values.get("labels", {})
     fields = set.union(*_FIELDS[kind])
     for number, entry in enumerate(values.get("examples", [])):

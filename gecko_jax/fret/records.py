@@ -289,10 +289,10 @@ def try_lock(path: pathlib.Path) -> Iterator[bool]:
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            got = True
+            has_lock = True
         except BlockingIOError:
-            got = False
-        yield got
+            has_lock = False
+        yield has_lock
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:

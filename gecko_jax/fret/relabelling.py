@@ -47,7 +47,9 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
         )
     for place, record, pair in read_lines(files):
         columns = (pair.negatives, pair.negative_titles, pair.given_ids[1:])
-        for position, (body, title, given) in enumerate(zip(*columns, strict=True)):
+        for position, (body, title, passage_id) in enumerate(
+            zip(*columns, strict=True)
+        ):
             # The export of `gecko fret` has the origin of each negative.
             origin = {}
             for name in _NAMED:
@@ -55,18 +57,22 @@ def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
                 if isinstance(values, list) and len(values) == len(pair.negatives):
                     value = values[position]
                     origin |= {name: value} if isinstance(value, str) and value else {}
-            yield _passage(place, origin, title, body, given)
+            yield _passage(place, origin, title, body, passage_id)
 
 
 def _passage(
-    place: str, origin: dict[str, Any], title: str, body: str, given: str | int | None
+    place: str,
+    origin: dict[str, Any],
+    title: str,
+    body: str,
+    passage_id: str | int | None,
 ) -> dict[str, Any]:
     source, number = place.rsplit(":", 1)
-    number = number if given is None else f"{given}"
+    number = number if passage_id is None else f"{passage_id}"
     known: dict[str, Any] = {"source": source, "source_id": number}
     known |= origin
-    if given is not None:
-        known["passage_id"] = given
+    if passage_id is not None:
+        known["passage_id"] = passage_id
     return {**known, "title": title, "text": body}
 
 
@@ -111,9 +117,15 @@ def read_pairs(
             row[records.DROPPED] = "duplicate"
         else:
             seen.add(key)
-            known = sorted(numbers[one] for one in answers.of(pair) if one in numbers)
-            found = map(numbers.get, map(text_formats.content_id, pair.negatives))
-            negatives = [n for n in dict.fromkeys(found) if n not in (None, *known)]
+            known = sorted(
+                numbers[answer] for answer in answers.of(pair) if answer in numbers
+            )
+            negative_numbers = map(
+                numbers.get, map(text_formats.content_id, pair.negatives)
+            )
+            negatives = [
+                n for n in dict.fromkeys(negative_numbers) if n not in (None, *known)
+            ]
             row["task"] = pair.task_description or pair.task
             row |= {"query": query, "positive": positive}
             row |= {"negatives": negatives, "answers": known}
@@ -145,10 +157,10 @@ def relabel(
         result |= {f"seed_{name}": own[name] for name in _NAMED if name in own}
     if negatives:
         chosen = [passages[number] for number in negatives]
-        result["negatives"] = [one["text"] for one in chosen]
-        result["negative_titles"] = [one["title"] for one in chosen]
-        if any("passage_id" in one for one in chosen):
-            result["negative_ids"] = [one.get("passage_id") for one in chosen]
+        result["negatives"] = [passage["text"] for passage in chosen]
+        result["negative_titles"] = [passage["title"] for passage in chosen]
+        if any("passage_id" in passage for passage in chosen):
+            result["negative_ids"] = [passage.get("passage_id") for passage in chosen]
         for name in _NAMED:
-            result[f"negative_{name}s"] = [one.get(name, "") for one in chosen]
+            result[f"negative_{name}s"] = [passage.get(name, "") for passage in chosen]
     return result

@@ -39,17 +39,20 @@ class Facts:
             )
         num_moved = 0
         for shard in finished:
-            kept: dict[str, dict[int, stages.Record]] = defaultdict(dict)
+            by_stage: dict[str, dict[int, stages.Record]] = defaultdict(dict)
             for step in passes.steps:
                 if step.stage is source.embed:
                     continue
                 rows = step.stage.read(shard)
-                kept[step.stage.name] = stages.by_id(rows)
-                self._count(step.stage.name, rows, kept[passes.queries.name])
-            for number, record in kept["fuse"].items():
-                query, row = kept[passes.queries.name][number], kept["retrieve"][number]
+                by_stage[step.stage.name] = stages.by_id(rows)
+                self._count(step.stage.name, rows, by_stage[passes.queries.name])
+            for number, record in by_stage["fuse"].items():
+                query = by_stage[passes.queries.name][number]
+                row = by_stage["retrieve"][number]
                 self.triples.append(_measure(source, query, row, record))
-                ql, rc = (kept[n].get(number, {}) for n in ("likelihood", "relevance"))
+                ql, rc = (
+                    by_stage[n].get(number, {}) for n in ("likelihood", "relevance")
+                )
                 shown = (query, row, record, ql, rc)
                 _sample(self.rows, shown, len(self.triples), num_rows, rng)
                 if record["moved"]:
@@ -69,7 +72,9 @@ class Facts:
                 if row["id"] in queries:
                     row = {**queries[row["id"]], **row}
                 shown = (row.get(n) for n in ("detail", "query", "raw", "line"))
-                text = next((one for one in shown if one and str(one).strip()), "")
+                text = next(
+                    (value for value in shown if value and str(value).strip()), ""
+                )
                 text = html_rows.shortened(str(text))
                 self.examples.setdefault((stage, reason), text)
 

@@ -174,10 +174,12 @@ def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
     if source.pair_files:
         lines, facts = _lines(source)
         return pipeline.Pipeline(source, _shards(source.config, lines), "", facts)
-    out = set(held_out(source.config, len(source.store)))
-    whole = _shards(source.config, range(len(source.store)))
-    shards = [[number for number in shard if number not in out] for shard in whole]
-    return pipeline.Pipeline(source, shards, "", {"held_out": len(out)})
+    excluded = set(held_out(source.config, len(source.store)))
+    all_shards = _shards(source.config, range(len(source.store)))
+    shards = [
+        [number for number in shard if number not in excluded] for shard in all_shards
+    ]
+    return pipeline.Pipeline(source, shards, "", {"held_out": len(excluded)})
 
 
 def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
@@ -236,11 +238,11 @@ def _passages(
     stage = records.Stage(workdir, "passages", facts)
     stage.begin()
     while stage.done() is None:
-        with records.try_lock(workdir / records.LOCKS / "passages.lock") as got:
-            if got and stage.done() is None and beam_options is not None:
+        with records.try_lock(workdir / records.LOCKS / "passages.lock") as has_lock:
+            if has_lock and stage.done() is None and beam_options is not None:
                 sets = config.passages.decontaminate
                 beam_passages.write(paths, rules, sets, stage, rows, beam_options)
-            elif got and stage.done() is None:
+            elif has_lock and stage.done() is None:
                 kept, dropped = passages.read(
                     paths, rules, contamination, relabelling.read_passages(pairs)
                 )
@@ -249,7 +251,7 @@ def _passages(
                     stage.write(shard, part)
                 total = len(kept) + sum(dropped.values())
                 stage.finish(len(shards), records=total, dropped=dropped)
-        if not got:
+        if not has_lock:
             time.sleep(0.2)
     return stage
 

@@ -1,6 +1,6 @@
 """Settings of a run: the keys of `configs/fret.py`, checked and grouped for the stages.
 
-`check` reports all faults at once, before anything is read or sent.
+`check` reports all errors at once, before anything is read or sent.
 """
 
 from collections.abc import Iterator
@@ -214,10 +214,10 @@ SCHEMA = {name: key.rule for name, key in KEYS.items()}
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks every key; raises a ValueError that lists every error, with its remedy."""
     flat = gecko_jax.config.flatten(config)
-    rules.refuse(rules.find_faults(flat, SCHEMA) or _faults_between_keys(flat))
+    rules.refuse(rules.find_errors(flat, SCHEMA) or _find_errors_between_keys(flat))
 
 
-def _faults_between_keys(flat: dict[str, Any]) -> Iterator[str]:
+def _find_errors_between_keys(flat: dict[str, Any]) -> Iterator[str]:
     is_served = not flat["llm.recording"] and not flat["llm.weights"]
     if is_served and not flat["llm.model"]:
         yield (

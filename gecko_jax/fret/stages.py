@@ -136,8 +136,9 @@ def retrieve(
         if missing and scores_all:
             # `settings.check` refuses the settings that need this with BM25.
             assert isinstance(retriever, retrieval.GeckoRetriever)
-            found = retriever.similarities(row["query"], row["task"], missing)
-            scored |= dict(zip(missing, (round(one, 6) for one in found), strict=True))
+            similarities = retriever.similarities(row["query"], row["task"], missing)
+            rounded = [round(similarity, 6) for similarity in similarities]
+            scored |= dict(zip(missing, rounded, strict=True))
         else:
             scored |= dict.fromkeys(missing)
         record = {"id": row["id"], "candidates": list(scored)}
@@ -320,8 +321,8 @@ def by_id(rows: Sequence[Record]) -> dict[int, Record]:
 def of_candidates(values: Sequence[Any], row: Record) -> Sequence[Any]:
     """Returns the values if there is one for each candidate of the row, or raises."""
     if len(values) != len(row["candidates"]):
-        fault = f"{len(values)} numbers for {len(row['candidates'])} candidates"
-        raise _mismatch(row["id"], fault)
+        problem = f"{len(values)} numbers for {len(row['candidates'])} candidates"
+        raise _mismatch(row["id"], problem)
     return values
 
 
@@ -342,9 +343,9 @@ def relevance_scores(
     return [fusion.relevance_score(values, grades, kind) for values in listed]
 
 
-def _mismatch(number: int, fault: str) -> ValueError:
+def _mismatch(number: int, problem: str) -> ValueError:
     return ValueError(
-        f"seed passage {number}: the records of two stages do not match ({fault}); a "
+        f"seed passage {number}: the records of two stages do not match ({problem}); a "
         "shard was changed: restore it, or remove its folder and those of the stages "
         "after it, and the same command makes them again"
     )
@@ -360,14 +361,20 @@ def _number(answer: Any, name: str) -> Any:
     if isinstance(answer, protocol.Failure):
         return None
     value = getattr(answer, name)
-    many = isinstance(value, tuple)
-    return [round(entry, 6) for entry in value] if many else round(value, 6)
+    is_tuple = isinstance(value, tuple)
+    return [round(entry, 6) for entry in value] if is_tuple else round(value, 6)
 
 
 def _total(row_answers: Sequence[Any]) -> Record:
     """Returns the tokens of a row, and its first failure if there is one."""
-    failures = [one for one in row_answers if isinstance(one, protocol.Failure)]
-    usages = [one.usage for one in row_answers if not isinstance(one, protocol.Failure)]
+    failures = [
+        answer for answer in row_answers if isinstance(answer, protocol.Failure)
+    ]
+    usages = [
+        answer.usage
+        for answer in row_answers
+        if not isinstance(answer, protocol.Failure)
+    ]
     usage = {"usage": _usage(sum(usages, protocol.Usage(0, 0, 0)))}
     return usage | _error(failures[0]) if failures else usage
 

@@ -361,8 +361,8 @@ def _build_apply(
     if sharding is None:
         return jax.jit(apply, static_argnums=3)
     # Replicate the output: every process needs every vector.
-    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.jit(apply, static_argnums=3, out_shardings=whole)
+    replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(apply, static_argnums=3, out_shardings=replicated)
 
 
 def _place(params: Any) -> tuple[Any, jax.sharding.NamedSharding | None]:

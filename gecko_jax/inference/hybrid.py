@@ -59,7 +59,7 @@ def fuse(*rankings: Sequence[Passage]) -> list[tuple[Passage, float]]:
     Ties keep the order of the first ranking that has the passage.
     """
     scores: dict[Passage, float] = {}
-    for ranked in rankings:
-        for rank, passage in enumerate(ranked, start=1):
+    for passages in rankings:
+        for rank, passage in enumerate(passages, start=1):
             scores[passage] = scores.get(passage, 0.0) + 1.0 / (RRF_K + rank)
     return sorted(scores.items(), key=lambda item: -item[1])

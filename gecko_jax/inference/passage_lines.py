@@ -99,7 +99,7 @@ class Column(Sequence[str]):
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
-            return [self[one] for one in range(*row.indices(len(self)))]
+            return [self[position] for position in range(*row.indices(len(self)))]
         return self._read_row(range(len(self))[row])
 
 

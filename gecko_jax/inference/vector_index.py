@@ -45,7 +45,7 @@ CPU_BLOCK_ROWS = 8_192
 BLOCK_QUERIES = 256
 # Smaller batches of queries are padded to one of these sizes, so that few shapes are
 # compiled.
-_FEW_QUERIES = (1, 16)
+_QUERY_SIZES = (1, 16)
 
 _ABOUT, _VECTORS, _PASSAGES = "index.json", "vectors.npy", "passages.jsonl"
 _RANGES = "ranges.npy"
@@ -172,7 +172,7 @@ class Index:
         self, queries: Float[np.ndarray, "Q D"], k: int
     ) -> tuple[Float[np.ndarray, "Q T"], Int[np.ndarray, "Q T"]]:
         count = len(queries)
-        rows = next((few for few in _FEW_QUERIES if few >= count), BLOCK_QUERIES)
+        rows = next((size for size in _QUERY_SIZES if size >= count), BLOCK_QUERIES)
         padded = jnp.asarray(np.pad(queries, ((0, rows - count), (0, 0))), jnp.float32)
         scores = jnp.full((rows, k), -jnp.inf, jnp.float32)
         positions = jnp.zeros((rows, k), jnp.int32)

@@ -5,7 +5,7 @@ a hash of its own content:
 
     {..., "files": {"vectors.npy": {"bytes": 1152, "xxh128": "99aa..."}}, "xxh128": ...}
 
-The hash is 128-bit XXH3, which `xxh128sum FILE` prints, too. It detects faults of disks
+The hash is 128-bit XXH3, which `xxh128sum FILE` prints, too. It detects errors of disks
 and copies, not manipulation. It is ten times as fast as SHA-256 and four times as fast
 as CRC-32 (`benchmarks/checksums.py`).
 
@@ -189,7 +189,7 @@ def _build_digest() -> Any:
         words = jax.lax.bitcast_convert_type(shard, jnp.dtype(f"uint{8 * size}"))
         words = words.astype(jnp.uint32)
         # Elements of 8 bytes become two words along a new axis, which is not sharded.
-        whole = (*shape, *words.shape[shard.ndim :])
+        word_shape = (*shape, *words.shape[shard.ndim :])
         position = jnp.zeros(words.shape, jnp.uint32)
         stride = 1
         for axis in reversed(range(words.ndim)):
@@ -197,7 +197,7 @@ def _build_digest() -> Any:
             if axis < shard.ndim:
                 index += starts[axis]
             position += index * np.uint32(stride * _POSITION % 2**32)
-            stride *= whole[axis]
+            stride *= word_shape[axis]
         words = (words ^ position) * np.uint32(_MIX_1)
         words = (words ^ (words >> np.uint32(15))) * np.uint32(_MIX_2)
         return jnp.sum(words, dtype=jnp.uint32)

@@ -120,11 +120,11 @@ def _read_header(
 
 
 def _match_names(
-    place: str, given: Sequence[str], known: Mapping[str, str]
+    place: str, keys: Sequence[str], known: Mapping[str, str]
 ) -> dict[str, str]:
     """Returns column -> its name in the file; alternative names are second choice."""
     matches: dict[str, str] = {}
-    for key in given:
+    for key in keys:
         name = known.get(_simple(key))
         if name is None:
             continue

@@ -18,7 +18,7 @@ from gecko_jax.io import inputs
 
 # Largest integer that every JSON reader represents exactly.
 _MOST = 2**53
-# Faults inside a field that an error lists.
+# Errors inside a field that a message lists.
 _MOST_LISTED = 3
 
 
@@ -124,14 +124,16 @@ def object_of(kinds: Mapping[str, Kind], *, only: bool = False) -> Kind:
     """Objects with these fields, and with others unless `only`."""
 
     def holds(value: Any) -> bool:
-        is_whole = isinstance(value, dict) and not faults(value, kinds)
-        return is_whole and not (only and value.keys() - kinds.keys())
+        is_valid = isinstance(value, dict) and not find_errors(value, kinds)
+        return is_valid and not (only and value.keys() - kinds.keys())
 
     def find(value: Any) -> list[str]:
         if not isinstance(value, dict):
             return []
         unknown = sorted(value.keys() - kinds.keys()) if only else []
-        return faults(value, kinds) + [f"unknown field {name!r}" for name in unknown]
+        return find_errors(value, kinds) + [
+            f"unknown field {name!r}" for name in unknown
+        ]
 
     return Kind(f"an object with {', '.join(kinds)}", holds, find=find)
 
@@ -153,7 +155,7 @@ def _explain(name: str, value: Any, kind: Kind) -> list[str]:
     return [f"{name} must be {kind.name}, not {_shown(value)}"]
 
 
-def faults(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
+def find_errors(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
     """Returns messages for each missing or wrong field."""
     messages = []
     for name, kind in kinds.items():
@@ -188,7 +190,7 @@ def check(
     """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: {inputs.kind(record)}, not an object; {remedy}")
-    listed = faults(record, kinds)
+    listed = find_errors(record, kinds)
     if only:
         unknown = sorted(record.keys() - kinds.keys())
         listed += [f"unknown field {name[:40]!r}" for name in unknown[:3]]

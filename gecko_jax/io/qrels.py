@@ -101,9 +101,9 @@ def check_spelling(place: str, identity: str, known: Collection[str]) -> None:
     pandas turns a column of integers with gaps into floats, and writes the id 1 as
     "1.0" into a TSV file.
     """
-    other = other_spelling(identity)
-    if other in known:
+    alternative = other_spelling(identity)
+    if alternative in known:
         raise ValueError(
-            f"{place}: id {identity!r} is not in the other files, and {other!r} is; "
-            "write ids the same everywhere, integers without '.0'"
+            f"{place}: id {identity!r} is not in the other files, and {alternative!r} "
+            "is; write ids the same everywhere, integers without '.0'"
         )

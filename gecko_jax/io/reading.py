@@ -119,9 +119,9 @@ def decode_lines(
 
 def _check_encoding(source: str, line: bytes) -> None:
     """Refuses a file whose first bytes show that it is not UTF-8 text."""
-    for start, what, remedy in _OTHER_FORMATS:
+    for start, format_name, remedy in _OTHER_FORMATS:
         if line.startswith(start):
-            raise ValueError(f"{source}: {what}, not UTF-8 text; {remedy}")
+            raise ValueError(f"{source}: {format_name}, not UTF-8 text; {remedy}")
     first = tuple(byte != 0 for byte in line[:4])
     if first in ((True, False, True, False), (False, True, False, True)):
         raise ValueError(f"{source}: UTF-16, not UTF-8 text; {_CONVERT}")
@@ -199,8 +199,8 @@ def read_object(
         raise ValueError(f"{path}: {inputs.kind(values)}, not an object; {remedy}")
     values = {**(defaults or {}), **values}
     kinds = {name: _kind_of(field) for name, field in fields.items()}
-    if faults := field_rules.faults(values, kinds):
-        raise ValueError(f"{path}: damaged or edited ({', '.join(faults)}); {remedy}")
+    if errors := field_rules.find_errors(values, kinds):
+        raise ValueError(f"{path}: damaged or edited ({', '.join(errors)}); {remedy}")
     return values
 
 

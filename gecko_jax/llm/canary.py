@@ -24,24 +24,24 @@ def check(model: protocol.LanguageModel, *, scores: bool, labels: bool) -> None:
     `scores` and `labels` say what the run scores. Raises a ValueError that lists what
     is wrong with the answers, and the remedy.
     """
-    faults = []
+    errors = []
     sampling = protocol.Sampling(0.0, 1.0, 8, ())
     (text,) = model.generate([_PROMPT + _FLUENT], [0], sampling)
     if isinstance(text, protocol.Failure):
-        faults.append(f"generate: {text.reason} ({text.detail})")
+        errors.append(f"generate: {text.reason} ({text.detail})")
     if scores:
-        faults += _score_faults(model)
+        errors += _find_score_errors(model)
     if labels:
-        faults += _label_faults(model)
-    if faults:
+        errors += _find_label_errors(model)
+    if errors:
         raise ValueError(
             f"{model.name}: the canary requests show that the server's answers cannot "
             "be trusted; see docs/fret.md for the settings of each server:\n  "
-            + "\n  ".join(faults)
+            + "\n  ".join(errors)
         )
 
 
-def _score_faults(model: protocol.LanguageModel) -> list[str]:
+def _find_score_errors(model: protocol.LanguageModel) -> list[str]:
     sentences = [_FLUENT, _SHUFFLED, _OTHER]
     answers = model.score([_PROMPT.rstrip()] * 3, [f" {text}" for text in sentences])
     scores = [answer for answer in answers if isinstance(answer, protocol.Score)]
@@ -50,22 +50,22 @@ def _score_faults(model: protocol.LanguageModel) -> list[str]:
         return [f"score: {failure.reason} ({failure.detail}); set llm.scoring"]
     fluent, shuffled, other = (score.log_prob for score in scores)
     # A token has at least one character and is rarely longer than a word.
-    faults = [
+    errors = [
         f"score: {score.num_tokens} tokens for {len(text.split())} words"
         for text, score in zip(sentences, scores, strict=True)
         if not len(text.split()) <= score.num_tokens <= len(text)
     ]
     if fluent in (other, 0.0):
-        faults.append(f"score: the same number {fluent} for two sentences")
+        errors.append(f"score: the same number {fluent} for two sentences")
     elif fluent <= shuffled:
-        faults.append(
+        errors.append(
             f"score: a fluent sentence has {fluent:.2f} nats, its words shuffled "
             f"{shuffled:.2f}"
         )
-    return faults
+    return errors
 
 
-def _label_faults(model: protocol.LanguageModel) -> list[str]:
+def _find_label_errors(model: protocol.LanguageModel) -> list[str]:
     (answer,) = model.label_log_probs([_QUESTION], _LABELS)
     if isinstance(answer, protocol.Failure):
         return [

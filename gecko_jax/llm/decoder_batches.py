@@ -84,8 +84,8 @@ def merge(requests: Sequence[Request]) -> tuple[list[Request], list[Answer]]:
         for member in members:
             _, rows, columns = answers[member]
             targets[rows, columns] = requests[member].targets
-        rest = reads[number][len(prompt) :]
-        merged.append(Request(prompt, rest, targets.tolist()))
+        suffix = reads[number][len(prompt) :]
+        merged.append(Request(prompt, suffix, targets.tolist()))
     width = max((len(request.targets[0]) for request in merged), default=0)
     for row in itertools.chain.from_iterable(request.targets for request in merged):
         row.extend([0] * (width - len(row)))
@@ -149,9 +149,9 @@ def split(
         rounded = [round_up(lengths[number]) for number in order]
         start = 0
         for num_rows in _cut(rounded, tokens_per_call, row_multiple, call_cost):
-            taken = order[start : start + num_rows]
-            yield Batch(taken, prefix, rounded[start], num_rows)
-            start += len(taken)
+            numbers = order[start : start + num_rows]
+            yield Batch(numbers, prefix, rounded[start], num_rows)
+            start += len(numbers)
 
 
 def _cut(
@@ -188,9 +188,9 @@ def rows(
     positions = np.full_like(tokens, transformer.PAD_POSITION)
     positions[:, 0] = len(batch.prefix)  # Padding rows need a token, too.
     for row, number in enumerate(batch.requests):
-        rest = requests[number].read[len(batch.prefix) :]
-        tokens[row, : len(rest)] = rest
-        positions[row, : len(rest)] = len(batch.prefix) + np.arange(len(rest))
+        suffix = requests[number].read[len(batch.prefix) :]
+        tokens[row, : len(suffix)] = suffix
+        positions[row, : len(suffix)] = len(batch.prefix) + np.arange(len(suffix))
     return tokens, positions
 
 

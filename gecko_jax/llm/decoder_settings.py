@@ -192,8 +192,8 @@ def _rope_factors(
     missing = [name for name in names if rope.get(name) is None]
     factor, original, low, high = (rope.get(name) or 0 for name in names)
     if missing or low >= high:
-        fault = f"no {', '.join(missing)}" if missing else f"{low} not below {high}"
-        raise ValueError(f"{place}: Llama 3's rotary scaling has {fault}; {REMEDY}")
+        problem = f"no {', '.join(missing)}" if missing else f"{low} not below {high}"
+        raise ValueError(f"{place}: Llama 3's rotary scaling has {problem}; {REMEDY}")
     factors = []
     for pair in range(head_dim // 2):
         turns = original * base ** (-2 * pair / head_dim) / (2 * math.pi)

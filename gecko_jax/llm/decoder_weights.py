@@ -89,7 +89,7 @@ def check(
     expected = {}
     for parameter, names in file_names(config, file_format).items():
         expected |= dict.fromkeys(names, _file_shape(config, parameter))
-    faults = {
+    problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys() - set(ignored)),
         "wrong shape": [
@@ -99,8 +99,8 @@ def check(
         ],
     }
     listed = "; ".join(
-        f"{fault}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
-        for fault, names in faults.items()
+        f"{problem}: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+        for problem, names in problems.items()
         if names
     )
     if listed:

@@ -24,7 +24,7 @@ _BISECTIONS = 32
 def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function of parameters, with options that suit their dtype."""
 
-    def compile_both(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_variants(function: Callable[..., Any]) -> Callable[..., Any]:
         exact = jax.jit(function, **settings)
 
         @functools.cache
@@ -39,7 +39,7 @@ def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         return call
 
-    return compile_both
+    return compile_variants
 
 
 @_jit(static_argnames="config")
@@ -199,8 +199,8 @@ def is_in_nucleus(
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) / 2
-        kept = jnp.where(log_probs >= middle, jnp.exp(log_probs), 0.0)
-        is_enough = jnp.sum(kept, axis=-1, keepdims=True) >= top_p
+        probs = jnp.where(log_probs >= middle, jnp.exp(log_probs), 0.0)
+        is_enough = jnp.sum(probs, axis=-1, keepdims=True) >= top_p
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
     high = jnp.max(log_probs, axis=-1, keepdims=True)

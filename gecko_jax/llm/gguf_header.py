@@ -71,10 +71,10 @@ class _Cursor:
             self._skip(8 * num_dimensions + 4 + 8)  # Sizes, type and offset.
 
     def _skip(self, size: int) -> None:
-        rest = len(self._data) - self._place
-        if size > rest:
+        num_left = len(self._data) - self._place
+        if size > num_left:
             raise ValueError(
-                f"it claims {size:,} bytes at byte {self._place:,} and has {rest:,}"
+                f"it claims {size:,} bytes at byte {self._place:,} and has {num_left:,}"
             )
         self._place += size
 

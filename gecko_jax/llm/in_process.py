@@ -92,11 +92,11 @@ class _Asker:
                 stopped = error
             if prices:
                 answers = answer([bodies[number] for number in block])
-                for number, one in zip(block, answers, strict=True):
+                for number, reply in zip(block, answers, strict=True):
                     if number in prices:
-                        used = one.usage.prompt_tokens, one.usage.completion_tokens
+                        used = reply.usage.prompt_tokens, reply.usage.completion_tokens
                         self._budget.settle(prices[number], *used)
-                        keep(number, one)
+                        keep(number, reply)
             if stopped is not None:
                 raise stopped
 
@@ -139,21 +139,21 @@ class _Asker:
         self, bodies: Sequence[dict[str, Any]]
     ) -> list[protocol.Score | protocol.LabelScores]:
         """Answers requests for scores and for labels, the latter all of one list."""
-        asked = [body for body in bodies if "labels" in body]
+        labelled = [body for body in bodies if "labels" in body]
         scored = [body for body in bodies if "labels" not in body]
         # A prompt ends in a colon, so a label begins with a space, as a query does.
-        labels = [f" {label}" for label in (asked[0]["labels"] if asked else ())]
+        labels = [f" {label}" for label in (labelled[0]["labels"] if labelled else ())]
         scores, label_scores = self._model.judge(
             [body["prompt"] for body in scored],
             [body["continuation"] for body in scored],
-            [body["prompt"] for body in asked],
+            [body["prompt"] for body in labelled],
             labels,
         )
-        of_scored, of_asked = iter(scores), iter(label_scores)
+        of_scored, of_labelled = iter(scores), iter(label_scores)
         answers: list[protocol.Score | protocol.LabelScores] = []
         for body in bodies:
             if "labels" in body:
-                values = next(of_asked)
+                values = next(of_labelled)
                 rounded = tuple(round(values[label], _DECIMALS) for label in labels)
                 usage = self._usage(body["prompt"], 1)
                 answers.append(protocol.LabelScores(rounded, usage))

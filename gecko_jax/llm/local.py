@@ -147,8 +147,8 @@ class LocalModel:
         A prompt with its continuation that begins a question is read once for both.
         """
         scored = self._score_requests(prompts, continuations)
-        asked, read_labels = self._label_requests(questions, labels)
-        answers = self._answer([*scored, *asked])
+        label_requests, read_labels = self._label_requests(questions, labels)
+        answers = self._answer([*scored, *label_requests])
         log_probs = [values[:, 0].tolist() for values in answers[: len(scored)]]
         return log_probs, read_labels(answers[len(scored) :])
 
@@ -179,10 +179,10 @@ class LocalModel:
         def read(scored: Sequence[np.ndarray]) -> list[dict[str, float]]:
             answers = []
             for start in range(0, len(scored), len(passes)):
-                one_prompt = scored[start : start + len(passes)]
-                values = one_prompt[0][0].tolist()
-                for n, one in zip(passes, one_prompt, strict=True):
-                    values[n] = math.fsum(one[:, n])
+                prompt_scores = scored[start : start + len(passes)]
+                values = prompt_scores[0][0].tolist()
+                for n, log_probs in zip(passes, prompt_scores, strict=True):
+                    values[n] = math.fsum(log_probs[:, n])
                 answers.append(dict(zip(labels, values, strict=True)))
             return answers
 

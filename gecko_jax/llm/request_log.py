@@ -246,8 +246,8 @@ class Budget:
         with self._lock:
             self._num_reserved -= 1
             # Rounding must not leave a remainder when nothing is reserved.
-            rest = max(self._reserved - reserved, 0.0)
-            self._reserved = rest if self._num_reserved else 0.0
+            remaining = max(self._reserved - reserved, 0.0)
+            self._reserved = remaining if self._num_reserved else 0.0
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
             self._lock.notify_all()

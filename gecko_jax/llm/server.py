@@ -115,7 +115,7 @@ class _Client:
         except wire.NoAnswer as error:
             if error.reason == "too_large":
                 return
-            raise self._gone(error.detail) from error
+            raise self._unreachable(error.detail) from error
         self._check_status("GET", path, reply)
         try:
             listed = [entry["id"] for entry in reading.parse_json(reply.body)["data"]]
@@ -284,7 +284,7 @@ class _Client:
                 if error.reason == "rejected":
                     break
         if failure.reason == "connection":
-            raise self._gone(failure.detail)
+            raise self._unreachable(failure.detail)
         raise failure
 
     def _send(self, path: str, content: bytes, text: str) -> dict[str, Any]:
@@ -324,7 +324,7 @@ class _Client:
                 f"llm.scoring={self._settings.scoring!r}"
             )
 
-    def _gone(self, detail: str) -> OSError:
+    def _unreachable(self, detail: str) -> OSError:
         return OSError(
             f"{self._settings.url}: no server answers ({detail}); start it, or set "
             "llm.url. All answers are kept, and the same command continues"

@@ -192,14 +192,14 @@ def align(
         return matches.pop()
     if len(tokens) < 3:
         raise NoAnswer("echo_ignored", f"{len(tokens)} tokens for the whole prompt")
-    fault = (
+    problem = (
         "leave several borders possible"
         if matches
         else "do not spell the prompt and the continuation with a border between them"
     )
     last = "".join(tokens[-8:])[-80:]
     raise NoAnswer(
-        "border", f"the echoed tokens {fault}; they end in {last!r}; use echo_tokens"
+        "border", f"the echoed tokens {problem}; they end in {last!r}; use echo_tokens"
     )
 
 

@@ -133,8 +133,8 @@ class EncoderConfig:
         # JSON and ml_collections pass lists, but the config must be hashable.
         for name in ("mlp_activations", "local_window"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if faults := find_faults(dataclasses.asdict(self)):
-            raise ValueError("; ".join(faults))
+        if errors := find_errors(dataclasses.asdict(self)):
+            raise ValueError("; ".join(errors))
 
     @property
     def switches(self) -> Family:
@@ -175,7 +175,7 @@ ROTARY_FIELDS = dict(tuple(_DEFAULTS.items())[tuple(_DEFAULTS).index("pooling") 
 _T5_FIELDS = ("shared_relative_bias", "relpos_num_buckets", "relpos_max_distance")
 
 
-def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def find_errors(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Returns a line for each field that contradicts another.
 
     Args:
@@ -183,10 +183,10 @@ def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
         prefix: Text before the names of the fields, such as "model.".
     """
     family, width = values["family"], values["embedding_dim"]
-    faults = []
+    errors = []
 
     def add(name: str, rule: str) -> None:
-        faults.append(f"{prefix}{name}={values[name]!r}: {rule}")
+        errors.append(f"{prefix}{name}={values[name]!r}: {rule}")
 
     if not values["projection"] and width != values["model_dim"]:
         add(
@@ -205,7 +205,7 @@ def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
                 f"{_DEFAULTS[name]!r}, or change {prefix}family",
             )
     if family == "t5":
-        return faults
+        return errors
     switches = FAMILIES[family]
     if values["attention"] == "cudnn":
         add("attention", f"family {family!r} has no cuDNN kernel here; set it to 'xla'")
@@ -238,4 +238,4 @@ def find_faults(values: Mapping[str, Any], prefix: str = "") -> list[str]:
             "needs a width above 0" if switches.per_layer else "has none; set it to 0"
         )
         add("per_layer_dim", f"family {family!r} {remedy}")
-    return faults
+    return errors

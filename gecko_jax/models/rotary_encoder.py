@@ -269,15 +269,15 @@ def declare(module: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Array]:
     # Linen names a parameter by its modules: each level of a path becomes a module.
     values, groups = {}, {}
     for path, spec in specs.items():
-        head, _, rest = path.partition("/")
-        if rest:
-            groups.setdefault(head, {})[rest] = spec
+        head, _, tail = path.partition("/")
+        if tail:
+            groups.setdefault(head, {})[tail] = spec
         else:
             init = nn.with_logical_partitioning(spec.init, spec.axes)
             values[path] = module.param(path, init, spec.shape, jnp.float32)
     for head, members in groups.items():
         inner = _Group(name=head, parent=module)(members)
-        values |= {f"{head}/{rest}": value for rest, value in inner.items()}
+        values |= {f"{head}/{tail}": value for tail, value in inner.items()}
     return values
 
 

@@ -101,11 +101,11 @@ def bfloat16_options() -> dict[str, str]:
         return product.sum(-1)
 
     try:
-        found = jax.jit(sums, compiler_options=options)(rows.astype(jnp.bfloat16))
+        row_sums = jax.jit(sums, compiler_options=options)(rows.astype(jnp.bfloat16))
     except jax.errors.JaxRuntimeError:
         return {}
     # Sums of whole numbers are exact.
-    return options if np.array_equal(found, rows.sum(-1) * 256) else {}
+    return options if np.array_equal(row_sums, rows.sum(-1) * 256) else {}
 
 
 def _is_flag_known() -> bool:

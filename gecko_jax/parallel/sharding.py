@@ -88,14 +88,14 @@ def _slice_of(device: Any) -> int:
     return 0 if device.platform == "cpu" else getattr(device, "slice_index", None) or 0
 
 
-def _fill_sizes(sizes: dict[str, int], number: int, what: str) -> tuple[int, ...]:
+def _fill_sizes(sizes: dict[str, int], number: int, unit: str) -> tuple[int, ...]:
     """Replaces a -1 and checks the product."""
     known = math.prod(size for size in sizes.values() if size != -1)
     filled = [number // known if size == -1 else size for size in sizes.values()]
     if list(sizes.values()).count(-1) > 1 or math.prod(filled) != number:
-        given = " ".join(f"{name}={size}" for name, size in sizes.items())
+        listed = " ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"mesh {given}: the product must be the number of {what}, {number}; set "
+            f"mesh {listed}: the product must be the number of {unit}, {number}; set "
             f"one of them to -1 and the others to divisors of {number}"
         )
     return tuple(filled)
@@ -201,17 +201,17 @@ def describe(shapes: Any, shardings: Any, count: int = 6) -> list[str]:
     rows = []
     for (name, leaf, sharding), copies in groups.items():
         total = copies * leaf.size * leaf.dtype.itemsize / 2**20
-        held = total * math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
+        per_chip = total * math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
         shape = "x".join(map(str, leaf.shape)) + (f" x{copies}" if copies > 1 else "")
         axes = ", ".join("+".join(axis_names(axes)) or "-" for axes in sharding.spec)
-        rows.append((total, held, f"{shape:>16}  ({axes})", name))
-    total, held = (sum(row[column] for row in rows) for column in (0, 1))
+        rows.append((total, per_chip, f"{shape:>16}  ({axes})", name))
+    total, per_chip = (sum(row[column] for row in rows) for column in (0, 1))
     rows = sorted(rows, reverse=True)[:count]
     width = max(len(row[3]) for row in rows)
     return [
-        f"{name:<{width}}  {layout}  {held:,.1f} of {total:,.1f} MiB per chip"
-        for total, held, layout, name in rows
-    ] + [f"all parameters: {held:,.1f} of {total:,.1f} MiB per chip"]
+        f"{name:<{width}}  {layout}  {per_chip:,.1f} of {total:,.1f} MiB per chip"
+        for total, per_chip, layout, name in rows
+    ] + [f"all parameters: {per_chip:,.1f} of {total:,.1f} MiB per chip"]
 
 
 def batch_specs(batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:

@@ -92,7 +92,7 @@ class Contamination:
                 continue
             number = len(self._texts)
             self._texts.append((self._sets.index(name), side, identity))
-            self._added.setdefault(_WHOLE, []).append((_whole(words), number))
+            self._added.setdefault(_WHOLE, []).append((_hash_whole(words), number))
             runs = _Runs(words)
             if runs.length >= LEAST_WORDS * word_rule.UNITS_PER_WORD:
                 length = min(runs.length, COMMON_WORDS * word_rule.UNITS_PER_WORD)
@@ -120,7 +120,7 @@ class Contamination:
             return
         runs = _Runs(words)
         for length in (_WHOLE, *sorted(self._tables.keys() - {_WHOLE}, reverse=True)):
-            hashes = runs.hashes(length) if length else _whole(words)
+            hashes = runs.hashes(length) if length else _hash_whole(words)
             known, numbers = self._tables[length]
             places = np.searchsorted(known, hashes)
             inside = np.minimum(places, len(known) - 1)
@@ -160,7 +160,7 @@ def _hash(content: str) -> int:
 _hash_word = functools.lru_cache(maxsize=1 << 20)(_hash)
 
 
-def _whole(words: Sequence[str]) -> UInt64[np.ndarray, " 1"]:
+def _hash_whole(words: Sequence[str]) -> UInt64[np.ndarray, " 1"]:
     return np.array([_hash(" ".join(words))], np.uint64)
 
 

@@ -295,8 +295,8 @@ def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
     # Up to `ratio` microbatches of the shorter side have the tokens of one microbatch
     # of the longer side; merge as many as divide evenly.
     size = min(microbatch_size or num_rows, num_rows)
-    parts, rest = divmod(num_rows, size)
-    assert not rest, f"{num_rows} rows in microbatches of {size}"
+    parts, remainder = divmod(num_rows, size)
+    assert not remainder, f"{num_rows} rows in microbatches of {size}"
     return size * next(n for n in range(min(ratio, parts), 0, -1) if parts % n == 0)
 
 

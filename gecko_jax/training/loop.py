@@ -247,7 +247,7 @@ def _batch_bytes(config: ml_collections.ConfigDict) -> int:
     return 2 * 4 * tokens  # ids and segments
 
 
-def _check_memory(what: str, num_bytes: int) -> None:
+def _check_memory(subject: str, num_bytes: int) -> None:
     """Refuses what does not fit the memory of a CPU host.
 
     Linux overcommits memory and kills a process that uses too much; an accelerator
@@ -256,7 +256,7 @@ def _check_memory(what: str, num_bytes: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if jax.default_backend() == "cpu" and num_bytes > memory * jax.process_count():
         raise ValueError(
-            f"{what}: {num_bytes / 2**30:,.1f} GiB do not fit this machine's "
+            f"{subject}: {num_bytes / 2**30:,.1f} GiB do not fit this machine's "
             f"{memory / 2**30:,.1f} GiB of memory; choose a smaller model or batch"
         )
 
