@@ -23,7 +23,8 @@ and AMX; without these, the teacher alone takes about two hours of two cores.
 `--output` gets the teacher's vectors (teacher/), the table after each of the last two
 steps (solved.safetensors, table.safetensors) and facts about the run (run.json). A
 second run continues where the first stopped: it reuses the vectors and every table that
-is there. After `--teacher-seconds` the next step starts with the vectors that there are. `distilled.py` turns the table into a model.
+is there. After `--teacher-seconds` the next step starts with the vectors that there
+are. `distilled.py` turns the table into a model.
 """
 
 from __future__ import annotations
