@@ -16,9 +16,9 @@ tokens. The steps:
               weight, and the directions that all queries share become shorter
 
 `--text` is the output of `text.py`. The teacher is a folder with config.json,
-tokenizer.json and model.safetensors of a BERT encoder with mean pooling. For the 673,701
-texts of the bundled model, the steps took half an hour in all on one core, with PyTorch
-and AMX; without these, the teacher alone takes about two hours of two cores.
+tokenizer.json and model.safetensors of a BERT encoder with mean pooling. For the
+673,701 texts of the bundled model, the steps took half an hour in all on one core, with
+PyTorch and AMX; without these, the teacher alone takes two hours of two cores.
 
 `--output` gets the teacher's vectors (teacher/), the table after each of the last two
 steps (solved.safetensors, table.safetensors) and facts about the run (run.json). A
