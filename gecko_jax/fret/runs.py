@@ -170,16 +170,23 @@ def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
 
 
 def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
-    """Returns the pass over all passages that are not held out, or over the lines."""
+    """Returns the pass over the seed passages, or over the lines.
+
+    Seeds are the passages that are not held out, up to `generate.limit`.
+    """
     if source.pair_files:
         lines, facts = _lines(source)
         return pipeline.Pipeline(source, _shards(source.config, lines), "", facts)
     excluded = set(held_out(source.config, len(source.store)))
+    facts = {"held_out": len(excluded)}
+    seeds = [n for n in range(len(source.store)) if n not in excluded]
+    if limit := source.config.generate.limit:
+        seeds = seeds[:limit]
+        facts["limit"] = limit
+    chosen = set(seeds)
     all_shards = _shards(source.config, range(len(source.store)))
-    shards = [
-        [number for number in shard if number not in excluded] for shard in all_shards
-    ]
-    return pipeline.Pipeline(source, shards, "", {"held_out": len(excluded)})
+    shards = [[number for number in shard if number in chosen] for shard in all_shards]
+    return pipeline.Pipeline(source, shards, "", facts)
 
 
 def calibration_pipeline(source: pipeline.Source) -> pipeline.Pipeline:

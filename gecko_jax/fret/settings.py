@@ -107,6 +107,9 @@ KEYS: dict[str, rules.Key] = {
     "generate.prompt": Key(
         "generate", NAME, "Prompt; `generate_for_task` draws the task."
     ),
+    "generate.limit": Key(
+        0, COUNT, "Seed passages, the first ones; 0 for all. The rest are candidates."
+    ),
     "generate.shots": Key(5, COUNT, "Few-shot examples per row; 0 for all."),
     "generate.temperature": Key(0.7, NOT_NEGATIVE, "Sampling temperature."),
     "generate.top_p": Key(
@@ -240,6 +243,11 @@ def _find_errors_between_keys(flat: dict[str, Any]) -> Iterator[str]:
         )
     if not flat["passages.files"] and not flat["relabel.files"]:
         yield "passages.files=(): must name a file or more"
+    if flat["generate.limit"] and flat["relabel.files"]:
+        yield (
+            f"generate.limit={flat['generate.limit']}: no query is generated for lines "
+            "that are relabelled; set relabel.limit, and this to 0"
+        )
     for name in ("retrieve.min_seed_cosine", "fuse.max_negative_share"):
         off = KEYS[name].default
         if flat[name] != off and not flat["retrieve.model"]:

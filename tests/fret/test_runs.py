@@ -394,6 +394,29 @@ def test_a_recording_stands_for_the_server(corpus, tmp_path, fresh):
 
 
 @of_a_corpus
+def test_the_first_passages_are_seeds_and_all_are_candidates(corpus, tmp_path, fresh):
+    no_server = ("http://127.0.0.1:9", f"llm.recording={tmp_path / 'fresh'}")
+    config = fret_runs.load(corpus, *no_server, "generate.limit=6")
+    summary = runs.run(config, tmp_path / "few")
+    lines = summary.output.read_text().splitlines()
+    all_lines = fresh["export/fret.jsonl"].decode().splitlines()
+    assert lines == all_lines[:6]
+    candidates = set()
+    for name in fret_runs.contents(tmp_path / "few"):
+        if name.startswith("retrieve/shard-"):
+            rows = (tmp_path / "few" / name).read_text().splitlines()
+            candidates |= {c for row in rows for c in json.loads(row)["candidates"]}
+    assert max(candidates) > max(json.loads(line)["seed"] for line in lines)
+    with pytest.raises(ValueError, match="limit: was 6, is 7"):
+        other = fret_runs.load(corpus, *no_server, "generate.limit=7")
+        runs.run(other, tmp_path / "few")
+    with pytest.raises(ValueError, match=r"generate\.limit=6: no query is generated"):
+        lines = f"relabel.files={corpus}"
+        other = fret_runs.load(corpus, *no_server, "generate.limit=6", lines)
+        runs.run(other, tmp_path / "lines")
+
+
+@of_a_corpus
 def test_a_run_leaves_no_connection_open(corpus, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
