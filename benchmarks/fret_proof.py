@@ -182,8 +182,9 @@ def make_triples(
         for name in ("seed, none", "relabelled, none")
     ]
     moved = sum(a != b for a, b in zip(*positives, strict=True))
+    line = json.loads(next(iter(found["seed, none"].values())))
     return {
-        "generator": config.llm.weights or config.llm.model or config.llm.recording,
+        "generator": line.get("judge") or line["generator"],
         "relabelled": bool(config.relabel.files),
         "passages": summary.stages["passages"]["kept"],
         "queries": num_pairs,
@@ -192,7 +193,8 @@ def make_triples(
         "candidates": config.retrieve.num_candidates,
         "retriever": config.retrieve.model or "BM25",
         "weights": [config.fuse.likelihood_weight, config.fuse.relevance_weight],
-        "seconds": measured.spent(workdir),
+        # A recording tells nothing about the time that a model needs.
+        "seconds": None if config.llm.recording else measured.spent(workdir),
     }
 
 

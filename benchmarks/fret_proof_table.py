@@ -42,6 +42,9 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
     if not (folder / "run.json").exists():
         raise SystemExit(f"{folder}: no run yet; run the command without --table")
     run = json.loads((folder / "run.json").read_text())
+    speed = ""
+    if run["seconds"] is not None:
+        speed = f"{run['seconds'] / run['passages']:.1f} s a passage, "
     lines = [
         "",
         f"{run['passages']:,} passages{'' if run['relabelled'] else ' gave'} "
@@ -50,8 +53,8 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
         f"{run['generator']}, candidates by "
         f"{run['retriever']} ({run['candidates']}), weights of QL and RC "
         f"{run['weights'][0]:g} and {run['weights'][1]:g}; the positive moved in "
-        f"{run['moved']:.1%}. {run['seconds'] / run['passages']:.1f} s a passage, "
-        f"{run['machine']}, {run['date']}, commit {run['commit']}.",
+        f"{run['moved']:.1%}. {speed}{run['machine']}, {run['date']}, "
+        f"commit {run['commit']}.",
         "",
     ]
     for path in sorted(folder.glob("judges-*.json")):
