@@ -57,12 +57,18 @@ _CLASSIFICATION = (
     "civil_comments_toxicity",
 )
 _ACADEMIC = ("natural_questions", "hotpotqa", "fever", "medmcqa", "snli", "mnli")
-_MIRACL = tuple(t.name for t in task_table.TASKS if t.name.startswith("miracl_"))
+
+
+def _starting_with(prefix: str) -> tuple[str, ...]:
+    names = (task.name for task in task_table.TASKS)
+    return tuple(name for name in names if name.startswith(prefix))
+
 
 MIXTURES: Mapping[str, Mixture] = {
     "quickstart": Mixture(
         ("quickstart_docs", "quickstart_wordnet", "quickstart_code", "quickstart_term")
     ),
+    "quickstart_fret": Mixture(_starting_with("quickstart_fret_")),
     "gecko_prefinetune": Mixture(
         (
             "gooaq",
@@ -80,7 +86,9 @@ MIXTURES: Mapping[str, Mixture] = {
         ("fret", *_ACADEMIC, *_CLASSIFICATION), cap=1_000_000, temperature=2.0
     ),
     "gecko_multilingual": Mixture(
-        ("fret", *_ACADEMIC, *_CLASSIFICATION, *_MIRACL), cap=1_000_000, temperature=2.0
+        ("fret", *_ACADEMIC, *_CLASSIFICATION, *_starting_with("miracl_")),
+        cap=1_000_000,
+        temperature=2.0,
     ),
 }
 

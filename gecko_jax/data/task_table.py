@@ -115,6 +115,14 @@ _QUICKSTART: Mapping[str, Any] = {
     "files": (str(QUICKSTART / "train.jsonl"),),
     "validation_files": (str(QUICKSTART / "validation.jsonl.gz"),),
 }
+# Task that Qwen wrote queries for -> number of triples in quickstart/fret.
+_QUICKSTART_FRET = {
+    "question answering": 150,
+    "technical documentation": 118,
+    "dictionary definition": 85,
+    "search result": 129,
+    "technical support": 133,
+}
 _STACKEXCHANGE: Mapping[str, Any] = {
     "source": "jsonl",
     "licence": "CC-BY-SA-4.0",
@@ -165,6 +173,18 @@ TASKS: tuple[Task, ...] = (
         licence="public domain",
         num_examples=508,
         **_QUICKSTART,
+    ),
+    # FRet about the bundled passages: queries by a language model, judged by it.
+    *(
+        Task(
+            f"quickstart_fret_{description.replace(' ', '_')}",
+            description,
+            files=(str(QUICKSTART / "fret" / "fret.jsonl.gz"),),
+            source_task=description,
+            licence="Apache-2.0 for queries; each line names those of its passages",
+            num_examples=number,
+        )
+        for description, number in _QUICKSTART_FRET.items()
     ),
     # Pre-finetuning: community questions and answers, titles and bodies (section 3.3).
     Task(
