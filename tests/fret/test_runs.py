@@ -407,13 +407,12 @@ def test_the_first_passages_are_seeds_and_all_are_candidates(corpus, tmp_path, f
             rows = (tmp_path / "few" / name).read_text().splitlines()
             candidates |= {c for row in rows for c in json.loads(row)["candidates"]}
     assert max(candidates) > max(json.loads(line)["seed"] for line in lines)
+    config.generate.limit = 7
     with pytest.raises(ValueError, match="limit: was 6, is 7"):
-        other = fret_runs.load(corpus, *no_server, "generate.limit=7")
-        runs.run(other, tmp_path / "few")
-    with pytest.raises(ValueError, match=r"generate\.limit=6: no query is generated"):
-        lines = f"relabel.files={corpus}"
-        other = fret_runs.load(corpus, *no_server, "generate.limit=6", lines)
-        runs.run(other, tmp_path / "lines")
+        runs.run(config, tmp_path / "few")
+    config.relabel.files = (str(corpus),)
+    with pytest.raises(ValueError, match=r"generate\.limit=7: no query is generated"):
+        runs.run(config, tmp_path / "lines")
 
 
 @of_a_corpus
