@@ -88,7 +88,7 @@ JUDGED :=
 DISTIL :=
 
 .PHONY: pretrained
-pretrained: $(VENV)/.test ## make the bundled model again: one or two hours
+pretrained: $(VENV)/.test ## make the bundled model again: up to two hours
 	@test -n "$(TEACHER)" -a -n "$(T5_VOCABULARY)" || { \
 		echo "name the teacher and the vocabulary: make pretrained TEACHER=DIR" \
 		"T5_VOCABULARY=FILE" >&2; exit 1; }
