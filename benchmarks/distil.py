@@ -111,12 +111,12 @@ def run(options: argparse.Namespace) -> None:
     until = begun + options.teacher_seconds
     distil_teacher.teach(options.teacher, pieces, store, math.inf)
     distil_teacher.teach(options.teacher, texts, store, until)
-    found, vectors = store.find(texts)
-    say(f"the teacher's vectors of {len(found):,} texts")
+    positions, vectors = store.find(texts)
+    say(f"the teacher's vectors of {len(positions):,} texts")
     projection = principal(vectors, DIM)
     targets = project(vectors, projection)
     del vectors
-    tokens = distil_texts.tokenize(vocabulary, [texts[i] for i in found])
+    tokens = distil_texts.tokenize(vocabulary, [texts[i] for i in positions])
     first = options.output / "solved.safetensors"
     if not first.exists():
         table = distil_solve.solve(
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
     turn = distil_solve.turn(table, targets, *side_tokens)
     others = {
         place: other
-        for place, text in enumerate(texts[i] for i in found)
+        for place, text in enumerate(texts[i] for i in positions)
         if (other := distil_texts.other_form(text)) != text
     }
     tokens += distil_texts.tokenize(vocabulary, [*others.values()])
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
         options,
         tokens,
         targets,
-        np.array([*range(len(found)), *others]),
+        np.array([*range(len(positions)), *others]),
         side_tokens,
         np.stack([np.unique(side, return_inverse=True)[1] for side in sides], axis=1),
         turn,
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
         "method": "distillation of a sentence encoder into a table of token vectors",
         "teacher": options.teacher.resolve().name,
         "rows": len(rows),
-        "texts": len(found),
+        "texts": len(positions),
         "other_forms": len(others),
         "pairs": len(pairs),
         "solve": {

@@ -78,9 +78,11 @@ class Store:
     def vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "N T"]:
         """Returns the vectors of texts that all have one; texts may be equal."""
         distinct = list(dict.fromkeys(texts))
-        found, vectors = self.find(distinct)
-        if len(found) != len(distinct):
-            raise ValueError(f"{self.folder}: {len(distinct) - len(found)} are missing")
+        positions, vectors = self.find(distinct)
+        if len(positions) != len(distinct):
+            raise ValueError(
+                f"{self.folder}: {len(distinct) - len(positions)} are missing"
+            )
         index = {text: place for place, text in enumerate(distinct)}
         return vectors[[index[text] for text in texts]]
 
@@ -113,15 +115,15 @@ def teach(
 
     known = store.digests()
     keys = digests(texts).tolist()
-    wanted = dict(zip(keys, texts, strict=True))
-    texts = [text for key, text in wanted.items() if key not in known]
+    distinct = dict(zip(keys, texts, strict=True))
+    texts = [text for key, text in distinct.items() if key not in known]
     if not texts or time.monotonic() > until:
         return
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
     encode, size = encoder(folder)
-    begun = said = time.monotonic()
+    begun = reported = time.monotonic()
     done = 0
     for place in range(0, len(texts), BLOCK):
         if time.monotonic() > until:
@@ -131,9 +133,10 @@ def teach(
         vectors = embed(encode, rows, size)
         store.add(block, vectors)
         done += len(block)
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            say(f"teacher {done:,} of {len(texts):,}, {done / (said - begun):,.0f}/s")
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            rate = done / (reported - begun)
+            say(f"teacher {done:,} of {len(texts):,}, {rate:,.0f}/s")
 
 
 def embed(
@@ -148,9 +151,9 @@ def embed(
         step = max(1, size // length)
         for place in range(0, len(indices), step):
             part = indices[place : place + step]
-            found = encode(np.array([rows[i] for i in part], np.int64))
-            found /= np.linalg.norm(found, axis=1, keepdims=True)
-            for i, vector in zip(part, found.astype(np.float16), strict=True):
+            batch_vectors = encode(np.array([rows[i] for i in part], np.int64))
+            batch_vectors /= np.linalg.norm(batch_vectors, axis=1, keepdims=True)
+            for i, vector in zip(part, batch_vectors.astype(np.float16), strict=True):
                 vectors[i] = vector
     return np.stack(vectors)
 
@@ -283,5 +286,5 @@ def int8_graph(folder: pathlib.Path) -> bytes:
         constants,
     )
     operators = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    made = helper.make_model(graph, opset_imports=operators, ir_version=9)
-    return made.SerializeToString()
+    model = helper.make_model(graph, opset_imports=operators, ir_version=9)
+    return model.SerializeToString()

@@ -129,7 +129,7 @@ def distil_loss(
     whole = unit(teacher)
     # Leave out the similarity of a text with itself: it is always 1.
     own = jnp.eye(len(student), dtype=bool)
-    wanted = masked_softmax(whole @ whole.T / recipe.relate_temperature, own)
+    targets = masked_softmax(whole @ whole.T / recipe.relate_temperature, own)
     for dim, share in zip(DIMS, recipe.shares, strict=True):
         s, t = unit(student[:, :dim]), unit(turned[:, :dim])
         if recipe.match:
@@ -140,7 +140,7 @@ def distil_loss(
             total += share * recipe.contrast * jnp.mean(terms)
         if recipe.relate:
             logits = masked_softmax(s @ s.T / recipe.relate_temperature, own)
-            terms = jnp.where(own, 0.0, jnp.exp(wanted) * (wanted - logits))
+            terms = jnp.where(own, 0.0, jnp.exp(targets) * (targets - logits))
             total += share * recipe.relate * jnp.mean(jnp.sum(terms, axis=1))
     return total
 
@@ -230,7 +230,7 @@ class Trainer:
         Returns:
             The table, with each row times its weight, and facts about the training.
         """
-        begun = said = time.monotonic()
+        begun = reported = time.monotonic()
         scale = 1 / np.mean(np.linalg.norm(table, axis=1))
         table = np.pad(table * scale, ((0, 0), (0, 1))).astype(np.float32)
         state = {
@@ -244,9 +244,9 @@ class Trainer:
         )
         first, losses = 0, []
         if stored.exists():
-            with np.load(stored) as held:
-                state = {name: jnp.asarray(held[name]) for name in state}
-                first = int(held["step"])
+            with np.load(stored) as saved:
+                state = {name: jnp.asarray(saved[name]) for name in state}
+                first = int(saved["step"])
         for step in range(first, recipe.steps):
             if step % STORED == 0 and step > first:
                 with writing.write_file(stored) as path, path.open("wb") as out:
@@ -259,8 +259,8 @@ class Trainer:
                 state, jnp.float32(rate), self.batch(random, recipe, len(table))
             )
             losses.append(loss)
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
+            if time.monotonic() - reported > 10:
+                reported = time.monotonic()
                 mean = np.mean(jax.device_get(losses[-50:]))
                 distil_texts.say(f"step {step + 1:,} loss {mean:.4f} rate {rate:.2f}")
         loss = float(np.mean(jax.device_get(losses[-50:])))
@@ -285,13 +285,13 @@ class Trainer:
         chosen = np.searchsorted(self.shares, random.random(size))
         chosen = np.minimum(chosen, len(self.shares) - 1)
         groups = [(self.texts, chosen)]
-        found: dict[str, Any] = {
+        batch: dict[str, Any] = {
             "targets": self.targets[self.target_of[chosen]].astype(np.float32)
         }
         if recipe.pairs:
             pairs = random.integers(0, len(self.ids), self.options.pair_batch)
             groups += [(side, pairs) for side in self.pairs]
-            found["ids"] = self.ids[pairs]
+            batch["ids"] = self.ids[pairs]
         tokens, texts, before = [], [], 0
         for source, chosen in groups:
             ids, places = source.of(chosen)
@@ -301,13 +301,13 @@ class Trainer:
         # All batches have the same shape: a few tokens too many are left out.
         most = round(ROOM * self.mean(recipe))
         tokens = pad(np.concatenate(tokens), most, 0)
-        found["texts"] = pad(np.concatenate(texts), most, before)
+        batch["texts"] = pad(np.concatenate(texts), most, before)
         # Rows of the tokens of this batch. The other rows do not change, which saves
         # most of the time of an update.
         rows, places = np.unique(tokens, return_inverse=True)
-        found["rows"] = pad(rows, min(-(-len(rows) // 4_096) * 4_096, count), count)
-        found["places"] = places.astype(np.int32)
-        return found
+        batch["rows"] = pad(rows, min(-(-len(rows) // 4_096) * 4_096, count), count)
+        batch["places"] = places.astype(np.int32)
+        return batch
 
     def mean(self, recipe: Recipe) -> float:
         """Returns the mean number of tokens of a batch."""

@@ -160,7 +160,7 @@ def make_triples(
         summary = runs.run(config, workdir)
     pairs, num_pairs = bootstrapping.write_pairs(config, workdir)
     shutil.copy(pairs, triples_path(START, options))
-    found: dict[str, dict[tuple[str, str], str]] = {}
+    lines_of: dict[str, dict[tuple[str, str], str]] = {}
     for name, choice in ROWS.items():
         # Only the choice among the judged candidates differs: no new LLM requests.
         again = options.output / "chosen" / name.replace(", ", "-")
@@ -171,18 +171,18 @@ def make_triples(
         chosen.update_from_flattened_dict(choice)
         output = runs.run(chosen, again).output
         assert output is not None
-        found[name] = by_query(output)
+        lines_of[name] = by_query(output)
     # A row may drop a query whose positive is uninformative: drop it from all rows.
-    common = set.intersection(*(set(lines) for lines in found.values()))
-    for name, lines in found.items():
+    common = set.intersection(*(set(lines) for lines in lines_of.values()))
+    for name, lines in lines_of.items():
         with writing.write_file(triples_path(name, options)) as temporary:
             temporary.write_text("".join(lines[query] for query in sorted(common)))
     positives = [
-        [json.loads(found[name][query])["positive"] for query in sorted(common)]
+        [json.loads(lines_of[name][query])["positive"] for query in sorted(common)]
         for name in ("seed, none", "relabelled, none")
     ]
     moved = sum(a != b for a, b in zip(*positives, strict=True))
-    line = json.loads(next(iter(found["seed, none"].values())))
+    line = json.loads(next(iter(lines_of["seed, none"].values())))
     return {
         "generator": line.get("judge") or line["generator"],
         "relabelled": bool(config.relabel.files),
@@ -203,8 +203,8 @@ def by_query(path: pathlib.Path) -> dict[tuple[str, str], str]:
     lines = path.read_text().splitlines(keepends=True)
     queries = [(record["task"], record["query"]) for record in map(json.loads, lines)]
     counts = Counter(queries)
-    found = zip(queries, lines, strict=True)
-    return {query: line for query, line in found if counts[query] == 1}
+    pairs = zip(queries, lines, strict=True)
+    return {query: line for query, line in pairs if counts[query] == 1}
 
 
 def triples_path(name: str, options: argparse.Namespace) -> pathlib.Path:
@@ -224,7 +224,7 @@ def judge(
     """
     from gecko_jax.fret import measure
 
-    found = measure.calibrate(config, options.output / "fret")
+    calibration = measure.calibrate(config, options.output / "fret")
     reranked = {}
     budget = runs.open_budget(config)
     with runs.prepare(
@@ -234,7 +234,7 @@ def judge(
             few = one.limit(options.judged, 0)
             log = options.output / "judged" / task
             reranked[task] = rerank(source, few, task, log)
-    return {"seeds": dataclasses.asdict(found), "queries": reranked}
+    return {"seeds": dataclasses.asdict(calibration), "queries": reranked}
 
 
 def retrieval_sets(options: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -275,8 +275,8 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
         retriever = ranking.Bm25Retriever(passages)
     tasks = quality_scores.tasks_of(one, task)
     rows = [
-        {"id": number, "candidates": found}
-        for number, (found, _) in enumerate(
+        {"id": number, "candidates": candidates}
+        for number, (candidates, _) in enumerate(
             retriever.search(one.queries, tasks, config.retrieve.num_candidates)
         )
     ]
@@ -305,7 +305,7 @@ def rerank(source: Any, one: Any, task: str, log: pathlib.Path) -> dict[str, Any
     scores: dict[str, list[float]] = {}
     own = judgements.find_own(one)
     for row in rows:
-        if not all(row["id"] in found for found in judged.values()):
+        if not all(row["id"] in answers for answers in judged.values()):
             continue
         ranks = {
             "QL": fusion.ranks(judged["QL"][row["id"]]["log_probs"]),
@@ -347,12 +347,12 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         seconds = measured.spent(folder)
     model = embedding.load(str(folder))
 
-    def rank(found: Any, task: str) -> dict[str, Any]:
+    def rank(dataset: Any, task: str) -> dict[str, Any]:
         queries = model.encode_queries(
-            found.queries, task=quality_scores.tasks_of(found, task)
+            dataset.queries, task=quality_scores.tasks_of(dataset, task)
         )
-        corpus = model.encode_passages(found.texts, found.titles)
-        return quality_scores.by_dim(found, queries, corpus, model.files.mrl_dims)
+        corpus = model.encode_passages(dataset.texts, dataset.titles)
+        return quality_scores.by_dim(dataset, queries, corpus, model.files.mrl_dims)
 
     data = quality_data.find(options.data, split="test")
     return {

@@ -78,8 +78,8 @@ def render(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def _judges(found: Mapping[str, Any]) -> list[str]:
-    seeds, queries = found["seeds"], found["queries"]
+def _judges(judges: Mapping[str, Any]) -> list[str]:
+    seeds, queries = judges["seeds"], judges["queries"]
     head = [f"MRR of the seed ({seeds['seeds']} held out)"]
     head += [
         f"nDCG@10, {len(one['ndcg']['retrieval'])} queries of `{task}`"

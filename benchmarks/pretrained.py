@@ -65,10 +65,10 @@ def write_card(options: argparse.Namespace) -> None:
 
     opened = model_folder.open_model(options.model)
     results = evaluation.read(options.results).check_model(opened)
-    made = opened.provenance
-    refuse_paths(made)
+    provenance = opened.provenance
+    refuse_paths(provenance)
     chosen = json.loads((options.text / "text.json").read_text())
-    held = [path for path in options.model.iterdir() if path.name != "README.md"]
+    paths = [path for path in options.model.iterdir() if path.name != "README.md"]
     left_out: dict[str, int] = collections.Counter()
     for row in chosen["left_out"]:
         left_out[row["reason"]] += row["rows"]
@@ -77,7 +77,7 @@ def write_card(options: argparse.Namespace) -> None:
         name=options.output.name,
         vocabulary=opened.encoder_config.vocab_size,
         dims=", ".join(map(str, sorted(opened.mrl_dims))),
-        size=sum(path.stat().st_size for path in held) / 1e6,
+        size=sum(path.stat().st_size for path in paths) / 1e6,
         revision=opened.revision,
         query_length=opened.query_length,
         passage_length=opened.passage_length,
@@ -87,13 +87,13 @@ def write_card(options: argparse.Namespace) -> None:
         searches=table(["question", "first passage", "right"], searches),
         command=make_command(chosen["clear_of"]),
         commit=measured.commit(),
-        texts=made["texts"],
-        rows=made["rows"],
-        steps=made["train"]["steps"],
-        batch=made["train"]["batch"],
-        pair_batch=made["train"]["pair_batch"],
+        texts=provenance["texts"],
+        rows=provenance["rows"],
+        steps=provenance["train"]["steps"],
+        batch=provenance["train"]["batch"],
+        pair_batch=provenance["train"]["pair_batch"],
         versions=", ".join(
-            f"{name} {version}" for name, version in made["versions"].items()
+            f"{name} {version}" for name, version in provenance["versions"].items()
         ),
         kept=table(
             ["source", "licence", "rows", "pairs"],
@@ -103,7 +103,7 @@ def write_card(options: argparse.Namespace) -> None:
         clear_of=", ".join(f"`{name}`" for name in chosen["clear_of"]),
     )
     with writing.write_folder(options.output) as folder:
-        for path in held:
+        for path in paths:
             shutil.copyfile(path, folder / path.name)
         (folder / "README.md").write_text(card)
     size = sum(path.stat().st_size for path in options.output.iterdir())
@@ -134,16 +134,16 @@ def search(folder: pathlib.Path) -> tuple[int, list[list[str]]]:
     from gecko_jax.evaluation import sets
     from gecko_jax.inference import embedding
 
-    (found,) = sets.load(quality_data.QUICKSTART)
-    assert isinstance(found, sets.RetrievalSet)
+    (dataset,) = sets.load(quality_data.QUICKSTART)
+    assert isinstance(dataset, sets.RetrievalSet)
     model = embedding.load(folder)
     queries = model.encode_queries(list(SEARCHES))
-    passages = model.encode_passages(found.texts, titles=found.titles)
+    passages = model.encode_passages(dataset.texts, titles=dataset.titles)
     lines = []
     for row, (query, answers) in enumerate(SEARCHES.items()):
         best = int((passages @ queries[row]).argmax())
-        text = f"{found.titles[best]} {found.texts[best]}"
-        right = "yes" if found.passage_ids[best] in answers else "no"
+        text = f"{dataset.titles[best]} {dataset.texts[best]}"
+        right = "yes" if dataset.passage_ids[best] in answers else "no"
         shown = " ".join(text.split())[:SHOWN].replace("|", "\\|")
         lines.append([query, shown, right])
     return len(passages), sorted(lines, key=lambda line: line[-1], reverse=True)
@@ -167,8 +167,8 @@ def scores_table(results: tables.Results, dims: Sequence[int]) -> str:
             scores.setdefault(row.set, {})[column] = next(iter(row.metrics.values()))
     columns = [*map(str, dims), *systems.values()]
     lines = [
-        [name, *(f"{found[c]:.3f}" if c in found else "" for c in columns)]
-        for name, found in scores.items()
+        [name, *(f"{values[c]:.3f}" if c in values else "" for c in columns)]
+        for name, values in scores.items()
     ]
     return table(["set", *(f"{dim} dims" for dim in dims), *systems.values()], lines)
 
