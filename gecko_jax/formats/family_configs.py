@@ -92,6 +92,7 @@ _SETTINGS = {
     "attn_logit_softcapping": field_rules.Kind("null", lambda v: v is None, True),
     # Mixtures of experts have model types of their own; forks may not.
     **dict.fromkeys(("num_experts", "num_local_experts"), _only(0)),
+    "partial_rotary_factor": _only(1.0, 1),
     "layer_types": field_rules.optional(
         field_rules.list_of(field_rules.one_of(_LOCAL, _GLOBAL))
     ),
@@ -133,6 +134,7 @@ _OWN_SETTINGS = {
 _ROPE = {
     **dict.fromkeys(("rope_type", "type"), _only("default", "linear")),
     **dict.fromkeys(("rope_theta", "factor"), _BASE),
+    "partial_rotary_factor": _only(1.0, 1),
     "original_max_position_embeddings": _BASE,  # Of other kinds of scaling.
 }
 _LOCAL_ROPE = _ROPE | dict.fromkeys(("rope_type", "type"), _only("default"))
@@ -194,6 +196,11 @@ def _read_rope(text: Mapping[str, Any], family: str, source: str) -> dict[str, f
     if {_GLOBAL, _LOCAL} & global_rope.keys():
         local_rope = global_rope.get(_LOCAL) or {}
         global_rope = global_rope.get(_GLOBAL) or {}
+    elif global_rope and family != "qwen3":
+        raise ValueError(
+            f"{source}: rope_parameters has no {_GLOBAL} and no {_LOCAL}, and models "
+            f"of the family {family!r} have one entry for each; {_REMEDY}"
+        )
     scaling = text.get("rope_scaling") or {}
     place = f"{source}, rotary positions"
     for rope, kinds in (

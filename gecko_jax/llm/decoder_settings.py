@@ -23,7 +23,9 @@ _ABOVE_ZERO = field_rules.number(above=0)
 _maybe = field_rules.optional
 _NUMBER = _maybe(field_rules.number())
 _NAME, _FLAG = _maybe(field_rules.NAME), _maybe(field_rules.FLAG)
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _ROPE = {
+    "partial_rotary_factor": field_rules.only(1.0, 1),
     **dict.fromkeys(("rope_type", "type"), _NAME),
     **dict.fromkeys(
         ("rope_theta", "factor", "original_max_position_embeddings"),
@@ -32,9 +34,11 @@ _ROPE = {
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _NUMBER),
 }
 # transformers 5 stores rotary settings per kind of layer.
-_ROPES = _ROPE | dict.fromkeys(
-    ("full_attention", "sliding_attention"), _maybe(field_rules.object_of(_ROPE))
-)
+_LOCAL_ROPE = _ROPE | dict.fromkeys(("rope_type", "type"), field_rules.only("default"))
+_ROPES = _ROPE | {
+    _GLOBAL: _maybe(field_rules.object_of(_ROPE)),
+    _LOCAL: _maybe(field_rules.object_of(_LOCAL_ROPE)),
+}
 _UNSUPPORTED = {
     "attention_bias": _FLAG,
     "mlp_bias": _FLAG,
@@ -54,6 +58,7 @@ _SETTINGS = {
     "max_position_embeddings": _LENGTH,
     "rms_norm_eps": _ABOVE_ZERO,
     "rope_theta": _maybe(_ABOVE_ZERO),
+    "partial_rotary_factor": field_rules.only(1.0, 1),
     **dict.fromkeys(
         ("rope_parameters", "rope_scaling"), _maybe(field_rules.object_of(_ROPES))
     ),
@@ -110,8 +115,14 @@ def build(
             f"even: {REMEDY}"
         )
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    local_rope = rope.get("sliding_attention") or {}
-    rope = rope.get("full_attention") or rope
+    local_rope = rope.get(_LOCAL) or {}
+    per_layer = (settings.get("rope_parameters") or {}).keys()
+    if is_gemma and per_layer and not per_layer & {_GLOBAL, _LOCAL}:
+        raise ValueError(
+            f"{place}: rope_parameters has no {_GLOBAL} and no {_LOCAL}, and Gemma 3 "
+            f"has one entry for each: {REMEDY}"
+        )
+    rope = rope.get(_GLOBAL) or rope
     default_base = 1e6 if is_gemma else 1e4
     base = float(rope.get("rope_theta") or settings.get("rope_theta") or default_base)
     if rope_factors is None:
@@ -161,7 +172,7 @@ def _global_every(place: object, settings: Mapping[str, Any]) -> int:
     """Returns the period of the global layers; `layer_types` must agree."""
     every = next(filter(None, map(settings.get, _PATTERNS)), 6)
     expected = [
-        "sliding_attention" if (layer + 1) % every else "full_attention"
+        _LOCAL if (layer + 1) % every else _GLOBAL
         for layer in range(settings["num_hidden_layers"])
     ]
     if settings.get("layer_types") not in (None, expected):

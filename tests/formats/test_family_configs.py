@@ -222,7 +222,7 @@ REFUSED = [
     ),
     (
         GEMMA | {"rope_parameters": {GLOBAL: {"partial_rotary_factor": 0.5}}},
-        "unknown field 'partial_rotary_factor'",
+        "partial_rotary_factor must be one of 1.0, 1",
     ),
     ({"model_type": "t5gemma2"}, "has no object encoder.text_config; the file is dama"),
     (
@@ -242,6 +242,9 @@ REFUSED = [
     (QWEN3 | {"use_sliding_window": True}, "use_sliding_window must be one of False"),
     (QWEN3 | {"is_causal": False}, "is_causal must be one of True"),
     (QWEN3 | {"layer_types": [GLOBAL, LOCAL]}, "layer_types has sliding_attention"),
+    (GEMMA | {"rope_parameters": ROPE[GLOBAL]}, "has no full_attention and no sliding"),
+    (GEMMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be one"),
+    (QWEN3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be one"),
     (QWEN3 | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type must be one of"),
 ]
 
