@@ -136,15 +136,30 @@ def contrastive_loss(
     first = jax.lax.axis_index(axis_names) * batch_size if axis_names else 0
     index = first + jnp.arange(batch_size)
 
-    compare = functools.partial(
-        _compare,
-        ids=ids,
-        index=index,
-        mask_duplicates=mask_duplicates,
-        temperature=temperature,
-        axis_names=axis_names,
-        block_size=block_size,
-    )
+    def compare(
+        left: Float[Array, "B D"],
+        right: Float[Array, "N D"],
+        duplicates: Sequence[tuple[Array, Array]],
+        mask: Bool[Array, " N"] = ids.example_mask,
+        with_self: bool = False,
+    ) -> blockwise.Sums:
+        # Sums over all keys of the global batch; `right` has those of this device. A
+        # key is dropped if its content id is the row's, in any pair of `duplicates`.
+        duplicates = duplicates if mask_duplicates else ()
+        # Hard negatives have G keys per row, which share the row's index and group.
+        keys_per_row = right.shape[0] // batch_size
+        row_ids = _stack([row_id for row_id, _ in duplicates], batch_size)
+        key_ids = _stack([key_id for _, key_id in duplicates], right.shape[0])
+        rows = blockwise.Rows(index, ids.negative_group, row_ids)
+        keys = blockwise.Keys(
+            jnp.repeat(index, keys_per_row),
+            jnp.repeat(ids.negative_group, keys_per_row),
+            key_ids,
+            mask,
+        )
+        return blockwise.sums(
+            left, right, rows, keys, temperature, with_self, axis_names, block_size
+        )
 
     # The numerator, and the denominator's terms: positives of the batch ...
     own = jnp.sum(queries * positives, axis=-1)
@@ -201,56 +216,6 @@ def contrastive_loss(
         spread=spread,
     )
     return jax.tree.map(lambda term: jnp.where(ids.example_mask, term, 0.0), terms)
-
-
-def _compare(
-    left: Float[Array, "B D"],
-    right: Float[Array, "N D"],
-    duplicates: Sequence[tuple[Array, Array]],
-    *,
-    ids: BatchIds,
-    index: Int[Array, " B"],
-    mask_duplicates: bool,
-    temperature: float,
-    axis_names: Sequence[str],
-    block_size: int,
-    mask: Bool[Array, " N"] | None = None,
-    with_self: bool = False,
-) -> blockwise.Sums:
-    """Sums similarities over all keys of the global batch.
-
-    Args:
-        left: Vector of each row.
-        right: Vectors of this device's keys; each row has one or more of them.
-        duplicates: Pairs of content ids, of rows and of keys; a key is dropped if the
-            ids of any pair are equal.
-        ids: Ids of this device's examples.
-        index: Index of each row in the global batch.
-        mask_duplicates: Whether to drop anything.
-        temperature: See `contrastive_loss`.
-        axis_names: See `contrastive_loss`.
-        block_size: See `contrastive_loss`.
-        mask: False where there is no key; None for the examples' mask.
-        with_self: Whether a row's own key counts.
-    """
-    duplicates = duplicates if mask_duplicates else ()
-    # Hard negatives have G keys per row, which share the row's index and group.
-    num_rows, num_keys = left.shape[0], right.shape[0]
-    keys_per_row = num_keys // num_rows
-    rows = blockwise.Rows(
-        index,
-        ids.negative_group,
-        _stack([row_id for row_id, _ in duplicates], num_rows),
-    )
-    keys = blockwise.Keys(
-        jnp.repeat(index, keys_per_row),
-        jnp.repeat(ids.negative_group, keys_per_row),
-        _stack([key_id for _, key_id in duplicates], num_keys),
-        ids.example_mask if mask is None else mask,
-    )
-    return blockwise.sums(
-        left, right, rows, keys, temperature, with_self, axis_names, block_size
-    )
 
 
 def embedding_matching(
