@@ -74,22 +74,21 @@ def build(
         ids: contrastive.BatchIds,
         features: Mapping[str, Array],
     ) -> tuple[Array, dict[int, contrastive.LossTerms]]:
+        embeddings = (queries, positives, negatives)
         axis_names = sharding.BATCH_AXES
         if loss is not None:
             names = ("mrl_dims", "mrl_weights", "temperature")
             settings = {name: loss_settings[name] for name in names}
             return whole_batch.mrl_loss(
-                loss,
-                *(queries, positives, negatives, ids, features),
-                **settings,
-                axis_names=axis_names,
+                loss, *embeddings, ids, features, **settings, axis_names=axis_names
             )
         teacher = None
         if "query_teacher" in features:
             names = contrastive.TeacherVectors._fields
             teacher = contrastive.TeacherVectors(*(features[name] for name in names))
         return contrastive.mrl_loss(
-            *(queries, positives, negatives, ids),
+            *embeddings,
+            ids,
             teacher=teacher,
             scores=features.get("scores"),
             axis_names=axis_names,
@@ -104,10 +103,8 @@ def build(
             **{name: batch.pop(name) for name in contrastive.BatchIds._fields}
         )
         batch_size, num_negatives = ids.negative_mask.shape
-        query_index, passage_index = (
-            batch.pop("query_index"),
-            batch.pop("passage_index"),
-        )
+        query_index = batch.pop("query_index")
+        passage_index = batch.pop("passage_index")
 
         # Cut this device's rows into microbatches.
         dropout_key = key if encoder.config.dropout_rate else None
@@ -271,10 +268,7 @@ def _split_rows(
 ) -> dict[str, Any]:
     """Cuts the rows of a device into microbatches; no row moves to another device.
 
-    Args:
-        rows: See `_pop_rows`.
-        microbatch_size: Rows of `longest` tokens per microbatch; 0 for all.
-        longest: Length of a row of the longer side, in tokens.
+    A microbatch has `microbatch_size` rows of `longest` tokens, 0 for all.
     """
     # [R, L] becomes [microbatches, rows, L], which the scans run over.
     num_rows, length = rows["tokens"].shape

@@ -20,13 +20,7 @@ class Guard:
     def __init__(
         self, max_skipped: int, task_names: tuple[str, ...], workdir: pathlib.Path
     ):
-        """Starts at zero.
-
-        Args:
-            max_skipped: Largest number of skipped steps in a row.
-            task_names: Names of the entries of the per-task sums.
-            workdir: Folder of the run, for the error.
-        """
+        """Allows `max_skipped` skipped steps in a row; errors name the workdir."""
         self.total = 0
         self._in_a_row = 0
         self._max_skipped = max_skipped

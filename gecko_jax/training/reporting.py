@@ -18,7 +18,7 @@ from gecko_jax.data import negatives, pipeline
 from gecko_jax.io import progress
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import chips
-from gecko_jax.training import metrics, nonfinite, train_step
+from gecko_jax.training import gradients, metrics, nonfinite, train_step
 
 # (parameters, step) -> metrics
 Evaluate = Callable[[Any, int], Mapping[str, float]]
@@ -44,18 +44,9 @@ class Report:
         saved: Mapping[str, Any],
         evaluate: Evaluate | None,
     ):
-        """Continues the report of the run.
+        """Continues the report of the run after `first_step`, 0 for a new run.
 
-        Args:
-            config: The training config.
-            workdir: Folder of the run.
-            batches: The training data.
-            step_fn: The train step.
-            mesh: The devices.
-            clock: The running clock.
-            first_step: Step of the restored checkpoint; 0 for a new run.
-            saved: What the checkpoint holds of `state`; empty for a new run.
-            evaluate: Returns metrics of (parameters, step); None for no evaluation.
+        `saved` is what the checkpoint holds of `state`, empty for a new run.
         """
         is_main = jax.process_index() == 0
         for line in train_step.describe(config, step_fn, mesh):
@@ -90,7 +81,6 @@ class Report:
         Raises:
             FloatingPointError: Too many steps in a row were not finite.
         """
-        # Padding and duplicates are counted on the host, from the batch itself.
         # Count tokens even if the step is skipped: they took time, too.
         self._window.count(batch)
         self._watch.add(batch)
@@ -102,7 +92,6 @@ class Report:
             self._watch.warn()
             # Update n used the schedule's value at n - 1.
             rate = float(np.asarray(self._schedule(step - 1)))
-            # `means` also starts the next window.
             self.last = self._window.means() | self.clock.shares()
             self.last |= {"learning_rate": rate, "skipped_steps": self._guard.total}
             self._writer.write(step, self.last)
@@ -161,12 +150,13 @@ def _build_window(
 ) -> metrics.Window:
     encoder_config = gecko_jax.config.encoder_config(config)
     chip = chips.of(mesh.devices.flat[0])
-    lengths = train_step.row_lengths(config)
     return metrics.Window(
         batches.task_names,
         flops_per_token={
-            side: dual_encoder.flops_per_token(encoder_config, length)
-            for side, length in lengths.items()
+            side: dual_encoder.flops_per_token(
+                encoder_config, batches.shape.row_length(side)
+            )
+            for side in gradients.SIDES
         },
         peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
     )
