@@ -174,10 +174,7 @@ def _write(
 def _write_records(
     path: pathlib.Path, tokenized: Iterable[features.Example], folder: pathlib.Path
 ) -> tuple[int, int]:
-    """Writes the records.
-
-    Returns the number that can be read back, and the number of examples with a score.
-    """
+    """Returns the number of records that can be read back, and that of scored ones."""
     module = _array_record()
     writer = module.ArrayRecordWriter(str(path), "group_size:1")
     num_scored = 0
@@ -228,17 +225,14 @@ def examples(
 
 
 class Reader:
-    """Random access to the examples of a finished cache.
-
-    Attributes:
-        num_scored: Examples with a score; 0 if the task does not keep scores.
-    """
+    """Random access to the examples of a finished cache."""
 
     def __init__(self, folder: pathlib.Path):
         self._path = folder / _RECORDS
         try:
             path, fields = writing.member(folder, "info.json"), {"num_examples": int}
             info = checksums.read_object(path, fields, remedy=_REMEDY)
+            # Examples with a score; 0 if the task does not keep scores.
             self.num_scored = int(info.get("num_scored", 0))
             # Records are read in shuffled order. Readahead and threads only cost time
             # (1.4 against 0.65 ms for 24 records).

@@ -47,19 +47,12 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A prepared set.
-
-    Attributes:
-        folder: Folder of the set.
-        examples: Number of lines.
-        dropped: Reason -> number of records, or parts of one, that were left out.
-        without_negative: Lines with fewer negatives than requested.
-    """
+    """A prepared set."""
 
     folder: pathlib.Path
     examples: int
-    dropped: dict[str, int]
-    without_negative: int
+    dropped: dict[str, int]  # reason -> records, or parts of one, that were left out
+    without_negative: int  # examples with fewer negatives than requested
 
 
 def prepare(
@@ -187,7 +180,7 @@ def _write_pairs(
         fields = {"parts": field_rules.COUNT, "dropped": _DROPPED}
         facts = reading.read_object(done, fields, remedy=_begin_again(work))
         return facts["parts"], facts["dropped"]
-    dropped: collections.Counter[str] = collections.Counter()
+    dropped = collections.Counter[str]()
     records = sources.read(location, tfds_data_dir=tfds_data_dir)
     lines = _lines(task, location, records, dropped)
     number = 0

@@ -15,26 +15,15 @@ from gecko_jax.text import text_formats, vocabularies
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Tasks, and everything their tokens depend on.
+    """Tasks, and everything their tokens depend on."""
 
-    Attributes:
-        tasks: Rows of the table or tasks of the files, with their sizes.
-        mixture: The mixture that draws them.
-        text_format: The given format, completed with the tasks' descriptions; a
-            checkpoint stores this one.
-        vocabulary: The vocabulary.
-        cache_dir: Folder of the caches.
-        sources: Checksums of each task's files.
-        keys: Key of each task's cache.
-    """
-
-    tasks: tuple[task_table.Task, ...]
+    tasks: tuple[task_table.Task, ...]  # rows of the table or of files, with sizes
     mixture: mixtures.Mixture
-    text_format: text_formats.TextFormat
+    text_format: text_formats.TextFormat  # completed with the tasks' descriptions
     vocabulary: vocabularies.Vocabulary
     cache_dir: pathlib.Path
-    sources: tuple[tuple[str, ...], ...]
-    keys: tuple[str, ...]
+    sources: tuple[tuple[str, ...], ...]  # checksums of each task's files
+    keys: tuple[str, ...]  # key of each task's cache
 
 
 def select(

@@ -111,10 +111,12 @@ def _pairs(
     )
 
 
-_QUICKSTART: Mapping[str, Any] = {
-    "files": (str(QUICKSTART / "train.jsonl"),),
-    "validation_files": (str(QUICKSTART / "validation.jsonl.gz"),),
-}
+_QUICKSTART: tuple[tuple[str, str, int, str, tuple[str, ...]], ...] = (
+    ("docs", "search result", 1374, "PostgreSQL, PSF-2.0, public domain", ()),
+    ("wordnet", "dictionary definition", 1170, "WordNet-3.0", ()),
+    ("code", "code retrieval", 776, "BSD-3-Clause, Apache-2.0", ("CodeSearchNet",)),
+    ("term", "question answering", 508, "public domain", ()),
+)
 # Task that Qwen wrote queries for -> number of triples in quickstart/fret.
 _QUICKSTART_FRET = {
     "question answering": 150,
@@ -141,38 +143,18 @@ _MIRACL_LANGUAGES = (
 # The user has the files of a source without a scheme and names them with `--source`.
 # Licences are those stated by the sets' authors or cards; docs/data.md cites each.
 TASKS: tuple[Task, ...] = (
-    Task(
-        "quickstart_docs",
-        "search result",
-        source_task="docs",
-        licence="PostgreSQL, PSF-2.0, public domain",
-        num_examples=1374,
-        **_QUICKSTART,
-    ),
-    Task(
-        "quickstart_wordnet",
-        "dictionary definition",
-        source_task="wordnet",
-        licence="WordNet-3.0",
-        num_examples=1170,
-        **_QUICKSTART,
-    ),
-    Task(
-        "quickstart_code",
-        "code retrieval",
-        source_task="code",
-        licence="BSD-3-Clause, Apache-2.0",
-        num_examples=776,
-        touches=("CodeSearchNet",),
-        **_QUICKSTART,
-    ),
-    Task(
-        "quickstart_term",
-        "question answering",
-        source_task="term",
-        licence="public domain",
-        num_examples=508,
-        **_QUICKSTART,
+    *(
+        Task(
+            f"quickstart_{source_task}",
+            description,
+            files=(str(QUICKSTART / "train.jsonl"),),
+            validation_files=(str(QUICKSTART / "validation.jsonl.gz"),),
+            source_task=source_task,
+            licence=licence,
+            num_examples=number,
+            touches=touches,
+        )
+        for source_task, description, number, licence, touches in _QUICKSTART
     ),
     # FRet about the bundled passages: queries by a language model, judged by it.
     *(

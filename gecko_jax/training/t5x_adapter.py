@@ -28,6 +28,7 @@ from gecko_jax.data import registration, t5x_features
 from gecko_jax.formats import model_folder, parameters, to_t5x
 from gecko_jax.losses import contrastive
 from gecko_jax.models import dual_encoder
+from gecko_jax.text import text_formats, vocabularies
 
 
 def logical_axis_rules() -> list[tuple[str, str | None]]:
@@ -69,15 +70,8 @@ def summarize_config(
     """Writes t5x's summary of the config, and the settings for `gecko import`.
 
     A T5X checkpoint has only parameters. The folder `gecko/` in `model_dir` has the
-    text format, the vocabulary, the sizes, the MRL dims and the lengths.
-
-    Args:
-        model_dir: Folder of the run.
-        summary_writer: Argument of `t5x.gin_utils.summarize_gin_config`.
-        step: Argument of the same function.
-        t5x_model: Result of `build_model`.
-        mixture_or_task: Name of the training data, registered by `data.registration`.
-        task_feature_lengths: Tokens per text of each feature, as in t5x's data config.
+    text format, the vocabulary, the sizes, the MRL dims and the lengths. The first
+    three arguments are those of `t5x.gin_utils.summarize_gin_config`.
     """
     from t5x import gin_utils
 
@@ -87,7 +81,7 @@ def summarize_config(
         _write_settings(
             epath.Path(model_dir) / to_t5x.SETTINGS,
             t5x_model,
-            registration.describe(mixture_or_task),
+            *registration.describe(mixture_or_task),
             task_feature_lengths,
         )
 
@@ -95,15 +89,16 @@ def summarize_config(
 def _write_settings(
     folder: Any,
     t5x_model: Any,
-    registered: registration.Registered,
+    text_format: text_formats.TextFormat,
+    vocabulary: vocabularies.Vocabulary,
     lengths: Mapping[str, int],
 ) -> None:
     settings = model_folder.ModelFiles(
         params={},
         encoder_config=t5x_model.module.config,
-        text_format=registered.text_format,
-        vocabulary_proto=registered.vocabulary_proto,
-        extra_ids=registered.extra_ids,
+        text_format=text_format,
+        vocabulary_proto=vocabulary.model_proto,
+        extra_ids=vocabulary.extra_ids,
         mrl_dims=tuple(t5x_model.loss_settings["mrl_dims"]),
         query_length=lengths["query"],
         passage_length=lengths["positive"],
@@ -199,7 +194,17 @@ def _model_class() -> Any:
         ) -> Any:
             """Returns `params`, and `params_axes` with their logical axes."""
             del input_shapes, input_types  # No parameter depends on them.
-            return _initial_variables(self.module.config, _typed_key(rng))
+            config = self.module.config
+            # t5x looks up the logical axes of the parameter NAME under NAME_axes.
+            flat_axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
+            axes = {
+                f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
+                for name, spec in flat_axes.items()
+            }
+            params = dual_encoder.init_params(config, _typed_key(rng))
+            return flax_core.freeze(
+                {"params": params, "params_axes": parameters.unflatten(axes)}
+            )
 
         def loss_fn(
             self,
@@ -257,19 +262,6 @@ def _model_class() -> Any:
             return dual_encoder.normalize(queries, epsilon), {}
 
     return GeckoModel
-
-
-def _initial_variables(config: dual_encoder.EncoderConfig, key: Any) -> Any:
-    # t5x looks up the logical axes of the parameter NAME under NAME_axes.
-    flat_axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
-    axes = {
-        f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
-        for name, spec in flat_axes.items()
-    }
-    params = dual_encoder.init_params(config, key)
-    return flax_core.freeze(
-        {"params": params, "params_axes": parameters.unflatten(axes)}
-    )
 
 
 def _loss(

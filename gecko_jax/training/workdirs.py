@@ -125,8 +125,8 @@ def check_position(
         )
     # The hash covers everything that step n depends on; the facts explain it.
     if mixture_hash != batches.mixture_hash:
-        before = _flat_facts(facts)
-        now = _flat_facts(json.loads(json.dumps(batches.facts)))
+        before = gecko_jax.config.flatten(facts)
+        now = gecko_jax.config.flatten(batches.facts)
         changed = [
             f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())
@@ -173,18 +173,6 @@ def _code(code: Any) -> str:
         return repr(code)
     constants = [_code(constant) for constant in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"task docs.rate": ...}; task names may hold dots."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            part = "task " if name == "tasks" and not prefix else f"{prefix}{name}."
-            flat |= _flat_facts(value, part)
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def write_model(
