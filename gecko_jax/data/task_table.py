@@ -24,47 +24,24 @@ QUICKSTART_VOCABULARY = QUICKSTART / "vocabulary.model"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: Name in configs, metrics and seqio.
-        task_description: The paper's *t*, written before every query.
-        files: JSONL files, see `jsonl`.
-        source_task: Value of the field `task` in the task's lines; by default the name.
-        symmetric: Write passages in the query form.
-        licence: Licence of the texts.
-        num_examples: Number of the task's lines; None before they are counted.
-        touches: Evaluation sets whose texts or near duplicates the data may hold.
-        source: Where `gecko data prepare` reads the set, see `sources`; "" for a set
-            that is already JSONL.
-        preprocessor: Turns records of the source into lines, see `preprocessors`.
-        restricted: Why the licence must be accepted by name; "" if it need not be.
-        published_size: Number of examples according to the set's authors, for planning;
-            None if unknown.
-        mine: Mine hard negatives for lines without any.
-        validation_files: JSONL files of held-out examples, which become the seqio
-            split "validation"; `gecko train` does not read them.
-        unique_ids: Append a unique id to the texts of classification triples, see
-            `classification.append_id`.
-        scores: Keep the scores of the lines (`jsonl`), for `loss.kl_weight`.
-    """
-
-    name: str
-    task_description: str
-    files: tuple[str, ...] = ()
-    source_task: str = ""
-    symmetric: bool = False
+    name: str  # in configs, metrics and seqio
+    task_description: str  # the paper's *t*, written before every query
+    files: tuple[str, ...] = ()  # JSONL, see `jsonl`
+    source_task: str = ""  # field `task` of the task's lines; by default the name
+    symmetric: bool = False  # write passages in the query form
     licence: str = "unknown"
-    num_examples: int | None = None
-    touches: tuple[str, ...] = ()
-    source: str = ""
-    preprocessor: preprocessors.Preprocessor | None = None
-    restricted: str = ""
-    published_size: int | None = None
-    mine: bool = True
-    validation_files: tuple[str, ...] = ()
-    unique_ids: bool = False
-    scores: bool = False
+    num_examples: int | None = None  # None before the lines are counted
+    touches: tuple[str, ...] = ()  # evaluation sets that may have the same texts
+    source: str = ""  # where `gecko data prepare` reads (`sources`); "" if it is JSONL
+    preprocessor: preprocessors.Preprocessor | None = None  # records -> lines
+    restricted: str = ""  # why the licence must be accepted by name; "" if it need not
+    published_size: int | None = None  # examples according to the authors, if known
+    mine: bool = True  # mine hard negatives for lines without any
+    validation_files: tuple[str, ...] = ()  # seqio's split "validation", not trained on
+    unique_ids: bool = False  # see `classification.append_id`
+    scores: bool = False  # keep the scores of the lines, for `loss.kl_weight`
 
     def __post_init__(self):
         if not self.source_task:

@@ -238,12 +238,7 @@ def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> 
 
 
 class Teacher:
-    """The vectors of a folder.
-
-    Attributes:
-        dim: Width of the vectors.
-        facts: Content of the folder's JSON file.
-    """
+    """The vectors of a folder; `facts` is the content of its JSON file."""
 
     def __init__(self, folder: str | os.PathLike, dim: int):
         """Maps a folder that `write` wrote into memory.
@@ -256,7 +251,7 @@ class Teacher:
             settings = writing.member(path, SETTINGS)
             fields = {"dim": int, "sha256": str}
             self.facts = checksums.read_object(settings, fields, remedy=_REMEDY)
-            self.dim = self.facts["dim"]
+            self.dim = self.facts["dim"]  # width of the vectors
             shapes = ((None,), (None,), (None, self.dim))
             files = [writing.member(path, f"{name}.npy") for name in _ARRAYS]
             self._keys, self._rows, self._vectors = (
@@ -301,13 +296,10 @@ class Teacher:
         choices: Sequence[Sequence[int]],
         num_negatives: int,
     ) -> dict[str, np.ndarray]:
-        """Returns the batch features named in `losses.TeacherVectors`.
+        """Returns the batch features named in `losses.contrastive.TeacherVectors`.
 
-        Args:
-            examples: The examples of the step, in order.
-            source_tasks: Field `task` of each example's line.
-            choices: Indices of the negatives that each example uses.
-            num_negatives: Negatives of each query (G); missing ones are zeros.
+        Each example has the field `task` of its line and the indices of its negatives
+        in use, at most G; vectors of missing negatives are zeros.
         """
         queries, passages, negatives = [], [], []
         for example, task, chosen in zip(examples, source_tasks, choices, strict=True):

@@ -23,19 +23,12 @@ _DTYPES = {FLOAT32: np.float32, INT8: np.int8, BINARY: np.uint8}
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """Embeddings at one of `PRECISIONS`.
+    """Embeddings at one of `PRECISIONS`."""
 
-    Attributes:
-        values: float32 or int8 [P, D], or uint8 [P, D / 8, rounded up].
-        precision: One of `PRECISIONS`.
-        dim: Width D of the embeddings.
-        ranges: Least and greatest value of each dim; int8 only.
-    """
-
-    values: Shaped[np.ndarray, "P W"]
+    values: Shaped[np.ndarray, "P W"]  # float32 or int8, W = D; or uint8, W = ceil(D/8)
     precision: str
-    dim: int
-    ranges: Float[np.ndarray, "2 D"] | None = None
+    dim: int  # width D of the embeddings
+    ranges: Float[np.ndarray, "2 D"] | None = None  # see `calibrate`; int8 only
 
     def __len__(self) -> int:
         return len(self.values)

@@ -279,12 +279,10 @@ def _split_rows(
 
 
 def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
-    """Returns the rows of one side per microbatch, on one device.
+    """Returns the rows of one side per microbatch, of its `num_rows` on one device.
 
-    Args:
-        num_rows: Rows of the side on the device, a multiple of `microbatch_size`.
-        microbatch_size: Rows of the longer side per microbatch; 0 for all.
-        ratio: Length of the longer side's rows over that of this side's.
+    A microbatch of the longer side has `microbatch_size` rows, 0 for all, which are
+    `ratio` times as long.
     """
     # Up to `ratio` microbatches of the shorter side have the tokens of one microbatch
     # of the longer side; merge as many as divide evenly.

@@ -23,7 +23,6 @@ class Clock:
     """Time of a run by phase; at any moment the run is in one of `PHASES`."""
 
     def __init__(self):
-        """Starts in "init"."""
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._phase = "init"
         self._since = time.monotonic()

@@ -25,12 +25,7 @@ Evaluate = Callable[[Any, int], Mapping[str, float]]
 
 
 class Report:
-    """Collects the metrics of steps and writes their means.
-
-    Attributes:
-        clock: Time of the run by phase.
-        last: The latest metrics, by name.
-    """
+    """Collects the metrics of steps and writes their means; `last` has the latest."""
 
     def __init__(
         self,
@@ -76,11 +71,7 @@ class Report:
     def add(
         self, step: int, summary: Mapping[str, Array], batch: Mapping[str, np.ndarray]
     ) -> None:
-        """Adds a step; waits for its metrics, so call it after starting the next step.
-
-        Raises:
-            FloatingPointError: Too many steps in a row were not finite.
-        """
+        """Adds a step; waits for its metrics, so call it after starting the next."""
         # Count tokens even if the step is skipped: they took time, too.
         self._window.count(batch)
         self._watch.add(batch)

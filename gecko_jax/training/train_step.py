@@ -32,23 +32,14 @@ class TrainState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A train step for one config and mesh.
-
-    Attributes:
-        encoder: The model.
-        schedule: Learning rate by step.
-        tx: The optimizer.
-        shapes: Shapes of the train state, with shardings.
-        shardings: Shardings of the train state.
-        run: Jitted (state, batch, key) -> (state, metrics); donates the state.
-    """
+    """A train step for one config and mesh."""
 
     encoder: dual_encoder.DualEncoder
-    schedule: optax.Schedule
+    schedule: optax.Schedule  # learning rate by step
     tx: optax.GradientTransformation
-    shapes: TrainState
+    shapes: TrainState  # with shardings
     shardings: TrainState
-    run: Any  # what `jax.jit` returns
+    run: Any  # jitted (state, batch, key) -> (state, metrics); donates the state
 
 
 def train_step(
