@@ -42,9 +42,6 @@ from gecko_jax.text import text_formats, vocabularies
 # Tokens stored of a text, so that a run can change its lengths without a new cache.
 MAX_TOKENS = 2048
 
-# Examples fetched from TensorFlow at once: singly, each takes 2 ms.
-BLOCK = 256
-
 _RECORDS, _ORDER = "records.array_record", "order.npy"
 _REMEDY = "delete the folder, and it will be built again"
 _EXAMPLES = field_rules.map_of(field_rules.COUNT)
@@ -135,7 +132,7 @@ def _write(
     fused = tf.data.Options()
     fused.experimental_optimization.map_fusion = True
     expected = task.num_examples
-    blocks = dataset.ragged_batch(BLOCK).with_options(fused)
+    blocks = dataset.ragged_batch(registration.BLOCK).with_options(fused)
     if stored:
         blocks = seqio_cache.guard(blocks, stored)
     places: list[np.ndarray] = []

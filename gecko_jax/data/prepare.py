@@ -67,18 +67,10 @@ def prepare(
 ) -> Summary:
     """Turns the source of a row of the table into canonical triples.
 
-    Args:
-        task: The row.
-        prepared_dir: Folder of all prepared sets.
-        source: The source, if the table only gives its kind.
-        accepted_licences: Names of restricted sets whose licence the user accepts.
-        tfds_data_dir: Folder of TFDS's sets.
-        part: Lines of a part.
-        negatives: Hard negatives of a line, if the row allows mining.
-
-    Raises:
-        ValueError: The licence is not accepted, or the source is missing, has another
-            schema, or has no example.
+    `source` is the source, if the table only gives its kind, `part` the lines of a
+    part, and `negatives` the hard negatives of a line, if the row allows mining. Raises
+    ValueError if the licence of a restricted set is not accepted, or the source is
+    missing, has another schema, or has no example.
     """
     if task.restricted and task.name not in accepted_licences:
         raise ValueError(

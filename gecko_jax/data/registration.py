@@ -28,8 +28,8 @@ from gecko_jax.data import (
 )
 from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 
-# Examples handed to TensorFlow at once: singly, each takes 2 ms.
-_BLOCK = 256
+# Examples handed to or fetched from TensorFlow at once: singly, each takes 2 ms.
+BLOCK = 256
 
 TEXTS = ("query", "positive", "negatives")
 _IDS = ("query_id", "passage_id", "negative_ids")
@@ -279,7 +279,7 @@ def _column_blocks(
     text_format: text_formats.TextFormat,
     shards: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """Yields the formatted examples of some of a split's files, `_BLOCK` at a time.
+    """Yields the formatted examples of some of a split's files, `BLOCK` at a time.
 
     The place of an example is the number of its file, and its number among the task's
     examples there.
@@ -292,7 +292,7 @@ def _column_blocks(
         for shard in shards
         for number, pair in enumerate(jsonl.read_pairs(paths[shard], task.source_task))
     )
-    while placed := list(itertools.islice(pairs, _BLOCK)):
+    while placed := list(itertools.islice(pairs, BLOCK)):
         places, block = zip(*placed, strict=True)
         texts = [formatting.write(text_format, task, pair) for pair in block]
         queries, positives, negatives = zip(*texts, strict=True)

@@ -152,16 +152,10 @@ def write(
 ) -> dict[str, Any]:
     """Writes the folder, whole or not at all, and returns the content of its JSON file.
 
-    Args:
-        folder: The folder; an earlier one is replaced.
-        keys: Keys of the texts, in the order of the vectors.
-        blocks: The vectors, not normalized.
-        made_by: Name of the teacher, for messages.
-        dim: Width to project to, on the leading right singular vectors, which preserve
-            the inner products best; 0 keeps all dims.
-
-    Raises:
-        ValueError: There are too few or too many vectors, or one is zero or not finite.
+    An earlier folder is replaced. `blocks` has the vectors, which need not be
+    normalized, in the order of `keys`. `dim` is the width to project to, on the leading
+    right singular vectors, which preserve the inner products best; 0 keeps all dims.
+    Raises ValueError if vectors are missing, too many, zero or not finite.
     """
     writing.check_replaceable(folder, [SETTINGS], ["*.npy"])
     with writing.write_folder(folder) as temporary:

@@ -293,7 +293,7 @@ def load(folder: str | os.PathLike) -> Index:
     values = npy.read_aligned(
         writing.member(path, _VECTORS),
         (count, quantization.width(precision, dim)),
-        quantization.dtype(precision),
+        quantization.DTYPES[precision],
         remedy=_REMEDY,
     )
     ranges = None

@@ -230,14 +230,8 @@ def embedding_matching(
     The distance is 2 - 2 cos, the squared distance of unit vectors, summed over the
     query, the positive and the mean of the hard negatives. EmbedDistill (Kim et al.
     2023) uses the distance itself, which has no derivative where student and teacher
-    are equal. The student's embedding is cut to the teacher's T dims.
-
-    Args:
-        queries: Projected query embeddings, not yet cut or normalized.
-        positives: Projected positives.
-        negatives: Projected hard negatives, or None.
-        ids: Ids whose masks mark padding and missing negatives.
-        teacher: Teacher vectors, of any length. A text without one adds 0.
+    are equal. The student's embedding is cut to the teacher's T dims. A text without a
+    teacher vector adds 0. The arguments are those of `mrl_loss`.
     """
 
     def distance(

@@ -250,7 +250,7 @@ def _pair_covariance(
         def embed(side: str) -> Array:
             # Padding rows must not add to the sums.
             texts = dual_encoder.embed_texts(
-                encoder, params, batch, side, num_segments=batches.num_segments
+                encoder, params, batch, side, num_segments=batches.shape.num_segments
             )
             # The first passages are the positives; hard negatives follow.
             return dual_encoder.normalize(texts[: len(mask)]).astype(jnp.float32) * mask

@@ -98,7 +98,7 @@ def _train(
     step_fn = train_step.build(
         config,
         mesh,
-        num_segments=batches.num_segments,
+        num_segments=batches.shape.num_segments,
         num_tasks=len(batches.task_names),
         loss=loss,
     )

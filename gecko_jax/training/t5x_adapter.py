@@ -130,18 +130,9 @@ def build_model(
     Keep t5x's `num_microbatches` at None: each of t5x's microbatches would see only its
     own in-batch negatives.
 
-    Args:
-        config: Sizes and settings of the encoder.
-        optimizer_def: One of `t5x.optimizers`.
-        num_negatives: Hard negatives per query (G).
-        mrl_dims: Trained prefixes of the embedding.
-        mrl_weights: Weight of each prefix.
-        temperature: Divides the similarities.
-        **switches: Other keyword arguments of `contrastive.contrastive_loss`.
-
-    Raises:
-        ImportError: t5x is not installed; names the command that installs it.
-        ValueError: The encoder is not T5's.
+    `optimizer_def` is one of `t5x.optimizers`. The MRL settings, the temperature and
+    the switches are keyword arguments of `contrastive.mrl_loss`. Raises ImportError
+    with the remedy if t5x is not installed, and ValueError if the encoder is not T5's.
     """
     if config.family != "t5":
         raise ValueError(

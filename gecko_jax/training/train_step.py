@@ -51,19 +51,11 @@ def train_step(
     tx: optax.GradientTransformation,
     num_tasks: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update on one global batch.
+    """One update on one global batch of `gecko_jax.data.features`.
 
-    Args:
-        state: Donated.
-        batch: Model features, see `gecko_jax.data.features`.
-        key: PRNG key of the run; the step is folded in.
-        loss_and_gradients: See `gradients.build`.
-        tx: The optimizer.
-        num_tasks: Length of the per-task sums.
-
-    Returns:
-        The next state, and metrics: means over the batch and sums per task. If the loss
-        or a gradient is not finite, only the step of the state changes.
+    Returns the next state, and metrics: means over the batch and sums for each of
+    `num_tasks` tasks. If the loss or a gradient is not finite, only the step of the
+    state changes. `key` is that of the run, and the step is folded in.
     """
     # Dropout differs from step to step, and a resumed run repeats it.
     key = jax.random.fold_in(key, state.step)
