@@ -48,26 +48,15 @@ class BatchIds(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Results of `contrastive_loss` for each query; zeros in padding rows.
+    """Results of `contrastive_loss` for each query; zeros in padding rows."""
 
-    Attributes:
-        loss: Cross-entropy in nats, plus `spread_weight` times the spread and
-            `kl_weight` times the KL.
-        accuracy: 1 where the positive has the largest similarity, else 0.
-        positive_similarity: Cosine of the query and its positive.
-        negative_similarity: Mean cosine of the query and its in-batch negatives; 0
-            where it has none.
-        spread: Spread-out regularizer; None if its weight is 0.
-        matching: `embedding_matching`, at the largest dim only; None if its weight
-            is 0.
-        kl: `distillation.candidate_divergence`, from `mrl_loss` only; None if its
-            weight is 0.
-    """
-
-    loss: Float[Array, " B"]
-    accuracy: Float[Array, " B"]
-    positive_similarity: Float[Array, " B"]
+    loss: Float[Array, " B"]  # cross-entropy in nats, plus the weighted spread and KL
+    accuracy: Float[Array, " B"]  # 1 where the positive has the largest similarity
+    positive_similarity: Float[Array, " B"]  # cosine of the query and its positive
+    # Mean cosine of the query and its in-batch negatives; 0 where it has none.
     negative_similarity: Float[Array, " B"]
+    # None if the weight is 0: the spread-out regularizer, `embedding_matching` (at the
+    # largest dim only) and `distillation.candidate_divergence` (from `mrl_loss` only).
     spread: Float[Array, " B"] | None = None
     matching: Float[Array, " B"] | None = None
     kl: Float[Array, " B"] | None = None

@@ -51,15 +51,10 @@ def build(
     Call it under `jax.jit`. It returns the MRL loss of each query, the terms at each
     dim, and the gradient of the mean loss, sharded like the parameters.
 
-    Args:
-        encoder: The model.
-        mesh: The devices.
-        param_shardings: Shardings of the parameters.
-        num_segments: Largest number of texts in a row.
-        microbatch_size: Rows of the longer side per microbatch, over all devices; 0
-            for no microbatches.
-        loss_settings: Keyword arguments of `contrastive.mrl_loss`.
-        loss: Loss to train with instead of the contrastive one; see `whole_batch`.
+    `num_segments` is the largest number of texts in a row, and `microbatch_size` the
+    rows of the longer side per microbatch, over all devices; 0 for no microbatches.
+    `loss_settings` are keyword arguments of `contrastive.mrl_loss`, which a `loss` of
+    the user replaces (`whole_batch`).
     """
     # Collectives over the batch axes are explicit here; those of `tensor` are XLA's.
     specs = jax.tree.map(sharding.batch_axes_spec, param_shardings)

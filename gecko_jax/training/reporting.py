@@ -58,7 +58,18 @@ class Report:
         self._bar = progress.Progress(
             "Training", self._num_steps, first_step, enabled=is_main
         )
-        self._window = _build_window(config, batches, mesh)
+        encoder_config = gecko_jax.config.encoder_config(config)
+        chip = chips.of(mesh.devices.flat[0])
+        self._window = metrics.Window(
+            batches.task_names,
+            flops_per_token={
+                side: dual_encoder.flops_per_token(
+                    encoder_config, batches.shape.row_length(side)
+                )
+                for side in gradients.SIDES
+            },
+            peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
+        )
         self._window.restore(saved.get("window", {}))
         self._guard = nonfinite.Guard(
             config.train.max_skipped_steps, batches.task_names, workdir
@@ -134,20 +145,3 @@ class Report:
         """Closes the progress bar and the metrics files."""
         self._bar.close()
         self._writer.close()
-
-
-def _build_window(
-    config: ml_collections.ConfigDict, batches: pipeline.Batches, mesh: Mesh
-) -> metrics.Window:
-    encoder_config = gecko_jax.config.encoder_config(config)
-    chip = chips.of(mesh.devices.flat[0])
-    return metrics.Window(
-        batches.task_names,
-        flops_per_token={
-            side: dual_encoder.flops_per_token(
-                encoder_config, batches.shape.row_length(side)
-            )
-            for side in gradients.SIDES
-        },
-        peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
-    )

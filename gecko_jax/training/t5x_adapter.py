@@ -28,7 +28,6 @@ from gecko_jax.data import registration, t5x_features
 from gecko_jax.formats import model_folder, parameters, to_t5x
 from gecko_jax.losses import contrastive
 from gecko_jax.models import dual_encoder
-from gecko_jax.text import text_formats, vocabularies
 
 
 def logical_axis_rules() -> list[tuple[str, str | None]]:
@@ -76,23 +75,9 @@ def summarize_config(
     from t5x import gin_utils
 
     gin_utils.summarize_gin_config(model_dir, summary_writer, step)
-    # Every process calls this, and `model_dir` is shared.
-    if jax.process_index() == 0:
-        _write_settings(
-            epath.Path(model_dir) / to_t5x.SETTINGS,
-            t5x_model,
-            *registration.describe(mixture_or_task),
-            task_feature_lengths,
-        )
-
-
-def _write_settings(
-    folder: Any,
-    t5x_model: Any,
-    text_format: text_formats.TextFormat,
-    vocabulary: vocabularies.Vocabulary,
-    lengths: Mapping[str, int],
-) -> None:
+    if jax.process_index():  # Every process calls this, and `model_dir` is shared.
+        return
+    text_format, vocabulary = registration.describe(mixture_or_task)
     settings = model_folder.ModelFiles(
         params={},
         encoder_config=t5x_model.module.config,
@@ -100,14 +85,15 @@ def _write_settings(
         vocabulary_proto=vocabulary.model_proto,
         extra_ids=vocabulary.extra_ids,
         mrl_dims=tuple(t5x_model.loss_settings["mrl_dims"]),
-        query_length=lengths["query"],
-        passage_length=lengths["positive"],
+        query_length=task_feature_lengths["query"],
+        passage_length=task_feature_lengths["positive"],
         # `gecko import` takes step and revision from the checkpoint.
         step=0,
         revision="",
         provenance={"trained_by": "t5x"},
     )
     # `model_dir` may be a bucket, but `write_model_json` needs a local folder.
+    folder = epath.Path(model_dir) / to_t5x.SETTINGS
     with tempfile.TemporaryDirectory() as local:
         model_folder.write_model_json(pathlib.Path(local), settings)
         folder.mkdir(parents=True, exist_ok=True)
