@@ -171,7 +171,7 @@ def _write(
 def _write_records(
     path: pathlib.Path, tokenized: Iterable[features.Example], folder: pathlib.Path
 ) -> tuple[int, int]:
-    """Returns the number of records that can be read back, and that of scored ones."""
+    """Writes the records; returns how many can be read back and how many are scored."""
     module = _array_record()
     writer = module.ArrayRecordWriter(str(path), "group_size:1")
     num_scored = 0
