@@ -69,7 +69,7 @@ def mrl_loss(
         prefixes = jax.tree.map(
             dual_encoder.normalize, contrastive.cut(all_embeddings, dim)
         )
-        values = loss(*prefixes, all_ids, all_features)
+        values = loss(prefixes[0], prefixes[1], prefixes[2], all_ids, all_features)
         if jnp.shape(values) != all_ids.example_mask.shape:
             raise ValueError(
                 f"loss: returned shape {jnp.shape(values)}; return one number for each "
