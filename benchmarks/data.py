@@ -173,7 +173,7 @@ def measure_stages(
         task, batches.text_format, batches.vocabulary
     ).get_dataset(sequence_length=None, split="train", shuffle=False)
     began = clock()
-    blocks = dataset.take(parsed).ragged_batch(cache.BLOCK)
+    blocks = dataset.take(parsed).ragged_batch(registration.BLOCK)
     all_examples = list(cache.examples(blocks, []))
     note("once: parse, format, tokenize", clock() - began, all_examples)
     note("once: parse JSON lines", 0.0, all_examples)
@@ -250,7 +250,7 @@ def train_worker(options: argparse.Namespace, packing: bool) -> None:
     built = train_step.build(
         config,
         mesh,
-        num_segments=batches.num_segments,
+        num_segments=batches.shape.num_segments,
         num_tasks=len(batches.task_names),
     )
     params = dual_encoder.init_params(built.encoder.config, jax.random.key(0))

@@ -109,7 +109,7 @@ def gecko(config: Any, scratch: pathlib.Path) -> Iterator[Any]:
     step = train_step.build(
         config,
         mesh,
-        num_segments=batches.num_segments,
+        num_segments=batches.shape.num_segments,
         num_tasks=len(batches.task_names),
     )
     key = jax.random.key(config.seed)

@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         "NanoBEIR": arg.nano,
         "MIRACL": arg.miracl,
     }
-    # Every key with its default and unit: gecko_jax/config/evaluation_keys.py.
+    # Every key with its default and unit: gecko_jax/config/keys.py.
     config = gecko_jax.config.defaults(gecko_jax.config.EVALUATION)
     config.suites = tuple(name for name, is_chosen in suites.items() if is_chosen)
     if arg.local:

@@ -174,7 +174,7 @@ def compile_step(
     topology = parse_topology(topology)
     with topology_devices(topology, num_slices) as devices:
         mesh = sharding.build_mesh(**train_step.mesh_sizes(config), devices=devices)
-        num_segments = train_step.batch_shape(config, mesh).num_segments
+        num_segments = train_step.batch_shape(config).num_segments
         step = train_step.build(config, mesh, num_segments=num_segments, num_tasks=1)
         batch = train_step.abstract_batch(config, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,8 +9,8 @@ another table of defaults and assigns what differs:
 `load` reads such a file. `check` reports every key that is missing, unknown, of the
 wrong type or out of range, all in one error.
 
-keys, evaluation_keys   the tables of keys
-rules, checks           the rules of values, and the keys that must agree
+keys            the tables of keys
+rules, checks   the rules of values, and the keys that must agree
 """
 
 import difflib
@@ -23,18 +23,13 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from gecko_jax.config import checks, evaluation_keys, keys, rules
+from gecko_jax.config import checks, keys, rules
 from gecko_jax.models import dual_encoder
 
-Key, Rule, one_of, between = rules.Key, rules.Rule, rules.one_of, rules.between
-TEXT, NAME, SWITCH, SHARE = rules.TEXT, rules.NAME, rules.SWITCH, rules.SHARE
-POSITIVE, COUNT = rules.POSITIVE, rules.COUNT
-ABOVE_ZERO, NOT_NEGATIVE = rules.ABOVE_ZERO, rules.NOT_NEGATIVE
-find_errors, find_wrong_values = rules.find_errors, rules.find_wrong_values
-refuse = rules.refuse
+Key, Rule, find_wrong_values = rules.Key, rules.Rule, rules.find_wrong_values
 TRAINING, ADDED_KEYS, SCHEMA = keys.TRAINING, keys.ADDED_KEYS, checks.SCHEMA
 RELEASED, LOCAL = keys.RELEASED, keys.LOCAL
-EVALUATION, SUITES = evaluation_keys.EVALUATION, evaluation_keys.SUITES
+EVALUATION, SUITES = keys.EVALUATION, keys.SUITES
 check, check_evaluation = checks.check, checks.check_evaluation
 flatten = checks.flatten
 

@@ -6,18 +6,14 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-from gecko_jax.config import evaluation_keys, keys, rules
+from gecko_jax.config import keys, rules
 from gecko_jax.models import families
 
 SCHEMA = {name: key.rule for name, key in keys.TRAINING.items()}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks every key of a training config.
-
-    Raises a ValueError that lists every error: the key, its value, the rule, the
-    remedy.
-    """
+    """Raises a ValueError that lists every error in a training config."""
     flat = flatten(config)
     rules.refuse(rules.find_errors(flat, SCHEMA) or _find_errors_between_keys(flat))
 
@@ -25,7 +21,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def check_evaluation(config: ml_collections.ConfigDict) -> None:
     """Checks every key of `configs/evaluate.py`; raises as `check` does."""
     flat = flatten(config)
-    schema = {name: key.rule for name, key in evaluation_keys.EVALUATION.items()}
+    schema = {name: key.rule for name, key in keys.EVALUATION.items()}
     rules.refuse(rules.find_errors(flat, schema))
     errors = _find_mesh_errors(flat)
     if not (flat["suites"] or flat["tasks"] or flat["folders"]):

@@ -1,6 +1,7 @@
-"""Keys of a training config, and the values that recipes share."""
+"""Keys of training and of evaluation, and the values that recipes share."""
 
 import math
+import re
 from typing import Any
 
 from gecko_jax.config import rules
@@ -52,253 +53,208 @@ _MESH_RULES = rules.tuple_of(
     lambda v: len(v) == 2 and isinstance(v[0], str),
 )
 
-# Defaults are those of fine-tuning; those without a source are ours.
+# Comments have the meaning, unit and source. Defaults are those of fine-tuning; those
+# without a source are ours.
 TRAINING: dict[str, rules.Key] = {
-    "seed": Key(
-        0, Rule(int, "must be in [0, 2^63)", lambda v: 0 <= v < 2**63), "PRNG seed."
-    ),
-    "data.mixture": Key("quickstart", NAME, "Mixture to train on if `files` is empty."),
-    "data.files": Key((), _PATHS, "JSONL files of pairs or triples."),
-    "data.vocabulary": Key(
-        "quickstart",
-        NAME,
-        "Path of a SentencePiece model or a `tokenizer.json`, or of a folder with one; "
-        "or `quickstart`.",
-    ),
-    "data.extra_ids": Key(
-        0, between(0, 100_000), "Sentinel ids after the vocabulary's pieces (T5: 100)."
-    ),
-    "data.query_length": Key(64, _LENGTH, "Query length in tokens (GTR)."),
-    "data.passage_length": Key(512, _LENGTH, "Passage length in tokens (GTR)."),
-    "data.text_format": Key(
-        "gecko", one_of("gecko", "plain"), "`plain` drops task descriptions and titles."
-    ),
-    "data.batch_size": Key(
-        2048, between(2, 2**24), "Examples per step, over all hosts (GTR)."
-    ),
-    "data.num_negatives": Key(
-        1, between(0, 10_000), "Hard negatives per example (eq. 3: 1, eq. 2: 0)."
-    ),
-    "data.packing": Key(
-        True, SWITCH, "Packs several texts into a row; embeddings do not change."
-    ),
-    "data.one_task_per_batch": Key(
-        False, SWITCH, "Draws each batch from a single task (EmbeddingGemma)."
-    ),
-    "data.unique_ids": Key(
-        False,
-        SWITCH,
-        "Appends a unique id to classification texts (section 3.3) instead of masking "
-        "their in-batch negatives.",
-    ),
-    "data.cache_dir": Key("~/.cache/gecko_jax", NAME, "Folder of tokenized examples."),
-    "data.prepared_dir": Key(
-        "~/.cache/gecko_jax/prepared", NAME, "Output folder of `gecko data prepare`."
-    ),
-    "data.teacher": Key(
-        "",
-        TEXT,
-        "Output of `gecko data teach`, for embedding matching; empty for none.",
-    ),
-    "data.teacher_dim": Key(0, COUNT, "Dims of the teacher's vectors; 0 without one."),
-    "model.family": Key(
-        "t5",
-        one_of("t5", *families.FAMILIES),
-        "Encoder family: T5, Gemma 3 (EmbeddingGemma, T5Gemma 2), EmbeddingGemma 2's "
-        "text part, or Qwen 3.",
-    ),
-    "model.vocab_size": Key(8_064, between(1, 2**24), "Rows of the embedding table."),
-    "model.model_dim": Key(256, _WIDTH, "Encoder width."),
-    "model.num_layers": Key(
-        2, between(0, 1_000), "Encoder layers; 0 for a bag of tokens."
-    ),
-    "model.num_heads": Key(4, _WIDTH, "Attention heads."),
-    "model.head_dim": Key(64, _WIDTH, "Width of a head."),
-    "model.mlp_dim": Key(512, _WIDTH, "Width of the MLP."),
-    "model.mlp_activations": Key(
-        ("gelu", "linear"), _ACTIVATIONS, "MLP branches; two are gated (T5 1.1)."
-    ),
-    "model.shared_relative_bias": Key(
-        True, SWITCH, "Shares one relative-position bias among layers (T5; not umT5)."
-    ),
-    "model.relpos_num_buckets": Key(32, _BUCKETS, "Relative-position buckets (T5)."),
-    "model.relpos_max_distance": Key(
-        128, between(1, 2**24), "Distance in tokens that fills the last bucket (T5)."
-    ),
-    "model.embedding_dim": Key(256, _WIDTH, "Width of the embedding."),
-    "model.projection": Key(
-        True, SWITCH, "Projects the pooled hidden state to `embedding_dim`."
-    ),
-    "model.dropout_rate": Key(0.1, SHARE, "Dropout rate (T5)."),
-    "model.dtype": Key("bfloat16", one_of(*families.DTYPES), "Activation dtype."),
-    "model.scan_layers": Key(
-        True, SWITCH, "Scans over layers, which compiles faster; results do not change."
-    ),
-    "model.remat": Key(
-        "dots",
-        one_of(*families.REMAT_POLICIES),
-        "Recomputed in the backward pass: none, all but matrix products, or full.",
-    ),
-    "model.l2_epsilon": Key(
-        1e-12,
-        ABOVE_ZERO,
-        "Added under the root when a trained model normalizes embeddings.",
-    ),
-    "model.attention": Key(
-        "xla",
-        one_of(*families.ATTENTIONS),
-        "`cudnn` fuses attention on a GPU, without dropout.",
-    ),
-    "model.residual_init_scale": Key(
-        0.1,
-        ABOVE_ZERO,
-        "Scale of residual-branch initializers, relative to T5X's; a fresh encoder is "
-        "then close to a bag of tokens.",
-    ),
-    "model.pooling": Key(
-        "mean",
-        one_of(*families.POOLINGS),
-        "Mean over the tokens of a text, or its last token (Qwen3-Embedding).",
-    ),
-    "model.num_kv_heads": Key(
-        0, COUNT, "Key and value heads; 0 for as many as `num_heads`."
-    ),
-    "model.global_num_kv_heads": Key(
-        0, COUNT, "The same of global layers, if it differs (EmbeddingGemma 2)."
-    ),
-    "model.global_head_dim": Key(
-        0, COUNT, "Width of a head of global layers, if it differs (EmbeddingGemma 2)."
-    ),
-    "model.local_window": Key(
-        (), _WINDOW, "Reach of local layers to the left and right, in tokens."
-    ),
-    "model.global_every": Key(
-        1, between(1, 1_000), "Period of the global layers (Gemma 3: 6)."
-    ),
-    "model.rope_base": Key(
-        1e6, ABOVE_ZERO, "Base of the rotary frequencies of global layers (Gemma 3)."
-    ),
-    "model.rope_factor": Key(
-        1.0, ABOVE_ZERO, "Divisor of these frequencies (Gemma 3 of 4B and more: 8)."
-    ),
-    "model.local_rope_base": Key(
-        1e4, ABOVE_ZERO, "Base of the rotary frequencies of local layers (Gemma 3)."
-    ),
-    "model.query_scale": Key(
-        0.0, NOT_NEGATIVE, "Factor of the attention logits; 0 for head_dim ** -0.5."
-    ),
-    "model.norm_epsilon": Key(1e-6, ABOVE_ZERO, "Added to the mean square in norms."),
-    "model.per_layer_dim": Key(
-        0, COUNT, "Width of the per-layer embeddings (EmbeddingGemma 2)."
-    ),
-    "init.checkpoint": Key(
-        "", TEXT, "Workdir, model folder or checkpoint to start from; empty for none."
-    ),
-    "init.token_weights": Key(
-        "none",
-        one_of("none", "idf"),
-        "From scratch: `idf` makes rare tokens count more.",
-    ),
+    # PRNG seed.
+    "seed": Key(0, Rule(int, "must be in [0, 2^63)", lambda v: 0 <= v < 2**63)),
+    "data.mixture": Key("quickstart", NAME),  # Mixture to train on if `files` is empty.
+    "data.files": Key((), _PATHS),  # JSONL files of pairs or triples.
+    # Path of a SentencePiece model or a `tokenizer.json`, or of a folder with one; or
+    # `quickstart`.
+    "data.vocabulary": Key("quickstart", NAME),
+    # Sentinel ids after the vocabulary's pieces (T5: 100).
+    "data.extra_ids": Key(0, between(0, 100_000)),
+    "data.query_length": Key(64, _LENGTH),  # Query length in tokens (GTR).
+    "data.passage_length": Key(512, _LENGTH),  # Passage length in tokens (GTR).
+    # `plain` drops task descriptions and titles.
+    "data.text_format": Key("gecko", one_of("gecko", "plain")),
+    # Examples per step, over all hosts (GTR).
+    "data.batch_size": Key(2048, between(2, 2**24)),
+    # Hard negatives per example (eq. 3: 1, eq. 2: 0).
+    "data.num_negatives": Key(1, between(0, 10_000)),
+    # Packs several texts into a row; embeddings do not change.
+    "data.packing": Key(True, SWITCH),
+    # Draws each batch from a single task (EmbeddingGemma).
+    "data.one_task_per_batch": Key(False, SWITCH),
+    # Appends a unique id to classification texts (section 3.3) instead of masking their
+    # in-batch negatives.
+    "data.unique_ids": Key(False, SWITCH),
+    "data.cache_dir": Key("~/.cache/gecko_jax", NAME),  # Folder of tokenized examples.
+    # Output folder of `gecko data prepare`.
+    "data.prepared_dir": Key("~/.cache/gecko_jax/prepared", NAME),
+    # Output of `gecko data teach`, for embedding matching; empty for none.
+    "data.teacher": Key("", TEXT),
+    "data.teacher_dim": Key(0, COUNT),  # Dims of the teacher's vectors; 0 without one.
+    # Encoder family: T5, Gemma 3 (EmbeddingGemma, T5Gemma 2), EmbeddingGemma 2's text
+    # part, or Qwen 3.
+    "model.family": Key("t5", one_of("t5", *families.FAMILIES)),
+    "model.vocab_size": Key(8_064, between(1, 2**24)),  # Rows of the embedding table.
+    "model.model_dim": Key(256, _WIDTH),  # Encoder width.
+    # Encoder layers; 0 for a bag of tokens.
+    "model.num_layers": Key(2, between(0, 1_000)),
+    "model.num_heads": Key(4, _WIDTH),  # Attention heads.
+    "model.head_dim": Key(64, _WIDTH),  # Width of a head.
+    "model.mlp_dim": Key(512, _WIDTH),  # Width of the MLP.
+    # MLP branches; two are gated (T5 1.1).
+    "model.mlp_activations": Key(("gelu", "linear"), _ACTIVATIONS),
+    # Shares one relative-position bias among layers (T5; not umT5).
+    "model.shared_relative_bias": Key(True, SWITCH),
+    "model.relpos_num_buckets": Key(32, _BUCKETS),  # Relative-position buckets (T5).
+    # Distance in tokens that fills the last bucket (T5).
+    "model.relpos_max_distance": Key(128, between(1, 2**24)),
+    "model.embedding_dim": Key(256, _WIDTH),  # Width of the embedding.
+    # Projects the pooled hidden state to `embedding_dim`.
+    "model.projection": Key(True, SWITCH),
+    "model.dropout_rate": Key(0.1, SHARE),  # Dropout rate (T5).
+    "model.dtype": Key("bfloat16", one_of(*families.DTYPES)),  # Activation dtype.
+    # Scans over layers, which compiles faster; results do not change.
+    "model.scan_layers": Key(True, SWITCH),
+    # Recomputed in the backward pass: none, all but matrix products, or full.
+    "model.remat": Key("dots", one_of(*families.REMAT_POLICIES)),
+    # Added under the root when a trained model normalizes embeddings.
+    "model.l2_epsilon": Key(1e-12, ABOVE_ZERO),
+    # `cudnn` fuses attention on a GPU, without dropout.
+    "model.attention": Key("xla", one_of(*families.ATTENTIONS)),
+    # Scale of residual-branch initializers, relative to T5X's; a fresh encoder is then
+    # close to a bag of tokens.
+    "model.residual_init_scale": Key(0.1, ABOVE_ZERO),
+    # Mean over the tokens of a text, or its last token (Qwen3-Embedding).
+    "model.pooling": Key("mean", one_of(*families.POOLINGS)),
+    # Key and value heads; 0 for as many as `num_heads`.
+    "model.num_kv_heads": Key(0, COUNT),
+    # The same of global layers, if it differs (EmbeddingGemma 2).
+    "model.global_num_kv_heads": Key(0, COUNT),
+    # Width of a head of global layers, if it differs (EmbeddingGemma 2).
+    "model.global_head_dim": Key(0, COUNT),
+    # Reach of local layers to the left and right, in tokens.
+    "model.local_window": Key((), _WINDOW),
+    # Period of the global layers (Gemma 3: 6).
+    "model.global_every": Key(1, between(1, 1_000)),
+    # Base of the rotary frequencies of global layers (Gemma 3).
+    "model.rope_base": Key(1e6, ABOVE_ZERO),
+    # Divisor of these frequencies (Gemma 3 of 4B and more: 8).
+    "model.rope_factor": Key(1.0, ABOVE_ZERO),
+    # Base of the rotary frequencies of local layers (Gemma 3).
+    "model.local_rope_base": Key(1e4, ABOVE_ZERO),
+    # Factor of the attention logits; 0 for head_dim ** -0.5.
+    "model.query_scale": Key(0.0, NOT_NEGATIVE),
+    "model.norm_epsilon": Key(1e-6, ABOVE_ZERO),  # Added to the mean square in norms.
+    # Width of the per-layer embeddings (EmbeddingGemma 2).
+    "model.per_layer_dim": Key(0, COUNT),
+    # Workdir, model folder or checkpoint to start from; empty for none.
+    "init.checkpoint": Key("", TEXT),
+    # From scratch: `idf` makes rare tokens count more.
+    "init.token_weights": Key("none", one_of("none", "idf")),
+    # From scratch with `idf`: share of the token dims hidden from the projection.
     "init.token_weight_dims": Key(
-        0.25,
-        Rule(float, "must be in (0, 1)", lambda v: 0 < v < 1),
-        "From scratch with `idf`: share of the token dims hidden from the projection.",
+        0.25, Rule(float, "must be in (0, 1)", lambda v: 0 < v < 1)
     ),
-    "init.align_steps": Key(
-        0, COUNT, "From scratch: batches to align the projection on; 0 for none."
-    ),
-    "loss.temperature": Key(0.01, ABOVE_ZERO, "Divides the similarities (GTR)."),
-    "loss.mrl_dims": Key((256,), _MRL_DIMS, "Trained prefixes (section 3.1)."),
-    "loss.mrl_weights": Key(
-        (1.0,), _MRL_WEIGHTS, "Weight of each prefix; the paper's are equal."
-    ),
-    "loss.same_tower": Key(
-        True, SWITCH, "Same-tower negatives: other queries (eq. 3)."
-    ),
-    "loss.same_tower_passages": Key(
-        False, SWITCH, "Same-tower negatives: other positives (SamToNe)."
-    ),
-    "loss.bidirectional": Key(False, SWITCH, "Adds the passage-to-query loss (GTR)."),
-    "loss.all_hard_negatives": Key(
-        False, SWITCH, "Adds the hard negatives of the other examples (GTR)."
-    ),
-    "loss.mask_duplicates": Key(
-        False, SWITCH, "Masks in-batch negatives equal to the query or the positive."
-    ),
-    "loss.hardness": Key(
-        0.0, NOT_NEGATIVE, "Weight of hard negatives by cosine (EmbeddingGemma: 5)."
-    ),
-    "loss.spread_weight": Key(
-        0.0, NOT_NEGATIVE, "Weight of the spread-out regularizer (EmbeddingGemma)."
-    ),
-    "loss.matching_weight": Key(
-        0.0, NOT_NEGATIVE, "Weight of embedding matching (EmbeddingGemma)."
-    ),
-    "loss.kl_weight": Key(
-        0.0,
-        NOT_NEGATIVE,
-        "Weight of the KL divergence from the lines' `scores` (E5; FlagEmbedding: 1).",
-    ),
-    "loss.kl_temperature": Key(
-        1.0, ABOVE_ZERO, "Divides these scores before their softmax (FlagEmbedding)."
-    ),
-    "optimizer.name": Key(
-        "adafactor", one_of("adafactor", "adamw"), "Optimizer (GTR)."
-    ),
-    "optimizer.learning_rate": Key(1e-3, ABOVE_ZERO, "Peak learning rate (GTR)."),
-    "optimizer.token_rate": Key(
-        1.0, ABOVE_ZERO, "Learning rate of token embeddings, relative to the others."
-    ),
+    # From scratch: batches to align the projection on; 0 for none.
+    "init.align_steps": Key(0, COUNT),
+    "loss.temperature": Key(0.01, ABOVE_ZERO),  # Divides the similarities (GTR).
+    "loss.mrl_dims": Key((256,), _MRL_DIMS),  # Trained prefixes (section 3.1).
+    # Weight of each prefix; the paper's are equal.
+    "loss.mrl_weights": Key((1.0,), _MRL_WEIGHTS),
+    # Same-tower negatives: other queries (eq. 3).
+    "loss.same_tower": Key(True, SWITCH),
+    # Same-tower negatives: other positives (SamToNe).
+    "loss.same_tower_passages": Key(False, SWITCH),
+    "loss.bidirectional": Key(False, SWITCH),  # Adds the passage-to-query loss (GTR).
+    # Adds the hard negatives of the other examples (GTR).
+    "loss.all_hard_negatives": Key(False, SWITCH),
+    # Masks in-batch negatives equal to the query or the positive.
+    "loss.mask_duplicates": Key(False, SWITCH),
+    # Weight of hard negatives by cosine (EmbeddingGemma: 5).
+    "loss.hardness": Key(0.0, NOT_NEGATIVE),
+    # Weight of the spread-out regularizer (EmbeddingGemma).
+    "loss.spread_weight": Key(0.0, NOT_NEGATIVE),
+    # Weight of embedding matching (EmbeddingGemma).
+    "loss.matching_weight": Key(0.0, NOT_NEGATIVE),
+    # Weight of the KL divergence from the lines' `scores` (E5; FlagEmbedding: 1).
+    "loss.kl_weight": Key(0.0, NOT_NEGATIVE),
+    # Divides these scores before their softmax (FlagEmbedding).
+    "loss.kl_temperature": Key(1.0, ABOVE_ZERO),
+    # Optimizer (GTR).
+    "optimizer.name": Key("adafactor", one_of("adafactor", "adamw")),
+    "optimizer.learning_rate": Key(1e-3, ABOVE_ZERO),  # Peak learning rate (GTR).
+    # Learning rate of token embeddings, relative to the others.
+    "optimizer.token_rate": Key(1.0, ABOVE_ZERO),
+    # Decay after the warm-up (GTR).
     "optimizer.schedule": Key(
-        "linear",
-        one_of("constant", "linear", "cosine", "rsqrt"),
-        "Decay after the warm-up (GTR).",
+        "linear", one_of("constant", "linear", "cosine", "rsqrt")
     ),
-    "optimizer.warmup_steps": Key(200, COUNT, "Steps of linear warm-up."),
-    "optimizer.weight_decay": Key(0.0, NOT_NEGATIVE, "Weight decay of matrices."),
-    "optimizer.clip_norm": Key(
-        1.0, NOT_NEGATIVE, "Largest global gradient norm; 0 for no clipping."
-    ),
-    "optimizer.beta1": Key(0.0, SHARE, "First-moment decay (T5's Adafactor: 0)."),
-    "optimizer.beta2": Key(0.999, SHARE, "Second-moment decay of AdamW."),
-    "train.num_steps": Key(20_000, POSITIVE, "Optimizer steps (GTR)."),
-    "train.microbatch_size": Key(
-        0, COUNT, "Rows of the longer side per microbatch, over all hosts; 0: no split."
-    ),
-    "train.log_every_steps": Key(100, POSITIVE, "Steps between lines of metrics."),
-    "train.max_skipped_steps": Key(
-        0, COUNT, "Non-finite steps in a row to skip before the run stops."
-    ),
-    "train.compilation_cache": Key(
-        "~/.cache/gecko_jax/compiled", TEXT, "Folder of compiled steps; empty for none."
-    ),
-    "mesh.data": Key(-1, AXIS, "Devices per slice along `data`; -1: the rest."),
-    "mesh.fsdp": Key(1, AXIS, "Devices of a slice along `fsdp`."),
-    "mesh.tensor": Key(1, AXIS, "Devices of a slice along `tensor`."),
-    "mesh.dcn_data": Key(-1, AXIS, "Slices along `data`."),
-    "mesh.dcn_fsdp": Key(1, AXIS, "Slices along `fsdp`."),
-    "mesh.rules": Key(
-        sharding.RULES, _MESH_RULES, "Mesh axis of each logical axis (t5x)."
-    ),
-    "checkpoint.every_steps": Key(1_000, POSITIVE, "Steps between checkpoints."),
-    "checkpoint.every_minutes": Key(
-        30, COUNT, "Minutes between checkpoints, in addition; 0 for steps only."
-    ),
-    "checkpoint.keep": Key(3, POSITIVE, "Newest checkpoints to keep."),
-    "checkpoint.keep_every_steps": Key(
-        5_000, COUNT, "Also keeps checkpoints at multiples of this step; 0 for none."
-    ),
-    "evaluation.every_steps": Key(
-        1_000, COUNT, "Steps between evaluations; 0 for start and end only."
-    ),
-    "evaluation.folder": Key(
-        "", TEXT, "Evaluation set in BEIR layout; empty for none."
-    ),
-    "evaluation.max_queries": Key(
-        1_000, COUNT, "Queries to evaluate, for speed; 0 for all."
-    ),
+    "optimizer.warmup_steps": Key(200, COUNT),  # Steps of linear warm-up.
+    "optimizer.weight_decay": Key(0.0, NOT_NEGATIVE),  # Weight decay of matrices.
+    # Largest global gradient norm; 0 for no clipping.
+    "optimizer.clip_norm": Key(1.0, NOT_NEGATIVE),
+    "optimizer.beta1": Key(0.0, SHARE),  # First-moment decay (T5's Adafactor: 0).
+    "optimizer.beta2": Key(0.999, SHARE),  # Second-moment decay of AdamW.
+    "train.num_steps": Key(20_000, POSITIVE),  # Optimizer steps (GTR).
+    # Rows of the longer side per microbatch, over all hosts; 0: no split.
+    "train.microbatch_size": Key(0, COUNT),
+    "train.log_every_steps": Key(100, POSITIVE),  # Steps between lines of metrics.
+    # Non-finite steps in a row to skip before the run stops.
+    "train.max_skipped_steps": Key(0, COUNT),
+    # Folder of compiled steps; empty for none.
+    "train.compilation_cache": Key("~/.cache/gecko_jax/compiled", TEXT),
+    "mesh.data": Key(-1, AXIS),  # Devices per slice along `data`; -1: the rest.
+    "mesh.fsdp": Key(1, AXIS),  # Devices of a slice along `fsdp`.
+    "mesh.tensor": Key(1, AXIS),  # Devices of a slice along `tensor`.
+    "mesh.dcn_data": Key(-1, AXIS),  # Slices along `data`.
+    "mesh.dcn_fsdp": Key(1, AXIS),  # Slices along `fsdp`.
+    # Mesh axis of each logical axis (t5x).
+    "mesh.rules": Key(sharding.RULES, _MESH_RULES),
+    "checkpoint.every_steps": Key(1_000, POSITIVE),  # Steps between checkpoints.
+    # Minutes between checkpoints, in addition; 0 for steps only.
+    "checkpoint.every_minutes": Key(30, COUNT),
+    "checkpoint.keep": Key(3, POSITIVE),  # Newest checkpoints to keep.
+    # Also keeps checkpoints at multiples of this step; 0 for none.
+    "checkpoint.keep_every_steps": Key(5_000, COUNT),
+    # Steps between evaluations; 0 for start and end only.
+    "evaluation.every_steps": Key(1_000, COUNT),
+    # Evaluation set in BEIR layout; empty for none.
+    "evaluation.folder": Key("", TEXT),
+    # Queries to evaluate, for speed; 0 for all.
+    "evaluation.max_queries": Key(1_000, COUNT),
 }
-SCHEMA = {name: key.rule for name, key in TRAINING.items()}
+
+# `evaluation.mteb_suites` knows their tasks.
+SUITES = ("MTEB(eng, v1)", "MTEB(eng, v2)", "NanoBEIR", "MIRACL")
+
+# Keys of `configs/evaluate.py`.
+EVALUATION: dict[str, rules.Key] = {
+    # Suites of mteb.
+    "suites": Key(
+        (),
+        rules.tuple_of(
+            str, "must hold some of " + "; ".join(SUITES), lambda v: v in SUITES
+        ),
+    ),
+    "tasks": Key((), Rule(tuple)),  # Single tasks of mteb.
+    "folders": Key((), Rule(tuple)),  # Local sets, as for `gecko evaluate`.
+    # Trained dims to evaluate; empty for all.
+    "dims": Key((), rules.tuple_of(int, "must be integers above 0", lambda v: v > 0)),
+    # Model name in the results; empty for gecko-jax/FOLDER.
+    "name": Key(
+        "",
+        Rule(
+            str,
+            "must be organization/model, or empty",
+            lambda v: not v or re.fullmatch(r"[\w.-]+/[\w.-]+", v) is not None,
+        ),
+    ),
+    # Query length in tokens; 0 for that of training.
+    "query_length": Key(0, COUNT),
+    # Passage length in tokens; 0 for that of training.
+    "passage_length": Key(0, COUNT),
+    "cache.folder": Key("~/.cache/gecko_jax/vectors", NAME),  # Cache of vectors.
+    # Size of the cache after a run, over all models, in GiB.
+    "cache.max_gib": Key(50.0, NOT_NEGATIVE),
+    "mesh.data": Key(-1, AXIS),  # Devices along `data`.
+    "mesh.fsdp": Key(1, AXIS),  # Devices along `fsdp`.
+    "mesh.tensor": Key(1, AXIS),  # Devices along `tensor`.
+}
 
 # Keys that older configs lack, with the value that reproduces those runs.
 ADDED_KEYS: dict[str, Any] = {

@@ -20,9 +20,8 @@ class Rule:
 class Key:
     """A config key."""
 
-    default: Any  # the default value
-    rule: Rule  # type and range
-    doc: str  # meaning, unit and source
+    default: Any
+    rule: Rule
 
 
 def one_of(*names: str) -> Rule:

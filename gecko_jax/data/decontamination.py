@@ -14,48 +14,32 @@ from gecko_jax.text import overlap
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A text of a line that matches an evaluation set.
+    """A text of a line that matches an evaluation set."""
 
-    Attributes:
-        place: File and line.
-        part: query, positive or negative.
-        match: The matching text of the set.
-    """
-
-    place: str
-    part: str
-    match: overlap.Match
+    place: str  # file and line
+    part: str  # query, positive or negative
+    match: overlap.Match  # the matching text of the set
 
 
 @dataclasses.dataclass
 class Shared:
-    """Hits of a task in one evaluation set.
+    """Hits of a task in one evaluation set."""
 
-    Attributes:
-        lines: Lines with a hit.
-        same: Lines with a text that equals one of the set.
-        sides: Side of the set -> lines with a hit on it.
-    """
-
-    lines: int = 0
-    same: int = 0
+    lines: int = 0  # lines with a hit
+    same: int = 0  # lines with a text that equals one of the set
+    # Side of the set -> lines with a hit on it.
     sides: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass
 class Report:
-    """Hits of a task in all evaluation sets.
+    """Hits of a task in all evaluation sets."""
 
-    Attributes:
-        task: Name of the task.
-        num_lines: Number of its lines.
-        shared: Name of a set -> its hits; only sets with a hit.
-        examples: The first hits, those on queries of a set before others.
-    """
-
-    task: str
+    task: str  # its name
     num_lines: int = 0
+    # Name of a set -> its hits; only sets with a hit.
     shared: dict[str, Shared] = dataclasses.field(default_factory=dict)
+    # The first hits, those on queries of a set before others.
     examples: list[Hit] = dataclasses.field(default_factory=list)
 
 

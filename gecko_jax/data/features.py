@@ -53,26 +53,18 @@ class Example:
 class Shape:
     """The sizes of a batch.
 
-    Attributes:
-        query_length: Maximum tokens of a query, including EOS.
-        passage_length: Maximum tokens of a passage, including EOS.
-        num_negatives: Hard negatives per query (G).
-        packing: Put several texts into a row. Rows of both sides then have the longer
-            of the two lengths.
-        row_multiple: Devices that split a batch; divides the numbers of rows.
-        microbatch_rows: Divides numbers of rows above it; 0 for no microbatches.
-        teacher_dim: Width of a teacher's vectors (T); 0 for no teacher.
-        scores: Whether the batch has scores of the candidates.
+    With `packing`, rows hold several texts, and rows of both sides have the longer of
+    the two lengths.
     """
 
-    query_length: int
-    passage_length: int
-    num_negatives: int = 0
+    query_length: int  # maximum tokens of a query, including EOS
+    passage_length: int  # maximum tokens of a passage, including EOS
+    num_negatives: int = 0  # hard negatives per query (G)
     packing: bool = False
-    row_multiple: int = 1
-    microbatch_rows: int = 0
-    teacher_dim: int = 0
-    scores: bool = False
+    row_multiple: int = 1  # devices that split a batch; divides the numbers of rows
+    microbatch_rows: int = 0  # divides numbers of rows above it; 0 for no microbatches
+    teacher_dim: int = 0  # width of a teacher's vectors (T); 0 for no teacher
+    scores: bool = False  # whether the batch has scores of the candidates
 
     @property
     def num_segments(self) -> int:

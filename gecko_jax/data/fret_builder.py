@@ -117,7 +117,10 @@ def _builder_class() -> Any:
                 example: dict[str, Any] = _texts_of(record, _TEXTS)
                 example |= {name: list(record.get(name, ())) for name in _LISTS}
                 example |= {name: int(record.get(name, -1)) for name in _NUMBERS}
-                example["scores"] = _scores_of(record.get("scores", ()))
+                example["scores"] = [
+                    math.nan if score is None else score
+                    for score in record.get("scores", ())
+                ]
                 example["candidates"] = [
                     {
                         **_texts_of(candidate, _CANDIDATE_TEXTS),
@@ -132,7 +135,3 @@ def _builder_class() -> Any:
 
 def _texts_of(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     return {name: str(record.get(name, "")) for name in names}
-
-
-def _scores_of(scores: Sequence[float | None]) -> list[float]:
-    return [math.nan if score is None else score for score in scores]

@@ -52,17 +52,11 @@ _DEPTH, _DEEPER = 64, 8
 
 @dataclasses.dataclass(frozen=True)
 class MiningSummary:
-    """Counts of `mine_negatives`.
-
-    Attributes:
-        examples: Number of lines.
-        mined: Number of negatives that were added.
-        short: Examples that still have fewer negatives than requested.
-    """
+    """Counts of `mine_negatives`."""
 
     examples: int
-    mined: int
-    short: int
+    mined: int  # negatives that were added
+    short: int  # examples that still have fewer negatives than requested
 
 
 def mine_negatives(
@@ -171,7 +165,6 @@ class Answers:
     """
 
     def __init__(self, pairs: Iterable[jsonl.Pair] = ()):
-        """Adds pairs of any tasks."""
         # Disjoint sets of query ids, as a forest: id -> parent id.
         self._parents: dict[_Id, _Id] = {}
         # Root of a query -> ids of its positives; id of a passage -> its texts.

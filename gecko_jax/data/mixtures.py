@@ -19,17 +19,11 @@ PREPARED: str = gecko_jax.config.TRAINING["data.prepared_dir"].default
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Tasks and how often each is drawn.
-
-    Attributes:
-        tasks: Names, in order.
-        cap: Maximum size that counts towards a task's rate, as in T5's mixtures.
-        temperature: 1 is proportional to size; larger is more even.
-    """
+    """Tasks and how often each is drawn."""
 
     tasks: tuple[str, ...]
-    cap: int | None = None
-    temperature: float = 1.0
+    cap: int | None = None  # largest size that counts, as in T5's mixtures
+    temperature: float = 1.0  # 1 is proportional to size; larger is more even
 
     def rates(self, names: Sequence[str], sizes: Sequence[int]) -> list[float]:
         """Returns the rate of each task, not normalized.

@@ -19,10 +19,7 @@ def has_negative(
 ) -> Bool[np.ndarray, " B"]:
     """Returns which examples of a batch have a negative that is not a duplicate.
 
-    Args:
-        batch: Model features, see `pipeline`.
-        all_hard_negatives: Include the hard negatives of the group's other examples, as
-            in `losses.contrastive_loss`.
+    `all_hard_negatives` includes those of the group's other examples, as in the loss.
     """
     mask = batch["example_mask"]
     group, query, passage = (
@@ -63,7 +60,6 @@ class Watch:
     """
 
     def __init__(self, task_names: Sequence[str], *, all_hard_negatives: bool):
-        """Watches all tasks; for `all_hard_negatives`, see `has_negative`."""
         self._task_names = task_names
         self._all_hard_negatives = all_hard_negatives
         # Watched task -> its examples so far, none of which had a negative.

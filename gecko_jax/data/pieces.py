@@ -24,13 +24,9 @@ def train_vocabulary(
 ) -> vocabularies.Vocabulary:
     """Trains a unigram vocabulary with byte fallback and T5's reserved ids.
 
-    Args:
-        files: JSONL of pairs; queries, positives and titles are used.
-        output: The `.model` file, written whole or not at all.
-        size: Number of pieces, including 256 bytes and 3 reserved ids.
-
-    Raises:
-        ValueError: A record is invalid, or the texts cannot fill the size.
+    It reads queries, positives and titles of JSONL files. `size` counts pieces, 256
+    bytes and 3 reserved ids. Raises ValueError if a record is invalid, or the texts
+    cannot fill the size.
     """
     import sentencepiece
 

@@ -66,9 +66,8 @@ class Batches:
         tasks, task_names: The tasks, indexed by `task_index`.
         task_sizes, num_examples: Number of examples of each task, and of all.
         readers: The cache of each task.
-        vocabulary: The vocabulary.
-        text_format: The format with the descriptions of the tasks, for the checkpoint.
-        shape, num_segments: Sizes of a batch, and the maximum number of texts in a row.
+        vocabulary, text_format: Those of the checkpoint, with the tasks' descriptions.
+        shape: Sizes of a batch.
         rates: Share of each task, summing to 1.
         facts: Everything that determines the examples of a step, except the seed:
             sources, format, vocabulary, rates, batch size.
@@ -87,16 +86,10 @@ class Batches:
     ):
         """Opens the caches of the tasks; builds those that do not exist.
 
-        Args:
-            chosen: Tasks, text format and vocabulary.
-            shape: Sizes of a batch. Each step samples an example's negatives anew.
-            batch_size: Global number of examples per step (B).
-            one_task_per_batch: Draw all examples of a step from one task.
-            seed: Seed of the shuffles and of the sampling of negatives.
-            teacher: Folder of a teacher's vectors; "" for none.
-
-        Raises:
-            ValueError: A length is impossible, or the sources or vectors are invalid.
+        `batch_size` is the global number of examples per step (B), and `teacher` the
+        folder of a teacher's vectors, "" for none. The seed is that of the shuffles and
+        of the negatives, which each step samples anew. Raises ValueError if a length is
+        impossible, or the sources or vectors are invalid.
         """
         for name in ("query_length", "passage_length"):
             if not 2 <= (length := getattr(shape, name)) <= cache.MAX_TOKENS:
@@ -106,7 +99,6 @@ class Batches:
         self._one_task_per_batch = one_task_per_batch
         self._seed = seed
         self.shape = shape
-        self.num_segments = shape.num_segments
         self.vocabulary = chosen.vocabulary
         self.tasks, self.text_format = chosen.tasks, chosen.text_format
         # Before the texts are tokenized, which takes long: the folder may be missing.

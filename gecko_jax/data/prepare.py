@@ -47,19 +47,12 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A prepared set.
-
-    Attributes:
-        folder: Folder of the set.
-        examples: Number of lines.
-        dropped: Reason -> number of records, or parts of one, that were left out.
-        without_negative: Lines with fewer negatives than requested.
-    """
+    """A prepared set."""
 
     folder: pathlib.Path
     examples: int
-    dropped: dict[str, int]
-    without_negative: int
+    dropped: dict[str, int]  # reason -> records, or parts of one, that were left out
+    without_negative: int  # examples with fewer negatives than requested
 
 
 def prepare(
@@ -74,18 +67,10 @@ def prepare(
 ) -> Summary:
     """Turns the source of a row of the table into canonical triples.
 
-    Args:
-        task: The row.
-        prepared_dir: Folder of all prepared sets.
-        source: The source, if the table only gives its kind.
-        accepted_licences: Names of restricted sets whose licence the user accepts.
-        tfds_data_dir: Folder of TFDS's sets.
-        part: Lines of a part.
-        negatives: Hard negatives of a line, if the row allows mining.
-
-    Raises:
-        ValueError: The licence is not accepted, or the source is missing, has another
-            schema, or has no example.
+    `source` is the source, if the table only gives its kind, `part` the lines of a
+    part, and `negatives` the hard negatives of a line, if the row allows mining. Raises
+    ValueError if the licence of a restricted set is not accepted, or the source is
+    missing, has another schema, or has no example.
     """
     if task.restricted and task.name not in accepted_licences:
         raise ValueError(
@@ -187,7 +172,7 @@ def _write_pairs(
         fields = {"parts": field_rules.COUNT, "dropped": _DROPPED}
         facts = reading.read_object(done, fields, remedy=_begin_again(work))
         return facts["parts"], facts["dropped"]
-    dropped: collections.Counter[str] = collections.Counter()
+    dropped = collections.Counter[str]()
     records = sources.read(location, tfds_data_dir=tfds_data_dir)
     lines = _lines(task, location, records, dropped)
     number = 0

@@ -28,8 +28,8 @@ from gecko_jax.data import (
 )
 from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 
-# Examples handed to TensorFlow at once: singly, each takes 2 ms.
-_BLOCK = 256
+# Examples handed to or fetched from TensorFlow at once: singly, each takes 2 ms.
+BLOCK = 256
 
 TEXTS = ("query", "positive", "negatives")
 _IDS = ("query_id", "passage_id", "negative_ids")
@@ -70,24 +70,14 @@ def register(
     return seqio.get_mixture_or_task(mixture)
 
 
-@dataclasses.dataclass(frozen=True)
-class Registered:
-    """The facts about registered tasks that a checkpoint stores.
-
-    The format has the descriptions of all tasks, and the bytes of the SentencePiece
-    model do not contain its sentinels (`extra_ids`).
-    """
-
-    text_format: text_formats.TextFormat
-    vocabulary_proto: bytes
-    extra_ids: int
-
-
-def describe(provider: Any) -> Registered:
+def describe(
+    provider: Any,
+) -> tuple[text_formats.TextFormat, vocabularies.Vocabulary]:
     """Returns the text format and vocabulary of registered tasks.
 
-    `provider` is a seqio Task or Mixture that `register` returned, or its name. Raises
-    ValueError if a task is not from this module, or two tasks do not agree.
+    `provider` is a seqio Task or Mixture that `register` returned, or its name. The
+    format has the descriptions of all tasks. Raises ValueError if a task is not from
+    this module, or two tasks do not agree.
     """
     seqio = load_seqio()
     if isinstance(provider, str):
@@ -109,13 +99,12 @@ def describe(provider: Any) -> Registered:
         (dataclasses.replace(task.source.text_format, **joint), task.source.vocabulary)
         for task in tasks
     ]
-    text_format, vocabulary = settings[0]
     if settings.count(settings[0]) < len(settings):
         raise ValueError(
             f"{provider.name}: its tasks were registered with different text formats "
             "or vocabularies; register all of them with the same"
         )
-    return Registered(text_format, vocabulary.model_proto, vocabulary.extra_ids)
+    return settings[0]
 
 
 def register_task(
@@ -126,11 +115,8 @@ def register_task(
 ) -> Any:
     """Registers one seqio Task, unless its name is registered, and returns it.
 
-    Args:
-        task: A row of the table or a task of `task_table.from_files`.
-        text_format: Format with the task's description.
-        vocabulary: From `vocabularies.load`; see `seqio_vocabulary.wrap`.
-        name: Name in seqio's registry; by default the task's and a hash of the rest.
+    The format has the task's description, and the vocabulary is from
+    `vocabularies.load`. The default name is the task's and a hash of the rest.
     """
     seqio = load_seqio()
     forms = formatting.templates(text_format, task.name)
@@ -293,7 +279,7 @@ def _column_blocks(
     text_format: text_formats.TextFormat,
     shards: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """Yields the formatted examples of some of a split's files, `_BLOCK` at a time.
+    """Yields the formatted examples of some of a split's files, `BLOCK` at a time.
 
     The place of an example is the number of its file, and its number among the task's
     examples there.
@@ -306,7 +292,7 @@ def _column_blocks(
         for shard in shards
         for number, pair in enumerate(jsonl.read_pairs(paths[shard], task.source_task))
     )
-    while placed := list(itertools.islice(pairs, _BLOCK)):
+    while placed := list(itertools.islice(pairs, BLOCK)):
         places, block = zip(*placed, strict=True)
         texts = [formatting.write(text_format, task, pair) for pair in block]
         queries, positives, negatives = zip(*texts, strict=True)

@@ -15,26 +15,15 @@ from gecko_jax.text import text_formats, vocabularies
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Tasks, and everything their tokens depend on.
+    """Tasks, and everything their tokens depend on."""
 
-    Attributes:
-        tasks: Rows of the table or tasks of the files, with their sizes.
-        mixture: The mixture that draws them.
-        text_format: The given format, completed with the tasks' descriptions; a
-            checkpoint stores this one.
-        vocabulary: The vocabulary.
-        cache_dir: Folder of the caches.
-        sources: Checksums of each task's files.
-        keys: Key of each task's cache.
-    """
-
-    tasks: tuple[task_table.Task, ...]
+    tasks: tuple[task_table.Task, ...]  # rows of the table or of files, with sizes
     mixture: mixtures.Mixture
-    text_format: text_formats.TextFormat
+    text_format: text_formats.TextFormat  # completed with the tasks' descriptions
     vocabulary: vocabularies.Vocabulary
     cache_dir: pathlib.Path
-    sources: tuple[tuple[str, ...], ...]
-    keys: tuple[str, ...]
+    sources: tuple[tuple[str, ...], ...]  # checksums of each task's files
+    keys: tuple[str, ...]  # key of each task's cache
 
 
 def select(
@@ -50,19 +39,11 @@ def select(
 ) -> Selection:
     """Returns the tasks of a mixture or of files; reads new source files once.
 
-    Args:
-        mixture: Name of a mixture or a task of the table; ignored with `files`.
-        files: A user's own JSONL files; each of their tasks is drawn by its size.
-        vocabulary: From `vocabularies.load`, because seqio reads the file again.
-        text_format: Its descriptions override the tasks'.
-        cache_dir: Folder of the caches; runs may share it.
-        prepared_dir: Folder of `gecko data prepare`.
-        unique_ids: See `classification.append_id`.
-        scores: Keep the scores of the lines.
-
-    Raises:
-        ValueError: The mixture is unknown, a file or line is invalid, or a task has no
-            line.
+    A user's own `files` replace the mixture, which may be a single task of the table;
+    each of their tasks is drawn by its size. The descriptions of `text_format` override
+    the tasks'. The vocabulary is from `vocabularies.load`, because seqio reads the file
+    again. Runs may share `cache_dir`. Raises ValueError if the mixture is unknown, a
+    file or line is invalid, or a task has no line.
     """
     folder = pathlib.Path(cache_dir)
     if files:

@@ -42,46 +42,29 @@ _BATCHES = 8
 
 @dataclasses.dataclass(frozen=True)
 class TaskStatistics:
-    """Statistics of a task.
-
-    Attributes:
-        name: Name of the task.
-        num_examples: Number of lines.
-        rate: Share of the mixture.
-        num_sampled: Size of the sample.
-        query_lengths: Tokens of the sampled queries, not truncated.
-        passage_lengths: Tokens of the sampled positives and negatives, not truncated.
-        repeated: Part -> lines whose part is on an earlier line of the task.
-        descriptions: Task description -> lines with it as their own.
-    """
+    """Statistics of a task."""
 
     name: str
     num_examples: int
-    rate: float
+    rate: float  # share of the mixture
     num_sampled: int
+    # Tokens of the sampled texts, not truncated; negatives are passages, too.
     query_lengths: Int[np.ndarray, " Q"]
     passage_lengths: Int[np.ndarray, " P"]
-    repeated: dict[str, int]
-    descriptions: dict[str, int]
+    repeated: dict[str, int]  # part -> lines whose part is on an earlier line
+    descriptions: dict[str, int]  # task description -> lines with it as their own
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Statistics of a mixture.
-
-    Attributes:
-        tasks: Statistics of each task.
-        overlaps: Two tasks -> part -> number of shared texts; only pairs with any.
-        padding: (query, passage or both; whether rows are packed) -> share of padding
-            among a batch's tokens.
-        num_batches: Number of batches for `padding`.
-        shape: Sizes of a batch.
-    """
+    """Statistics of a mixture."""
 
     tasks: tuple[TaskStatistics, ...]
+    # Two tasks -> part -> number of shared texts; only pairs with any.
     overlaps: dict[tuple[str, str], dict[str, int]]
+    # (query, passage or both; whether rows are packed) -> share of padding tokens.
     padding: dict[tuple[str, bool], float]
-    num_batches: int
+    num_batches: int  # for `padding`
     shape: features.Shape
 
 
@@ -158,12 +141,8 @@ def collect(
         )
     overlaps: dict[tuple[str, str], dict[str, int]] = {}
     for first, second in itertools.combinations(lines, 2):
-        shared = {
-            part: len(
-                np.intersect1d(lines[first].hashes[part], lines[second].hashes[part])
-            )
-            for part in PARTS
-        }
+        one, other = lines[first].hashes, lines[second].hashes
+        shared = {p: len(np.intersect1d(one[p], other[p])) for p in PARTS}
         if any(shared.values()):
             overlaps[first, second] = shared
     return Statistics(

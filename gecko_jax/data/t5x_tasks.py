@@ -12,15 +12,10 @@ bundled vocabulary. For another vocabulary, import a module of your own that cal
 
 from gecko_jax.data import mixtures, registration
 
-
-def _register() -> None:
-    for name in mixtures.MIXTURES:
-        rows = [mixtures.locate(row) for row in mixtures.describe(name)[0]]
-        for row in rows:
-            if row.files:
-                registration.register(row.name)
-        if all(row.files for row in rows):
-            registration.register(name)
-
-
-_register()
+for name in mixtures.MIXTURES:
+    rows = [mixtures.locate(row) for row in mixtures.describe(name)[0]]
+    for row in rows:
+        if row.files:
+            registration.register(row.name)
+    if all(row.files for row in rows):
+        registration.register(name)

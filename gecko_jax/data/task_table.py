@@ -24,47 +24,24 @@ QUICKSTART_VOCABULARY = QUICKSTART / "vocabulary.model"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: Name in configs, metrics and seqio.
-        task_description: The paper's *t*, written before every query.
-        files: JSONL files, see `jsonl`.
-        source_task: Value of the field `task` in the task's lines; by default the name.
-        symmetric: Write passages in the query form.
-        licence: Licence of the texts.
-        num_examples: Number of the task's lines; None before they are counted.
-        touches: Evaluation sets whose texts or near duplicates the data may hold.
-        source: Where `gecko data prepare` reads the set, see `sources`; "" for a set
-            that is already JSONL.
-        preprocessor: Turns records of the source into lines, see `preprocessors`.
-        restricted: Why the licence must be accepted by name; "" if it need not be.
-        published_size: Number of examples according to the set's authors, for planning;
-            None if unknown.
-        mine: Mine hard negatives for lines without any.
-        validation_files: JSONL files of held-out examples, which become the seqio
-            split "validation"; `gecko train` does not read them.
-        unique_ids: Append a unique id to the texts of classification triples, see
-            `classification.append_id`.
-        scores: Keep the scores of the lines (`jsonl`), for `loss.kl_weight`.
-    """
-
-    name: str
-    task_description: str
-    files: tuple[str, ...] = ()
-    source_task: str = ""
-    symmetric: bool = False
+    name: str  # in configs, metrics and seqio
+    task_description: str  # the paper's *t*, written before every query
+    files: tuple[str, ...] = ()  # JSONL, see `jsonl`
+    source_task: str = ""  # field `task` of the task's lines; by default the name
+    symmetric: bool = False  # write passages in the query form
     licence: str = "unknown"
-    num_examples: int | None = None
-    touches: tuple[str, ...] = ()
-    source: str = ""
-    preprocessor: preprocessors.Preprocessor | None = None
-    restricted: str = ""
-    published_size: int | None = None
-    mine: bool = True
-    validation_files: tuple[str, ...] = ()
-    unique_ids: bool = False
-    scores: bool = False
+    num_examples: int | None = None  # None before the lines are counted
+    touches: tuple[str, ...] = ()  # evaluation sets that may have the same texts
+    source: str = ""  # where `gecko data prepare` reads (`sources`); "" if it is JSONL
+    preprocessor: preprocessors.Preprocessor | None = None  # records -> lines
+    restricted: str = ""  # why the licence must be accepted by name; "" if it need not
+    published_size: int | None = None  # examples according to the authors, if known
+    mine: bool = True  # mine hard negatives for lines without any
+    validation_files: tuple[str, ...] = ()  # seqio's split "validation", not trained on
+    unique_ids: bool = False  # see `classification.append_id`
+    scores: bool = False  # keep the scores of the lines, for `loss.kl_weight`
 
     def __post_init__(self):
         if not self.source_task:
@@ -111,10 +88,12 @@ def _pairs(
     )
 
 
-_QUICKSTART: Mapping[str, Any] = {
-    "files": (str(QUICKSTART / "train.jsonl"),),
-    "validation_files": (str(QUICKSTART / "validation.jsonl.gz"),),
-}
+_QUICKSTART: tuple[tuple[str, str, int, str, tuple[str, ...]], ...] = (
+    ("docs", "search result", 1374, "PostgreSQL, PSF-2.0, public domain", ()),
+    ("wordnet", "dictionary definition", 1170, "WordNet-3.0", ()),
+    ("code", "code retrieval", 776, "BSD-3-Clause, Apache-2.0", ("CodeSearchNet",)),
+    ("term", "question answering", 508, "public domain", ()),
+)
 # Task that Qwen wrote queries for -> number of triples in quickstart/fret.
 _QUICKSTART_FRET = {
     "question answering": 150,
@@ -141,38 +120,18 @@ _MIRACL_LANGUAGES = (
 # The user has the files of a source without a scheme and names them with `--source`.
 # Licences are those stated by the sets' authors or cards; docs/data.md cites each.
 TASKS: tuple[Task, ...] = (
-    Task(
-        "quickstart_docs",
-        "search result",
-        source_task="docs",
-        licence="PostgreSQL, PSF-2.0, public domain",
-        num_examples=1374,
-        **_QUICKSTART,
-    ),
-    Task(
-        "quickstart_wordnet",
-        "dictionary definition",
-        source_task="wordnet",
-        licence="WordNet-3.0",
-        num_examples=1170,
-        **_QUICKSTART,
-    ),
-    Task(
-        "quickstart_code",
-        "code retrieval",
-        source_task="code",
-        licence="BSD-3-Clause, Apache-2.0",
-        num_examples=776,
-        touches=("CodeSearchNet",),
-        **_QUICKSTART,
-    ),
-    Task(
-        "quickstart_term",
-        "question answering",
-        source_task="term",
-        licence="public domain",
-        num_examples=508,
-        **_QUICKSTART,
+    *(
+        Task(
+            f"quickstart_{source_task}",
+            description,
+            files=(str(QUICKSTART / "train.jsonl"),),
+            validation_files=(str(QUICKSTART / "validation.jsonl.gz"),),
+            source_task=source_task,
+            licence=licence,
+            num_examples=number,
+            touches=touches,
+        )
+        for source_task, description, number, licence, touches in _QUICKSTART
     ),
     # FRet about the bundled passages: queries by a language model, judged by it.
     *(

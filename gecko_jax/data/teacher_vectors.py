@@ -152,16 +152,10 @@ def write(
 ) -> dict[str, Any]:
     """Writes the folder, whole or not at all, and returns the content of its JSON file.
 
-    Args:
-        folder: The folder; an earlier one is replaced.
-        keys: Keys of the texts, in the order of the vectors.
-        blocks: The vectors, not normalized.
-        made_by: Name of the teacher, for messages.
-        dim: Width to project to, on the leading right singular vectors, which preserve
-            the inner products best; 0 keeps all dims.
-
-    Raises:
-        ValueError: There are too few or too many vectors, or one is zero or not finite.
+    An earlier folder is replaced. `blocks` has the vectors, which need not be
+    normalized, in the order of `keys`. `dim` is the width to project to, on the leading
+    right singular vectors, which preserve the inner products best; 0 keeps all dims.
+    Raises ValueError if vectors are missing, too many, zero or not finite.
     """
     writing.check_replaceable(folder, [SETTINGS], ["*.npy"])
     with writing.write_folder(folder) as temporary:
@@ -238,12 +232,7 @@ def _project(path: pathlib.Path, moment: Float[np.ndarray, "T T"], dim: int) -> 
 
 
 class Teacher:
-    """The vectors of a folder.
-
-    Attributes:
-        dim: Width of the vectors.
-        facts: Content of the folder's JSON file.
-    """
+    """The vectors of a folder; `facts` is the content of its JSON file."""
 
     def __init__(self, folder: str | os.PathLike, dim: int):
         """Maps a folder that `write` wrote into memory.
@@ -256,7 +245,7 @@ class Teacher:
             settings = writing.member(path, SETTINGS)
             fields = {"dim": int, "sha256": str}
             self.facts = checksums.read_object(settings, fields, remedy=_REMEDY)
-            self.dim = self.facts["dim"]
+            self.dim = self.facts["dim"]  # width of the vectors
             shapes = ((None,), (None,), (None, self.dim))
             files = [writing.member(path, f"{name}.npy") for name in _ARRAYS]
             self._keys, self._rows, self._vectors = (
@@ -301,13 +290,10 @@ class Teacher:
         choices: Sequence[Sequence[int]],
         num_negatives: int,
     ) -> dict[str, np.ndarray]:
-        """Returns the batch features named in `losses.TeacherVectors`.
+        """Returns the batch features named in `losses.contrastive.TeacherVectors`.
 
-        Args:
-            examples: The examples of the step, in order.
-            source_tasks: Field `task` of each example's line.
-            choices: Indices of the negatives that each example uses.
-            num_negatives: Negatives of each query (G); missing ones are zeros.
+        Each example has the field `task` of its line and the indices of its negatives
+        in use, at most G; vectors of missing negatives are zeros.
         """
         queries, passages, negatives = [], [], []
         for example, task, chosen in zip(examples, source_tasks, choices, strict=True):

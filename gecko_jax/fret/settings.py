@@ -26,47 +26,32 @@ _FILES = Rule(tuple)
 # Defaults without a source are ours: the paper gives neither prompts, model, N nor
 # filters.
 KEYS: dict[str, rules.Key] = {
-    "seed": Key(0, COUNT, "PRNG seed."),
-    "passages.files": Key(
-        (), _FILES, "JSONL with `text` (optionally `title`, `_id`), or .txt files."
-    ),
-    "passages.decontaminate": Key(
-        (), _FILES, "BEIR folders and STS files whose texts are dropped."
-    ),
-    "passages.min_words": Key(10, POSITIVE, "Shortest passage, in words."),
-    "passages.max_characters": Key(
-        4000, between(1, text_formats.MAX_CHARACTERS), "Longest passage, in characters."
-    ),
-    "passages.near_duplicate": Key(
-        0.8, _SHARE, "Least resemblance of near duplicates; 0 drops only equal texts."
-    ),
-    "passages.limit": Key(0, COUNT, "Largest number of passages; 0 for all."),
-    "passages.shard_rows": Key(
-        256, POSITIVE, "Passages per shard, which is written as a whole."
-    ),
-    "relabel.files": Key(
-        (), _FILES, "JSONL of pairs or triples for `gecko fret relabel`."
-    ),
-    "relabel.limit": Key(0, COUNT, "Lines to relabel, drawn at random; 0 for all."),
-    "llm.recording": Key("", TEXT, "Workdir whose recorded answers replace the model."),
-    "llm.weights": Key(
-        "",
-        TEXT,
-        "Model in this process: .gguf, folder or `smollm2`; empty for a server.",
-    ),
-    "llm.dtype": Key(
-        "float32", one_of("float32", "bfloat16"), "Dtype of the model in this process."
-    ),
-    "llm.tensor": Key(
-        1,
-        POSITIVE,
-        "Devices over which the model is split; the other axis splits the rows.",
-    ),
-    "llm.compilation_cache": Key(
-        "~/.cache/gecko_jax/compiled",
-        TEXT,
-        "Folder of compiled functions; empty for none.",
-    ),
+    "seed": Key(0, COUNT),  # PRNG seed.
+    # JSONL with `text` (optionally `title`, `_id`), or .txt files.
+    "passages.files": Key((), _FILES),
+    # BEIR folders and STS files whose texts are dropped.
+    "passages.decontaminate": Key((), _FILES),
+    "passages.min_words": Key(10, POSITIVE),  # Shortest passage, in words.
+    # Longest passage, in characters.
+    "passages.max_characters": Key(4000, between(1, text_formats.MAX_CHARACTERS)),
+    # Least resemblance of near duplicates; 0 drops only equal texts.
+    "passages.near_duplicate": Key(0.8, _SHARE),
+    "passages.limit": Key(0, COUNT),  # Largest number of passages; 0 for all.
+    # Passages per shard, which is written as a whole.
+    "passages.shard_rows": Key(256, POSITIVE),
+    # JSONL of pairs or triples for `gecko fret relabel`.
+    "relabel.files": Key((), _FILES),
+    "relabel.limit": Key(0, COUNT),  # Lines to relabel, drawn at random; 0 for all.
+    "llm.recording": Key("", TEXT),  # Workdir whose recorded answers replace the model.
+    # Model in this process: .gguf, folder or `smollm2`; empty for a server.
+    "llm.weights": Key("", TEXT),
+    # Dtype of the model in this process.
+    "llm.dtype": Key("float32", one_of("float32", "bfloat16")),
+    # Devices over which the model is split; the other axis splits the rows.
+    "llm.tensor": Key(1, POSITIVE),
+    # Folder of compiled functions; empty for none.
+    "llm.compilation_cache": Key("~/.cache/gecko_jax/compiled", TEXT),
+    # Address of the server, without /v1.
     "llm.url": Key(
         "http://localhost:8000",
         Rule(
@@ -77,138 +62,90 @@ KEYS: dict[str, rules.Key] = {
                 and not v.rstrip("/").endswith("/v1")
             ),
         ),
-        "Address of the server, without /v1.",
     ),
-    "llm.model": Key("", TEXT, "Name under which the server serves the model."),
-    "llm.revision": Key("", TEXT, "Commit or checksum of the weights, for the record."),
-    "llm.licence": Key("", TEXT, "Licence of the model's output, for the record."),
-    "llm.api_key_env": Key("", TEXT, "Environment variable that holds the API key."),
-    "llm.chat": Key(
-        False, SWITCH, "Uses the chat API, which cannot score continuations."
-    ),
-    "llm.scoring": Key(
-        "echo",
-        one_of(*wire.SCORING),
-        "How the server scores: echo, echo_tokens, forced (llama.cpp) or none.",
-    ),
-    "llm.top_log_probs": Key(
-        20, POSITIVE, "Number of first tokens listed when labels are scored."
-    ),
-    "llm.concurrency": Key(64, POSITIVE, "Requests in flight."),
-    "llm.retries": Key(6, COUNT, "Retries of a failed request."),
-    "llm.retry_seconds": Key(
-        1.0, NOT_NEGATIVE, "Seconds before the first retry; doubled each time."
-    ),
-    "llm.timeout_seconds": Key(300.0, ABOVE_ZERO, "Deadline of a request, in seconds."),
-    "llm.requests_per_minute": Key(0, COUNT, "Rate limit in requests; 0 for none."),
-    "llm.tokens_per_minute": Key(0, COUNT, "Rate limit in tokens; 0 for none."),
-    "llm.price_input": Key(0.0, NOT_NEGATIVE, "Price of a million prompt tokens."),
-    "llm.price_output": Key(0.0, NOT_NEGATIVE, "Price of a million completion tokens."),
-    "generate.prompt": Key(
-        "generate", NAME, "Prompt; `generate_for_task` draws the task."
-    ),
-    "generate.limit": Key(
-        0, COUNT, "Seed passages, the first ones; 0 for all. The rest are candidates."
-    ),
-    "generate.shots": Key(5, COUNT, "Few-shot examples per row; 0 for all."),
-    "generate.temperature": Key(0.7, NOT_NEGATIVE, "Sampling temperature."),
-    "generate.top_p": Key(
-        1.0, _SHARE, "Nucleus sampling: smallest probability mass to draw from."
-    ),
-    "generate.max_tokens": Key(96, POSITIVE, "Largest number of tokens to generate."),
-    "generate.min_words": Key(3, POSITIVE, "Shortest query, in words."),
-    "generate.max_words": Key(40, POSITIVE, "Longest query, in words."),
-    "generate.max_copied_words": Key(
-        8, COUNT, "Longest run of words copied from the passage; 0 for any."
-    ),
-    "retrieve.model": Key("", TEXT, "Workdir or export of a Gecko; empty for BM25."),
-    "retrieve.dim": Key(0, COUNT, "Dims of its embeddings; 0 for all."),
+    "llm.model": Key("", TEXT),  # Name under which the server serves the model.
+    "llm.revision": Key("", TEXT),  # Commit or checksum of the weights, for the record.
+    "llm.licence": Key("", TEXT),  # Licence of the model's output, for the record.
+    "llm.api_key_env": Key("", TEXT),  # Environment variable that holds the API key.
+    # Uses the chat API, which cannot score continuations.
+    "llm.chat": Key(False, SWITCH),
+    # How the server scores: echo, echo_tokens, forced (llama.cpp) or none.
+    "llm.scoring": Key("echo", one_of(*wire.SCORING)),
+    # Number of first tokens listed when labels are scored.
+    "llm.top_log_probs": Key(20, POSITIVE),
+    "llm.concurrency": Key(64, POSITIVE),  # Requests in flight.
+    "llm.retries": Key(6, COUNT),  # Retries of a failed request.
+    # Seconds before the first retry; doubled each time.
+    "llm.retry_seconds": Key(1.0, NOT_NEGATIVE),
+    "llm.timeout_seconds": Key(300.0, ABOVE_ZERO),  # Deadline of a request, in seconds.
+    "llm.requests_per_minute": Key(0, COUNT),  # Rate limit in requests; 0 for none.
+    "llm.tokens_per_minute": Key(0, COUNT),  # Rate limit in tokens; 0 for none.
+    "llm.price_input": Key(0.0, NOT_NEGATIVE),  # Price of a million prompt tokens.
+    "llm.price_output": Key(0.0, NOT_NEGATIVE),  # Price of a million completion tokens.
+    # Prompt; `generate_for_task` draws the task.
+    "generate.prompt": Key("generate", NAME),
+    # Seed passages, the first ones; 0 for all. The rest are candidates.
+    "generate.limit": Key(0, COUNT),
+    "generate.shots": Key(5, COUNT),  # Few-shot examples per row; 0 for all.
+    "generate.temperature": Key(0.7, NOT_NEGATIVE),  # Sampling temperature.
+    # Nucleus sampling: smallest probability mass to draw from.
+    "generate.top_p": Key(1.0, _SHARE),
+    "generate.max_tokens": Key(96, POSITIVE),  # Largest number of tokens to generate.
+    "generate.min_words": Key(3, POSITIVE),  # Shortest query, in words.
+    "generate.max_words": Key(40, POSITIVE),  # Longest query, in words.
+    # Longest run of words copied from the passage; 0 for any.
+    "generate.max_copied_words": Key(8, COUNT),
+    "retrieve.model": Key("", TEXT),  # Workdir or export of a Gecko; empty for BM25.
+    "retrieve.dim": Key(0, COUNT),  # Dims of its embeddings; 0 for all.
+    # Candidates per query (tables 3 and 5 of the paper: p_20).
     "retrieve.num_candidates": Key(
-        20,
-        Rule(int, "must be at least 2", lambda v: v >= 2),
-        "Candidates per query (tables 3 and 5 of the paper: p_20).",
+        20, Rule(int, "must be at least 2", lambda v: v >= 2)
     ),
-    "retrieve.max_seed_rank": Key(
-        0,
-        COUNT,
-        "Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2; "
-        "Promptagator, arXiv 2209.11755: 1); 0 for any.",
-    ),
+    # Drops queries that rank their seed lower (E5, arXiv 2212.03533: 2; Promptagator,
+    # arXiv 2209.11755: 1); 0 for any.
+    "retrieve.max_seed_rank": Key(0, COUNT),
+    # Drops queries whose cosine with their seed is lower (Arctic-Embed, arXiv
+    # 2405.05374); -1 for any. Needs `retrieve.model`.
     "retrieve.min_seed_cosine": Key(
-        -1.0,
-        Rule(float, "must be in [-1, 1]", lambda v: -1 <= v <= 1),
-        "Drops queries whose cosine with their seed is lower (Arctic-Embed, arXiv "
-        "2405.05374); -1 for any. Needs `retrieve.model`.",
+        -1.0, Rule(float, "must be in [-1, 1]", lambda v: -1 <= v <= 1)
     ),
-    "likelihood.prompt": Key(
-        "likelihood",
-        NAME,
-        "Prompt of query likelihood (QL); with that of RC, both share a reading.",
-    ),
-    "likelihood.generic_passage": Key(
-        "", TEXT, "Passage scored as well, for `fuse.min_information`."
-    ),
-    "relevance.prompt": Key(
-        "relevance", NAME, "Prompt of relevance classification (RC)."
-    ),
-    "fuse.k": Key(
-        0.0, NOT_NEGATIVE, "Constant added to ranks (RRF); the paper has none."
-    ),
-    "fuse.likelihood_weight": Key(1.0, NOT_NEGATIVE, "Weight of the QL ranking."),
-    "fuse.relevance_weight": Key(1.0, NOT_NEGATIVE, "Weight of the RC ranking."),
-    "fuse.relevance": Key(
-        "log_prob",
-        one_of("log_prob", "log_odds"),
-        "RC score: log-probability of the best label (paper), or log-odds.",
-    ),
-    "fuse.positive": Key(
-        "relabelled",
-        one_of("relabelled", "seed"),
-        "Positive: the best candidate (paper), or the seed passage.",
-    ),
-    "fuse.negative": Key(
-        "lowest",
-        one_of("lowest", "sampled", "given", "none"),
-        "Hard negative: the lowest candidate (paper), a sampled one, those of the line "
-        "that is relabelled, or none.",
-    ),
-    "fuse.num_negatives": Key(1, POSITIVE, "Most hard negatives of a query."),
-    "fuse.margin": Key(
-        0.0,
-        _SHARE,
-        "A candidate whose R exceeds (1 - margin) times the positive's is no negative.",
-    ),
-    "fuse.near": Key(
-        "drop",
-        one_of("drop", "positive"),
-        "What becomes of it: nothing, or a further positive (RLHN, arXiv 2505.16967).",
-    ),
-    "fuse.max_negative_share": Key(
-        0.0,
-        _SHARE,
-        "Limit of a negative's cosine, as a share of the positive's (NV-Retriever, "
-        "arXiv 2407.15831: 0.95); 0 for none. Needs `retrieve.model`.",
-    ),
-    "fuse.min_information": Key(
-        0.0, Rule(float), "Least QL above that of the generic passage, in nats."
-    ),
-    "export.max_tasks": Key(
-        64, POSITIVE, "Most tasks to keep; rarer ones become `search result`."
-    ),
-    "export.candidates": Key(
-        False, SWITCH, "Writes all candidates with their scores and ranks."
-    ),
-    "export.scores": Key(
-        "",
-        one_of("", "likelihood", "relevance", "fused"),
-        "Scores of positive and negatives that are written, for `loss.kl_weight`.",
-    ),
-    "calibrate.num_seeds": Key(
-        100, COUNT, "Seeds held out of the run, at most a fifth."
-    ),
-    "run.max_error_rate": Key(
-        0.05, _SHARE, "Share of failed rows in a shard that stops the run."
-    ),
+    # Prompt of query likelihood (QL); with that of RC, both share a reading.
+    "likelihood.prompt": Key("likelihood", NAME),
+    # Passage scored as well, for `fuse.min_information`.
+    "likelihood.generic_passage": Key("", TEXT),
+    # Prompt of relevance classification (RC).
+    "relevance.prompt": Key("relevance", NAME),
+    # Constant added to ranks (RRF); the paper has none.
+    "fuse.k": Key(0.0, NOT_NEGATIVE),
+    "fuse.likelihood_weight": Key(1.0, NOT_NEGATIVE),  # Weight of the QL ranking.
+    "fuse.relevance_weight": Key(1.0, NOT_NEGATIVE),  # Weight of the RC ranking.
+    # RC score: log-probability of the best label (paper), or log-odds.
+    "fuse.relevance": Key("log_prob", one_of("log_prob", "log_odds")),
+    # Positive: the best candidate (paper), or the seed passage.
+    "fuse.positive": Key("relabelled", one_of("relabelled", "seed")),
+    # Hard negative: the lowest candidate (paper), a sampled one, those of the line that
+    # is relabelled, or none.
+    "fuse.negative": Key("lowest", one_of("lowest", "sampled", "given", "none")),
+    "fuse.num_negatives": Key(1, POSITIVE),  # Most hard negatives of a query.
+    # A candidate whose R exceeds (1 - margin) times the positive's is no negative.
+    "fuse.margin": Key(0.0, _SHARE),
+    # What becomes of it: nothing, or a further positive (RLHN, arXiv 2505.16967).
+    "fuse.near": Key("drop", one_of("drop", "positive")),
+    # Limit of a negative's cosine, as a share of the positive's (NV-Retriever, arXiv
+    # 2407.15831: 0.95); 0 for none. Needs `retrieve.model`.
+    "fuse.max_negative_share": Key(0.0, _SHARE),
+    # Least QL above that of the generic passage, in nats.
+    "fuse.min_information": Key(0.0, Rule(float)),
+    # Most tasks to keep; rarer ones become `search result`.
+    "export.max_tasks": Key(64, POSITIVE),
+    # Writes all candidates with their scores and ranks.
+    "export.candidates": Key(False, SWITCH),
+    # Scores of positive and negatives that are written, for `loss.kl_weight`.
+    "export.scores": Key("", one_of("", "likelihood", "relevance", "fused")),
+    # Seeds held out of the run, at most a fifth.
+    "calibrate.num_seeds": Key(100, COUNT),
+    # Share of failed rows in a shard that stops the run.
+    "run.max_error_rate": Key(0.05, _SHARE),
 }
 _LATER = ("num_negatives", "margin", "near", "max_negative_share")
 SCHEMA = {name: key.rule for name, key in KEYS.items()}

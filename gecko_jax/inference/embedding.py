@@ -160,7 +160,8 @@ class Gecko:
         if max_length is None:
             short = side == "query"
             max_length = self.files.query_length if short else self.files.passage_length
-        # One row per distinct text; `row_of` maps each text to its row.
+        # One row per distinct text, by a digest of its tokens; `row_of` maps each text
+        # to its row.
         projected = np.empty((len(texts), self.embedding_dim), np.float32)
         row_of = np.empty(len(texts), np.int64)
         rows: dict[bytes, int] = {}
@@ -174,7 +175,9 @@ class Gecko:
                 new: list[list[int]] = []
                 encoded = self.vocabulary.encode(chunk, max_length)
                 for position, tokens in enumerate(encoded, start):
-                    row_of[position] = rows.setdefault(_key(tokens), len(rows))
+                    key = np.asarray(tokens, np.int32).data
+                    key = hashlib.blake2b(key, digest_size=16).digest()
+                    row_of[position] = rows.setdefault(key, len(rows))
                     if len(rows) > first + len(new):
                         new.append(tokens)
                 done = start + len(chunk) - len(new)
@@ -322,12 +325,6 @@ def cut(
     prefix = np.asarray(embeddings[:, :dim], np.float32)
     norms = np.sqrt(np.sum(np.square(prefix), axis=1, keepdims=True) + epsilon)
     return prefix / norms
-
-
-def _key(tokens: Sequence[int]) -> bytes:
-    """Returns a 16-byte digest of the tokens."""
-    content = np.asarray(tokens, np.int32).data
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _unpack(

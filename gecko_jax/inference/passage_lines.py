@@ -90,7 +90,6 @@ class Column(Sequence[str]):
     """One field of all passages; reads a line of the file on each access."""
 
     def __init__(self, count: int, read_row: Callable[[int], str]):
-        """Takes the number of passages, and a function that reads the field of one."""
         self._count = count
         self._read_row = read_row
 

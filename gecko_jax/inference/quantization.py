@@ -18,24 +18,18 @@ from jaxtyping import Array, Float, Shaped
 FLOAT32, INT8, BINARY = "float32", "int8", "binary"
 PRECISIONS = (FLOAT32, INT8, BINARY)
 
-_DTYPES = {FLOAT32: np.float32, INT8: np.int8, BINARY: np.uint8}
+# Dtype of codes.
+DTYPES: dict[str, type] = {FLOAT32: np.float32, INT8: np.int8, BINARY: np.uint8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """Embeddings at one of `PRECISIONS`.
+    """Embeddings at one of `PRECISIONS`."""
 
-    Attributes:
-        values: float32 or int8 [P, D], or uint8 [P, D / 8, rounded up].
-        precision: One of `PRECISIONS`.
-        dim: Width D of the embeddings.
-        ranges: Least and greatest value of each dim; int8 only.
-    """
-
-    values: Shaped[np.ndarray, "P W"]
+    values: Shaped[np.ndarray, "P W"]  # float32 or int8, W = D; or uint8, W = ceil(D/8)
     precision: str
-    dim: int
-    ranges: Float[np.ndarray, "2 D"] | None = None
+    dim: int  # width D of the embeddings
+    ranges: Float[np.ndarray, "2 D"] | None = None  # least and greatest value; int8
 
     def __len__(self) -> int:
         return len(self.values)
@@ -62,30 +56,12 @@ def check_precision(precision: str) -> None:
 
 def bytes_per_vector(precision: str, dim: int) -> int:
     """Returns the bytes of one embedding of `dim` entries."""
-    return width(precision, dim) * np.dtype(dtype(precision)).itemsize
+    return width(precision, dim) * np.dtype(DTYPES[precision]).itemsize
 
 
 def width(precision: str, dim: int) -> int:
     """Returns the number of entries in a row of codes."""
     return -(-dim // 8) if precision == BINARY else dim
-
-
-def dtype(precision: str) -> type:
-    """Returns the dtype of codes."""
-    return _DTYPES[precision]
-
-
-def calibrate(vectors: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "2 D"]:
-    """Returns the least and the greatest value of each dim, for int8.
-
-    Raises ValueError if there are fewer than two vectors.
-    """
-    if len(vectors) < 2:
-        raise ValueError(
-            f"{len(vectors)} vectors: int8 needs at least 2 to find the range of each "
-            "dim; embed more texts, or use float32 or binary"
-        )
-    return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
 
 
 def encode(
@@ -95,9 +71,9 @@ def encode(
 ) -> Codes:
     """Quantizes embeddings.
 
-    int8 clips values outside of `ranges`; None uses those of `vectors` (`calibrate`).
-    Raises ValueError if the precision is unknown, there are too few vectors for ranges,
-    or a vector is not finite, which int8 and binary cannot represent.
+    int8 clips values outside of `ranges`; None uses those of `vectors`. Raises
+    ValueError if the precision is unknown, there are too few vectors for ranges, or a
+    vector is not finite, which int8 and binary cannot represent.
     """
     check_precision(precision)
     vectors = np.asarray(vectors, np.float32)
@@ -112,7 +88,13 @@ def encode(
         )
     if precision == BINARY:
         return Codes(np.packbits(vectors > 0, axis=1), precision, dim)
-    ranges = calibrate(vectors) if ranges is None else ranges
+    if ranges is None:
+        if len(vectors) < 2:
+            raise ValueError(
+                f"{len(vectors)} vectors: int8 needs at least 2 to find the range of "
+                "each dim; embed more texts, or use float32 or binary"
+            )
+        ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)])
     start, step = _steps(ranges)
     step = np.where(step == 0, np.float32(1), step)
     levels = np.clip(np.floor((vectors - start) / step), 0, 255)

@@ -144,7 +144,7 @@ class Retriever(Protocol):
 
 
 class Bm25Retriever:
-    """BM25 (bm25s, English stemmer); ignores tasks.
+    """BM25 (bm25s, English stemmer) over (title, text) of passages; ignores tasks.
 
     Terms are those of `word_rule.terms`. Terms of one letter, as in "R" or "C++", have
     a separate index whose scores are added. In one index, the many single letters of
@@ -152,7 +152,6 @@ class Bm25Retriever:
     """
 
     def __init__(self, passages: Sequence[tuple[str, str]], task: str = ""):
-        """Indexes (title, text) of every passage."""
         del task
         import bm25s
 

@@ -43,22 +43,13 @@ def embed_file(
 ) -> pathlib.Path:
     """Embeds a file of texts into a folder; a rerun resumes after the last whole shard.
 
-    Args:
-        gecko: The model.
-        source: JSON lines in the BEIR layout or a `.txt` file (`text_files`).
-        folder: Output folder, created if needed. It must not hold vectors of other
-            settings or of another source.
-        side: Format of the texts, "query" or "passage".
-        task: Name or description of the task.
-        dim: One of the model's dims; None is the largest.
-        max_length: Maximum number of tokens per text; None is the training length.
-        precision: One of `quantization.PRECISIONS`. All int8 shards use the ranges of
-            the first shard.
-        shard_rows: Texts per shard, the most work that an interruption loses.
+    `source` is JSON lines in the BEIR layout or a `.txt` file (`text_files`). `side`,
+    `task`, `dim` and `max_length` are those of `Gecko.encode`, and `precision` is one
+    of `quantization.PRECISIONS`; all int8 shards use the ranges of the first. An
+    interruption loses the work of `shard_rows` texts at most.
 
-    Raises:
-        ValueError: The file has a bad line, or the folder was made with other settings.
-        OSError: The disk is full. Finished shards stay.
+    Raises ValueError if the file has a bad line, or the folder was made from another
+    source or with other settings, and OSError if the disk is full.
     """
     folder = pathlib.Path(folder)
     quantization.check_precision(precision)
@@ -162,7 +153,7 @@ def read_codes(folder: str | os.PathLike) -> tuple[list[str], quantization.Codes
             f"{_SETTINGS} names; remove the folder and embed again"
         )
     width = quantization.width(precision, dim)
-    values = np.empty((num_texts, width), quantization.dtype(precision))
+    values = np.empty((num_texts, width), quantization.DTYPES[precision])
     ranges = None
     ids: list[str] = []
     for shard, path in enumerate(paths):
@@ -219,7 +210,7 @@ def _load_shard(
         is_valid = (
             ids.ndim == 1
             and ids.dtype.kind == "U"
-            and values.dtype == quantization.dtype(precision)
+            and values.dtype == quantization.DTYPES[precision]
             and values.shape == (len(ids), quantization.width(precision, dim))
             and (own is None) == (precision != quantization.INT8)
             and (own is None or (own.dtype, own.shape) == (np.float32, (2, dim)))

@@ -212,13 +212,8 @@ class Index:
         Raises ValueError if `folder` holds something other than an index, and OSError
         if the disk is full.
         """
-        path = pathlib.Path(folder)
-        is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-        if not is_free and not (path / _ABOUT).exists():
-            raise ValueError(
-                f"{path}: exists and is not an index; choose another folder"
-            )
-        with writing.write_folder(path) as temporary:
+        writing.check_replaceable(folder, [_ABOUT], ["*"])
+        with writing.write_folder(folder) as temporary:
             np.save(temporary / _VECTORS, self.codes.values)
             if self.codes.ranges is not None:
                 np.save(temporary / _RANGES, self.codes.ranges)
@@ -293,7 +288,7 @@ def load(folder: str | os.PathLike) -> Index:
     values = npy.read_aligned(
         writing.member(path, _VECTORS),
         (count, quantization.width(precision, dim)),
-        quantization.dtype(precision),
+        quantization.DTYPES[precision],
         remedy=_REMEDY,
     )
     ranges = None

@@ -36,46 +36,36 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Rows(NamedTuple):
-    """The mask of a row: which keys count for it.
+    """The mask of a row: which keys count for it."""
 
-    Attributes:
-        row: Index in the global batch; a row is never its own negative.
-        group: A key counts only if its group is equal.
-        excluded: Content ids, one for each of E reasons. A key is dropped if its own
-            content id for the same reason is equal.
-    """
-
-    row: Int[Array, " B"]
-    group: Int[Array, " B"]
+    row: Int[Array, " B"]  # index in the global batch; never its own negative
+    group: Int[Array, " B"]  # a key counts only if its group is equal
+    # Content ids, one for each of E reasons. A key is dropped if its own content id for
+    # the same reason is equal.
     excluded: UInt32[Array, "B E 2"]
 
 
 class Keys(NamedTuple):
-    """The mask of a key, as in `Rows`; `mask` is False for padding."""
+    """The mask of a key, as in `Rows`."""
 
     row: Int[Array, " C"]
     group: Int[Array, " C"]
     excluded: UInt32[Array, "C E 2"]
-    mask: Bool[Array, " C"]
+    mask: Bool[Array, " C"]  # False for padding
 
 
 class Sums(NamedTuple):
     """Sums of a row over its keys. "Other keys" are all that count but its own.
 
-    Attributes:
-        log_sum_exp: Log-sum-exp of similarity / temperature; minus infinity if no key
-            counts. Only this and `squares` have a gradient.
-        squares: Sum of squared similarities with the other keys.
-        best: Largest similarity with another key; minus infinity if there is none.
-        total: Sum of similarities with the other keys.
-        number: Number of other keys.
+    Only `log_sum_exp` and `squares` have a gradient. Without a key, `log_sum_exp` and
+    `best` are minus infinity.
     """
 
-    log_sum_exp: Float[Array, " B"]
-    squares: Float[Array, " B"]
-    best: Float[Array, " B"]
-    total: Float[Array, " B"]
-    number: Float[Array, " B"]
+    log_sum_exp: Float[Array, " B"]  # of similarity / temperature
+    squares: Float[Array, " B"]  # sum of squared similarities with the other keys
+    best: Float[Array, " B"]  # largest similarity with another key
+    total: Float[Array, " B"]  # sum of similarities with the other keys
+    number: Float[Array, " B"]  # number of other keys
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

@@ -48,26 +48,15 @@ class BatchIds(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Results of `contrastive_loss` for each query; zeros in padding rows.
+    """Results of `contrastive_loss` for each query; zeros in padding rows."""
 
-    Attributes:
-        loss: Cross-entropy in nats, plus `spread_weight` times the spread and
-            `kl_weight` times the KL.
-        accuracy: 1 where the positive has the largest similarity, else 0.
-        positive_similarity: Cosine of the query and its positive.
-        negative_similarity: Mean cosine of the query and its in-batch negatives; 0
-            where it has none.
-        spread: Spread-out regularizer; None if its weight is 0.
-        matching: `embedding_matching`, at the largest dim only; None if its weight
-            is 0.
-        kl: `distillation.candidate_divergence`, from `mrl_loss` only; None if its
-            weight is 0.
-    """
-
-    loss: Float[Array, " B"]
-    accuracy: Float[Array, " B"]
-    positive_similarity: Float[Array, " B"]
+    loss: Float[Array, " B"]  # cross-entropy in nats, plus the weighted spread and KL
+    accuracy: Float[Array, " B"]  # 1 where the positive has the largest similarity
+    positive_similarity: Float[Array, " B"]  # cosine of the query and its positive
+    # Mean cosine of the query and its in-batch negatives; 0 where it has none.
     negative_similarity: Float[Array, " B"]
+    # None if the weight is 0: the spread-out regularizer, `embedding_matching` (at the
+    # largest dim only) and `distillation.candidate_divergence` (from `mrl_loss` only).
     spread: Float[Array, " B"] | None = None
     matching: Float[Array, " B"] | None = None
     kl: Float[Array, " B"] | None = None
@@ -136,15 +125,30 @@ def contrastive_loss(
     first = jax.lax.axis_index(axis_names) * batch_size if axis_names else 0
     index = first + jnp.arange(batch_size)
 
-    compare = functools.partial(
-        _compare,
-        ids=ids,
-        index=index,
-        mask_duplicates=mask_duplicates,
-        temperature=temperature,
-        axis_names=axis_names,
-        block_size=block_size,
-    )
+    def compare(
+        left: Float[Array, "B D"],
+        right: Float[Array, "N D"],
+        duplicates: Sequence[tuple[Array, Array]],
+        mask: Bool[Array, " N"] = ids.example_mask,
+        with_self: bool = False,
+    ) -> blockwise.Sums:
+        # Sums over all keys of the global batch; `right` has those of this device. A
+        # key is dropped if its content id is the row's, in any pair of `duplicates`.
+        duplicates = duplicates if mask_duplicates else ()
+        # Hard negatives have G keys per row, which share the row's index and group.
+        keys_per_row = right.shape[0] // batch_size
+        row_ids = _stack([row_id for row_id, _ in duplicates], batch_size)
+        key_ids = _stack([key_id for _, key_id in duplicates], right.shape[0])
+        rows = blockwise.Rows(index, ids.negative_group, row_ids)
+        keys = blockwise.Keys(
+            jnp.repeat(index, keys_per_row),
+            jnp.repeat(ids.negative_group, keys_per_row),
+            key_ids,
+            mask,
+        )
+        return blockwise.sums(
+            left, right, rows, keys, temperature, with_self, axis_names, block_size
+        )
 
     # The numerator, and the denominator's terms: positives of the batch ...
     own = jnp.sum(queries * positives, axis=-1)
@@ -203,56 +207,6 @@ def contrastive_loss(
     return jax.tree.map(lambda term: jnp.where(ids.example_mask, term, 0.0), terms)
 
 
-def _compare(
-    left: Float[Array, "B D"],
-    right: Float[Array, "N D"],
-    duplicates: Sequence[tuple[Array, Array]],
-    *,
-    ids: BatchIds,
-    index: Int[Array, " B"],
-    mask_duplicates: bool,
-    temperature: float,
-    axis_names: Sequence[str],
-    block_size: int,
-    mask: Bool[Array, " N"] | None = None,
-    with_self: bool = False,
-) -> blockwise.Sums:
-    """Sums similarities over all keys of the global batch.
-
-    Args:
-        left: Vector of each row.
-        right: Vectors of this device's keys; each row has one or more of them.
-        duplicates: Pairs of content ids, of rows and of keys; a key is dropped if the
-            ids of any pair are equal.
-        ids: Ids of this device's examples.
-        index: Index of each row in the global batch.
-        mask_duplicates: Whether to drop anything.
-        temperature: See `contrastive_loss`.
-        axis_names: See `contrastive_loss`.
-        block_size: See `contrastive_loss`.
-        mask: False where there is no key; None for the examples' mask.
-        with_self: Whether a row's own key counts.
-    """
-    duplicates = duplicates if mask_duplicates else ()
-    # Hard negatives have G keys per row, which share the row's index and group.
-    num_rows, num_keys = left.shape[0], right.shape[0]
-    keys_per_row = num_keys // num_rows
-    rows = blockwise.Rows(
-        index,
-        ids.negative_group,
-        _stack([row_id for row_id, _ in duplicates], num_rows),
-    )
-    keys = blockwise.Keys(
-        jnp.repeat(index, keys_per_row),
-        jnp.repeat(ids.negative_group, keys_per_row),
-        _stack([key_id for _, key_id in duplicates], num_keys),
-        ids.example_mask if mask is None else mask,
-    )
-    return blockwise.sums(
-        left, right, rows, keys, temperature, with_self, axis_names, block_size
-    )
-
-
 def embedding_matching(
     queries: Float[Array, "B D"],
     positives: Float[Array, "B D"],
@@ -265,14 +219,8 @@ def embedding_matching(
     The distance is 2 - 2 cos, the squared distance of unit vectors, summed over the
     query, the positive and the mean of the hard negatives. EmbedDistill (Kim et al.
     2023) uses the distance itself, which has no derivative where student and teacher
-    are equal. The student's embedding is cut to the teacher's T dims.
-
-    Args:
-        queries: Projected query embeddings, not yet cut or normalized.
-        positives: Projected positives.
-        negatives: Projected hard negatives, or None.
-        ids: Ids whose masks mark padding and missing negatives.
-        teacher: Teacher vectors, of any length. A text without one adds 0.
+    are equal. The student's embedding is cut to the teacher's T dims. A text without a
+    teacher vector adds 0. The arguments are those of `mrl_loss`.
     """
 
     def distance(

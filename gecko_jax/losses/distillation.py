@@ -35,18 +35,9 @@ def candidate_divergence(
 ) -> Float[Array, " B"]:
     """KL divergence of the student's distribution from the judge's, in nats per query.
 
-    Args:
-        queries: Query embeddings, normalized here.
-        positives: Embeddings of the positives.
-        negatives: Embeddings of the hard negatives, or None.
-        negative_mask: False where an example has fewer than G hard negatives.
-        scores: The judge's scores of the positive and of each hard negative (N = 1 +
-            G); minus infinity where a candidate has none.
-        temperature: Divides the cosines.
-        judge_temperature: Divides the scores; larger is softer.
-
-    Returns:
-        The divergence over the candidates with a score: 0 if there are fewer than two.
+    It runs over the candidates with a score, and is 0 if there are fewer than two. The
+    embeddings are normalized here. `scores` are the judge's, of the positive and of
+    each hard negative (N = 1 + G), minus infinity where a candidate has none.
     """
     # [B, N, D]: the positive first, as in `scores`.
     candidates = positives[:, None]

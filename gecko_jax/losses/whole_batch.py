@@ -41,24 +41,13 @@ def mrl_loss(
 ) -> tuple[Float[Array, " B"], dict[int, contrastive.LossTerms]]:
     """Sums a user's loss over prefixes of the embedding, inside a `shard_map`.
 
-    Args:
-        loss: See the module's docstring.
-        queries: Projected query embeddings of this device, not cut or normalized.
-        positives: Projected positives.
-        negatives: Projected hard negatives, or None.
-        ids: Ids of this device's examples.
-        features: Further features of this device's examples, such as `task_index`.
-        mrl_dims: Trained prefixes, each normalized after the cut.
-        mrl_weights: Weight of each prefix.
-        temperature: Temperature of the metrics.
-        axis_names: Mesh axes over which the batch is split.
+    The arguments are those of `contrastive.mrl_loss`, of this device's examples, with
+    their further features, such as `task_index`. The temperature is that of the
+    metrics. Raises ValueError if the loss does not return one number for each query.
 
     Returns:
         The weighted sum for each query of this device; and the terms at each dim, whose
         `loss` is this loss and whose other metrics are those of eq. 2.
-
-    Raises:
-        ValueError: The loss does not return one number for each query.
     """
 
     def gather(leaf: Array) -> Array:
@@ -89,11 +78,8 @@ def mrl_loss(
         values = jnp.where(all_ids.example_mask, values, 0.0)
         own = jax.lax.dynamic_slice_in_dim(values, first, batch_size)
         # Metrics: the terms of eq. 2, without a gradient.
-        own_prefixes = jax.lax.stop_gradient(contrastive.cut(embeddings, dim))
         metrics = contrastive.contrastive_loss(
-            own_prefixes[0],
-            own_prefixes[1],
-            own_prefixes[2],
+            *jax.lax.stop_gradient(contrastive.cut(embeddings, dim)),
             ids,
             temperature=temperature,
             axis_names=axis_names,

@@ -51,15 +51,10 @@ def build(
     Call it under `jax.jit`. It returns the MRL loss of each query, the terms at each
     dim, and the gradient of the mean loss, sharded like the parameters.
 
-    Args:
-        encoder: The model.
-        mesh: The devices.
-        param_shardings: Shardings of the parameters.
-        num_segments: Largest number of texts in a row.
-        microbatch_size: Rows of the longer side per microbatch, over all devices; 0
-            for no microbatches.
-        loss_settings: Keyword arguments of `contrastive.mrl_loss`.
-        loss: Loss to train with instead of the contrastive one; see `whole_batch`.
+    `num_segments` is the largest number of texts in a row, and `microbatch_size` the
+    rows of the longer side per microbatch, over all devices; 0 for no microbatches.
+    `loss_settings` are keyword arguments of `contrastive.mrl_loss`, which a `loss` of
+    the user replaces (`whole_batch`).
     """
     # Collectives over the batch axes are explicit here; those of `tensor` are XLA's.
     specs = jax.tree.map(sharding.batch_axes_spec, param_shardings)
@@ -74,22 +69,21 @@ def build(
         ids: contrastive.BatchIds,
         features: Mapping[str, Array],
     ) -> tuple[Array, dict[int, contrastive.LossTerms]]:
+        embeddings = (queries, positives, negatives)
         axis_names = sharding.BATCH_AXES
         if loss is not None:
             names = ("mrl_dims", "mrl_weights", "temperature")
             settings = {name: loss_settings[name] for name in names}
             return whole_batch.mrl_loss(
-                loss,
-                *(queries, positives, negatives, ids, features),
-                **settings,
-                axis_names=axis_names,
+                loss, *embeddings, ids, features, **settings, axis_names=axis_names
             )
         teacher = None
         if "query_teacher" in features:
             names = contrastive.TeacherVectors._fields
             teacher = contrastive.TeacherVectors(*(features[name] for name in names))
         return contrastive.mrl_loss(
-            *(queries, positives, negatives, ids),
+            *embeddings,
+            ids,
             teacher=teacher,
             scores=features.get("scores"),
             axis_names=axis_names,
@@ -104,10 +98,8 @@ def build(
             **{name: batch.pop(name) for name in contrastive.BatchIds._fields}
         )
         batch_size, num_negatives = ids.negative_mask.shape
-        query_index, passage_index = (
-            batch.pop("query_index"),
-            batch.pop("passage_index"),
-        )
+        query_index = batch.pop("query_index")
+        passage_index = batch.pop("passage_index")
 
         # Cut this device's rows into microbatches.
         dropout_key = key if encoder.config.dropout_rate else None
@@ -271,10 +263,7 @@ def _split_rows(
 ) -> dict[str, Any]:
     """Cuts the rows of a device into microbatches; no row moves to another device.
 
-    Args:
-        rows: See `_pop_rows`.
-        microbatch_size: Rows of `longest` tokens per microbatch; 0 for all.
-        longest: Length of a row of the longer side, in tokens.
+    A microbatch has `microbatch_size` rows of `longest` tokens, 0 for all.
     """
     # [R, L] becomes [microbatches, rows, L], which the scans run over.
     num_rows, length = rows["tokens"].shape
@@ -285,12 +274,10 @@ def _split_rows(
 
 
 def microbatch_rows(num_rows: int, microbatch_size: int, ratio: int) -> int:
-    """Returns the rows of one side per microbatch, on one device.
+    """Returns the rows of one side per microbatch, of its `num_rows` on one device.
 
-    Args:
-        num_rows: Rows of the side on the device, a multiple of `microbatch_size`.
-        microbatch_size: Rows of the longer side per microbatch; 0 for all.
-        ratio: Length of the longer side's rows over that of this side's.
+    A microbatch of the longer side has `microbatch_size` rows, 0 for all, which are
+    `ratio` times as long.
     """
     # Up to `ratio` microbatches of the shorter side have the tokens of one microbatch
     # of the longer side; merge as many as divide evenly.

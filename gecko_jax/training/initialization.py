@@ -31,11 +31,8 @@ def open_start(
 ) -> model_folder.ModelFiles | None:
     """Opens `init.checkpoint`, if it is set, and checks that it fits the config.
 
-    The checkpoint can have any format. Its parameters are read by `read_start`.
-
-    Raises:
-        ValueError: The checkpoint cannot be opened, or its sizes or its vocabulary
-            differ from the config's.
+    The checkpoint can have any format. Its parameters are read by `read_start`. Raises
+    ValueError if it cannot be opened, or its sizes or vocabulary are not the config's.
     """
     start, source = None, config.init.checkpoint
     if source:
@@ -110,17 +107,13 @@ def text_format(
 ) -> text_formats.TextFormat:
     """Returns the text format of a run: that of its start, or the paper's.
 
-    Args:
-        start: The model that the run starts from, if any. A plain encoder has no format
-            to keep.
-        style: `data.text_format`; "plain" uses texts without a format in any case.
+    `style` is `data.text_format`: "plain" uses texts without a format in any case. A
+    plain encoder has no format to keep.
     """
     if style == "plain":
         return detection.PLAIN_FORMAT
-    if start is None or start.text_format in (
-        detection.PLAIN_FORMAT,
-        dataclasses.replace(detection.PLAIN_FORMAT, verbatim=True),
-    ):
+    plain = dataclasses.replace(detection.PLAIN_FORMAT, verbatim=True)
+    if start is None or start.text_format in (detection.PLAIN_FORMAT, plain):
         return text_formats.TextFormat()
     return start.text_format
 
@@ -170,11 +163,7 @@ def check_vocabulary(
     config: ml_collections.ConfigDict,
     start: model_folder.ModelFiles | None,
 ) -> None:
-    """Refuses a vocabulary that does not fit the model or the checkpoint.
-
-    Raises:
-        ValueError: Names both and the setting that fits.
-    """
+    """Refuses a vocabulary that does not fit the model or the checkpoint."""
     # A table may have unused rows at its end (T5: 32,128 rows for 32,100 ids).
     if vocab.size > config.model.vocab_size:
         raise ValueError(
@@ -217,13 +206,7 @@ def init_params(
 ) -> dict[str, Any]:
     """Returns fresh, sharded parameters, as `config.init` describes them.
 
-    Args:
-        config: The training config.
-        encoder: The model.
-        batches: The training data, for token counts and pairs to align on.
-        key: PRNG key of the run.
-        mesh: The devices.
-        shardings: Sharding of each parameter.
+    The batches give the token counts and the pairs to align on.
     """
     # Rare tokens get more weight, as in TF-IDF.
     weights = None
@@ -267,7 +250,7 @@ def _pair_covariance(
         def embed(side: str) -> Array:
             # Padding rows must not add to the sums.
             texts = dual_encoder.embed_texts(
-                encoder, params, batch, side, num_segments=batches.num_segments
+                encoder, params, batch, side, num_segments=batches.shape.num_segments
             )
             # The first passages are the positives; hard negatives follow.
             return dual_encoder.normalize(texts[: len(mask)]).astype(jnp.float32) * mask

@@ -16,7 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 import gecko_jax.config
-from gecko_jax.data import features, pipeline, selection, task_table
+from gecko_jax.data import pipeline, selection, task_table
 from gecko_jax.formats import checkpoints, model_folder
 from gecko_jax.losses import whole_batch
 from gecko_jax.parallel import numerics, sharding
@@ -98,7 +98,7 @@ def _train(
     step_fn = train_step.build(
         config,
         mesh,
-        num_segments=batches.num_segments,
+        num_segments=batches.shape.num_segments,
         num_tasks=len(batches.task_names),
         loss=loss,
     )
@@ -266,10 +266,7 @@ def _is_saving_step(
 ) -> bool:
     """Returns whether to save a checkpoint after the step: the same on all processes.
 
-    Args:
-        config: The training config.
-        step: The step.
-        saved_at: Time of the last checkpoint, in seconds of `time.monotonic`.
+    `saved_at` is the time of the last checkpoint, in seconds of `time.monotonic`.
     """
     settings = config.checkpoint
     if step % settings.every_steps == 0 or step == config.train.num_steps:
@@ -289,10 +286,7 @@ def _is_saving_step(
 def _profile(step: int, profile_steps: int, workdir: pathlib.Path) -> None:
     """Starts or stops the profile at the beginning of a step; step 0 stops it.
 
-    Args:
-        step: Step of this process, from 1.
-        profile_steps: Steps to profile.
-        workdir: Folder of the run.
+    Steps are those of this process, counted from 1.
     """
     global _is_profiling
     first = _STEPS_BEFORE_PROFILE + 1
@@ -332,16 +326,7 @@ def build_batches(
     )
     return pipeline.Batches(
         chosen,
-        features.Shape(
-            data.query_length,
-            data.passage_length,
-            data.num_negatives,
-            data.packing,
-            row_multiple,
-            config.train.microbatch_size,
-            data.teacher_dim,
-            scores=config.loss.kl_weight > 0,
-        ),
+        train_step.batch_shape(config, row_multiple),
         batch_size=data.batch_size,
         one_task_per_batch=data.one_task_per_batch,
         seed=config.seed,

@@ -23,7 +23,6 @@ class Clock:
     """Time of a run by phase; at any moment the run is in one of `PHASES`."""
 
     def __init__(self):
-        """Starts in "init"."""
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._phase = "init"
         self._since = time.monotonic()
@@ -64,11 +63,8 @@ class Window:
     ):
         """Starts an empty window.
 
-        Args:
-            task_names: Names of the entries of `task_loss_sum` and `task_count`.
-            flops_per_token: Training FLOPs per token of each side. Padding does not
-                count.
-            peak_flops_per_second: Peak rate of all chips; None for no utilisation.
+        The FLOPs are those of training, per token of each side, and the peak is that of
+        all chips; None reports no utilisation.
         """
         self._task_names = task_names
         self._flops_per_token = flops_per_token or {}
@@ -95,11 +91,7 @@ class Window:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues a window that another process began; its speeds start anew.
-
-        Args:
-            state: Result of `state`; empty for an empty window.
-        """
+        """Continues the window of a `state`, empty for none; speeds start anew."""
         self._reset()
         if state:
             self._num_steps = state["num_steps"]
@@ -160,12 +152,9 @@ class Writer:
     def __init__(
         self, workdir: str | pathlib.Path, first_step: int, enabled: bool = True
     ):
-        """Opens the files and drops lines from after the restored step.
+        """Opens the files and drops lines from after `first_step`.
 
-        Args:
-            workdir: Folder of the run.
-            first_step: Step at which this process starts.
-            enabled: False on every process but the first.
+        `enabled` is False on every process but the first.
         """
         self._file = self._board = None
         if not enabled:
@@ -185,11 +174,7 @@ class Writer:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line.
-
-        Raises:
-            OSError: The file cannot be written; names it.
-        """
+        """Adds one line; raises an OSError that names the file if it cannot."""
         if self._file is None or self._board is None:
             return
         line = {"step": step} | {k: round(v, 6) for k, v in values.items()}

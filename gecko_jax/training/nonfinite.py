@@ -11,24 +11,13 @@ from gecko_jax.formats import checkpoints
 
 
 class Guard:
-    """Counts steps that are not finite; `train_step` does not apply their updates.
-
-    Attributes:
-        total: Number of skipped steps.
-    """
+    """Counts steps that are not finite; `train_step` does not apply their updates."""
 
     def __init__(
         self, max_skipped: int, task_names: tuple[str, ...], workdir: pathlib.Path
     ):
-        """Starts at zero.
-
-        Args:
-            max_skipped: Largest number of skipped steps in a row.
-            task_names: Names of the entries of the per-task sums.
-            workdir: Folder of the run, for the error.
-        """
-        self.total = 0
-        self._in_a_row = 0
+        """Allows `max_skipped` skipped steps in a row; errors name the workdir."""
+        self.total = self._in_a_row = 0  # skipped steps
         self._max_skipped = max_skipped
         self._task_names = task_names
         self._workdir = workdir
@@ -45,8 +34,7 @@ class Guard:
     def is_finite(self, step: int, values: Mapping[str, Any]) -> bool:
         """Returns whether a step's metrics are finite; logs a warning if not.
 
-        Raises:
-            FloatingPointError: More than `max_skipped` steps in a row are not.
+        Raises FloatingPointError if more than `max_skipped` steps in a row are not.
         """
         # One NaN in the gradient of any parameter makes the norm NaN.
         if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):

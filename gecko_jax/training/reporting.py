@@ -18,19 +18,14 @@ from gecko_jax.data import negatives, pipeline
 from gecko_jax.io import progress
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import chips
-from gecko_jax.training import metrics, nonfinite, train_step
+from gecko_jax.training import gradients, metrics, nonfinite, train_step
 
 # (parameters, step) -> metrics
 Evaluate = Callable[[Any, int], Mapping[str, float]]
 
 
 class Report:
-    """Collects the metrics of steps and writes their means.
-
-    Attributes:
-        clock: Time of the run by phase.
-        last: The latest metrics, by name.
-    """
+    """Collects the metrics of steps and writes their means; `last` has the latest."""
 
     def __init__(
         self,
@@ -44,18 +39,9 @@ class Report:
         saved: Mapping[str, Any],
         evaluate: Evaluate | None,
     ):
-        """Continues the report of the run.
+        """Continues the report of the run after `first_step`, 0 for a new run.
 
-        Args:
-            config: The training config.
-            workdir: Folder of the run.
-            batches: The training data.
-            step_fn: The train step.
-            mesh: The devices.
-            clock: The running clock.
-            first_step: Step of the restored checkpoint; 0 for a new run.
-            saved: What the checkpoint holds of `state`; empty for a new run.
-            evaluate: Returns metrics of (parameters, step); None for no evaluation.
+        `saved` is what the checkpoint holds of `state`, empty for a new run.
         """
         is_main = jax.process_index() == 0
         for line in train_step.describe(config, step_fn, mesh):
@@ -72,7 +58,18 @@ class Report:
         self._bar = progress.Progress(
             "Training", self._num_steps, first_step, enabled=is_main
         )
-        self._window = _build_window(config, batches, mesh)
+        encoder_config = gecko_jax.config.encoder_config(config)
+        chip = chips.of(mesh.devices.flat[0])
+        self._window = metrics.Window(
+            batches.task_names,
+            flops_per_token={
+                side: dual_encoder.flops_per_token(
+                    encoder_config, batches.shape.row_length(side)
+                )
+                for side in gradients.SIDES
+            },
+            peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
+        )
         self._window.restore(saved.get("window", {}))
         self._guard = nonfinite.Guard(
             config.train.max_skipped_steps, batches.task_names, workdir
@@ -85,12 +82,7 @@ class Report:
     def add(
         self, step: int, summary: Mapping[str, Array], batch: Mapping[str, np.ndarray]
     ) -> None:
-        """Adds a step; waits for its metrics, so call it after starting the next step.
-
-        Raises:
-            FloatingPointError: Too many steps in a row were not finite.
-        """
-        # Padding and duplicates are counted on the host, from the batch itself.
+        """Adds a step; waits for its metrics, so call it after starting the next."""
         # Count tokens even if the step is skipped: they took time, too.
         self._window.count(batch)
         self._watch.add(batch)
@@ -102,7 +94,6 @@ class Report:
             self._watch.warn()
             # Update n used the schedule's value at n - 1.
             rate = float(np.asarray(self._schedule(step - 1)))
-            # `means` also starts the next window.
             self.last = self._window.means() | self.clock.shares()
             self.last |= {"learning_rate": rate, "skipped_steps": self._guard.total}
             self._writer.write(step, self.last)
@@ -154,19 +145,3 @@ class Report:
         """Closes the progress bar and the metrics files."""
         self._bar.close()
         self._writer.close()
-
-
-def _build_window(
-    config: ml_collections.ConfigDict, batches: pipeline.Batches, mesh: Mesh
-) -> metrics.Window:
-    encoder_config = gecko_jax.config.encoder_config(config)
-    chip = chips.of(mesh.devices.flat[0])
-    lengths = train_step.row_lengths(config)
-    return metrics.Window(
-        batches.task_names,
-        flops_per_token={
-            side: dual_encoder.flops_per_token(encoder_config, length)
-            for side, length in lengths.items()
-        },
-        peak_flops_per_second=chip and chip.flops_per_second * mesh.size,
-    )

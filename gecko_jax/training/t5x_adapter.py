@@ -69,50 +69,31 @@ def summarize_config(
     """Writes t5x's summary of the config, and the settings for `gecko import`.
 
     A T5X checkpoint has only parameters. The folder `gecko/` in `model_dir` has the
-    text format, the vocabulary, the sizes, the MRL dims and the lengths.
-
-    Args:
-        model_dir: Folder of the run.
-        summary_writer: Argument of `t5x.gin_utils.summarize_gin_config`.
-        step: Argument of the same function.
-        t5x_model: Result of `build_model`.
-        mixture_or_task: Name of the training data, registered by `data.registration`.
-        task_feature_lengths: Tokens per text of each feature, as in t5x's data config.
+    text format, the vocabulary, the sizes, the MRL dims and the lengths. The first
+    three arguments are those of `t5x.gin_utils.summarize_gin_config`.
     """
     from t5x import gin_utils
 
     gin_utils.summarize_gin_config(model_dir, summary_writer, step)
-    # Every process calls this, and `model_dir` is shared.
-    if jax.process_index() == 0:
-        _write_settings(
-            epath.Path(model_dir) / to_t5x.SETTINGS,
-            t5x_model,
-            registration.describe(mixture_or_task),
-            task_feature_lengths,
-        )
-
-
-def _write_settings(
-    folder: Any,
-    t5x_model: Any,
-    registered: registration.Registered,
-    lengths: Mapping[str, int],
-) -> None:
+    if jax.process_index():  # Every process calls this, and `model_dir` is shared.
+        return
+    text_format, vocabulary = registration.describe(mixture_or_task)
     settings = model_folder.ModelFiles(
         params={},
         encoder_config=t5x_model.module.config,
-        text_format=registered.text_format,
-        vocabulary_proto=registered.vocabulary_proto,
-        extra_ids=registered.extra_ids,
+        text_format=text_format,
+        vocabulary_proto=vocabulary.model_proto,
+        extra_ids=vocabulary.extra_ids,
         mrl_dims=tuple(t5x_model.loss_settings["mrl_dims"]),
-        query_length=lengths["query"],
-        passage_length=lengths["positive"],
+        query_length=task_feature_lengths["query"],
+        passage_length=task_feature_lengths["positive"],
         # `gecko import` takes step and revision from the checkpoint.
         step=0,
         revision="",
         provenance={"trained_by": "t5x"},
     )
     # `model_dir` may be a bucket, but `write_model_json` needs a local folder.
+    folder = epath.Path(model_dir) / to_t5x.SETTINGS
     with tempfile.TemporaryDirectory() as local:
         model_folder.write_model_json(pathlib.Path(local), settings)
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,18 +116,9 @@ def build_model(
     Keep t5x's `num_microbatches` at None: each of t5x's microbatches would see only its
     own in-batch negatives.
 
-    Args:
-        config: Sizes and settings of the encoder.
-        optimizer_def: One of `t5x.optimizers`.
-        num_negatives: Hard negatives per query (G).
-        mrl_dims: Trained prefixes of the embedding.
-        mrl_weights: Weight of each prefix.
-        temperature: Divides the similarities.
-        **switches: Other keyword arguments of `contrastive.contrastive_loss`.
-
-    Raises:
-        ImportError: t5x is not installed; names the command that installs it.
-        ValueError: The encoder is not T5's.
+    `optimizer_def` is one of `t5x.optimizers`. The MRL settings, the temperature and
+    the switches are keyword arguments of `contrastive.mrl_loss`. Raises ImportError
+    with the remedy if t5x is not installed, and ValueError if the encoder is not T5's.
     """
     if config.family != "t5":
         raise ValueError(
@@ -199,7 +171,17 @@ def _model_class() -> Any:
         ) -> Any:
             """Returns `params`, and `params_axes` with their logical axes."""
             del input_shapes, input_types  # No parameter depends on them.
-            return _initial_variables(self.module.config, _typed_key(rng))
+            config = self.module.config
+            # t5x looks up the logical axes of the parameter NAME under NAME_axes.
+            flat_axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
+            axes = {
+                f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
+                for name, spec in flat_axes.items()
+            }
+            params = dual_encoder.init_params(config, _typed_key(rng))
+            return flax_core.freeze(
+                {"params": params, "params_axes": parameters.unflatten(axes)}
+            )
 
         def loss_fn(
             self,
@@ -257,19 +239,6 @@ def _model_class() -> Any:
             return dual_encoder.normalize(queries, epsilon), {}
 
     return GeckoModel
-
-
-def _initial_variables(config: dual_encoder.EncoderConfig, key: Any) -> Any:
-    # t5x looks up the logical axes of the parameter NAME under NAME_axes.
-    flat_axes = parameters.flatten(dual_encoder.abstract_params(config)[1])
-    axes = {
-        f"{name}_axes": partitioning.AxisMetadata(names=tuple(spec))
-        for name, spec in flat_axes.items()
-    }
-    params = dual_encoder.init_params(config, key)
-    return flax_core.freeze(
-        {"params": params, "params_axes": parameters.unflatten(axes)}
-    )
 
 
 def _loss(

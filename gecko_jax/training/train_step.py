@@ -32,23 +32,14 @@ class TrainState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A train step for one config and mesh.
-
-    Attributes:
-        encoder: The model.
-        schedule: Learning rate by step.
-        tx: The optimizer.
-        shapes: Shapes of the train state, with shardings.
-        shardings: Shardings of the train state.
-        run: Jitted (state, batch, key) -> (state, metrics); donates the state.
-    """
+    """A train step for one config and mesh."""
 
     encoder: dual_encoder.DualEncoder
-    schedule: optax.Schedule
+    schedule: optax.Schedule  # learning rate by step
     tx: optax.GradientTransformation
-    shapes: TrainState
+    shapes: TrainState  # with shardings
     shardings: TrainState
-    run: Any  # what `jax.jit` returns
+    run: Any  # jitted (state, batch, key) -> (state, metrics); donates the state
 
 
 def train_step(
@@ -60,38 +51,25 @@ def train_step(
     tx: optax.GradientTransformation,
     num_tasks: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update on one global batch.
+    """One update on one global batch of `gecko_jax.data.features`.
 
-    Args:
-        state: Donated.
-        batch: Model features, see `gecko_jax.data.features`.
-        key: PRNG key of the run; the step is folded in.
-        loss_and_gradients: See `gradients.build`.
-        tx: The optimizer.
-        num_tasks: Length of the per-task sums.
-
-    Returns:
-        The next state, and metrics: means over the batch and sums per task. If the loss
-        or a gradient is not finite, only the step of the state changes.
+    Returns the next state, and metrics: means over the batch and sums for each of
+    `num_tasks` tasks. If the loss or a gradient is not finite, only the step of the
+    state changes. `key` is that of the run, and the step is folded in.
     """
-    # The step's key depends on the step alone, so a resumed run draws the same masks.
     # Dropout differs from step to step, and a resumed run repeats it.
     key = jax.random.fold_in(key, state.step)
-    # The gradient is that of the mean loss over the global batch, however the batch is
-    # split into devices and microbatches.
     row_loss, terms, grads = loss_and_gradients(state.params, batch, key)
     # Mean over the examples of the batch; padding has a loss of 0.
     mask = batch["example_mask"].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(mask), 1.0)
     loss = jnp.sum(row_loss) / count
     grad_norm = optax.tree.norm(grads)
-    # The update is skipped if the loss or the gradient norm is not finite. The host
-    # decides whether the run stops.
+    # A step that is not finite keeps the old parameters and moments; the host decides
+    # whether the run stops. Selecting afterwards needs no branch and no wait for it.
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    # Compute it anyway and select afterwards: no branch, and no wait for the host.
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, updates), opt_state)
-    # Keep the old parameters and moments if the step is skipped.
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old),
         proposed,
@@ -109,8 +87,7 @@ def train_step(
     for name in ("spread", "matching", "kl"):
         if getattr(full, name) is not None:
             means[name] = getattr(full, name)
-    # Sums and counts per task: the host divides after summing over steps.
-    # Sums rather than means: a window of steps divides them by its counts.
+    # Sums per task rather than means: a window of steps divides them by its counts.
     by_task = functools.partial(
         jax.ops.segment_sum, segment_ids=batch["task_index"], num_segments=num_tasks
     )
@@ -133,32 +110,22 @@ def build(
 ) -> Step:
     """Builds the step of a config on a mesh; nothing is compiled yet.
 
-    Args:
-        config: The training config.
-        mesh: The devices.
-        num_segments: Largest number of texts in a row.
-        num_tasks: Tasks of the mixture.
-        loss: Loss to train with instead of that of `config.loss`.
-
-    Raises:
-        ValueError: The batch does not divide over the mesh, or a sharding rule is
-            wrong.
+    `num_segments` is the largest number of texts in a row, and `loss` replaces that of
+    `config.loss`. Raises ValueError if the batch does not divide over the mesh, or a
+    sharding rule is wrong.
     """
     microbatch_size = config.train.microbatch_size
     sharding.check_batch(config.data.batch_size, microbatch_size, mesh)
     encoder_config = gecko_jax.config.encoder_config(config)
     encoder = dual_encoder.DualEncoder(encoder_config)
     schedule, tx = build_optimizer(config)
-    # Shapes first, without allocating: parameters are created with their shardings.
     # Shapes and shardings come first: no array is ever whole on one device.
     shapes, logical_axes = dual_encoder.abstract_params(encoder_config)
     params = sharding.param_shardings(shapes, logical_axes, mesh, config.mesh.rules)
     # Moments are sharded like the parameters they belong to.
-    # The optimizer state is sharded like the parameters that it belongs to.
     opt_shapes = jax.eval_shape(tx.init, shapes)
     opt_state = sharding.state_shardings(opt_shapes, shapes, params, mesh)
-    everywhere = sharding.replicated(mesh)  # of the step counter
-    shardings = TrainState(params, opt_state, everywhere)
+    shardings = TrainState(params, opt_state, sharding.replicated(mesh))
     step_shape = jax.ShapeDtypeStruct((), jnp.int32)
     run = functools.partial(
         train_step,
@@ -195,23 +162,15 @@ def build_optimizer(
     config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """Returns the schedule and the optimizer of a config."""
-    settings = config.optimizer
+    settings = config.optimizer.to_dict()
     schedule = optimizer.build_schedule(
-        settings.schedule,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
+        settings.pop("schedule"),
+        learning_rate=settings.pop("learning_rate"),
+        warmup_steps=settings.pop("warmup_steps"),
         num_steps=config.train.num_steps,
     )
-    tx = optimizer.build_optimizer(
-        settings.name,
-        schedule,
-        token_rate=settings.token_rate,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-    )
-    return schedule, tx
+    name = settings.pop("name")
+    return schedule, optimizer.build_optimizer(name, schedule, **settings)
 
 
 def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -219,15 +178,17 @@ def mesh_sizes(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: size for name, size in config.mesh.items() if name != "rules"}
 
 
-def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape:
-    """Returns the shape of a config's batches on a mesh."""
+def batch_shape(
+    config: ml_collections.ConfigDict, num_shards: int = 1
+) -> features.Shape:
+    """Returns the shape of a config's batches, split over `num_shards` devices."""
     data = config.data
     return features.Shape(
         data.query_length,
         data.passage_length,
         data.num_negatives,
         data.packing,
-        row_multiple=sharding.num_batch_shards(mesh),
+        row_multiple=num_shards,
         microbatch_rows=config.train.microbatch_size,
         teacher_dim=data.teacher_dim,
         scores=config.loss.kl_weight > 0,
@@ -236,29 +197,18 @@ def batch_shape(config: ml_collections.ConfigDict, mesh: Mesh) -> features.Shape
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """Returns shapes and shardings of a batch of full-length texts."""
-    sizes = features.largest(config.data.batch_size, batch_shape(config, mesh))
+    shape = batch_shape(config, sharding.num_batch_shards(mesh))
+    sizes = features.largest(config.data.batch_size, shape)
     shapes = {
         name: jax.ShapeDtypeStruct(dims, dtype) for name, (dims, dtype) in sizes.items()
     }
     return _with_shardings(shapes, sharding.batch_shardings(shapes, mesh))
 
 
-def row_lengths(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """Returns the row length of each side; packed rows are as long as the longer."""
-    lengths: dict[str, int] = {
-        side: config.data[f"{side}_length"] for side in gradients.SIDES
-    }
-    if config.data.packing:
-        return dict.fromkeys(lengths, max(lengths.values()))
-    return lengths
-
-
 def model_flops(config: ml_collections.ConfigDict, mean_length: float = 1.0) -> float:
     """Returns the model FLOPs of a step; recomputation does not count.
 
-    Args:
-        config: The training config.
-        mean_length: Mean text length, as a share of the maximum length.
+    `mean_length` is the mean text length, as a share of the maximum length.
     """
     # Every query comes with its positive and G hard negatives.
     encoder_config = gecko_jax.config.encoder_config(config)

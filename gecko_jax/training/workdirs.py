@@ -43,14 +43,10 @@ _FREE_ON_RESUME = (
 
 @contextlib.contextmanager
 def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
-    """Locks the workdir against other runs. The kernel releases the lock on exit.
+    """Creates the workdir, and locks it against other runs if this is process 0.
 
-    Args:
-        workdir: Folder of the run; created if it is missing.
-        is_main: Whether this is process 0 of the run, which holds the lock.
-
-    Raises:
-        ValueError: Another run holds the lock; names its process and machine.
+    The kernel releases the lock on exit. Raises a ValueError that names the process and
+    machine of another run, if that holds the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if not is_main:
@@ -76,11 +72,7 @@ def hold(workdir: pathlib.Path, is_main: bool) -> Iterator[None]:
 
 
 def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses to continue a run of another config.
-
-    Raises:
-        ValueError: Lists every key that differs, with both values.
-    """
+    """Raises a ValueError that lists every key in which an earlier run differs."""
     path = workdir / CONFIG
     if not path.exists():
         return
@@ -92,7 +84,6 @@ def check_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> No
             "another workdir"
         ) from None
     # Older runs lack keys that were added since; ADDED_KEYS has the values they used.
-    # Runs from before a key was added computed what its default computes.
     before = gecko_jax.config.ADDED_KEYS | before
     # Through JSON, so that tuples compare equal to the lists of the file.
     now = gecko_jax.config.flatten(json.loads(gecko_jax.config.to_json(config)))
@@ -117,14 +108,8 @@ def check_position(
 ) -> None:
     """Refuses to continue if the data or the loss differs from the checkpoint's.
 
-    Args:
-        saved: What `position` returned when the checkpoint was saved.
-        batches: The data of this run.
-        config: The config of this run.
-        loss: The loss of this run; None for the contrastive one.
-
-    Raises:
-        ValueError: Names what has changed: task, source, rate, format, size or loss.
+    `saved` is what `position` returned when the checkpoint was saved. Raises a
+    ValueError that names what has changed: task, source, rate, format, size or loss.
     """
     if saved.get("loss") != _loss_name(loss):
         before, now = saved.get("loss"), _loss_name(loss)
@@ -140,8 +125,8 @@ def check_position(
         )
     # The hash covers everything that step n depends on; the facts explain it.
     if mixture_hash != batches.mixture_hash:
-        before = _flat_facts(facts)
-        now = _flat_facts(json.loads(json.dumps(batches.facts)))
+        before = gecko_jax.config.flatten(facts)
+        now = gecko_jax.config.flatten(batches.facts)
         changed = [
             f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())
@@ -188,18 +173,6 @@ def _code(code: Any) -> str:
         return repr(code)
     constants = [_code(constant) for constant in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"task docs.rate": ...}; task names may hold dots."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            part = "task " if name == "tasks" and not prefix else f"{prefix}{name}."
-            flat |= _flat_facts(value, part)
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def write_model(

@@ -297,11 +297,11 @@ def test_a_changed_mixture_is_named(open_batches, pairs, tmp_path):
         workdirs.check_position(position, after, config, None)
     message = str(caught.value)
     for fact in (
-        "task term.examples: was 6, is None",
-        "task code.examples: was 12, is 11",
-        "task code.rate: was 12",
-        "task code.sources: was",
-        "task docs.format.task_description: was 'search result'",
+        "tasks.term.examples: was 6, is None",
+        "tasks.code.examples: was 12, is 11",
+        "tasks.code.rate: was 12",
+        "tasks.code.sources: was",
+        "tasks.docs.format.task_description: was 'search result'",
     ):
         assert fact in message
 

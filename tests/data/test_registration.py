@@ -170,13 +170,11 @@ def test_the_validation_split_is_the_held_out_queries():
 
 def test_what_tasks_were_registered_with_can_be_described():
     registration.register("quickstart")
-    found = registration.describe("quickstart")
-    assert found.text_format.task_descriptions["quickstart_code"] == "code retrieval"
-    assert found.vocabulary_proto == task_table.QUICKSTART_VOCABULARY.read_bytes()
-    assert found.extra_ids == 0
-    assert registration.describe("quickstart_term").text_format.describe(
-        "quickstart_term"
-    )
+    text_format, vocabulary = registration.describe("quickstart")
+    assert text_format.task_descriptions["quickstart_code"] == "code retrieval"
+    assert vocabulary.model_proto == task_table.QUICKSTART_VOCABULARY.read_bytes()
+    assert vocabulary.extra_ids == 0
+    assert registration.describe("quickstart_term")[0].describe("quickstart_term")
 
 
 def test_importing_the_module_for_t5x_registers_what_is_ready():

@@ -28,7 +28,7 @@ def test_each_dim_has_its_own_ranges(vectors):
 
 
 def test_values_outside_the_ranges_are_clipped(vectors):
-    ranges = quantization.calibrate(vectors[:100])
+    ranges = quantization.encode(vectors[:100], "int8").ranges
     codes = quantization.encode(vectors * 5, "int8", ranges)
     step = (ranges[1] - ranges[0]) / 255
     decoded = codes.decode()
@@ -85,7 +85,7 @@ def test_codes_equal_those_of_sentence_transformers(vectors):
         quantization.encode(vectors, "binary").values,
         theirs.quantize_embeddings(vectors, "ubinary"),
     )
-    ranges = quantization.calibrate(vectors[:100])
+    ranges = quantization.encode(vectors[:100], "int8").ranges
     np.testing.assert_array_equal(
         quantization.encode(vectors, "int8", ranges).values,
         theirs.quantize_embeddings(vectors, "int8", ranges=ranges),

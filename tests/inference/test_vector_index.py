@@ -167,7 +167,7 @@ def test_other_folders_are_neither_loaded_nor_overwritten(tmp_path):
     with pytest.raises(ValueError, match="not an index"):
         vector_index.load(tmp_path / "nothing")
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ValueError, match="exists and is not an index"):
+    with pytest.raises(ValueError, match=r"\(no index\.json\); choose another"):
         vector_index.Index(_random(2), _ids(2)).save(tmp_path)
     assert (tmp_path / "mine").read_text() == "precious"
 
