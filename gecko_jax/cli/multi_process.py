@@ -67,17 +67,14 @@ def run_child(arguments: Sequence[str], peers: Peers) -> int:
 
     Returns the exit status of the child; 1 if a signal ended it.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", "gecko_jax", *arguments], env=os.environ | {_CHILD: "1"}
-    )
+    command = [sys.executable, "-m", "gecko_jax", *arguments]
+    child = subprocess.Popen(command, env=os.environ | {_CHILD: "1"})
 
     def forward(number: int, _: object) -> None:
         child.send_signal(number)
 
-    before = {
-        number: signal.signal(number, forward)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, forward) for number in signals}
     try:
         status = child.wait()
     finally:

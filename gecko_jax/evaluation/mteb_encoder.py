@@ -58,13 +58,13 @@ class Encoder:
         `prompt_type` is "query", "document", or None for tasks without sides.
         """
         columns = _gather(inputs)
-        instruction = instructions.find(
-            task_metadata.name, task_metadata.type, task_metadata.adapted_from or ()
-        )
+        made_from = task_metadata.adapted_from or ()
+        name, kind = task_metadata.name, task_metadata.type
+        instruction = instructions.find(name, kind, made_from)
         own_tasks = columns.get(TASK_COLUMN)
         is_passage = getattr(prompt_type, "value", prompt_type) == "document"
         if is_passage and not instruction.symmetric and not own_tasks:
-            return self._encode_passages(columns, task_metadata.name, hf_subset)
+            return self._encode_passages(columns, name, hf_subset)
         is_short = not is_passage and not instruction.symmetric
         texts = [self._mend(content) for content in columns.get("text", ())]
         full = self.vectors.encode(
@@ -72,7 +72,7 @@ class Encoder:
             side="query",
             task=own_tasks or instruction.task,
             max_length=self.query_length if is_short else self.passage_length,
-            description=_describe(task_metadata.name, hf_subset, len(texts)),
+            description=_describe(name, hf_subset, len(texts)),
         )
         return embedding.cut(full, self.dim)
 
@@ -128,10 +128,8 @@ class Encoder:
         titles = columns.get("title")
         texts = columns.get("body") or columns.get("text") or []
         if titles:  # The title replaces an empty text.
-            texts = [
-                content if content.strip() else title
-                for content, title in zip(texts, titles, strict=True)
-            ]
+            pairs = zip(texts, titles, strict=True)
+            texts = [content if content.strip() else title for content, title in pairs]
             titles = [title[: text_formats.MAX_CHARACTERS // 2] for title in titles]
         full = self.vectors.encode(
             [self._mend(content) for content in texts],

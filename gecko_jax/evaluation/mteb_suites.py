@@ -320,10 +320,8 @@ def _explain(task: Any, error: Exception) -> str:
     # `datasets` raises this if there is neither a copy nor a network.
     if isinstance(error, ConnectionError):
         path = (task.metadata.dataset or {}).get("path", "")
-        subject = (
-            "its data sets are" if task.is_aggregate else f"its data set {path} is"
-        )
-        return f"{subject} not on this machine and cannot be downloaded"
+        what = "its data sets are" if task.is_aggregate else f"its data set {path} is"
+        return f"{what} not on this machine and cannot be downloaded"
     return _first_line(error)
 
 

@@ -83,11 +83,8 @@ class Board:
             }
             for name, tasks in self.suites.items()
         }
-        return {
-            "about": dict(self.about),
-            "suites": suites,
-            "failures": dict(self.failures),
-        }
+        about, failures = dict(self.about), dict(self.failures)
+        return {"about": about, "suites": suites, "failures": failures}
 
 
 def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]]:

@@ -199,9 +199,7 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
             "queries.jsonl and judgements"
         )
     if qrels_path is None:
-        raise ValueError(
-            f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
-        )
+        raise ValueError(f"{folder}: no judgements; add one of {', '.join(_QRELS)}")
     records = list(text_files.read_texts(corpus_path, allow_empty=True))
     # Some BEIR corpora have passages without text, which no search can return.
     passages = [record for record in records if record.text.strip()]

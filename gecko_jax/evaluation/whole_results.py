@@ -34,10 +34,8 @@ def build_cache(mteb: Any, folder: str | os.PathLike) -> Any:
                     source.parent.mkdir(parents=True)
                     shutil.copy(runs, source.parent)
                 staged.save_to_cache(task_result, model_name, *arguments, **settings)
-                other_files = [
-                    path for path in source.parent.iterdir() if path != source
-                ]
-                for path in (*other_files, source):
+                others = [path for path in source.parent.iterdir() if path != source]
+                for path in (*others, source):
                     with writing.write_file(target.with_name(path.name)) as temporary:
                         shutil.copy(path, temporary)
 

@@ -57,9 +57,8 @@ def write(
             "or run without Beam"
         )
     # Beam would derive the types of its collections from annotations, and reject them.
-    parsed = beam.options.pipeline_options.PipelineOptions(
-        [*options, "--no_pipeline_type_check"]
-    )
+    options = [*options, "--no_pipeline_type_check"]
+    parsed = beam.options.pipeline_options.PipelineOptions(options)
     files, sets = list(map(str, paths)), tuple(decontaminate)
     with beam.Pipeline(options=parsed) as pipeline:
         _build(pipeline, beam, files, rules, sets, stage, shard_rows)

@@ -125,11 +125,9 @@ def _triples(
     The lines of further positives follow, with None.
     """
     source, tasks = passes.source, _common_tasks(passes)
-    passages = {
-        record["id"]: record
-        for shard in range(source.num_shards)
-        for record in source.stage.read(shard)
-    }
+    passages: dict[int, stages.Record] = {}
+    for shard in range(source.num_shards):
+        passages |= stages.by_id(source.stage.read(shard))
     lines = enumerate(relabelling.read_lines(source.pair_files))
     has_scores = source.config.export.candidates or source.config.export.scores
     for shard in range(len(passes.shards)):
@@ -265,26 +263,21 @@ def _card(
             why = ", ".join(f"{n} {safe(name)}" for name, n in done["dropped"].items())
             rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
     name = "card_relabelled.md" if source.pair_files else "card_generated.md"
-    return (
-        (TEMPLATES / name)
-        .read_text("utf-8")
-        .format(
-            num_rows=counts["rows"],
-            moved=counts["moved"] / counts["triples"],
-            others=counts["further_positives"],
-            false_negatives=counts["false_negatives"],
-            files=", ".join(safe(path.name) for path in source.pair_files),
-            generator=safe(json.dumps(source.model_facts)),
-            licence=safe(config.llm.licence or "not stated"),
-            retriever=safe(config.retrieve.model or "BM25"),
-            num_candidates=config.retrieve.num_candidates,
-            seed=config.seed,
-            hash=passes.fuse.hash,
-            prompts=used,
-            clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
-            licences=", ".join(
-                f"{safe(name)} {n:,}" for name, n in licences.most_common()
-            ),
-            stages="\n".join(rows),
-        )
+    template = (TEMPLATES / name).read_text("utf-8")
+    return template.format(
+        num_rows=counts["rows"],
+        moved=counts["moved"] / counts["triples"],
+        others=counts["further_positives"],
+        false_negatives=counts["false_negatives"],
+        files=", ".join(safe(path.name) for path in source.pair_files),
+        generator=safe(json.dumps(source.model_facts)),
+        licence=safe(config.llm.licence or "not stated"),
+        retriever=safe(config.retrieve.model or "BM25"),
+        num_candidates=config.retrieve.num_candidates,
+        seed=config.seed,
+        hash=passes.fuse.hash,
+        prompts=used,
+        clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
+        licences=", ".join(f"{safe(name)} {n:,}" for name, n in licences.most_common()),
+        stages="\n".join(rows),
     )

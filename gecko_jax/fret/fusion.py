@@ -6,7 +6,6 @@ The positive is the candidate with the highest R, the hard negative the lowest.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,12 +49,7 @@ def relevance_score(
     middle = (max(grades) + min(grades)) / 2
     upper = [p for p, grade in zip(log_probs, grades, strict=True) if grade > middle]
     lower = [p for p, grade in zip(log_probs, grades, strict=True) if grade <= middle]
-    return _log_sum_exp(upper) - _log_sum_exp(lower)
-
-
-def _log_sum_exp(values: Sequence[float]) -> float:
-    highest = max(values)
-    return highest + math.log(sum(math.exp(value - highest) for value in values))
+    return float(np.logaddexp.reduce(upper) - np.logaddexp.reduce(lower))
 
 
 def fuse(
@@ -125,10 +119,8 @@ def choose(
     eligible = given if settings.negative == "given" else range(len(fused))
     excluded = {positive, *near, *false_negatives, *answers}
     eligible = [p for p in eligible if p not in excluded]
-    if settings.max_negative_share:
-        eligible = [
-            p for p in eligible if _is_below(similarities, p, positive, settings)
-        ]
+    if share := settings.max_negative_share:
+        eligible = [p for p in eligible if _is_below(similarities, p, positive, share)]
     negatives: list[int] = []
     if settings.negative == "none":
         eligible = []
@@ -142,12 +134,12 @@ def choose(
 
 
 def _is_below(
-    similarities: Sequence[float | None], place: int, positive: int, settings: Settings
+    similarities: Sequence[float | None], place: int, positive: int, share: float
 ) -> bool:
     """Whether a candidate is less similar to the query than the limit allows."""
     own, highest = similarities[place], similarities[positive]
     if highest is None:
         return False
     # A share of a negative similarity would be a limit above it.
-    limit = highest - (1 - settings.max_negative_share) * abs(highest)
+    limit = highest - (1 - share) * abs(highest)
     return own is None or own < limit

@@ -227,11 +227,7 @@ def _funnel(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
         dropped.update({("passages", why): n for why, n in done["dropped"].items()})
     rows = []
     for stage, count in counts.items():
-        own = [
-            (why, n)
-            for (dropped_at, why), n in dropped.most_common()
-            if dropped_at == stage
-        ]
+        own = [(why, n) for (at, why), n in dropped.most_common() if at == stage]
         reasons = ", ".join(f"{n:,} {why}" for why, n in own)
         num_kept = count - sum(n for _, n in own)
         rows.append((stage, f"{count:,}", f"{num_kept:,}", reasons))

@@ -144,10 +144,8 @@ def clean(
 
 def _is_binary(content: str) -> bool:
     """Whether over 2% of the characters do not belong in text."""
-    categories = Counter(
-        unicodedata.category(c) for c in content if c not in "\t\n\r\f"
-    )
-    if "\x00" in content or categories["Cs"]:  # A lone surrogate cannot be written.
+    kinds = Counter(unicodedata.category(c) for c in content if c not in "\t\n\r\f")
+    if "\x00" in content or kinds["Cs"]:  # A lone surrogate cannot be written.
         return True
-    strange = categories["Cc"] + categories["Co"] + categories["Cn"]
+    strange = kinds["Cc"] + kinds["Co"] + kinds["Cn"]
     return 50 * (strange + content.count("\ufffd")) > len(content)

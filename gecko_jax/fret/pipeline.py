@@ -40,6 +40,8 @@ _LLM_STAGES = ("generate", "likelihood", "relevance")
 # Pause before looking again at shards that another worker holds.
 _WAIT_SECONDS = 0.2
 
+_ById = dict[int, stages.Record]
+
 
 @dataclasses.dataclass
 class Step:
@@ -241,9 +243,7 @@ class Pipeline:
         steps = [self.source.stage, *(step.stage for step in self.steps)]
         return {stage.name: stage.done() for stage in steps}
 
-    def judged(
-        self, shard: int
-    ) -> tuple[dict[int, stages.Record], dict[int, stages.Record]]:
+    def judged(self, shard: int) -> tuple[_ById, _ById]:
         """Returns the scores by QL and by RC, by id; empty where nothing is scored."""
         likelihoods = self.likelihood.read(shard) if self.has_likelihood else []
         relevances = self.relevance.read(shard) if self.has_relevance else []
@@ -371,9 +371,7 @@ class Pipeline:
             return [self.source.pairs[number] for number in self.shards[shard]]
         return self.source.generate(self.shards[shard])
 
-    def _retrieved(
-        self, shard: int
-    ) -> tuple[list[stages.Record], dict[int, stages.Record]]:
+    def _retrieved(self, shard: int) -> tuple[list[stages.Record], _ById]:
         """Returns the records of `retrieve` that are kept, and the queries by id."""
         rows = stages.kept(self.retrieve.read(shard))
         return rows, stages.by_id(self.queries.read(shard))

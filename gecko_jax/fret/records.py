@@ -209,10 +209,8 @@ class Stage:
 
     def write(self, shard: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes a complete shard."""
-        with (
-            writing.write_file(self.shard_path(shard)) as temporary,
-            temporary.open("w", encoding="utf-8") as lines,
-        ):
+        path = self.shard_path(shard)
+        with writing.write_file(path) as new, new.open("w", encoding="utf-8") as lines:
             lines.writelines(map(to_line, records))
 
     def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:

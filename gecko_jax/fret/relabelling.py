@@ -96,10 +96,8 @@ def read_pairs(
     A line is dropped if its positive is no passage (`no_passage`), its query is one of
     an evaluation set, or an earlier line has the same task, query and positive.
     """
-    numbers = {
-        text_formats.content_id(body): number
-        for number, (_, body) in enumerate(store.texts)
-    }
+    ids = [text_formats.content_id(body) for _, body in store.texts]
+    numbers = {content: number for number, content in enumerate(ids)}
     answers = mining.Answers(pair for *_, pair in read_lines(files))
     seen = set()
     rows = []
@@ -117,15 +115,9 @@ def read_pairs(
             row[records.DROPPED] = "duplicate"
         else:
             seen.add(key)
-            known = sorted(
-                numbers[answer] for answer in answers.of(pair) if answer in numbers
-            )
-            negative_numbers = map(
-                numbers.get, map(text_formats.content_id, pair.negatives)
-            )
-            negatives = [
-                n for n in dict.fromkeys(negative_numbers) if n not in (None, *known)
-            ]
+            known = sorted(numbers[a] for a in answers.of(pair) if a in numbers)
+            given = [numbers.get(text_formats.content_id(n)) for n in pair.negatives]
+            negatives = [n for n in dict.fromkeys(given) if n not in (None, *known)]
             row["task"] = pair.task_description or pair.task
             row |= {"query": query, "positive": positive}
             row |= {"negatives": negatives, "answers": known}

@@ -50,9 +50,8 @@ class Facts:
                 query = by_stage[passes.queries.name][number]
                 row = by_stage["retrieve"][number]
                 self.triples.append(_measure(source, query, row, record))
-                ql, rc = (
-                    by_stage[n].get(number, {}) for n in ("likelihood", "relevance")
-                )
+                ql = by_stage["likelihood"].get(number, {})
+                rc = by_stage["relevance"].get(number, {})
                 shown = (query, row, record, ql, rc)
                 _sample(self.rows, shown, len(self.triples), num_rows, rng)
                 if record["moved"]:
@@ -72,9 +71,7 @@ class Facts:
                 if row["id"] in queries:
                     row = {**queries[row["id"]], **row}
                 shown = (row.get(n) for n in ("detail", "query", "raw", "line"))
-                text = next(
-                    (value for value in shown if value and str(value).strip()), ""
-                )
+                text = next((v for v in shown if v and str(v).strip()), "")
                 text = html_rows.shortened(str(text))
                 self.examples.setdefault((stage, reason), text)
 

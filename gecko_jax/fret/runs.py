@@ -12,7 +12,7 @@ repeat answered requests.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -36,10 +36,6 @@ from gecko_jax.text import overlap
 _QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 _HELD_OUT, _LINES = 3, 4  # Purposes of random numbers; see `stages.row_rng`.
 
-Connect = Callable[
-    [ml_collections.ConfigDict, request_log.Budget], protocol.LanguageModel
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -58,7 +54,6 @@ def run(
     budget: request_log.Budget | None = None,
     worker: tuple[int, int] = (0, 1),
     until: str = "export",
-    connect: Connect | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> Summary:
     """Runs the missing stages, and exports.
@@ -69,7 +64,6 @@ def run(
         budget: Limits of this call; None sets none.
         worker: (i, n), see `Pipeline.run`.
         until: Last stage, or "export".
-        connect: Opens the model; None is `open_model`.
         beam_options: Options of Apache Beam, which then makes the passages; None
             makes them in this process.
 
@@ -80,7 +74,7 @@ def run(
     """
     budget = budget or open_budget(config)
     stopped = ""
-    with prepare(config, workdir, budget, connect, beam_options) as source:
+    with prepare(config, workdir, budget, beam_options) as source:
         passes = main_pipeline(source)
         try:
             if until != "passages":
@@ -99,7 +93,6 @@ def prepare(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     budget: request_log.Budget | None = None,
-    connect: Connect | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
     """Checks the config, makes the passages, and returns what the pipelines share.
@@ -112,15 +105,13 @@ def prepare(
     stage = _passages(config, workdir, contamination, beam_options)
     name, facts = _describe_model(config)
 
-    def open_and_record() -> protocol.LanguageModel:
-        model = (connect or open_model)(config, budget or open_budget(config))
+    def connect() -> protocol.LanguageModel:
+        model = open_model(config, budget or open_budget(config))
         request_log.write_model(workdir, name, facts)
         return model
 
     files = find_files(config, "relabel")
-    return pipeline.Source(
-        config, workdir, stage, contamination, facts, open_and_record, files
-    )
+    return pipeline.Source(config, workdir, stage, contamination, facts, connect, files)
 
 
 def open_budget(
@@ -250,9 +241,8 @@ def _passages(
                 sets = config.passages.decontaminate
                 beam_passages.write(paths, rules, sets, stage, rows, beam_options)
             elif has_lock and stage.done() is None:
-                kept, dropped = passages.read(
-                    paths, rules, contamination, relabelling.read_passages(pairs)
-                )
+                given = relabelling.read_passages(pairs)
+                kept, dropped = passages.read(paths, rules, contamination, given)
                 shards = _shards(config, kept)
                 for shard, part in enumerate(shards):
                     stage.write(shard, part)

@@ -262,10 +262,7 @@ def _find_errors_between_keys(flat: dict[str, Any]) -> Iterator[str]:
         )
     judge = flat["export.scores"]
     if judge in ("likelihood", "relevance") and not flat[f"fuse.{judge}_weight"]:
-        yield (
-            f"export.scores={judge!r}: not scored with fuse.{judge}_weight=0; set it "
-            "above 0"
-        )
+        yield f"export.scores={judge!r}: not scored; set fuse.{judge}_weight above 0"
     if flat["generate.max_words"] < flat["generate.min_words"]:
         yield (
             f"generate.max_words={flat['generate.max_words']}: must not be below "

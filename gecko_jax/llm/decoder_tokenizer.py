@@ -172,9 +172,7 @@ def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ", 1)) for merge in header["merges"] or []]
     if len(vocabulary) < len(pieces) or any(len(merge) < 2 for merge in merges):
-        raise ValueError(
-            f"{place}: two tokens are the same, or a merge is malformed; {_REMEDY}"
-        )
+        raise ValueError(f"{place}: two equal tokens, or a malformed merge; {_REMEDY}")
     with _named(place):
         model = tokenizers.models.BPE(vocab=vocabulary, merges=merges)
     tokenizer = tokenizers.Tokenizer(model)
@@ -204,10 +202,8 @@ def _sentencepiece(header: dict[str, Any]) -> _Functions:
     proto.normalizer_spec.add_dummy_prefix = header["add_space_prefix"] is not False
     proto.normalizer_spec.remove_extra_whitespaces = False
     proto.normalizer_spec.escape_whitespaces = True
-    scores = header["scores"] or []
-    for piece, score, kind in zip(
-        header["tokens"], scores, header["token_type"], strict=True
-    ):
+    columns = (header["tokens"], header["scores"] or [], header["token_type"])
+    for piece, score, kind in zip(*columns, strict=True):
         if piece == "<unk>":
             kind = types.UNKNOWN  # A control token in GGUF.
         elif kind == types.USER_DEFINED:

@@ -25,17 +25,15 @@ def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function of parameters, with options that suit their dtype."""
 
     def compile_variants(function: Callable[..., Any]) -> Callable[..., Any]:
-        exact = jax.jit(function, **settings)
-
         @functools.cache
-        def fast() -> Callable[..., Any]:
-            options = numerics.bfloat16_options()
+        def variant(is_fast: bool) -> Callable[..., Any]:
+            options = numerics.bfloat16_options() if is_fast else None
             return jax.jit(function, compiler_options=options, **settings)
 
         @functools.wraps(function)
         def call(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             is_fast = params["embedding"].dtype in (jnp.bfloat16, jnp.uint16)
-            return (fast() if is_fast else exact)(params, *args, **kwargs)
+            return variant(is_fast)(params, *args, **kwargs)
 
         return call
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax.io import field_rules, wording
+from gecko_jax.io import wording
 from gecko_jax.llm import (
     decoder_settings,
     decoder_tokenizer,
@@ -61,30 +61,22 @@ class Gguf:
                 "reading GGUF needs the gguf package: "
                 'pip install "gecko-jax[llm-local]"'
             ) from error
-        self._path = pathlib.Path(path)
-        if not self._path.is_file():
-            raise ValueError(f"{self._path}: no such file; give a .gguf file")
-        gguf_header.check(self._path)
+        self._path = path = pathlib.Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; give a .gguf file")
+        gguf_header.check(path)
         try:
-            reader = gguf.GGUFReader(self._path, "r")  # Mapped, not read.
+            reader = gguf.GGUFReader(path, "r")  # Mapped, not read.
         except Exception as error:  # Damaged files raise many types.
+            problem = wording.printable(str(error))
             raise ValueError(
-                f"{self._path}: not a complete GGUF file "
-                f"({wording.printable(str(error))}); copy it again"
+                f"{path}: not a complete GGUF file ({problem}); copy it again"
             ) from error
         self._fields: dict[str, Any] = dict(reader.fields)
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
         self._dequantize: Any = gguf.dequantize
-        key = "general.architecture"
-        self._architecture: str = field_rules.check(
-            self._path,
-            {key: self.setting(key)},
-            {key: field_rules.NAME},
-            decoder_settings.REMEDY,
-        )[key]
-        decoder_settings.check_family(
-            self._path, "architecture", self._architecture, _MODEL_TYPES
-        )
+        self._architecture = kind = self.setting("general.architecture")
+        decoder_settings.check_family(path, "architecture", kind, _MODEL_TYPES)
         shapes = {  # GGUF lists the innermost dimension first.
             name: tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
@@ -137,9 +129,7 @@ class Gguf:
                 "F16"
             ) from error
 
-    def _read_config(
-        self, shapes: dict[str, tuple[int, ...]]
-    ) -> transformer.DecoderConfig:
+    def _read_config(self, shapes: dict[str, Any]) -> transformer.DecoderConfig:
         def own(key: str, default: Any = ...) -> Any:
             return self.setting(f"{self._architecture}.{key}", default)
 

@@ -45,9 +45,8 @@ def open_model(
         jax.config.update("jax_compilation_cache_dir", str(cache))
     model = local.load(weights, mesh=sharding.build_mesh(tensor=tensor), dtype=dtype)
     about = {"backend": "in_process", "model": model.name}
-    return protocol.LanguageModel(
-        model.name, about, _Asker(model, budget).ask, reads_ahead=True
-    )
+    ask = _Asker(model, budget).ask
+    return protocol.LanguageModel(model.name, about, ask, reads_ahead=True)
 
 
 class _Asker:

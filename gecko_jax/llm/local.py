@@ -70,9 +70,8 @@ class LocalModel:
         self.config = config
         self.tokenizer = tokenizer
         self._params = dict(params)
-        self._rows = jax.sharding.NamedSharding(
-            mesh, jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-        )
+        axes = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+        self._rows = jax.sharding.NamedSharding(mesh, axes)
         self._replicated = sharding.replicated(mesh)
         self._row_multiple = sharding.num_batch_shards(mesh)
         is_cpu = jax.default_backend() == "cpu"
@@ -110,10 +109,7 @@ class LocalModel:
                 f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
                 "give one each"
             )
-        tokens = [
-            self._encode("continuation", number, continuation)
-            for number, continuation in enumerate(continuations)
-        ]
+        tokens = self._encode("continuation", continuations)
         encoded = self._encode_prompts(prompts, *map(len, tokens))
         return [
             decoder_batches.Request(prompt, after[:-1], [[t] for t in after])
@@ -148,7 +144,9 @@ class LocalModel:
         """
         scored = self._score_requests(prompts, continuations)
         label_requests, read_labels = self._label_requests(questions, labels)
-        answers = self._answer([*scored, *label_requests])
+        merged, places = decoder_batches.merge([*scored, *label_requests])
+        reads = self._read(merged)
+        answers = [reads[host][rows, columns] for host, rows, columns in places]
         log_probs = [values[:, 0].tolist() for values in answers[: len(scored)]]
         return log_probs, read_labels(answers[len(scored) :])
 
@@ -162,16 +160,13 @@ class LocalModel:
             raise ValueError(
                 f"labels={list(labels)}: there must be some, all different"
             )
-        tokens = [self._encode("label", n, label) for n, label in enumerate(labels)]
+        tokens = self._encode("label", labels)
         passes = [n for n, label in enumerate(tokens) if len(label) > 1] or [0]
         firsts = [label[0] for label in tokens]
-        targets = {
-            n: [firsts, *([token] * len(labels) for token in tokens[n][1:])]
-            for n in passes
-        }
+        rest = {n: [[token] * len(labels) for token in tokens[n][1:]] for n in passes}
         encoded = self._encode_prompts(prompts, max(map(len, tokens)))
         requests = [
-            decoder_batches.Request(prompt, tokens[n][:-1], targets[n])
+            decoder_batches.Request(prompt, tokens[n][:-1], [firsts, *rest[n]])
             for prompt in encoded
             for n in passes
         ]
@@ -221,10 +216,8 @@ class LocalModel:
         text_sampling.check(sampling)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds):,} seeds for {len(prompts):,} prompts")
-        requests = [
-            decoder_batches.Request(prompt, [], [])
-            for prompt in self._encode_prompts(prompts, sampling.max_tokens)
-        ]
+        encoded = self._encode_prompts(prompts, sampling.max_tokens)
+        requests = [decoder_batches.Request(prompt, [], []) for prompt in encoded]
         completions = [text_sampling.Completion("", False, 0)] * len(prompts)
         # Every call reads all weights once per token, so few large calls are best.
         for batch in self._batches(requests, call_cost=self.tokens_per_call):
@@ -248,23 +241,12 @@ class LocalModel:
                 completions[number] = completion
         return completions
 
-    def _answer(
-        self, requests: Sequence[decoder_batches.Request]
-    ) -> list[Float[np.ndarray, "targets Y"]]:
-        """Returns the log-probabilities of each request's targets.
-
-        A request whose tokens begin those of another costs nothing.
-        """
-        merged, places = decoder_batches.merge(requests)
-        answers = self._read(merged)
-        return [answers[host][rows, columns] for host, rows, columns in places]
-
     def _read(
         self, requests: Sequence[decoder_batches.Request]
     ) -> list[Float[np.ndarray, "targets Y"]]:
+        """Returns the log-probabilities of each request's targets."""
         answers: list[Any] = [None] * len(requests)
-        waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]]
-        waiting = collections.deque()
+        waiting = collections.deque[tuple[decoder_batches.Batch, jax.Array]]()
 
         def fetch() -> None:
             batch, scores = waiting.popleft()
@@ -278,9 +260,8 @@ class LocalModel:
         for batch in self._batches(requests, call_cost):
             prefix, tokens, positions = self._read_rows(batch, requests)
             hidden = decoding.read(self._params, self.config, prefix, tokens, positions)
-            questions = jax.device_put(
-                decoder_batches.questions(batch, requests), self._replicated
-            )
+            questions = decoder_batches.questions(batch, requests)
+            questions = jax.device_put(questions, self._replicated)
             scores = decoding.score(self._params, self.config, hidden, *questions)
             waiting.append((batch, scores))
             if len(waiting) > 1:  # The host prepares a batch while the device works.
@@ -325,10 +306,7 @@ class LocalModel:
         """Returns the prompts' tokens; `after` is the length of each continuation."""
         if isinstance(prompts, str):
             raise ValueError("prompts is one string: pass a list, such as [prompt]")
-        encoded = [
-            self._encode("prompt", number, prompt, begin=True)
-            for number, prompt in enumerate(prompts)
-        ]
+        encoded = self._encode("prompt", prompts, begin=True)
         for number, prompt in enumerate(encoded):
             length = len(prompt) + (after[0] if len(after) == 1 else after[number])
             if length > self.config.context_length:
@@ -339,15 +317,17 @@ class LocalModel:
         return encoded
 
     def _encode(
-        self, noun: str, number: int, text: str, *, begin: bool = False
-    ) -> list[int]:
-        try:
-            tokens = self.tokenizer.encode(text, begin=begin)
-        except ValueError as error:
-            raise ValueError(f"{noun} {number}: {error}") from error
-        if not text or not tokens:
-            raise ValueError(f"{noun} {number}: no text; drop it")
-        return tokens
+        self, noun: str, texts: Sequence[str], *, begin: bool = False
+    ) -> list[list[int]]:
+        encoded = []
+        for number, text in enumerate(texts):
+            try:
+                encoded.append(self.tokenizer.encode(text, begin=begin))
+            except ValueError as error:
+                raise ValueError(f"{noun} {number}: {error}") from error
+            if not text or not encoded[-1]:
+                raise ValueError(f"{noun} {number}: no text; drop it")
+        return encoded
 
 
 def load(

@@ -121,10 +121,8 @@ class LanguageModel:
     ) -> list[Generation | Failure]:
         """Continues each prompt, with its own seed."""
         settings = dataclasses.asdict(sampling) | {"stop": list(sampling.stop)}
-        bodies = [
-            {"prompt": prompt, "seed": seed, **settings}
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        pairs = zip(prompts, seeds, strict=True)
+        bodies = [{"prompt": p, "seed": seed, **settings} for p, seed in pairs]
         return self._answer("generate", bodies)
 
     def score(
@@ -168,7 +166,7 @@ class LanguageModel:
             if isinstance(answer, Failure):
                 failures[order[number]] = answer
             else:
-                self.log.put(order[number], to_record(answer))
+                self.log.put(order[number], dataclasses.asdict(answer))
             self.report(next(finished) / len(order))
 
         if new:
@@ -193,15 +191,10 @@ def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) ->
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
-    """Returns an answer as JSON values."""
-    return dataclasses.asdict(answer)
-
-
 def from_record(
     kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
 ) -> Generation | Score | LabelScores:
-    """Returns the answer that `to_record` wrote, from a record the log has checked.
+    """Returns the answer that a record of the log holds, which the log has checked.
 
     Raises ValueError if it answers another kind of request, or other labels.
     """

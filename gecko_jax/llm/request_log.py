@@ -198,28 +198,24 @@ class Budget:
         self._reserved, self._num_reserved = 0.0, 0
         self.requests = self.prompt_tokens = self.completion_tokens = 0
 
-    def price(
-        self, prompt_tokens: int | float, completion_tokens: int | float
-    ) -> float:
-        """Returns the cost of these tokens."""
-        read, written = self._prices
-        return (prompt_tokens * read + completion_tokens * written) / 1e6
+    def price(self, read: int | float, written: int | float) -> float:
+        """Returns the cost of tokens."""
+        price_read, price_written = self._prices
+        return (read * price_read + written * price_written) / 1e6
 
     @property
     def cost(self) -> float:
         """Cost so far."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
-    def reserve(
-        self, prompt_tokens: int, completion_tokens: int, *, waits: bool = False
-    ) -> float:
+    def reserve(self, read: int, written: int, *, waits: bool = False) -> float:
         """Counts a request that is about to be sent, and returns its maximum cost.
 
         The tokens are the most that it may read and write. With `waits`, it waits at
         the cost limit for the requests of other threads, most of which cost less than
         was reserved for them. Raises BudgetError if the request would exceed a limit.
         """
-        price = self.price(prompt_tokens, completion_tokens)
+        price = self.price(read, written)
         with self._lock:
             while True:
                 limit = self._max_requests
@@ -239,15 +235,13 @@ class Budget:
             self._num_reserved += 1
         return price
 
-    def settle(
-        self, reserved: float, prompt_tokens: int = 0, completion_tokens: int = 0
-    ) -> None:
+    def settle(self, reserved: float, read: int = 0, written: int = 0) -> None:
         """Replaces a reservation by the tokens used."""
         with self._lock:
             self._num_reserved -= 1
             # Rounding must not leave a remainder when nothing is reserved.
             remaining = max(self._reserved - reserved, 0.0)
             self._reserved = remaining if self._num_reserved else 0.0
-            self.prompt_tokens += prompt_tokens
-            self.completion_tokens += completion_tokens
+            self.prompt_tokens += read
+            self.completion_tokens += written
             self._lock.notify_all()

@@ -27,8 +27,8 @@ class SafetensorsFolder:
         """
         import safetensors
 
-        self._path = pathlib.Path(path)
-        place = self._path / "config.json"
+        self._path = path = pathlib.Path(path)
+        place = path / "config.json"
         try:
             fields, remedy = {"model_type": field_rules.NAME}, decoder_settings.REMEDY
             settings = reading.read_object(place, fields, remedy=remedy)
@@ -38,17 +38,15 @@ class SafetensorsFolder:
                 ".gguf file"
             ) from None
         family = settings["model_type"]
-        decoder_settings.check_family(
-            self._path, "model_type", family, decoder_settings.FAMILIES
-        )
+        known = decoder_settings.FAMILIES
+        decoder_settings.check_family(path, "model_type", family, known)
         self._is_gemma = family == "gemma3_text"
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        paths = sorted(self._path.glob("*.safetensors"))
+        paths = sorted(path.glob("*.safetensors"))
         if not paths:
             raise ValueError(
-                f"{self._path}: no *.safetensors; give the folder of a model, or a "
-                ".gguf file"
+                f"{path}: no *.safetensors; give the folder of a model, or a .gguf file"
             )
         for file in paths:
             try:
@@ -64,9 +62,7 @@ class SafetensorsFolder:
         self.config: transformer.DecoderConfig = decoder_settings.build(place, settings)
         ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
         ignored |= {_OUTPUT} if self.config.tied else set()
-        decoder_weights.check(
-            self._path, self.config, self.file_format, shapes, ignored
-        )
+        decoder_weights.check(path, self.config, self.file_format, shapes, ignored)
 
     @functools.cached_property
     def tokenizer(self) -> decoder_tokenizer.Tokenizer:

@@ -36,7 +36,6 @@ class NoAnswer(Exception):
     """
 
     def __init__(self, reason: str, detail: str, retry_after: float = 0.0):
-        """Keeps the parts, and makes the detail printable."""
         self.reason = reason
         self.detail = wording.printable(detail)
         self.retry_after = retry_after
@@ -102,9 +101,7 @@ def match_labels(
         _number(value)
     chosen = [_label_tokens(pairs, label) for label in labels]
     if len({token for tokens in chosen for token in tokens}) < sum(map(len, chosen)):
-        raise NoAnswer(
-            "label_shared", f"one token begins two of {', '.join(map(repr, labels))}"
-        )
+        raise NoAnswer("label_shared", f"one token begins two of {list(labels)}")
     numbers = [math.log(math.fsum(map(math.exp, tokens.values()))) for tokens in chosen]
     total = math.fsum(map(math.exp, numbers))
     if total > 1 + _SUM_TOLERANCE:
@@ -322,9 +319,7 @@ def _choice(reply: Any, prompt: str = "") -> dict[str, Any]:
     read, _ = usage(reply)
     num_words = len(prompt.split())
     if read is not None and read < num_words:
-        raise NoAnswer(
-            "cut_prompt", f"{read:,} tokens read of a prompt of {num_words:,} words"
-        )
+        raise NoAnswer("cut_prompt", f"{read:,} tokens read of {num_words:,} words")
     choices = reply.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise NoAnswer("no_choice", shorten(reply))
