@@ -123,10 +123,10 @@ def add_config(parser: Parser, required: bool = True) -> None:
     parser.option("--config.GROUP.KEY", "set a config key", "VALUE", dest="_key")
 
 
-def add_model(parser: Parser) -> None:
-    """Adds `--model`."""
+def add_model(parser: Parser, default: str | None = None) -> None:
+    """Adds `--model`, which is required unless it has a default."""
     text = "workdir of a run, exported folder, or mini (the bundled model)"
-    parser.option("--model", text, "DIR", required=True)
+    parser.option("--model", text, "DIR", default, required=not default)
 
 
 def add_prepared_dir(parser: Parser) -> None:

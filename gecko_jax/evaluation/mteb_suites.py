@@ -71,7 +71,12 @@ def run(
         ImportError: mteb is not installed.
         ValueError: The output belongs to another model, or a task, dim or set is wrong.
     """
-    mteb = _import_mteb()
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError(
+            'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
+        ) from error
     if jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes: evaluation runs in one process; start "
@@ -236,16 +241,6 @@ class Runner:
             )
             constants.HF_HUB_OFFLINE = True
             datasets_config.HF_HUB_OFFLINE = True
-
-
-def _import_mteb() -> Any:
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError(
-            'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
-        ) from error
-    return mteb
 
 
 def _choose(

@@ -127,21 +127,11 @@ def decode(
 ) -> tuple[Int[Array, "B steps"], transformer.KeyValues, Float[Array, "B M"]]:
     """Draws `STEPS` tokens for every row.
 
-    Args:
-        params: Parameters of the decoder.
-        config: Settings of the decoder.
-        prefix: Keys and values that all rows share.
-        cache: Keys and values of each row; donated.
-        hidden: Hidden state of each row's last token.
-        positions: Position of each row's next token.
-        slot: Cache slot of the next tokens.
-        keys: Random key of each row, folded with the position of each draw.
-        temperature: Divisor of the logits; unused if greedy.
-        top_p: Probability mass of the nucleus; unused unless `is_nucleus`.
-        is_greedy: Whether to take the likeliest token.
-        is_nucleus: Whether to draw from the nucleus only.
-
-    Returns the tokens, the cache with them, and the hidden state of the last.
+    All rows share the `prefix`; the `cache`, which is donated, has their own keys and
+    values. `hidden` is the state of each row's last token, `positions` are those of the
+    next tokens, and `slot` is where the cache takes them. The random `keys` are folded
+    with the position of each draw. Returns the tokens, the cache with them, and the
+    hidden state of the last.
     """
 
     def step(carry: tuple, number: Array) -> tuple[tuple, Array]:

@@ -45,15 +45,11 @@ _GEMMA_27B_LAYERS, _GEMMA_27B_SCALAR = 62, 168
 
 
 class Gguf:
-    """An open file, see `decoder_weights.ModelFile`."""
+    """An open file whose tensors fit its settings; see `decoder_weights.ModelFile`."""
 
     file_format: decoder_weights.Format = "gguf"
 
     def __init__(self, path: str | os.PathLike):
-        """Reads settings and tensor names, and compares them.
-
-        Raises ValueError if the file is damaged or of an unsupported family.
-        """
         try:
             import gguf
         except ImportError as error:

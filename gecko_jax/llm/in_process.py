@@ -35,11 +35,7 @@ def open_model(
     compilation_cache: str,
     budget: request_log.Budget,
 ) -> protocol.LanguageModel:
-    """Loads the model; see the keys `llm` of `configs/fret.py`.
-
-    Raises ValueError for a missing or damaged model or an unsupported family, and an
-    ImportError that names a missing package.
-    """
+    """Loads the model by the keys `llm` of `configs/fret.py`; see `local.load`."""
     if compilation_cache:
         cache = pathlib.Path(compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -101,29 +101,10 @@ class LocalModel:
         """Returns what `score` sums: one log-probability per token."""
         return self.judge(prompts, continuations, [], ())[0]
 
-    def _score_requests(
-        self, prompts: Sequence[str], continuations: Sequence[str]
-    ) -> list[decoder_batches.Request]:
-        if len(prompts) != len(continuations):
-            raise ValueError(
-                f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
-                "give one each"
-            )
-        tokens = self._encode("continuation", continuations)
-        encoded = self._encode_prompts(prompts, *map(len, tokens))
-        return [
-            decoder_batches.Request(prompt, after[:-1], [[t] for t in after])
-            for prompt, after in zip(encoded, tokens, strict=True)
-        ]
-
     def label_log_probs(
         self, prompts: Sequence[str], labels: Sequence[str]
     ) -> list[dict[str, float]]:
         """Returns log LLM(label | prompt) of every label, in nats.
-
-        One pass over the prompt scores the first tokens of all labels. A label of
-        several tokens has a pass for the others, and the first of these passes serves
-        as the common one.
 
         Raises:
             ValueError: Two labels are equal, a label is empty, or `score` would raise
@@ -142,7 +123,17 @@ class LocalModel:
 
         A prompt with its continuation that begins a question is read once for both.
         """
-        scored = self._score_requests(prompts, continuations)
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
+                "give one each"
+            )
+        targets = self._encode("continuation", continuations)
+        encoded = self._encode_prompts(prompts, *map(len, targets))
+        scored = [
+            decoder_batches.Request(prompt, tokens[:-1], [[token] for token in tokens])
+            for prompt, tokens in zip(encoded, targets, strict=True)
+        ]
         label_requests, read_labels = self._label_requests(questions, labels)
         merged, places = decoder_batches.merge([*scored, *label_requests])
         reads = self._read(merged)
@@ -153,7 +144,11 @@ class LocalModel:
     def _label_requests(
         self, prompts: Sequence[str], labels: Sequence[str]
     ) -> tuple[list[decoder_batches.Request], Callable[..., list[dict[str, float]]]]:
-        """Returns the requests, and the function that reads their answers."""
+        """Returns the requests, and the function that reads their answers.
+
+        One pass over a prompt scores the first tokens of all labels. A label of several
+        tokens has a pass for the others, the first of which serves as the common one.
+        """
         if not prompts and not labels:
             return [], lambda scored: []
         if not labels or len(set(labels)) != len(labels):

@@ -16,15 +16,11 @@ _OUTPUT = "lm_head.weight"
 
 
 class SafetensorsFolder:
-    """An open folder, see `decoder_weights.ModelFile`."""
+    """An open folder; its tensors fit the settings. See `decoder_weights.ModelFile`."""
 
     file_format: decoder_weights.Format = "hugging_face"
 
     def __init__(self, path: str | os.PathLike):
-        """Reads settings and tensor names, and compares them.
-
-        Raises ValueError if files are missing or damaged, or of an unsupported family.
-        """
         import safetensors
 
         self._path = path = pathlib.Path(path)
