@@ -97,11 +97,9 @@ def _handle_unraisable(lost: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status.
+    """Runs one verb and returns the exit status, unless the verb exits with its own.
 
-    Returns:
-        0 on success, 1 after a reported error, 2 for an invalid command line, 130 when
-        interrupted. A verb may exit with its own status.
+    0 is success, 1 a reported error, 2 an invalid command line, 130 an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("GECKO_DEBUG", "") not in ("", "0")

@@ -23,18 +23,13 @@ _RESUME = "Its checkpoints are complete; start every process again to resume"
 class Peers(NamedTuple):
     """How the processes of a run connect.
 
-    Attributes:
-        coordinator: HOST:PORT of process 0; None to detect it, and both numbers below,
-            from TPU metadata, SLURM or Open MPI.
-        num_processes: Number of processes.
-        process: Number of this process, from 0.
-        timeout_seconds: How long to wait for an unresponsive process.
+    None is detected from TPU metadata, SLURM or Open MPI.
     """
 
-    coordinator: str | None
+    coordinator: str | None  # HOST:PORT of process 0
     num_processes: int | None
-    process: int | None
-    timeout_seconds: int
+    process: int | None  # number of this process, from 0
+    timeout_seconds: int  # how long to wait for an unresponsive process
 
 
 def check(peers: Peers) -> None:

@@ -39,7 +39,6 @@ class Encoder:
     passage_length: int  # most tokens of any other text
 
     def __post_init__(self):
-        """Checks the dim."""
         self.dim = self.gecko.check_dim(self.dim)
 
     def encode(

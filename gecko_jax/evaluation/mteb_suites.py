@@ -65,11 +65,8 @@ def run(
     logged in one line and skipped.
 
     `config` is that of `configs/evaluate.py`, `output` the folder of the results, and
-    `name` the name of the model if the config has none.
-
-    Raises:
-        ImportError: mteb is not installed.
-        ValueError: The output belongs to another model, or a task, dim or set is wrong.
+    `name` the name of the model if the config has none. Raises ValueError if the output
+    belongs to another model, or a task, dim or set is wrong.
     """
     try:
         import mteb
@@ -315,8 +312,10 @@ def _explain(task: Any, error: Exception) -> str:
     # `datasets` raises this if there is neither a copy nor a network.
     if isinstance(error, ConnectionError):
         path = (task.metadata.dataset or {}).get("path", "")
-        what = "its data sets are" if task.is_aggregate else f"its data set {path} is"
-        return f"{what} not on this machine and cannot be downloaded"
+        subject = (
+            "its data sets are" if task.is_aggregate else f"its data set {path} is"
+        )
+        return f"{subject} not on this machine and cannot be downloaded"
     return _first_line(error)
 
 

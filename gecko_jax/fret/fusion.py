@@ -84,29 +84,20 @@ class Choice:
 
 def choose(
     fused: Float[np.ndarray, " N"],
-    seed_position: int,
+    seed_position: int,  # of the seed passage, or of the line's positive
     settings: Settings,
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # draws sampled negatives
     *,
-    answers: Sequence[int] = (),
-    given: Sequence[int] = (),
-    similarities: Sequence[float | None] = (),
+    answers: Sequence[int] = (),  # positions that are never negatives
+    given: Sequence[int] = (),  # positions of the negatives of the line
+    similarities: Sequence[float | None] = (),  # to the query, by the retriever
 ) -> Choice:
     """Chooses the positive and the hard negatives among the candidates.
 
     `fused` is in the order of retrieval: of equal candidates, the earlier one is the
     positive and the later the negative. A candidate that is judged above the positive,
-    or nearly as high (`Settings.margin`), is never a negative.
-
-    Args:
-        fused: R of every candidate.
-        seed_position: Position of the seed passage, or of the line's positive.
-        settings: Settings of the choice.
-        rng: Draws sampled negatives.
-        answers: Positions that are never negatives.
-        given: Positions of the negatives of the line.
-        similarities: Scores of the retriever, for `max_negative_share`; a candidate
-            without one passes, and a positive without one leaves no negative.
+    or nearly as high (`Settings.margin`), is never a negative. A candidate without a
+    similarity passes `max_negative_share`; a positive without one leaves no negative.
     """
     positive = seed_position
     if settings.positive == "relabelled":

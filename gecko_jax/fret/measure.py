@@ -140,11 +140,8 @@ def calibrate(
 ) -> Calibration:
     """Ranks the candidates of held-out seeds by each judge and by their fusion.
 
-    The answers are kept in `calibration/`, like those of a run.
-
-    Raises:
-        ValueError: No seed is held out, or no query is valid.
-        request_log.BudgetError: The limit is reached; all answers are kept.
+    The answers are kept in `calibration/`, like those of a run, also when it raises
+    BudgetError. Raises ValueError if no seed is held out, or no query is valid.
     """
     with runs.prepare(config, workdir, budget) as source:
         _held_out(config, source)

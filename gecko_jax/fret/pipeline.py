@@ -78,7 +78,6 @@ class Source(contextlib.AbstractContextManager["Source"]):
     pair_files: Sequence[pathlib.Path] = ()  # to relabel; else queries are generated
 
     def __post_init__(self):
-        """Reads the passages and prompts."""
         self.prompts = settings.Prompts(self.config)
         done = self.stage.done()
         assert done is not None
@@ -146,31 +145,17 @@ class Source(contextlib.AbstractContextManager["Source"]):
 
 
 class Pipeline:
-    """One pass of a list of seed passages, or of lines, through the stages.
-
-    Attributes:
-        source: What all pipelines share.
-        shards: Numbers of the seed passages, or of the lines, of each shard.
-        steps: The stages, in order.
-        queries: The first stage, whose records have the queries.
-        has_likelihood: Whether candidates are scored by QL.
-        has_relevance: Whether candidates are scored by RC.
-    """
+    """One pass of a list of seed passages, or of lines, through the stages."""
 
     def __init__(
         self,
         source: Source,
-        shards: Sequence[Sequence[int]],
-        folder: str,
-        facts: dict[str, Any],
+        shards: Sequence[Sequence[int]],  # numbers of each shard's passages or lines
+        folder: str,  # of the stages, in the workdir
+        facts: dict[str, Any],  # what identifies the seeds
         *,
-        scores_all: bool = False,
+        scores_all: bool = False,  # by QL and RC even without a weight
     ):
-        """Describes the stages in a folder of the workdir; reads and writes nothing.
-
-        `facts` identify the seeds and are part of the first stage's facts. `scores_all`
-        scores by QL and RC even without a weight.
-        """
         self.source = source
         self.shards = shards
         self._folder = folder
@@ -252,16 +237,10 @@ class Pipeline:
     def run(self, until: str = "fuse", worker: tuple[int, int] = (0, 1)) -> None:
         """Makes every missing shard, up to a stage.
 
-        Args:
-            until: Name of the last stage.
-            worker: (i, n) makes every n-th shard from the i-th on, and waits for the
-                others only where a stage needs all of their shards; (0, 1) makes all
-                shards that are not locked.
-
-        Raises:
-            ValueError: A stage was begun with other settings, or the model fails too
-                often.
-            request_log.BudgetError: The limit is reached; finished shards stay.
+        Worker (i, n) makes every n-th shard from the i-th on, and waits for the others
+        only where a stage needs all of their shards; (0, 1) makes all shards that are
+        not locked. Raises ValueError if a stage was begun with other settings, or the
+        model fails too often, and BudgetError at the limit. Finished shards stay.
         """
         names = [step.stage.name for step in self.steps]
         steps = self.steps[: names.index(until) + 1]

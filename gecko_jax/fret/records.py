@@ -110,14 +110,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
 
 
 class Stage:
-    """A folder of shards.
-
-    Attributes:
-        name: Name of the stage and of its folder.
-        folder: Folder of the shards.
-        facts: What decides the content: settings, prompts, model, code version and
-            the hash of the stage before.
-    """
+    """A folder of shards, which `begin` makes."""
 
     def __init__(
         self,
@@ -125,16 +118,12 @@ class Stage:
         name: str,
         facts: Mapping[str, Any],
         suffix: str = ".jsonl",
-        seeds: Sequence[Sequence[int]] | None = None,
-        num_passages: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,  # ids of each shard; None: any
+        num_passages: int = 0,  # 0 while the passages are made
     ):
-        """Describes the folder in `workdir`; `begin` makes it.
-
-        `seeds` holds the ids of each shard's records, None allows any;
-        `num_passages` is 0 while the passages are made.
-        """
         self.name = name
         self.folder = workdir / name
+        # Settings, prompts, model, code version and the hash of the stage before.
         self.facts = json.loads(json.dumps(facts, default=list))
         self._suffix = suffix
         self._seeds = seeds

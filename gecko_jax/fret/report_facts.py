@@ -11,23 +11,15 @@ from gecko_jax.text import word_rule
 
 
 class Facts:
-    """What the page shows.
-
-    Attributes:
-        triples: Facts about each triple.
-        rows: Random rows.
-        moved: Random rows whose positive moved.
-        counts: Stage -> number of records, and tokens and requests.
-        dropped: (stage, reason) -> number of records.
-        examples: (stage, reason) -> one of them.
-    """
+    """What the page shows of the finished shards."""
 
     def __init__(self, passes: pipeline.Pipeline, num_rows: int):
-        """Reads all finished shards."""
         self.triples: list[dict[str, Any]] = []
-        self.rows: list[html_rows.Row] = []
-        self.moved: list[html_rows.Row] = []
+        self.rows: list[html_rows.Row] = []  # random ones
+        self.moved: list[html_rows.Row] = []  # random ones whose positive moved
+        # Stage -> number of records, and tokens and requests.
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        # (stage, reason) -> number of dropped records, and the text of one.
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], str] = {}
         source = passes.source

@@ -19,10 +19,9 @@ _REMEDY = "remove it, and the same command makes it again"
 
 
 class GeckoRetriever:
-    """Exact search over embeddings of the passages."""
+    """Exact search over embeddings of the passages with an `embedding.Gecko`."""
 
     def __init__(self, gecko: Any, vectors: Float[np.ndarray, "P D"]):
-        """Takes a `gecko_jax.inference.embedding.Gecko` and the embeddings."""
         from gecko_jax.inference import vector_index
 
         self._gecko = gecko

@@ -48,29 +48,19 @@ class Summary:
 
 
 def run(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,  # see `configs/fret.py`
+    workdir: pathlib.Path,  # shared by all workers
     *,
-    budget: request_log.Budget | None = None,
-    worker: tuple[int, int] = (0, 1),
-    until: str = "export",
+    budget: request_log.Budget | None = None,  # limits of this call; None sets none
+    worker: tuple[int, int] = (0, 1),  # see `Pipeline.run`
+    until: str = "export",  # the last stage
     beam_options: Sequence[str] | None = None,
 ) -> Summary:
     """Runs the missing stages, and exports.
 
-    Args:
-        config: See `configs/fret.py`.
-        workdir: Workdir of the run; all of its workers share it.
-        budget: Limits of this call; None sets none.
-        worker: (i, n), see `Pipeline.run`.
-        until: Last stage, or "export".
-        beam_options: Options of Apache Beam, which then makes the passages; None
-            makes them in this process.
-
-    Raises:
-        ValueError: A setting, file or answer is wrong, or the workdir was begun with
-            other settings.
-        OSError: The server is gone, or the disk is full. All answers are kept.
+    With `beam_options`, Apache Beam makes the passages. Raises ValueError if a setting,
+    file or answer is wrong, or the workdir was begun with other settings, and OSError
+    if the server is gone or the disk is full. All answers are kept.
     """
     budget = budget or open_budget(config)
     stopped = ""

@@ -41,21 +41,31 @@ KEYS: dict[str, rules.Key] = {
         0.8, _SHARE, "Least resemblance of near duplicates; 0 drops only equal texts."
     ),
     "passages.limit": Key(0, COUNT, "Largest number of passages; 0 for all."),
-    "passages.shard_rows": Key(256, POSITIVE, "Passages per shard, written at once."),
-    "relabel.files": Key((), _FILES, "Pairs or triples (JSONL) to relabel."),
+    "passages.shard_rows": Key(
+        256, POSITIVE, "Passages per shard, which is written as a whole."
+    ),
+    "relabel.files": Key(
+        (), _FILES, "JSONL of pairs or triples for `gecko fret relabel`."
+    ),
     "relabel.limit": Key(0, COUNT, "Lines to relabel, drawn at random; 0 for all."),
     "llm.recording": Key("", TEXT, "Workdir whose recorded answers replace the model."),
     "llm.weights": Key(
-        "", TEXT, "Model in this process: .gguf, folder, `smollm2`; empty for a server."
+        "",
+        TEXT,
+        "Model in this process: .gguf, folder or `smollm2`; empty for a server.",
     ),
     "llm.dtype": Key(
         "float32", one_of("float32", "bfloat16"), "Dtype of the model in this process."
     ),
     "llm.tensor": Key(
-        1, POSITIVE, "Devices that share the model; the other axis splits the rows."
+        1,
+        POSITIVE,
+        "Devices over which the model is split; the other axis splits the rows.",
     ),
     "llm.compilation_cache": Key(
-        "~/.cache/gecko_jax/compiled", TEXT, "Folder of compiled code; empty for none."
+        "~/.cache/gecko_jax/compiled",
+        TEXT,
+        "Folder of compiled functions; empty for none.",
     ),
     "llm.url": Key(
         "http://localhost:8000",
@@ -73,13 +83,17 @@ KEYS: dict[str, rules.Key] = {
     "llm.revision": Key("", TEXT, "Commit or checksum of the weights, for the record."),
     "llm.licence": Key("", TEXT, "Licence of the model's output, for the record."),
     "llm.api_key_env": Key("", TEXT, "Environment variable that holds the API key."),
-    "llm.chat": Key(False, SWITCH, "Uses the chat API, which scores no continuations."),
+    "llm.chat": Key(
+        False, SWITCH, "Uses the chat API, which cannot score continuations."
+    ),
     "llm.scoring": Key(
         "echo",
         one_of(*wire.SCORING),
         "How the server scores: echo, echo_tokens, forced (llama.cpp) or none.",
     ),
-    "llm.top_log_probs": Key(20, POSITIVE, "First tokens listed to score labels."),
+    "llm.top_log_probs": Key(
+        20, POSITIVE, "Number of first tokens listed when labels are scored."
+    ),
     "llm.concurrency": Key(64, POSITIVE, "Requests in flight."),
     "llm.retries": Key(6, COUNT, "Retries of a failed request."),
     "llm.retry_seconds": Key(
@@ -98,7 +112,9 @@ KEYS: dict[str, rules.Key] = {
     ),
     "generate.shots": Key(5, COUNT, "Few-shot examples per row; 0 for all."),
     "generate.temperature": Key(0.7, NOT_NEGATIVE, "Sampling temperature."),
-    "generate.top_p": Key(1.0, _SHARE, "Probability mass of nucleus sampling."),
+    "generate.top_p": Key(
+        1.0, _SHARE, "Nucleus sampling: smallest probability mass to draw from."
+    ),
     "generate.max_tokens": Key(96, POSITIVE, "Largest number of tokens to generate."),
     "generate.min_words": Key(3, POSITIVE, "Shortest query, in words."),
     "generate.max_words": Key(40, POSITIVE, "Longest query, in words."),
@@ -135,7 +151,9 @@ KEYS: dict[str, rules.Key] = {
     "relevance.prompt": Key(
         "relevance", NAME, "Prompt of relevance classification (RC)."
     ),
-    "fuse.k": Key(0.0, NOT_NEGATIVE, "Added to ranks (RRF); the paper has none."),
+    "fuse.k": Key(
+        0.0, NOT_NEGATIVE, "Constant added to ranks (RRF); the paper has none."
+    ),
     "fuse.likelihood_weight": Key(1.0, NOT_NEGATIVE, "Weight of the QL ranking."),
     "fuse.relevance_weight": Key(1.0, NOT_NEGATIVE, "Weight of the RC ranking."),
     "fuse.relevance": Key(
@@ -177,14 +195,20 @@ KEYS: dict[str, rules.Key] = {
     "export.max_tasks": Key(
         64, POSITIVE, "Most tasks to keep; rarer ones become `search result`."
     ),
-    "export.candidates": Key(False, SWITCH, "Writes all candidates with their scores."),
+    "export.candidates": Key(
+        False, SWITCH, "Writes all candidates with their scores and ranks."
+    ),
     "export.scores": Key(
         "",
         one_of("", "likelihood", "relevance", "fused"),
         "Scores of positive and negatives that are written, for `loss.kl_weight`.",
     ),
-    "calibrate.num_seeds": Key(100, COUNT, "Seeds held out of a run, at most a fifth."),
-    "run.max_error_rate": Key(0.05, _SHARE, "Largest share of failed rows in a shard."),
+    "calibrate.num_seeds": Key(
+        100, COUNT, "Seeds held out of the run, at most a fifth."
+    ),
+    "run.max_error_rate": Key(
+        0.05, _SHARE, "Share of failed rows in a shard that stops the run."
+    ),
 }
 _LATER = ("num_negatives", "margin", "near", "max_negative_share")
 SCHEMA = {name: key.rule for name, key in KEYS.items()}
@@ -250,7 +274,6 @@ class Prompts:
     """The prompts of a run."""
 
     def __init__(self, config: ml_collections.ConfigDict):
-        """Reads and checks the files that the config names."""
         kinds = ("generate", "generate_for_task")
         self.generate = prompts.load(config.generate.prompt, kinds)
         kinds = ("likelihood", "relevance")

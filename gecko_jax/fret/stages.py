@@ -33,7 +33,6 @@ class Passages:
     """The (title, text) pairs of all passages, by number."""
 
     def __init__(self, passages: Sequence[Mapping[str, Any]]):
-        """Takes the records of the passages stage, in order."""
         self.texts = [(record["title"], record["text"]) for record in passages]
 
     def __len__(self) -> int:

@@ -42,12 +42,8 @@ _CALL_COST = 32
 class LocalModel:
     """A decoder with the methods of `protocol.LanguageModel`, for plain values.
 
-    Attributes:
-        name: Model, checksum and dtype. Models of equal names give equal answers, to
-            float tolerance.
-        config: Settings of the decoder.
-        tokenizer: Tokenizer of the decoder.
-        tokens_per_call: Tokens that all devices together read in a call.
+    `load` opens it. Models of equal names (file, checksum and dtype) give equal
+    answers, to float tolerance.
     """
 
     def __init__(
@@ -57,9 +53,8 @@ class LocalModel:
         tokenizer: decoder_tokenizer.Tokenizer,
         *,
         name: str,
-        mesh: jax.sharding.Mesh,
+        mesh: jax.sharding.Mesh,  # whose devices share the rows
     ):
-        """Takes what `load` has read; the devices of `mesh` share the rows."""
         numerics.check()
         if mesh.is_multi_process:
             raise ValueError(
@@ -76,7 +71,7 @@ class LocalModel:
         self._row_multiple = sharding.num_batch_shards(mesh)
         is_cpu = jax.default_backend() == "cpu"
         per_device = TOKENS_PER_CALL if is_cpu else ACCELERATOR_TOKENS_PER_CALL
-        self.tokens_per_call = per_device * self._row_multiple
+        self.tokens_per_call = per_device * self._row_multiple  # on all devices
         self._prefixes: dict[tuple[int, ...], transformer.KeyValues | None] = {}
 
     def num_tokens(self, text: str) -> int:
@@ -88,10 +83,8 @@ class LocalModel:
     ) -> list[float]:
         """Returns log LLM(continuation | prompt), summed over its tokens, in nats.
 
-        Prompt and continuation are tokenized separately, so the border is exact.
-
-        Raises:
-            ValueError: A text is empty, not Unicode or too long (names its index).
+        Prompt and continuation are tokenized separately, so the border is exact. Raises
+        ValueError if a text is empty, not Unicode or too long, with its index.
         """
         return list(map(math.fsum, self.score_tokens(prompts, continuations)))
 
@@ -106,9 +99,7 @@ class LocalModel:
     ) -> list[dict[str, float]]:
         """Returns log LLM(label | prompt) of every label, in nats.
 
-        Raises:
-            ValueError: Two labels are equal, a label is empty, or `score` would raise
-                for a prompt.
+        Raises ValueError if labels are equal or empty, or `score` would for a prompt.
         """
         return self.judge([], [], prompts, labels)[1]
 
@@ -203,10 +194,7 @@ class LocalModel:
         A draw depends on the prompt and its seed only: the same prompt twice with one
         seed has one answer. (Rounding differs between batch shapes, which can change a
         draw that is nearly a tie.) A control token ends an answer as `sampling.stop`
-        does.
-
-        Raises:
-            ValueError: A setting is out of range, or `score` would raise for a prompt.
+        does. Raises ValueError if a setting is out of range, or `score` would.
         """
         text_sampling.check(sampling)
         if len(seeds) != len(prompts):

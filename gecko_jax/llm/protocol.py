@@ -87,32 +87,23 @@ class Call:
 
 
 class LanguageModel:
-    """A language model behind a request log: no request is answered twice.
-
-    Attributes:
-        name: Model and revision, written into every record.
-        facts: Everything about the model that changes an answer.
-        close: Releases the resources of the model.
-        log: The request log; the stages open one per shard.
-        report: Called with the answered share of a call's requests, in [0, 1].
-        reads_ahead: Whether `score` also answers the questions that follow.
-    """
+    """A language model behind a request log: no request is answered twice."""
 
     def __init__(
         self,
-        name: str,
-        facts: dict[str, Any],
-        ask: Callable[[Call], None],
-        close: Callable[[], None] = lambda: None,
+        name: str,  # model and revision, written into every record
+        facts: dict[str, Any],  # everything that changes an answer
+        ask: Callable[[Call], None],  # answers the requests of a call
+        close: Callable[[], None] = lambda: None,  # releases the model's resources
         *,
-        reads_ahead: bool = False,
+        reads_ahead: bool = False,  # whether `score` answers the questions, too
     ):
-        """Starts with a log in memory; `ask` answers the requests of a call."""
         self.name = name
         self.facts = facts
         self.close = close
         self.reads_ahead = reads_ahead
-        self.log = request_log.RequestLog(None)
+        self.log = request_log.RequestLog(None)  # The stages open one per shard.
+        # Called with the answered share of a call's requests, in [0, 1].
         self.report: Callable[[float], None] = lambda share: None
         self._ask = ask
 

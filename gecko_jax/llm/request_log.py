@@ -168,25 +168,15 @@ class Budget:
 
     A request is reserved before it is sent and settled when it is answered, so the
     requests in flight can never carry the run over its limit.
-
-    Attributes:
-        requests: Requests sent, each try counted.
-        prompt_tokens: Tokens read.
-        completion_tokens: Tokens written.
     """
 
     def __init__(
         self,
-        max_requests: int | None = None,
-        max_cost: int | float | None = None,
-        price_input: int | float = 0.0,
-        price_output: int | float = 0.0,
+        max_requests: int | None = None,  # each try counted; None sets no limit
+        max_cost: int | float | None = None,  # in the currency of the prices
+        price_input: int | float = 0.0,  # of a million tokens read
+        price_output: int | float = 0.0,  # of a million tokens written
     ):
-        """Starts with nothing spent.
-
-        The limits are requests, each try counted, and cost, in the currency of the
-        prices of a million tokens; None sets no limit.
-        """
         if max_cost is not None and not (price_input or price_output):
             raise ValueError(
                 f"max_cost={max_cost}: it needs prices; set llm.price_input and "

@@ -59,9 +59,8 @@ def connect(
 ) -> protocol.LanguageModel:
     """Returns the model of a running server.
 
-    Raises:
-        OSError: No server answers.
-        ValueError: The server does not serve the model, or refuses the key.
+    Raises OSError if none answers, and ValueError if it lacks the model or refuses the
+    key.
     """
     client = _Client(settings, budget)
     try:
