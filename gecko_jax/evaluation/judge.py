@@ -159,12 +159,8 @@ def encode_symmetric(
     They are encoded as queries, up to the length of passages. `kind` is mteb's type of
     the task, whose instruction is the default for `task`.
     """
-    return gecko.encode(
-        list(texts),
-        side="query",
-        task=task or instructions.BY_TYPE[kind].task,
-        max_length=gecko.files.passage_length,
-    )
+    task, length = task or instructions.BY_TYPE[kind].task, gecko.files.passage_length
+    return gecko.encode(list(texts), side="query", task=task, max_length=length)
 
 
 def _untrained(gecko: embedding.Gecko) -> embedding.Gecko:

@@ -22,9 +22,6 @@ from gecko_jax.text import text_formats
 # Column of local tasks: task of each query, and of each passage of a symmetric task.
 TASK_COLUMN = "gecko_task"
 
-# Minimum number of texts for a progress bar.
-_SHOW_PROGRESS = 2_000
-
 
 @dataclasses.dataclass(eq=False)
 class Encoder:
@@ -163,6 +160,6 @@ def _gather(inputs: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _describe(name: str, subset: str, count: int) -> str | None:
-    if count < _SHOW_PROGRESS:
+    if count < 2_000:  # Too few for a progress bar.
         return None
     return f"Encoding {name}" + (f" {subset}" if subset != "default" else "")

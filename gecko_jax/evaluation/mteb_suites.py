@@ -49,9 +49,6 @@ _ALONE = {scoreboard.MIRACL: ("MIRACLRetrieval",)}
 # File that names the model of a folder of results, and the folder inside.
 _ABOUT, _RESULTS = "evaluation.json", "results"
 
-# Batch size of mteb's DataLoader. `mteb_encoder` joins the batches again.
-_LOADER_BATCH = 1_024
-
 
 def run(
     gecko: embedding.Gecko,
@@ -82,10 +79,8 @@ def run(
     dims = tuple(sorted({gecko.check_dim(dim) for dim in config.dims or gecko.dims}))
     gecko = _share(gecko, config.mesh)
     chosen = _choose(mteb, gecko, config)
-    lengths = {
-        "query_length": config.query_length or gecko.files.query_length,
-        "passage_length": config.passage_length or gecko.files.passage_length,
-    }
+    sides = ("query_length", "passage_length")
+    lengths = {key: config[key] or getattr(gecko.files, key) for key in sides}
     name = config.name or f"gecko-jax/{name}"
     about = {
         "model": name,
@@ -176,7 +171,8 @@ class Runner:
                 task,
                 cache=self.cache,
                 overwrite_strategy=self._strategy(task, encoder),
-                encode_kwargs={"batch_size": _LOADER_BATCH, "show_progress_bar": False},
+                # `mteb_encoder` joins the batches again.
+                encode_kwargs={"batch_size": 1_024, "show_progress_bar": False},
                 show_progress_bar=False,
                 co2_tracker=False,
                 # Otherwise mteb would skip data sets that are not public.
@@ -279,8 +275,8 @@ def _share(gecko: embedding.Gecko, mesh: ml_collections.ConfigDict) -> embedding
     built = sharding.build_mesh(**mesh.to_dict())
     if built.size == 1:
         return gecko
-    shapes, axes = dual_encoder.abstract_params(gecko.files.encoder_config)
-    shardings = sharding.param_shardings(shapes, axes, built)
+    abstract = dual_encoder.abstract_params(gecko.files.encoder_config)
+    shardings = sharding.param_shardings(*abstract, built)
     params = jax.device_put(gecko.files.params, shardings)
     return embedding.Gecko(dataclasses.replace(gecko.files, params=params))
 

@@ -208,11 +208,8 @@ def _means(results: Results) -> list[Row]:
         return []
     means = []
     for rows in groups.values():
-        metrics = {
-            name: float(np.mean([row.metrics[name] for row in rows]))
-            for name in rows[0].metrics
-            if all(name in row.metrics for row in rows)
-        }
+        shared = [n for n in rows[0].metrics if all(n in row.metrics for row in rows)]
+        metrics = {n: float(np.mean([row.metrics[n] for row in rows])) for n in shared}
         name, count = f"mean of {num_sets} sets", sum(row.count for row in rows)
         mean = dataclasses.replace(
             rows[0], set=name, count=count, metrics=metrics, note=""

@@ -71,11 +71,9 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
         ]
         shared = (rows, stages.by_id(queries), source.store, model)
         if config.fuse.likelihood_weight and rows:
-            count = num_queries * (
-                num_candidates + bool(config.likelihood.generic_passage)
-            )
+            each = num_candidates + bool(config.likelihood.generic_passage)
             ask = functools.partial(stages.likelihood, *shared, prompts.likelihood, "")
-            kinds.append(_measure(source, "likelihood", count, ask)[1])
+            kinds.append(_measure(source, "likelihood", num_queries * each, ask)[1])
         if config.fuse.relevance_weight and rows:
             count = num_queries * num_candidates
             ask = functools.partial(stages.relevance, *shared, prompts.relevance)

@@ -37,8 +37,6 @@ CODE_VERSION = {
     "fuse": 1,
 }
 _LLM_STAGES = ("generate", "likelihood", "relevance")
-# Pause before looking again at shards that another worker holds.
-_WAIT_SECONDS = 0.2
 
 _ById = dict[int, stages.Record]
 
@@ -260,7 +258,7 @@ class Pipeline:
             if not any(step.missing(worker) for step in steps):
                 break
             if not any(moved):
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(0.2)  # Other workers hold the shards.
         if any(step.missing() for step in steps):
             return
         for step in steps:
@@ -369,14 +367,14 @@ class Pipeline:
     def _likelihood(self, shard: int) -> list[stages.Record]:
         prompts = self.source.prompts
         is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
-        shares_reading = self.has_relevance and is_same_text
+        then = prompts.relevance if self.has_relevance and is_same_text else None
         return stages.likelihood(
             *self._retrieved(shard),
             self.source.store,
             self.source.model,
             prompts.likelihood,
             self.source.config.likelihood.generic_passage,
-            prompts.relevance if shares_reading else None,
+            then,
         )
 
     def _relevance(self, shard: int) -> list[stages.Record]:

@@ -18,8 +18,6 @@ from typing import Any
 from gecko_jax.io import field_rules, reading
 from gecko_jax.text import json_vocabularies
 
-# llama.cpp's token type of control tokens.
-_CONTROL = 3
 # Words of the Qwen 2 and 3 tokenizers; from their tokenizer.json.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -27,8 +25,6 @@ _QWEN_WORDS = (
 )
 # llama.cpp's names of the supported pre-tokenizers.
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2")
-# SentencePiece's spelling of a space.
-_META = "\N{LOWER ONE EIGHTH BLOCK}"
 
 _NEEDS = ("the in-process decoder", "llm-local")
 _REMEDY = "copy it again, or choose another model"
@@ -114,7 +110,8 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
     adds_begin = header["add_bos_token"]
     if adds_begin is None:
         adds_begin = model == "llama"
-    ends = {number for number, kind in enumerate(kinds) if kind == _CONTROL}
+    # llama.cpp's token type of control tokens is 3.
+    ends = {number for number, kind in enumerate(kinds) if kind == 3}
     ends |= set() if end is None else {end}
     return Tokenizer(
         place, *functions, begin if adds_begin else None, frozenset(ends), len(pieces)
@@ -208,7 +205,7 @@ def _sentencepiece(header: dict[str, Any]) -> _Functions:
             kind = types.UNKNOWN  # A control token in GGUF.
         elif kind == types.USER_DEFINED:
             # SentencePiece compares these pieces with escaped text.
-            piece = piece.replace(" ", _META)
+            piece = piece.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
         proto.pieces.add(piece=piece, score=score, type=kind)
     processor: Any = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(proto.SerializeToString())

@@ -17,9 +17,6 @@ from gecko_jax.parallel import numerics
 # Tokens that one call of `decode` draws.
 STEPS = 16
 
-# Bisection steps over 100 nats, which reach float32's precision.
-_BISECTIONS = 32
-
 
 def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function of parameters, with options that suit their dtype."""
@@ -192,5 +189,6 @@ def is_in_nucleus(
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
     high = jnp.max(log_probs, axis=-1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (high - 100.0, high))
+    # 32 steps over 100 nats reach float32's precision.
+    low, _ = jax.lax.fori_loop(0, 32, halve, (high - 100.0, high))
     return log_probs >= low

@@ -39,9 +39,8 @@ _OPTIONAL_KEYS = {
 }
 # Llama 3's divisors of the rotary frequencies are stored as a tensor.
 _ROPE_FACTORS = "rope_freqs.weight"
-# Values of Gemma 3 that the header lacks. The 27B model is recognized by its depth.
+# Values of Gemma 3 that the header lacks.
 _GEMMA = {"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
-_GEMMA_27B_LAYERS, _GEMMA_27B_SCALAR = 62, 168
 
 
 class Gguf:
@@ -141,8 +140,8 @@ class Gguf:
             factor = own("rope.scaling.factor", None)
             settings["rope_scaling"] = {"rope_type": scaling, "factor": factor}
         if self._architecture == "gemma3":
-            is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
-            scalar = _GEMMA_27B_SCALAR if is_27b else own("attention.key_length")
+            is_27b = settings["num_hidden_layers"] == 62
+            scalar = 168 if is_27b else own("attention.key_length")
             settings |= _GEMMA | {
                 "sliding_window": own("attention.sliding_window"),
                 "query_pre_attn_scalar": scalar,

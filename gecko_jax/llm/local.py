@@ -35,9 +35,6 @@ from gecko_jax.parallel import numerics, sharding
 TOKENS_PER_CALL = 2_048
 ACCELERATOR_TOKENS_PER_CALL = 16_384
 
-# A call has the fixed cost of `tokens_per_call / _CALL_COST` tokens.
-_CALL_COST = 32
-
 
 class LocalModel:
     """A decoder with the methods of `protocol.LanguageModel`, for plain values.
@@ -239,7 +236,7 @@ class LocalModel:
             for number, value in zip(batch.requests, values, strict=True):
                 answers[number] = value
 
-        call_cost = self.tokens_per_call // _CALL_COST
+        call_cost = self.tokens_per_call // 32  # fixed cost of a call, in tokens
         for batch in self._batches(requests, call_cost):
             prefix, tokens, positions = self._read_rows(batch, requests)
             hidden = decoding.read(self._params, self.config, prefix, tokens, positions)

@@ -22,14 +22,9 @@ from gecko_jax.llm import connections, pacing, protocol, request_log, wire
 
 _Result = TypeVar("_Result")
 
-_RETRIED = frozenset({408, 409, 425, 429})  # And every status from 500 on.
 _MAX_PAUSE_SECONDS = 60.0
 # Time that an interrupt leaves to the requests in flight.
 _GRACE_SECONDS = 1.0
-# Failures of requests that the server may have processed, and may charge for.
-_MAYBE_CHARGED = ("timeout", "cut_off", "too_large", "bad_json")
-# Most tokens that a server adds to a prompt; chat templates add more.
-_ADDED_TOKENS, _ADDED_CHAT_TOKENS = 8, 64
 # Size limit of a reply: bytes per prompt byte, each of which may be an echoed token
 # with its number and alternatives; and the minimum and maximum of the limit.
 _BYTES_PER_BYTE, _LEAST_BYTES, _MOST_BYTES = 512, 1 << 20, 1 << 26
@@ -68,9 +63,8 @@ def connect(
     except BaseException:
         client.close()
         raise
-    return protocol.LanguageModel(
-        name(settings), facts(settings), client.ask, close=client.close
-    )
+    about = facts(settings)
+    return protocol.LanguageModel(name(settings), about, client.ask, client.close)
 
 
 def name(settings: ServerSettings) -> str:
@@ -230,10 +224,10 @@ class _Client:
         """
         chat = self._settings.chat
         path = path or ("/v1/chat/completions" if chat else "/v1/completions")
-        # A token has at least one byte, and a word has at least one token.
+        # A token has at least one byte, and a word has at least one token. A server
+        # adds some tokens, and its chat template more.
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
-        added = _ADDED_CHAT_TOKENS if chat else _ADDED_TOKENS
-        max_read = num_tokens or num_bytes + added
+        max_read = num_tokens or num_bytes + (64 if chat else 8)
         min_read = num_tokens or len(text.split())
 
         def send() -> tuple[dict[str, Any], protocol.Usage]:
@@ -247,7 +241,8 @@ class _Client:
                 used = wire.tokens_used(reply, min_read, max_read, max_tokens)
                 return reply, protocol.Usage(*used)
             except wire.NoAnswer as error:
-                if error.reason in _MAYBE_CHARGED:
+                # The server may have processed these requests, and may charge for them.
+                if error.reason in ("timeout", "cut_off", "too_large", "bad_json"):
                     used = (max_read, max_tokens)
                 raise
             finally:
@@ -281,7 +276,7 @@ class _Client:
         max_bytes = min(_LEAST_BYTES + _BYTES_PER_BYTE * num_bytes, _MOST_BYTES)
         seconds = self._settings.timeout_seconds
         reply = self._connections.request("POST", path, content, seconds, max_bytes)
-        if reply.status in _RETRIED or reply.status >= 500:
+        if reply.status in (408, 409, 425, 429) or reply.status >= 500:
             seconds = _seconds(reply.headers.get("retry-after", ""))
             raise wire.NoAnswer(f"status_{reply.status}", _text(reply), seconds)
         self._check_status("POST", path, reply)

@@ -19,12 +19,6 @@ SCORING = ("echo", "echo_tokens", "forced", "none")
 # A log-probability above the first is wrong, not rounded; one below the second is a
 # server's stand-in for minus infinity, such as -9999.0.
 _MAX_LOG_PROB, _MIN_LOG_PROB = 1e-5, -500.0
-# Rounding error of a sum of probabilities.
-_SUM_TOLERANCE = 0.01
-# Largest token count of a server that is taken for a count.
-_MAX_TOKENS = 1_000_000_000
-# This many equal numbers in a row do not come from a model.
-_MIN_EQUAL = 4
 
 
 class NoAnswer(Exception):
@@ -104,7 +98,7 @@ def match_labels(
         raise NoAnswer("label_shared", f"one token begins two of {list(labels)}")
     numbers = [math.log(math.fsum(map(math.exp, tokens.values()))) for tokens in chosen]
     total = math.fsum(map(math.exp, numbers))
-    if total > 1 + _SUM_TOLERANCE:
+    if total > 1.01:  # More than rounding explains.
         raise NoAnswer("not_probabilities", f"the labels sum to {total:.3f}")
     return numbers
 
@@ -352,7 +346,7 @@ def _only(values: Any) -> Any:
 def _count(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 <= value <= _MAX_TOKENS else None
+    return value if type(value) is int and 0 <= value <= 1_000_000_000 else None
 
 
 def _number(value: Any) -> float:
@@ -383,5 +377,6 @@ def _sum(values: Sequence[Any]) -> float:
 
 
 def _check_varied(numbers: Sequence[float]) -> None:
-    if len(numbers) >= _MIN_EQUAL and len(set(numbers)) == 1:
+    # Four equal numbers do not come from a model.
+    if len(numbers) >= 4 and len(set(numbers)) == 1:
         raise NoAnswer("constant", f"every token has {numbers[0]}")
