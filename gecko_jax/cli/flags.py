@@ -66,10 +66,7 @@ def load_checked(
 
 
 def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Splits arguments into config overrides and the rest.
-
-    `--config.key value` becomes `--config.key=value`.
-    """
+    """Splits arguments into overrides, with "=" before their values, and the rest."""
     overrides, others = [], []
     needs_value = False
     for argument in arguments:

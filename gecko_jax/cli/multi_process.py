@@ -58,10 +58,7 @@ def is_child() -> bool:
 
 
 def run_child(arguments: Sequence[str], peers: Peers) -> int:
-    """Runs `gecko` with the arguments in a child process and explains how it ended.
-
-    Returns the exit status of the child; 1 if a signal ended it.
-    """
+    """Runs `gecko` in a child process; returns its exit status, 1 after a signal."""
     command = [sys.executable, "-m", "gecko_jax", *arguments]
     child = subprocess.Popen(command, env=os.environ | {_CHILD: "1"})
 

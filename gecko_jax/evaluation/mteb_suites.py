@@ -210,10 +210,7 @@ class Runner:
         return result if result.dataset_revision == task.metadata.revision else None
 
     def _check_hub(self) -> None:
-        """Switches to offline mode if the hub is unreachable.
-
-        This saves a long timeout for every data set. Downloaded data sets still load.
-        """
+        """Goes offline if the hub is unreachable: each data set would time out."""
         if self._has_checked_hub:
             return
         self._has_checked_hub = True

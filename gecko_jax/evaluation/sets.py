@@ -118,10 +118,7 @@ EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
-    """Reads an evaluation set, or a folder of several; "quickstart" is bundled.
-
-    Raises ValueError if there is no set, or a file has an error.
-    """
+    """Reads an evaluation set, or a folder of several; "quickstart" is bundled."""
     return [dataset for _, dataset in _load_with_paths(path)]
 
 

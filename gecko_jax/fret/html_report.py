@@ -48,10 +48,7 @@ _REASONS = {
 def write(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, num_rows: int
 ) -> pathlib.Path:
-    """Writes the page of a run, finished or not, with some random rows.
-
-    Raises ValueError if no shard is fused yet, or the settings are not the run's.
-    """
+    """Writes the page of a run, finished or not, with some random rows."""
     if not (workdir / "passages").is_dir():
         raise ValueError(f"{workdir}: no run here; start one with `gecko fret run`")
     source = runs.prepare(config, workdir)

@@ -44,10 +44,7 @@ class Plan:
 
 
 def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) -> Plan:
-    """Estimates the cost of a run from `sample` requests of each kind.
-
-    Raises ValueError if no seed is held out, or the model does not answer.
-    """
+    """Estimates the cost of a run from `sample` requests of each kind."""
     budget = runs.open_budget(config)
     with runs.prepare(config, workdir, budget) as source:
         seeds = sum(map(len, runs.main_pipeline(source).shards))
@@ -138,8 +135,7 @@ def calibrate(
 ) -> Calibration:
     """Ranks the candidates of held-out seeds by each judge and by their fusion.
 
-    The answers are kept in `calibration/`, like those of a run, also when it raises
-    BudgetError. Raises ValueError if no seed is held out, or no query is valid.
+    The answers are kept in `calibration/`, like those of a run.
     """
     with runs.prepare(config, workdir, budget) as source:
         _held_out(config, source)

@@ -94,10 +94,7 @@ def none_left(
 
 
 def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Yields the passages of a file, with their source and licence.
-
-    Raises ValueError if the file cannot be read, or an id is invalid or repeated.
-    """
+    """Yields the passages of a file, with their source and licence."""
     name = wording.file_name(pathlib.Path(path).name)
     ids = inputs.UniqueIds()
     for place, record in text_files.read_texts_or_records(path, any_characters=True):

@@ -43,13 +43,10 @@ _ById = dict[int, stages.Record]
 
 @dataclasses.dataclass
 class Step:
-    """A stage of a pipeline.
-
-    `make` returns the records of a shard; None if it writes an array itself.
-    """
+    """A stage of a pipeline."""
 
     stage: records.Stage
-    make: Callable[[int], list[stages.Record] | None]
+    make: Callable[[int], list[stages.Record] | None]  # None: it wrote the shard
     count: int  # of shards
     needs: tuple[records.Stage, ...] = ()  # whose shard of the same number must exist
     needs_all: "Step | None" = None  # whose shards must all exist
@@ -62,10 +59,7 @@ class Step:
 
 @dataclasses.dataclass(eq=False)
 class Source(contextlib.AbstractContextManager["Source"]):
-    """What all pipelines of a run share: passages, prompts, model, retriever.
-
-    A context manager that closes the model, which is opened at its first use.
-    """
+    """What all pipelines of a run share; on exit, closes the model if it was used."""
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path

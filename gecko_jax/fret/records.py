@@ -148,10 +148,7 @@ class Stage:
                 temporary.write_text(json.dumps(self.facts, indent=2) + "\n")
 
     def compare(self) -> None:
-        """Compares the facts with those of an earlier run, if there was one.
-
-        Raises a ValueError that lists each difference.
-        """
+        """Raises a ValueError that lists what differs from an earlier run's facts."""
         path = self.folder / _FACTS
         if not path.exists():
             return
@@ -173,10 +170,7 @@ class Stage:
         return self.shard_path(shard).exists()
 
     def read(self, shard: int) -> list[dict[str, Any]]:
-        """Returns the records of a finished shard, including dropped ones.
-
-        Raises ValueError if a record is not as the stage writes it.
-        """
+        """Returns the records of a finished shard, including dropped ones, checked."""
         remedy = f"the shard was changed: {self._remedy}"
         seeds = None if self._seeds is None else set(self._seeds[shard])
         result: dict[int, dict[str, Any]] = {}
@@ -203,11 +197,7 @@ class Stage:
             lines.writelines(map(to_line, records))
 
     def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:
-        """Counts the records of every shard, and closes the stage.
-
-        Returns the content of `.done.json`: shards and their bytes, records, dropped
-        records by reason, tokens.
-        """
+        """Counts the records, closes the stage, and returns its `.done.json`."""
         num_records = 0
         usage: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
@@ -233,10 +223,7 @@ class Stage:
         return done
 
     def done(self) -> dict[str, Any] | None:
-        """Returns the content of `.done.json`; None if the stage is unfinished.
-
-        Raises ValueError if the file is damaged, or a shard has changed its size.
-        """
+        """Returns the checked content of `.done.json`; None if the stage has none."""
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"
         try:

@@ -31,10 +31,7 @@ _NEGATIVES = (
 
 
 def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
-    """Yields the positives of all lines, then the negatives, as `passages.read_file`.
-
-    Raises ValueError if a file or line is invalid, or there are no lines.
-    """
+    """Yields the positives of all lines, then the negatives, as passages."""
     num_lines = 0
     for place, record, pair in read_lines(files):
         num_lines += 1

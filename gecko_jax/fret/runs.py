@@ -85,10 +85,7 @@ def prepare(
     budget: request_log.Budget | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
-    """Checks the config, makes the passages, and returns what the pipelines share.
-
-    See `run` for the arguments.
-    """
+    """Checks the config, makes the passages, and returns what the pipelines share."""
     settings.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     contamination = set_texts.read(config.passages.decontaminate)
@@ -117,10 +114,7 @@ def open_budget(
 def open_model(
     config: ml_collections.ConfigDict, budget: request_log.Budget
 ) -> protocol.LanguageModel:
-    """Returns the recorded model, the in-process model, or the server's model.
-
-    A server is used once `canary.check` has passed.
-    """
+    """Returns the recorded, the in-process or the server's model, checked."""
     if config.llm.recording:
         return protocol.recorded(_or_bundled(config.llm.recording, "recording"))
     if config.llm.weights:
@@ -151,10 +145,7 @@ def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
 
 
 def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
-    """Returns the pass over the seed passages, or over the lines.
-
-    Seeds are the passages that are not held out, up to `generate.limit`.
-    """
+    """Returns the pass over the passages that are not held out, or over the lines."""
     if source.pair_files:
         lines, facts = _lines(source)
         return pipeline.Pipeline(source, _shards(source.config, lines), "", facts)

@@ -34,10 +34,6 @@ class Connections:
     """The connections to one server; threads share them."""
 
     def __init__(self, url: str, headers: Mapping[str, str]):
-        """Parses the URL of the server's root, or raises ValueError.
-
-        `headers` are sent with every request.
-        """
         try:
             parts = urllib.parse.urlsplit(url.rstrip("/"))
             client = functools.partial(_CLIENTS[parts.scheme], parts.hostname or "")

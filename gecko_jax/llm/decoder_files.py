@@ -17,10 +17,7 @@ SMOLLM2 = "smollm2"
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the path of a model, which may be a name of `model_packages`.
-
-    Raises ImportError if SmolLM2 is missing, and ValueError if another model is.
-    """
+    """Returns the path of a model, which may be a name of `model_packages`."""
     name = str(path)
     is_known = name in model_packages.MODELS
     if is_known and (fetched := model_packages.path_of(name)).is_file():
@@ -48,11 +45,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
 
 
 def open_model(path: pathlib.Path) -> gguf.Gguf | safetensors_folder.SafetensorsFolder:
-    """Reads settings and tokenizer, and checks that they and the weights match.
-
-    Raises ValueError for a damaged file or an unsupported family, and an ImportError
-    that names a missing package.
-    """
+    """Reads settings and tokenizer, and checks that they and the weights match."""
     is_folder = path.is_dir()
     file = safetensors_folder.SafetensorsFolder(path) if is_folder else gguf.Gguf(path)
     # A lookup past the end of the token table returns its last row without an error.

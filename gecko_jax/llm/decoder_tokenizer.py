@@ -84,10 +84,7 @@ class Tokenizer:
 
 
 def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
-    """Builds the tokenizer that a GGUF header describes; see `gguf.Gguf.setting`.
-
-    Raises ValueError if it is damaged or of an unsupported kind.
-    """
+    """Builds the tokenizer that a GGUF header describes; see `gguf.Gguf.setting`."""
     header = {name: setting(f"tokenizer.ggml.{name}", None) for name in _HEADER}
     field_rules.check(place, header, _HEADER, _REMEDY)
     model, pieces, kinds = header["model"], header["tokens"], header["token_type"]
@@ -119,10 +116,7 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
 
 
 def from_folder(folder: pathlib.Path) -> Tokenizer:
-    """Builds the tokenizer in the `tokenizer.json` of a Hugging Face folder.
-
-    Raises ValueError if the file is missing or damaged.
-    """
+    """Builds the tokenizer in the `tokenizer.json` of a Hugging Face folder."""
     path = folder / "tokenizer.json"
     tokenizers = json_vocabularies.import_tokenizers(*_NEEDS)
     if not path.is_file():

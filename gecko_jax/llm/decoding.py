@@ -88,11 +88,7 @@ def start(
     positions: Int[Array, "B L"],
     num_slots: int,
 ) -> tuple[Float[Array, "B M"], transformer.KeyValues]:
-    """Reads prompts.
-
-    Returns the hidden state at the end of each prompt, and a cache with `num_slots`
-    free slots after the prompts.
-    """
+    """Returns the last hidden state of each prompt, and a cache with free slots."""
     hidden, own = transformer.extend(params, config, tokens, positions, prefix)
     is_text = positions != transformer.PAD_POSITION
     last = jnp.sum(is_text, axis=1) - 1

@@ -87,10 +87,7 @@ class Gguf:
         return decoder_tokenizer.from_gguf(self.setting, str(self._path))
 
     def setting(self, key: str, default: Any = ...) -> Any:
-        """Returns a value of the header.
-
-        Raises ValueError if it is damaged, or missing without a default.
-        """
+        """Returns a value of the header; one without a default must be there."""
         if key in self._fields:
             try:
                 return self._fields[key].contents()

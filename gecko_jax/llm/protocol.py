@@ -172,10 +172,7 @@ class LanguageModel:
 
 
 def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """Returns the key of a request; equal requests have the same answer.
-
-    The kind is "generate", "score" or "labels".
-    """
+    """Returns the key of a request; equal requests have the same answer."""
     encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
     # A text may hold a lone surrogate, which strict UTF-8 cannot encode.
     content = encoded.encode("utf-8", "surrogatepass")
@@ -185,10 +182,7 @@ def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) ->
 def from_record(
     kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
 ) -> Generation | Score | LabelScores:
-    """Returns the answer that a record of the log holds, which the log has checked.
-
-    Raises ValueError if it answers another kind of request, or other labels.
-    """
+    """Returns the answer of a checked record, if it is one to this request."""
     usage = Usage(**record["usage"])
     # Rounding may leave a log-probability slightly above 0.
     if kind == "generate" and "text" in record:
@@ -206,11 +200,7 @@ def from_record(
 
 
 def recorded(folder: str | os.PathLike) -> LanguageModel:
-    """Returns a model that replays the answers in a workdir, or its folder `requests`.
-
-    Raises:
-        ValueError: The folder holds no recording.
-    """
+    """Returns a model that replays the answers in a workdir, or in its `requests`."""
     name, facts, answers = request_log.read_recording(folder)
 
     def ask(call: Call) -> None:

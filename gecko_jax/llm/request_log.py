@@ -135,10 +135,7 @@ def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None
 def read_recording(
     folder: str | os.PathLike,
 ) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns the model's name, its facts, and every recorded answer by key.
-
-    Raises ValueError if the folder holds no recording, or a damaged one.
-    """
+    """Returns the model's name, its facts, and every recorded answer by key."""
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     remedy = "give the workdir of a run of `gecko fret run`, or its folder 'requests'"

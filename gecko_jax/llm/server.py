@@ -52,11 +52,7 @@ class ServerSettings:
 def connect(
     settings: ServerSettings, budget: request_log.Budget
 ) -> protocol.LanguageModel:
-    """Returns the model of a running server.
-
-    Raises OSError if none answers, and ValueError if it lacks the model or refuses the
-    key.
-    """
+    """Returns the model of a server that answers, has it and accepts the key."""
     client = _Client(settings, budget)
     try:
         client.check_model()

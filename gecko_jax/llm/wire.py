@@ -235,10 +235,7 @@ def read_forced(
 
 
 def read_tokens(reply: Any, text: str) -> list[int]:
-    """Returns the token ids in a reply of `/tokenize`.
-
-    Raises NoAnswer if they are not ids, or more than the text has bytes.
-    """
+    """Returns the token ids in a reply of `/tokenize`, if they can be the text's."""
     _check_reply(reply)
     tokens = reply.get("tokens")
     if not isinstance(tokens, list) or not all(
