@@ -12,13 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gecko_jax.evaluation import judgements, sets, tables
-from gecko_jax.inference import (
-    embedding,
-    hybrid,
-    quantization,
-    ranking,
-    vector_index,
-)
+from gecko_jax.inference import embedding, hybrid, quantization, ranking, vector_index
 from gecko_jax.text import vocabularies
 
 # Cut-off of recall, the deepest of the metrics.
@@ -95,9 +89,7 @@ def resolve_tasks(
 
 
 def _rank(
-    codes: quantization.Codes,
-    ids: Sequence[str],
-    queries: Float[np.ndarray, "Q D"],
+    codes: quantization.Codes, ids: Sequence[str], queries: Float[np.ndarray, "Q D"]
 ) -> list[list[str]]:
     """Returns the best `DEPTH` + 1 passages of each query.
 

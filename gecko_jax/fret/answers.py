@@ -71,11 +71,7 @@ def parse(
 
 
 def _find_rejection(
-    query: str,
-    prompt: prompts.Prompt,
-    rules: Rules,
-    passage: str,
-    shots: Sequence[int],
+    query: str, prompt: prompts.Prompt, rules: Rules, passage: str, shots: Sequence[int]
 ) -> str | None:
     words = word_rule.words(query)
     num_words = word_rule.count(words)

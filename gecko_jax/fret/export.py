@@ -72,8 +72,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
     if not counts["rows"]:
         path.unlink()
         raise ValueError(
-            f"{source.workdir}: no triple is left; `gecko fret report` shows what "
-            "was dropped and why"
+            f"{source.workdir}: no triple is left; `gecko fret report` shows why"
         )
     with writing.write_file(stage.folder / "README.md") as temporary:
         temporary.write_text(_card(passes, counts, licences))
@@ -199,14 +198,13 @@ def _candidates_of(
         if passes.has_likelihood:
             columns["likelihood"] = likelihoods[number]["log_probs"]
         if passes.has_relevance:
-            columns["relevance"] = stages.relevance_scores(
-                relevances[number], row, grades, kind
-            )
+            judged = (relevances[number], row, grades, kind)
+            columns["relevance"] = stages.relevance_scores(*judged)
         columns["fused"] = record["fused"]
         values = [stages.of_candidates(column, row) for column in columns.values()]
         scores[number] = {
-            candidate: {n: round(v, 4) for n, v in zip(columns, judged, strict=True)}
-            for candidate, *judged in zip(row["candidates"], *values, strict=True)
+            candidate: {n: round(v, 4) for n, v in zip(columns, own, strict=True)}
+            for candidate, *own in zip(row["candidates"], *values, strict=True)
         }
     return scores
 

@@ -14,15 +14,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gecko_jax.fret import (
-    export,
-    html_page,
-    html_rows,
-    measure,
-    pipeline,
-    report_facts,
-    runs,
-)
+from gecko_jax.fret import export, html_page, measure, pipeline, report_facts, runs
 from gecko_jax.io import writing
 
 OUTPUT = "report.html"
@@ -92,8 +84,8 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     num_fused = sum(map(passes.fuse.has, range(num)))
     unfinished = f"Not finished: {num_fused:,} of {num:,} shards."
     unfinished = f"<p><b>{unfinished}</b> Figures are of these.</p>"
-    moved = [html_rows.side_by_side(passes, row, seed) for row in gathered.moved]
-    rows = [html_rows.with_candidates(passes, row, seed) for row in gathered.rows]
+    moved = [html_page.side_by_side(passes, row, seed) for row in gathered.moved]
+    rows = [html_page.with_candidates(passes, row, seed) for row in gathered.rows]
     page = string.Template((export.TEMPLATES / "report.html").read_text("utf-8"))
     return page.substitute(
         name=html_page.escape(source.workdir.resolve().name),

@@ -84,12 +84,8 @@ class Source(contextlib.AbstractContextManager["Source"]):
         self.store = stages.Passages(passages)
         self.embed: records.Stage | None = None
         if self.config.retrieve.model:
-            facts = {
-                "code": CODE_VERSION["embed"],
-                "passages": self.stage.hash,
-                "model": self.gecko.revision,
-                "dim": self.config.retrieve.dim,
-            }
+            facts = {"code": CODE_VERSION["embed"], "passages": self.stage.hash}
+            facts |= {"model": self.gecko.revision, "dim": self.config.retrieve.dim}
             self.embed = records.Stage(self.workdir, "embed", facts, ".npy")
 
     def __exit__(self, *unused: object) -> None:
@@ -187,12 +183,8 @@ class Pipeline:
             generic_passage=config.likelihood.generic_passage,
         )
         before = self.likelihood if self.has_likelihood else self.retrieve
-        self.relevance = self._stage(
-            "relevance",
-            after=before.hash,
-            prompt=prompts.relevance.facts,
-            model=source.model_facts,
-        )
+        judge = {"prompt": prompts.relevance.facts, "model": source.model_facts}
+        self.relevance = self._stage("relevance", after=before.hash, **judge)
         judged = [self.likelihood] * self.has_likelihood
         judged += [self.relevance] * self.has_relevance
         self.fuse = self._stage(

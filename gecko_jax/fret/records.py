@@ -38,12 +38,8 @@ _DONE_FIELDS = {
     "bytes": field_rules.list_of(field_rules.COUNT),
     "sha256": field_rules.optional(field_rules.NAME),  # Of the exported file.
 }
-_DROPPED_FIELDS = {
-    "id": field_rules.COUNT,
-    DROPPED: field_rules.NAME,
-    "detail": _MAYBE_TEXT,
-    "usage": field_rules.optional(_USAGE),
-}
+_DROPPED_FIELDS = {"id": field_rules.COUNT, DROPPED: field_rules.NAME}
+_DROPPED_FIELDS |= {"detail": _MAYBE_TEXT, "usage": field_rules.optional(_USAGE)}
 _ID = field_rules.Kind("text or a whole number", lambda v: type(v) in (str, int))
 _RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 
@@ -52,7 +48,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
     """Returns the fields of a stage's kept records, which name passages by number."""
     passage = field_rules.integer(0, num_passages - 1)
     passages = field_rules.list_of(passage)
-    number = field_rules.number()
+    number, log_prob = field_rules.number(), field_rules.LOG_PROB
     fields = {
         "passages": {
             "title": field_rules.TEXT,
@@ -82,15 +78,13 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             "seed": field_rules.optional(passage),
         },
         "likelihood": {
-            "log_probs": field_rules.list_of(field_rules.LOG_PROB, 1),
-            "generic_log_prob": field_rules.optional(field_rules.LOG_PROB),
+            "log_probs": field_rules.list_of(log_prob, 1),
+            "generic_log_prob": field_rules.optional(log_prob),
             "num_tokens": field_rules.integer(1),
             "usage": _USAGE,
         },
         "relevance": {
-            "label_log_probs": field_rules.list_of(
-                field_rules.list_of(field_rules.LOG_PROB, 2), 1
-            ),
+            "label_log_probs": field_rules.list_of(field_rules.list_of(log_prob, 2), 1),
             "usage": _USAGE,
         },
         "fuse": {

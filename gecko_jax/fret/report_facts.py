@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax.fret import fusion, html_rows, pipeline, records, stages
+from gecko_jax.fret import fusion, html_page, pipeline, records, stages
 from gecko_jax.text import word_rule
 
 
@@ -15,8 +15,8 @@ class Facts:
 
     def __init__(self, passes: pipeline.Pipeline, num_rows: int):
         self.triples: list[dict[str, Any]] = []
-        self.rows: list[html_rows.Row] = []  # random ones
-        self.moved: list[html_rows.Row] = []  # random ones whose positive moved
+        self.rows: list[html_page.Row] = []  # random ones
+        self.moved: list[html_page.Row] = []  # random ones whose positive moved
         # Stage -> number of records, and tokens and requests.
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         # (stage, reason) -> number of dropped records, and the text of one.
@@ -64,13 +64,13 @@ class Facts:
                     row = {**queries[row["id"]], **row}
                 shown = (row.get(n) for n in ("detail", "query", "raw", "line"))
                 text = next((v for v in shown if v and str(v).strip()), "")
-                text = html_rows.shortened(str(text))
+                text = html_page.shortened(str(text))
                 self.examples.setdefault((stage, reason), text)
 
 
 def _sample(
-    rows: list[html_rows.Row],
-    row: html_rows.Row,
+    rows: list[html_page.Row],
+    row: html_page.Row,
     count: int,
     num_rows: int,
     rng: np.random.Generator,
