@@ -108,7 +108,6 @@ example:
   gecko fret run --config=configs/fret.py:local,qwen_small --workdir=runs/fret"""
 
 _AFTER = ("retrieve", "likelihood", "relevance", "fuse", "export")
-_STAGES = ("passages", "generate", *_AFTER)
 
 
 def add_parser(verbs: Any) -> None:
@@ -141,7 +140,7 @@ def add_parser(verbs: Any) -> None:
         return add
 
     add_run(_RELABEL, relabel, ("passages", "pairs", *_AFTER))
-    add = add_run(_RUN, run, _STAGES)
+    add = add_run(_RUN, run, ("passages", "generate", *_AFTER))
     text = "run the passages stage on Apache Beam, with options such as "
     text += "--beam=--runner=DirectRunner"
     add("--beam", text, parsing.words, metavar="OPTION,...")

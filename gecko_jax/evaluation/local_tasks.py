@@ -1,8 +1,7 @@
 """Local evaluation sets as tasks for `mteb`.
 
 A set becomes an instance of a subclass of mteb's own task of that type, so mteb's
-protocol and metrics apply, and its JSON results are stored next to those of other
-tasks.
+protocol and metrics apply.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """A Gecko model as an encoder for `mteb` (its `EncoderProtocol`).
 
-mteb passes the texts of a task in a torch DataLoader. All texts of a call are encoded
-together, so that they are packed by length and shared over the mesh. The vectors go
-through a `vector_store.Store`, so the same task at another dim encodes nothing. This
-module imports mteb (and torch) only when mteb reads the model card.
+All texts of a call are encoded together, so that they are packed by length and shared
+over the mesh. The vectors go through a `vector_store.Store`, so the same task at
+another dim encodes nothing.
 """
 
 import dataclasses

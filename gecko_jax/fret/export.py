@@ -6,11 +6,8 @@
 
 `gecko train --config.data.files=WORKDIR/export/fret.jsonl` reads the file. Every value
 of `task` is a training task, so rare ones become "search result". `task_description`
-keeps the words of the model, which training writes before the query.
-
-A line that is relabelled keeps its fields, apart from those of its passages. Settings
-of `export` add `scores` for distillation, and `candidates`: every passage that was
-judged, with `ql` (nats), `rc` (nats), `rrf` (R), and its part in the line.
+keeps the words of the model, which training writes before the query. A line that is
+relabelled keeps its fields, apart from those of its passages.
 """
 
 import hashlib

@@ -12,7 +12,6 @@ import numpy as np
 
 from gecko_jax.fret import export, pipeline, stages
 
-_MAX_BINS = 15  # of a histogram
 _MAX_CHARACTERS = 420  # of a passage
 
 # Records of the queries, retrieve and fuse; then those of likelihood and relevance.
@@ -39,9 +38,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def histogram(values: Sequence[int]) -> dict[str, int]:
-    """Counts values in bins of equal, whole width, named by their first value."""
+    """Counts values in 15 bins of equal, whole width, named by their first value."""
     low, high = min(values, default=0), max(values, default=0)
-    step = -(-(high - low + 1) // _MAX_BINS)
+    step = -(-(high - low + 1) // 15)
     edges = np.arange(low, high + step + 1, step)
     counts, _ = np.histogram(values, edges)
     return dict(zip(map(str, edges), counts.tolist(), strict=False))

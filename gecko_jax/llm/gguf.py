@@ -57,8 +57,6 @@ class Gguf:
                 'pip install "gecko-jax[llm-local]"'
             ) from error
         self._path = path = pathlib.Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; give a .gguf file")
         gguf_header.check(path)
         try:
             reader = gguf.GGUFReader(path, "r")  # Mapped, not read.

@@ -1,11 +1,7 @@
 """A language model in this process: scores, labels and texts, in batches.
 
-    model = load()                     SmolLM2-135M-Instruct, if it is installed
-    model.score(["The sky is", "Grass is"], [" blue", " green"])    [-1.3, -2.2]
-
-FRet's prompts are long and similar: few-shot examples, then a passage. The tokens that
-all prompts of a *family* begin with are read once, and the rest in batches of similar
-length with few distinct shapes.
+model = load()                     SmolLM2-135M-Instruct, if it is installed
+model.score(["The sky is", "Grass is"], [" blue", " green"])    [-1.3, -2.2]
 """
 
 import collections

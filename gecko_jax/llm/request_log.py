@@ -23,9 +23,8 @@ FOLDER = "requests"
 _MODEL = "model.json"
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "requests")
-_USAGE = {
-    "usage": field_rules.object_of(dict.fromkeys(_COUNTS, field_rules.COUNT), only=True)
-}
+_TOKENS = dict.fromkeys(_COUNTS, field_rules.COUNT)
+_USAGE = {"usage": field_rules.object_of(_TOKENS, only=True)}
 # Fields of an answer to each kind of request.
 _ANSWERS = (
     {"text": field_rules.TEXT, "is_cut": field_rules.FLAG, **_USAGE},
