@@ -189,9 +189,8 @@ class Runner:
 
     def _strategy(self, task: Any, encoder: mteb_encoder.Encoder) -> str:
         # After a local file has changed, mteb would otherwise keep the old result.
-        path = self.cache.get_task_result_path(
-            task.metadata.name, encoder.mteb_model_meta
-        )
+        name, meta = task.metadata.name, encoder.mteb_model_meta
+        path = self.cache.get_task_result_path(name, meta)
         is_outdated = path.exists() and self._read(task, encoder) is None
         return "always" if is_outdated else "only-missing"
 

@@ -68,9 +68,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 licences[triple.get("seed_licence", "unknown")] += 1
     if not counts["rows"]:
         path.unlink()
-        raise ValueError(
-            f"{source.workdir}: no triple is left; `gecko fret report` shows why"
-        )
+        raise ValueError(f"{source.workdir}: no triple is left; see gecko fret report")
     with writing.write_file(stage.folder / "README.md") as temporary:
         temporary.write_text(_card(passes, counts, licences))
     facts = {name: counts[name] for name in COUNTS if counts[name] or name == "moved"}

@@ -116,24 +116,18 @@ def _tiles(
     facts = gathered.triples
     seeds, rows = gathered.counts[passes.queries.name]["records"], max(len(facts), 1)
     share = sum(triple["moved"] for triple in facts) / rows
-    kept_share = f"{len(facts) / max(seeds, 1):.0%}"
+    moved, kept_share = f"{share:.1%}", f"{len(facts) / max(seeds, 1):.0%}"
     if passes.source.pair_files:
-        tiles = [
-            (f"{share:.1%}", "of positives moved", "to a passage judged better"),
-            (kept_share, "of lines were kept", f"of {seeds:,}"),
-        ]
-        if num_negatives := sum(triple["given"] for triple in facts):
-            num_false = sum(triple["false"] for triple in facts)
-            note = f"judged above its positive: {num_false:,} of {num_negatives:,}"
-            tiles.append(
-                (f"{num_false / num_negatives:.1%}", "of negatives may be false", note)
-            )
-    else:
-        note = "the paper's: about 15%"  # section 4.3
-        tiles = [
-            (f"{share:.1%}", "of positives are not the seed", note),
-            (kept_share, "of seeds became a triple", f"of {seeds:,}"),
-        ]
+        tiles = [(moved, "of positives moved", "to a passage judged better")]
+        tiles.append((kept_share, "of lines were kept", f"of {seeds:,}"))
+    else:  # Section 4.3 of the paper.
+        tiles = [(moved, "of positives are not the seed", "the paper's: about 15%")]
+        tiles.append((kept_share, "of seeds became a triple", f"of {seeds:,}"))
+    if num_negatives := sum(triple["given"] for triple in facts):
+        num_false = sum(triple["false"] for triple in facts)
+        note = f"judged above its positive: {num_false:,} of {num_negatives:,}"
+        false_share = f"{num_false / num_negatives:.1%}"
+        tiles.append((false_share, "of negatives may be false", note))
     if num_further := sum(triple["others"] for triple in facts):
         tiles.append((f"{num_further:,}", "further positives", "judged nearly as high"))
     if taus := [triple["tau"] for triple in facts if "tau" in triple]:

@@ -144,9 +144,8 @@ def read_recording(
     try:
         about = reading.read_object(path, fields, remedy=remedy)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{folder}: no {_MODEL}, so no recorded answers; {remedy}"
-        ) from None
+        problem = f"{folder}: no {_MODEL}, so no recorded answers"
+        raise ValueError(f"{problem}; {remedy}") from None
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted([*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]):
         # Texts may hold lone surrogates, which `protocol.from_record` replaces.
