@@ -29,15 +29,8 @@ from gecko_jax.cli import (
 from gecko_jax.io import wording
 
 _COMMANDS = (
-    train_command,
-    compile_command,
-    data_command,
-    evaluate_command,
-    embed_command,
-    search_command,
-    convert_command,
-    average_command,
-    fret_command,
+    *(train_command, compile_command, data_command, evaluate_command, embed_command),
+    *(search_command, convert_command, average_command, fret_command),
 )
 
 # Errors of the input or of the machine: reported in one line, without a traceback.

@@ -34,15 +34,11 @@ class Peers(NamedTuple):
 
 def check(peers: Peers) -> None:
     """Raises ValueError if the settings are incomplete or out of range."""
-    settings = {
-        "--coordinator": peers.coordinator,
-        "--processes": peers.num_processes,
-        "--process": peers.process,
-    }
-    missing = [name for name, value in settings.items() if value is None]
-    if missing and len(missing) < len(settings):
+    names = ("--coordinator", "--processes", "--process")
+    missing = [n for n, value in zip(names, peers[:3], strict=True) if value is None]
+    if 0 < len(missing) < len(names):
         raise ValueError(
-            f"{', '.join(missing)}: missing; give all of {', '.join(settings)}, or "
+            f"{', '.join(missing)}: missing; give all of {', '.join(names)}, or "
             "only --distributed on TPU slices and under SLURM or Open MPI"
         )
     if (peers.process or 0) >= (peers.num_processes or 1):

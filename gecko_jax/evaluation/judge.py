@@ -86,14 +86,8 @@ def evaluate(
         by_words = None
         if isinstance(dataset, sets.RetrievalSet) and (baselines or hybrid):
             by_words = retrieval_scores.rank_by_words(dataset)
-        rows += _judge(
-            gecko,
-            dataset,
-            dims,
-            task,
-            precisions=precisions,
-            by_words=by_words if hybrid else None,
-        )
+        fused_with = by_words if hybrid else None
+        rows += _judge(gecko, dataset, dims, task, tables.MODEL, precisions, fused_with)
         for name, other in others.items():
             rows += _judge(other, dataset, others_dims[name], task, name)
         if fresh:

@@ -108,12 +108,8 @@ def run(
                 logging.info("%s, %d of %d: %s", suite, number, len(tasks), task_name)
                 suites[suite].append(runner.run(task))
     versions = model_folder.versions() | {"mteb": mteb.__version__}
-    return scoreboard.Board(
-        about={**about, "backend": jax.default_backend(), "versions": versions},
-        dims=dims,
-        suites=suites,
-        failures=runner.failures,
-    )
+    about |= {"backend": jax.default_backend(), "versions": versions}
+    return scoreboard.Board(about, dims, suites, runner.failures)
 
 
 @dataclasses.dataclass

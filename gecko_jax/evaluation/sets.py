@@ -84,12 +84,8 @@ class SimilaritySet:
     def limit(self, max_queries: int, max_passages: int) -> "SimilaritySet":
         """Returns `max_queries` pairs at even distances; 0 sets no limit."""
         chosen = _spread(range(len(self.scores)), max_queries)
-        return dataclasses.replace(
-            self,
-            sentences1=_take(self.sentences1, chosen),
-            sentences2=_take(self.sentences2, chosen),
-            scores=self.scores[chosen],
-        )
+        sides = (_take(side, chosen) for side in (self.sentences1, self.sentences2))
+        return SimilaritySet(self.name, *sides, self.scores[chosen])
 
 
 class Labelled(NamedTuple):
@@ -252,13 +248,10 @@ def _load_relevance(
 
 
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
-    rows = [
-        (
-            *(inputs.string_field(place, row, name) for name in _PAIR[:2]),
-            inputs.number_field(place, row, "score"),
-        )
-        for place, row in columns.read(path, _PAIR)
-    ]
+    rows = []
+    for place, row in columns.read(path, _PAIR):
+        sentences = (inputs.string_field(place, row, name) for name in _PAIR[:2])
+        rows.append((*sentences, inputs.number_field(place, row, "score")))
     if len(rows) < 2:
         counted = wording.counted(len(rows), "pair")
         raise ValueError(f"{path}: {counted}; Spearman's correlation needs 2 or more")

@@ -35,7 +35,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "accuracy": ("accuracy", "texts"),
 }
 
-
 _COUNTS = field_rules.optional(field_rules.map_of(field_rules.COUNT))
 _ROW = {
     "set": field_rules.TEXT,

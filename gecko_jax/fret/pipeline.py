@@ -26,16 +26,8 @@ from gecko_jax.llm import protocol, request_log
 from gecko_jax.text import overlap
 
 # Raised whenever the records that a stage writes for equal inputs change.
-CODE_VERSION = {
-    "passages": 2,
-    "pairs": 1,
-    "generate": 2,
-    "embed": 1,
-    "retrieve": 1,
-    "likelihood": 1,
-    "relevance": 1,
-    "fuse": 1,
-}
+CODE_VERSION = {"passages": 2, "pairs": 1, "generate": 2, "embed": 1, "retrieve": 1}
+CODE_VERSION |= {"likelihood": 1, "relevance": 1, "fuse": 1}
 _LLM_STAGES = ("generate", "likelihood", "relevance")
 
 _ById = dict[int, stages.Record]
@@ -320,14 +312,11 @@ class Pipeline:
         )
 
     def _embed(self, shard: int) -> None:
-        assert self.source.embed is not None
-        rows = self.source.config.passages.shard_rows
-        retrieval.write_vectors(
-            self.source.embed.shard_path(shard),
-            self.source.gecko,
-            self.source.store.texts[shard * rows : (shard + 1) * rows],
-            self.source.config.retrieve.dim,
-        )
+        source, rows = self.source, self.source.config.passages.shard_rows
+        assert source.embed is not None
+        path, dim = source.embed.shard_path(shard), source.config.retrieve.dim
+        texts = source.store.texts[shard * rows : (shard + 1) * rows]
+        retrieval.write_vectors(path, source.gecko, texts, dim)
 
     def _queries(self, shard: int) -> list[stages.Record]:
         if self.source.pair_files:
@@ -351,17 +340,12 @@ class Pipeline:
         )
 
     def _likelihood(self, shard: int) -> list[stages.Record]:
-        prompts = self.source.prompts
+        source, prompts = self.source, self.source.prompts
         is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
         then = prompts.relevance if self.has_relevance and is_same_text else None
-        return stages.likelihood(
-            *self._retrieved(shard),
-            self.source.store,
-            self.source.model,
-            prompts.likelihood,
-            self.source.config.likelihood.generic_passage,
-            then,
-        )
+        generic, prompt = source.config.likelihood.generic_passage, prompts.likelihood
+        reading = (source.store, source.model, prompt, generic, then)
+        return stages.likelihood(*self._retrieved(shard), *reading)
 
     def _relevance(self, shard: int) -> list[stages.Record]:
         rows, queries = self._retrieved(shard)

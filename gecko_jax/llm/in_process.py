@@ -123,11 +123,10 @@ class _Asker:
         prompts = [body["prompt"] for body in bodies]
         seeds = [body["seed"] for body in bodies]
         completions = self._model.complete(prompts, seeds, sampling)
+        pairs = zip(prompts, completions, strict=True)
         return [
             protocol.Generation(text, is_cut, self._usage(prompt, num_tokens))
-            for prompt, (text, is_cut, num_tokens) in zip(
-                prompts, completions, strict=True
-            )
+            for prompt, (text, is_cut, num_tokens) in pairs
         ]
 
     def _judge(
