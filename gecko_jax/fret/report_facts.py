@@ -90,8 +90,9 @@ def _measure(
 ) -> dict[str, Any]:
     """Returns the facts about a triple; ranks have the names of their charts."""
     first, second = record["ranks"]["likelihood"], record["ranks"]["relevance"]
-    for values in filter(None, (record["fused"], first, second)):
-        stages.of_candidates(values, row)
+    for values in (record["fused"], first, second):
+        if values is not None:
+            stages.of_candidates(values, row)
     seed = stages.position(row, stages.seed_of(row))
     ranks = {"seed, by retrieval": row["seed_rank"] or len(row["candidates"]) + 1}
     if first is not None:
