@@ -133,10 +133,7 @@ def calibrate(
     *,
     budget: request_log.Budget | None = None,
 ) -> Calibration:
-    """Ranks the candidates of held-out seeds by each judge and by their fusion.
-
-    The answers are kept in `calibration/`, like those of a run.
-    """
+    """Ranks the candidates of held-out seeds by each judge, in `calibration/`."""
     with runs.prepare(config, workdir, budget) as source:
         _held_out(config, source)
         passes = runs.calibration_pipeline(source)

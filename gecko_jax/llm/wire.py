@@ -24,9 +24,8 @@ _MAX_LOG_PROB, _MIN_LOG_PROB = 1e-5, -500.0
 class NoAnswer(Exception):
     """A request without a usable answer.
 
-    `reason` is one of a few categories, by which failures are counted; `detail` is what
-    arrived instead, and may quote the server; `retry_after` are the seconds that the
-    server asks to wait.
+    `reason` is one of a few categories, which are counted; `detail` is what arrived
+    instead, and may quote the server; `retry_after` is the wait that it asks for.
     """
 
     def __init__(self, reason: str, detail: str, retry_after: float = 0.0):
