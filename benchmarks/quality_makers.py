@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
@@ -193,7 +194,8 @@ def mine(pairs: Sequence[str], workdir: pathlib.Path, skip_top: int) -> None:
 
     path = mined_path(workdir, skip_top)
     if not path.exists():
-        build = retrieval.searched_by(embedding.load(str(workdir)))
+        model = embedding.load(str(workdir))
+        build = functools.partial(retrieval.index, model)
         mining.mine_negatives(pairs, path, 3, skip_top=skip_top, build=build)
 
 

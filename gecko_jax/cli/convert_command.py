@@ -112,8 +112,7 @@ def export(options: argparse.Namespace) -> None:
 
         scores = None
         if options.results:
-            results = evaluation.read(options.results)
-            scores = results.check_model(model_files).to_dict()
+            scores = evaluation.read(options.results).check_model(model_files).to_dict()
         to_sentence_transformers.save(
             output, model_files, truncate_dim=options.dim, scores=scores
         )

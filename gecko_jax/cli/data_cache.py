@@ -59,11 +59,8 @@ def cache(options: argparse.Namespace) -> None:
             selected.cache_dir,
             options.pipeline_options,
         )
-        tokens = sum(
-            count
-            for name, count in stats.items()
-            if name.endswith("_tokens") and not name.endswith("_max_tokens")
-        )
+        counts = {name: n for name, n in stats.items() if name.endswith("_tokens")}
+        tokens = sum(n for name, n in counts.items() if "_max_tokens" not in name)
         parsing.say(
             f"{folder}: {wording.counted(stats['examples'], 'example')}, "
             f"{wording.counted(tokens, 'token')}"

@@ -1,6 +1,7 @@
 """`gecko data`: the parsers of its verbs; mines hard negatives, trains vocabularies."""
 
 import argparse
+import functools
 import pathlib
 from typing import Any
 
@@ -122,7 +123,7 @@ def _mine(options: argparse.Namespace) -> None:
         from gecko_jax.inference import embedding
 
         model = embedding.load(options.model)
-        build = retrieval.searched_by(model)
+        build = functools.partial(retrieval.index, model)
         retriever = f"{options.model}, revision {model.revision}"
     summary = mining.mine_negatives(
         options.files,

@@ -16,9 +16,6 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 _PARTS = ("query", "positive", "pair")
 
-# Number of task descriptions to print per task.
-_DESCRIPTIONS = 5
-
 
 def report(options: argparse.Namespace) -> None:
     """Prints the requested reports about the tasks of a mixture or a config."""
@@ -131,7 +128,7 @@ def _print_stats(stats: Any, output: str | None) -> None:
 
     for task in stats.tasks:
         if task.descriptions:
-            first = list(task.descriptions.items())[:_DESCRIPTIONS]
+            first = list(task.descriptions.items())[:5]
             lines = wording.counted(sum(task.descriptions.values()), "line")
             parsing.say(
                 f"\n{task.name}: {lines} with a task description, "

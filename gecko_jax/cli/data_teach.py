@@ -50,10 +50,7 @@ def teach(options: argparse.Namespace) -> None:
 
     texts = list(teacher_vectors.list_texts(options.files))
     if options.texts:
-        with (
-            writing.write_file(options.texts) as temporary,
-            temporary.open("w") as file,
-        ):
+        with writing.write_file(options.texts) as path, path.open("w") as file:
             for text in texts:
                 file.write(json.dumps(text.to_dict(), ensure_ascii=False) + "\n")
         parsing.say(

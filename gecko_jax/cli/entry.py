@@ -29,15 +29,8 @@ from gecko_jax.cli import (
 from gecko_jax.io import wording
 
 _COMMANDS = (
-    train_command,
-    compile_command,
-    data_command,
-    evaluate_command,
-    embed_command,
-    search_command,
-    convert_command,
-    average_command,
-    fret_command,
+    *(train_command, compile_command, data_command, evaluate_command, embed_command),
+    *(search_command, convert_command, average_command, fret_command),
 )
 
 # Errors of the input or of the machine: reported in one line, without a traceback.
@@ -97,11 +90,9 @@ def _handle_unraisable(lost: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status.
+    """Runs one verb and returns the exit status, unless the verb exits with its own.
 
-    Returns:
-        0 on success, 1 after a reported error, 2 for an invalid command line, 130 when
-        interrupted. A verb may exit with its own status.
+    0 is success, 1 a reported error, 2 an invalid command line, 130 an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("GECKO_DEBUG", "") not in ("", "0")

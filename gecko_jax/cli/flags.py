@@ -23,18 +23,11 @@ FRET = ("fuse", "configs/fret.py")
 def load(
     argument: str, overrides: Sequence[str] = (), kind: tuple[str, str] | None = None
 ) -> ml_collections.ConfigDict:
-    """Loads a config and applies the overrides.
+    """Loads a config (FILE.py:ARG) and applies the overrides.
 
-    Args:
-        argument: Path of the config file, optionally followed by a colon and the
-            argument of its `get_config`.
-        overrides: Options such as `--config.data.batch_size=512`. A boolean may be
-            `--config.data.packing` or `--noconfig.data.packing`.
-        kind: Expected kind of config: TRAIN, EVALUATE or FRET; None accepts all.
-
-    Raises:
-        ValueError: The file or a key does not exist, the config is of another kind, or
-            a value does not have the type of its key.
+    A boolean may be `--config.data.packing` or `--noconfig.data.packing`. Raises
+    ValueError if the file or a key does not exist, a value does not have the type of
+    its key, or the config is not of the `kind` TRAIN, EVALUATE or FRET.
     """
     from gecko_jax import config as configs  # Imports JAX.
 
@@ -73,10 +66,7 @@ def load_checked(
 
 
 def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Splits arguments into config overrides and the rest.
-
-    `--config.key value` becomes `--config.key=value`.
-    """
+    """Splits arguments into overrides, with "=" before their values, and the rest."""
     overrides, others = [], []
     needs_value = False
     for argument in arguments:

@@ -108,7 +108,6 @@ example:
   gecko fret run --config=configs/fret.py:local,qwen_small --workdir=runs/fret"""
 
 _AFTER = ("retrieve", "likelihood", "relevance", "fuse", "export")
-_STAGES = ("passages", "generate", *_AFTER)
 
 
 def add_parser(verbs: Any) -> None:
@@ -141,7 +140,7 @@ def add_parser(verbs: Any) -> None:
         return add
 
     add_run(_RELABEL, relabel, ("passages", "pairs", *_AFTER))
-    add = add_run(_RUN, run, _STAGES)
+    add = add_run(_RUN, run, ("passages", "generate", *_AFTER))
     text = "run the passages stage on Apache Beam, with options such as "
     text += "--beam=--runner=DirectRunner"
     add("--beam", text, parsing.words, metavar="OPTION,...")
@@ -227,10 +226,8 @@ def _run(options: argparse.Namespace, config: Any) -> None:
     for name, stage in summary.stages.items():
         if stage["records"]:
             dropped = [f"{count:,} {why}" for why, count in stage["dropped"].items()]
-            reasons = f"; dropped: {', '.join(dropped)}" if dropped else ""
-            parsing.say(
-                f"{name:11}{stage['kept']:>10,} of {stage['records']:,}{reasons}"
-            )
+            note = f"; dropped: {', '.join(dropped)}" if dropped else ""
+            parsing.say(f"{name:11}{stage['kept']:>10,} of {stage['records']:,}{note}")
     if counts := summary.stages.get("export"):
         num_triples = counts["records"] - counts.get("further_positives", 0)
         parsing.say(f"\nmoved positives: {counts['moved']:,} of {num_triples:,}")
@@ -244,10 +241,8 @@ def _run(options: argparse.Namespace, config: Any) -> None:
     )
     if summary.stopped:
         parsing.say(f"Stopped: {summary.stopped}. Run the same command to resume")
-    elif summary.output:
-        parsing.say(
-            f"{summary.output}: train with --config.data.files={summary.output}"
-        )
+    elif output := summary.output:
+        parsing.say(f"{output}: train with --config.data.files={output}")
     else:
         parsing.say("All requested stages are complete or running in other processes")
 
@@ -330,6 +325,4 @@ def _worker(text: str) -> tuple[int, int]:
         number, total = map(int, match.groups())
         if 1 <= number <= total:
             return number - 1, total
-    raise argparse.ArgumentTypeError(
-        f"{text!r} must be I/N with I from 1 to N, such as 1/4"
-    )
+    raise argparse.ArgumentTypeError(f"{text!r} must be I/N, I from 1 to N, as in 1/4")

@@ -23,31 +23,22 @@ _RESUME = "Its checkpoints are complete; start every process again to resume"
 class Peers(NamedTuple):
     """How the processes of a run connect.
 
-    Attributes:
-        coordinator: HOST:PORT of process 0; None to detect it, and both numbers below,
-            from TPU metadata, SLURM or Open MPI.
-        num_processes: Number of processes.
-        process: Number of this process, from 0.
-        timeout_seconds: How long to wait for an unresponsive process.
+    None is detected from TPU metadata, SLURM or Open MPI.
     """
 
-    coordinator: str | None
+    coordinator: str | None  # HOST:PORT of process 0
     num_processes: int | None
-    process: int | None
-    timeout_seconds: int
+    process: int | None  # number of this process, from 0
+    timeout_seconds: int  # how long to wait for an unresponsive process
 
 
 def check(peers: Peers) -> None:
     """Raises ValueError if the settings are incomplete or out of range."""
-    settings = {
-        "--coordinator": peers.coordinator,
-        "--processes": peers.num_processes,
-        "--process": peers.process,
-    }
-    missing = [name for name, value in settings.items() if value is None]
-    if missing and len(missing) < len(settings):
+    names = ("--coordinator", "--processes", "--process")
+    missing = [n for n, value in zip(names, peers[:3], strict=True) if value is None]
+    if 0 < len(missing) < len(names):
         raise ValueError(
-            f"{', '.join(missing)}: missing; give all of {', '.join(settings)}, or "
+            f"{', '.join(missing)}: missing; give all of {', '.join(names)}, or "
             "only --distributed on TPU slices and under SLURM or Open MPI"
         )
     if (peers.process or 0) >= (peers.num_processes or 1):
@@ -63,21 +54,15 @@ def is_child() -> bool:
 
 
 def run_child(arguments: Sequence[str], peers: Peers) -> int:
-    """Runs `gecko` with the arguments in a child process and explains how it ended.
-
-    Returns the exit status of the child; 1 if a signal ended it.
-    """
-    child = subprocess.Popen(
-        [sys.executable, "-m", "gecko_jax", *arguments], env=os.environ | {_CHILD: "1"}
-    )
+    """Runs `gecko` in a child process; returns its exit status, 1 after a signal."""
+    command = [sys.executable, "-m", "gecko_jax", *arguments]
+    child = subprocess.Popen(command, env=os.environ | {_CHILD: "1"})
 
     def forward(number: int, _: object) -> None:
         child.send_signal(number)
 
-    before = {
-        number: signal.signal(number, forward)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, forward) for number in signals}
     try:
         status = child.wait()
     finally:

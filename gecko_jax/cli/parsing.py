@@ -39,15 +39,11 @@ class Parser(argparse.ArgumentParser):
         default: Any = None,
         **settings: Any,
     ) -> None:
-        """Adds an option, or a positional argument.
+        """Adds an option, or a positional argument, whose name has no dashes.
 
-        Args:
-            name: Name such as "--dim"; without dashes for a positional argument.
-            text: Help text; the default is appended.
-            kind: Placeholder of a nonempty text, such as "DIR"; a tuple of choices;
-                `bool` for a flag; or a function that converts the text.
-            default: Value if the option is absent; a string is converted.
-            **settings: Other settings of `add_argument`.
+        `kind` is the placeholder of a nonempty text, such as "DIR"; a tuple of choices;
+        `bool` for a flag; or a function that converts the text, and a default that is a
+        string. `settings` are others of `add_argument`.
         """
         if kind is bool:
             self.add_argument(name, action="store_true", help=text)
@@ -103,13 +99,9 @@ def add_verb(
     description: str,
     run: Callable[[argparse.Namespace], None] | None = None,
 ) -> Parser:
-    """Adds the parser of a verb.
+    """Adds the parser of a verb, whose name is the full command.
 
-    Args:
-        verbs: Result of `add_subparsers` of the parent parser.
-        name: Full command, such as "gecko data show".
-        description: Help text with examples, printed as written.
-        run: Function that executes the verb; None if the verb has verbs of its own.
+    `verbs` are those of the parent parser. `run` is None for a verb with verbs.
     """
     parser = verbs.add_parser(name.split()[-1], prog=name, description=description)
     parser.set_defaults(parser=parser, run=run)
@@ -123,10 +115,10 @@ def add_config(parser: Parser, required: bool = True) -> None:
     parser.option("--config.GROUP.KEY", "set a config key", "VALUE", dest="_key")
 
 
-def add_model(parser: Parser) -> None:
-    """Adds `--model`."""
+def add_model(parser: Parser, default: str | None = None) -> None:
+    """Adds `--model`, which is required unless it has a default."""
     text = "workdir of a run, exported folder, or mini (the bundled model)"
-    parser.option("--model", text, "DIR", required=True)
+    parser.option("--model", text, "DIR", default, required=not default)
 
 
 def add_prepared_dir(parser: Parser) -> None:

@@ -32,8 +32,7 @@ def add_parser(verbs: Any) -> None:
     parser = parsing.add_verb(verbs, "gecko search", _SEARCH, search)
     add = parser.option
     add("queries", "query, in quotes", str, nargs="*", metavar="QUERY")
-    text = "workdir of a run, exported folder, or mini (the bundled model)"
-    add("--model", text, "DIR", "mini")
+    parsing.add_model(parser, "mini")
     add("--index", "output of `gecko index`", "DIR")
     add("--texts", "files or folders to search instead of an index", "PATH", nargs="+")
     add("--hybrid", "fuse with BM25", bool)

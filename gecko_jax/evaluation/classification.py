@@ -14,7 +14,6 @@ from jaxtyping import Float
 SAMPLES_PER_LABEL = 8
 NUM_EXPERIMENTS = 10
 SEED = 42
-_MAX_STEPS = 100
 
 
 def accuracy(
@@ -34,9 +33,7 @@ def accuracy(
     expected = np.array(test_labels)
     scores = []
     for members in draw(train_labels):
-        classifier = linear_model.LogisticRegression(
-            max_iter=_MAX_STEPS, random_state=SEED
-        )
+        classifier = linear_model.LogisticRegression(max_iter=100, random_state=SEED)
         classifier.fit(train[members], np.array(train_labels)[members])
         scores.append(np.mean(classifier.predict(test) == expected))
     return float(np.mean(scores))

@@ -86,14 +86,8 @@ def evaluate(
         by_words = None
         if isinstance(dataset, sets.RetrievalSet) and (baselines or hybrid):
             by_words = retrieval_scores.rank_by_words(dataset)
-        rows += _judge(
-            gecko,
-            dataset,
-            dims,
-            task,
-            precisions=precisions,
-            by_words=by_words if hybrid else None,
-        )
+        fused_with = by_words if hybrid else None
+        rows += _judge(gecko, dataset, dims, task, tables.MODEL, precisions, fused_with)
         for name, other in others.items():
             rows += _judge(other, dataset, others_dims[name], task, name)
         if fresh:
@@ -127,46 +121,28 @@ def _judge(
     rows: list[tables.Row] = []
     build = functools.partial(tables.Row, dataset.name, system, task=tables.ALL)
     if isinstance(dataset, sets.SimilaritySet):
-        count = len(dataset.scores)
-        sides = [
-            encode_symmetric(gecko, side, "STS", task)
-            for side in (dataset.sentences1, dataset.sentences2)
-        ]
+        pairs = (dataset.sentences1, dataset.sentences2)
+        sides = [encode_symmetric(gecko, side, "STS", task) for side in pairs]
         for dim in dims:
             first, second = (embedding.cut(side, dim) for side in sides)
+            first = first.astype(np.float64)  # Cosines of equal pairs stay equal.
             for precision in precisions:
                 decoded = quantization.encode(second, precision).decode()
-                value = _correlate(first, embedding.cut(decoded, dim), dataset.scores)
-                metrics = {"spearman": value}
-                rows.append(
-                    build(dim, count=count, metrics=metrics, precision=precision)
-                )
+                cosines = np.sum(first * embedding.cut(decoded, dim), axis=1)
+                metrics = {"spearman": ranking.spearman(cosines, dataset.scores)}
+                count = len(dataset.scores)
+                row = build(dim, count=count, metrics=metrics, precision=precision)
+                rows.append(row)
         return rows
-    (train, train_labels), (test, test_labels) = (
-        (encode_symmetric(gecko, part.texts, "Classification", task), part.labels)
-        for part in (dataset.train, dataset.test)
-    )
+    parts = (dataset.train, dataset.test)
+    sides = [encode_symmetric(gecko, p.texts, "Classification", task) for p in parts]
+    labels, expected = (part.labels for part in parts)
     for dim in dims:
-        accuracy = classification.accuracy(
-            embedding.cut(train, dim),
-            train_labels,
-            embedding.cut(test, dim),
-            test_labels,
-        )
+        train, test = (embedding.cut(side, dim) for side in sides)
+        accuracy = classification.accuracy(train, labels, test, expected)
         metrics = {"accuracy": accuracy}
-        rows.append(build(dim, count=len(test_labels), metrics=metrics))
+        rows.append(build(dim, count=len(expected), metrics=metrics))
     return rows
-
-
-def _correlate(
-    first: Float[np.ndarray, "N D"],
-    second: Float[np.ndarray, "N D"],
-    scores: Float[np.ndarray, " N"],
-) -> float:
-    """Returns Spearman's correlation of gold scores and the cosines of pairs."""
-    # float64 keeps the cosines of equal pairs equal: only their order counts.
-    cosines = np.sum(first.astype(np.float64) * second.astype(np.float64), axis=1)
-    return ranking.spearman(cosines, scores)
 
 
 def encode_symmetric(
@@ -177,22 +153,15 @@ def encode_symmetric(
     They are encoded as queries, up to the length of passages. `kind` is mteb's type of
     the task, whose instruction is the default for `task`.
     """
-    return gecko.encode(
-        list(texts),
-        side="query",
-        task=task or instructions.BY_TYPE[kind].task,
-        max_length=gecko.files.passage_length,
-    )
+    task, length = task or instructions.BY_TYPE[kind].task, gecko.files.passage_length
+    return gecko.encode(list(texts), side="query", task=task, max_length=length)
 
 
 def _untrained(gecko: embedding.Gecko) -> embedding.Gecko:
     config = gecko.files.encoder_config
     init = jax.jit(functools.partial(dual_encoder.init_params, config))
-    return embedding.Gecko(
-        dataclasses.replace(
-            gecko.files, params=init(jax.random.key(0)), revision="untrained"
-        )
-    )
+    fresh = {"params": init(jax.random.key(0)), "revision": "untrained"}
+    return embedding.Gecko(dataclasses.replace(gecko.files, **fresh))
 
 
 def _describe(
@@ -202,9 +171,7 @@ def _describe(
     all_sets: Sequence[sets.EvaluationSet],
 ) -> dict[str, Any]:
     model_files = gecko.files
-    retrieval = [
-        dataset for dataset in all_sets if isinstance(dataset, sets.RetrievalSet)
-    ]
+    retrieval = [d for d in all_sets if isinstance(d, sets.RetrievalSet)]
     own = {dataset.name: len(judgements.find_own(dataset)) for dataset in retrieval}
     return {
         "revision": gecko.revision,
@@ -235,18 +202,14 @@ def build_callback(
         return None
     max_queries = config.evaluation.max_queries
     # Read the sets now: a missing or broken set must stop the run at its start.
-    all_sets = [
-        dataset.limit(max_queries, 10 * max_queries)
-        for dataset in sets.load(config.evaluation.folder)
-    ]
+    loaded = sets.load(config.evaluation.folder)
+    all_sets = [dataset.limit(max_queries, 10 * max_queries) for dataset in loaded]
     for dataset in all_sets:
         judgements.check(dataset)
 
     def evaluate_now(params: Any, step: int) -> dict[str, float]:
-        model_files = model_folder.load_settings(pathlib.Path(workdir))
-        gecko = embedding.Gecko(
-            dataclasses.replace(model_files, params=params, step=step)
-        )
+        files = model_folder.load_settings(pathlib.Path(workdir))
+        gecko = embedding.Gecko(dataclasses.replace(files, params=params, step=step))
         # Means over the sets: {"ndcg_at_10/256": ..., "spearman/256": ...}.
         values: dict[str, list[float]] = collections.defaultdict(list)
         for dataset in all_sets:

@@ -150,11 +150,7 @@ def _to_integer_grades(
     if all(isinstance(g, int) and g <= MOST_STEPS for g in grades.values()):
         return {passage: int(grade) for passage, grade in grades.items()}
     # Round to twelve digits, so that 0.1 + 0.2 is 3/10.
-    exact = {
-        passage: fractions.Fraction(f"{grade:.12g}")
-        for passage, grade in grades.items()
-        if grade > 0
-    }
+    exact = {p: fractions.Fraction(f"{g:.12g}") for p, g in grades.items() if g > 0}
     scale = math.lcm(*(grade.denominator for grade in exact.values()))
     steps = {passage: int(grade * scale) for passage, grade in exact.items()}
     divisor = math.gcd(*steps.values())

@@ -1,8 +1,7 @@
 """Local evaluation sets as tasks for `mteb`.
 
 A set becomes an instance of a subclass of mteb's own task of that type, so mteb's
-protocol and metrics apply, and its JSON results are stored next to those of other
-tasks.
+protocol and metrics apply.
 """
 
 import hashlib
@@ -91,13 +90,10 @@ def _build_dataset(gecko: embedding.Gecko, dataset: sets.EvaluationSet) -> Any:
             f"{min(symmetric)!r} with other tasks; make a folder of each, or score "
             "them together with gecko evaluate FOLDER"
         )
-    own = {mteb_encoder.TASK_COLUMN: tasks[:1] * len(dataset.texts)}
-    corpus = columns(
-        id=dataset.passage_ids,
-        title=dataset.titles,
-        text=dataset.texts,
-        **(own if symmetric else {}),
-    )
+    passages: dict[str, Any] = {"title": dataset.titles, "text": dataset.texts}
+    if symmetric:
+        passages[mteb_encoder.TASK_COLUMN] = tasks[:1] * len(dataset.texts)
+    corpus = columns(id=dataset.passage_ids, **passages)
     own = {mteb_encoder.TASK_COLUMN: tasks}
     queries = columns(id=dataset.query_ids, text=dataset.queries, **own)
     relevance = {query: dict(dataset.relevance[query]) for query in dataset.query_ids}

@@ -1,9 +1,8 @@
 """A Gecko model as an encoder for `mteb` (its `EncoderProtocol`).
 
-mteb passes the texts of a task in a torch DataLoader. All texts of a call are encoded
-together, so that they are packed by length and shared over the mesh. The vectors go
-through a `vector_store.Store`, so the same task at another dim encodes nothing. This
-module imports mteb (and torch) only when mteb reads the model card.
+All texts of a call are encoded together, so that they are packed by length and shared
+over the mesh. The vectors go through a `vector_store.Store`, so the same task at
+another dim encodes nothing.
 """
 
 import dataclasses
@@ -22,9 +21,6 @@ from gecko_jax.text import text_formats
 # Column of local tasks: task of each query, and of each passage of a symmetric task.
 TASK_COLUMN = "gecko_task"
 
-# Minimum number of texts for a progress bar.
-_SHOW_PROGRESS = 2_000
-
 
 @dataclasses.dataclass(eq=False)
 class Encoder:
@@ -39,7 +35,6 @@ class Encoder:
     passage_length: int  # most tokens of any other text
 
     def __post_init__(self):
-        """Checks the dim."""
         self.dim = self.gecko.check_dim(self.dim)
 
     def encode(
@@ -58,13 +53,13 @@ class Encoder:
         `prompt_type` is "query", "document", or None for tasks without sides.
         """
         columns = _gather(inputs)
-        instruction = instructions.find(
-            task_metadata.name, task_metadata.type, task_metadata.adapted_from or ()
-        )
+        made_from = task_metadata.adapted_from or ()
+        name, kind = task_metadata.name, task_metadata.type
+        instruction = instructions.find(name, kind, made_from)
         own_tasks = columns.get(TASK_COLUMN)
         is_passage = getattr(prompt_type, "value", prompt_type) == "document"
         if is_passage and not instruction.symmetric and not own_tasks:
-            return self._encode_passages(columns, task_metadata.name, hf_subset)
+            return self._encode_passages(columns, name, hf_subset)
         is_short = not is_passage and not instruction.symmetric
         texts = [self._mend(content) for content in columns.get("text", ())]
         full = self.vectors.encode(
@@ -72,7 +67,7 @@ class Encoder:
             side="query",
             task=own_tasks or instruction.task,
             max_length=self.query_length if is_short else self.passage_length,
-            description=_describe(task_metadata.name, hf_subset, len(texts)),
+            description=_describe(name, hf_subset, len(texts)),
         )
         return embedding.cut(full, self.dim)
 
@@ -128,10 +123,8 @@ class Encoder:
         titles = columns.get("title")
         texts = columns.get("body") or columns.get("text") or []
         if titles:  # The title replaces an empty text.
-            texts = [
-                content if content.strip() else title
-                for content, title in zip(texts, titles, strict=True)
-            ]
+            pairs = zip(texts, titles, strict=True)
+            texts = [content if content.strip() else title for content, title in pairs]
             titles = [title[: text_formats.MAX_CHARACTERS // 2] for title in titles]
         full = self.vectors.encode(
             [self._mend(content) for content in texts],
@@ -166,6 +159,6 @@ def _gather(inputs: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _describe(name: str, subset: str, count: int) -> str | None:
-    if count < _SHOW_PROGRESS:
+    if count < 2_000:  # Too few for a progress bar.
         return None
     return f"Encoding {name}" + (f" {subset}" if subset != "default" else "")

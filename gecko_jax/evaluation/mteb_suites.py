@@ -49,9 +49,6 @@ _ALONE = {scoreboard.MIRACL: ("MIRACLRetrieval",)}
 # File that names the model of a folder of results, and the folder inside.
 _ABOUT, _RESULTS = "evaluation.json", "results"
 
-# Batch size of mteb's DataLoader. `mteb_encoder` joins the batches again.
-_LOADER_BATCH = 1_024
-
 
 def run(
     gecko: embedding.Gecko,
@@ -65,13 +62,15 @@ def run(
     logged in one line and skipped.
 
     `config` is that of `configs/evaluate.py`, `output` the folder of the results, and
-    `name` the name of the model if the config has none.
-
-    Raises:
-        ImportError: mteb is not installed.
-        ValueError: The output belongs to another model, or a task, dim or set is wrong.
+    `name` the name of the model if the config has none. Raises ValueError if the output
+    belongs to another model, or a task, dim or set is wrong.
     """
-    mteb = _import_mteb()
+    try:
+        import mteb
+    except ImportError as error:
+        raise ImportError(
+            'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
+        ) from error
     if jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes: evaluation runs in one process; start "
@@ -80,10 +79,8 @@ def run(
     dims = tuple(sorted({gecko.check_dim(dim) for dim in config.dims or gecko.dims}))
     gecko = _share(gecko, config.mesh)
     chosen = _choose(mteb, gecko, config)
-    lengths = {
-        "query_length": config.query_length or gecko.files.query_length,
-        "passage_length": config.passage_length or gecko.files.passage_length,
-    }
+    sides = ("query_length", "passage_length")
+    lengths = {key: config[key] or getattr(gecko.files, key) for key in sides}
     name = config.name or f"gecko-jax/{name}"
     about = {
         "model": name,
@@ -111,12 +108,8 @@ def run(
                 logging.info("%s, %d of %d: %s", suite, number, len(tasks), task_name)
                 suites[suite].append(runner.run(task))
     versions = model_folder.versions() | {"mteb": mteb.__version__}
-    return scoreboard.Board(
-        about={**about, "backend": jax.default_backend(), "versions": versions},
-        dims=dims,
-        suites=suites,
-        failures=runner.failures,
-    )
+    about |= {"backend": jax.default_backend(), "versions": versions}
+    return scoreboard.Board(about, dims, suites, runner.failures)
 
 
 @dataclasses.dataclass
@@ -174,7 +167,8 @@ class Runner:
                 task,
                 cache=self.cache,
                 overwrite_strategy=self._strategy(task, encoder),
-                encode_kwargs={"batch_size": _LOADER_BATCH, "show_progress_bar": False},
+                # `mteb_encoder` joins the batches again.
+                encode_kwargs={"batch_size": 1_024, "show_progress_bar": False},
                 show_progress_bar=False,
                 co2_tracker=False,
                 # Otherwise mteb would skip data sets that are not public.
@@ -191,9 +185,8 @@ class Runner:
 
     def _strategy(self, task: Any, encoder: mteb_encoder.Encoder) -> str:
         # After a local file has changed, mteb would otherwise keep the old result.
-        path = self.cache.get_task_result_path(
-            task.metadata.name, encoder.mteb_model_meta
-        )
+        name, meta = task.metadata.name, encoder.mteb_model_meta
+        path = self.cache.get_task_result_path(name, meta)
         is_outdated = path.exists() and self._read(task, encoder) is None
         return "always" if is_outdated else "only-missing"
 
@@ -212,10 +205,7 @@ class Runner:
         return result if result.dataset_revision == task.metadata.revision else None
 
     def _check_hub(self) -> None:
-        """Switches to offline mode if the hub is unreachable.
-
-        This saves a long timeout for every data set. Downloaded data sets still load.
-        """
+        """Goes offline if the hub is unreachable: each data set would time out."""
         if self._has_checked_hub:
             return
         self._has_checked_hub = True
@@ -236,16 +226,6 @@ class Runner:
             )
             constants.HF_HUB_OFFLINE = True
             datasets_config.HF_HUB_OFFLINE = True
-
-
-def _import_mteb() -> Any:
-    try:
-        import mteb
-    except ImportError as error:
-        raise ImportError(
-            'MTEB needs mteb 2.x; install it with pip install "gecko-jax[eval]"'
-        ) from error
-    return mteb
 
 
 def _choose(
@@ -287,8 +267,8 @@ def _share(gecko: embedding.Gecko, mesh: ml_collections.ConfigDict) -> embedding
     built = sharding.build_mesh(**mesh.to_dict())
     if built.size == 1:
         return gecko
-    shapes, axes = dual_encoder.abstract_params(gecko.files.encoder_config)
-    shardings = sharding.param_shardings(shapes, axes, built)
+    abstract = dual_encoder.abstract_params(gecko.files.encoder_config)
+    shardings = sharding.param_shardings(*abstract, built)
     params = jax.device_put(gecko.files.params, shardings)
     return embedding.Gecko(dataclasses.replace(gecko.files, params=params))
 

@@ -12,13 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gecko_jax.evaluation import judgements, sets, tables
-from gecko_jax.inference import (
-    embedding,
-    hybrid,
-    quantization,
-    ranking,
-    vector_index,
-)
+from gecko_jax.inference import embedding, hybrid, quantization, ranking, vector_index
 from gecko_jax.text import vocabularies
 
 # Cut-off of recall, the deepest of the metrics.
@@ -69,11 +63,9 @@ def score_model(
             ranked = _rank(codes, ids, embedding.cut(queries[members], dim))
             for query, best in zip(members, ranked, strict=True):
                 rankings[dim, precision][query] = best
-    rows = [
-        row
-        for dim, precision in kinds
-        for row in _score(dataset, system, dim, rankings[dim, precision], precision)
-    ]
+    rows = []
+    for dim, precision in kinds:
+        rows += _score(dataset, system, dim, rankings[dim, precision], precision)
     if by_words is not None:
         for dim, precision in kinds:
             fused = [
@@ -97,9 +89,7 @@ def resolve_tasks(
 
 
 def _rank(
-    codes: quantization.Codes,
-    ids: Sequence[str],
-    queries: Float[np.ndarray, "Q D"],
+    codes: quantization.Codes, ids: Sequence[str], queries: Float[np.ndarray, "Q D"]
 ) -> list[list[str]]:
     """Returns the best `DEPTH` + 1 passages of each query.
 
@@ -119,24 +109,18 @@ def _rank(
     built = vector_index.Index(codes, [group[0] for group in members])
     ranked = []
     for scores, numbers in zip(*built.search_positions(queries, k), strict=True):
-        hits = [
-            (score, identity)
-            for score, number in zip(scores.tolist(), numbers, strict=True)
-            for identity in members[number]
-        ]
+        pairs = zip(scores.tolist(), numbers, strict=True)
+        hits = [(score, name) for score, number in pairs for name in members[number]]
         ranked.append([identity for _, identity in sorted(hits, reverse=True)[:k]])
     return ranked
 
 
 def rank_by_words(dataset: sets.RetrievalSet) -> list[list[str]]:
     """Returns BM25's best `DEPTH` + 1 passages of each query."""
-    passages = [
-        f"{title} {text}".strip()
-        for title, text in zip(dataset.titles, dataset.texts, strict=True)
-    ]
-    return ranking.bm25_rankings(
-        dataset.queries, passages, dataset.passage_ids, DEPTH + 1
-    )
+    pairs = zip(dataset.titles, dataset.texts, strict=True)
+    passages = [f"{title} {text}".strip() for title, text in pairs]
+    ids = dataset.passage_ids
+    return ranking.bm25_rankings(dataset.queries, passages, ids, DEPTH + 1)
 
 
 def score_bm25(
@@ -162,10 +146,8 @@ def score_bag_of_words(
     `idf` weights each token by its inverse document frequency in the corpus.
     """
     table = np.random.default_rng(seed).standard_normal((vocab.size, dim), np.float32)
-    passages = [
-        f"{title} {text}" if title else text
-        for title, text in zip(dataset.titles, dataset.texts, strict=True)
-    ]
+    pairs = zip(dataset.titles, dataset.texts, strict=True)
+    passages = [f"{title} {text}" if title else text for title, text in pairs]
     order = ranking.tie_order(dataset.passage_ids)
     # Drop what opens and ends every text.
     opening = len(vocab.opening)
@@ -183,11 +165,8 @@ def score_bag_of_words(
         embedding.cut(np.stack([table[tokens].sum(axis=0) for tokens in side]), dim)
         for side in (corpus_tokens, query_tokens)
     )
-    ranked = _rank(
-        quantization.encode(corpus, quantization.FLOAT32),
-        [dataset.passage_ids[position] for position in order],
-        queries,
-    )
+    codes = quantization.encode(corpus, quantization.FLOAT32)
+    ranked = _rank(codes, [dataset.passage_ids[p] for p in order], queries)
     return _score(dataset, tables.IDF_BAG if idf else tables.BAG, dim, ranked)
 
 
@@ -214,7 +193,6 @@ def _score(
     for task, members in groups:
         means = {name: float(values[members].mean()) for name, values in scores.items()}
         count = int(members.sum())
-        rows.append(
-            tables.Row(dataset.name, system, dim, task, count, means, precision)
-        )
+        row = tables.Row(dataset.name, system, dim, task, count, means, precision)
+        rows.append(row)
     return rows

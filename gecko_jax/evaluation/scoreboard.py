@@ -20,8 +20,6 @@ from gecko_jax.io import wording, writing
 MTEB_V1, MTEB_V2 = "MTEB(eng, v1)", "MTEB(eng, v2)"
 NANOBEIR, MIRACL = "NanoBEIR", "MIRACL"
 
-_MAX_WIDTH = 300
-
 MEAN = "all tasks"
 _MEAN_OF_TYPES = "the types"
 
@@ -83,11 +81,8 @@ class Board:
             }
             for name, tasks in self.suites.items()
         }
-        return {
-            "about": dict(self.about),
-            "suites": suites,
-            "failures": dict(self.failures),
-        }
+        about, failures = dict(self.about), dict(self.failures)
+        return {"about": about, "suites": suites, "failures": failures}
 
 
 def means(tasks: Sequence[Task], dim: int) -> dict[str, tuple[float | None, int]]:
@@ -118,7 +113,7 @@ def format_board(board: Board) -> str:
         (_build_suite if name in known else _build_tasks)(board, name, tasks)
         for name, tasks in board.suites.items()
     ]
-    text = tables.render(built, _MAX_WIDTH)
+    text = tables.render(built, width=300)
     if board.failures:
         text += f"\ndid not run ({len(board.failures)}):"
     for name, reason in board.failures.items():

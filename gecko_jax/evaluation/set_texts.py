@@ -12,16 +12,10 @@ def read(folders: Sequence[str | os.PathLike]) -> overlap.Contamination:
     known = overlap.Contamination()
     for dataset in sets.load_all(folders):
         if isinstance(dataset, sets.RetrievalSet):
-            known.add(
-                dataset.name,
-                "query",
-                zip(dataset.query_ids, dataset.queries, strict=True),
-            )
-            known.add(
-                dataset.name,
-                "passage",
-                zip(dataset.passage_ids, dataset.texts, strict=True),
-            )
+            queries = zip(dataset.query_ids, dataset.queries, strict=True)
+            known.add(dataset.name, "query", queries)
+            passages = zip(dataset.passage_ids, dataset.texts, strict=True)
+            known.add(dataset.name, "passage", passages)
             continue
         if isinstance(dataset, sets.SimilaritySet):
             kind, sides = "sentence", (dataset.sentences1, dataset.sentences2)

@@ -84,12 +84,8 @@ class SimilaritySet:
     def limit(self, max_queries: int, max_passages: int) -> "SimilaritySet":
         """Returns `max_queries` pairs at even distances; 0 sets no limit."""
         chosen = _spread(range(len(self.scores)), max_queries)
-        return dataclasses.replace(
-            self,
-            sentences1=_take(self.sentences1, chosen),
-            sentences2=_take(self.sentences2, chosen),
-            scores=self.scores[chosen],
-        )
+        sides = (_take(side, chosen) for side in (self.sentences1, self.sentences2))
+        return SimilaritySet(self.name, *sides, self.scores[chosen])
 
 
 class Labelled(NamedTuple):
@@ -118,10 +114,7 @@ EvaluationSet = RetrievalSet | SimilaritySet | ClassificationSet
 
 
 def load(path: str | os.PathLike) -> list[EvaluationSet]:
-    """Reads an evaluation set, or a folder of several; "quickstart" is bundled.
-
-    Raises ValueError if there is no set, or a file has an error.
-    """
+    """Reads an evaluation set, or a folder of several; "quickstart" is bundled."""
     return [dataset for _, dataset in _load_with_paths(path)]
 
 
@@ -199,9 +192,7 @@ def _load_retrieval(folder: pathlib.Path) -> RetrievalSet:
             "queries.jsonl and judgements"
         )
     if qrels_path is None:
-        raise ValueError(
-            f"{folder}: no judgements; it needs one of {', '.join(_QRELS)}"
-        )
+        raise ValueError(f"{folder}: no judgements; add one of {', '.join(_QRELS)}")
     records = list(text_files.read_texts(corpus_path, allow_empty=True))
     # Some BEIR corpora have passages without text, which no search can return.
     passages = [record for record in records if record.text.strip()]
@@ -257,13 +248,10 @@ def _load_relevance(
 
 
 def _load_similarity(path: pathlib.Path) -> SimilaritySet:
-    rows = [
-        (
-            *(inputs.string_field(place, row, name) for name in _PAIR[:2]),
-            inputs.number_field(place, row, "score"),
-        )
-        for place, row in columns.read(path, _PAIR)
-    ]
+    rows = []
+    for place, row in columns.read(path, _PAIR):
+        sentences = (inputs.string_field(place, row, name) for name in _PAIR[:2])
+        rows.append((*sentences, inputs.number_field(place, row, "score")))
     if len(rows) < 2:
         counted = wording.counted(len(rows), "pair")
         raise ValueError(f"{path}: {counted}; Spearman's correlation needs 2 or more")

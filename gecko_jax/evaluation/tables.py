@@ -35,7 +35,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "accuracy": ("accuracy", "texts"),
 }
 
-
 _COUNTS = field_rules.optional(field_rules.map_of(field_rules.COUNT))
 _ROW = {
     "set": field_rules.TEXT,
@@ -119,11 +118,8 @@ class Results:
 
     def find(self, system: str, dim: int | None = None, task: str = ALL) -> list[Row]:
         """Returns the rows of a system, one per set."""
-        return [
-            row
-            for row in self.rows
-            if (row.system, row.task) == (system, task) and dim in (None, row.dim)
-        ]
+        rows = [row for row in self.rows if (row.system, row.task) == (system, task)]
+        return [row for row in rows if dim in (None, row.dim)]
 
 
 def format_table(results: Results, width: int = 100) -> str:
@@ -187,11 +183,8 @@ def _build_table(results: Results, rows: Sequence[Row]) -> Any:
         table.add_column(wording.printable(task), justify="right", style="dim")
     labels = list(dict.fromkeys(row.label for row in overall))
     for row in sorted(overall, key=lambda row: labels.index(row.label)):
-        by_task = {
-            other.task: other.metrics.get("ndcg_at_10")
-            for other in rows
-            if (other.label, other.dim) == (row.label, row.dim)
-        }
+        alike = [r for r in rows if (r.label, r.dim) == (row.label, row.dim)]
+        by_task = {r.task: r.metrics.get("ndcg_at_10") for r in alike}
         scores = [row.metrics.get(metric) for metric in metrics]
         scores += [by_task.get(task) for task in tasks]
         cells = [wording.printable(row.label), str(row.dim or "")]
@@ -214,11 +207,8 @@ def _means(results: Results) -> list[Row]:
         return []
     means = []
     for rows in groups.values():
-        metrics = {
-            name: float(np.mean([row.metrics[name] for row in rows]))
-            for name in rows[0].metrics
-            if all(name in row.metrics for row in rows)
-        }
+        shared = [n for n in rows[0].metrics if all(n in row.metrics for row in rows)]
+        metrics = {n: float(np.mean([row.metrics[n] for row in rows])) for n in shared}
         name, count = f"mean of {num_sets} sets", sum(row.count for row in rows)
         mean = dataclasses.replace(
             rows[0], set=name, count=count, metrics=metrics, note=""
@@ -245,12 +235,9 @@ def save(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
 def read(path: str | os.PathLike) -> Results:
     """Reads a results.json that `save` wrote; raises ValueError for any other file."""
     path = pathlib.Path(path)
+    remedy = "pass the results.json of `gecko evaluate`, or evaluate again"
     try:
-        values = checksums.read_object(
-            path,
-            _FIELDS,
-            remedy="pass the results.json of `gecko evaluate`, or evaluate again",
-        )
+        values = checksums.read_object(path, _FIELDS, remedy=remedy)
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; `gecko evaluate --output=DIR` writes results.json"

@@ -38,15 +38,14 @@ _KEYS, _VECTORS, _CHECKSUMS = ".keys.npy", ".vectors.npy", ".json"
 
 
 class Store:
-    """Vectors of one model, in `folder`; `num_encoded` texts since it was opened."""
+    """Vectors of one model, in `folder`; `num_encoded` texts since it was opened.
+
+    `root` holds the stores of all models, and `trim` limits it to `max_gib`.
+    """
 
     def __init__(
         self, root: str | os.PathLike, gecko: embedding.Gecko, max_gib: int | float
     ):
-        """Reads the keys of the stored vectors.
-
-        `root` holds the stores of all models, and `trim` limits it to `max_gib`.
-        """
         self._root = pathlib.Path(root).expanduser()
         self._gecko = gecko
         self._max_bytes = int(max_gib * 2**30)

@@ -12,9 +12,6 @@ from typing import Any
 
 from gecko_jax.io import writing
 
-# Facts about the runs; mteb appends those of each task.
-_RUNS = "run_settings.jsonl"
-
 
 def build_cache(mteb: Any, folder: str | os.PathLike) -> Any:
     """Returns an `mteb.ResultCache` of the folder that writes whole files."""
@@ -30,14 +27,13 @@ def build_cache(mteb: Any, folder: str | os.PathLike) -> Any:
             with tempfile.TemporaryDirectory() as scratch:
                 staged = mteb.ResultCache(scratch)
                 source, target = path_in(staged), path_in(self)
-                if (runs := target.with_name(_RUNS)).exists():
+                # mteb appends the facts about each task to this file.
+                if (runs := target.with_name("run_settings.jsonl")).exists():
                     source.parent.mkdir(parents=True)
                     shutil.copy(runs, source.parent)
                 staged.save_to_cache(task_result, model_name, *arguments, **settings)
-                other_files = [
-                    path for path in source.parent.iterdir() if path != source
-                ]
-                for path in (*other_files, source):
+                others = [path for path in source.parent.iterdir() if path != source]
+                for path in (*others, source):
                     with writing.write_file(target.with_name(path.name)) as temporary:
                         shutil.copy(path, temporary)
 

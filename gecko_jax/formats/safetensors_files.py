@@ -36,7 +36,7 @@ DTYPES = tuple(_WRITTEN)
 def read(folder: pathlib.Path) -> dict[str, tensors.Tensor]:
     """Opens all tensors of a folder, in one file or in shards."""
     if (folder / f"model{SUFFIX}").exists():
-        return _open_file(writing.member(folder, f"model{SUFFIX}"))
+        return open_file(writing.member(folder, f"model{SUFFIX}"))
     index = folder / f"model{_INDEX}"
     if not index.exists():
         raise ValueError(
@@ -45,7 +45,7 @@ def read(folder: pathlib.Path) -> dict[str, tensors.Tensor]:
     shards = _read_index(index)
     weights: dict[str, tensors.Tensor] = {}
     for shard in sorted(set(shards.values())):
-        opened = _open_file(writing.member(folder, shard))
+        opened = open_file(writing.member(folder, shard))
         lost = [n for n, file in shards.items() if file == shard and n not in opened]
         if lost:
             raise ValueError(
@@ -87,7 +87,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     return shards
 
 
-def _open_file(path: pathlib.Path) -> dict[str, tensors.Tensor]:
+def open_file(path: pathlib.Path) -> dict[str, tensors.Tensor]:
+    """Opens all tensors of a file, which are read as float32."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

@@ -14,7 +14,6 @@ from gecko_jax.fret import prompts
 from gecko_jax.text import word_rule
 
 _QUOTES = "\"'`“”‘’«»*"
-_MAX_TASK_WORDS, _MAX_TASK_CHARACTERS = 8, 60
 
 
 class Rejected(Exception):
@@ -58,7 +57,7 @@ def parse(
             raise Rejected("no_query")
         task = _clean(lines[0]).lower().rstrip(".:")
         num_words = word_rule.count(word_rule.words(task))
-        if not 0 < num_words <= _MAX_TASK_WORDS or len(task) > _MAX_TASK_CHARACTERS:
+        if not 0 < num_words <= 8 or len(task) > 60:
             raise Rejected("no_task")
         lines = [lines[1].removeprefix(marker), *lines[2:]]
     if is_cut and len(lines) == 1:
@@ -72,11 +71,7 @@ def parse(
 
 
 def _find_rejection(
-    query: str,
-    prompt: prompts.Prompt,
-    rules: Rules,
-    passage: str,
-    shots: Sequence[int],
+    query: str, prompt: prompts.Prompt, rules: Rules, passage: str, shots: Sequence[int]
 ) -> str | None:
     words = word_rule.words(query)
     num_words = word_rule.count(words)

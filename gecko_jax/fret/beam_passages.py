@@ -1,13 +1,9 @@
 """Makes the passages with Apache Beam: `passages.read` on many workers.
 
 The output is byte for byte that of `passages.read`. Equal texts are grouped by hash,
-near duplicates by a band of their signature. Of two similar passages the
-later is dropped, unless the earlier was dropped itself; one worker decides this over
-the similar pairs. One worker reads a file and one numbers its passages, so give many
-files.
-
-A passage is identified by its *place*, (file, line), which is the order of
-`passages.read`.
+near duplicates by a band of their signature. Of two similar passages the later is
+dropped, unless the earlier was dropped itself; one worker decides this over the similar
+pairs. A passage is identified by its *place*, (file, line), the order of that function.
 """
 
 import functools
@@ -57,9 +53,8 @@ def write(
             "or run without Beam"
         )
     # Beam would derive the types of its collections from annotations, and reject them.
-    parsed = beam.options.pipeline_options.PipelineOptions(
-        [*options, "--no_pipeline_type_check"]
-    )
+    options = [*options, "--no_pipeline_type_check"]
+    parsed = beam.options.pipeline_options.PipelineOptions(options)
     files, sets = list(map(str, paths)), tuple(decontaminate)
     with beam.Pipeline(options=parsed) as pipeline:
         _build(pipeline, beam, files, rules, sets, stage, shard_rows)

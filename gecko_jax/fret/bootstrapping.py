@@ -18,10 +18,7 @@ from gecko_jax.io import wording
 def write_pairs(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> tuple[pathlib.Path, int]:
-    """Writes the pairs of a run with generated queries; returns the file and its rows.
-
-    Raises ValueError if the queries are missing, or were made with other settings.
-    """
+    """Writes the pairs of a run with queries; returns the file and its rows."""
     source = runs.prepare(config, workdir)
     passes = runs.main_pipeline(source)
     passes.queries.begin()
@@ -42,10 +39,7 @@ def training_config(
     batch_size: int | None = None,
     num_steps: int | None = None,
 ) -> ml_collections.ConfigDict:
-    """Returns a pre-finetuning config that trains on the pairs of `write_pairs`.
-
-    Raises ValueError for hard negatives, or a batch larger than the pairs.
-    """
+    """Returns a pre-finetuning config that trains on the pairs of `write_pairs`."""
     if config.data.num_negatives:
         raise ValueError(
             f"data.num_negatives={config.data.num_negatives}: the initial retriever "

@@ -6,11 +6,8 @@
 
 `gecko train --config.data.files=WORKDIR/export/fret.jsonl` reads the file. Every value
 of `task` is a training task, so rare ones become "search result". `task_description`
-keeps the words of the model, which training writes before the query.
-
-A line that is relabelled keeps its fields, apart from those of its passages. Settings
-of `export` add `scores` for distillation, and `candidates`: every passage that was
-judged, with `ql` (nats), `rc` (nats), `rrf` (R), and its part in the line.
+keeps the words of the model, which training writes before the query. A line that is
+relabelled keeps its fields, apart from those of its passages.
 """
 
 import hashlib
@@ -71,10 +68,7 @@ def export(passes: pipeline.Pipeline) -> pathlib.Path:
                 licences[triple.get("seed_licence", "unknown")] += 1
     if not counts["rows"]:
         path.unlink()
-        raise ValueError(
-            f"{source.workdir}: no triple is left; `gecko fret report` shows what "
-            "was dropped and why"
-        )
+        raise ValueError(f"{source.workdir}: no triple is left; see gecko fret report")
     with writing.write_file(stage.folder / "README.md") as temporary:
         temporary.write_text(_card(passes, counts, licences))
     facts = {name: counts[name] for name in COUNTS if counts[name] or name == "moved"}
@@ -125,11 +119,9 @@ def _triples(
     The lines of further positives follow, with None.
     """
     source, tasks = passes.source, _common_tasks(passes)
-    passages = {
-        record["id"]: record
-        for shard in range(source.num_shards)
-        for record in source.stage.read(shard)
-    }
+    passages: dict[int, stages.Record] = {}
+    for shard in range(source.num_shards):
+        passages |= stages.by_id(source.stage.read(shard))
     lines = enumerate(relabelling.read_lines(source.pair_files))
     has_scores = source.config.export.candidates or source.config.export.scores
     for shard in range(len(passes.shards)):
@@ -201,14 +193,13 @@ def _candidates_of(
         if passes.has_likelihood:
             columns["likelihood"] = likelihoods[number]["log_probs"]
         if passes.has_relevance:
-            columns["relevance"] = stages.relevance_scores(
-                relevances[number], row, grades, kind
-            )
+            judged = (relevances[number], row, grades, kind)
+            columns["relevance"] = stages.relevance_scores(*judged)
         columns["fused"] = record["fused"]
         values = [stages.of_candidates(column, row) for column in columns.values()]
         scores[number] = {
-            candidate: {n: round(v, 4) for n, v in zip(columns, judged, strict=True)}
-            for candidate, *judged in zip(row["candidates"], *values, strict=True)
+            candidate: {n: round(v, 4) for n, v in zip(columns, own, strict=True)}
+            for candidate, *own in zip(row["candidates"], *values, strict=True)
         }
     return scores
 
@@ -265,26 +256,21 @@ def _card(
             why = ", ".join(f"{n} {safe(name)}" for name, n in done["dropped"].items())
             rows.append(f"| {stage} | {done['records']:,} | {done['kept']:,} | {why} |")
     name = "card_relabelled.md" if source.pair_files else "card_generated.md"
-    return (
-        (TEMPLATES / name)
-        .read_text("utf-8")
-        .format(
-            num_rows=counts["rows"],
-            moved=counts["moved"] / counts["triples"],
-            others=counts["further_positives"],
-            false_negatives=counts["false_negatives"],
-            files=", ".join(safe(path.name) for path in source.pair_files),
-            generator=safe(json.dumps(source.model_facts)),
-            licence=safe(config.llm.licence or "not stated"),
-            retriever=safe(config.retrieve.model or "BM25"),
-            num_candidates=config.retrieve.num_candidates,
-            seed=config.seed,
-            hash=passes.fuse.hash,
-            prompts=used,
-            clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
-            licences=", ".join(
-                f"{safe(name)} {n:,}" for name, n in licences.most_common()
-            ),
-            stages="\n".join(rows),
-        )
+    template = (TEMPLATES / name).read_text("utf-8")
+    return template.format(
+        num_rows=counts["rows"],
+        moved=counts["moved"] / counts["triples"],
+        others=counts["further_positives"],
+        false_negatives=counts["false_negatives"],
+        files=", ".join(safe(path.name) for path in source.pair_files),
+        generator=safe(json.dumps(source.model_facts)),
+        licence=safe(config.llm.licence or "not stated"),
+        retriever=safe(config.retrieve.model or "BM25"),
+        num_candidates=config.retrieve.num_candidates,
+        seed=config.seed,
+        hash=passes.fuse.hash,
+        prompts=used,
+        clear_of=", ".join(map(safe, config.passages.decontaminate)) or "nothing",
+        licences=", ".join(f"{safe(name)} {n:,}" for name, n in licences.most_common()),
+        stages="\n".join(rows),
     )

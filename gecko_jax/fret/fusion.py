@@ -6,7 +6,6 @@ The positive is the candidate with the highest R, the hard negative the lowest.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,12 +49,7 @@ def relevance_score(
     middle = (max(grades) + min(grades)) / 2
     upper = [p for p, grade in zip(log_probs, grades, strict=True) if grade > middle]
     lower = [p for p, grade in zip(log_probs, grades, strict=True) if grade <= middle]
-    return _log_sum_exp(upper) - _log_sum_exp(lower)
-
-
-def _log_sum_exp(values: Sequence[float]) -> float:
-    highest = max(values)
-    return highest + math.log(sum(math.exp(value - highest) for value in values))
+    return float(np.logaddexp.reduce(upper) - np.logaddexp.reduce(lower))
 
 
 def fuse(
@@ -90,29 +84,20 @@ class Choice:
 
 def choose(
     fused: Float[np.ndarray, " N"],
-    seed_position: int,
+    seed_position: int,  # of the seed passage, or of the line's positive
     settings: Settings,
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # draws sampled negatives
     *,
-    answers: Sequence[int] = (),
-    given: Sequence[int] = (),
-    similarities: Sequence[float | None] = (),
+    answers: Sequence[int] = (),  # positions that are never negatives
+    given: Sequence[int] = (),  # positions of the negatives of the line
+    similarities: Sequence[float | None] = (),  # to the query, by the retriever
 ) -> Choice:
     """Chooses the positive and the hard negatives among the candidates.
 
     `fused` is in the order of retrieval: of equal candidates, the earlier one is the
     positive and the later the negative. A candidate that is judged above the positive,
-    or nearly as high (`Settings.margin`), is never a negative.
-
-    Args:
-        fused: R of every candidate.
-        seed_position: Position of the seed passage, or of the line's positive.
-        settings: Settings of the choice.
-        rng: Draws sampled negatives.
-        answers: Positions that are never negatives.
-        given: Positions of the negatives of the line.
-        similarities: Scores of the retriever, for `max_negative_share`; a candidate
-            without one passes, and a positive without one leaves no negative.
+    or nearly as high (`Settings.margin`), is never a negative. A candidate without a
+    similarity passes `max_negative_share`; a positive without one leaves no negative.
     """
     positive = seed_position
     if settings.positive == "relabelled":
@@ -125,10 +110,8 @@ def choose(
     eligible = given if settings.negative == "given" else range(len(fused))
     excluded = {positive, *near, *false_negatives, *answers}
     eligible = [p for p in eligible if p not in excluded]
-    if settings.max_negative_share:
-        eligible = [
-            p for p in eligible if _is_below(similarities, p, positive, settings)
-        ]
+    if share := settings.max_negative_share:
+        eligible = [p for p in eligible if _is_below(similarities, p, positive, share)]
     negatives: list[int] = []
     if settings.negative == "none":
         eligible = []
@@ -142,12 +125,12 @@ def choose(
 
 
 def _is_below(
-    similarities: Sequence[float | None], place: int, positive: int, settings: Settings
+    similarities: Sequence[float | None], place: int, positive: int, share: float
 ) -> bool:
     """Whether a candidate is less similar to the query than the limit allows."""
     own, highest = similarities[place], similarities[positive]
     if highest is None:
         return False
     # A share of a negative similarity would be a limit above it.
-    limit = highest - (1 - settings.max_negative_share) * abs(highest)
+    limit = highest - (1 - share) * abs(highest)
     return own is None or own < limit

@@ -14,20 +14,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from gecko_jax.fret import (
-    export,
-    html_page,
-    html_rows,
-    measure,
-    pipeline,
-    report_facts,
-    runs,
-)
+from gecko_jax.fret import export, html_page, measure, pipeline, report_facts, runs
 from gecko_jax.io import writing
 
 OUTPUT = "report.html"
-_PAPER_MOVED = 0.15  # section 4.3 of the paper
-_MAX_TASKS = 16
 _REASONS = {
     "evaluation_set": "repeats a text of passages.decontaminate",
     "duplicate": "was there before",
@@ -50,10 +40,7 @@ _REASONS = {
 def write(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, num_rows: int
 ) -> pathlib.Path:
-    """Writes the page of a run, finished or not, with some random rows.
-
-    Raises ValueError if no shard is fused yet, or the settings are not the run's.
-    """
+    """Writes the page of a run, finished or not, with some random rows."""
     if not (workdir / "passages").is_dir():
         raise ValueError(f"{workdir}: no run here; start one with `gecko fret run`")
     source = runs.prepare(config, workdir)
@@ -81,13 +68,11 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
         charts.append(html_page.columns(values, f"rank of the {shown}"))
     titles = {"query": "words of a query", "passage": f"words of {seed}"}
     lengths = [
-        html_page.columns(
-            html_page.histogram([triple[side] for triple in facts]), title
-        )
+        html_page.columns(html_page.histogram([f[side] for f in facts]), title)
         for side, title in titles.items()
     ]
     tasks = Counter(triple["task"] for triple in facts)
-    common = tasks.most_common(_MAX_TASKS)
+    common = tasks.most_common(16)
     if num_others := tasks.total() - sum(count for _, count in common):
         common.append((f"{len(tasks) - len(common):,} other tasks", num_others))
     listed = [(name, f"{count:,}") for name, count in common]
@@ -99,8 +84,8 @@ def _render(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
     num_fused = sum(map(passes.fuse.has, range(num)))
     unfinished = f"Not finished: {num_fused:,} of {num:,} shards."
     unfinished = f"<p><b>{unfinished}</b> Figures are of these.</p>"
-    moved = [html_rows.side_by_side(passes, row, seed) for row in gathered.moved]
-    rows = [html_rows.with_candidates(passes, row, seed) for row in gathered.rows]
+    moved = [html_page.side_by_side(passes, row, seed) for row in gathered.moved]
+    rows = [html_page.with_candidates(passes, row, seed) for row in gathered.rows]
     page = string.Template((export.TEMPLATES / "report.html").read_text("utf-8"))
     return page.substitute(
         name=html_page.escape(source.workdir.resolve().name),
@@ -131,24 +116,18 @@ def _tiles(
     facts = gathered.triples
     seeds, rows = gathered.counts[passes.queries.name]["records"], max(len(facts), 1)
     share = sum(triple["moved"] for triple in facts) / rows
-    kept_share = f"{len(facts) / max(seeds, 1):.0%}"
+    moved, kept_share = f"{share:.1%}", f"{len(facts) / max(seeds, 1):.0%}"
     if passes.source.pair_files:
-        tiles = [
-            (f"{share:.1%}", "of positives moved", "to a passage judged better"),
-            (kept_share, "of lines were kept", f"of {seeds:,}"),
-        ]
-        if num_negatives := sum(triple["given"] for triple in facts):
-            num_false = sum(triple["false"] for triple in facts)
-            note = f"judged above its positive: {num_false:,} of {num_negatives:,}"
-            tiles.append(
-                (f"{num_false / num_negatives:.1%}", "of negatives may be false", note)
-            )
-    else:
-        note = f"the paper's: about {_PAPER_MOVED:.0%}"
-        tiles = [
-            (f"{share:.1%}", "of positives are not the seed", note),
-            (kept_share, "of seeds became a triple", f"of {seeds:,}"),
-        ]
+        tiles = [(moved, "of positives moved", "to a passage judged better")]
+        tiles.append((kept_share, "of lines were kept", f"of {seeds:,}"))
+    else:  # Section 4.3 of the paper.
+        tiles = [(moved, "of positives are not the seed", "the paper's: about 15%")]
+        tiles.append((kept_share, "of seeds became a triple", f"of {seeds:,}"))
+    if num_negatives := sum(triple["given"] for triple in facts):
+        num_false = sum(triple["false"] for triple in facts)
+        note = f"judged above its positive: {num_false:,} of {num_negatives:,}"
+        false_share = f"{num_false / num_negatives:.1%}"
+        tiles.append((false_share, "of negatives may be false", note))
     if num_further := sum(triple["others"] for triple in facts):
         tiles.append((f"{num_further:,}", "further positives", "judged nearly as high"))
     if taus := [triple["tau"] for triple in facts if "tau" in triple]:
@@ -227,11 +206,7 @@ def _funnel(passes: pipeline.Pipeline, gathered: report_facts.Facts) -> str:
         dropped.update({("passages", why): n for why, n in done["dropped"].items()})
     rows = []
     for stage, count in counts.items():
-        own = [
-            (why, n)
-            for (dropped_at, why), n in dropped.most_common()
-            if dropped_at == stage
-        ]
+        own = [(why, n) for (at, why), n in dropped.most_common() if at == stage]
         reasons = ", ".join(f"{n:,} {why}" for why, n in own)
         num_kept = count - sum(n for _, n in own)
         rows.append((stage, f"{count:,}", f"{num_kept:,}", reasons))

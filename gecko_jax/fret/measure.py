@@ -6,6 +6,7 @@ of queries whose answer is known, the seed, and compares them with their fusion.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections import Counter, defaultdict
@@ -43,10 +44,7 @@ class Plan:
 
 
 def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) -> Plan:
-    """Estimates the cost of a run from `sample` requests of each kind.
-
-    Raises ValueError if no seed is held out, or the model does not answer.
-    """
+    """Estimates the cost of a run from `sample` requests of each kind."""
     budget = runs.open_budget(config)
     with runs.prepare(config, workdir, budget) as source:
         seeds = sum(map(len, runs.main_pipeline(source).shards))
@@ -56,9 +54,8 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
         if source.pair_files:
             generated = [source.pairs[number] for number in chosen]
         else:
-            generated, kind = _measure(
-                source, "generate", seeds, lambda: source.generate(chosen)
-            )
+            ask = functools.partial(source.generate, chosen)
+            generated, kind = _measure(source, "generate", seeds, ask)
             kinds.append(kind)
         queries = stages.kept(generated)
         share = len(queries) / len(generated)
@@ -70,19 +67,14 @@ def plan(config: ml_collections.ConfigDict, workdir: pathlib.Path, sample: int) 
             for r in queries
         ]
         shared = (rows, stages.by_id(queries), source.store, model)
-        judges: dict[str, tuple[int, Callable[[], list[stages.Record]]]] = {}
         if config.fuse.likelihood_weight and rows:
-            judges["likelihood"] = (
-                num_candidates + bool(config.likelihood.generic_passage),
-                lambda: stages.likelihood(*shared, prompts.likelihood, ""),
-            )
+            each = num_candidates + bool(config.likelihood.generic_passage)
+            ask = functools.partial(stages.likelihood, *shared, prompts.likelihood, "")
+            kinds.append(_measure(source, "likelihood", num_queries * each, ask)[1])
         if config.fuse.relevance_weight and rows:
-            judges["relevance"] = (
-                num_candidates,
-                lambda: stages.relevance(*shared, prompts.relevance),
-            )
-        for name, (count, ask) in judges.items():
-            kinds.append(_measure(source, name, num_queries * count, ask)[1])
+            count = num_queries * num_candidates
+            ask = functools.partial(stages.relevance, *shared, prompts.relevance)
+            kinds.append(_measure(source, "relevance", count, ask)[1])
     return Plan(
         passages=seeds,
         kept=share,
@@ -141,14 +133,7 @@ def calibrate(
     *,
     budget: request_log.Budget | None = None,
 ) -> Calibration:
-    """Ranks the candidates of held-out seeds by each judge and by their fusion.
-
-    The answers are kept in `calibration/`, like those of a run.
-
-    Raises:
-        ValueError: No seed is held out, or no query is valid.
-        request_log.BudgetError: The limit is reached; all answers are kept.
-    """
+    """Ranks the candidates of held-out seeds by each judge, in `calibration/`."""
     with runs.prepare(config, workdir, budget) as source:
         _held_out(config, source)
         passes = runs.calibration_pipeline(source)

@@ -66,10 +66,9 @@ def bands(entries: UInt32[np.ndarray, " H"]) -> list[bytes]:
 
 
 class NearDuplicates:
-    """An index of signatures."""
+    """An index of signatures; duplicates have at least the resemblance `threshold`."""
 
     def __init__(self, threshold: float):
-        """Starts empty; duplicates have at least the resemblance `threshold`."""
         self._threshold = threshold
         self._signatures: list[UInt32[np.ndarray, " H"]] = []
         self._bands: dict[bytes, list[int]] = {}

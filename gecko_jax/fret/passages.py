@@ -94,10 +94,7 @@ def none_left(
 
 
 def read_file(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Yields the passages of a file, with their source and licence.
-
-    Raises ValueError if the file cannot be read, or an id is invalid or repeated.
-    """
+    """Yields the passages of a file, with their source and licence."""
     name = wording.file_name(pathlib.Path(path).name)
     ids = inputs.UniqueIds()
     for place, record in text_files.read_texts_or_records(path, any_characters=True):
@@ -144,10 +141,8 @@ def clean(
 
 def _is_binary(content: str) -> bool:
     """Whether over 2% of the characters do not belong in text."""
-    categories = Counter(
-        unicodedata.category(c) for c in content if c not in "\t\n\r\f"
-    )
-    if "\x00" in content or categories["Cs"]:  # A lone surrogate cannot be written.
+    kinds = Counter(unicodedata.category(c) for c in content if c not in "\t\n\r\f")
+    if "\x00" in content or kinds["Cs"]:  # A lone surrogate cannot be written.
         return True
-    strange = categories["Cc"] + categories["Co"] + categories["Cn"]
+    strange = kinds["Cc"] + kinds["Co"] + kinds["Cn"]
     return 50 * (strange + content.count("\ufffd")) > len(content)

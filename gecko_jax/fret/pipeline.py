@@ -26,30 +26,19 @@ from gecko_jax.llm import protocol, request_log
 from gecko_jax.text import overlap
 
 # Raised whenever the records that a stage writes for equal inputs change.
-CODE_VERSION = {
-    "passages": 2,
-    "pairs": 1,
-    "generate": 2,
-    "embed": 1,
-    "retrieve": 1,
-    "likelihood": 1,
-    "relevance": 1,
-    "fuse": 1,
-}
+CODE_VERSION = {"passages": 2, "pairs": 1, "generate": 2, "embed": 1, "retrieve": 1}
+CODE_VERSION |= {"likelihood": 1, "relevance": 1, "fuse": 1}
 _LLM_STAGES = ("generate", "likelihood", "relevance")
-# Pause before looking again at shards that another worker holds.
-_WAIT_SECONDS = 0.2
+
+_ById = dict[int, stages.Record]
 
 
 @dataclasses.dataclass
 class Step:
-    """A stage of a pipeline.
-
-    `make` returns the records of a shard; None if it writes an array itself.
-    """
+    """A stage of a pipeline."""
 
     stage: records.Stage
-    make: Callable[[int], list[stages.Record] | None]
+    make: Callable[[int], list[stages.Record] | None]  # None: it wrote the shard
     count: int  # of shards
     needs: tuple[records.Stage, ...] = ()  # whose shard of the same number must exist
     needs_all: "Step | None" = None  # whose shards must all exist
@@ -62,10 +51,7 @@ class Step:
 
 @dataclasses.dataclass(eq=False)
 class Source(contextlib.AbstractContextManager["Source"]):
-    """What all pipelines of a run share: passages, prompts, model, retriever.
-
-    A context manager that closes the model, which is opened at its first use.
-    """
+    """What all pipelines of a run share; on exit, closes the model if it was used."""
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
@@ -76,7 +62,6 @@ class Source(contextlib.AbstractContextManager["Source"]):
     pair_files: Sequence[pathlib.Path] = ()  # to relabel; else queries are generated
 
     def __post_init__(self):
-        """Reads the passages and prompts."""
         self.prompts = settings.Prompts(self.config)
         done = self.stage.done()
         assert done is not None
@@ -91,12 +76,8 @@ class Source(contextlib.AbstractContextManager["Source"]):
         self.store = stages.Passages(passages)
         self.embed: records.Stage | None = None
         if self.config.retrieve.model:
-            facts = {
-                "code": CODE_VERSION["embed"],
-                "passages": self.stage.hash,
-                "model": self.gecko.revision,
-                "dim": self.config.retrieve.dim,
-            }
+            facts = {"code": CODE_VERSION["embed"], "passages": self.stage.hash}
+            facts |= {"model": self.gecko.revision, "dim": self.config.retrieve.dim}
             self.embed = records.Stage(self.workdir, "embed", facts, ".npy")
 
     def __exit__(self, *unused: object) -> None:
@@ -144,31 +125,17 @@ class Source(contextlib.AbstractContextManager["Source"]):
 
 
 class Pipeline:
-    """One pass of a list of seed passages, or of lines, through the stages.
-
-    Attributes:
-        source: What all pipelines share.
-        shards: Numbers of the seed passages, or of the lines, of each shard.
-        steps: The stages, in order.
-        queries: The first stage, whose records have the queries.
-        has_likelihood: Whether candidates are scored by QL.
-        has_relevance: Whether candidates are scored by RC.
-    """
+    """One pass of a list of seed passages, or of lines, through the stages."""
 
     def __init__(
         self,
         source: Source,
-        shards: Sequence[Sequence[int]],
-        folder: str,
-        facts: dict[str, Any],
+        shards: Sequence[Sequence[int]],  # numbers of each shard's passages or lines
+        folder: str,  # of the stages, in the workdir
+        facts: dict[str, Any],  # what identifies the seeds
         *,
-        scores_all: bool = False,
+        scores_all: bool = False,  # by QL and RC even without a weight
     ):
-        """Describes the stages in a folder of the workdir; reads and writes nothing.
-
-        `facts` identify the seeds and are part of the first stage's facts. `scores_all`
-        scores by QL and RC even without a weight.
-        """
         self.source = source
         self.shards = shards
         self._folder = folder
@@ -208,12 +175,8 @@ class Pipeline:
             generic_passage=config.likelihood.generic_passage,
         )
         before = self.likelihood if self.has_likelihood else self.retrieve
-        self.relevance = self._stage(
-            "relevance",
-            after=before.hash,
-            prompt=prompts.relevance.facts,
-            model=source.model_facts,
-        )
+        judge = {"prompt": prompts.relevance.facts, "model": source.model_facts}
+        self.relevance = self._stage("relevance", after=before.hash, **judge)
         judged = [self.likelihood] * self.has_likelihood
         judged += [self.relevance] * self.has_relevance
         self.fuse = self._stage(
@@ -241,9 +204,7 @@ class Pipeline:
         steps = [self.source.stage, *(step.stage for step in self.steps)]
         return {stage.name: stage.done() for stage in steps}
 
-    def judged(
-        self, shard: int
-    ) -> tuple[dict[int, stages.Record], dict[int, stages.Record]]:
+    def judged(self, shard: int) -> tuple[_ById, _ById]:
         """Returns the scores by QL and by RC, by id; empty where nothing is scored."""
         likelihoods = self.likelihood.read(shard) if self.has_likelihood else []
         relevances = self.relevance.read(shard) if self.has_relevance else []
@@ -252,16 +213,10 @@ class Pipeline:
     def run(self, until: str = "fuse", worker: tuple[int, int] = (0, 1)) -> None:
         """Makes every missing shard, up to a stage.
 
-        Args:
-            until: Name of the last stage.
-            worker: (i, n) makes every n-th shard from the i-th on, and waits for the
-                others only where a stage needs all of their shards; (0, 1) makes all
-                shards that are not locked.
-
-        Raises:
-            ValueError: A stage was begun with other settings, or the model fails too
-                often.
-            request_log.BudgetError: The limit is reached; finished shards stay.
+        Worker (i, n) makes every n-th shard from the i-th on, and waits for the others
+        only where a stage needs all of their shards; (0, 1) makes all shards that are
+        not locked. Raises ValueError if a stage was begun with other settings, or the
+        model fails too often, and BudgetError at the limit. Finished shards stay.
         """
         names = [step.stage.name for step in self.steps]
         steps = self.steps[: names.index(until) + 1]
@@ -281,7 +236,7 @@ class Pipeline:
             if not any(step.missing(worker) for step in steps):
                 break
             if not any(moved):
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(0.2)  # Other workers hold the shards.
         if any(step.missing() for step in steps):
             return
         for step in steps:
@@ -357,23 +312,18 @@ class Pipeline:
         )
 
     def _embed(self, shard: int) -> None:
-        assert self.source.embed is not None
-        rows = self.source.config.passages.shard_rows
-        retrieval.write_vectors(
-            self.source.embed.shard_path(shard),
-            self.source.gecko,
-            self.source.store.texts[shard * rows : (shard + 1) * rows],
-            self.source.config.retrieve.dim,
-        )
+        source, rows = self.source, self.source.config.passages.shard_rows
+        assert source.embed is not None
+        path, dim = source.embed.shard_path(shard), source.config.retrieve.dim
+        texts = source.store.texts[shard * rows : (shard + 1) * rows]
+        retrieval.write_vectors(path, source.gecko, texts, dim)
 
     def _queries(self, shard: int) -> list[stages.Record]:
         if self.source.pair_files:
             return [self.source.pairs[number] for number in self.shards[shard]]
         return self.source.generate(self.shards[shard])
 
-    def _retrieved(
-        self, shard: int
-    ) -> tuple[list[stages.Record], dict[int, stages.Record]]:
+    def _retrieved(self, shard: int) -> tuple[list[stages.Record], _ById]:
         """Returns the records of `retrieve` that are kept, and the queries by id."""
         rows = stages.kept(self.retrieve.read(shard))
         return rows, stages.by_id(self.queries.read(shard))
@@ -390,17 +340,12 @@ class Pipeline:
         )
 
     def _likelihood(self, shard: int) -> list[stages.Record]:
-        prompts = self.source.prompts
+        source, prompts = self.source, self.source.prompts
         is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
-        shares_reading = self.has_relevance and is_same_text
-        return stages.likelihood(
-            *self._retrieved(shard),
-            self.source.store,
-            self.source.model,
-            prompts.likelihood,
-            self.source.config.likelihood.generic_passage,
-            prompts.relevance if shares_reading else None,
-        )
+        then = prompts.relevance if self.has_relevance and is_same_text else None
+        generic, prompt = source.config.likelihood.generic_passage, prompts.likelihood
+        reading = (source.store, source.model, prompt, generic, then)
+        return stages.likelihood(*self._retrieved(shard), *reading)
 
     def _relevance(self, shard: int) -> list[stages.Record]:
         rows, queries = self._retrieved(shard)

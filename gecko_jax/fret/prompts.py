@@ -136,10 +136,7 @@ def before_query(prompt: Prompt) -> Prompt:
 
 
 def load(name: str | os.PathLike, kinds: Sequence[str]) -> Prompt:
-    """Reads and checks a prompt file: a bundled one, such as "generate", or a path.
-
-    Raises a ValueError that lists all errors.
-    """
+    """Reads and checks a prompt file: a bundled one, such as "generate", or a path."""
     path = pathlib.Path(name)
     if not path.suffix:
         path = FOLDER / f"{name}.toml"

@@ -38,12 +38,8 @@ _DONE_FIELDS = {
     "bytes": field_rules.list_of(field_rules.COUNT),
     "sha256": field_rules.optional(field_rules.NAME),  # Of the exported file.
 }
-_DROPPED_FIELDS = {
-    "id": field_rules.COUNT,
-    DROPPED: field_rules.NAME,
-    "detail": _MAYBE_TEXT,
-    "usage": field_rules.optional(_USAGE),
-}
+_DROPPED_FIELDS = {"id": field_rules.COUNT, DROPPED: field_rules.NAME}
+_DROPPED_FIELDS |= {"detail": _MAYBE_TEXT, "usage": field_rules.optional(_USAGE)}
 _ID = field_rules.Kind("text or a whole number", lambda v: type(v) in (str, int))
 _RANKS = field_rules.nullable(field_rules.list_of(field_rules.integer(1)))
 
@@ -52,7 +48,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
     """Returns the fields of a stage's kept records, which name passages by number."""
     passage = field_rules.integer(0, num_passages - 1)
     passages = field_rules.list_of(passage)
-    number = field_rules.number()
+    number, log_prob = field_rules.number(), field_rules.LOG_PROB
     fields = {
         "passages": {
             "title": field_rules.TEXT,
@@ -82,15 +78,13 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
             "seed": field_rules.optional(passage),
         },
         "likelihood": {
-            "log_probs": field_rules.list_of(field_rules.LOG_PROB, 1),
-            "generic_log_prob": field_rules.optional(field_rules.LOG_PROB),
+            "log_probs": field_rules.list_of(log_prob, 1),
+            "generic_log_prob": field_rules.optional(log_prob),
             "num_tokens": field_rules.integer(1),
             "usage": _USAGE,
         },
         "relevance": {
-            "label_log_probs": field_rules.list_of(
-                field_rules.list_of(field_rules.LOG_PROB, 2), 1
-            ),
+            "label_log_probs": field_rules.list_of(field_rules.list_of(log_prob, 2), 1),
             "usage": _USAGE,
         },
         "fuse": {
@@ -110,14 +104,7 @@ def kinds(stage: str, num_passages: int) -> dict[str, field_rules.Kind]:
 
 
 class Stage:
-    """A folder of shards.
-
-    Attributes:
-        name: Name of the stage and of its folder.
-        folder: Folder of the shards.
-        facts: What decides the content: settings, prompts, model, code version and
-            the hash of the stage before.
-    """
+    """A folder of shards, which `begin` makes."""
 
     def __init__(
         self,
@@ -125,16 +112,12 @@ class Stage:
         name: str,
         facts: Mapping[str, Any],
         suffix: str = ".jsonl",
-        seeds: Sequence[Sequence[int]] | None = None,
-        num_passages: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,  # ids of each shard; None: any
+        num_passages: int = 0,  # 0 while the passages are made
     ):
-        """Describes the folder in `workdir`; `begin` makes it.
-
-        `seeds` holds the ids of each shard's records, None allows any;
-        `num_passages` is 0 while the passages are made.
-        """
         self.name = name
         self.folder = workdir / name
+        # Settings, prompts, model, code version and the hash of the stage before.
         self.facts = json.loads(json.dumps(facts, default=list))
         self._suffix = suffix
         self._seeds = seeds
@@ -159,10 +142,7 @@ class Stage:
                 temporary.write_text(json.dumps(self.facts, indent=2) + "\n")
 
     def compare(self) -> None:
-        """Compares the facts with those of an earlier run, if there was one.
-
-        Raises a ValueError that lists each difference.
-        """
+        """Raises a ValueError that lists what differs from an earlier run's facts."""
         path = self.folder / _FACTS
         if not path.exists():
             return
@@ -184,10 +164,7 @@ class Stage:
         return self.shard_path(shard).exists()
 
     def read(self, shard: int) -> list[dict[str, Any]]:
-        """Returns the records of a finished shard, including dropped ones.
-
-        Raises ValueError if a record is not as the stage writes it.
-        """
+        """Returns the records of a finished shard, including dropped ones, checked."""
         remedy = f"the shard was changed: {self._remedy}"
         seeds = None if self._seeds is None else set(self._seeds[shard])
         result: dict[int, dict[str, Any]] = {}
@@ -209,18 +186,12 @@ class Stage:
 
     def write(self, shard: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes a complete shard."""
-        with (
-            writing.write_file(self.shard_path(shard)) as temporary,
-            temporary.open("w", encoding="utf-8") as lines,
-        ):
+        path = self.shard_path(shard)
+        with writing.write_file(path) as new, new.open("w", encoding="utf-8") as lines:
             lines.writelines(map(to_line, records))
 
     def finish(self, num_shards: int, **facts: Any) -> dict[str, Any]:
-        """Counts the records of every shard, and closes the stage.
-
-        Returns the content of `.done.json`: shards and their bytes, records, dropped
-        records by reason, tokens.
-        """
+        """Counts the records, closes the stage, and returns its `.done.json`."""
         num_records = 0
         usage: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
@@ -246,10 +217,7 @@ class Stage:
         return done
 
     def done(self) -> dict[str, Any] | None:
-        """Returns the content of `.done.json`; None if the stage is unfinished.
-
-        Raises ValueError if the file is damaged, or a shard has changed its size.
-        """
+        """Returns the checked content of `.done.json`; None if the stage has none."""
         path = self.folder / _DONE
         remedy = "remove it, and the same command writes it again"
         try:

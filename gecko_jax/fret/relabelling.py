@@ -6,9 +6,7 @@ r"""Relabelling: pairs that exist already take the place of generated queries.
      "negatives": [31], "answers": [12], "line": "train.jsonl:8"}
 
 The numbers are those of passages. `answers` are the positives that any line gives for
-the query, none of which becomes a hard negative. Relabelling lines of people's data is
-the paper's largest effect (table 3), and RLHN (Thakur et al. 2025, arXiv 2505.16967)
-shows how much wrong hard negatives cost.
+the query, none of which becomes a hard negative.
 """
 
 import pathlib
@@ -31,10 +29,7 @@ _NEGATIVES = (
 
 
 def read_passages(files: Sequence[pathlib.Path]) -> Iterator[dict[str, Any]]:
-    """Yields the positives of all lines, then the negatives, as `passages.read_file`.
-
-    Raises ValueError if a file or line is invalid, or there are no lines.
-    """
+    """Yields the positives of all lines, then the negatives, as passages."""
     num_lines = 0
     for place, record, pair in read_lines(files):
         num_lines += 1
@@ -96,10 +91,8 @@ def read_pairs(
     A line is dropped if its positive is no passage (`no_passage`), its query is one of
     an evaluation set, or an earlier line has the same task, query and positive.
     """
-    numbers = {
-        text_formats.content_id(body): number
-        for number, (_, body) in enumerate(store.texts)
-    }
+    ids = [text_formats.content_id(body) for _, body in store.texts]
+    numbers = {content: number for number, content in enumerate(ids)}
     answers = mining.Answers(pair for *_, pair in read_lines(files))
     seen = set()
     rows = []
@@ -117,15 +110,9 @@ def read_pairs(
             row[records.DROPPED] = "duplicate"
         else:
             seen.add(key)
-            known = sorted(
-                numbers[answer] for answer in answers.of(pair) if answer in numbers
-            )
-            negative_numbers = map(
-                numbers.get, map(text_formats.content_id, pair.negatives)
-            )
-            negatives = [
-                n for n in dict.fromkeys(negative_numbers) if n not in (None, *known)
-            ]
+            known = sorted(numbers[a] for a in answers.of(pair) if a in numbers)
+            given = [numbers.get(text_formats.content_id(n)) for n in pair.negatives]
+            negatives = [n for n in dict.fromkeys(given) if n not in (None, *known)]
             row["task"] = pair.task_description or pair.task
             row |= {"query": query, "positive": positive}
             row |= {"negatives": negatives, "answers": known}

@@ -6,28 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from gecko_jax.fret import fusion, html_rows, pipeline, records, stages
+from gecko_jax.fret import fusion, html_page, pipeline, records, stages
 from gecko_jax.text import word_rule
 
 
 class Facts:
-    """What the page shows.
-
-    Attributes:
-        triples: Facts about each triple.
-        rows: Random rows.
-        moved: Random rows whose positive moved.
-        counts: Stage -> number of records, and tokens and requests.
-        dropped: (stage, reason) -> number of records.
-        examples: (stage, reason) -> one of them.
-    """
+    """What the page shows of the finished shards."""
 
     def __init__(self, passes: pipeline.Pipeline, num_rows: int):
-        """Reads all finished shards."""
         self.triples: list[dict[str, Any]] = []
-        self.rows: list[html_rows.Row] = []
-        self.moved: list[html_rows.Row] = []
+        self.rows: list[html_page.Row] = []  # random ones
+        self.moved: list[html_page.Row] = []  # random ones whose positive moved
+        # Stage -> number of records, and tokens and requests.
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        # (stage, reason) -> number of dropped records, and the text of one.
         self.dropped: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], str] = {}
         source = passes.source
@@ -50,9 +42,8 @@ class Facts:
                 query = by_stage[passes.queries.name][number]
                 row = by_stage["retrieve"][number]
                 self.triples.append(_measure(source, query, row, record))
-                ql, rc = (
-                    by_stage[n].get(number, {}) for n in ("likelihood", "relevance")
-                )
+                ql = by_stage["likelihood"].get(number, {})
+                rc = by_stage["relevance"].get(number, {})
                 shown = (query, row, record, ql, rc)
                 _sample(self.rows, shown, len(self.triples), num_rows, rng)
                 if record["moved"]:
@@ -72,16 +63,14 @@ class Facts:
                 if row["id"] in queries:
                     row = {**queries[row["id"]], **row}
                 shown = (row.get(n) for n in ("detail", "query", "raw", "line"))
-                text = next(
-                    (value for value in shown if value and str(value).strip()), ""
-                )
-                text = html_rows.shortened(str(text))
+                text = next((v for v in shown if v and str(v).strip()), "")
+                text = html_page.shortened(str(text))
                 self.examples.setdefault((stage, reason), text)
 
 
 def _sample(
-    rows: list[html_rows.Row],
-    row: html_rows.Row,
+    rows: list[html_page.Row],
+    row: html_page.Row,
     count: int,
     num_rows: int,
     rng: np.random.Generator,

@@ -7,7 +7,7 @@ paper's initial retriever. With a checkpoint, the passages are embedded shard by
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,9 @@ _REMEDY = "remove it, and the same command makes it again"
 
 
 class GeckoRetriever:
-    """Exact search over embeddings of the passages."""
+    """Exact search over embeddings of the passages with an `embedding.Gecko`."""
 
     def __init__(self, gecko: Any, vectors: Float[np.ndarray, "P D"]):
-        """Takes a `gecko_jax.inference.embedding.Gecko` and the embeddings."""
         from gecko_jax.inference import vector_index
 
         self._gecko = gecko
@@ -48,20 +47,14 @@ class GeckoRetriever:
         return (self._vectors[list(numbers)] @ encoded[0]).tolist()
 
 
-def searched_by(
-    gecko: Any,
-) -> Callable[[Sequence[tuple[str, str]], str], GeckoRetriever]:
-    """Returns a function that indexes the (title, text) pairs of a task's passages."""
-
-    def build(passages: Sequence[tuple[str, str]], task: str) -> GeckoRetriever:
-        titles, texts = zip(*passages, strict=True)
-        shown = f"Encoding passages of {task}"
-        vectors = gecko.encode(
-            texts, side="passage", task=task, titles=titles, description=shown
-        )
-        return GeckoRetriever(gecko, vectors)
-
-    return build
+def index(gecko: Any, passages: Sequence[tuple[str, str]], task: str) -> GeckoRetriever:
+    """Returns the retriever of a task's passages, which are (title, text) pairs."""
+    titles, texts = zip(*passages, strict=True)
+    shown = f"Encoding passages of {task}"
+    vectors = gecko.encode(
+        texts, side="passage", task=task, titles=titles, description=shown
+    )
+    return GeckoRetriever(gecko, vectors)
 
 
 def write_vectors(

@@ -12,7 +12,7 @@ repeat answered requests.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -36,10 +36,6 @@ from gecko_jax.text import overlap
 _QUICKSTART = pathlib.Path(__file__).parents[1] / "quickstart"
 _HELD_OUT, _LINES = 3, 4  # Purposes of random numbers; see `stages.row_rng`.
 
-Connect = Callable[
-    [ml_collections.ConfigDict, request_log.Budget], protocol.LanguageModel
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -52,35 +48,23 @@ class Summary:
 
 
 def run(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,  # see `configs/fret.py`
+    workdir: pathlib.Path,  # shared by all workers
     *,
-    budget: request_log.Budget | None = None,
-    worker: tuple[int, int] = (0, 1),
-    until: str = "export",
-    connect: Connect | None = None,
+    budget: request_log.Budget | None = None,  # limits of this call; None sets none
+    worker: tuple[int, int] = (0, 1),  # see `Pipeline.run`
+    until: str = "export",  # the last stage
     beam_options: Sequence[str] | None = None,
 ) -> Summary:
     """Runs the missing stages, and exports.
 
-    Args:
-        config: See `configs/fret.py`.
-        workdir: Workdir of the run; all of its workers share it.
-        budget: Limits of this call; None sets none.
-        worker: (i, n), see `Pipeline.run`.
-        until: Last stage, or "export".
-        connect: Opens the model; None is `open_model`.
-        beam_options: Options of Apache Beam, which then makes the passages; None
-            makes them in this process.
-
-    Raises:
-        ValueError: A setting, file or answer is wrong, or the workdir was begun with
-            other settings.
-        OSError: The server is gone, or the disk is full. All answers are kept.
+    With `beam_options`, Apache Beam makes the passages. Raises ValueError if a setting,
+    file or answer is wrong, or the workdir was begun with other settings, and OSError
+    if the server is gone or the disk is full. All answers are kept.
     """
     budget = budget or open_budget(config)
     stopped = ""
-    with prepare(config, workdir, budget, connect, beam_options) as source:
+    with prepare(config, workdir, budget, beam_options) as source:
         passes = main_pipeline(source)
         try:
             if until != "passages":
@@ -99,28 +83,22 @@ def prepare(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     budget: request_log.Budget | None = None,
-    connect: Connect | None = None,
     beam_options: Sequence[str] | None = None,
 ) -> pipeline.Source:
-    """Checks the config, makes the passages, and returns what the pipelines share.
-
-    See `run` for the arguments.
-    """
+    """Checks the config, makes the passages, and returns what the pipelines share."""
     settings.check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     contamination = set_texts.read(config.passages.decontaminate)
     stage = _passages(config, workdir, contamination, beam_options)
     name, facts = _describe_model(config)
 
-    def open_and_record() -> protocol.LanguageModel:
-        model = (connect or open_model)(config, budget or open_budget(config))
+    def connect() -> protocol.LanguageModel:
+        model = open_model(config, budget or open_budget(config))
         request_log.write_model(workdir, name, facts)
         return model
 
     files = find_files(config, "relabel")
-    return pipeline.Source(
-        config, workdir, stage, contamination, facts, open_and_record, files
-    )
+    return pipeline.Source(config, workdir, stage, contamination, facts, connect, files)
 
 
 def open_budget(
@@ -136,10 +114,7 @@ def open_budget(
 def open_model(
     config: ml_collections.ConfigDict, budget: request_log.Budget
 ) -> protocol.LanguageModel:
-    """Returns the recorded model, the in-process model, or the server's model.
-
-    A server is used once `canary.check` has passed.
-    """
+    """Returns the recorded, the in-process or the server's model, checked."""
     if config.llm.recording:
         return protocol.recorded(_or_bundled(config.llm.recording, "recording"))
     if config.llm.weights:
@@ -170,10 +145,7 @@ def held_out(config: ml_collections.ConfigDict, num_passages: int) -> list[int]:
 
 
 def main_pipeline(source: pipeline.Source) -> pipeline.Pipeline:
-    """Returns the pass over the seed passages, or over the lines.
-
-    Seeds are the passages that are not held out, up to `generate.limit`.
-    """
+    """Returns the pass over the passages that are not held out, or over the lines."""
     if source.pair_files:
         lines, facts = _lines(source)
         return pipeline.Pipeline(source, _shards(source.config, lines), "", facts)
@@ -250,9 +222,8 @@ def _passages(
                 sets = config.passages.decontaminate
                 beam_passages.write(paths, rules, sets, stage, rows, beam_options)
             elif has_lock and stage.done() is None:
-                kept, dropped = passages.read(
-                    paths, rules, contamination, relabelling.read_passages(pairs)
-                )
+                given = relabelling.read_passages(pairs)
+                kept, dropped = passages.read(paths, rules, contamination, given)
                 shards = _shards(config, kept)
                 for shard, part in enumerate(shards):
                     stage.write(shard, part)

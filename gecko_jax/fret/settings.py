@@ -199,10 +199,7 @@ def _find_errors_between_keys(flat: dict[str, Any]) -> Iterator[str]:
         )
     judge = flat["export.scores"]
     if judge in ("likelihood", "relevance") and not flat[f"fuse.{judge}_weight"]:
-        yield (
-            f"export.scores={judge!r}: not scored with fuse.{judge}_weight=0; set it "
-            "above 0"
-        )
+        yield f"export.scores={judge!r}: not scored; set fuse.{judge}_weight above 0"
     if flat["generate.max_words"] < flat["generate.min_words"]:
         yield (
             f"generate.max_words={flat['generate.max_words']}: must not be below "
@@ -214,7 +211,6 @@ class Prompts:
     """The prompts of a run."""
 
     def __init__(self, config: ml_collections.ConfigDict):
-        """Reads and checks the files that the config names."""
         kinds = ("generate", "generate_for_task")
         self.generate = prompts.load(config.generate.prompt, kinds)
         kinds = ("likelihood", "relevance")

@@ -33,7 +33,6 @@ class Passages:
     """The (title, text) pairs of all passages, by number."""
 
     def __init__(self, passages: Sequence[Mapping[str, Any]]):
-        """Takes the records of the passages stage, in order."""
         self.texts = [(record["title"], record["text"]) for record in passages]
 
     def __len__(self) -> int:
@@ -367,14 +366,8 @@ def _number(answer: Any, name: str) -> Any:
 
 def _total(row_answers: Sequence[Any]) -> Record:
     """Returns the tokens of a row, and its first failure if there is one."""
-    failures = [
-        answer for answer in row_answers if isinstance(answer, protocol.Failure)
-    ]
-    usages = [
-        answer.usage
-        for answer in row_answers
-        if not isinstance(answer, protocol.Failure)
-    ]
+    failures = [a for a in row_answers if isinstance(a, protocol.Failure)]
+    usages = [a.usage for a in row_answers if not isinstance(a, protocol.Failure)]
     usage = {"usage": _usage(sum(usages, protocol.Usage(0, 0, 0)))}
     return usage | _error(failures[0]) if failures else usage
 

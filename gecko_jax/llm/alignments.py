@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 
 SPLIT = "\N{REPLACEMENT CHARACTER}"
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")
-# Bounds the time that a hostile server can cost.
-_MAX_STATES = 128
 
 
 def find(
@@ -39,7 +37,7 @@ def find(
             for after in _spell(text, before, token)
             if begin is not None or after <= border
         }
-        if len(states) > _MAX_STATES:
+        if len(states) > 128:  # Bounds the time that a hostile server can cost.
             raise ValueError("too many characters are split over tokens")
         for after, begin in list(states):
             if after == len(text):

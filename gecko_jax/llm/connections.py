@@ -34,10 +34,6 @@ class Connections:
     """The connections to one server; threads share them."""
 
     def __init__(self, url: str, headers: Mapping[str, str]):
-        """Parses the URL of the server's root, or raises ValueError.
-
-        `headers` are sent with every request.
-        """
         try:
             parts = urllib.parse.urlsplit(url.rstrip("/"))
             client = functools.partial(_CLIENTS[parts.scheme], parts.hostname or "")
@@ -70,15 +66,10 @@ class Connections:
     ) -> Reply:
         """Sends a request and returns the reply.
 
-        Args:
-            method: "GET" or "POST".
-            path: Path below the root of the server.
-            body: JSON, or None.
-            seconds: Deadline, from connecting to the last byte.
-            max_bytes: Largest body of the reply, compressed or not.
-
-        Raises `wire.NoAnswer` if the reply did not arrive whole and in time, for the
-        reason "connection", "timeout", "cut_off" or "too_large".
+        The path is below the root of the server, and the body is JSON. `seconds` is the
+        deadline from connecting to the last byte, `max_bytes` the largest body of the
+        reply, compressed or not. Raises `wire.NoAnswer` for the reason "connection",
+        "timeout", "cut_off" or "too_large".
         """
         headers = dict(self._headers)
         if body is not None:

@@ -1,8 +1,8 @@
 """Batches of requests with few distinct shapes.
 
-Requests whose prompts begin alike form a *family*. Its common *prefix* is read once.
-The rest is cut into batches of similar length, padded to one of a few lengths and a
-power of two of rows, so that few shapes are compiled.
+Requests whose prompts begin alike, with few-shot examples, form a *family*. Its common
+*prefix* is read once. The rest is cut into batches of similar length, padded to one of
+a few lengths and a power of two of rows, so that few shapes are compiled.
 """
 
 import dataclasses

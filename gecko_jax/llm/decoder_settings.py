@@ -75,11 +75,11 @@ _GEMMA_SETTINGS = {
 }
 
 
-def check_family(place: object, key: str, name: str, known: Collection[str]) -> None:
+def check_family(place: object, key: str, name: Any, known: Collection[str]) -> None:
     """Raises for a model family that the decoder does not implement."""
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{place}: {key} {name!r}; the in-process decoder runs "
+            f"{place}: {key} {name!r:.80}; the in-process decoder runs "
             f"{', '.join(known)}: choose such a model, or {_SERVE}"
         )
 
@@ -134,10 +134,7 @@ def build(
             f"{place}: {len(rope_factors)} divisors of rotary frequencies; there must "
             f"be {head_dim // 2}, all above 0: {REMEDY}"
         )
-    switches: dict[str, Any] = {
-        "qkv_bias": family == "qwen2",
-        "head_norms": family == "qwen3",
-    }
+    switches: dict[str, Any] = {}
     if is_gemma:
         local_base = local_rope.get("rope_theta")
         local_base = local_base or settings.get("rope_local_base_freq") or 1e4
@@ -146,7 +143,6 @@ def build(
             "embedding_scale": model_dim**0.5,
             "query_scale": settings["query_pre_attn_scalar"] ** -0.5,
             "sandwich_norms": True,
-            "head_norms": True,
             "local_window": settings["sliding_window"],
             "global_every": _global_every(place, settings),
             "local_rope_base": float(local_base),
@@ -164,6 +160,8 @@ def build(
         rope_base=base,
         rope_factors=rope_factors,
         tied=settings["tie_word_embeddings"],
+        qkv_bias=family == "qwen2",
+        head_norms=family in ("qwen3", "gemma3_text"),
         **switches,
     )
 
@@ -171,10 +169,8 @@ def build(
 def _global_every(place: object, settings: Mapping[str, Any]) -> int:
     """Returns the period of the global layers; `layer_types` must agree."""
     every = next(filter(None, map(settings.get, _PATTERNS)), 6)
-    expected = [
-        _LOCAL if (layer + 1) % every else _GLOBAL
-        for layer in range(settings["num_hidden_layers"])
-    ]
+    layers = range(1, settings["num_hidden_layers"] + 1)
+    expected = [_LOCAL if layer % every else _GLOBAL for layer in layers]
     if settings.get("layer_types") not in (None, expected):
         raise ValueError(
             f"{place}: layer_types do not repeat {every - 1} local layers and a global "

@@ -18,8 +18,6 @@ from typing import Any
 from gecko_jax.io import field_rules, reading
 from gecko_jax.text import json_vocabularies
 
-# llama.cpp's token type of control tokens.
-_CONTROL = 3
 # Words of the Qwen 2 and 3 tokenizers; from their tokenizer.json.
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -27,8 +25,6 @@ _QWEN_WORDS = (
 )
 # llama.cpp's names of the supported pre-tokenizers.
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2")
-# SentencePiece's spelling of a space.
-_META = "\N{LOWER ONE EIGHTH BLOCK}"
 
 _NEEDS = ("the in-process decoder", "llm-local")
 _REMEDY = "copy it again, or choose another model"
@@ -88,10 +84,7 @@ class Tokenizer:
 
 
 def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
-    """Builds the tokenizer that a GGUF header describes; see `gguf.Gguf.setting`.
-
-    Raises ValueError if it is damaged or of an unsupported kind.
-    """
+    """Builds the tokenizer that a GGUF header describes; see `gguf.Gguf.setting`."""
     header = {name: setting(f"tokenizer.ggml.{name}", None) for name in _HEADER}
     field_rules.check(place, header, _HEADER, _REMEDY)
     model, pieces, kinds = header["model"], header["tokens"], header["token_type"]
@@ -114,7 +107,8 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
     adds_begin = header["add_bos_token"]
     if adds_begin is None:
         adds_begin = model == "llama"
-    ends = {number for number, kind in enumerate(kinds) if kind == _CONTROL}
+    # llama.cpp's token type of control tokens is 3.
+    ends = {number for number, kind in enumerate(kinds) if kind == 3}
     ends |= set() if end is None else {end}
     return Tokenizer(
         place, *functions, begin if adds_begin else None, frozenset(ends), len(pieces)
@@ -122,10 +116,7 @@ def from_gguf(setting: Callable[..., Any], place: str) -> Tokenizer:
 
 
 def from_folder(folder: pathlib.Path) -> Tokenizer:
-    """Builds the tokenizer in the `tokenizer.json` of a Hugging Face folder.
-
-    Raises ValueError if the file is missing or damaged.
-    """
+    """Builds the tokenizer in the `tokenizer.json` of a Hugging Face folder."""
     path = folder / "tokenizer.json"
     tokenizers = json_vocabularies.import_tokenizers(*_NEEDS)
     if not path.is_file():
@@ -172,9 +163,7 @@ def _byte_level_bpe(place: str, header: dict[str, Any]) -> _Functions:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [tuple(merge.split(" ", 1)) for merge in header["merges"] or []]
     if len(vocabulary) < len(pieces) or any(len(merge) < 2 for merge in merges):
-        raise ValueError(
-            f"{place}: two tokens are the same, or a merge is malformed; {_REMEDY}"
-        )
+        raise ValueError(f"{place}: two equal tokens, or a malformed merge; {_REMEDY}")
     with _named(place):
         model = tokenizers.models.BPE(vocab=vocabulary, merges=merges)
     tokenizer = tokenizers.Tokenizer(model)
@@ -204,15 +193,13 @@ def _sentencepiece(header: dict[str, Any]) -> _Functions:
     proto.normalizer_spec.add_dummy_prefix = header["add_space_prefix"] is not False
     proto.normalizer_spec.remove_extra_whitespaces = False
     proto.normalizer_spec.escape_whitespaces = True
-    scores = header["scores"] or []
-    for piece, score, kind in zip(
-        header["tokens"], scores, header["token_type"], strict=True
-    ):
+    columns = (header["tokens"], header["scores"] or [], header["token_type"])
+    for piece, score, kind in zip(*columns, strict=True):
         if piece == "<unk>":
             kind = types.UNKNOWN  # A control token in GGUF.
         elif kind == types.USER_DEFINED:
             # SentencePiece compares these pieces with escaped text.
-            piece = piece.replace(" ", _META)
+            piece = piece.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
         proto.pieces.add(piece=piece, score=score, type=kind)
     processor: Any = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(proto.SerializeToString())

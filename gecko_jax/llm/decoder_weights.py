@@ -82,10 +82,7 @@ def check(
     shapes: Mapping[str, tuple[int, ...]],
     ignored: Collection[str] = (),
 ) -> None:
-    """Compares the names and shapes of a file's tensors with its settings.
-
-    Raises a ValueError that lists missing, unexpected and wrong-shape tensors together.
-    """
+    """Raises a ValueError that lists all tensors of a file that do not fit it."""
     expected = {}
     for parameter, names in file_names(config, file_format).items():
         expected |= dict.fromkeys(names, _file_shape(config, parameter))

@@ -17,25 +17,20 @@ from gecko_jax.parallel import numerics
 # Tokens that one call of `decode` draws.
 STEPS = 16
 
-# Bisection steps over 100 nats, which reach float32's precision.
-_BISECTIONS = 32
-
 
 def _jit(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function of parameters, with options that suit their dtype."""
 
     def compile_variants(function: Callable[..., Any]) -> Callable[..., Any]:
-        exact = jax.jit(function, **settings)
-
         @functools.cache
-        def fast() -> Callable[..., Any]:
-            options = numerics.bfloat16_options()
+        def variant(is_fast: bool) -> Callable[..., Any]:
+            options = numerics.bfloat16_options() if is_fast else None
             return jax.jit(function, compiler_options=options, **settings)
 
         @functools.wraps(function)
         def call(params: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             is_fast = params["embedding"].dtype in (jnp.bfloat16, jnp.uint16)
-            return (fast() if is_fast else exact)(params, *args, **kwargs)
+            return variant(is_fast)(params, *args, **kwargs)
 
         return call
 
@@ -93,11 +88,7 @@ def start(
     positions: Int[Array, "B L"],
     num_slots: int,
 ) -> tuple[Float[Array, "B M"], transformer.KeyValues]:
-    """Reads prompts.
-
-    Returns the hidden state at the end of each prompt, and a cache with `num_slots`
-    free slots after the prompts.
-    """
+    """Returns the last hidden state of each prompt, and a cache with free slots."""
     hidden, own = transformer.extend(params, config, tokens, positions, prefix)
     is_text = positions != transformer.PAD_POSITION
     last = jnp.sum(is_text, axis=1) - 1
@@ -129,21 +120,11 @@ def decode(
 ) -> tuple[Int[Array, "B steps"], transformer.KeyValues, Float[Array, "B M"]]:
     """Draws `STEPS` tokens for every row.
 
-    Args:
-        params: Parameters of the decoder.
-        config: Settings of the decoder.
-        prefix: Keys and values that all rows share.
-        cache: Keys and values of each row; donated.
-        hidden: Hidden state of each row's last token.
-        positions: Position of each row's next token.
-        slot: Cache slot of the next tokens.
-        keys: Random key of each row, folded with the position of each draw.
-        temperature: Divisor of the logits; unused if greedy.
-        top_p: Probability mass of the nucleus; unused unless `is_nucleus`.
-        is_greedy: Whether to take the likeliest token.
-        is_nucleus: Whether to draw from the nucleus only.
-
-    Returns the tokens, the cache with them, and the hidden state of the last.
+    All rows share the `prefix`; the `cache`, which is donated, has their own keys and
+    values. `hidden` is the state of each row's last token, `positions` are those of the
+    next tokens, and `slot` is where the cache takes them. The random `keys` are folded
+    with the position of each draw. Returns the tokens, the cache with them, and the
+    hidden state of the last.
     """
 
     def step(carry: tuple, number: Array) -> tuple[tuple, Array]:
@@ -204,5 +185,6 @@ def is_in_nucleus(
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
     high = jnp.max(log_probs, axis=-1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (high - 100.0, high))
+    # 32 steps over 100 nats reach float32's precision.
+    low, _ = jax.lax.fori_loop(0, 32, halve, (high - 100.0, high))
     return log_probs >= low

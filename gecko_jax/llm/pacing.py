@@ -9,15 +9,10 @@ class Stopped(Exception):
 
 
 class Pace:
-    """The rate limits of a server.
-
-    Attributes:
-        stop: Event that ends every wait with `Stopped`.
-    """
+    """The rate limits of a server; 0 is no limit."""
 
     def __init__(self, requests_per_minute: int, tokens_per_minute: int):
-        """Takes the limits; 0 is no limit."""
-        self.stop = threading.Event()
+        self.stop = threading.Event()  # Ends every wait with `Stopped`.
         self._requests_per_minute = requests_per_minute
         self._tokens_per_minute = tokens_per_minute
         self._lock = threading.Lock()

@@ -87,32 +87,23 @@ class Call:
 
 
 class LanguageModel:
-    """A language model behind a request log: no request is answered twice.
-
-    Attributes:
-        name: Model and revision, written into every record.
-        facts: Everything about the model that changes an answer.
-        close: Releases the resources of the model.
-        log: The request log; the stages open one per shard.
-        report: Called with the answered share of a call's requests, in [0, 1].
-        reads_ahead: Whether `score` also answers the questions that follow.
-    """
+    """A language model behind a request log: no request is answered twice."""
 
     def __init__(
         self,
-        name: str,
-        facts: dict[str, Any],
-        ask: Callable[[Call], None],
-        close: Callable[[], None] = lambda: None,
+        name: str,  # model and revision, written into every record
+        facts: dict[str, Any],  # everything that changes an answer
+        ask: Callable[[Call], None],  # answers the requests of a call
+        close: Callable[[], None] = lambda: None,  # releases the model's resources
         *,
-        reads_ahead: bool = False,
+        reads_ahead: bool = False,  # whether `score` answers the questions, too
     ):
-        """Starts with a log in memory; `ask` answers the requests of a call."""
         self.name = name
         self.facts = facts
         self.close = close
         self.reads_ahead = reads_ahead
-        self.log = request_log.RequestLog(None)
+        self.log = request_log.RequestLog(None)  # The stages open one per shard.
+        # Called with the answered share of a call's requests, in [0, 1].
         self.report: Callable[[float], None] = lambda share: None
         self._ask = ask
 
@@ -121,10 +112,8 @@ class LanguageModel:
     ) -> list[Generation | Failure]:
         """Continues each prompt, with its own seed."""
         settings = dataclasses.asdict(sampling) | {"stop": list(sampling.stop)}
-        bodies = [
-            {"prompt": prompt, "seed": seed, **settings}
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        pairs = zip(prompts, seeds, strict=True)
+        bodies = [{"prompt": p, "seed": seed, **settings} for p, seed in pairs]
         return self._answer("generate", bodies)
 
     def score(
@@ -168,7 +157,7 @@ class LanguageModel:
             if isinstance(answer, Failure):
                 failures[order[number]] = answer
             else:
-                self.log.put(order[number], to_record(answer))
+                self.log.put(order[number], dataclasses.asdict(answer))
             self.report(next(finished) / len(order))
 
         if new:
@@ -183,28 +172,17 @@ class LanguageModel:
 
 
 def request_key(kind: str, facts: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """Returns the key of a request; equal requests have the same answer.
-
-    The kind is "generate", "score" or "labels".
-    """
+    """Returns the key of a request; equal requests have the same answer."""
     encoded = json.dumps([kind, facts, body], sort_keys=True, ensure_ascii=False)
     # A text may hold a lone surrogate, which strict UTF-8 cannot encode.
     content = encoded.encode("utf-8", "surrogatepass")
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def to_record(answer: Generation | Score | LabelScores) -> dict[str, Any]:
-    """Returns an answer as JSON values."""
-    return dataclasses.asdict(answer)
-
-
 def from_record(
     kind: str, record: Mapping[str, Any], body: Mapping[str, Any], key: str
 ) -> Generation | Score | LabelScores:
-    """Returns the answer that `to_record` wrote, from a record the log has checked.
-
-    Raises ValueError if it answers another kind of request, or other labels.
-    """
+    """Returns the answer of a checked record, if it is one to this request."""
     usage = Usage(**record["usage"])
     # Rounding may leave a log-probability slightly above 0.
     if kind == "generate" and "text" in record:
@@ -222,11 +200,7 @@ def from_record(
 
 
 def recorded(folder: str | os.PathLike) -> LanguageModel:
-    """Returns a model that replays the answers in a workdir, or its folder `requests`.
-
-    Raises:
-        ValueError: The folder holds no recording.
-    """
+    """Returns a model that replays the answers in a workdir, or in its `requests`."""
     name, facts, answers = request_log.read_recording(folder)
 
     def ask(call: Call) -> None:

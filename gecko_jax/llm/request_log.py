@@ -23,9 +23,8 @@ FOLDER = "requests"
 _MODEL = "model.json"
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "requests")
-_USAGE = {
-    "usage": field_rules.object_of(dict.fromkeys(_COUNTS, field_rules.COUNT), only=True)
-}
+_TOKENS = dict.fromkeys(_COUNTS, field_rules.COUNT)
+_USAGE = {"usage": field_rules.object_of(_TOKENS, only=True)}
 # Fields of an answer to each kind of request.
 _ANSWERS = (
     {"text": field_rules.TEXT, "is_cut": field_rules.FLAG, **_USAGE},
@@ -135,10 +134,7 @@ def write_model(workdir: pathlib.Path, name: str, facts: dict[str, Any]) -> None
 def read_recording(
     folder: str | os.PathLike,
 ) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns the model's name, its facts, and every recorded answer by key.
-
-    Raises ValueError if the folder holds no recording, or a damaged one.
-    """
+    """Returns the model's name, its facts, and every recorded answer by key."""
     root = pathlib.Path(folder)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     remedy = "give the workdir of a run of `gecko fret run`, or its folder 'requests'"
@@ -148,9 +144,8 @@ def read_recording(
     try:
         about = reading.read_object(path, fields, remedy=remedy)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{folder}: no {_MODEL}, so no recorded answers; {remedy}"
-        ) from None
+        problem = f"{folder}: no {_MODEL}, so no recorded answers"
+        raise ValueError(f"{problem}; {remedy}") from None
     answers: dict[str, dict[str, Any]] = {}
     for path in sorted([*root.rglob("*.jsonl"), *root.rglob("*.jsonl.gz")]):
         # Texts may hold lone surrogates, which `protocol.from_record` replaces.
@@ -168,25 +163,15 @@ class Budget:
 
     A request is reserved before it is sent and settled when it is answered, so the
     requests in flight can never carry the run over its limit.
-
-    Attributes:
-        requests: Requests sent, each try counted.
-        prompt_tokens: Tokens read.
-        completion_tokens: Tokens written.
     """
 
     def __init__(
         self,
-        max_requests: int | None = None,
-        max_cost: int | float | None = None,
-        price_input: int | float = 0.0,
-        price_output: int | float = 0.0,
+        max_requests: int | None = None,  # each try counted; None sets no limit
+        max_cost: int | float | None = None,  # in the currency of the prices
+        price_input: int | float = 0.0,  # of a million tokens read
+        price_output: int | float = 0.0,  # of a million tokens written
     ):
-        """Starts with nothing spent.
-
-        The limits are requests, each try counted, and cost, in the currency of the
-        prices of a million tokens; None sets no limit.
-        """
         if max_cost is not None and not (price_input or price_output):
             raise ValueError(
                 f"max_cost={max_cost}: it needs prices; set llm.price_input and "
@@ -198,28 +183,24 @@ class Budget:
         self._reserved, self._num_reserved = 0.0, 0
         self.requests = self.prompt_tokens = self.completion_tokens = 0
 
-    def price(
-        self, prompt_tokens: int | float, completion_tokens: int | float
-    ) -> float:
-        """Returns the cost of these tokens."""
-        read, written = self._prices
-        return (prompt_tokens * read + completion_tokens * written) / 1e6
+    def price(self, read: int | float, written: int | float) -> float:
+        """Returns the cost of tokens."""
+        price_read, price_written = self._prices
+        return (read * price_read + written * price_written) / 1e6
 
     @property
     def cost(self) -> float:
         """Cost so far."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
-    def reserve(
-        self, prompt_tokens: int, completion_tokens: int, *, waits: bool = False
-    ) -> float:
+    def reserve(self, read: int, written: int, *, waits: bool = False) -> float:
         """Counts a request that is about to be sent, and returns its maximum cost.
 
         The tokens are the most that it may read and write. With `waits`, it waits at
         the cost limit for the requests of other threads, most of which cost less than
         was reserved for them. Raises BudgetError if the request would exceed a limit.
         """
-        price = self.price(prompt_tokens, completion_tokens)
+        price = self.price(read, written)
         with self._lock:
             while True:
                 limit = self._max_requests
@@ -239,15 +220,13 @@ class Budget:
             self._num_reserved += 1
         return price
 
-    def settle(
-        self, reserved: float, prompt_tokens: int = 0, completion_tokens: int = 0
-    ) -> None:
+    def settle(self, reserved: float, read: int = 0, written: int = 0) -> None:
         """Replaces a reservation by the tokens used."""
         with self._lock:
             self._num_reserved -= 1
             # Rounding must not leave a remainder when nothing is reserved.
             remaining = max(self._reserved - reserved, 0.0)
             self._reserved = remaining if self._num_reserved else 0.0
-            self.prompt_tokens += prompt_tokens
-            self.completion_tokens += completion_tokens
+            self.prompt_tokens += read
+            self.completion_tokens += written
             self._lock.notify_all()

@@ -3,11 +3,11 @@
 import functools
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Float
 
+from gecko_jax.formats import safetensors_files, tensors
 from gecko_jax.io import field_rules, reading
 from gecko_jax.llm import decoder_settings, decoder_tokenizer, decoder_weights
 from gecko_jax.models import transformer
@@ -16,19 +16,13 @@ _OUTPUT = "lm_head.weight"
 
 
 class SafetensorsFolder:
-    """An open folder, see `decoder_weights.ModelFile`."""
+    """An open folder; its tensors fit the settings. See `decoder_weights.ModelFile`."""
 
     file_format: decoder_weights.Format = "hugging_face"
 
     def __init__(self, path: str | os.PathLike):
-        """Reads settings and tensor names, and compares them.
-
-        Raises ValueError if files are missing or damaged, or of an unsupported family.
-        """
-        import safetensors
-
-        self._path = pathlib.Path(path)
-        place = self._path / "config.json"
+        self._path = path = pathlib.Path(path)
+        place = path / "config.json"
         try:
             fields, remedy = {"model_type": field_rules.NAME}, decoder_settings.REMEDY
             settings = reading.read_object(place, fields, remedy=remedy)
@@ -38,44 +32,31 @@ class SafetensorsFolder:
                 ".gguf file"
             ) from None
         family = settings["model_type"]
-        decoder_settings.check_family(
-            self._path, "model_type", family, decoder_settings.FAMILIES
-        )
+        known = decoder_settings.FAMILIES
+        decoder_settings.check_family(path, "model_type", family, known)
         self._is_gemma = family == "gemma3_text"
-        self._files: dict[str, Any] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        paths = sorted(self._path.glob("*.safetensors"))
+        paths = sorted(path.glob("*.safetensors"))
         if not paths:
             raise ValueError(
-                f"{self._path}: no *.safetensors; give the folder of a model, or a "
-                ".gguf file"
+                f"{path}: no *.safetensors; give the folder of a model, or a .gguf file"
             )
+        self._tensors: dict[str, tensors.Tensor] = {}
         for file in paths:
-            try:
-                opened = safetensors.safe_open(file, framework="numpy")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file}: not a complete safetensors file ({error}); copy it again"
-                ) from error
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                self._files[name] = opened
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
+            self._tensors |= safetensors_files.open_file(file)
+        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         settings = {"tie_word_embeddings": _OUTPUT not in shapes} | settings
         self.config: transformer.DecoderConfig = decoder_settings.build(place, settings)
         ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
         ignored |= {_OUTPUT} if self.config.tied else set()
-        decoder_weights.check(
-            self._path, self.config, self.file_format, shapes, ignored
-        )
+        decoder_weights.check(path, self.config, self.file_format, shapes, ignored)
 
     @functools.cached_property
     def tokenizer(self) -> decoder_tokenizer.Tokenizer:
         """The tokenizer in `tokenizer.json`."""
         return decoder_tokenizer.from_folder(self._path)
 
-    def read(self, name: str) -> Num[np.ndarray, "..."]:
-        """Returns a tensor."""
-        values = self._files[name].get_tensor(name)
-        if self._is_gemma and values.ndim == 1:
-            values = 1 + values.astype(np.float32)  # Gemma stores norm weights less 1.
-        return values
+    def read(self, name: str) -> Float[np.ndarray, "..."]:
+        """Returns a tensor in float32."""
+        values = self._tensors[name].read()
+        # Gemma stores norm weights less 1.
+        return 1 + values if self._is_gemma and values.ndim == 1 else values

@@ -15,21 +15,16 @@ import math
 import os
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from gecko_jax.io import inputs, reading, wording
 from gecko_jax.llm import connections, pacing, protocol, request_log, wire
 
 _Result = TypeVar("_Result")
 
-_RETRIED = frozenset({408, 409, 425, 429})  # And every status from 500 on.
 _MAX_PAUSE_SECONDS = 60.0
 # Time that an interrupt leaves to the requests in flight.
 _GRACE_SECONDS = 1.0
-# Failures of requests that the server may have processed, and may charge for.
-_MAYBE_CHARGED = ("timeout", "cut_off", "too_large", "bad_json")
-# Most tokens that a server adds to a prompt; chat templates add more.
-_ADDED_TOKENS, _ADDED_CHAT_TOKENS = 8, 64
 # Size limit of a reply: bytes per prompt byte, each of which may be an echoed token
 # with its number and alternatives; and the minimum and maximum of the limit.
 _BYTES_PER_BYTE, _LEAST_BYTES, _MOST_BYTES = 512, 1 << 20, 1 << 26
@@ -57,21 +52,15 @@ class ServerSettings:
 def connect(
     settings: ServerSettings, budget: request_log.Budget
 ) -> protocol.LanguageModel:
-    """Returns the model of a running server.
-
-    Raises:
-        OSError: No server answers.
-        ValueError: The server does not serve the model, or refuses the key.
-    """
+    """Returns the model of a server that answers, has it and accepts the key."""
     client = _Client(settings, budget)
     try:
         client.check_model()
     except BaseException:
         client.close()
         raise
-    return protocol.LanguageModel(
-        name(settings), facts(settings), client.ask, close=client.close
-    )
+    about = facts(settings)
+    return protocol.LanguageModel(name(settings), about, client.ask, client.close)
 
 
 def name(settings: ServerSettings) -> str:
@@ -83,13 +72,6 @@ def facts(settings: ServerSettings) -> dict[str, Any]:
     """Returns what changes an answer; the address of the server does not."""
     names = ("model", "revision", "chat", "scoring", "top_log_probs")
     return {"backend": "server", **{name: getattr(settings, name) for name in names}}
-
-
-class _Answer(NamedTuple):
-    """A reply as JSON, and the tokens it is charged for."""
-
-    content: dict[str, Any]
-    usage: protocol.Usage
 
 
 class _Client:
@@ -179,16 +161,15 @@ class _Client:
     def _generate(self, body: Mapping[str, Any]) -> protocol.Generation:
         chat, prompt = self._settings.chat, body["prompt"]
         fields = wire.generation_body(body, chat)
-        answer = self._post(fields, prompt, body["max_tokens"])
-        text, is_cut = wire.read_generation(answer.content, chat, prompt)
-        return protocol.Generation(text, is_cut, answer.usage)
+        reply, usage = self._post(fields, prompt, body["max_tokens"])
+        return protocol.Generation(*wire.read_generation(reply, chat, prompt), usage)
 
     def _labels(self, body: Mapping[str, Any]) -> protocol.LabelScores:
         chat, prompt = self._settings.chat, body["prompt"]
         fields = wire.label_body(prompt, self._settings.top_log_probs, chat)
-        answer = self._post(fields, prompt, 1)
-        numbers = wire.read_labels(answer.content, body["labels"], prompt)
-        return protocol.LabelScores(tuple(numbers), answer.usage)
+        reply, usage = self._post(fields, prompt, 1)
+        numbers = wire.read_labels(reply, body["labels"], prompt)
+        return protocol.LabelScores(tuple(numbers), usage)
 
     def _score(self, body: Mapping[str, Any]) -> protocol.Score:
         prompt, continuation = body["prompt"], body["continuation"]
@@ -201,30 +182,26 @@ class _Client:
             )
         text = prompt + continuation
         if scoring == "echo":
-            answer = self._post(wire.echo_body(text), text, 1)
-            value, count = wire.read_echo(answer.content, prompt, continuation)
-            return protocol.Score(value, count, answer.usage)
+            reply, usage = self._post(wire.echo_body(text), text, 1)
+            return protocol.Score(*wire.read_echo(reply, prompt, continuation), usage)
         head, tail = self._tokenize(prompt, True), self._tokenize(continuation, False)
-        count = len(tail)
         if scoring == "echo_tokens":
             fields = wire.echo_body([*head, *tail])
-            answer = self._post(fields, text, 1, len(head) + len(tail))
-            texts = (prompt, continuation, len(head))
-            value, count = wire.read_echo(answer.content, *texts)
+            reply, usage = self._post(fields, text, 1, len(head) + len(tail))
+            value, count = wire.read_echo(reply, prompt, continuation, len(head))
             if count != len(tail):
                 raise wire.NoAnswer("border", f"{count} tokens, {len(tail)} sent")
         else:
             fields = wire.forced_body(head, tail)
-            answer = self._post(fields, text, len(tail), len(head), "/completion")
-            value = wire.read_forced(answer.content, head, tail, continuation)
-        return protocol.Score(value, count, answer.usage)
+            reply, usage = self._post(fields, text, len(tail), len(head), "/completion")
+            value = wire.read_forced(reply, head, tail, continuation)
+        return protocol.Score(value, len(tail), usage)
 
     def _tokenize(self, text: str, is_beginning: bool) -> list[int]:
         # The fields of vLLM, then those of llama.cpp; each ignores the other's.
         fields = {"prompt": text, "add_special_tokens": is_beginning}
         fields |= {"content": text, "add_special": is_beginning}
-        content = json.dumps({"model": self._settings.model, **fields}).encode()
-        reply = self._retry(lambda: self._send("/tokenize", content, text))
+        reply = self._retry(lambda: self._send("/tokenize", fields, text))
         return wire.read_tokens(reply, text)
 
     def _post(
@@ -234,33 +211,34 @@ class _Client:
         max_tokens: int,
         num_tokens: int | None = None,
         path: str = "",
-    ) -> _Answer:
+    ) -> tuple[dict[str, Any], protocol.Usage]:
         """Sends a request to the model, within the budget and the rate limits.
 
         `text` is what the model reads, of `num_tokens` tokens if known; `path` is by
-        default that of OpenAI's API. Raises `wire.NoAnswer` if no try succeeded.
+        default that of OpenAI's API. Returns the reply, and the tokens it is charged
+        for. Raises `wire.NoAnswer` if no try succeeded.
         """
         chat = self._settings.chat
         path = path or ("/v1/chat/completions" if chat else "/v1/completions")
-        content = json.dumps({"model": self._settings.model, **fields}).encode()
-        # A token has at least one byte, and a word has at least one token.
+        # A token has at least one byte, and a word has at least one token. A server
+        # adds some tokens, and its chat template more.
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
-        added = _ADDED_CHAT_TOKENS if chat else _ADDED_TOKENS
-        max_read = num_tokens or num_bytes + added
+        max_read = num_tokens or num_bytes + (64 if chat else 8)
         min_read = num_tokens or len(text.split())
 
-        def send() -> _Answer:
+        def send() -> tuple[dict[str, Any], protocol.Usage]:
             self._pace.wait_for_turn()
             reserved = self._budget.reserve(max_read, max_tokens, waits=True)
             used = (0, 0)
             try:
                 if self._stop.is_set():
                     raise pacing.Stopped
-                reply = self._send(path, content, text)
+                reply = self._send(path, fields, text)
                 used = wire.tokens_used(reply, min_read, max_read, max_tokens)
-                return _Answer(reply, protocol.Usage(*used))
+                return reply, protocol.Usage(*used)
             except wire.NoAnswer as error:
-                if error.reason in _MAYBE_CHARGED:
+                # The server may have processed these requests, and may charge for them.
+                if error.reason in ("timeout", "cut_off", "too_large", "bad_json"):
                     used = (max_read, max_tokens)
                 raise
             finally:
@@ -287,14 +265,14 @@ class _Client:
             raise self._unreachable(failure.detail)
         raise failure
 
-    def _send(self, path: str, content: bytes, text: str) -> dict[str, Any]:
+    def _send(self, path: str, fields: dict[str, Any], text: str) -> dict[str, Any]:
         """Sends a request once and returns the JSON object of its reply."""
+        content = json.dumps({"model": self._settings.model, **fields}).encode()
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
         max_bytes = min(_LEAST_BYTES + _BYTES_PER_BYTE * num_bytes, _MOST_BYTES)
-        reply = self._connections.request(
-            "POST", path, content, self._settings.timeout_seconds, max_bytes
-        )
-        if reply.status in _RETRIED or reply.status >= 500:
+        seconds = self._settings.timeout_seconds
+        reply = self._connections.request("POST", path, content, seconds, max_bytes)
+        if reply.status in (408, 409, 425, 429) or reply.status >= 500:
             seconds = _seconds(reply.headers.get("retry-after", ""))
             raise wire.NoAnswer(f"status_{reply.status}", _text(reply), seconds)
         self._check_status("POST", path, reply)

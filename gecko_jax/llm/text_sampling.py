@@ -61,9 +61,7 @@ def draw(
     tokens of whole prompts, and `keys` are the rows' random keys.
     """
     num_slots = -(-sampling.max_tokens // decoding.STEPS) * decoding.STEPS
-    hidden, cache = decoding.start(
-        params, config, prefix, tokens, positions, num_slots=num_slots
-    )
+    hidden, cache = decoding.start(params, config, prefix, tokens, positions, num_slots)
     drawn = np.empty((count, 0), np.int32)
     completions: list[Completion] = []
     for start in range(0, num_slots, decoding.STEPS):

@@ -19,24 +19,16 @@ SCORING = ("echo", "echo_tokens", "forced", "none")
 # A log-probability above the first is wrong, not rounded; one below the second is a
 # server's stand-in for minus infinity, such as -9999.0.
 _MAX_LOG_PROB, _MIN_LOG_PROB = 1e-5, -500.0
-# Rounding error of a sum of probabilities.
-_SUM_TOLERANCE = 0.01
-# Largest token count of a server that is taken for a count.
-_MAX_TOKENS = 1_000_000_000
-# This many equal numbers in a row do not come from a model.
-_MIN_EQUAL = 4
 
 
 class NoAnswer(Exception):
     """A request without a usable answer.
 
-    `reason` is one of a few categories, by which failures are counted; `detail` is what
-    arrived instead, and may quote the server; `retry_after` are the seconds that the
-    server asks to wait.
+    `reason` is one of a few categories, which are counted; `detail` is what arrived
+    instead, and may quote the server; `retry_after` is the wait that it asks for.
     """
 
     def __init__(self, reason: str, detail: str, retry_after: float = 0.0):
-        """Keeps the parts, and makes the detail printable."""
         self.reason = reason
         self.detail = wording.printable(detail)
         self.retry_after = retry_after
@@ -102,12 +94,10 @@ def match_labels(
         _number(value)
     chosen = [_label_tokens(pairs, label) for label in labels]
     if len({token for tokens in chosen for token in tokens}) < sum(map(len, chosen)):
-        raise NoAnswer(
-            "label_shared", f"one token begins two of {', '.join(map(repr, labels))}"
-        )
+        raise NoAnswer("label_shared", f"one token begins two of {list(labels)}")
     numbers = [math.log(math.fsum(map(math.exp, tokens.values()))) for tokens in chosen]
     total = math.fsum(map(math.exp, numbers))
-    if total > 1 + _SUM_TOLERANCE:
+    if total > 1.01:  # More than rounding explains.
         raise NoAnswer("not_probabilities", f"the labels sum to {total:.3f}")
     return numbers
 
@@ -244,10 +234,7 @@ def read_forced(
 
 
 def read_tokens(reply: Any, text: str) -> list[int]:
-    """Returns the token ids in a reply of `/tokenize`.
-
-    Raises NoAnswer if they are not ids, or more than the text has bytes.
-    """
+    """Returns the token ids in a reply of `/tokenize`, if they can be the text's."""
     _check_reply(reply)
     tokens = reply.get("tokens")
     if not isinstance(tokens, list) or not all(
@@ -322,9 +309,7 @@ def _choice(reply: Any, prompt: str = "") -> dict[str, Any]:
     read, _ = usage(reply)
     num_words = len(prompt.split())
     if read is not None and read < num_words:
-        raise NoAnswer(
-            "cut_prompt", f"{read:,} tokens read of a prompt of {num_words:,} words"
-        )
+        raise NoAnswer("cut_prompt", f"{read:,} tokens read of {num_words:,} words")
     choices = reply.get("choices")
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise NoAnswer("no_choice", shorten(reply))
@@ -357,7 +342,7 @@ def _only(values: Any) -> Any:
 def _count(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 <= value <= _MAX_TOKENS else None
+    return value if type(value) is int and 0 <= value <= 1_000_000_000 else None
 
 
 def _number(value: Any) -> float:
@@ -388,5 +373,6 @@ def _sum(values: Sequence[Any]) -> float:
 
 
 def _check_varied(numbers: Sequence[float]) -> None:
-    if len(numbers) >= _MIN_EQUAL and len(set(numbers)) == 1:
+    # Four equal numbers do not come from a model.
+    if len(numbers) >= 4 and len(set(numbers)) == 1:
         raise NoAnswer("constant", f"every token has {numbers[0]}")

@@ -524,11 +524,12 @@ def test_queries_that_need_two_kinds_of_passages_are_refused(tiny_gecko, folder)
 
 
 def test_a_symmetric_set_has_the_same_score_in_mteb(tiny_gecko, folder, tmp_path):
+    import mteb
+
     from gecko_jax.evaluation import mteb_suites
 
     (found,) = sets.load(folder / "finding")
     symmetric = dataclasses.replace(found, tasks=("sts",) * len(found.tasks))
-    mteb = mteb_suites._import_mteb()
     encoder = mteb_encoder.Encoder(
         tiny_gecko,
         vector_store.Store(tmp_path, tiny_gecko, max_gib=1),

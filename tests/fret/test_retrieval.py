@@ -20,7 +20,7 @@ def test_passages_are_encoded_with_their_task_and_queries_with_theirs():
             return np.eye(dim, dtype=np.float32)[::-1][: len(queries)]
 
     passages = [("", "a"), ("Title", "b"), ("", "c")]
-    retriever = retrieval.searched_by(Gecko())(passages, "snli")
+    retriever = retrieval.index(Gecko(), passages, "snli")
     found = retriever.search(["x", "y"], ["own", "snli"], 1)
     assert found == [([2], [1.0]), ([1], [1.0])]
     assert asked == [

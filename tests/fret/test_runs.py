@@ -112,13 +112,14 @@ def test_an_export_that_was_changed_is_refused_and_a_lost_one_made(
 
 
 @of_a_corpus
-def test_a_model_that_does_not_open_decides_nothing(corpus, tmp_path):
+def test_a_model_that_does_not_open_decides_nothing(corpus, tmp_path, monkeypatch):
     def refuse(config, budget):
         raise ValueError("no such model")
 
+    monkeypatch.setattr(runs, "open_model", refuse)
     workdir = tmp_path / "run"
     with pytest.raises(ValueError, match="no such model"):
-        runs.run(fret_runs.load(corpus), workdir, connect=refuse)
+        runs.run(fret_runs.load(corpus), workdir)
     assert not (workdir / "generate").exists()
     assert not (workdir / "config.json").exists()
 

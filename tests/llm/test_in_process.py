@@ -213,11 +213,12 @@ def test_killed_at_any_answer_the_rerun_is_the_same(
 
     monkeypatch.setattr(request_log.RequestLog, "put", killing_put)
     model = open_model(folder)
+    monkeypatch.setattr(runs, "open_model", lambda *unused: model)
     kills = 0
     for _ in range(40):
         countdown[0] = rng.randint(1, 25)
         try:
-            runs.run(config, tmp_path / "run", connect=lambda *unused: model)
+            runs.run(config, tmp_path / "run")
             break
         except Killed:
             kills += 1

@@ -141,10 +141,13 @@ def test_merged_requests_find_their_targets_again():
 
 def test_a_label_of_one_token_needs_no_pass_of_its_own(model, monkeypatch):
     asked = []
-    answer = model._answer
-    monkeypatch.setattr(
-        model, "_answer", lambda requests: (asked.extend(requests), answer(requests))[1]
-    )
+    merge = decoder_batches.merge
+
+    def record(requests):
+        asked.extend(requests)
+        return merge(requests)
+
+    monkeypatch.setattr(decoder_batches, "merge", record)
     model.label_log_probs(PROMPTS[:2], ["a", "yes", "not at all", "b"])
     assert len(asked) == 2 * 2
 

@@ -118,7 +118,7 @@ def test_recorded_answers(tmp_path):
     lines = [
         {
             "key": protocol.request_key(kind, facts, body),
-            "answer": protocol.to_record(answers[kind]),
+            "answer": dataclasses.asdict(answers[kind]),
         }
         for kind, body in bodies.items()
     ]

@@ -1,6 +1,7 @@
 """The client of a server returns right numbers or an error, never an invented one."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import threading
@@ -123,7 +124,7 @@ class FullDisk:
 
 
 def _text_answer(text):
-    return protocol.to_record(protocol.Generation(text, False, protocol.Usage(3, 2)))
+    return dataclasses.asdict(protocol.Generation(text, False, protocol.Usage(3, 2)))
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):
