@@ -157,7 +157,7 @@ def write_model_json(
 def settings(model_files: ModelFiles) -> dict[str, Any]:
     """Returns what affects an embedding besides the parameters and the vocabulary."""
     values = {
-        "model": dual_encoder.config_to_dict(model_files.encoder_config),
+        "model": dataclasses.asdict(model_files.encoder_config),
         "text_format": model_files.text_format.to_dict(),
         "extra_ids": model_files.extra_ids,
         "mrl_dims": list(model_files.mrl_dims),

@@ -245,10 +245,9 @@ class _Graph:
     def _bias(self, name: str, distances: str) -> str:
         """Adds the relative bias, [H, L, L]."""
         reach = self._config.relpos_max_distance
-        length = 2 * reach + 1
-        buckets = t5.relative_position_buckets(
-            length, length, self._config.relpos_num_buckets, reach
-        )[reach]  # Of the middle query: distances -reach to reach.
+        num_buckets = self._config.relpos_num_buckets
+        buckets = t5.relative_position_buckets(2 * reach + 1, num_buckets, reach)
+        buckets = buckets[reach]  # Of the middle query: distances -reach to reach.
         by_distance = self._flat[f"{name}/rel_embedding"].read()[:, buckets]
         return self.op("Gather", self._weight(name, by_distance), distances, axis=1)
 

@@ -169,16 +169,11 @@ def unstack_layers(params: Mapping[str, Any], config: EncoderConfig) -> dict[str
 def _build_layer(
     config: EncoderConfig, is_local: bool | None, **scope: Any
 ) -> nn.Module:
-    if config.family == "t5":
-        return _remat(t5.EncoderLayer, config.remat)(config, **scope)
-    return _remat(rotary_encoder.EncoderLayer, config.remat)(config, is_local, **scope)
-
-
-def _remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
-    if policy == "none":
-        return layer
+    is_t5, policies = config.family == "t5", jax.checkpoint_policies
+    layer: Any = t5.EncoderLayer if is_t5 else rotary_encoder.EncoderLayer
     # "dots" keeps the results of matrix products with weights and recomputes the rest,
     # attention included; "full" keeps nothing but the layer's input.
-    policies = jax.checkpoint_policies
-    saveable = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return nn.remat(layer, policy=saveable, prevent_cse=True)
+    saveable = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable}
+    if config.remat != "none":
+        layer = nn.remat(layer, policy=saveable[config.remat], prevent_cse=True)
+    return layer(config, **scope) if is_t5 else layer(config, is_local, **scope)

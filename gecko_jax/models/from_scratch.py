@@ -5,7 +5,6 @@ tokens. Two functions improve that start with statistics of the data: `weight_to
 makes rare tokens count more, `align_projection` orders the dims of the embedding.
 """
 
-import typing
 from typing import Any
 
 import jax
@@ -14,14 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from gecko_jax.models import dual_encoder
-
-
-def init_projection(
-    config: dual_encoder.EncoderConfig, key: Key[Array, ""]
-) -> Float[Array, "M D"]:
-    """Returns a fresh projection, for an encoder that was trained without one."""
-    shape = (config.model_dim, config.embedding_dim)
-    return typing.cast(Array, dual_encoder.PROJECTION_INIT(key, shape, jnp.float32))
 
 
 def weight_tokens(

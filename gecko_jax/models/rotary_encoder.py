@@ -201,6 +201,7 @@ def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spe
         view = (width, number, head_dim)
         return matrix(f"attention/{name}", width, number * head_dim, axes, *view)
 
+    into, out_of = ("embed", "mlp"), ("mlp", "embed")
     specs = {
         "query": heads("query", num_heads),
         "key": heads("key", num_kv_heads),
@@ -217,50 +218,34 @@ def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spe
         "key_norm": norm("attention/key_norm", head_dim, "kv"),
         "attention_norm": norm("pre_attention_layer_norm", width),
         "mlp_norm": norm("pre_mlp_layer_norm", width),
-        "gate": matrix("mlp/wi_0", width, mlp_dim, ("embed", "mlp")),
-        "up": matrix("mlp/wi_1", width, mlp_dim, ("embed", "mlp")),
-        "down": matrix("mlp/wo", mlp_dim, width, ("mlp", "embed"), scale=residual),
+        "gate": matrix("mlp/wi_0", width, mlp_dim, into),
+        "up": matrix("mlp/wi_1", width, mlp_dim, into),
+        "down": matrix("mlp/wo", mlp_dim, width, out_of, scale=residual),
     }
-    if config.switches.sandwich_norms:
-        # These norms, and not `out` and `wo`, set the size of a residual branch.
-        for name in ("attention", "mlp"):
-            path = f"post_{name}_layer_norm"
-            specs[f"post_{name}_norm"] = norm(path, width, scale=residual)
+    after = ("attention", "mlp") if config.switches.sandwich_norms else ()
     if config.switches.per_layer:
         specs |= {
-            "per_layer_gate": matrix(
-                "per_layer/gate", width, per_layer, ("embed", "mlp")
-            ),
-            "per_layer_out": matrix(
-                "per_layer/out", per_layer, width, ("mlp", "embed")
-            ),
-            "post_per_layer_norm": norm(
-                "post_per_layer_layer_norm", width, scale=residual
-            ),
+            "per_layer_gate": matrix("per_layer/gate", width, per_layer, into),
+            "per_layer_out": matrix("per_layer/out", per_layer, width, out_of),
             "layer_scalar": norm("layer_scalar", 1),
         }
+        after += ("per_layer",)
+    # These norms, and not `out` and `wo`, set the size of a residual branch.
+    for name in after:
+        path = f"post_{name}_layer_norm"
+        specs[f"post_{name}_norm"] = norm(path, width, scale=residual)
     return specs
 
 
 def per_layer_specs(config: families.EncoderConfig) -> list[Spec]:
     """Returns the encoder's parameters of the per-layer embeddings."""
-    width, total = config.model_dim, config.num_layers * config.per_layer_dim
+    width, num_layers, size = config.model_dim, config.num_layers, config.per_layer_dim
     init, ones = nn.initializers.normal(1.0), nn.initializers.ones
+    projection, norm = "per_layer_projection/kernel", "per_layer_norm/scale"
+    shape, view = (width, num_layers * size), (width, num_layers, size)
     return [
-        Spec(
-            "per_layer_projection/kernel",
-            (width, total),
-            ("embed", "mlp"),
-            init,
-            (width, config.num_layers, config.per_layer_dim),
-        ),
-        Spec(
-            "per_layer_norm/scale",
-            (config.per_layer_dim,),
-            ("mlp",),
-            ones,
-            (config.per_layer_dim,),
-        ),
+        Spec(projection, shape, ("embed", "mlp"), init, view),
+        Spec(norm, (size,), ("mlp",), ones, (size,)),
     ]
 
 

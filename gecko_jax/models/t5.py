@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gecko_jax.models import families, layers
 
 
 def relative_position_buckets(
-    query_length: int, key_length: int, num_buckets: int, max_distance: int
-) -> np.ndarray:
-    """Returns the bucket of key position minus query position, [L, L] int32.
+    length: int, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "L L"]:
+    """Returns the bucket of key position minus query position.
 
     Each direction has half of the buckets. Half of those are exact distances; the rest
     grow logarithmically up to `max_distance` (T5, bidirectional).
     """
     # The upper half of the buckets is for keys after the query.
-    relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+    relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     num_buckets //= 2
     buckets = (relative > 0).astype(np.int32) * num_buckets
     distance = np.abs(relative)
@@ -64,7 +64,7 @@ class RelativePositionBias(nn.Module):
             jnp.float32,
         )
         buckets = relative_position_buckets(
-            length, length, config.relpos_num_buckets, config.relpos_max_distance
+            length, config.relpos_num_buckets, config.relpos_max_distance
         )
         # A one-hot product instead of a gather: its gradient is a matrix product rather
         # than a scatter of H * L * L entries.

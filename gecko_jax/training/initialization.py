@@ -68,7 +68,8 @@ def read_start(
     if encoder_config.projection and not start.encoder_config.projection:
         logging.info("%s has no projection; adding a fresh one", source)
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        fresh = np.asarray(from_scratch.init_projection(encoder_config, key))
+        shape = (encoder_config.model_dim, encoder_config.embedding_dim)
+        fresh = np.asarray(dual_encoder.PROJECTION_INIT(key, shape, jnp.float32))
         params = {**start.params, "projection_layer": {"kernel": fresh}}
         start = dataclasses.replace(start, params=params)
     if encoder_config.num_layers and not start.encoder_config.num_layers:
