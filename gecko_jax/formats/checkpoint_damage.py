@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gecko_jax.formats import source_files
-from gecko_jax.io import reading
+from gecko_jax.io import reading, wording
 
 # TensorStore's errors for missing bytes and bytes that cannot be decoded. Other codes,
 # such as UNAVAILABLE and PERMISSION_DENIED, concern the access to the bytes.
@@ -59,13 +58,13 @@ def _find_damage(folder: pathlib.Path, causes: list[BaseException]) -> str:
     for cause in causes:
         is_lost = isinstance(cause, FileNotFoundError) and folder.is_dir()
         if is_lost and str(folder) in str(cause):
-            proofs.append(source_files.first_line(cause))
+            proofs.append(wording.first_line(cause))
         elif isinstance(cause, OSError | ImportError | MemoryError):
             return ""  # A failure of the system or of the installation.
         elif isinstance(cause, UnicodeDecodeError | json.JSONDecodeError) or (
             isinstance(cause, ValueError) and _IS_DAMAGE.search(str(cause))
         ):
-            proofs.append(source_files.first_line(cause))
+            proofs.append(wording.first_line(cause))
     return _find_damaged_metadata(folder) or (proofs[-1] if proofs else "")
 
 
@@ -95,7 +94,7 @@ def _find_damaged_metadata(folder: pathlib.Path) -> str:
 
 
 def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {source_files.first_line(error)}"
+    return f"{type(error).__name__}: {wording.first_line(error)}"
 
 
 def _require(values: Mapping[str, Any], *names: str) -> None:

@@ -33,8 +33,8 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from gecko_jax.formats import checkpoint_damage, source_files, tensors
-from gecko_jax.io import checksums, inputs, reading
+from gecko_jax.formats import checkpoint_damage, tensors
+from gecko_jax.io import checksums, inputs, reading, wording
 
 CHECKPOINTS = "checkpoints"
 _DAMAGED = "damaged"
@@ -187,7 +187,7 @@ class Checkpointer:
             raise OSError(
                 errno.EIO,
                 f"{self._workdir / CHECKPOINTS}: a checkpoint could not be written "
-                f"({source_files.first_line(error)}); {newest}. Make room on the disk "
+                f"({wording.first_line(error)}); {newest}. Make room on the disk "
                 "(checkpoint.keep, checkpoint.keep_every_steps), then run the same "
                 "command again to continue",
             ) from error

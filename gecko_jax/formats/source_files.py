@@ -23,10 +23,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         return reading.read_object(path, {}, remedy=_DAMAGED)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; copy it from the original model") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error message, shortened to 300 characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # TensorStore appends its whole spec.
-    return lines[0].partition(" [tensorstore_spec")[0][:300]

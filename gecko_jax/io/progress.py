@@ -125,11 +125,10 @@ def _clock(seconds: float) -> str:
 
 # The rich display of the process, while a bar is open.
 _display: Any = None
-_num_bars = 0
 
 
 def _open_bar(description: str, total: int | None, start: int) -> Any:
-    global _display, _num_bars
+    global _display
     from rich import console, progress
 
     if _display is None:
@@ -145,14 +144,12 @@ def _open_bar(description: str, total: int | None, start: int) -> Any:
             console=console.Console(stderr=True),
         )
         _display.start()
-    _num_bars += 1
     return _display.add_task(description, total=total, completed=start, text="")
 
 
 def _close_bar(task: Any) -> None:
-    global _display, _num_bars
-    _num_bars -= 1
-    if _num_bars:
+    global _display
+    if len(_display.tasks) > 1:
         _display.remove_task(task)  # Only the outermost bar stays visible.
     else:
         _display.stop()
