@@ -79,14 +79,15 @@ _GLOBAL_HEADS = {
 
 _only = field_rules.only
 # Larger sizes are damage, and nothing is allocated for them.
-_SIZE = field_rules.integer(1, 2**24)
+SIZE = field_rules.integer(1, 2**24)
+# Every layer has a name of its own for each of its arrays. T5X has the same limit.
+NUM_LAYERS = field_rules.integer(1, 1_000)
 _OBJECT = field_rules.optional(field_rules.OBJECT)
 _BASE = field_rules.optional(field_rules.number(above=0))
 _ID = field_rules.optional(field_rules.COUNT)
 _SETTINGS = {
-    **dict.fromkeys(_SIZES, _SIZE),
-    # Every layer has a name of its own for each of its arrays. T5X has the same limit.
-    "num_hidden_layers": field_rules.integer(1, 1_000),
+    **dict.fromkeys(_SIZES, SIZE),
+    "num_hidden_layers": NUM_LAYERS,
     "rms_norm_eps": field_rules.number(above=0),
     "attention_bias": _only(False),
     "attn_logit_softcapping": field_rules.Kind("null", lambda v: v is None, True),
@@ -109,17 +110,17 @@ _SETTINGS = {
 _PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 _GEMMA = {
     "hidden_activation": field_rules.one_of("gelu_pytorch_tanh"),
-    "sliding_window": _SIZE,
-    **dict.fromkeys(_PATTERNS, field_rules.optional(_SIZE)),
+    "sliding_window": SIZE,
+    **dict.fromkeys(_PATTERNS, field_rules.optional(SIZE)),
 }
 _OWN_SETTINGS = {
     "gemma": {**_GEMMA, "query_pre_attn_scalar": field_rules.number(above=0)},
     "embeddinggemma2": {
         **_GEMMA,
-        **dict.fromkeys(("hidden_size_per_layer_input", "embedding_dim"), _SIZE),
+        **dict.fromkeys(("hidden_size_per_layer_input", "embedding_dim"), SIZE),
         "per_layer_config": field_rules.optional(
             field_rules.map_of(
-                field_rules.object_of(dict.fromkeys(_GLOBAL_HEADS, _SIZE), only=True)
+                field_rules.object_of(dict.fromkeys(_GLOBAL_HEADS, SIZE), only=True)
             )
         ),
         "num_kv_shared_layers": _only(0),

@@ -151,8 +151,13 @@ def open_hugging_face(
         vocab = tokenizer.read_json(encoder, is_base=modules is None)
     vocabulary_fit.check(vocab, config, values, source=str(encoder), is_given=is_given)
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
-    text_format = text_formats.PLAIN
-    if modules is not None:
+    text_format, truncate_dim = text_formats.PLAIN, None
+    if modules is None:
+        length = from_sentence_transformers.tokenizer_length(encoder)
+        if config.family != "t5":  # The limit of a language model.
+            length = min(length or _PRETRAINED_LENGTH, _PRETRAINED_LENGTH)
+        lengths = (length, length)
+    else:
         if modules.pooling != "mean" and config.family == "t5":
             raise ValueError(
                 f"{encoder}: a T5 encoder that pools by the last token; Gecko pools T5 "
@@ -162,9 +167,18 @@ def open_hugging_face(
         params, config = from_sentence_transformers.add_projection(
             modules, params, config
         )
-        text_format = modules.text_format
+        text_format, truncate_dim = modules.text_format, modules.truncate_dim
         if config.family != "t5" and text_format.prompts:
             text_format = text_formats.from_prompts(text_format.prompts)
+        lengths = (modules.query_length, modules.passage_length)
+        if None in lengths and not is_length_given:
+            logging.warning(
+                "%s: sets no max_seq_length, so sentence-transformers does not cut "
+                "texts; gecko_jax cuts them at %d tokens, set other lengths with "
+                "`gecko import --query-length --passage-length`",
+                folder,
+                _PRETRAINED_LENGTH,
+            )
     dims = {"matryoshka_dimensions": _DIMS}
     field_rules.check(encoder / "config.json", values, dims, "remove it, or correct it")
     mrl_dims = values.get("matryoshka_dimensions") or ()
@@ -173,21 +187,6 @@ def open_hugging_face(
             f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has "
             f"more than the model's {config.embedding_dim} dims; correct it"
         )
-    if modules is None:
-        length = from_sentence_transformers.tokenizer_length(encoder)
-        if config.family != "t5":  # The limit of a language model.
-            length = min(length or _PRETRAINED_LENGTH, _PRETRAINED_LENGTH)
-        lengths = (length, length)
-        return _build(params, config, vocab, lengths=lengths, mrl_dims=mrl_dims)
-    lengths = (modules.query_length, modules.passage_length)
-    if None in lengths and not is_length_given:
-        logging.warning(
-            "%s: sets no max_seq_length, so sentence-transformers does not cut texts; "
-            "gecko_jax cuts them at %d tokens, set other lengths with `gecko import "
-            "--query-length --passage-length`",
-            folder,
-            _PRETRAINED_LENGTH,
-        )
     return _build(
         params,
         config,
@@ -195,7 +194,7 @@ def open_hugging_face(
         lengths=lengths,
         text_format=text_format,
         mrl_dims=mrl_dims,
-        truncate_dim=modules.truncate_dim,
+        truncate_dim=truncate_dim,
     )
 
 

@@ -392,9 +392,9 @@ REFUSED = {
         ),
         (
             {"tokenizer_args": {"do_lower_case": True}},
-            "tokenizer_args sets do_lower_case, which Gecko does not support",
+            "tokenizer_args: unknown field 'do_lower_case'; .*, or remove it if it",
         ),
-        ({"model_args": 3}, "model_args is a number, not"),
+        ({"model_args": 3}, "model_args must be an object .*, not 3"),
     ],
     "config.json": [({"model_type": "mpnet"}, "model_type 'mpnet' has no enc")],
     "3_Normalize/config.json": [
@@ -542,7 +542,7 @@ def test_other_modules_are_refused_by_name(folder):
 def test_a_module_outside_the_folder_is_refused(folder):
     path = folder / "modules.json"
     path.write_text(path.read_text().replace("2_Dense", "../2_Dense"))
-    with pytest.raises(ValueError, match=r"names the folder '\.\./2_Dense', outside"):
+    with pytest.raises(ValueError, match=r"\.\./2_Dense: leads out of its folder"):
         detection.open_model(folder)
 
 
