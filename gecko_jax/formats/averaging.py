@@ -286,8 +286,11 @@ def _gram(leaves: Sequence[tensors.Tensor]) -> Float[np.ndarray, "N N"]:
 
 
 def _inner(left: Float[np.ndarray, " E"], right: Float[np.ndarray, " E"]) -> float:
-    # With a dtype, `einsum` converts a few thousand values at a time.
-    return float(np.einsum("e,e->", left, right, dtype=np.float64))
+    total = 0.0
+    for first in range(0, left.size, _BLOCK):
+        part = slice(first, first + _BLOCK)
+        total += np.dot(left[part].astype(np.float64), right[part].astype(np.float64))
+    return float(total)
 
 
 def spherical_coefficients(

@@ -30,9 +30,7 @@ from gecko_jax.formats import (
     safetensors_files,
 )
 from gecko_jax.models import dual_encoder
-from gecko_jax.text import text_formats, vocabularies
-
-PLAIN_FORMAT = text_formats.PLAIN
+from gecko_jax.text import vocabularies
 
 
 class Format(enum.Enum):

@@ -12,7 +12,7 @@ Only settings that Gecko computes are read; all others are refused by name.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gecko_jax.formats import names, source_files
+from gecko_jax.formats import source_files
 from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
 
@@ -319,7 +319,7 @@ def write(
     if family == "gemma":
         scale = config.query_scale or config.head_dim**-0.5
         text["query_pre_attn_scalar"] = round(scale**-2)
-        if is_symmetric(config):
+        if config.is_symmetric:
             values["model_type"] = "gemma3_text"
             text["use_bidirectional_attention"] = True
             text["sliding_window"] = max(reach, 2)
@@ -365,26 +365,6 @@ def write(
     return values
 
 
-def tensor_names(
-    config: dual_encoder.EncoderConfig, model_type: str = ""
-) -> dict[str, names.HuggingFaceName]:
-    """Returns parameter name -> name in a folder, of all that the encoder itself holds.
-
-    `model_type` is that of the folder's `config.json`; "" is that of an export.
-    """
-    is_t5gemma2 = model_type.startswith("t5gemma2") or not is_symmetric(config)
-    table = names.hugging_face_names(config, "t5gemma2_text" if is_t5gemma2 else "")
-    if config.family == "embeddinggemma2":
-        name = names.HuggingFaceName("embedding_projection.weight", True)
-        table[names.PROJECTION] = name
-    return table
-
-
-def is_symmetric(config: dual_encoder.EncoderConfig) -> bool:
-    """Whether a local layer reaches equally far to both sides."""
-    return len(set(config.local_window)) < 2
-
-
 def _facts(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
     """Returns what `config.json` must say about an encoder."""
     sizes = {ours: getattr(config, ours) for ours in _SIZES.values()}
@@ -405,7 +385,7 @@ def _facts(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
 
 def placeholders(config: dual_encoder.EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of the zeros that fill `_NO_VISION` in an export."""
-    if is_symmetric(config):
+    if config.is_symmetric:
         return {}
     vision = "vision_tower.embeddings"
     return {

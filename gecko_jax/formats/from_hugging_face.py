@@ -92,7 +92,7 @@ def open_params(
             )
         weights[name], stored_as[name] = tensor, stored
     params = {}
-    table = family_configs.tensor_names(config, model_type)
+    table = names.hugging_face_names(config, model_type)
     for t5x_name, (name, is_transposed) in table.items():
         aliases = _EMBEDDING_NAMES if name in _EMBEDDING_NAMES else (name,)
         candidates = [weights.pop(alias) for alias in aliases if alias in weights]

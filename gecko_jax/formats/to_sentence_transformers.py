@@ -78,7 +78,7 @@ def save(
         name: tensors.as_tensor(np.zeros(shape, np.float32))
         for name, shape in family_configs.placeholders(config).items()
     }
-    for name, (theirs, is_transposed) in family_configs.tensor_names(config).items():
+    for name, (theirs, is_transposed) in names.hugging_face_names(config).items():
         tensor = params.pop(name)
         encoder[theirs] = tensor.transpose() if is_transposed else tensor
     with writing.write_folder(path) as folder:

@@ -155,6 +155,11 @@ class EncoderConfig:
         )
 
     @property
+    def is_symmetric(self) -> bool:
+        """Whether a local layer reaches equally far to both sides."""
+        return len(set(self.local_window)) < 2
+
+    @property
     def scan_period(self) -> int:
         """Layers of one step of the scan: all layers or groups have equal shapes."""
         has_wide_layers = self.global_head_dim or self.global_num_kv_heads

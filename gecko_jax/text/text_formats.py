@@ -148,16 +148,12 @@ class TextFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
-        values = {
-            "query": self.query,
-            "passage": self.passage,
-            "no_title": self.no_title,
-            "task_descriptions": dict(self.task_descriptions),
-            "symmetric_tasks": list(self.symmetric_tasks),
-        }
+        values = dataclasses.asdict(self)
+        values["symmetric_tasks"] = list(self.symmetric_tasks)
         # Omitted where unused, so that other formats keep their checksums.
-        values |= {"prompts": dict(self.prompts)} if self.prompts else {}
-        return values | ({"verbatim": True} if self.verbatim else {})
+        return {
+            k: v for k, v in values.items() if v or k not in ("prompts", "verbatim")
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":

@@ -117,10 +117,10 @@ def text_format(
         style: `data.text_format`; "plain" uses texts without a format in any case.
     """
     if style == "plain":
-        return detection.PLAIN_FORMAT
+        return text_formats.PLAIN
     if start is None or start.text_format in (
-        detection.PLAIN_FORMAT,
-        dataclasses.replace(detection.PLAIN_FORMAT, verbatim=True),
+        text_formats.PLAIN,
+        dataclasses.replace(text_formats.PLAIN, verbatim=True),
     ):
         return text_formats.TextFormat()
     return start.text_format

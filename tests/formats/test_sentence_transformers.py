@@ -76,7 +76,7 @@ def test_encoder_and_projection_are_those_of_t5x(folder):
     assert flat[names.PROJECTION].shape == (16, 8)
     assert (read.encoder_config.embedding_dim, read.mrl_dims) == (8, (8,))
     assert (read.query_length, read.passage_length) == (40, 40)
-    assert read.text_format == detection.PLAIN_FORMAT
+    assert read.text_format == text_formats.PLAIN
 
 
 def test_a_folder_without_dense_has_no_projection(folder, caplog):
