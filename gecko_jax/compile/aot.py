@@ -34,9 +34,6 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "v4": _CUBES}
 
-# The number in Google Cloud's names counts chips, or the two cores of these chips.
-_COUNTED_BY_CORES = ("v5p", "v4")
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -102,7 +99,8 @@ def parse_topology(name: str) -> str:
         return name
     if cloud := re.fullmatch(r"(\w+)-(\d+)", name):
         kind = cloud[1].replace("v5litepod", "v5e")
-        num_chips = int(cloud[2]) // (2 if kind in _COUNTED_BY_CORES else 1)
+        # Names of v5p and v4 count the two cores of each chip.
+        num_chips = int(cloud[2]) // (2 if kind in ("v5p", "v4") else 1)
         for sizes in TOPOLOGIES.get(kind, ()):
             if math.prod(map(int, sizes.split("x"))) == num_chips:
                 return f"{kind}:{sizes}"

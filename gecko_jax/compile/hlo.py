@@ -30,9 +30,6 @@ _FREE = {
     "get-dimension-size",
 }  # fmt: skip
 
-# An asynchronous instruction counts where it starts.
-_FINISHING = ("-done", "-update")
-
 # `f32[2,3]{1,0}`: data type, dimensions, layout.
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
@@ -128,8 +125,9 @@ class Program:
         for instruction, computation, times, _ in self._walk(
             self._entry, fusions=False
         ):
-            opcode = instruction.opcode
-            if opcode not in _FREE and not opcode.endswith(_FINISHING):
+            # An asynchronous instruction counts where it starts.
+            is_end = instruction.opcode.endswith(("-done", "-update"))
+            if instruction.opcode not in _FREE and not is_end:
                 total += times * self._traffic(instruction, computation)
         return float(total)
 

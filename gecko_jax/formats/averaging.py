@@ -32,16 +32,8 @@ from gecko_jax.formats import checkpoints, detection, model_folder, parameters, 
 
 METHODS = ("mean", "slerp")
 
-# The parameters of models in one basin have a cosine above 0.9, of others near 0.
-_MIN_COSINE = 0.5
-
 # Values of an array that are converted to float64 at a time.
 _BLOCK = 2**20
-
-# Limit of the iterations for the mean on the sphere, and the step in radians at which
-# they end.
-_MAX_STEPS = 100
-_TOLERANCE = 1e-9
 
 # Settings that affect training and no embedding.
 _TRAINING_SETTINGS = ("dropout_rate", "scan_layers", "remat")
@@ -117,7 +109,8 @@ def average(
     cosines = tuple((np.diag(gram, k=1) / products).tolist())
     pairs = itertools.pairwise(inputs)
     for (first, second), cosine in zip(pairs, cosines, strict=True):
-        if cosine < _MIN_COSINE:
+        # In one basin it is above 0.9, otherwise near 0.
+        if cosine < 0.5:
             logging.warning(
                 "the parameters of %s and %s have a cosine of %.2f: such models did "
                 "not start from the same checkpoint, and their average is noise",
@@ -321,14 +314,14 @@ def spherical_coefficients(
         return mean / np.sqrt(mean @ cosines @ mean)
 
     mean = on_sphere(shares)
-    for _ in range(_MAX_STEPS):
+    for _ in range(100):
         towards = np.clip(cosines @ mean, -1.0, 1.0)
         angles = np.arccos(towards)
         # Logarithm map of each vector at the mean, and their weighted sum.
         pulls = shares / np.sinc(angles / np.pi)
         step = pulls - np.sum(pulls * towards) * mean
         length = np.sqrt(max(step @ cosines @ step, 0.0))
-        if length < _TOLERANCE:
+        if length < 1e-9:  # radians
             break
         mean = on_sphere(np.cos(length) * mean + np.sinc(length / np.pi) * step)
     return mean / lengths * np.sum(shares * lengths)

@@ -17,7 +17,7 @@ from gecko_jax.formats import (
     source_files,
     tensors,
 )
-from gecko_jax.io import field_rules, inputs
+from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
 
 _T5 = ("t5", "mt5", "umt5")
@@ -60,9 +60,6 @@ _EMBEDDING_NAMES = (
     "shared.weight",
     "decoder.embed_tokens.weight",
 )
-
-# Prefix of the encoder in models with a head.
-_HEAD_PREFIX = "transformer."
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -108,7 +105,7 @@ def _encoder_name(name: str, model_type: str) -> str | None:
         row = family_configs.MODEL_TYPES[model_type]
         name = re.sub(rf"^(?:{row.prefix})", "", name)
         return None if re.match(row.unread, name) else name
-    name = name.removeprefix(_HEAD_PREFIX)
+    name = name.removeprefix("transformer.")  # In models with a head.
     is_encoder = name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES
     return name if is_encoder else None
 
@@ -118,14 +115,10 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     values = source_files.read_json(path)
     model_type = values.get("model_type")
-    architectures = values.get("architectures") or ()
-    if not isinstance(architectures, list | tuple):
-        raise source_files.damaged(
-            path, f"architectures is {inputs.kind(architectures)}, not a list"
-        )
     take = f"take one of {', '.join((*_T5, *family_configs.MODEL_TYPES))}"
     if str(model_type) not in family_configs.MODEL_TYPES:
-        is_causal = re.search(r"ForCausalLM|LMHeadModel", str(architectures))
+        architectures = str(values.get("architectures"))
+        is_causal = re.search(r"ForCausalLM|LMHeadModel", architectures)
         # transformers gives the encoder of such a config a causal mask.
         if is_causal or values.get("is_decoder"):
             raise ValueError(

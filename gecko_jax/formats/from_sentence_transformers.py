@@ -44,10 +44,6 @@ _ORDERS = (
 # Pooling of sentence-transformers -> ours.
 _POOLINGS = {"mean": "mean", "lasttoken": "last"}
 
-# Passage prompts in models of older releases. `encode_document` ignores them, because
-# those models always have a prompt "document", too.
-_OTHER_PASSAGE_PROMPTS = ("passage", "corpus")
-
 # Settings of the Transformer module; the first file that exists counts.
 _ENCODERS = "bert roberta distilbert camembert albert xlm-roberta xlnet"
 _SETTINGS = [f"sentence_{name}_config.json" for name in _ENCODERS.split()]
@@ -307,7 +303,9 @@ def _read_prompts(
                 default,
                 default,
             )
-    unused = [name for name in _OTHER_PASSAGE_PROMPTS if own_prompts.get(name)]
+    # Models of older releases have them. `encode_document` ignores them, because those
+    # models always have a prompt "document", too.
+    unused = [name for name in ("passage", "corpus") if own_prompts.get(name)]
     if unused and document not in own_prompts:
         logging.warning(
             "%s: encode_document writes the prompt 'document', which is missing, and "

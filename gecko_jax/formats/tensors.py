@@ -18,13 +18,6 @@ from jaxtyping import Float
 
 from gecko_jax.formats import source_files
 
-# Most bytes that one stored byte can expand to: zstd keeps a run of 128 KiB in 4 bytes,
-# and the other compressors of T5X and Orbax pack less densely.
-_MAX_EXPANSION = 2**15
-
-# Largest array on a machine that does not report its memory.
-_MAX_BYTES = 2**40
-
 # Stored dtypes of weights. float64 is rounded, as in T5X's own conversions.
 _FLOAT32 = np.dtype(np.float32)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -164,7 +157,9 @@ def check_size(
     """
     nbytes = math.prod(shape) * dtype.itemsize
     claim = f"an array of shape {shape} has {nbytes:,} bytes"
-    if stored_bytes is not None and nbytes > stored_bytes * _MAX_EXPANSION:
+    # zstd keeps a run of 128 KiB in 4 bytes, and the other compressors of T5X and Orbax
+    # pack less densely.
+    if stored_bytes is not None and nbytes > stored_bytes * 2**15:
         raise source_files.damaged(
             source, f"{claim}, which the {stored_bytes:,} stored bytes cannot hold"
         )
@@ -181,4 +176,4 @@ def _memory() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return _MAX_BYTES
+        return 2**40  # The machine does not report it.

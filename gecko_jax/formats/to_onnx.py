@@ -13,6 +13,7 @@ constant beyond `relpos_max_distance`, so a clipped distance finds its bias at a
 length.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any, BinaryIO
@@ -38,9 +39,6 @@ _OPSET, _IR_VERSION = 17, 8
 # A protobuf message is limited to 2 GiB, and in memory twice while it is written. The
 # weights of larger models are written to a separate file, one at a time.
 _INLINE_BYTES = 2**28
-
-# Alignment of weights in the separate file, so that runtimes can map them into memory.
-_ALIGNMENT = 4_096
 
 
 def save(
@@ -77,42 +75,36 @@ def save(
     max_length = max(model_files.query_length, model_files.passage_length)
     flat = parameters.flatten_to_tensors(model_files.params)
     with writing.write_folder(path) as folder:
-        if sum(tensor.nbytes for tensor in flat.values()) > _INLINE_BYTES:
-            with (folder / _DATA).open("wb") as data:
-                graph = _build(flat, config, dim, data)
-        else:
-            graph = _build(flat, config, dim)
+        is_large = sum(tensor.nbytes for tensor in flat.values()) > _INLINE_BYTES
+        no_file = contextlib.nullcontext()
+        with (folder / _DATA).open("wb") if is_large else no_file as data:
+            graph = _build(flat, config, dim, data)
         onnx.save_model(graph, folder / MODEL)
-        values = _build_config(model_files, dim, max_length)
+        # What text-embeddings-inference and vLLM read.
+        values = {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.model_dim,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "max_position_embeddings": max_length,
+            "pad_token_id": vocabularies.PAD_ID,
+            "eos_token_id": vocabularies.EOS_ID,
+            "matryoshka_dimensions": sorted(
+                d for d in model_files.mrl_dims if d <= dim
+            ),
+        }
         (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         model_folder.write_model_json(folder, model_files)
-
-
-def _build_config(
-    model_files: model_folder.ModelFiles, dim: int, max_length: int
-) -> dict[str, Any]:
-    """Returns what text-embeddings-inference and vLLM read in `config.json`."""
-    config = model_files.encoder_config
-    return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.model_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": max_length,
-        "pad_token_id": vocabularies.PAD_ID,
-        "eos_token_id": vocabularies.EOS_ID,
-        "matryoshka_dimensions": sorted(d for d in model_files.mrl_dims if d <= dim),
-    }
 
 
 def _build(
     flat: dict[str, tensors.Tensor],
     config: dual_encoder.EncoderConfig,
     dim: int,
-    data: BinaryIO | None = None,
+    data: BinaryIO | None,
 ) -> Any:
     """Returns the `onnx.ModelProto`, in float32.
 
@@ -187,7 +179,8 @@ class _Graph:
         if self._data is None:
             self.constants.append(numpy_helper.from_array(array, name))
             return name
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        # Runtimes can map aligned weights into memory.
+        self._data.write(b"\0" * (-self._data.tell() % 4_096))
         place = {"location": _DATA, "offset": self._data.tell(), "length": array.nbytes}
         proto = TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
         proto.data_location = TensorProto.EXTERNAL

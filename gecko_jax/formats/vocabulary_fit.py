@@ -17,9 +17,6 @@ from gecko_jax.text import vocabularies
 # fewer rows without a token than the second number: Qwen3's have 267.
 _ROUNDED_TO, _SPARE_ROWS = 128, 1_024
 
-# Families whose texts begin with a BOS.
-_WITH_BOS = ("gemma", "embeddinggemma2")
-
 
 def check(
     vocab: vocabularies.Vocabulary,
@@ -92,7 +89,7 @@ def _needed_ends(
     with no token and end with one of its special tokens: Qwen3-Embedding ends them with
     the token that `config.json` calls BOS.
     """
-    has_bos = family in _WITH_BOS
+    has_bos = family in ("gemma", "embeddinggemma2")
     # Defaults of transformers.
     bos, eos, pad = (
         text.get(f"{name}_token_id", default if has_bos else None)

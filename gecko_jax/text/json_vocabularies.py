@@ -21,6 +21,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,13 +29,6 @@ from absl import logging
 
 from gecko_jax.io import field_rules, reading, wording
 from gecko_jax.text import vocabularies
-
-# Names of the token that ends texts: Gemma's, T5's and Llama's, Qwen's.
-_END_NAMES = ("<eos>", "</s>", "<|endoftext|>")
-
-# Placeholders of pictures and sounds. Some have ids beyond the embedding table of a
-# text encoder (EmbeddingGemma's <image_soft_token>), where transformers fails.
-_MEDIA = ("image", "audio", "video", "vision")
 
 _REMEDY = "copy it again from the original model"
 _TOKEN = field_rules.object_of(
@@ -166,7 +160,9 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
     ids = {*model["vocab"].values(), *(token["id"] for token in added)}
     special = {token["id"]: token["content"] for token in added if token["special"]}
     size, dropped = max(ids, default=-1) + 1, set[int]()
-    while any(word in special.get(size - 1, "") for word in _MEDIA):
+    # Some placeholders of pictures and sounds have ids beyond the embedding table of a
+    # text encoder (EmbeddingGemma's <image_soft_token>), where transformers fails.
+    while re.search("image|audio|video|vision", special.get(size - 1, "")):
         size -= 1
         dropped.add(size)
     opening, closing = _read_template(values)
@@ -259,7 +255,9 @@ def with_end(content: bytes) -> bytes:
     """
     values = _parse(content)
     special = {t["content"]: t["id"] for t in values["added_tokens"] if t["special"]}
-    end = next((name for name in _END_NAMES if name in special), None)
+    # Gemma's, T5's and Llama's, and Qwen's.
+    ends = ("<eos>", "</s>", "<|endoftext|>")
+    end = next((name for name in ends if name in special), None)
     if _read_template(values)[1] or end is None:
         return content
     logging.info("The tokenizer does not end texts; %s is added to it", end)

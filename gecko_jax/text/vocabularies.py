@@ -245,10 +245,8 @@ class Vocabulary:
                 pieces = []
             else:
                 pieces.append(token)
-        if not parts:
-            return self._processor.DecodeIds(pieces)
         parts.append(self._processor.DecodeIds(pieces))
-        return " ".join(part for part in parts if part)
+        return " ".join(filter(None, parts))
 
 
 def _cut(text: str, tokens: dict[str, AddedToken]) -> Iterator[str | AddedToken]:
