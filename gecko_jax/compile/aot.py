@@ -157,10 +157,7 @@ def compile_step(
 ) -> Report:
     """Compiles the train step of a config for a topology.
 
-    Args:
-        config: The training config; its mesh must fit the topology.
-        topology: Topology of one slice; see `parse_topology`.
-        num_slices: Slices, connected by DCN.
+    `topology` is that of one slice (`parse_topology`); slices are connected by DCN.
 
     Raises:
         ValueError: The topology is unknown, the config or its mesh is wrong, or jaxlib

@@ -291,14 +291,9 @@ def spherical_coefficients(
 ) -> Float[np.ndarray, " N"]:
     """Returns c for which sum of c_i a_i is the weighted mean on the sphere.
 
-    The mean is in the span of the vectors, so their inner products are sufficient.
-
-    Args:
-        gram: Inner products of the vectors a_i.
-        shares: Weights of the vectors, which sum to 1.
-
-    Raises:
-        ValueError: Two vectors have opposite directions, so the mean is not unique.
+    The mean is in the span of the vectors, so their inner products (`gram`) are
+    sufficient. Raises ValueError if two vectors have opposite directions, so that the
+    mean is not unique.
     """
     lengths = np.sqrt(np.diag(gram))
     if not np.all(lengths):  # A zero vector has no direction.

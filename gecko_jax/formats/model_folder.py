@@ -176,15 +176,13 @@ def open_model(
 ) -> ModelFiles:
     """Opens a model folder or a training workdir; `read_params` reads the parameters.
 
+    Raises a ValueError that names all missing, truncated or unfitting files.
+
     Args:
         path: The folder, or the name of a bundled model (`pretrained`).
         mesh: Mesh for the parameters of a workdir, whose checkpoint is restored at
             once, each process its own part; None reads them later.
         step: Checkpoint of a workdir; None takes the newest.
-
-    Raises:
-        ValueError: Files are missing, truncated or do not fit each other; names all of
-            them.
     """
     path = pathlib.Path(pretrained.find(path))
     model_files = load_settings(path)

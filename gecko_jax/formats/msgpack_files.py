@@ -85,16 +85,14 @@ def read(
 ) -> dict[str, Any]:
     """Returns the tree of a file, with its arrays as `tensors.Tensor`.
 
-    Strings and lists that are longer than those of any checkpoint become None.
+    Strings and lists that are longer than those of any checkpoint become None. Raises
+    ValueError if the file is truncated, not msgpack, or claims more than it holds.
 
     Args:
         data: The file, or its content if the file is remote.
         is_wanted: Whether to keep the object under a path of keys; called for every
             path, parents first.
         name: The file in errors, where `data` is its content.
-
-    Raises:
-        ValueError: The file is truncated, not msgpack, or claims more than it holds.
     """
     name = str(data) if isinstance(data, pathlib.Path) else name
 

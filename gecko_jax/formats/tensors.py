@@ -93,14 +93,10 @@ class Tensor:
         return dataclasses.replace(self, read=read)
 
     def as_weights(self, *, bits_are_bfloat16: bool = False) -> "Tensor":
-        """Returns the stored values as float32 weights.
+        """Returns the stored values as float32 weights, or raises a ValueError.
 
-        Args:
-            bits_are_bfloat16: Whether uint16 values are the bits of bfloat16 values, as
-                in the zarr arrays of version 2 of T5X's format.
-
-        Raises:
-            ValueError: The dtype is not a float type.
+        With `bits_are_bfloat16`, uint16 values are the bits of bfloat16 values, as in
+        the zarr arrays of version 2 of T5X's format.
         """
         is_bits = bits_are_bfloat16 and self.dtype == np.uint16
         if not is_bits and self.dtype.name not in _FLOATS:

@@ -46,11 +46,8 @@ def save(
 ) -> None:
     """Writes a complete folder or none; an earlier export is replaced.
 
-    `dim` is the width of the embeddings; None takes the largest trained one.
-
-    Raises:
-        ValueError: The folder contains other files, or the encoder is not a T5.
-        ImportError: onnx is not installed.
+    `dim` is the width of the embeddings; None takes the largest trained one. Raises
+    ValueError if the folder contains other files, or the encoder is not a T5.
     """
     config = model_files.encoder_config
     if config.family != "t5":

@@ -58,11 +58,9 @@ def save(
     """Writes a complete folder or none; an earlier export is replaced.
 
     `truncate_dim` is the default width of the embeddings; None takes the largest
-    trained one. `scores` are results of `gecko evaluate`, for the model card.
-
-    Raises:
-        ValueError: The folder contains other files, or sentence-transformers cannot
-            represent the model.
+    trained one. `scores` are results of `gecko evaluate`, for the model card. Raises
+    ValueError if the folder contains other files, or sentence-transformers cannot
+    represent the model.
     """
     # Models of other people have a modules.json, too.
     writing.check_replaceable(path, [_MODULES, model_folder.MODEL_JSON], _FILES)

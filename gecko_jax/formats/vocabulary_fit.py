@@ -26,18 +26,11 @@ def check(
     source: str,
     is_given: bool,
 ) -> None:
-    """Refuses the vocabulary of another model.
+    """Raises a ValueError for the vocabulary of another model.
 
-    Args:
-        vocab: The vocabulary.
-        config: The encoder.
-        values: The contents of `config.json`, which T5 does not need.
-        source: The model, for errors.
-        is_given: Whether the user named the vocabulary. Then additional rows of a T5
-            are an error, because the vocabulary is another one or lacks its sentinels.
-
-    Raises:
-        ValueError: The vocabulary does not fit; names the numbers of both.
+    `values` are the contents of `config.json`, which T5 does not need. If the user
+    named the vocabulary (`is_given`), additional rows of a T5 are an error, because the
+    vocabulary is another one or lacks its sentinels.
     """
     _check_size(vocab, config, source, is_given)
     opening, ends = (), [vocabularies.EOS_ID]

@@ -227,12 +227,8 @@ def embed_texts(
 ) -> Float[Array, "T D"]:
     """Embeds the texts of one side of a batch, without dropout or normalization.
 
-    Args:
-        encoder: The model.
-        params: Its parameters.
-        batch: Model features, see `data.features`.
-        side: "query" or "passage".
-        num_segments: Largest number of texts in a row.
+    `side` is "query" or "passage", and `num_segments` the largest number of texts in a
+    row of the batch (`data.features`).
     """
     rows: Any = encoder.apply(
         {"params": params},

@@ -183,9 +183,8 @@ _T5_FIELDS = ("shared_relative_bias", "relpos_num_buckets", "relpos_max_distance
 def find_errors(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Returns a line for each field that contradicts another.
 
-    Args:
-        values: Every field of `EncoderConfig`, of the right type.
-        prefix: Text before the names of the fields, such as "model.".
+    `values` has every field of `EncoderConfig`, of the right type. `prefix`, such as
+    "model.", stands before the names of the fields.
     """
     family, width = values["family"], values["embedding_dim"]
     errors = []

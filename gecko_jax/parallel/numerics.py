@@ -47,11 +47,7 @@ def set_cpu_flags() -> None:
 
 @functools.cache
 def check() -> None:
-    """Computes the known wrong case, once per process and only on CPU.
-
-    Raises:
-        ArithmeticError: The result is wrong.
-    """
+    """Raises ArithmeticError if the known wrong case is wrong on this CPU."""
     import jax
     import jax.numpy as jnp
     import numpy as np
