@@ -149,15 +149,9 @@ class _TokenEmbedder(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L M"]:
         scale = self.config.embedding_scale
-        # `param` returns an unboxed array, but the annotation of Flax does not say so.
-        embedding: Any = self.param(
-            "embedding",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(1.0 / scale), ("vocab", "embed")
-            ),
-            (self.config.vocab_size, self.config.model_dim),
-            jnp.float32,
-        )
+        init, axes = nn.initializers.normal(1.0 / scale), ("vocab", "embed")
+        shape = (self.config.vocab_size, self.config.model_dim)
+        embedding = layers.param(self, "embedding", init, axes, shape)
         # The default mode masks ids outside the table, which never occur.
         rows = jnp.take(embedding, tokens, axis=0, mode="clip")
         return rows if scale == 1.0 else rows * scale

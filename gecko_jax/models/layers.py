@@ -21,6 +21,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 MASKED_LOGIT = -1e9
 
 
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> Any:
+    """Declares a float32 parameter with logical axes, and returns its value."""
+    return module.param(
+        name, nn.with_logical_partitioning(init, axes), shape, jnp.float32
+    )
+
+
 def dropout(
     x: Float[Array, "R ..."], rate: float, keys: Key[Array, " R"] | None
 ) -> Float[Array, "R ..."]:
@@ -51,13 +64,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
         """Multiplies the last axis, in `dtype`."""
-        # `param` returns an unboxed array, but the annotation of Flax does not say so.
-        kernel: Any = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-            jnp.float32,
-        )
+        shape = (x.shape[-1], self.features)
+        kernel = param(self, "kernel", self.kernel_init, self.axes, shape)
         # Flatten to two dimensions: XLA:CPU sums a gradient over two leading axes with
         # a transpose, which made the training step a third slower.
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
@@ -76,13 +84,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
         """Normalizes the last axis; takes any dtype and returns `dtype`."""
         init = nn.initializers.constant(1.0 - self.offset)
-        # `param` returns an unboxed array, but the annotation of Flax does not say so.
-        scale: Any = self.param(
-            "scale",
-            nn.with_logical_partitioning(init, ("embed",)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
+        scale = param(self, "scale", init, ("embed",), (x.shape[-1],))
         scale = scale + self.offset if self.offset else scale
         # Two dimensions, as in `Dense`, for the gradient of the scale.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)

@@ -258,8 +258,7 @@ def declare(module: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Array]:
         if tail:
             groups.setdefault(head, {})[tail] = spec
         else:
-            init = nn.with_logical_partitioning(spec.init, spec.axes)
-            values[path] = module.param(path, init, spec.shape, jnp.float32)
+            values[path] = layers.param(module, path, spec.init, spec.axes, spec.shape)
     for head, members in groups.items():
         inner = _Group(name=head, parent=module)(members)
         values |= {f"{head}/{tail}": value for tail, value in inner.items()}

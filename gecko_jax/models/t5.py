@@ -53,16 +53,10 @@ class RelativePositionBias(nn.Module):
     def __call__(self, length: int) -> Float[Array, "H L L"]:
         """Returns the bias of rows of `length` tokens, query by key."""
         config = self.config
-        table = self.param(
-            "rel_embedding",
-            nn.with_logical_partitioning(
-                # T5X: variance_scaling(1.0, "fan_avg", "uniform").
-                nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-                ("heads", "relpos_buckets"),
-            ),
-            (config.num_heads, config.relpos_num_buckets),
-            jnp.float32,
-        )
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")  # T5X's.
+        axes = ("heads", "relpos_buckets")
+        shape = (config.num_heads, config.relpos_num_buckets)
+        table = layers.param(self, "rel_embedding", init, axes, shape)
         buckets = relative_position_buckets(
             length, config.relpos_num_buckets, config.relpos_max_distance
         )

@@ -240,18 +240,14 @@ def _extend(
     dtype = hidden.dtype
     hidden = hidden.astype(jnp.float32) * config.embedding_scale
     # Up to three parts of keys: the prefix, the row's cache, and the tokens themselves.
-    key_positions = [positions]
-    if cache is not None:
-        key_positions.insert(0, cache.positions)
-    if prefix is not None:
-        key_positions.insert(0, prefix.positions[None])
+    parts = [part for part in (prefix, cache) if part is not None]
+    key_positions = [*(jnp.atleast_2d(part.positions) for part in parts), positions]
     # Causal masks, [B or 1, L, S]: True where a token attends to a key.
     masks = [keys[:, None, :] <= positions[:, :, None] for keys in key_positions]
     angles = transformer_layer.rotary(
         positions, config.rope_base, config.rope_factors, config.head_dim
     )
-    has_local = any(config.is_local)
-    local_masks, local_angles = masks, angles
+    full = local = (masks, angles)
     if config.local_window is not None:
         # A local layer attends to the last `local_window` positions only.
         local_masks = [
@@ -261,17 +257,16 @@ def _extend(
         local_angles = transformer_layer.rotary(
             positions, config.local_rope_base, None, config.head_dim
         )
+        local = (local_masks, local_angles)
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         weights, is_local, *earlier = jax.tree.map(_from_bits, inputs)
-        layer_masks, layer_rotary = masks, angles
-        if has_local:
-            # The scan runs one program for all layers, so local layers select their
-            # masks and rotary angles at run time.
+        # The scan runs one program for all layers, so local layers select their masks
+        # and rotary angles at run time.
+        layer_masks, layer_rotary = full
+        if local is not full:
             layer_masks, layer_rotary = jax.tree.map(
-                lambda local, full: jnp.where(is_local, local, full),
-                (local_masks, local_angles),
-                (masks, angles),
+                lambda near, far: jnp.where(is_local, near, far), local, full
             )
 
         def attend(query: Array, key: Array, value: Array) -> Array:
@@ -293,8 +288,8 @@ def _extend(
         return hidden, (key.astype(dtype), value.astype(dtype))
 
     # Every input of the scan has a leading axis of layers, keys and values included.
-    parts = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
-    inputs = (params["layers"], jnp.array(config.is_local), *parts)
+    earlier = [(part.keys, part.values) for part in parts]
+    inputs = (params["layers"], jnp.array(config.is_local), *earlier)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
     final_norm = _from_bits(params["final_norm"])
     normed = transformer_layer.norm(hidden, final_norm, config.norm_epsilon)
