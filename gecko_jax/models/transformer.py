@@ -307,9 +307,7 @@ def _from_bits(x: Any) -> Any:
 
 
 def _attend(
-    query: Float[Array, "B L H K"],
-    parts: list[tuple[Array, Array]],
-    masks: list[Array],
+    query: Float[Array, "B L H K"], parts: list[tuple[Array, Array]], masks: list[Array]
 ) -> Float[Array, "B L H K"]:
     """Attends to several parts of keys with one softmax over all of them.
 
@@ -323,6 +321,7 @@ def _attend(
     # `attend_row` closes over the shared parts.
     own_parts = [part for part, own in zip(parts, is_own, strict=True) if own]
     masks = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def attend_row(row: tuple) -> Array:
         query, own, masks = row
@@ -333,18 +332,10 @@ def _attend(
         ]
         # Grouped-query attention: R query heads share a key head.
         grouped = query.reshape(length, num_kv_heads, -1, width)
+        products = [product("lgrk,sgk->grls", grouped, keys) for keys, _ in all_parts]
         logits = [
-            jnp.where(
-                mask[None, None],
-                jnp.einsum(
-                    "lgrk,sgk->grls",
-                    grouped,
-                    keys,
-                    preferred_element_type=jnp.float32,
-                ),
-                -jnp.inf,
-            )
-            for (keys, _), mask in zip(all_parts, masks, strict=True)
+            jnp.where(mask[None, None], part, -jnp.inf)
+            for part, mask in zip(products, masks, strict=True)
         ]
         # A softmax over all parts: subtract the common maximum, exponentiate, divide by
         # the common sum. The maximum is finite, because a token attends to its own key.
@@ -357,12 +348,7 @@ def _attend(
             start=jnp.zeros_like(top),
         )
         mixed = sum(
-            jnp.einsum(
-                "grls,sgk->grlk",
-                part.astype(values.dtype),
-                values,
-                preferred_element_type=jnp.float32,
-            )
+            product("grls,sgk->grlk", part.astype(values.dtype), values)
             for part, (_, values) in zip(weights, all_parts, strict=True)
         )
         # Dividing after the product takes K divisions per token instead of S.
