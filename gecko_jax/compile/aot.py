@@ -57,36 +57,10 @@ class Report:
     compute_seconds: float  # FLOPs at the chip's peak rate
     memory_seconds: float  # memory traffic at full bandwidth
     link_seconds: float  # collectives at the bandwidth inside a slice; DCN is slower
+    roofline_seconds: float  # of a step, if compute, memory and links overlap
+    spare_share: float  # of the memory that is free; negative if the step does not fit
+    model_flops_utilisation: float  # MFU at the roofline
     compile_seconds: float
-
-    @property
-    def spare_share(self) -> float:
-        """Share of the memory that is free; negative if the step does not fit."""
-        return 1 - self.peak_bytes / self.hbm_bytes
-
-    @property
-    def roofline_seconds(self) -> float:
-        """Shortest time of a step, if compute, memory and links overlap."""
-        return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
-
-    @property
-    def model_flops_utilisation(self) -> float:
-        """Model FLOPs utilisation (MFU) at the roofline."""
-        peak_seconds = self.compute_seconds * self.model_flops / self.flops
-        return peak_seconds / self.roofline_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        return dataclasses.asdict(self) | {
-            "spare_share": self.spare_share,
-            "roofline_seconds": self.roofline_seconds,
-            "model_flops_utilisation": self.model_flops_utilisation,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """Returns the report of a `to_dict`."""
-        return cls(**{each.name: values[each.name] for each in dataclasses.fields(cls)})
 
 
 def parse_topology(name: str) -> str:
@@ -212,6 +186,13 @@ def compile_step(
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()
     link_bytes = sum(totals["bytes"] for totals in collectives.values())
+    seconds = {
+        "compute_seconds": flops / chip.flops_per_second,
+        "memory_seconds": memory_bytes / chip.hbm_bytes_per_second,
+        "link_seconds": link_bytes / chip.link_bytes_per_second,
+    }
+    roofline_seconds = max(seconds.values())
+    model_flops = train_step.model_flops(config) / mesh.size
     return Report(
         topology=topology,
         num_slices=num_slices,
@@ -227,13 +208,14 @@ def compile_step(
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak_bytes,
         flops=flops,
-        model_flops=train_step.model_flops(config) / mesh.size,
+        model_flops=model_flops,
         memory_bytes=memory_bytes,
         collectives=collectives,
         in_microbatch_loop=in_microbatch_loop,
-        compute_seconds=flops / chip.flops_per_second,
-        memory_seconds=memory_bytes / chip.hbm_bytes_per_second,
-        link_seconds=link_bytes / chip.link_bytes_per_second,
+        **seconds,
+        roofline_seconds=roofline_seconds,
+        spare_share=1 - peak_bytes / chip.hbm_bytes,
+        model_flops_utilisation=model_flops / chip.flops_per_second / roofline_seconds,
         compile_seconds=time.monotonic() - began,
     )
 
