@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
     "collective-permute",
 )
 _BYTES = {

@@ -53,6 +53,18 @@ def dropout(
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+def norm(
+    inputs: Float[Array, "*rows M"], weight: Float[Array, " M"] | None, epsilon: float
+) -> Float[Array, "*rows M"]:
+    """RMS norm: divides by the root mean square in float32, then scales."""
+    wide = inputs.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    scaled = wide * jax.lax.rsqrt(mean_square + epsilon)
+    if weight is not None:
+        scaled = scaled * jnp.broadcast_to(weight.astype(jnp.float32), scaled.shape)
+    return scaled.astype(inputs.dtype)
+
+
 class Dense(nn.Module):
     """A matrix product without bias."""
 
@@ -88,6 +100,4 @@ class LayerNorm(nn.Module):
         scale = scale + self.offset if self.offset else scale
         # Two dimensions, as in `Dense`, for the gradient of the scale.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
-        normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * scale[None]).astype(self.dtype).reshape(x.shape)
+        return norm(flat, scale, self.epsilon).astype(self.dtype).reshape(x.shape)

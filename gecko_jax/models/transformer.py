@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gecko_jax.models import transformer_layer
+from gecko_jax.models import layers, transformer_layer
 
 PAD_POSITION = np.iinfo(np.int32).max
 
@@ -292,7 +292,7 @@ def _extend(
     inputs = (params["layers"], jnp.array(config.is_local), *earlier)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
     final_norm = _from_bits(params["final_norm"])
-    normed = transformer_layer.norm(hidden, final_norm, config.norm_epsilon)
+    normed = layers.norm(hidden, final_norm, config.norm_epsilon)
     return normed, KeyValues(keys, values, positions)
 
 

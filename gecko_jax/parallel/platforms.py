@@ -12,12 +12,8 @@ import sys
 
 # Any of these variables means that the user has chosen a platform.
 _CHOICES = (
-    "JAX_PLATFORMS",
-    "JAX_FORCE_TPU_INIT",
-    "TPU_NAME",
-    "TPU_LIBRARY_PATH",
-    "TPU_ACCELERATOR_TYPE",
-    "TPU_WORKER_HOSTNAMES",
+    *("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_LIBRARY_PATH"),
+    *("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"),
 )
 
 # Lets libtpu start without asking a cloud metadata server about its machine.
