@@ -57,8 +57,8 @@ class Report:
     compute_seconds: float  # FLOPs at the chip's peak rate
     memory_seconds: float  # memory traffic at full bandwidth
     link_seconds: float  # collectives at the bandwidth inside a slice; DCN is slower
-    roofline_seconds: float  # of a step, if compute, memory and links overlap
-    spare_share: float  # of the memory that is free; negative if the step does not fit
+    roofline_seconds: float  # shortest step, if everything overlaps
+    spare_share: float  # free share of the memory; negative if the step does not fit
     model_flops_utilisation: float  # MFU at the roofline
     compile_seconds: float
 

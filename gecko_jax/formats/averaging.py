@@ -46,15 +46,11 @@ _ARCHITECTURE = (
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """An average as it was written, and its inputs.
-
-    `inputs` has the source, revision, step and weight of each model, and `cosines` the
-    cosine of all parameters of each model with those of the previous one.
-    """
+    """An average as it was written, and its inputs."""
 
     model_files: model_folder.ModelFiles
-    inputs: tuple[dict[str, Any], ...]
-    cosines: tuple[float, ...]
+    inputs: tuple[dict[str, Any], ...]  # source, revision, step, weight of each model
+    cosines: tuple[float, ...]  # similarity of each model to the previous one
 
 
 def average(

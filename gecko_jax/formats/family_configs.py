@@ -24,19 +24,12 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
 class ModelType(NamedTuple):
-    """What a `model_type` of transformers holds.
-
-    Attributes:
-        family: The encoder family.
-        path: Keys of the text encoder's settings in `config.json`.
-        prefix: Regex of the text before the names of the text encoder's tensors.
-        unread: Regex of the names, without the prefix, of tensors that Gecko ignores.
-    """
+    """What a `model_type` of transformers holds."""
 
     family: str
-    path: tuple[str, ...] = ()
-    prefix: str = r"(model\.)?"
-    unread: str = r"lm_head\."
+    path: tuple[str, ...] = ()  # keys of the text encoder's settings in `config.json`
+    prefix: str = r"(model\.)?"  # regex of the text before tensor names
+    unread: str = r"lm_head\."  # regex of other names that Gecko ignores
 
 
 _VISION = r"vision_tower\.|multi_modal_projector\.|embed_tokens\.eoi_embedding"

@@ -104,25 +104,15 @@ _TOKENIZER = {"model_max_length": field_rules.optional(field_rules.number(8))}
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """Modules of a folder.
+    """Modules of a folder."""
 
-    Attributes:
-        encoder: Folder of the encoder and its tokenizer.
-        dense: Folders of the matrices whose product is the projection.
-        pooling: "mean" or "last".
-        query_length: Longest query in tokens, or None if the folder sets no limit.
-        passage_length: Longest passage in tokens, or None.
-        text_format: The prompts.
-        truncate_dim: Default dim of embeddings, or None for the full width.
-    """
-
-    encoder: pathlib.Path
-    dense: tuple[pathlib.Path, ...]
-    pooling: str
-    query_length: int | None
+    encoder: pathlib.Path  # folder of the encoder and its tokenizer
+    dense: tuple[pathlib.Path, ...]  # the product of their matrices is the projection
+    pooling: str  # "mean" or "last"
+    query_length: int | None  # longest query in tokens; None if there is no limit
     passage_length: int | None
-    text_format: text_formats.TextFormat
-    truncate_dim: int | None
+    text_format: text_formats.TextFormat  # the prompts
+    truncate_dim: int | None  # default dim of embeddings; None for the full width
 
 
 def read_modules(folder: pathlib.Path) -> Modules:

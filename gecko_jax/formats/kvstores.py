@@ -36,17 +36,12 @@ def is_remote(path: str) -> bool:
 
 @dataclasses.dataclass
 class Folder:
-    """A folder of files, local or remote; creating it reads nothing.
+    """A folder of files, local or remote; creating it reads nothing."""
 
-    Attributes:
-        path: Local path or URL, for errors as the user wrote it.
-        spec: TensorStore spec of the folder; derived from the path if empty.
-        database_bytes: Size of the OCDBT database that contains the folder.
-    """
-
-    path: str
+    path: str  # local path or URL, for errors as the user wrote it
+    # TensorStore spec of the folder; derived from the path if empty.
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
-    database_bytes: int | None = None
+    database_bytes: int | None = None  # size of the OCDBT database around it
 
     def __post_init__(self):
         self.path = self.path.rstrip("/")

@@ -25,20 +25,14 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that is read when it is needed.
-
-    Attributes:
-        shape: Shape, known without reading the values.
-        read: Returns the values.
-        source: Location of the values, for errors. Tensors cut from one array share
-            it, and are best read one after another (`in_reading_order`).
-        dtype: Dtype of the values. Parameters of a model are float32.
-    """
+    """An array that is read when it is needed."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    # Location of the values, for errors. Tensors cut from one array share it, and are
+    # best read one after another (`in_reading_order`).
     source: str = ""
-    dtype: np.dtype = _FLOAT32
+    dtype: np.dtype = _FLOAT32  # that of model parameters
 
     @property
     def size(self) -> int:

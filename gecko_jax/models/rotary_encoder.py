@@ -22,35 +22,22 @@ from gecko_jax.models import families, layers, transformer_layer
 
 
 class Spec(NamedTuple):
-    """A parameter of a layer.
+    """A parameter of a layer."""
 
-    Attributes:
-        path: Its name in the tree of the layer.
-        shape: Shape in the tree.
-        axes: Logical axes.
-        init: Initializer.
-        view: Shape in `transformer_layer.run_layer`.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    path: str  # its name in the tree of the layer
+    shape: tuple[int, ...]  # shape in the tree
+    axes: tuple[str, ...]  # logical axes
     init: layers.Initializer
-    view: tuple[int, ...]
+    view: tuple[int, ...]  # shape in `transformer_layer.run_layer`
 
 
 class Context(NamedTuple):
-    """What all layers share; pairs are for global layers and for local layers.
+    """What all layers share; pairs are for global layers and for local layers."""
 
-    Attributes:
-        masks: Whether a token attends to another.
-        angles: Rotary angles of the tokens, see `transformer_layer.rotary`.
-        embedded: Token embeddings, where layers read them (`Family.per_layer`).
-        per_layer_norm: Scale of the norm of the per-layer embeddings.
-    """
-
+    # Whether a token attends to another, and its angles (`transformer_layer.rotary`).
     masks: tuple[Bool[Array, "R L L"], Bool[Array, "R L L"]]
     angles: tuple[tuple[Array, Array], tuple[Array, Array]]
+    # With per-layer embeddings: token embeddings, and the scale of the norm.
     embedded: Float[Array, "R L M"] | None = None
     per_layer_norm: Float[Array, " P"] | None = None
 
@@ -88,15 +75,10 @@ def build_context(
 
 
 class EncoderLayer(nn.Module):
-    """One layer of `transformer_layer.run_layer`.
-
-    Attributes:
-        config: The encoder.
-        is_local: Whether the layer is local; None if that depends on its index.
-    """
+    """One layer of `transformer_layer.run_layer`."""
 
     config: families.EncoderConfig
-    is_local: bool | None
+    is_local: bool | None  # None if that depends on the layer's index
 
     @nn.compact
     def __call__(

@@ -36,57 +36,32 @@ _HEAD_LOGITS = 1 << 25
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and settings of a decoder.
+    """Sizes and settings of a decoder."""
 
-    Attributes:
-        vocab_size: Rows of the token embedding.
-        model_dim: Width of the hidden states.
-        num_layers: Number of layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; a divisor of `num_heads`.
-        head_dim: Width of a head.
-        mlp_dim: Width of the gated MLP.
-        context_length: Longest context in training, in tokens.
-        norm_epsilon: Added to the mean square in norms.
-        rope_base: Base of the rotary frequencies.
-        rope_factors: Divisor of each frequency (Llama 3's and linear scaling); None
-            for no scaling.
-        tied: Whether the output head is the token embedding.
-        activation: Activation of the MLP's gate; "gelu" is the tanh approximation.
-        embedding_scale: Factor of the token embeddings.
-        query_scale: Factor of the queries; None is `head_dim ** -0.5`.
-        sandwich_norms: Whether a norm also follows the attention and the MLP.
-        head_norms: Whether each query and key head is normalized.
-        qkv_bias: Whether queries, keys and values have a bias (Qwen 2).
-        local_window: Keys that a token of a local layer attends to, itself included;
-            None if all layers are global.
-        global_every: Period of the global layers: the last of every `global_every`
-            layers is global, the others are local.
-        local_rope_base: Base of the rotary frequencies of local layers, which are not
-            scaled.
-    """
-
-    vocab_size: int
-    model_dim: int
+    vocab_size: int  # rows of the token embedding
+    model_dim: int  # width of the hidden states
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_heads: int  # query heads
+    num_kv_heads: int  # key and value heads; a divisor of `num_heads`
     head_dim: int
-    mlp_dim: int
-    context_length: int
-    norm_epsilon: float
-    rope_base: float
+    mlp_dim: int  # width of the gated MLP
+    context_length: int  # longest context in training, in tokens
+    norm_epsilon: float  # added to the mean square in norms
+    rope_base: float  # base of the rotary frequencies
+    # Divisor of each frequency (Llama 3's and linear scaling); None for no scaling.
     rope_factors: tuple[float, ...] | None = None
-    tied: bool = True
-    activation: Literal["silu", "gelu"] = "silu"
-    embedding_scale: float = 1.0
-    query_scale: float | None = None
-    sandwich_norms: bool = False
-    head_norms: bool = False
-    qkv_bias: bool = False
+    tied: bool = True  # the output head is the token embedding
+    activation: Literal["silu", "gelu"] = "silu"  # "gelu" is the tanh approximation
+    embedding_scale: float = 1.0  # factor of the token embeddings
+    query_scale: float | None = None  # factor of the queries; None is head_dim ** -0.5
+    sandwich_norms: bool = False  # a norm also follows the attention and the MLP
+    head_norms: bool = False  # each query and key head is normalized
+    qkv_bias: bool = False  # queries, keys and values have a bias (Qwen 2)
+    # Keys that a token of a local layer attends to, itself included; None if all layers
+    # are global.
     local_window: int | None = None
-    global_every: int = 1
-    local_rope_base: float = 10_000.0
+    global_every: int = 1  # the last of every `global_every` layers is global
+    local_rope_base: float = 10_000.0  # base in local layers, without scaling
 
     @property
     def is_local(self) -> tuple[bool, ...]:
