@@ -7,10 +7,10 @@ the machine, does not concern the files, and leaves them in place.
 
 import contextlib
 import json
+import operator
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from gecko_jax.io import reading, wording
 
@@ -78,14 +78,15 @@ def _find_damaged_metadata(folder: pathlib.Path) -> str:
         try:
             values = reading.parse_json(path.read_bytes())
             if path.name == "_METADATA":
+                read_value = operator.itemgetter("value_type", "skip_deserialize")
+                read_key = operator.itemgetter("key", "key_type")
                 for entry in values["tree_metadata"].values():
-                    _require(entry["value_metadata"], "value_type", "skip_deserialize")
-                    for key in entry["key_metadata"]:
-                        _require(key, "key", "key_type")
+                    read_value(entry["value_metadata"])
+                    list(map(read_key, entry["key_metadata"]))
             elif path.parent.name == "array_metadatas":
                 fields = ("param_name", "write_shape", "chunk_shape")
                 for entry in values["array_metadatas"]:
-                    _require(entry["array_metadata"], *fields)
+                    operator.itemgetter(*fields)(entry["array_metadata"])
         except OSError:
             continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -95,11 +96,6 @@ def _find_damaged_metadata(folder: pathlib.Path) -> str:
 
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {wording.first_line(error)}"
-
-
-def _require(values: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        values[name]
 
 
 def remedy(folder: pathlib.Path) -> str:
