@@ -80,7 +80,6 @@ class Program:
     """The program of one device, from `compiled.as_text()`."""
 
     def __init__(self, text: str):
-        """Parses the text."""
         self._computations: dict[str, Computation] = {}
         self._entry = ""
         current: Computation = {}

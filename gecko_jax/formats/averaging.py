@@ -63,6 +63,8 @@ def average(
 ) -> Average:
     """Averages models into a model folder, which is complete or not written at all.
 
+    Raises a ValueError that lists every difference between models that do not fit.
+
     Args:
         sources: Two or more models of any format that `gecko_jax.load` reads, a workdir
             for its newest checkpoint; or one workdir, for its own checkpoints.
@@ -70,9 +72,6 @@ def average(
         method: One of `METHODS`.
         weights: Weight of each model, in any unit; () for equal weights.
         steps: Checkpoints of the one workdir; () for all that it holds.
-
-    Raises:
-        ValueError: The models do not fit each other; lists every difference.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")

@@ -99,14 +99,9 @@ class Checkpointer:
         """Restores the newest intact checkpoint, given the shapes and shardings.
 
         Newer checkpoints, which a disk error or a kill has damaged, are moved to
-        `damaged/` of the workdir, with a warning.
-
-        Returns:
-            Step, parameters, optimizer state and position; None without checkpoints.
-
-        Raises:
-            ValueError: A checkpoint could not be read, or all of them are damaged. All
-                stay in place.
+        `damaged/` of the workdir, with a warning. If one could not be read, or all are
+        damaged, all stay in place, and a ValueError says why. Returns step, parameters,
+        optimizer state and position; None without checkpoints.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),

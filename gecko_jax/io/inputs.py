@@ -140,7 +140,6 @@ class UniqueIds:
     """Refuses duplicate ids, and names both lines; uses about 200 bytes per id."""
 
     def __init__(self):
-        """Starts without ids."""
         self._places: dict[bytes, str] = {}
 
     def add(self, place: str, identity: str) -> None:

@@ -59,7 +59,6 @@ class Contamination:
     """
 
     def __init__(self):
-        """Starts without any set."""
         # Of each text: number of its set, side, id.
         self._texts: list[tuple[int, str, str]] = []
         self._sets: list[str] = []
