@@ -57,10 +57,13 @@ _LAYER_STEMS = {
     "post_per_layer_layer_norm": "ple_block.post_per_layer_input_norm",
     "layer_scalar": "layer_scalar",
 }
-_QWEN3_STEMS = {"pre_mlp_layer_norm": "post_attention_layernorm"}
-_T5GEMMA2_STEMS = {
-    "pre_attention_layer_norm": "pre_self_attn_layernorm",
-    "post_attention_layer_norm": "post_self_attn_layernorm",
+# What differs, by family; T5Gemma 2 has a form of its own of the family Gemma.
+_OTHER_STEMS = {
+    "qwen3": {"pre_mlp_layer_norm": "post_attention_layernorm"},
+    "t5gemma2": {
+        "pre_attention_layer_norm": "pre_self_attn_layernorm",
+        "post_attention_layer_norm": "post_self_attn_layernorm",
+    },
 }
 
 
@@ -105,11 +108,9 @@ def hugging_face_names(
 def _rotary_names(
     config: dual_encoder.EncoderConfig, model_type: str
 ) -> dict[str, HuggingFaceName]:
-    stems = _LAYER_STEMS
-    if config.family == "qwen3":
-        stems = stems | _QWEN3_STEMS
-    elif model_type.startswith("t5gemma2") or not config.is_symmetric:
-        stems = stems | _T5GEMMA2_STEMS
+    is_t5gemma2 = model_type.startswith("t5gemma2") or not config.is_symmetric
+    form = "t5gemma2" if is_t5gemma2 else config.family
+    stems = _LAYER_STEMS | _OTHER_STEMS.get(form, {})
     names = {
         "token_embedder/embedding": HuggingFaceName("embed_tokens.weight", False),
         "encoder/encoder_norm/scale": HuggingFaceName("norm.weight", False),
