@@ -154,8 +154,7 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
     values = _parse(content)
     config = {}
     if tokenizer_config:
-        config = _parse_object(tokenizer_config, vocabularies.JSON_CONFIG)
-        field_rules.check(vocabularies.JSON_CONFIG, config, _CONFIG, _REMEDY)
+        config = _parse_object(tokenizer_config, vocabularies.JSON_CONFIG, _CONFIG)
     model, added = values["model"], values["added_tokens"]
     ids = {*model["vocab"].values(), *(token["id"] for token in added)}
     special = {token["id"]: token["content"] for token in added if token["special"]}
@@ -178,19 +177,18 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
 
 def _parse(content: bytes) -> dict[str, Any]:
     """Returns the contents of a `tokenizer.json`, with the fields that are read."""
-    values = _parse_object(content, vocabularies.JSON_FILE)
-    model = values.get("model")
-    if isinstance(model, dict) and model.get("type", "Unigram") == "Unigram":
+    values = _parse_object(content, vocabularies.JSON_FILE, _FIELDS)
+    model = values["model"]
+    if model.get("type", "Unigram") == "Unigram":
         raise ValueError(
             "a Unigram tokenizer, which is a SentencePiece model; give its `.model` "
             "file, or import the folder with `gecko import`"
         )
-    field_rules.check(vocabularies.JSON_FILE, values, _FIELDS, _REMEDY)
     field_rules.check(f"{vocabularies.JSON_FILE}: model", model, _MODEL, _REMEDY)
-    vocab = values["model"]["vocab"]
+    vocab = model["vocab"]
     if len(set(vocab.values())) < len(vocab):
         raise ValueError(f"model.vocab: two tokens share an id; {_REMEDY}")
-    for merge in values["model"]["merges"]:
+    for merge in model["merges"]:
         # A string in older files, whose tokens hold no space.
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if len(parts) != 2 or not {*parts, "".join(parts)} <= vocab.keys():
@@ -201,14 +199,14 @@ def _parse(content: bytes) -> dict[str, Any]:
     return values
 
 
-def _parse_object(content: bytes, name: str) -> dict[str, Any]:
+def _parse_object(
+    content: bytes, name: str, kinds: Mapping[str, field_rules.Kind]
+) -> dict[str, Any]:
     try:
         values = reading.parse_json(content)
     except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error}); {_REMEDY}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: not a JSON object; {_REMEDY}")
-    return values
+    return field_rules.check(name, values, kinds, _REMEDY)
 
 
 def _read_template(values: Mapping[str, Any]) -> tuple[tuple[int, ...], list[int]]:
