@@ -108,10 +108,8 @@ class Progress:
         if done > 0 and elapsed > 0:
             rate = done / elapsed
             parts.append(f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
-            if left > 0:
-                parts.append(f"{_clock(left / rate)} left")
-            else:
-                parts.append(f"took {_clock(elapsed)}")
+            remaining = f"{_clock(left / rate)} left" if left > 0 else ""
+            parts.append(remaining or f"took {_clock(elapsed)}")
         if self._text:
             parts.append(self._text)
         logging.info("%s", ", ".join(parts))

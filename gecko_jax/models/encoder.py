@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from gecko_jax.models import families, layers, rotary_encoder, t5
 
-EncoderConfig = families.EncoderConfig
-
 # Name of the stacked layers in a parameter tree.
 _STACKED = "layers"
 
@@ -24,7 +22,7 @@ _STACKED = "layers"
 class Encoder(nn.Module):
     """Stack of layers, from token embeddings to hidden states."""
 
-    config: EncoderConfig
+    config: families.EncoderConfig
 
     @nn.compact
     def __call__(
@@ -138,7 +136,7 @@ class Encoder(nn.Module):
 
 def stack_layers(
     params: Mapping[str, Any],
-    config: EncoderConfig,
+    config: families.EncoderConfig,
     stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
 ) -> dict[str, Any]:
     """Stacks the layers of the encoder's parameters, or of a tree like them.
@@ -155,7 +153,9 @@ def stack_layers(
     return others | {_STACKED: jax.tree.map(stack, *groups)}
 
 
-def unstack_layers(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
+def unstack_layers(
+    params: Mapping[str, Any], config: families.EncoderConfig
+) -> dict[str, Any]:
     """Undoes `stack_layers`."""
     unstacked = {}
     for i in range(config.num_layers):
@@ -167,7 +167,7 @@ def unstack_layers(params: Mapping[str, Any], config: EncoderConfig) -> dict[str
 
 
 def _build_layer(
-    config: EncoderConfig, is_local: bool | None, **scope: Any
+    config: families.EncoderConfig, is_local: bool | None, **scope: Any
 ) -> nn.Module:
     is_t5, policies = config.family == "t5", jax.checkpoint_policies
     layer: Any = t5.EncoderLayer if is_t5 else rotary_encoder.EncoderLayer
