@@ -75,7 +75,7 @@ def save(
         is_large = sum(tensor.nbytes for tensor in flat.values()) > _INLINE_BYTES
         no_file = contextlib.nullcontext()
         with (folder / _DATA).open("wb") if is_large else no_file as data:
-            graph = _build(flat, config, dim, data)
+            graph = _Graph(flat, config, data).build(dim)
         onnx.save_model(graph, folder / MODEL)
         # What text-embeddings-inference and vLLM read.
         values = {
@@ -97,39 +97,11 @@ def save(
         model_folder.write_model_json(folder, model_files)
 
 
-def _build(
-    flat: dict[str, tensors.Tensor],
-    config: dual_encoder.EncoderConfig,
-    dim: int,
-    data: BinaryIO | None,
-) -> Any:
-    """Returns the `onnx.ModelProto`, in float32.
-
-    The weights are written to `data`; None puts them into the graph.
-    """
-    from onnx import TensorProto, helper
-
-    graph = _Graph(flat, config, data)
-    graph.op("Identity", graph.embed(dim), output="sentence_embedding")
-    value_info = helper.make_tensor_value_info
-    inputs = [
-        value_info(name, TensorProto.INT64, ["batch", "length"])
-        for name in ("input_ids", "attention_mask")
-    ]
-    outputs = [value_info("sentence_embedding", TensorProto.FLOAT, ["batch", dim])]
-    model = helper.make_model(
-        helper.make_graph(graph.nodes, "gecko", inputs, outputs, graph.constants),
-        opset_imports=[helper.make_opsetid("", _OPSET)],
-        producer_name="gecko_jax",
-    )
-    model.ir_version = _IR_VERSION
-    return model
-
-
 class _Graph:
     """Builds the nodes and constants of the encoder's graph.
 
-    The methods return names of values in the graph.
+    The weights are written to `data`; None puts them into the graph. The methods but
+    `build` return names of values in the graph.
     """
 
     def __init__(
@@ -144,6 +116,25 @@ class _Graph:
         self._config = config
         self._data = data
         self._names: dict[Any, str] = {}
+
+    def build(self, dim: int) -> Any:
+        """Returns the `onnx.ModelProto`, in float32."""
+        from onnx import TensorProto, helper
+
+        self.op("Identity", self._embed(dim), output="sentence_embedding")
+        value_info = helper.make_tensor_value_info
+        inputs = [
+            value_info(name, TensorProto.INT64, ["batch", "length"])
+            for name in ("input_ids", "attention_mask")
+        ]
+        outputs = [value_info("sentence_embedding", TensorProto.FLOAT, ["batch", dim])]
+        model = helper.make_model(
+            helper.make_graph(self.nodes, "gecko", inputs, outputs, self.constants),
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            producer_name="gecko_jax",
+        )
+        model.ir_version = _IR_VERSION
+        return model
 
     def op(self, name: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
         """Adds a node of the operator `name`, and returns the name of its value.
@@ -187,7 +178,7 @@ class _Graph:
         self.constants.append(proto)
         return name
 
-    def embed(self, dim: int) -> str:
+    def _embed(self, dim: int) -> str:
         """Adds the whole encoder: embeddings of [B, dim]."""
         op, config = self.op, self._config
         name = "token_embedder/embedding"

@@ -102,10 +102,9 @@ class Attention(nn.Module):
                 "bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32
             )
             weights = jax.nn.softmax(logits + bias, axis=-1)
-            weights = layers.dropout(weights, config.dropout_rate, dropout_keys).astype(
-                dtype
-            )
-            mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
+            weights = layers.dropout(weights, config.dropout_rate, dropout_keys)
+            mixed = jnp.einsum("bhlm,bhmk->bhlk", weights.astype(dtype), value)
+            mixed = mixed.swapaxes(1, 2)
         init = nn.initializers.normal(config.residual_init_scale * joined**-0.5)
         out = layers.Dense(
             config.model_dim, ("joined_kv", "embed"), init, dtype, name="out"

@@ -71,14 +71,12 @@ def build_mesh(
     across = _fill_sizes(
         {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, num_slices, "slices"
     )
+    options = {"allow_split_physical_axes": True}
     if num_slices == 1:
-        array = mesh_utils.create_device_mesh(
-            within, devices, allow_split_physical_axes=True
-        )
+        array = mesh_utils.create_device_mesh(within, devices, **options)
     else:
-        array = mesh_utils.create_hybrid_device_mesh(
-            within, (*across, 1), devices, allow_split_physical_axes=True
-        )
+        slices = (*across, 1)
+        array = mesh_utils.create_hybrid_device_mesh(within, slices, devices, **options)
     return Mesh(array, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
