@@ -197,12 +197,10 @@ def read_object(
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
     if defaults and isinstance(values, dict):
         values = {**defaults, **values}
-    kinds = {
-        name: field_rules.one_of(*field)
-        if isinstance(field, tuple)
-        else _KINDS.get(field, field)
-        for name, field in fields.items()
-    }
+    kinds: dict[str, field_rules.Kind] = {}
+    for name, field in fields.items():
+        kind = _KINDS[field] if isinstance(field, type) else field
+        kinds[name] = field_rules.one_of(*kind) if isinstance(kind, tuple) else kind
     return field_rules.check(path, values, kinds, remedy)
 
 

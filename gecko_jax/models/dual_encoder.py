@@ -24,10 +24,10 @@ _SIZES = (
     *("vocab_size", "model_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"),
     "embedding_dim",
 )
-_GEMMA = {"family": "gemma", "global_every": 6}
+_GEMMA: dict[str, Any] = {"family": "gemma", "global_every": 6}
 # Qwen3-Embedding (arXiv 2506.05176) has no projection. Its embedding tables have fewer
 # rows than those of Qwen3 (151,936).
-_QWEN3 = {
+_QWEN3: dict[str, Any] = {
     "family": "qwen3",
     "num_kv_heads": 8,
     "mlp_activations": ("silu", "linear"),
