@@ -15,6 +15,7 @@ from gecko_jax.formats import (
     model_folder,
     parameters,
     tensors,
+    to_t5x,
     tokenizer,
     vocabulary_fit,
 )
@@ -25,15 +26,8 @@ from gecko_jax.text import text_formats, vocabularies
 # T5 was pre-trained on texts of this many tokens.
 _PRETRAINED_LENGTH = 512
 
-# Buckets of T5's relative bias, which end at a distance of 128 tokens.
-_T5_BUCKETS = 32
-
 # Trained prefixes of the embedding in a `config.json`, as vLLM reads them.
 _DIMS = field_rules.optional(field_rules.list_of(field_rules.integer(1)))
-
-# Folder next to `checkpoint_N` where `gecko export --to t5x` writes the settings that
-# T5X does not store.
-_T5X_SETTINGS = "gecko"
 
 
 def open_t5x(
@@ -57,7 +51,7 @@ def open_t5x(
         )
     opened = from_t5x.open_checkpoint(folder, file)
     if settings is not None:
-        place = f"{model_dir.path}/{_T5X_SETTINGS}"
+        place = f"{model_dir.path}/{to_t5x.SETTINGS}"
         if relpos_max_distance is not None:
             raise ValueError(
                 f"--relpos-max-distance={relpos_max_distance}: {place} holds the "
@@ -81,14 +75,13 @@ def open_t5x(
     config = from_t5x.infer_config(opened.params, place)
     if relpos_max_distance is not None:
         config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
-    elif config.relpos_num_buckets != _T5_BUCKETS:
+    elif config.relpos_num_buckets != 32:
         logging.warning(
-            "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
+            "%s: the relative bias has %d buckets, T5's has 32, and T5X does not store "
             "the distance at which they end; %d tokens are assumed, set "
             "--relpos-max-distance to the distance of the training",
             place,
             config.relpos_num_buckets,
-            _T5_BUCKETS,
             config.relpos_max_distance,
         )
     vocabulary_fit.check(vocab, config, source=place, is_given=True)
@@ -97,7 +90,7 @@ def open_t5x(
 
 def _read_t5x_settings(model_dir: kvstores.Folder) -> model_folder.ModelFiles | None:
     """Returns the settings in `gecko/` of a `model_dir`, None if it has none."""
-    folder = model_dir / _T5X_SETTINGS
+    folder = model_dir / to_t5x.SETTINGS
     if not folder.has(model_folder.MODEL_JSON):
         return None
     local = folder.local_file("")

@@ -19,7 +19,7 @@ from gecko_jax.formats import model_folder, parameters, tensors
 from gecko_jax.io import writing
 
 _FORMAT_VERSION = 3
-SETTINGS = "gecko"
+SETTINGS = "gecko"  # folder of what T5X does not store
 
 # As in t5x.
 _CHUNK_BYTES = 64 * 2**20
