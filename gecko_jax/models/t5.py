@@ -94,8 +94,14 @@ class Attention(nn.Module):
         query = project("query", fan_in * config.head_dim**-0.5)
         key = project("key", fan_in)
         value = project("value", fan_in)
+        is_fused = (
+            config.attention == "cudnn"
+            and config.dtype == "bfloat16"
+            and (dropout_keys is None or config.dropout_rate == 0.0)
+            and jax.default_backend() == "gpu"
+        )
         # Logits and softmax are float32 in every activation dtype.
-        if _is_fused(config, dropout_keys):
+        if is_fused:
             mixed = _fused_attention(query, key, value, bias)
         else:
             logits = jnp.einsum(
@@ -110,18 +116,6 @@ class Attention(nn.Module):
             config.model_dim, ("joined_kv", "embed"), init, dtype, name="out"
         )
         return out(mixed.reshape(*x.shape[:2], joined))
-
-
-def _is_fused(
-    config: families.EncoderConfig, dropout_keys: Key[Array, " R"] | None
-) -> bool:
-    """Returns whether cuDNN computes the attention of this call."""
-    return (
-        config.attention == "cudnn"
-        and config.dtype == "bfloat16"
-        and (dropout_keys is None or config.dropout_rate == 0.0)
-        and jax.default_backend() == "gpu"
-    )
 
 
 def _fused_attention(
