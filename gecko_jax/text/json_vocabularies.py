@@ -259,8 +259,8 @@ def with_end(content: bytes) -> bytes:
     if _read_template(values)[1] or end is None:
         return content
     logging.info("The tokenizer does not end texts; %s is added to it", end)
-    post_processor = values.get("post_processor")
-    steps = [dict(step) for step in flatten(post_processor, "processors")]
+    before = flatten(values.get("post_processor"), "processors")
+    steps = [dict(step) for step in before]
     if not any(step["type"] == "TemplateProcessing" for step in steps):
         first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         template = {"type": "TemplateProcessing", "special_tokens": {}}
