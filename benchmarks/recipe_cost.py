@@ -18,6 +18,7 @@ to compile its step again.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -92,9 +93,8 @@ def compile_steps(presets: list[str], topologies: list[str]) -> None:
             }
             step: dict[str, Any] = {"preset": preset, "topology": topology, **versions}
             try:
-                step |= aot.compile_step(
-                    load_step(preset, topology), topology
-                ).to_dict()
+                report = aot.compile_step(load_step(preset, topology), topology)
+                step |= dataclasses.asdict(report)
             except (MemoryError, ValueError) as error:
                 step["failed"] = str(error)
             with COMPILED.open("a") as file:

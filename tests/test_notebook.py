@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 
 from gecko_jax.formats import checkpoints, model_folder, parameters
-from gecko_jax.models import dual_encoder
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "notebook.md"
@@ -40,7 +40,7 @@ def blocks(page=PAGE):
 
 
 def write_config(folder, encoder_config):
-    sizes = dual_encoder.config_to_dict(encoder_config)
+    sizes = dataclasses.asdict(encoder_config)
     real = str(ROOT / "configs" / "finetune.py")
     (folder / "configs").mkdir()
     (folder / "configs" / "finetune.py").write_text(

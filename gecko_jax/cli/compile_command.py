@@ -1,6 +1,7 @@
 """`gecko compile`: compiles a train step for a TPU slice, on a CPU."""
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -52,7 +53,7 @@ def compile_step(options: argparse.Namespace) -> None:
     for report in candidates:
         reports.append(report)
         if options.json:
-            print(json.dumps(report.to_dict()), flush=True)
+            print(json.dumps(dataclasses.asdict(report)), flush=True)
         else:
             print("\n".join(aot.describe(report)) + "\n", flush=True)
     if options.search and not options.json:

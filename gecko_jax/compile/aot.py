@@ -34,9 +34,6 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "v4": _CUBES}
 
-# The number in Google Cloud's names counts chips, or the two cores of these chips.
-_COUNTED_BY_CORES = ("v5p", "v4")
-
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -60,36 +57,10 @@ class Report:
     compute_seconds: float  # FLOPs at the chip's peak rate
     memory_seconds: float  # memory traffic at full bandwidth
     link_seconds: float  # collectives at the bandwidth inside a slice; DCN is slower
+    roofline_seconds: float  # shortest step, if everything overlaps
+    spare_share: float  # free share of the memory; negative if the step does not fit
+    model_flops_utilisation: float  # MFU at the roofline
     compile_seconds: float
-
-    @property
-    def spare_share(self) -> float:
-        """Share of the memory that is free; negative if the step does not fit."""
-        return 1 - self.peak_bytes / self.hbm_bytes
-
-    @property
-    def roofline_seconds(self) -> float:
-        """Shortest time of a step, if compute, memory and links overlap."""
-        return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
-
-    @property
-    def model_flops_utilisation(self) -> float:
-        """Model FLOPs utilisation (MFU) at the roofline."""
-        peak_seconds = self.compute_seconds * self.model_flops / self.flops
-        return peak_seconds / self.roofline_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        return dataclasses.asdict(self) | {
-            "spare_share": self.spare_share,
-            "roofline_seconds": self.roofline_seconds,
-            "model_flops_utilisation": self.model_flops_utilisation,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """Returns the report of a `to_dict`."""
-        return cls(**{each.name: values[each.name] for each in dataclasses.fields(cls)})
 
 
 def parse_topology(name: str) -> str:
@@ -102,7 +73,8 @@ def parse_topology(name: str) -> str:
         return name
     if cloud := re.fullmatch(r"(\w+)-(\d+)", name):
         kind = cloud[1].replace("v5litepod", "v5e")
-        num_chips = int(cloud[2]) // (2 if kind in _COUNTED_BY_CORES else 1)
+        # Names of v5p and v4 count the two cores of each chip.
+        num_chips = int(cloud[2]) // (2 if kind in ("v5p", "v4") else 1)
         for sizes in TOPOLOGIES.get(kind, ()):
             if math.prod(map(int, sizes.split("x"))) == num_chips:
                 return f"{kind}:{sizes}"
@@ -159,10 +131,7 @@ def compile_step(
 ) -> Report:
     """Compiles the train step of a config for a topology.
 
-    Args:
-        config: The training config; its mesh must fit the topology.
-        topology: Topology of one slice; see `parse_topology`.
-        num_slices: Slices, connected by DCN.
+    `topology` is that of one slice (`parse_topology`); slices are connected by DCN.
 
     Raises:
         ValueError: The topology is unknown, the config or its mesh is wrong, or jaxlib
@@ -217,6 +186,13 @@ def compile_step(
     flops = count_flops(traced.jaxpr) / mesh.size
     memory_bytes = program.memory_bytes()
     link_bytes = sum(totals["bytes"] for totals in collectives.values())
+    seconds = {
+        "compute_seconds": flops / chip.flops_per_second,
+        "memory_seconds": memory_bytes / chip.hbm_bytes_per_second,
+        "link_seconds": link_bytes / chip.link_bytes_per_second,
+    }
+    roofline_seconds = max(seconds.values())
+    model_flops = train_step.model_flops(config) / mesh.size
     return Report(
         topology=topology,
         num_slices=num_slices,
@@ -232,13 +208,14 @@ def compile_step(
         temporary_bytes=memory.temp_size_in_bytes,
         peak_bytes=peak_bytes,
         flops=flops,
-        model_flops=train_step.model_flops(config) / mesh.size,
+        model_flops=model_flops,
         memory_bytes=memory_bytes,
         collectives=collectives,
         in_microbatch_loop=in_microbatch_loop,
-        compute_seconds=flops / chip.flops_per_second,
-        memory_seconds=memory_bytes / chip.hbm_bytes_per_second,
-        link_seconds=link_bytes / chip.link_bytes_per_second,
+        **seconds,
+        roofline_seconds=roofline_seconds,
+        spare_share=1 - peak_bytes / chip.hbm_bytes,
+        model_flops_utilisation=model_flops / chip.flops_per_second / roofline_seconds,
         compile_seconds=time.monotonic() - began,
     )
 

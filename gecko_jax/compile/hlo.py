@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
     "collective-permute",
 )
 _BYTES = {
@@ -29,9 +26,6 @@ _FREE = {
     "conditional", "call", "after-all", "opt-barrier", "iota", "partition-id",
     "get-dimension-size",
 }  # fmt: skip
-
-# An asynchronous instruction counts where it starts.
-_FINISHING = ("-done", "-update")
 
 # `f32[2,3]{1,0}`: data type, dimensions, layout.
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -86,7 +80,6 @@ class Program:
     """The program of one device, from `compiled.as_text()`."""
 
     def __init__(self, text: str):
-        """Parses the text."""
         self._computations: dict[str, Computation] = {}
         self._entry = ""
         current: Computation = {}
@@ -101,9 +94,7 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Returns every collective."""
         collectives: dict[str | int, Collective] = {}
-        for instruction, computation, times, loops in self._walk(
-            self._entry, fusions=True
-        ):
+        for instruction, computation, times, loops in self._walk(fusions=True):
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -125,19 +116,23 @@ class Program:
     def memory_bytes(self) -> float:
         """Returns the bytes read from and written to main memory."""
         total = 0
-        for instruction, computation, times, _ in self._walk(
-            self._entry, fusions=False
-        ):
-            opcode = instruction.opcode
-            if opcode not in _FREE and not opcode.endswith(_FINISHING):
+        for instruction, computation, times, _ in self._walk(fusions=False):
+            # An asynchronous instruction counts where it starts.
+            is_end = instruction.opcode.endswith(("-done", "-update"))
+            if instruction.opcode not in _FREE and not is_end:
                 total += times * self._traffic(instruction, computation)
         return float(total)
 
     def _walk(
-        self, name: str, *, fusions: bool, times: int = 1, loops: tuple[str, ...] = ()
+        self,
+        name: str = "",
+        *,
+        fusions: bool,
+        times: int = 1,
+        loops: tuple[str, ...] = (),
     ) -> Iterator[tuple[Instruction, Computation, int, tuple[str, ...]]]:
         """Yields each instruction, its computation, its runs per step and its loops."""
-        computation = self._computations[name]
+        computation = self._computations[name or self._entry]
         for instruction in computation.values():
             yield instruction, computation, times, loops
             attributes: tuple[str, ...] = ()
@@ -224,11 +219,9 @@ class Program:
         while pending:
             for instruction in self._computations.get(pending.pop(), {}).values():
                 pending.append(instruction.called("calls"))
-                if (
-                    instruction.opcode == "constant"
-                    and instruction.operands[0].isdecimal()
-                ):
-                    numbers.append(int(instruction.operands[0]))
+                value = instruction.operands[0]
+                if instruction.opcode == "constant" and value.isdecimal():
+                    numbers.append(int(value))
         return max(numbers)
 
 
@@ -264,12 +257,8 @@ def _parse(line: str) -> Instruction | None:
 
 def _parameters(computation: Computation) -> list[Instruction]:
     """Returns the parameters of a computation, in order."""
-    parameters = [
-        parameter
-        for parameter in computation.values()
-        if parameter.opcode == "parameter"
-    ]
-    return sorted(parameters, key=lambda parameter: int(parameter.operands[0]))
+    parameters = (each for each in computation.values() if each.opcode == "parameter")
+    return sorted(parameters, key=lambda each: int(each.operands[0]))
 
 
 def _closing(text: str) -> int:

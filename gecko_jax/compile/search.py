@@ -8,6 +8,7 @@ A compilation takes minutes, so `Stored` keeps the result of each in a file, and
 interrupted search that runs again compiles only what the file lacks.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -57,8 +58,8 @@ class Stored:
         key = _key(config, topology, num_slices)
         if key not in self._results:
             try:
-                report = aot.compile_step(config, topology, num_slices).to_dict()
-                result = {"key": key, "report": report}
+                report = aot.compile_step(config, topology, num_slices)
+                result = {"key": key, "report": dataclasses.asdict(report)}
             except MemoryError as error:
                 result = {"key": key, "too_large": str(error)}
             self._results[key] = result
@@ -68,14 +69,14 @@ class Stored:
         result = self._results[key]
         if "too_large" in result:
             raise MemoryError(result["too_large"])
-        return aot.Report.from_dict(result["report"])
+        return aot.Report(**result["report"])
 
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for where, line in reading.read_lines(self._path):
             try:
                 result = json.loads(line)
                 if "too_large" not in result:
-                    aot.Report.from_dict(result["report"])
+                    aot.Report(**result["report"])
                 yield result["key"], result
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(

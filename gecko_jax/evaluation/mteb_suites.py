@@ -36,7 +36,7 @@ from gecko_jax.evaluation import (
 )
 from gecko_jax.formats import model_folder
 from gecko_jax.inference import embedding
-from gecko_jax.io import checksums
+from gecko_jax.io import checksums, wording
 from gecko_jax.models import dual_encoder
 from gecko_jax.parallel import sharding
 
@@ -198,7 +198,8 @@ class Runner:
         except (ValueError, KeyError) as error:
             path = self.cache.get_task_result_path(task.metadata.name, meta)
             raise ValueError(
-                f"{path}: damaged ({_first_line(error)}); remove it and run again"
+                f"{path}: damaged ({wording.first_line(error)}); remove it and run "
+                "again"
             ) from error
         if result is None or task.is_aggregate:
             return result
@@ -222,7 +223,7 @@ class Runner:
             logging.warning(
                 "%s cannot be reached (%s): only downloaded data sets are available",
                 constants.ENDPOINT,
-                _first_line(error),
+                wording.first_line(error),
             )
             constants.HF_HUB_OFFLINE = True
             datasets_config.HF_HUB_OFFLINE = True
@@ -304,12 +305,7 @@ def _explain(task: Any, error: Exception) -> str:
             "its data sets are" if task.is_aggregate else f"its data set {path} is"
         )
         return f"{subject} not on this machine and cannot be downloaded"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return wording.first_line(error)
 
 
 @contextlib.contextmanager

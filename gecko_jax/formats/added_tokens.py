@@ -140,16 +140,8 @@ def choose(
     """Returns the tokens that are cut out of texts, in the order of their ids.
 
     Reserved tokens and sentinels are cut out only if one of the prompts contains one.
-
-    Args:
-        plain: The vocabulary without added tokens.
-        listed: Tokens with an id.
-        special: Special tokens without an id.
-        prompts: See `tokenizer.read`.
-        is_split: Whether the tokenizer reads special tokens in a text as text.
-
-    Raises:
-        ValueError: An id is not that of the piece, or a token has none.
+    With `is_split`, the tokenizer reads special tokens in a text as text. Raises
+    ValueError if the id of a token is not that of its piece, or it has none.
     """
     tokens = dict(listed)
     for content, path in special:

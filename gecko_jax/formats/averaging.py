@@ -32,38 +32,25 @@ from gecko_jax.formats import checkpoints, detection, model_folder, parameters, 
 
 METHODS = ("mean", "slerp")
 
-# The parameters of models in one basin have a cosine above 0.9, of others near 0.
-_MIN_COSINE = 0.5
-
 # Values of an array that are converted to float64 at a time.
 _BLOCK = 2**20
 
-# Limit of the iterations for the mean on the sphere, and the step in radians at which
-# they end.
-_MAX_STEPS = 100
-_TOLERANCE = 1e-9
-
 # Settings that affect training and no embedding.
 _TRAINING_SETTINGS = ("dropout_rate", "scan_layers", "remat")
-# Settings whose difference is reason enough, and the characters of a value in errors.
+# Settings whose difference is reason enough.
 _ARCHITECTURE = (
     *("model.family", "model.model_dim", "model.num_layers", "model.vocab_size"),
     "vocabulary",
 )
-_MOST_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """An average as it was written, and its inputs.
-
-    `inputs` has the source, revision, step and weight of each model, and `cosines` the
-    cosine of all parameters of each model with those of the previous one.
-    """
+    """An average as it was written, and its inputs."""
 
     model_files: model_folder.ModelFiles
-    inputs: tuple[dict[str, Any], ...]
-    cosines: tuple[float, ...]
+    inputs: tuple[dict[str, Any], ...]  # source, revision, step, weight of each model
+    cosines: tuple[float, ...]  # similarity of each model to the previous one
 
 
 def average(
@@ -76,6 +63,8 @@ def average(
 ) -> Average:
     """Averages models into a model folder, which is complete or not written at all.
 
+    Raises a ValueError that lists every difference between models that do not fit.
+
     Args:
         sources: Two or more models of any format that `gecko_jax.load` reads, a workdir
             for its newest checkpoint; or one workdir, for its own checkpoints.
@@ -83,9 +72,6 @@ def average(
         method: One of `METHODS`.
         weights: Weight of each model, in any unit; () for equal weights.
         steps: Checkpoints of the one workdir; () for all that it holds.
-
-    Raises:
-        ValueError: The models do not fit each other; lists every difference.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
@@ -118,7 +104,8 @@ def average(
     cosines = tuple((np.diag(gram, k=1) / products).tolist())
     pairs = itertools.pairwise(inputs)
     for (first, second), cosine in zip(pairs, cosines, strict=True):
-        if cosine < _MIN_COSINE:
+        # In one basin it is above 0.9, otherwise near 0.
+        if cosine < 0.5:
             logging.warning(
                 "the parameters of %s and %s have a cosine of %.2f: such models did "
                 "not start from the same checkpoint, and their average is noise",
@@ -214,18 +201,12 @@ def _check_same_kind(
     keys = [k for k in _ARCHITECTURE if k in keys] or keys
     if keys:
         differences = "; ".join(
-            f"{key}: {_shown(left.get(key))}, and {_shown(right.get(key))}"
-            for key in keys
+            f"{key}: {left.get(key)!r:.60}, and {right.get(key)!r:.60}" for key in keys
         )
         raise ValueError(
             f"{first_source} and {second_source} cannot be averaged, because these "
             f"settings differ; only models from the same start can: {differences}"
         )
-
-
-def _shown(value: Any) -> str:
-    text = "none" if value is None else repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _provenance(
@@ -268,8 +249,9 @@ def _average_array(
         previous = np.zeros(0, np.float32)
         for number, leaf in enumerate(leaves):
             array = leaf.read().reshape(-1)
-            for part in _blocks(array.size):
-                total[part] += coefficients[number] * array[part].astype(np.float64)
+            for first in range(0, array.size, _BLOCK):
+                part = array[first : first + _BLOCK].astype(np.float64)
+                total[first : first + _BLOCK] += coefficients[number] * part
             gram[number, number] += _inner(array, array)
             if number:
                 gram[number - 1, number] += _inner(previous, array)
@@ -292,15 +274,11 @@ def _gram(leaves: Sequence[tensors.Tensor]) -> Float[np.ndarray, "N N"]:
 
 
 def _inner(left: Float[np.ndarray, " E"], right: Float[np.ndarray, " E"]) -> float:
-    parts = (
-        np.dot(left[part].astype(np.float64), right[part].astype(np.float64))
-        for part in _blocks(left.size)
-    )
-    return math.fsum(parts)
-
-
-def _blocks(size: int) -> list[slice]:
-    return [slice(first, first + _BLOCK) for first in range(0, size, _BLOCK)]
+    total = 0.0
+    for first in range(0, left.size, _BLOCK):
+        part = slice(first, first + _BLOCK)
+        total += np.dot(left[part].astype(np.float64), right[part].astype(np.float64))
+    return float(total)
 
 
 def spherical_coefficients(
@@ -308,14 +286,9 @@ def spherical_coefficients(
 ) -> Float[np.ndarray, " N"]:
     """Returns c for which sum of c_i a_i is the weighted mean on the sphere.
 
-    The mean is in the span of the vectors, so their inner products are sufficient.
-
-    Args:
-        gram: Inner products of the vectors a_i.
-        shares: Weights of the vectors, which sum to 1.
-
-    Raises:
-        ValueError: Two vectors have opposite directions, so the mean is not unique.
+    The mean is in the span of the vectors, so their inner products (`gram`) are
+    sufficient. Raises ValueError if two vectors have opposite directions, so that the
+    mean is not unique.
     """
     lengths = np.sqrt(np.diag(gram))
     if not np.all(lengths):  # A zero vector has no direction.
@@ -331,14 +304,14 @@ def spherical_coefficients(
         return mean / np.sqrt(mean @ cosines @ mean)
 
     mean = on_sphere(shares)
-    for _ in range(_MAX_STEPS):
+    for _ in range(100):
         towards = np.clip(cosines @ mean, -1.0, 1.0)
         angles = np.arccos(towards)
         # Logarithm map of each vector at the mean, and their weighted sum.
         pulls = shares / np.sinc(angles / np.pi)
         step = pulls - np.sum(pulls * towards) * mean
         length = np.sqrt(max(step @ cosines @ step, 0.0))
-        if length < _TOLERANCE:
+        if length < 1e-9:  # radians
             break
         mean = on_sphere(np.cos(length) * mean + np.sinc(length / np.pi) * step)
     return mean / lengths * np.sum(shares * lengths)

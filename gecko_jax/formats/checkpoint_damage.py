@@ -7,13 +7,12 @@ the machine, does not concern the files, and leaves them in place.
 
 import contextlib
 import json
+import operator
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from gecko_jax.formats import source_files
-from gecko_jax.io import reading
+from gecko_jax.io import reading, wording
 
 # TensorStore's errors for missing bytes and bytes that cannot be decoded. Other codes,
 # such as UNAVAILABLE and PERMISSION_DENIED, concern the access to the bytes.
@@ -59,13 +58,13 @@ def _find_damage(folder: pathlib.Path, causes: list[BaseException]) -> str:
     for cause in causes:
         is_lost = isinstance(cause, FileNotFoundError) and folder.is_dir()
         if is_lost and str(folder) in str(cause):
-            proofs.append(source_files.first_line(cause))
+            proofs.append(wording.first_line(cause))
         elif isinstance(cause, OSError | ImportError | MemoryError):
             return ""  # A failure of the system or of the installation.
         elif isinstance(cause, UnicodeDecodeError | json.JSONDecodeError) or (
             isinstance(cause, ValueError) and _IS_DAMAGE.search(str(cause))
         ):
-            proofs.append(source_files.first_line(cause))
+            proofs.append(wording.first_line(cause))
     return _find_damaged_metadata(folder) or (proofs[-1] if proofs else "")
 
 
@@ -79,14 +78,15 @@ def _find_damaged_metadata(folder: pathlib.Path) -> str:
         try:
             values = reading.parse_json(path.read_bytes())
             if path.name == "_METADATA":
+                read_value = operator.itemgetter("value_type", "skip_deserialize")
+                read_key = operator.itemgetter("key", "key_type")
                 for entry in values["tree_metadata"].values():
-                    _require(entry["value_metadata"], "value_type", "skip_deserialize")
-                    for key in entry["key_metadata"]:
-                        _require(key, "key", "key_type")
+                    read_value(entry["value_metadata"])
+                    list(map(read_key, entry["key_metadata"]))
             elif path.parent.name == "array_metadatas":
                 fields = ("param_name", "write_shape", "chunk_shape")
                 for entry in values["array_metadatas"]:
-                    _require(entry["array_metadata"], *fields)
+                    operator.itemgetter(*fields)(entry["array_metadata"])
         except OSError:
             continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -95,12 +95,7 @@ def _find_damaged_metadata(folder: pathlib.Path) -> str:
 
 
 def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {source_files.first_line(error)}"
-
-
-def _require(values: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        values[name]
+    return f"{type(error).__name__}: {wording.first_line(error)}"
 
 
 def remedy(folder: pathlib.Path) -> str:

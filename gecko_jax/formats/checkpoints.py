@@ -33,8 +33,8 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from gecko_jax.formats import checkpoint_damage, source_files, tensors
-from gecko_jax.io import checksums, inputs, reading
+from gecko_jax.formats import checkpoint_damage, tensors
+from gecko_jax.io import checksums, inputs, reading, wording
 
 CHECKPOINTS = "checkpoints"
 _DAMAGED = "damaged"
@@ -99,14 +99,9 @@ class Checkpointer:
         """Restores the newest intact checkpoint, given the shapes and shardings.
 
         Newer checkpoints, which a disk error or a kill has damaged, are moved to
-        `damaged/` of the workdir, with a warning.
-
-        Returns:
-            Step, parameters, optimizer state and position; None without checkpoints.
-
-        Raises:
-            ValueError: A checkpoint could not be read, or all of them are damaged. All
-                stay in place.
+        `damaged/` of the workdir, with a warning. If one could not be read, or all are
+        damaged, all stay in place, and a ValueError says why. Returns step, parameters,
+        optimizer state and position; None without checkpoints.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
@@ -187,7 +182,7 @@ class Checkpointer:
             raise OSError(
                 errno.EIO,
                 f"{self._workdir / CHECKPOINTS}: a checkpoint could not be written "
-                f"({source_files.first_line(error)}); {newest}. Make room on the disk "
+                f"({wording.first_line(error)}); {newest}. Make room on the disk "
                 "(checkpoint.keep, checkpoint.keep_every_steps), then run the same "
                 "command again to continue",
             ) from error

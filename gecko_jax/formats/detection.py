@@ -30,9 +30,7 @@ from gecko_jax.formats import (
     safetensors_files,
 )
 from gecko_jax.models import dual_encoder
-from gecko_jax.text import text_formats, vocabularies
-
-PLAIN_FORMAT = text_formats.PLAIN
+from gecko_jax.text import vocabularies
 
 
 class Format(enum.Enum):
@@ -57,7 +55,8 @@ def open_model(
 ) -> model_folder.ModelFiles:
     """Opens a model of any format; its parameters are read later, one at a time.
 
-    Reading a parameter that is not finite raises a ValueError that names it.
+    Reading a parameter that is not finite raises a ValueError that names it. Also
+    raises one for an unknown format, damage, and parts that do not fit together.
 
     Args:
         source: A path, a URL or a hub name.
@@ -70,10 +69,6 @@ def open_model(
         relpos_max_distance: Distance in tokens from which the relative bias is
             constant, which T5X does not store; None takes T5's 128.
         mesh: Mesh for the parameters of a training workdir.
-
-    Raises:
-        ValueError: The source has no known format, is damaged, or its parts do not fit
-            together.
     """
     source = str(source)
     source_format, place = find_format(source)

@@ -12,7 +12,7 @@ Only settings that Gecko computes are read; all others are refused by name.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gecko_jax.formats import names, source_files
+from gecko_jax.formats import source_files
 from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
 
@@ -24,19 +24,12 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
 class ModelType(NamedTuple):
-    """What a `model_type` of transformers holds.
-
-    Attributes:
-        family: The encoder family.
-        path: Keys of the text encoder's settings in `config.json`.
-        prefix: Regex of the text before the names of the text encoder's tensors.
-        unread: Regex of the names, without the prefix, of tensors that Gecko ignores.
-    """
+    """What a `model_type` of transformers holds."""
 
     family: str
-    path: tuple[str, ...] = ()
-    prefix: str = r"(model\.)?"
-    unread: str = r"lm_head\."
+    path: tuple[str, ...] = ()  # keys of the text encoder's settings in `config.json`
+    prefix: str = r"(model\.)?"  # regex of the text before tensor names
+    unread: str = r"lm_head\."  # regex of other names that Gecko ignores
 
 
 _VISION = r"vision_tower\.|multi_modal_projector\.|embed_tokens\.eoi_embedding"
@@ -79,14 +72,15 @@ _GLOBAL_HEADS = {
 
 _only = field_rules.only
 # Larger sizes are damage, and nothing is allocated for them.
-_SIZE = field_rules.integer(1, 2**24)
+SIZE = field_rules.integer(1, 2**24)
+# Every layer has a name of its own for each of its arrays. T5X has the same limit.
+NUM_LAYERS = field_rules.integer(1, 1_000)
 _OBJECT = field_rules.optional(field_rules.OBJECT)
 _BASE = field_rules.optional(field_rules.number(above=0))
 _ID = field_rules.optional(field_rules.COUNT)
 _SETTINGS = {
-    **dict.fromkeys(_SIZES, _SIZE),
-    # Every layer has a name of its own for each of its arrays. T5X has the same limit.
-    "num_hidden_layers": field_rules.integer(1, 1_000),
+    **dict.fromkeys(_SIZES, SIZE),
+    "num_hidden_layers": NUM_LAYERS,
     "rms_norm_eps": field_rules.number(above=0),
     "attention_bias": _only(False),
     "attn_logit_softcapping": field_rules.Kind("null", lambda v: v is None, True),
@@ -109,17 +103,17 @@ _SETTINGS = {
 _PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")
 _GEMMA = {
     "hidden_activation": field_rules.one_of("gelu_pytorch_tanh"),
-    "sliding_window": _SIZE,
-    **dict.fromkeys(_PATTERNS, field_rules.optional(_SIZE)),
+    "sliding_window": SIZE,
+    **dict.fromkeys(_PATTERNS, field_rules.optional(SIZE)),
 }
 _OWN_SETTINGS = {
     "gemma": {**_GEMMA, "query_pre_attn_scalar": field_rules.number(above=0)},
     "embeddinggemma2": {
         **_GEMMA,
-        **dict.fromkeys(("hidden_size_per_layer_input", "embedding_dim"), _SIZE),
+        **dict.fromkeys(("hidden_size_per_layer_input", "embedding_dim"), SIZE),
         "per_layer_config": field_rules.optional(
             field_rules.map_of(
-                field_rules.object_of(dict.fromkeys(_GLOBAL_HEADS, _SIZE), only=True)
+                field_rules.object_of(dict.fromkeys(_GLOBAL_HEADS, SIZE), only=True)
             )
         ),
         "num_kv_shared_layers": _only(0),
@@ -318,7 +312,7 @@ def write(
     if family == "gemma":
         scale = config.query_scale or config.head_dim**-0.5
         text["query_pre_attn_scalar"] = round(scale**-2)
-        if is_symmetric(config):
+        if config.is_symmetric:
             values["model_type"] = "gemma3_text"
             text["use_bidirectional_attention"] = True
             text["sliding_window"] = max(reach, 2)
@@ -364,26 +358,6 @@ def write(
     return values
 
 
-def tensor_names(
-    config: dual_encoder.EncoderConfig, model_type: str = ""
-) -> dict[str, names.HuggingFaceName]:
-    """Returns parameter name -> name in a folder, of all that the encoder itself holds.
-
-    `model_type` is that of the folder's `config.json`; "" is that of an export.
-    """
-    is_t5gemma2 = model_type.startswith("t5gemma2") or not is_symmetric(config)
-    table = names.hugging_face_names(config, "t5gemma2_text" if is_t5gemma2 else "")
-    if config.family == "embeddinggemma2":
-        name = names.HuggingFaceName("embedding_projection.weight", True)
-        table[names.PROJECTION] = name
-    return table
-
-
-def is_symmetric(config: dual_encoder.EncoderConfig) -> bool:
-    """Whether a local layer reaches equally far to both sides."""
-    return len(set(config.local_window)) < 2
-
-
 def _facts(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
     """Returns what `config.json` must say about an encoder."""
     sizes = {ours: getattr(config, ours) for ours in _SIZES.values()}
@@ -404,7 +378,7 @@ def _facts(config: dual_encoder.EncoderConfig) -> dict[str, Any]:
 
 def placeholders(config: dual_encoder.EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of the zeros that fill `_NO_VISION` in an export."""
-    if is_symmetric(config):
+    if config.is_symmetric:
         return {}
     vision = "vision_tower.embeddings"
     return {

@@ -17,7 +17,7 @@ from gecko_jax.formats import (
     source_files,
     tensors,
 )
-from gecko_jax.io import inputs
+from gecko_jax.io import field_rules
 from gecko_jax.models import dual_encoder
 
 _T5 = ("t5", "mt5", "umt5")
@@ -30,11 +30,10 @@ _ACTIVATIONS = {
     **{f"gelu_{form}_tanh": "gelu" for form in ("python", "pytorch")},
 }
 
-# Larger sizes are damage, and nothing is allocated for them.
-_MAX_SIZE = 2**24
-# Every layer has a name of its own for each of its arrays. T5X has the same limit.
-_MAX_LAYERS = 1_000
-
+_SIZES = {
+    **dict.fromkeys(names.HUGGING_FACE_SIZES, family_configs.SIZE),
+    "num_layers": family_configs.NUM_LAYERS,
+}
 # Other names of the sizes that transformers also reads.
 _ALIASES = {
     "hidden_size": "d_model",
@@ -43,8 +42,16 @@ _ALIASES = {
     "head_dim": "d_kv",
 }
 
-# T5X's RMS norms and ours add this; another value would change every embedding.
-_NORM_EPSILON = 1e-6
+# What the encoder computes, where `config.json` says it.
+_SETTINGS = {
+    "layer_norm_epsilon": field_rules.one_of(1e-6),
+    "feed_forward_proj": field_rules.Kind(
+        "an activation, or 'gated-' and an activation",
+        lambda v: isinstance(v, str) and bool(re.fullmatch("(gated-)?[^-]+", v)),
+    ),
+    "dense_act_fn": field_rules.one_of(*_ACTIVATIONS),
+    "is_gated_act": field_rules.FLAG,
+}
 
 # Names of the one embedding table. transformers gives the encoder the first of them
 # that a file holds.
@@ -53,9 +60,6 @@ _EMBEDDING_NAMES = (
     "shared.weight",
     "decoder.embed_tokens.weight",
 )
-
-# Prefix of the encoder in models with a head.
-_HEAD_PREFIX = "transformer."
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -85,7 +89,7 @@ def open_params(
             )
         weights[name], stored_as[name] = tensor, stored
     params = {}
-    table = family_configs.tensor_names(config, model_type)
+    table = names.hugging_face_names(config, model_type)
     for t5x_name, (name, is_transposed) in table.items():
         aliases = _EMBEDDING_NAMES if name in _EMBEDDING_NAMES else (name,)
         candidates = [weights.pop(alias) for alias in aliases if alias in weights]
@@ -101,7 +105,7 @@ def _encoder_name(name: str, model_type: str) -> str | None:
         row = family_configs.MODEL_TYPES[model_type]
         name = re.sub(rf"^(?:{row.prefix})", "", name)
         return None if re.match(row.unread, name) else name
-    name = name.removeprefix(_HEAD_PREFIX)
+    name = name.removeprefix("transformer.")  # In models with a head.
     is_encoder = name.startswith(("shared.", "encoder.")) or name in _EMBEDDING_NAMES
     return name if is_encoder else None
 
@@ -111,14 +115,10 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     values = source_files.read_json(path)
     model_type = values.get("model_type")
-    architectures = values.get("architectures") or ()
-    if not isinstance(architectures, list | tuple):
-        raise source_files.damaged(
-            path, f"architectures is {inputs.kind(architectures)}, not a list"
-        )
     take = f"take one of {', '.join((*_T5, *family_configs.MODEL_TYPES))}"
     if str(model_type) not in family_configs.MODEL_TYPES:
-        is_causal = re.search(r"ForCausalLM|LMHeadModel", str(architectures))
+        architectures = str(values.get("architectures"))
+        is_causal = re.search(r"ForCausalLM|LMHeadModel", architectures)
         # transformers gives the encoder of such a config a causal mask.
         if is_causal or values.get("is_decoder"):
             raise ValueError(
@@ -146,15 +146,15 @@ def encoder_config(
     """
     if values["model_type"] in family_configs.MODEL_TYPES:
         return family_configs.read(values, source)
-    sizes, problems = _read_sizes(values)
-    if problems:
-        raise source_files.damaged(source, ", ".join(problems))
-    epsilon = values.get("layer_norm_epsilon", _NORM_EPSILON)
-    if epsilon != _NORM_EPSILON:
-        raise ValueError(
-            f"{source}: layer_norm_epsilon={epsilon}, must be {_NORM_EPSILON} as T5's; "
-            "take another model"
-        )
+    sizes = {"relative_attention_num_buckets": 32, **values}
+    sizes.setdefault("relative_attention_max_distance", 128)
+    for alias, name in _ALIASES.items():
+        if alias in values and sizes.setdefault(name, values[alias]) != values[alias]:
+            given = f"{name}={sizes[name]!r} and {alias}={values[alias]!r}"
+            raise source_files.damaged(source, given)
+    field_rules.check(source, sizes, _SIZES, source_files.DAMAGED)
+    kinds = {name: kind for name, kind in _SETTINGS.items() if name in values}
+    field_rules.check(source, values, kinds, "take another model")
     return dual_encoder.EncoderConfig(
         **{ours: sizes[name] for name, ours in names.HUGGING_FACE_SIZES.items()},
         mlp_activations=_read_activations(values, source),
@@ -162,35 +162,6 @@ def encoder_config(
         embedding_dim=sizes["d_model"],
         projection=False,
     )
-
-
-def _read_sizes(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the sizes by transformers' first name of each, and all problems."""
-    sizes: dict[str, Any] = dict.fromkeys(names.HUGGING_FACE_SIZES)
-    sizes["relative_attention_num_buckets"] = 32
-    sizes["relative_attention_max_distance"] = 128
-    sizes |= {name: values[name] for name in sizes if name in values}
-    problems = []
-    for alias, name in _ALIASES.items():
-        if alias in values and name not in values:
-            sizes[name] = values[alias]
-        elif alias in values and values[alias] != values[name]:
-            problems.append(f"{name}={values[name]!r} and {alias}={values[alias]!r}")
-    wrong = [
-        f"{name}={size!r}"
-        for name, size in sizes.items()
-        if type(size) is not int or not 0 < size <= _MAX_SIZE
-    ]
-    if wrong:
-        problems.append(
-            f"{', '.join(wrong)[:300]}, must be a whole number above 0 and at most "
-            f"{_MAX_SIZE:,}"
-        )
-    elif sizes["num_layers"] > _MAX_LAYERS:
-        problems.append(
-            f"num_layers={sizes['num_layers']}, must be at most {_MAX_LAYERS:,}"
-        )
-    return sizes, problems
 
 
 def _read_activations(values: Mapping[str, Any], source: str) -> tuple[str, ...]:
@@ -202,26 +173,15 @@ def _read_activations(values: Mapping[str, Any], source: str) -> tuple[str, ...]
     default = "relu" if values["model_type"] == "t5" else "gated-gelu"
     form = values.get("feed_forward_proj", default)
     # In transformers, "gated-gelu" means gelu_new.
-    full_form = "gated-gelu_new" if form == "gated-gelu" else str(form)
+    full_form = "gated-gelu_new" if form == "gated-gelu" else form
     gate, _, act = full_form.rpartition("-")
-    if not isinstance(form, str) or gate not in ("", "gated"):
+    act = _ACTIVATIONS.get(values.get("dense_act_fn", act))
+    if act is None:
         raise ValueError(
-            f"{source}: feed_forward_proj={form!r}, must be an activation or "
-            "'gated-' and an activation"
+            f"{source}: feed_forward_proj={form!r} is not supported; the activation "
+            f"must be one of {', '.join(_ACTIVATIONS)}"
         )
-    act = values.get("dense_act_fn", act)
-    is_gated = values.get("is_gated_act", gate == "gated")
-    if not isinstance(act, str) or act not in _ACTIVATIONS:
-        key = "dense_act_fn" if "dense_act_fn" in values else "feed_forward_proj"
-        raise ValueError(
-            f"{source}: {key}={values.get(key)!r} is not supported; it must be one of "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
-    if not isinstance(is_gated, bool):
-        raise ValueError(
-            f"{source}: is_gated_act is {inputs.kind(is_gated)}, must be true or false"
-        )
-    return (_ACTIVATIONS[act], "linear") if is_gated else (_ACTIVATIONS[act],)
+    return (act, "linear") if values.get("is_gated_act", gate == "gated") else (act,)
 
 
 def refuse_adapter(folder: pathlib.Path) -> None:

@@ -27,7 +27,7 @@ from gecko_jax.formats import (
     source_files,
     tensors,
 )
-from gecko_jax.io import field_rules, inputs, reading, writing
+from gecko_jax.io import field_rules, reading, writing
 from gecko_jax.models import dual_encoder
 from gecko_jax.text import text_formats
 
@@ -44,16 +44,15 @@ _ORDERS = (
 # Pooling of sentence-transformers -> ours.
 _POOLINGS = {"mean": "mean", "lasttoken": "last"}
 
-# Passage prompts in models of older releases. `encode_document` ignores them, because
-# those models always have a prompt "document", too.
-_OTHER_PASSAGE_PROMPTS = ("passage", "corpus")
-
 # Settings of the Transformer module; the first file that exists counts.
 _ENCODERS = "bert roberta distilbert camembert albert xlm-roberta xlnet"
 _SETTINGS = [f"sentence_{name}_config.json" for name in _ENCODERS.split()]
 
 # What Gecko computes. All other settings change no embedding.
-_REMEDY = "Gecko computes nothing else, take another model"
+_REMEDY = (
+    "Gecko computes nothing else: take another model, or remove it if it changes no "
+    "embedding"
+)
 _only = field_rules.only
 _TEXT, _LENGTH = field_rules.TEXT, field_rules.optional(field_rules.integer(8, 2**20))
 _TRANSFORMER = {
@@ -93,33 +92,27 @@ _LOADERS = (
     *("model_kwargs", "model_args", "processor_kwargs", "tokenizer_args"),
     *("config_kwargs", "config_args"),
 )
-_HARMLESS_OPTIONS = {
+_HARMLESS_OPTIONS = (
     *("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage"),
     *("torch_dtype", "trust_remote_code", "use_fast", "use_safetensors"),
-}
+)
+_ANY = field_rules.Kind("any value", lambda v: True, is_optional=True)
+_OPTIONS = field_rules.object_of(dict.fromkeys(_HARMLESS_OPTIONS, _ANY), only=True)
+_TRANSFORMER |= dict.fromkeys(_LOADERS, field_rules.optional(_OPTIONS))
+_TOKENIZER = {"model_max_length": field_rules.optional(field_rules.number(8))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """Modules of a folder.
+    """Modules of a folder."""
 
-    Attributes:
-        encoder: Folder of the encoder and its tokenizer.
-        dense: Folders of the matrices whose product is the projection.
-        pooling: "mean" or "last".
-        query_length: Longest query in tokens, or None if the folder sets no limit.
-        passage_length: Longest passage in tokens, or None.
-        text_format: The prompts.
-        truncate_dim: Default dim of embeddings, or None for the full width.
-    """
-
-    encoder: pathlib.Path
-    dense: tuple[pathlib.Path, ...]
-    pooling: str
-    query_length: int | None
+    encoder: pathlib.Path  # folder of the encoder and its tokenizer
+    dense: tuple[pathlib.Path, ...]  # the product of their matrices is the projection
+    pooling: str  # "mean" or "last"
+    query_length: int | None  # longest query in tokens; None if there is no limit
     passage_length: int | None
-    text_format: text_formats.TextFormat
-    truncate_dim: int | None
+    text_format: text_formats.TextFormat  # the prompts
+    truncate_dim: int | None  # default dim of embeddings; None for the full width
 
 
 def read_modules(folder: pathlib.Path) -> Modules:
@@ -208,7 +201,7 @@ def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
         entries = reading.parse_json(path.read_text(encoding="utf-8"))
         entries = sorted(entries, key=lambda entry: entry["idx"])
         kinds = [entry["type"].rpartition(".")[2] for entry in entries]
-        places = [pathlib.PurePosixPath(entry["path"]) for entry in entries]
+        places = [str(entry["path"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise source_files.damaged(path, "not a list of modules") from None
     for entry in entries:
@@ -224,12 +217,7 @@ def _read_folders(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
         )
     folders: dict[str, list[pathlib.Path]] = {}
     for kind, place in zip(kinds, places, strict=True):
-        if place.is_absolute() or ".." in place.parts:
-            raise ValueError(
-                f"{path}: names the folder {str(place)!r}, outside its own; do not "
-                "use this model"
-            )
-        folders.setdefault(kind, []).append(writing.inside(folder, str(place)))
+        folders.setdefault(kind, []).append(writing.inside(folder, place))
     return folders
 
 
@@ -258,7 +246,6 @@ def _read_lengths(encoder: pathlib.Path) -> tuple[int | None, int | None]:
     for path in (encoder / name for name in _SETTINGS):
         if not values and path.exists():
             values = _read(path, _TRANSFORMER)
-            _check_loaders(values, path)
     length = values.get("max_seq_length")
     if length is None:
         length = tokenizer_length(encoder)
@@ -270,33 +257,12 @@ def _read_lengths(encoder: pathlib.Path) -> tuple[int | None, int | None]:
     return values.get("query_length", length), values.get("document_length", length)
 
 
-def _check_loaders(values: Mapping[str, Any], path: pathlib.Path) -> None:
-    for name in _LOADERS:
-        options = values.get(name, {})
-        if not isinstance(options, dict):
-            raise source_files.damaged(
-                path, f"{name} is {inputs.kind(options)}, not an object"
-            )
-        unknown = sorted(options.keys() - _HARMLESS_OPTIONS)
-        if unknown:
-            raise ValueError(
-                f"{path}: {name} sets {', '.join(unknown)}, which Gecko does not "
-                "support; remove it if it changes no embedding"
-            )
-
-
 def tokenizer_length(encoder: pathlib.Path) -> int | None:
     """Returns the limit of a folder's tokenizer in tokens, None for no limit."""
     path = encoder / "tokenizer_config.json"
-    values = source_files.read_json(path) if path.exists() else {}
-    length = values.get("model_max_length")
-    if length is None:
-        return None
-    if type(length) not in (int, float) or length < 8:
-        raise ValueError(
-            f"{path}: model_max_length={length!r}: must be at least 8 tokens"
-        )
+    values = _read(path, _TOKENIZER) if path.exists() else {}
     # transformers writes 10^30 for no limit.
+    length = values.get("model_max_length", 1e30)
     return int(length) if length < 2**20 else None
 
 
@@ -327,7 +293,9 @@ def _read_prompts(
                 default,
                 default,
             )
-    unused = [name for name in _OTHER_PASSAGE_PROMPTS if own_prompts.get(name)]
+    # Models of older releases have them. `encode_document` ignores them, because those
+    # models always have a prompt "document", too.
+    unused = [name for name in ("passage", "corpus") if own_prompts.get(name)]
     if unused and document not in own_prompts:
         logging.warning(
             "%s: encode_document writes the prompt 'document', which is missing, and "

@@ -27,9 +27,6 @@ from gecko_jax.models import dual_encoder
 
 _PARTS = ("token_embedder", "encoder", "projection_layer")
 
-# t5x_retrieval's dual encoders add this under the root when they normalize.
-_RETRIEVAL_L2_EPSILON = 1e-6
-
 # T5 XXL has 24.
 _MAX_LAYERS = 1_000
 
@@ -131,7 +128,8 @@ def infer_config(
         )
     is_gated = "encoder/layers_0/mlp/wi_0/kernel" in params
     projection = params.get(names.PROJECTION)
-    epsilon = dual_encoder.EncoderConfig.l2_epsilon
+    # t5x_retrieval's dual encoders add 1e-6 under the root when they normalize.
+    epsilon = 1e-6 if projection else dual_encoder.EncoderConfig.l2_epsilon
     return dual_encoder.EncoderConfig(
         vocab_size=embedding[0],
         model_dim=embedding[1],
@@ -145,7 +143,7 @@ def infer_config(
         relpos_num_buckets=bias[1],
         embedding_dim=projection.shape[-1] if projection else embedding[1],
         projection=projection is not None,
-        l2_epsilon=_RETRIEVAL_L2_EPSILON if projection else epsilon,
+        l2_epsilon=epsilon,
     )
 
 

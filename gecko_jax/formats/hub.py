@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from gecko_jax.formats import source_files
+from gecko_jax.io import wording
 
 # Files of a model, without other forms of its weights; pickles are never downloaded.
 _FILES = {
@@ -47,7 +47,7 @@ def download(source: str) -> pathlib.Path:
     except Exception as error:  # The errors of several HTTP libraries.
         raise ValueError(
             f"{source}: no such folder, and cannot be downloaded from the hub "
-            f"({source_files.first_line(error)}); check the name and the network, or "
+            f"({wording.first_line(error)}); check the name and the network, or "
             "copy the model's folder here"
         ) from error
     if not any(pathlib.Path(folder).rglob("*.safetensors")):
@@ -75,7 +75,7 @@ def check_upload(repo_id: str) -> None:
     except Exception as error:  # The errors of several HTTP libraries.
         raise OSError(
             f"{repo_id}: the hub did not accept the login "
-            f"({source_files.first_line(error)}); check the network, run `hf auth "
+            f"({wording.first_line(error)}); check the network, run `hf auth "
             "login` or set HF_TOKEN, or export without --push"
         ) from error
 
@@ -96,7 +96,7 @@ def upload(folder: pathlib.Path, repo_id: str) -> str:
         )
     except Exception as error:  # The errors of several HTTP libraries.
         raise OSError(
-            f"{repo_id}: not uploaded ({source_files.first_line(error)}); {folder} is "
+            f"{repo_id}: not uploaded ({wording.first_line(error)}); {folder} is "
             f"complete: try again with `hf upload {repo_id} {folder}`"
         ) from error
     return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{repo_id}")

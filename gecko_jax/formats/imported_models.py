@@ -15,6 +15,7 @@ from gecko_jax.formats import (
     model_folder,
     parameters,
     tensors,
+    to_t5x,
     tokenizer,
     vocabulary_fit,
 )
@@ -25,15 +26,8 @@ from gecko_jax.text import text_formats, vocabularies
 # T5 was pre-trained on texts of this many tokens.
 _PRETRAINED_LENGTH = 512
 
-# Buckets of T5's relative bias, which end at a distance of 128 tokens.
-_T5_BUCKETS = 32
-
 # Trained prefixes of the embedding in a `config.json`, as vLLM reads them.
 _DIMS = field_rules.optional(field_rules.list_of(field_rules.integer(1)))
-
-# Folder next to `checkpoint_N` where `gecko export --to t5x` writes the settings that
-# T5X does not store.
-_T5X_SETTINGS = "gecko"
 
 
 def open_t5x(
@@ -57,7 +51,7 @@ def open_t5x(
         )
     opened = from_t5x.open_checkpoint(folder, file)
     if settings is not None:
-        place = f"{model_dir.path}/{_T5X_SETTINGS}"
+        place = f"{model_dir.path}/{to_t5x.SETTINGS}"
         if relpos_max_distance is not None:
             raise ValueError(
                 f"--relpos-max-distance={relpos_max_distance}: {place} holds the "
@@ -81,14 +75,13 @@ def open_t5x(
     config = from_t5x.infer_config(opened.params, place)
     if relpos_max_distance is not None:
         config = dataclasses.replace(config, relpos_max_distance=relpos_max_distance)
-    elif config.relpos_num_buckets != _T5_BUCKETS:
+    elif config.relpos_num_buckets != 32:
         logging.warning(
-            "%s: the relative bias has %d buckets, T5's has %d, and T5X does not store "
+            "%s: the relative bias has %d buckets, T5's has 32, and T5X does not store "
             "the distance at which they end; %d tokens are assumed, set "
             "--relpos-max-distance to the distance of the training",
             place,
             config.relpos_num_buckets,
-            _T5_BUCKETS,
             config.relpos_max_distance,
         )
     vocabulary_fit.check(vocab, config, source=place, is_given=True)
@@ -97,7 +90,7 @@ def open_t5x(
 
 def _read_t5x_settings(model_dir: kvstores.Folder) -> model_folder.ModelFiles | None:
     """Returns the settings in `gecko/` of a `model_dir`, None if it has none."""
-    folder = model_dir / _T5X_SETTINGS
+    folder = model_dir / to_t5x.SETTINGS
     if not folder.has(model_folder.MODEL_JSON):
         return None
     local = folder.local_file("")
@@ -151,8 +144,13 @@ def open_hugging_face(
         vocab = tokenizer.read_json(encoder, is_base=modules is None)
     vocabulary_fit.check(vocab, config, values, source=str(encoder), is_given=is_given)
     params = from_hugging_face.open_params(encoder, config, values["model_type"])
-    text_format = text_formats.PLAIN
-    if modules is not None:
+    text_format, truncate_dim = text_formats.PLAIN, None
+    if modules is None:
+        length = from_sentence_transformers.tokenizer_length(encoder)
+        if config.family != "t5":  # The limit of a language model.
+            length = min(length or _PRETRAINED_LENGTH, _PRETRAINED_LENGTH)
+        lengths = (length, length)
+    else:
         if modules.pooling != "mean" and config.family == "t5":
             raise ValueError(
                 f"{encoder}: a T5 encoder that pools by the last token; Gecko pools T5 "
@@ -162,9 +160,18 @@ def open_hugging_face(
         params, config = from_sentence_transformers.add_projection(
             modules, params, config
         )
-        text_format = modules.text_format
+        text_format, truncate_dim = modules.text_format, modules.truncate_dim
         if config.family != "t5" and text_format.prompts:
             text_format = text_formats.from_prompts(text_format.prompts)
+        lengths = (modules.query_length, modules.passage_length)
+        if None in lengths and not is_length_given:
+            logging.warning(
+                "%s: sets no max_seq_length, so sentence-transformers does not cut "
+                "texts; gecko_jax cuts them at %d tokens, set other lengths with "
+                "`gecko import --query-length --passage-length`",
+                folder,
+                _PRETRAINED_LENGTH,
+            )
     dims = {"matryoshka_dimensions": _DIMS}
     field_rules.check(encoder / "config.json", values, dims, "remove it, or correct it")
     mrl_dims = values.get("matryoshka_dimensions") or ()
@@ -173,21 +180,6 @@ def open_hugging_face(
             f"{encoder / 'config.json'}: matryoshka_dimensions={list(mrl_dims)} has "
             f"more than the model's {config.embedding_dim} dims; correct it"
         )
-    if modules is None:
-        length = from_sentence_transformers.tokenizer_length(encoder)
-        if config.family != "t5":  # The limit of a language model.
-            length = min(length or _PRETRAINED_LENGTH, _PRETRAINED_LENGTH)
-        lengths = (length, length)
-        return _build(params, config, vocab, lengths=lengths, mrl_dims=mrl_dims)
-    lengths = (modules.query_length, modules.passage_length)
-    if None in lengths and not is_length_given:
-        logging.warning(
-            "%s: sets no max_seq_length, so sentence-transformers does not cut texts; "
-            "gecko_jax cuts them at %d tokens, set other lengths with `gecko import "
-            "--query-length --passage-length`",
-            folder,
-            _PRETRAINED_LENGTH,
-        )
     return _build(
         params,
         config,
@@ -195,7 +187,7 @@ def open_hugging_face(
         lengths=lengths,
         text_format=text_format,
         mrl_dims=mrl_dims,
-        truncate_dim=modules.truncate_dim,
+        truncate_dim=truncate_dim,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore as ts
 
 from gecko_jax.formats import source_files, tensors
+from gecko_jax.io import wording
 
 # Metadata file of an array -> TensorStore's driver, and its largest size.
 _ARRAY_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
@@ -35,17 +36,12 @@ def is_remote(path: str) -> bool:
 
 @dataclasses.dataclass
 class Folder:
-    """A folder of files, local or remote; creating it reads nothing.
+    """A folder of files, local or remote; creating it reads nothing."""
 
-    Attributes:
-        path: Local path or URL, for errors as the user wrote it.
-        spec: TensorStore spec of the folder; derived from the path if empty.
-        database_bytes: Size of the OCDBT database that contains the folder.
-    """
-
-    path: str
+    path: str  # local path or URL, for errors as the user wrote it
+    # TensorStore spec of the folder; derived from the path if empty.
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
-    database_bytes: int | None = None
+    database_bytes: int | None = None  # size of the OCDBT database around it
 
     def __post_init__(self):
         self.path = self.path.rstrip("/")
@@ -156,7 +152,7 @@ class Folder:
     def _explain(self, error: Exception) -> ValueError:
         local, remote = "the path and its permissions", "the address and the network"
         return ValueError(
-            f"{self.path}: cannot be read ({source_files.first_line(error)}); check "
+            f"{self.path}: cannot be read ({wording.first_line(error)}); check "
             f"{remote if is_remote(self.path) else local}"
         )
 
@@ -197,6 +193,6 @@ def _result(future: Any, path: str) -> Any:
         return future.result()
     except Exception as error:
         raise ValueError(
-            f"{path}: this array cannot be read ({source_files.first_line(error)}); a "
+            f"{path}: this array cannot be read ({wording.first_line(error)}); a "
             "chunk is missing or damaged, copy the checkpoint again"
         ) from error

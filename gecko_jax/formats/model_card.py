@@ -88,11 +88,8 @@ def write(
 ) -> str:
     """Returns the text of `README.md` for a sentence-transformers export.
 
-    Args:
-        model_files: The model.
-        contents: JSON files of the export by name, for its prompts and lengths.
-        truncate_dim: Default width of the embeddings.
-        scores: Contents of results.json from `gecko evaluate`.
+    `contents` has the JSON files of the export by name, for its prompts and lengths,
+    and `scores` is the results.json of `gecko evaluate`.
     """
     prompts = contents["config_sentence_transformers.json"]["prompts"]
     max_length = contents["sentence_bert_config.json"]["max_seq_length"]

@@ -49,41 +49,25 @@ _VERSIONED = "gecko-jax jax jaxlib flax sentencepiece numpy tokenizers"
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A trained model: everything that affects an embedding.
+    """A trained model: everything that affects an embedding."""
 
-    Attributes:
-        params: Parameters by T5X name, nested dicts; arrays, or `tensors.Tensor`s that
-            are read later.
-        encoder_config: Sizes and settings of the encoder.
-        text_format: Templates or prompts of queries and passages.
-        vocabulary_proto: Bytes of the SentencePiece model, or of the tokenizer.json.
-        extra_ids: Number of sentinels after its pieces (T5: 100).
-        mrl_dims: Trained prefixes of the embedding.
-        query_length: Longest query in tokens, EOS included.
-        passage_length: Longest passage in tokens, EOS included.
-        step: Number of optimizer updates.
-        revision: Identifies the parameters; a key of caches and indexes. Empty until
-            the parameters of an imported model are read, then derived from its content.
-        provenance: Facts about the training (config, data, versions).
-        added_tokens: Tokens of an imported tokenizer that the SentencePiece model does
-            not have.
-        tokenizer_config: Bytes of the tokenizer_config.json next to a tokenizer.json;
-            empty without one.
-    """
-
-    params: dict[str, Any]
+    params: dict[str, Any]  # nested, by T5X name; arrays, or tensors to be read later
     encoder_config: dual_encoder.EncoderConfig
-    text_format: text_formats.TextFormat
-    vocabulary_proto: bytes
-    extra_ids: int
-    mrl_dims: tuple[int, ...]
-    query_length: int
+    text_format: text_formats.TextFormat  # templates or prompts
+    vocabulary_proto: bytes  # bytes of the SentencePiece model or tokenizer.json
+    extra_ids: int  # sentinels after the pieces of the SentencePiece model (T5: 100)
+    mrl_dims: tuple[int, ...]  # trained prefixes of the embedding
+    query_length: int  # longest query in tokens, EOS included
     passage_length: int
-    step: int
+    step: int  # optimizer updates
+    # Identifies the parameters; a key of caches and indexes. Empty until the parameters
+    # of an imported model are read, then derived from its content.
     revision: str
+    # Facts about the training: config, data, versions.
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Tokens of an imported tokenizer that the SentencePiece model does not have.
     added_tokens: tuple[vocabularies.AddedToken, ...] = ()
-    tokenizer_config: bytes = b""
+    tokenizer_config: bytes = b""  # bytes of the file next to a tokenizer.json
 
     def build_vocabulary(self) -> vocabularies.Vocabulary:
         """Returns the tokenizer of the model."""
@@ -157,7 +141,7 @@ def write_model_json(
 def settings(model_files: ModelFiles) -> dict[str, Any]:
     """Returns what affects an embedding besides the parameters and the vocabulary."""
     values = {
-        "model": dual_encoder.config_to_dict(model_files.encoder_config),
+        "model": dataclasses.asdict(model_files.encoder_config),
         "text_format": model_files.text_format.to_dict(),
         "extra_ids": model_files.extra_ids,
         "mrl_dims": list(model_files.mrl_dims),
@@ -176,15 +160,13 @@ def open_model(
 ) -> ModelFiles:
     """Opens a model folder or a training workdir; `read_params` reads the parameters.
 
+    Raises a ValueError that names all missing, truncated or unfitting files.
+
     Args:
         path: The folder, or the name of a bundled model (`pretrained`).
         mesh: Mesh for the parameters of a workdir, whose checkpoint is restored at
             once, each process its own part; None reads them later.
         step: Checkpoint of a workdir; None takes the newest.
-
-    Raises:
-        ValueError: Files are missing, truncated or do not fit each other; names all of
-            them.
     """
     path = pathlib.Path(pretrained.find(path))
     model_files = load_settings(path)

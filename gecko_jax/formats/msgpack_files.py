@@ -74,10 +74,6 @@ _FIXED = {
     **{0xD0 + n: _Header("bytes", 2**n) for n in range(4)},
     **{0xD4 + n: _Header("extension", 2**n + 1) for n in range(5)},
 }
-_UNUSED = 0xC1
-
-
-_UNPACK_ERRORS = (ValueError, TypeError, RecursionError, msgpack.UnpackException)
 
 
 class _DamageError(Exception):
@@ -89,16 +85,14 @@ def read(
 ) -> dict[str, Any]:
     """Returns the tree of a file, with its arrays as `tensors.Tensor`.
 
-    Strings and lists that are longer than those of any checkpoint become None.
+    Strings and lists that are longer than those of any checkpoint become None. Raises
+    ValueError if the file is truncated, not msgpack, or claims more than it holds.
 
     Args:
         data: The file, or its content if the file is remote.
         is_wanted: Whether to keep the object under a path of keys; called for every
             path, parents first.
         name: The file in errors, where `data` is its content.
-
-    Raises:
-        ValueError: The file is truncated, not msgpack, or claims more than it holds.
     """
     name = str(data) if isinstance(data, pathlib.Path) else name
 
@@ -176,7 +170,7 @@ class _Reader:
         if self._num_objects > _MAX_OBJECTS:
             raise _DamageError(f"more than {_MAX_OBJECTS:,} objects")
         first = self._take(1)[0]
-        if first == _UNUSED:
+        if first == 0xC1:
             raise _DamageError(f"the unused code {first:#x}")
         header = _FIXED[first]
         if first in _SIZED:
@@ -215,7 +209,12 @@ class _Reader:
         self._stream.seek(begin)
         try:
             return msgpack.unpackb(self._take(size), strict_map_key=False)
-        except _UNPACK_ERRORS as error:
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+            msgpack.UnpackException,
+        ) as error:
             raise _DamageError(f"no msgpack value ({type(error).__name__})") from None
 
     def _read_array(self, path: tuple[str, ...], end: int) -> tensors.Tensor:

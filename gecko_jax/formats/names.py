@@ -37,8 +37,7 @@ class HuggingFaceName(NamedTuple):
     transposed: bool
 
 
-# Parameters of a layer of a family other than T5. EmbeddingGemma 2 has its projection
-# in the text model, as `embedding_projection.weight`.
+# Parameters of a layer of a family other than T5.
 _LAYER_STEMS = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -58,33 +57,26 @@ _LAYER_STEMS = {
     "post_per_layer_layer_norm": "ple_block.post_per_layer_input_norm",
     "layer_scalar": "layer_scalar",
 }
-# What differs, by `model_type` of Hugging Face's `config.json`.
+# What differs, by family; T5Gemma 2 has a form of its own of the family Gemma.
 _OTHER_STEMS = {
     "qwen3": {"pre_mlp_layer_norm": "post_attention_layernorm"},
-    "t5gemma2_text": {
+    "t5gemma2": {
         "pre_attention_layer_norm": "pre_self_attn_layernorm",
         "post_attention_layer_norm": "post_self_attn_layernorm",
     },
-}
-_MODEL_TYPES = {
-    "gemma": "gemma3_text",
-    "embeddinggemma2": "embedding_gemma2_text",
-    "qwen3": "qwen3",
 }
 
 
 def hugging_face_names(
     config: dual_encoder.EncoderConfig, model_type: str = ""
 ) -> dict[str, HuggingFaceName]:
-    """Returns T5X name -> Hugging Face name of every parameter but the projection.
+    """Returns T5X name -> Hugging Face name of all that the encoder itself holds.
 
-    Args:
-        config: The encoder.
-        model_type: `model_type` of the text model; by default, the one that an export
-            of the family has. The alternative is "t5gemma2_text".
+    Only EmbeddingGemma 2 holds its projection. `model_type` is that of the folder's
+    `config.json`; "" is that of an export.
     """
     if config.family != "t5":
-        return _rotary_names(config, model_type or _MODEL_TYPES[config.family])
+        return _rotary_names(config, model_type)
     stems = {
         "token_embedder/embedding": "shared",
         "encoder/encoder_norm/scale": "encoder.final_layer_norm",
@@ -116,7 +108,9 @@ def hugging_face_names(
 def _rotary_names(
     config: dual_encoder.EncoderConfig, model_type: str
 ) -> dict[str, HuggingFaceName]:
-    stems = _LAYER_STEMS | _OTHER_STEMS.get(model_type, {})
+    is_t5gemma2 = model_type.startswith("t5gemma2") or not config.is_symmetric
+    form = "t5gemma2" if is_t5gemma2 else config.family
+    stems = _LAYER_STEMS | _OTHER_STEMS.get(form, {})
     names = {
         "token_embedder/embedding": HuggingFaceName("embed_tokens.weight", False),
         "encoder/encoder_norm/scale": HuggingFaceName("norm.weight", False),
@@ -126,6 +120,7 @@ def _rotary_names(
         names["encoder/per_layer_projection/kernel"] = HuggingFaceName(stem, True)
         stem = "ple.per_layer_projection_norm.weight"
         names["encoder/per_layer_norm/scale"] = HuggingFaceName(stem, False)
+        names[PROJECTION] = HuggingFaceName("embedding_projection.weight", True)
     for layer, is_local in enumerate(config.is_local):
         for spec in rotary_encoder.layer_specs(config, is_local).values():
             part, _, leaf = spec.path.rpartition("/")

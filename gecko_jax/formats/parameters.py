@@ -36,11 +36,7 @@ def check(
     source: str,
     remedy: str = "set config.model to the sizes of the checkpoint",
 ) -> None:
-    """Compares names and shapes with those of the model.
-
-    Raises:
-        ValueError: Lists missing, unexpected and wrong-shape parameters together.
-    """
+    """Raises a ValueError that lists missing, unexpected and wrong-shape parameters."""
     shapes = {name: leaf.shape for name, leaf in flatten(params).items()}
     # Every layer has parameters. A damaged number of layers would make tracing the
     # model take forever.

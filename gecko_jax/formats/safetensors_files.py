@@ -17,13 +17,17 @@ import numpy as np
 import safetensors
 
 from gecko_jax.formats import source_files, tensors
-from gecko_jax.io import inputs, writing
+from gecko_jax.io import field_rules, writing
 
 # Largest file of several tensors.
 SHARD_BYTES = 2 * 2**30
 
 SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
+_FILE_NAME = field_rules.Kind(
+    f"a {SUFFIX} file name", lambda v: isinstance(v, str) and v.endswith(SUFFIX)
+)
+_INDEX_FIELDS = {"weight_map": field_rules.map_of(_FILE_NAME)}
 
 # Readable dtypes; all of them convert to float32 without loss.
 _FLOATS = ("F32", "BF16", "F16")
@@ -42,7 +46,9 @@ def read(folder: pathlib.Path) -> dict[str, tensors.Tensor]:
         raise ValueError(
             f"{folder}: neither model{SUFFIX} nor {index.name} here; copy the weights"
         )
-    shards = _read_index(index)
+    values = source_files.read_json(index)
+    field_rules.check(index, values, _INDEX_FIELDS, source_files.DAMAGED)
+    shards: dict[str, str] = values["weight_map"]
     weights: dict[str, tensors.Tensor] = {}
     for shard in sorted(set(shards.values())):
         opened = open_file(writing.member(folder, shard))
@@ -64,27 +70,6 @@ def names(folder: pathlib.Path) -> list[str]:
 def has_tensors(folder: pathlib.Path) -> bool:
     """Whether a folder has a file that `read` opens."""
     return any((folder / f"model{suffix}").exists() for suffix in (SUFFIX, _INDEX))
-
-
-def _read_index(index: pathlib.Path) -> dict[str, str]:
-    """Returns the file that holds each tensor, by the tensor's name."""
-    shards = source_files.read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        problem = "not an index of safetensors files, which has a weight_map from"
-        raise source_files.damaged(index, f"{problem} tensor to file")
-    for name, file in shards.items():
-        is_text = isinstance(file, str)
-        if not (is_text and file.isprintable() and file.endswith(SUFFIX)):
-            value = repr(file) if is_text else inputs.kind(file)
-            raise source_files.damaged(
-                index, f"weight_map[{name!r}] is {value}, not a {SUFFIX} file name"
-            )
-        if pathlib.PurePath(file).name != file:
-            raise ValueError(
-                f"{index}: names the file {file!r}, outside its folder; do not use "
-                "this model"
-            )
-    return shards
 
 
 def open_file(path: pathlib.Path) -> dict[str, tensors.Tensor]:

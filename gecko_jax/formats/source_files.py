@@ -5,12 +5,12 @@ from typing import Any
 
 from gecko_jax.io import reading, writing
 
-_DAMAGED = "the file is damaged, copy it again"
+DAMAGED = "the file is damaged, copy it again"
 
 
 def damaged(place: object, problem: str) -> ValueError:
     """Returns the error for a file, or an entry in one, whose content is wrong."""
-    return ValueError(f"{place}: {problem}; {_DAMAGED}")
+    return ValueError(f"{place}: {problem}; {DAMAGED}")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -20,13 +20,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     path = writing.member(path.parent, path.name)
     try:
-        return reading.read_object(path, {}, remedy=_DAMAGED)
+        return reading.read_object(path, {}, remedy=DAMAGED)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; copy it from the original model") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error message, shortened to 300 characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # TensorStore appends its whole spec.
-    return lines[0].partition(" [tensorstore_spec")[0][:300]

@@ -18,13 +18,6 @@ from jaxtyping import Float
 
 from gecko_jax.formats import source_files
 
-# Most bytes that one stored byte can expand to: zstd keeps a run of 128 KiB in 4 bytes,
-# and the other compressors of T5X and Orbax pack less densely.
-_MAX_EXPANSION = 2**15
-
-# Largest array on a machine that does not report its memory.
-_MAX_BYTES = 2**40
-
 # Stored dtypes of weights. float64 is rounded, as in T5X's own conversions.
 _FLOAT32 = np.dtype(np.float32)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -32,20 +25,14 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that is read when it is needed.
-
-    Attributes:
-        shape: Shape, known without reading the values.
-        read: Returns the values.
-        source: Location of the values, for errors. Tensors cut from one array share
-            it, and are best read one after another (`in_reading_order`).
-        dtype: Dtype of the values. Parameters of a model are float32.
-    """
+    """An array that is read when it is needed."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    # Location of the values, for errors. Tensors cut from one array share it, and are
+    # best read one after another (`in_reading_order`).
     source: str = ""
-    dtype: np.dtype = _FLOAT32
+    dtype: np.dtype = _FLOAT32  # that of model parameters
 
     @property
     def size(self) -> int:
@@ -100,14 +87,10 @@ class Tensor:
         return dataclasses.replace(self, read=read)
 
     def as_weights(self, *, bits_are_bfloat16: bool = False) -> "Tensor":
-        """Returns the stored values as float32 weights.
+        """Returns the stored values as float32 weights, or raises a ValueError.
 
-        Args:
-            bits_are_bfloat16: Whether uint16 values are the bits of bfloat16 values, as
-                in the zarr arrays of version 2 of T5X's format.
-
-        Raises:
-            ValueError: The dtype is not a float type.
+        With `bits_are_bfloat16`, uint16 values are the bits of bfloat16 values, as in
+        the zarr arrays of version 2 of T5X's format.
         """
         is_bits = bits_are_bfloat16 and self.dtype == np.uint16
         if not is_bits and self.dtype.name not in _FLOATS:
@@ -164,7 +147,9 @@ def check_size(
     """
     nbytes = math.prod(shape) * dtype.itemsize
     claim = f"an array of shape {shape} has {nbytes:,} bytes"
-    if stored_bytes is not None and nbytes > stored_bytes * _MAX_EXPANSION:
+    # zstd keeps a run of 128 KiB in 4 bytes, and the other compressors of T5X and Orbax
+    # pack less densely.
+    if stored_bytes is not None and nbytes > stored_bytes * 2**15:
         raise source_files.damaged(
             source, f"{claim}, which the {stored_bytes:,} stored bytes cannot hold"
         )
@@ -181,4 +166,4 @@ def _memory() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return _MAX_BYTES
+        return 2**40  # The machine does not report it.

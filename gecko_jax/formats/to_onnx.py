@@ -13,6 +13,7 @@ constant beyond `relpos_max_distance`, so a clipped distance finds its bias at a
 length.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any, BinaryIO
@@ -39,20 +40,14 @@ _OPSET, _IR_VERSION = 17, 8
 # weights of larger models are written to a separate file, one at a time.
 _INLINE_BYTES = 2**28
 
-# Alignment of weights in the separate file, so that runtimes can map them into memory.
-_ALIGNMENT = 4_096
-
 
 def save(
     path: pathlib.Path, model_files: model_folder.ModelFiles, *, dim: int | None = None
 ) -> None:
     """Writes a complete folder or none; an earlier export is replaced.
 
-    `dim` is the width of the embeddings; None takes the largest trained one.
-
-    Raises:
-        ValueError: The folder contains other files, or the encoder is not a T5.
-        ImportError: onnx is not installed.
+    `dim` is the width of the embeddings; None takes the largest trained one. Raises
+    ValueError if the folder contains other files, or the encoder is not a T5.
     """
     config = model_files.encoder_config
     if config.family != "t5":
@@ -77,70 +72,36 @@ def save(
     max_length = max(model_files.query_length, model_files.passage_length)
     flat = parameters.flatten_to_tensors(model_files.params)
     with writing.write_folder(path) as folder:
-        if sum(tensor.nbytes for tensor in flat.values()) > _INLINE_BYTES:
-            with (folder / _DATA).open("wb") as data:
-                graph = _build(flat, config, dim, data)
-        else:
-            graph = _build(flat, config, dim)
+        is_large = sum(tensor.nbytes for tensor in flat.values()) > _INLINE_BYTES
+        no_file = contextlib.nullcontext()
+        with (folder / _DATA).open("wb") if is_large else no_file as data:
+            graph = _Graph(flat, config, data).build(dim)
         onnx.save_model(graph, folder / MODEL)
-        values = _build_config(model_files, dim, max_length)
+        # What text-embeddings-inference and vLLM read.
+        values = {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.model_dim,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "max_position_embeddings": max_length,
+            "pad_token_id": vocabularies.PAD_ID,
+            "eos_token_id": vocabularies.EOS_ID,
+            "matryoshka_dimensions": sorted(
+                d for d in model_files.mrl_dims if d <= dim
+            ),
+        }
         (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         to_hugging_face_tokenizer.write_tokenizer(folder, vocab, max_length)
         model_folder.write_model_json(folder, model_files)
 
 
-def _build_config(
-    model_files: model_folder.ModelFiles, dim: int, max_length: int
-) -> dict[str, Any]:
-    """Returns what text-embeddings-inference and vLLM read in `config.json`."""
-    config = model_files.encoder_config
-    return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.model_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": max_length,
-        "pad_token_id": vocabularies.PAD_ID,
-        "eos_token_id": vocabularies.EOS_ID,
-        "matryoshka_dimensions": sorted(d for d in model_files.mrl_dims if d <= dim),
-    }
-
-
-def _build(
-    flat: dict[str, tensors.Tensor],
-    config: dual_encoder.EncoderConfig,
-    dim: int,
-    data: BinaryIO | None = None,
-) -> Any:
-    """Returns the `onnx.ModelProto`, in float32.
-
-    The weights are written to `data`; None puts them into the graph.
-    """
-    from onnx import TensorProto, helper
-
-    graph = _Graph(flat, config, data)
-    graph.op("Identity", graph.embed(dim), output="sentence_embedding")
-    value_info = helper.make_tensor_value_info
-    inputs = [
-        value_info(name, TensorProto.INT64, ["batch", "length"])
-        for name in ("input_ids", "attention_mask")
-    ]
-    outputs = [value_info("sentence_embedding", TensorProto.FLOAT, ["batch", dim])]
-    model = helper.make_model(
-        helper.make_graph(graph.nodes, "gecko", inputs, outputs, graph.constants),
-        opset_imports=[helper.make_opsetid("", _OPSET)],
-        producer_name="gecko_jax",
-    )
-    model.ir_version = _IR_VERSION
-    return model
-
-
 class _Graph:
     """Builds the nodes and constants of the encoder's graph.
 
-    The methods return names of values in the graph.
+    The weights are written to `data`; None puts them into the graph. The methods but
+    `build` return names of values in the graph.
     """
 
     def __init__(
@@ -155,6 +116,25 @@ class _Graph:
         self._config = config
         self._data = data
         self._names: dict[Any, str] = {}
+
+    def build(self, dim: int) -> Any:
+        """Returns the `onnx.ModelProto`, in float32."""
+        from onnx import TensorProto, helper
+
+        self.op("Identity", self._embed(dim), output="sentence_embedding")
+        value_info = helper.make_tensor_value_info
+        inputs = [
+            value_info(name, TensorProto.INT64, ["batch", "length"])
+            for name in ("input_ids", "attention_mask")
+        ]
+        outputs = [value_info("sentence_embedding", TensorProto.FLOAT, ["batch", dim])]
+        model = helper.make_model(
+            helper.make_graph(self.nodes, "gecko", inputs, outputs, self.constants),
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            producer_name="gecko_jax",
+        )
+        model.ir_version = _IR_VERSION
+        return model
 
     def op(self, name: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
         """Adds a node of the operator `name`, and returns the name of its value.
@@ -187,7 +167,8 @@ class _Graph:
         if self._data is None:
             self.constants.append(numpy_helper.from_array(array, name))
             return name
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        # Runtimes can map aligned weights into memory.
+        self._data.write(b"\0" * (-self._data.tell() % 4_096))
         place = {"location": _DATA, "offset": self._data.tell(), "length": array.nbytes}
         proto = TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
         proto.data_location = TensorProto.EXTERNAL
@@ -197,7 +178,7 @@ class _Graph:
         self.constants.append(proto)
         return name
 
-    def embed(self, dim: int) -> str:
+    def _embed(self, dim: int) -> str:
         """Adds the whole encoder: embeddings of [B, dim]."""
         op, config = self.op, self._config
         name = "token_embedder/embedding"
@@ -245,10 +226,9 @@ class _Graph:
     def _bias(self, name: str, distances: str) -> str:
         """Adds the relative bias, [H, L, L]."""
         reach = self._config.relpos_max_distance
-        length = 2 * reach + 1
-        buckets = t5.relative_position_buckets(
-            length, length, self._config.relpos_num_buckets, reach
-        )[reach]  # Of the middle query: distances -reach to reach.
+        num_buckets = self._config.relpos_num_buckets
+        buckets = t5.relative_position_buckets(2 * reach + 1, num_buckets, reach)
+        buckets = buckets[reach]  # Of the middle query: distances -reach to reach.
         by_distance = self._flat[f"{name}/rel_embedding"].read()[:, buckets]
         return self.op("Gather", self._weight(name, by_distance), distances, axis=1)
 

@@ -58,11 +58,9 @@ def save(
     """Writes a complete folder or none; an earlier export is replaced.
 
     `truncate_dim` is the default width of the embeddings; None takes the largest
-    trained one. `scores` are results of `gecko evaluate`, for the model card.
-
-    Raises:
-        ValueError: The folder contains other files, or sentence-transformers cannot
-            represent the model.
+    trained one. `scores` are results of `gecko evaluate`, for the model card. Raises
+    ValueError if the folder contains other files, or sentence-transformers cannot
+    represent the model.
     """
     # Models of other people have a modules.json, too.
     writing.check_replaceable(path, [_MODULES, model_folder.MODEL_JSON], _FILES)
@@ -78,7 +76,7 @@ def save(
         name: tensors.as_tensor(np.zeros(shape, np.float32))
         for name, shape in family_configs.placeholders(config).items()
     }
-    for name, (theirs, is_transposed) in family_configs.tensor_names(config).items():
+    for name, (theirs, is_transposed) in names.hugging_face_names(config).items():
         tensor = params.pop(name)
         encoder[theirs] = tensor.transpose() if is_transposed else tensor
     with writing.write_folder(path) as folder:

@@ -18,12 +18,8 @@ import numpy as np
 from gecko_jax.formats import model_folder, parameters, tensors
 from gecko_jax.io import writing
 
-_FORMAT_VERSION = 3
-SETTINGS = "gecko"
-
-# As in t5x.
-_CHUNK_BYTES = 64 * 2**20
-_COMPRESSOR = {"id": "gzip", "level": 1}
+SETTINGS = "gecko"  # folder of what T5X does not store
+_CHUNK_BYTES = 64 * 2**20  # as in t5x
 
 
 def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
@@ -51,7 +47,7 @@ def save(path: pathlib.Path, model_files: model_folder.ModelFiles) -> None:
             specs[name] = _write_array(checkpoint, place, tensor)
         state = {"step": np.int32(model_files.step)}
         optimizer = {"state": state, "target": parameters.unflatten(specs)}
-        contents = {"version": _FORMAT_VERSION, "optimizer": optimizer}
+        contents = {"version": 3, "optimizer": optimizer}
         packed = serialization.msgpack_serialize(contents)
         (checkpoint / "checkpoint").write_bytes(packed)
         (folder / SETTINGS).mkdir()
@@ -77,7 +73,7 @@ def _write_array(
     metadata = {
         "shape": list(tensor.shape),
         "chunks": choose_chunks(tensor.shape),
-        "compressor": _COMPRESSOR,
+        "compressor": {"id": "gzip", "level": 1},  # as in t5x
     }
     stored = {"dtype": "<f4", "fill_value": None, "dimension_separator": "."}
     spec = {

@@ -20,7 +20,7 @@ from absl import logging
 
 from gecko_jax.formats import added_tokens, model_folder, source_files, tokenizer_json
 from gecko_jax.io import field_rules, writing
-from gecko_jax.text import text_formats, vocabularies
+from gecko_jax.text import json_vocabularies, text_formats, vocabularies
 
 _SPIECE = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
@@ -209,13 +209,8 @@ def _compare(
     # Gecko cleans all texts.
     probes = [text_formats.clean(probe) for probe in probes]
     for probe, ids in zip(probes, vocab.encode(probes), strict=True):
-        try:
+        with json_vocabularies.named_errors(path, source_files.DAMAGED):
             library_ids = library.encode(probe).ids
-        except Exception as error:  # The library raises no narrower type.
-            raise source_files.damaged(
-                path,
-                f"the tokenizers library cannot cut {probe!r} into tokens ({error})",
-            ) from None
         if library_ids != ids and not _are_equally_good(vocab, library_ids, ids):
             raise ValueError(
                 f"{path}: cuts {probe!r} into {library_ids}, and its SentencePiece "

@@ -17,9 +17,6 @@ from gecko_jax.text import vocabularies
 # fewer rows without a token than the second number: Qwen3's have 267.
 _ROUNDED_TO, _SPARE_ROWS = 128, 1_024
 
-# Families whose texts begin with a BOS.
-_WITH_BOS = ("gemma", "embeddinggemma2")
-
 
 def check(
     vocab: vocabularies.Vocabulary,
@@ -29,18 +26,11 @@ def check(
     source: str,
     is_given: bool,
 ) -> None:
-    """Refuses the vocabulary of another model.
+    """Raises a ValueError for the vocabulary of another model.
 
-    Args:
-        vocab: The vocabulary.
-        config: The encoder.
-        values: The contents of `config.json`, which T5 does not need.
-        source: The model, for errors.
-        is_given: Whether the user named the vocabulary. Then additional rows of a T5
-            are an error, because the vocabulary is another one or lacks its sentinels.
-
-    Raises:
-        ValueError: The vocabulary does not fit; names the numbers of both.
+    `values` are the contents of `config.json`, which T5 does not need. If the user
+    named the vocabulary (`is_given`), additional rows of a T5 are an error, because the
+    vocabulary is another one or lacks its sentinels.
     """
     _check_size(vocab, config, source, is_given)
     opening, ends = (), [vocabularies.EOS_ID]
@@ -92,7 +82,7 @@ def _needed_ends(
     with no token and end with one of its special tokens: Qwen3-Embedding ends them with
     the token that `config.json` calls BOS.
     """
-    has_bos = family in _WITH_BOS
+    has_bos = family in ("gemma", "embeddinggemma2")
     # Defaults of transformers.
     bos, eos, pad = (
         text.get(f"{name}_token_id", default if has_bos else None)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from gecko_jax.inference import embedding, vector_files, vector_index
 from gecko_jax.io import reading, writing
-from gecko_jax.text import corpora
+from gecko_jax.text import text_files
 
 CACHE = "~/.cache/gecko_jax/search"
 
@@ -26,13 +26,13 @@ def open_index(
     paths: Sequence[str | os.PathLike],
     cache: str | os.PathLike = CACHE,
 ) -> vector_index.Index:
-    """Returns an index of the passages in some files and folders (`text.corpora`).
+    """Returns an index of the passages in some files and folders (`text_files`).
 
     An interrupted build resumes after the last shard of vectors. `cache` is the folder
     of all cached indexes. Raises ValueError if a path is of an unknown kind, or a line
     breaks a rule.
     """
-    files = corpora.find_files(paths)
+    files = text_files.find_files(paths)
     names = [str(file.absolute()) for file in files]
     key = hashlib.sha256(json.dumps([gecko.revision, names]).encode()).hexdigest()[:16]
     folder = pathlib.Path(cache).expanduser() / key
@@ -44,7 +44,7 @@ def open_index(
             writing.write_file(folder / "texts.jsonl") as path,
             path.open("w") as lines,
         ):
-            for _, identity, title, text, _ in corpora.read_passages(files):
+            for _, identity, title, text, _ in text_files.read_passages(files):
                 record = {"_id": identity, "title": title, "text": text}
                 lines.write(json.dumps(record) + "\n")
         with writing.write_file(listing) as temporary:

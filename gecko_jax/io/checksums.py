@@ -142,11 +142,16 @@ def of_arrays(arrays: Mapping[str, Any]) -> dict[str, int]:
     from jax.experimental import multihost_utils
 
     is_first = jax.process_index() == 0
+    digest = _build_digest()
     parts: dict[str, list[Any]] = {}
     for name, array in arrays.items():
         if isinstance(array, jax.Array):
             parts[name] = [
-                _digest_shard(shard.data, shard.index, array.shape)
+                digest(
+                    shard.data,
+                    np.array([part.start or 0 for part in shard.index], np.uint32),
+                    shape=array.shape,
+                )
                 for shard in array.addressable_shards
                 if shard.replica_id == 0
             ]
@@ -203,9 +208,3 @@ def _build_digest() -> Any:
         return jnp.sum(words, dtype=jnp.uint32)
 
     return digest
-
-
-def _digest_shard(shard: Any, index: tuple[slice, ...], shape: tuple[int, ...]) -> Any:
-    """Returns the digest of the shard at `index` of an array of this shape."""
-    starts = np.array([part.start or 0 for part in index], np.uint32)
-    return _build_digest()(shard, starts, shape=shape)

@@ -33,14 +33,13 @@ def read(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (place, row) of a file, `.gz` or plain.
 
+    Raises ValueError if a column is missing, named twice or has no value.
+
     Args:
         path: JSON lines if its name ends in `.jsonl` or `.jsonl.gz`, else TSV.
         names: Columns of a row, in the order of a TSV file without a header.
         other_names: Alternative name -> column.
         layout: Picks the columns of a row in a TSV file without a header.
-
-    Raises:
-        ValueError: A column is missing, named twice or has no value.
     """
     known = {_simple(name): name for name in names}
     known |= {_simple(o): name for o, name in (other_names or {}).items()}

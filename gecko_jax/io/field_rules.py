@@ -106,36 +106,22 @@ def list_of(kind: Kind, least: int = 0) -> Kind:
     )
 
 
-def map_of(kind: Kind, names: Kind = TEXT) -> Kind:
-    """Objects whose values are of one kind, and whose names are of another."""
-
-    def holds(value: Any) -> bool:
-        is_dict = isinstance(value, dict) and all(map(names.holds, value))
-        return is_dict and all(map(kind.holds, value.values()))
-
+def map_of(kind: Kind) -> Kind:
+    """Objects whose values are of one kind."""
     return Kind(
         f"an object of {kind.name}",
-        holds,
+        lambda v: isinstance(v, dict) and all(map(kind.holds, v.values())),
         find=lambda v: _find(v.items(), kind) if isinstance(v, dict) else [],
     )
 
 
 def object_of(kinds: Mapping[str, Kind], *, only: bool = False) -> Kind:
     """Objects with these fields, and with others unless `only`."""
-
-    def holds(value: Any) -> bool:
-        is_valid = isinstance(value, dict) and not find_errors(value, kinds)
-        return is_valid and not (only and value.keys() - kinds.keys())
-
-    def find(value: Any) -> list[str]:
-        if not isinstance(value, dict):
-            return []
-        unknown = sorted(value.keys() - kinds.keys()) if only else []
-        return find_errors(value, kinds) + [
-            f"unknown field {name!r}" for name in unknown
-        ]
-
-    return Kind(f"an object with {', '.join(kinds)}", holds, find=find)
+    return Kind(
+        f"an object with {', '.join(kinds)}",
+        lambda v: isinstance(v, dict) and not find_errors(v, kinds, only=only),
+        find=lambda v: find_errors(v, kinds, only=only) if isinstance(v, dict) else [],
+    )
 
 
 def _find(items: Iterable[tuple[Any, Any]], kind: Kind) -> list[str]:
@@ -155,8 +141,10 @@ def _explain(name: str, value: Any, kind: Kind) -> list[str]:
     return [f"{name} must be {kind.name}, not {_shown(value)}"]
 
 
-def find_errors(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
-    """Returns messages for each missing or wrong field."""
+def find_errors(
+    record: Mapping[str, Any], kinds: Mapping[str, Kind], *, only: bool = False
+) -> list[str]:
+    """Returns messages for missing and wrong fields, and with `only` for others."""
     messages = []
     for name, kind in kinds.items():
         if record.get(name) is None and kind.is_optional:
@@ -165,7 +153,8 @@ def find_errors(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[st
             messages.append(f"no {name}")
         elif not kind.holds(record[name]):
             messages += _explain(name, record[name], kind)
-    return messages
+    unknown = sorted(record.keys() - kinds.keys())[:_MOST_LISTED] if only else []
+    return messages + [f"unknown field {name[:40]!r}" for name in unknown]
 
 
 def _shown(value: Any) -> str:
@@ -190,10 +179,6 @@ def check(
     """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: {inputs.kind(record)}, not an object; {remedy}")
-    listed = find_errors(record, kinds)
-    if only:
-        unknown = sorted(record.keys() - kinds.keys())
-        listed += [f"unknown field {name[:40]!r}" for name in unknown[:3]]
-    if listed:
+    if listed := find_errors(record, kinds, only=only):
         raise ValueError(f"{place}: {'; '.join(listed)}; {remedy}")
     return record

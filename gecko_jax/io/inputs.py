@@ -17,8 +17,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Floats represent all integers up to here exactly.
-_EXACT = 2**53
 # float() also accepts "1_000" and the digits of other scripts.
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -49,7 +47,8 @@ def check_id(name: str, value: Any) -> str | int:
     A whole float becomes an integer: pandas turns a column of integers into floats if
     a value is missing. Raises ValueError for other types and for blank strings.
     """
-    if isinstance(value, float) and abs(value) <= _EXACT and value.is_integer():
+    # Floats represent all integers up to 2^53 exactly.
+    if isinstance(value, float) and abs(value) <= 2**53 and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         shown = f"{value!r}"[:80]
@@ -141,7 +140,6 @@ class UniqueIds:
     """Refuses duplicate ids, and names both lines; uses about 200 bytes per id."""
 
     def __init__(self):
-        """Starts without ids."""
         self._places: dict[bytes, str] = {}
 
     def add(self, place: str, identity: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from gecko_jax.io import wording
+
 # XLA:CPU reads an array in place if its address is a multiple of this number of bytes,
 # and copies it otherwise.
 ALIGNMENT = 64
@@ -30,8 +32,8 @@ def open_array(
     except OSError:
         raise
     except Exception as error:  # numpy raises many types for a damaged header.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: damaged ({first}); {remedy}") from error
+        problem = wording.first_line(error)
+        raise ValueError(f"{path}: damaged ({problem}); {remedy}") from error
     fits = len(array.shape) == len(shape) and all(
         expected in (None, size)
         for expected, size in zip(shape, array.shape, strict=True)

@@ -108,10 +108,8 @@ class Progress:
         if done > 0 and elapsed > 0:
             rate = done / elapsed
             parts.append(f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
-            if left > 0:
-                parts.append(f"{_clock(left / rate)} left")
-            else:
-                parts.append(f"took {_clock(elapsed)}")
+            remaining = f"{_clock(left / rate)} left" if left > 0 else ""
+            parts.append(remaining or f"took {_clock(elapsed)}")
         if self._text:
             parts.append(self._text)
         logging.info("%s", ", ".join(parts))
@@ -125,11 +123,10 @@ def _clock(seconds: float) -> str:
 
 # The rich display of the process, while a bar is open.
 _display: Any = None
-_num_bars = 0
 
 
 def _open_bar(description: str, total: int | None, start: int) -> Any:
-    global _display, _num_bars
+    global _display
     from rich import console, progress
 
     if _display is None:
@@ -145,14 +142,12 @@ def _open_bar(description: str, total: int | None, start: int) -> Any:
             console=console.Console(stderr=True),
         )
         _display.start()
-    _num_bars += 1
     return _display.add_task(description, total=total, completed=start, text="")
 
 
 def _close_bar(task: Any) -> None:
-    global _display, _num_bars
-    _num_bars -= 1
-    if _num_bars:
+    global _display
+    if len(_display.tasks) > 1:
         _display.remove_task(task)  # Only the outermost bar stays visible.
     else:
         _display.stop()

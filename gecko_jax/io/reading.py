@@ -195,19 +195,13 @@ def read_object(
         values = parse_json(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: {inputs.kind(values)}, not an object; {remedy}")
-    values = {**(defaults or {}), **values}
-    kinds = {name: _kind_of(field) for name, field in fields.items()}
-    if errors := field_rules.find_errors(values, kinds):
-        raise ValueError(f"{path}: damaged or edited ({', '.join(errors)}); {remedy}")
-    return values
-
-
-def _kind_of(field: Field) -> field_rules.Kind:
-    if isinstance(field, tuple):
-        return field_rules.one_of(*field)
-    return field if isinstance(field, field_rules.Kind) else _KINDS[field]
+    if defaults and isinstance(values, dict):
+        values = {**defaults, **values}
+    kinds: dict[str, field_rules.Kind] = {}
+    for name, field in fields.items():
+        kind = _KINDS[field] if isinstance(field, type) else field
+        kinds[name] = field_rules.one_of(*kind) if isinstance(kind, tuple) else kind
+    return field_rules.check(path, values, kinds, remedy)
 
 
 def find(folder: Any, *names: str) -> Any | None:

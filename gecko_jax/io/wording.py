@@ -39,6 +39,13 @@ def file_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", errors="replace")
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error message, shortened to 300 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # TensorStore appends its whole spec.
+    return lines[0].partition(" [tensorstore_spec")[0][:300]
+
+
 def printable(text: str) -> str:
     """Returns a text on one line, with U+FFFD for each control character."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -18,22 +18,45 @@ from collections.abc import Iterator, Sequence
 from gecko_jax.io import wording
 
 
+@contextlib.contextmanager
 def write_file(
-    path: str | os.PathLike,
-) -> contextlib.AbstractContextManager[pathlib.Path]:
+    path: str | os.PathLike, *, is_folder: bool = False
+) -> Iterator[pathlib.Path]:
     """Yields a temporary path, which replaces `path` unless an error is raised.
 
-    Raises ValueError if `path` is a folder or a device, and OSError if the disk is full
-    or the location is not writable.
+    With `is_folder`, it is an empty folder. Raises ValueError if `path` is of another
+    kind or a device, and OSError if the disk is full or the location is not writable.
     """
-    return _write(path, "file")
+    path = pathlib.Path(path)
+    path = path.resolve() if path.is_symlink() else path  # The link stays a link.
+    kind = "folder" if is_folder else "file"
+    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+        raise ValueError(f"{path}: exists and is not a {kind}; choose another name")
+    # The token keeps threads apart that write the same path.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    old = path.with_name(f".{path.name}.{writer}.old")
+    try:
+        with _explain_failure(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
+            if is_folder:
+                temporary.mkdir()
+            yield temporary
+            if is_folder:
+                _replace_folder(path, temporary, old)
+            else:
+                temporary.replace(path)
+    finally:
+        _remove(temporary)
+        _remove(old)
 
 
 def write_folder(
     path: str | os.PathLike,
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Like `write_file` for a folder."""
-    return _write(path, "folder")
+    return write_file(path, is_folder=True)
 
 
 def member(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -103,33 +126,6 @@ def check_replaceable(
             f"{path}: an earlier export that also holds {min(added)}{more}, which "
             "would be lost; move it, or choose another folder"
         )
-
-
-@contextlib.contextmanager
-def _write(path: str | os.PathLike, kind: str) -> Iterator[pathlib.Path]:
-    path = pathlib.Path(path)
-    path = path.resolve() if path.is_symlink() else path  # The link stays a link.
-    is_folder = kind == "folder"
-    if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
-        raise ValueError(f"{path}: exists and is not a {kind}; choose another name")
-    # The token keeps threads apart that write the same path.
-    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    old = path.with_name(f".{path.name}.{writer}.old")
-    try:
-        with _explain_failure(path, temporary):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
-            if is_folder:
-                temporary.mkdir()
-            yield temporary
-            if is_folder:
-                _replace_folder(path, temporary, old)
-            else:
-                temporary.replace(path)
-    finally:
-        _remove(temporary)
-        _remove(old)
 
 
 def _remove(path: pathlib.Path) -> None:

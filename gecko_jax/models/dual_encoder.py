@@ -7,7 +7,6 @@ Queries and passages use the same parameters; only their text format differs
 (section 3.1).
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,88 +20,65 @@ from gecko_jax.models import encoder, families, layers
 
 EncoderConfig = families.EncoderConfig
 
-# T5 1.1 encoders (Shazeer 2020). `mini` is not from T5: it trains on a laptop CPU.
-PRESETS: dict[str, dict[str, Any]] = {
-    name: {
-        "vocab_size": vocab_size,
-        "model_dim": model_dim,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "head_dim": 64,
-        "mlp_dim": mlp_dim,
-        "embedding_dim": embedding_dim,
-    }
-    for name, vocab_size, model_dim, num_layers, num_heads, mlp_dim, embedding_dim in (
-        ("mini", 8_064, 256, 2, 4, 512, 256),
-        ("small", 32_128, 512, 8, 6, 1_024, 512),
-        ("base", 32_128, 768, 12, 12, 2_048, 768),
-        ("large", 32_128, 1_024, 24, 16, 2_816, 768),
-        ("xl", 32_128, 2_048, 24, 32, 5_120, 768),
-        ("xxl", 32_128, 4_096, 24, 64, 10_240, 768),
-    )
-}
-
 _SIZES = (
-    *("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads"),
-    *("head_dim", "mlp_dim", "embedding_dim", "local_window"),
+    *("vocab_size", "model_dim", "num_layers", "num_heads", "head_dim", "mlp_dim"),
+    "embedding_dim",
 )
-# Gemma 3's encoders; `gemma` trains on a laptop CPU.
-PRESETS |= {
-    name: dict(zip(_SIZES, sizes, strict=True)) | {"family": "gemma", **settings}
-    for name, sizes, settings in (
-        ("gemma", (8_064, 256, 3, 4, 2, 64, 512, 256, (32, 32)), {"global_every": 3}),
-        # EmbeddingGemma (arXiv 2509.20354).
-        (
-            "embeddinggemma",
-            (262_144, 768, 24, 3, 1, 256, 1_152, 768, (256, 256)),
-            {"global_every": 6},
-        ),
-        # The encoders of T5Gemma 2.
-        (
-            "t5gemma2-270m",
-            (262_144, 640, 18, 4, 1, 256, 2_048, 768, (255, 256)),
-            {"global_every": 6, "rope_factor": 8.0},
-        ),
-    )
-}
-PRESETS["embeddinggemma-2"] = {
-    "family": "embeddinggemma2",
-    "vocab_size": 262_144,
-    "model_dim": 512,
-    "num_layers": 24,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 256,
-    "global_num_kv_heads": 1,
-    "global_head_dim": 512,
-    "mlp_dim": 2_048,
-    "embedding_dim": 768,
-    "local_window": (512, 512),
-    "global_every": 6,
-    "query_scale": 1.0,
-    "per_layer_dim": 512,
-}
+_GEMMA: dict[str, Any] = {"family": "gemma", "global_every": 6}
 # Qwen3-Embedding (arXiv 2506.05176) has no projection. Its embedding tables have fewer
 # rows than those of Qwen3 (151,936).
-PRESETS |= {
-    f"qwen3-{name}": {
-        "family": "qwen3",
-        "vocab_size": vocab_size,
-        "model_dim": model_dim,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": 8,
-        "head_dim": 128,
-        "mlp_dim": mlp_dim,
-        "mlp_activations": ("silu", "linear"),
-        "embedding_dim": model_dim,
-        "projection": False,
-        "pooling": "last",
-    }
-    for name, vocab_size, model_dim, num_layers, num_heads, mlp_dim in (
-        ("0.6b", 151_669, 1_024, 28, 16, 3_072),
-        ("4b", 151_665, 2_560, 36, 32, 9_728),
-        ("8b", 151_665, 4_096, 36, 32, 12_288),
+_QWEN3: dict[str, Any] = {
+    "family": "qwen3",
+    "num_kv_heads": 8,
+    "mlp_activations": ("silu", "linear"),
+    "projection": False,
+    "pooling": "last",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_SIZES, sizes, strict=True)) | settings
+    for name, sizes, settings in (
+        # T5 1.1 encoders (Shazeer 2020). `mini` is not from T5: it trains on a laptop.
+        ("mini", (8_064, 256, 2, 4, 64, 512, 256), {}),
+        ("small", (32_128, 512, 8, 6, 64, 1_024, 512), {}),
+        ("base", (32_128, 768, 12, 12, 64, 2_048, 768), {}),
+        ("large", (32_128, 1_024, 24, 16, 64, 2_816, 768), {}),
+        ("xl", (32_128, 2_048, 24, 32, 64, 5_120, 768), {}),
+        ("xxl", (32_128, 4_096, 24, 64, 64, 10_240, 768), {}),
+        # Gemma 3's encoders: one for a laptop, EmbeddingGemma (arXiv 2509.20354), and
+        # the encoder of T5Gemma 2.
+        (
+            "gemma",
+            (8_064, 256, 3, 4, 64, 512, 256),
+            _GEMMA | {"num_kv_heads": 2, "local_window": (32, 32), "global_every": 3},
+        ),
+        (
+            "embeddinggemma",
+            (262_144, 768, 24, 3, 256, 1_152, 768),
+            _GEMMA | {"num_kv_heads": 1, "local_window": (256, 256)},
+        ),
+        (
+            "t5gemma2-270m",
+            (262_144, 640, 18, 4, 256, 2_048, 768),
+            _GEMMA
+            | {"num_kv_heads": 1, "local_window": (255, 256), "rope_factor": 8.0},
+        ),
+        (
+            "embeddinggemma-2",
+            (262_144, 512, 24, 4, 256, 2_048, 768),
+            {
+                "family": "embeddinggemma2",
+                "num_kv_heads": 2,
+                "global_num_kv_heads": 1,
+                "global_head_dim": 512,
+                "local_window": (512, 512),
+                "global_every": 6,
+                "query_scale": 1.0,
+                "per_layer_dim": 512,
+            },
+        ),
+        ("qwen3-0.6b", (151_669, 1_024, 28, 16, 128, 3_072, 1_024), _QWEN3),
+        ("qwen3-4b", (151_665, 2_560, 36, 32, 128, 9_728, 2_560), _QWEN3),
+        ("qwen3-8b", (151_665, 4_096, 36, 32, 128, 12_288, 4_096), _QWEN3),
     )
 }
 
@@ -173,15 +149,9 @@ class _TokenEmbedder(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L M"]:
         scale = self.config.embedding_scale
-        # `param` returns an unboxed array, but the annotation of Flax does not say so.
-        embedding: Any = self.param(
-            "embedding",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(1.0 / scale), ("vocab", "embed")
-            ),
-            (self.config.vocab_size, self.config.model_dim),
-            jnp.float32,
-        )
+        init, axes = nn.initializers.normal(1.0 / scale), ("vocab", "embed")
+        shape = (self.config.vocab_size, self.config.model_dim)
+        embedding = layers.param(self, "embedding", init, axes, shape)
         # The default mode masks ids outside the table, which never occur.
         rows = jnp.take(embedding, tokens, axis=0, mode="clip")
         return rows if scale == 1.0 else rows * scale
@@ -228,32 +198,21 @@ def normalize(
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
-def gather_texts(
-    embeddings: Float[Array, "R S D"], index: Int[Array, "T 2"]
-) -> Float[Array, "T D"]:
-    """Selects texts by (row, segment - 1) from packed rows."""
-    return embeddings[index[:, 0], index[:, 1]]
-
-
-def build_init(config: EncoderConfig):
-    """Returns a function from a PRNG key to boxed parameters."""
+def _init(config: EncoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Returns fresh parameters, boxed with their logical axes."""
     dummy = jnp.ones((1, 8), jnp.int32)  # No parameter depends on the row length.
-
-    def init(key: Key[Array, ""]) -> dict[str, Any]:
-        variables: Any = DualEncoder(config).init(key, dummy, dummy)
-        return variables["params"]
-
-    return init
+    variables: Any = DualEncoder(config).init(key, dummy, dummy)
+    return variables["params"]
 
 
 def init_params(config: EncoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Returns fresh parameters: nested dicts with T5X's names, in float32."""
-    params: Any = nn.unbox(build_init(config)(key))
+    params: Any = nn.unbox(_init(config, key))
     return params
 
 
 def embed_texts(
-    encoder: "DualEncoder",
+    encoder: DualEncoder,
     params: Any,
     batch: Mapping[str, Array],
     side: str,
@@ -262,12 +221,8 @@ def embed_texts(
 ) -> Float[Array, "T D"]:
     """Embeds the texts of one side of a batch, without dropout or normalization.
 
-    Args:
-        encoder: The model.
-        params: Its parameters.
-        batch: Model features, see `data.features`.
-        side: "query" or "passage".
-        num_segments: Largest number of texts in a row.
+    `side` is "query" or "passage", and `num_segments` the largest number of texts in a
+    row of the batch (`data.features`).
     """
     rows: Any = encoder.apply(
         {"params": params},
@@ -275,7 +230,8 @@ def embed_texts(
         batch[f"{side}_segment_ids"],
         num_segments=num_segments,
     )
-    return gather_texts(rows, batch[f"{side}_index"])
+    index = batch[f"{side}_index"]
+    return rows[index[:, 0], index[:, 1]]
 
 
 def compute_params(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
@@ -321,7 +277,7 @@ def unstack_gradients(
 
 def abstract_params(config: EncoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns shapes and logical axes of the parameters without allocating them."""
-    boxed = jax.eval_shape(build_init(config), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
@@ -343,8 +299,3 @@ def flops_per_token(config: EncoderConfig, length: int) -> float:
         reach = min(length, sum(config.local_window) + 1) if is_local else length
         total += 2 * num_heads * head_dim * reach
     return 6.0 * total
-
-
-def config_to_dict(config: EncoderConfig) -> dict[str, Any]:
-    """Returns the config as a dict that JSON can represent."""
-    return dataclasses.asdict(config)

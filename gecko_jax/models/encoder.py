@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from gecko_jax.models import families, layers, rotary_encoder, t5
 
-EncoderConfig = families.EncoderConfig
-
 # Name of the stacked layers in a parameter tree.
 _STACKED = "layers"
 
@@ -24,7 +22,7 @@ _STACKED = "layers"
 class Encoder(nn.Module):
     """Stack of layers, from token embeddings to hidden states."""
 
-    config: EncoderConfig
+    config: families.EncoderConfig
 
     @nn.compact
     def __call__(
@@ -138,7 +136,7 @@ class Encoder(nn.Module):
 
 def stack_layers(
     params: Mapping[str, Any],
-    config: EncoderConfig,
+    config: families.EncoderConfig,
     stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
 ) -> dict[str, Any]:
     """Stacks the layers of the encoder's parameters, or of a tree like them.
@@ -155,7 +153,9 @@ def stack_layers(
     return others | {_STACKED: jax.tree.map(stack, *groups)}
 
 
-def unstack_layers(params: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
+def unstack_layers(
+    params: Mapping[str, Any], config: families.EncoderConfig
+) -> dict[str, Any]:
     """Undoes `stack_layers`."""
     unstacked = {}
     for i in range(config.num_layers):
@@ -167,18 +167,13 @@ def unstack_layers(params: Mapping[str, Any], config: EncoderConfig) -> dict[str
 
 
 def _build_layer(
-    config: EncoderConfig, is_local: bool | None, **scope: Any
+    config: families.EncoderConfig, is_local: bool | None, **scope: Any
 ) -> nn.Module:
-    if config.family == "t5":
-        return _remat(t5.EncoderLayer, config.remat)(config, **scope)
-    return _remat(rotary_encoder.EncoderLayer, config.remat)(config, is_local, **scope)
-
-
-def _remat(layer: type[nn.Module], policy: str) -> type[nn.Module]:
-    if policy == "none":
-        return layer
+    is_t5, policies = config.family == "t5", jax.checkpoint_policies
+    layer: Any = t5.EncoderLayer if is_t5 else rotary_encoder.EncoderLayer
     # "dots" keeps the results of matrix products with weights and recomputes the rest,
     # attention included; "full" keeps nothing but the layer's input.
-    policies = jax.checkpoint_policies
-    saveable = policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return nn.remat(layer, policy=saveable, prevent_cse=True)
+    saveable = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable}
+    if config.remat != "none":
+        layer = nn.remat(layer, policy=saveable[config.remat], prevent_cse=True)
+    return layer(config, **scope) if is_t5 else layer(config, is_local, **scope)

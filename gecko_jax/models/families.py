@@ -15,23 +15,15 @@ POOLINGS = ("mean", "last")
 
 
 class Family(NamedTuple):
-    """Switches of a family with rotary positions, RMS norms and gated MLPs.
+    """Switches of a family with rotary positions, RMS norms and gated MLPs."""
 
-    Attributes:
-        norm_offset: Added to the stored scale of each norm (Gemma 3: 1).
-        sandwich_norms: Whether a norm also follows the attention and the MLP.
-        value_norm: Whether value heads are normalized, without a scale.
-        scaled_embedding: Whether token embeddings are multiplied by sqrt(M).
-        causal: Whether a token attends only to tokens before it.
-        per_layer: Whether each layer also reads the token embeddings, through a gate
-            (EmbeddingGemma 2's per-layer embeddings), and scales its output.
-    """
-
-    norm_offset: float = 0.0
-    sandwich_norms: bool = False
-    value_norm: bool = False
-    scaled_embedding: bool = False
-    causal: bool = False
+    norm_offset: float = 0.0  # added to the stored scale of each norm (Gemma 3: 1)
+    sandwich_norms: bool = False  # norms also follow the attention and the MLP
+    value_norm: bool = False  # value heads are normalized, without a scale
+    scaled_embedding: bool = False  # token embeddings are multiplied by sqrt(M)
+    causal: bool = False  # a token attends only to tokens before it
+    # Each layer also reads the token embeddings, through a gate (EmbeddingGemma 2's
+    # per-layer embeddings), and scales its output.
     per_layer: bool = False
 
 
@@ -48,86 +40,56 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and settings of the dual encoder.
+    """Sizes and settings of the dual encoder."""
 
-    Attributes:
-        vocab_size: Rows of the embedding table (T5: 32,128; mT5: 250,112).
-        model_dim: Encoder width M.
-        num_layers: Encoder layers.
-        num_heads: Attention heads H.
-        head_dim: Head width K; H * K need not be M.
-        mlp_dim: MLP width F.
-        mlp_activations: ("gelu", "linear") is gated GELU (T5 1.1, mT5, umT5, Gemma);
-            ("silu", "linear") is Qwen 3; ("relu",) is T5 1.0.
-        shared_relative_bias: One relative bias for all layers (T5, mT5), or one each
-            (umT5).
-        relpos_num_buckets: Relative-position buckets of both directions together.
-        relpos_max_distance: Distance in tokens from which all share a bucket.
-        embedding_dim: Width D of the embedding.
-        projection: Whether a matrix maps the pooled width M to D. Without one D is M (a
-            plain T5 encoder, or a Sentence-T5 without its dense layer).
-        dropout_rate: Share of activations dropped in training.
-        dtype: Activation dtype, "float32" or "bfloat16". Parameters, norms, softmax,
-            pooling and similarities are always float32.
-        scan_layers: Compiles one layer and scans over all, which compiles faster.
-        remat: Rematerialization of each layer: "none", everything ("full"), or all but
-            matrix products ("dots").
-        l2_epsilon: Added under the root when a trained model normalizes embeddings;
-            t5x_retrieval uses 1e-6. Losses use 1e-12.
-        attention: "cudnn" runs T5's attention as one cuDNN kernel on a GPU, in bfloat16
-            and without dropout. In all other cases it is the same as "xla".
-        residual_init_scale: Scale of residual-branch initializers, relative to T5X's.
-        family: "t5", or one of `FAMILIES`. T5 uses none of the fields below.
-        pooling: "mean" over the tokens of a text, or its "last" token.
-        num_kv_heads: Key and value heads, a divisor of `num_heads`; 0 for `num_heads`.
-        global_num_kv_heads: The same of global layers (EmbeddingGemma 2); 0 for
-            `num_kv_heads`.
-        global_head_dim: Head width of global layers (EmbeddingGemma 2); 0 for
-            `head_dim`.
-        local_window: Largest distances to the left and right, in tokens, at which a
-            token of a local layer attends; empty if all layers are global.
-        global_every: Period of the global layers: the last of every `global_every`
-            layers is global, the others are local.
-        rope_base: Base of the rotary frequencies of global layers.
-        rope_factor: Divisor of these frequencies (linear scaling).
-        local_rope_base: Base of the rotary frequencies of local layers.
-        query_scale: Factor of the attention logits; 0 for `head_dim ** -0.5`.
-        norm_epsilon: Added to the mean square in norms.
-        per_layer_dim: Width P of the per-layer embeddings (EmbeddingGemma 2).
-    """
-
-    vocab_size: int
-    model_dim: int
+    vocab_size: int  # rows of the embedding table (T5: 32,128; mT5: 250,112)
+    model_dim: int  # encoder width M
     num_layers: int
-    num_heads: int
-    head_dim: int
-    mlp_dim: int
+    num_heads: int  # attention heads H
+    head_dim: int  # head width K; H * K need not be M
+    mlp_dim: int  # MLP width F
+    # ("gelu", "linear") is gated GELU (T5 1.1, mT5, umT5, Gemma); ("silu", "linear") is
+    # Qwen 3; ("relu",) is T5 1.0.
     mlp_activations: Sequence[str] = ("gelu", "linear")
+    # One relative bias for all layers (T5, mT5), or one each (umT5).
     shared_relative_bias: bool = True
-    relpos_num_buckets: int = 32
-    relpos_max_distance: int = 128
-    embedding_dim: int = 768
+    relpos_num_buckets: int = 32  # buckets of both directions together
+    relpos_max_distance: int = 128  # distance in tokens from which all share one
+    embedding_dim: int = 768  # width D of the embedding
+    # Whether a matrix maps the pooled width M to D. Without one D is M (a plain T5
+    # encoder, or a Sentence-T5 without its dense layer).
     projection: bool = True
-    dropout_rate: float = 0.0
+    dropout_rate: float = 0.0  # share of activations dropped in training
+    # Activation dtype, "float32" or "bfloat16". Parameters, norms, softmax, pooling and
+    # similarities are always float32.
     dtype: str = "float32"
-    scan_layers: bool = False
+    scan_layers: bool = False  # one program for all layers, compiled faster
+    # Recomputed in the backward pass: "none", everything ("full"), or all but matrix
+    # products ("dots").
     remat: str = "none"
+    # Added under the root when a trained model normalizes embeddings; t5x_retrieval
+    # uses 1e-6. Losses use 1e-12.
     l2_epsilon: float = 1e-12
+    # "cudnn" runs T5's attention as one cuDNN kernel on a GPU, in bfloat16 and without
+    # dropout. In all other cases it is the same as "xla".
     attention: str = "xla"
-    residual_init_scale: float = 0.1
-    family: str = "t5"
-    pooling: str = "mean"
-    num_kv_heads: int = 0
+    residual_init_scale: float = 0.1  # factor of T5X's residual initializers
+    family: str = "t5"  # "t5", or one of `FAMILIES`; T5 uses none of the fields below
+    pooling: str = "mean"  # "mean" over the tokens of a text, or its "last" token
+    num_kv_heads: int = 0  # key and value heads, a divisor of H; 0 for H
+    # Heads and width in global layers (EmbeddingGemma 2); 0 for those of local layers.
     global_num_kv_heads: int = 0
     global_head_dim: int = 0
+    # Largest distances to the left and right, in tokens, at which a token of a local
+    # layer attends; empty if all layers are global.
     local_window: Sequence[int] = ()
-    global_every: int = 1
-    rope_base: float = 1e6
-    rope_factor: float = 1.0
-    local_rope_base: float = 1e4
-    query_scale: float = 0.0
-    norm_epsilon: float = 1e-6
-    per_layer_dim: int = 0
+    global_every: int = 1  # the last of every `global_every` layers is global
+    rope_base: float = 1e6  # base of the rotary frequencies in global layers
+    rope_factor: float = 1.0  # divisor of these frequencies (linear scaling)
+    local_rope_base: float = 1e4  # base of those in local layers
+    query_scale: float = 0.0  # factor of the attention logits; 0 for K ** -0.5
+    norm_epsilon: float = 1e-6  # added to the mean square in norms
+    per_layer_dim: int = 0  # width P of the per-layer embeddings (EmbeddingGemma 2)
 
     def __post_init__(self):
         # JSON and ml_collections pass lists, but the config must be hashable.
@@ -155,6 +117,11 @@ class EncoderConfig:
         )
 
     @property
+    def is_symmetric(self) -> bool:
+        """Whether a local layer reaches equally far to both sides."""
+        return len(set(self.local_window)) < 2
+
+    @property
     def scan_period(self) -> int:
         """Layers of one step of the scan: all layers or groups have equal shapes."""
         has_wide_layers = self.global_head_dim or self.global_num_kv_heads
@@ -178,9 +145,8 @@ _T5_FIELDS = ("shared_relative_bias", "relpos_num_buckets", "relpos_max_distance
 def find_errors(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Returns a line for each field that contradicts another.
 
-    Args:
-        values: Every field of `EncoderConfig`, of the right type.
-        prefix: Text before the names of the fields, such as "model.".
+    `values` has every field of `EncoderConfig`, of the right type. `prefix`, such as
+    "model.", stands before the names of the fields.
     """
     family, width = values["family"], values["embedding_dim"]
     errors = []

@@ -5,7 +5,6 @@ tokens. Two functions improve that start with statistics of the data: `weight_to
 makes rare tokens count more, `align_projection` orders the dims of the embedding.
 """
 
-import typing
 from typing import Any
 
 import jax
@@ -14,14 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from gecko_jax.models import dual_encoder
-
-
-def init_projection(
-    config: dual_encoder.EncoderConfig, key: Key[Array, ""]
-) -> Float[Array, "M D"]:
-    """Returns a fresh projection, for an encoder that was trained without one."""
-    shape = (config.model_dim, config.embedding_dim)
-    return typing.cast(Array, dual_encoder.PROJECTION_INIT(key, shape, jnp.float32))
 
 
 def weight_tokens(
@@ -40,14 +31,11 @@ def weight_tokens(
     all dims.
 
     Args:
-        params: Fresh parameters.
+        params: Fresh parameters, of which embedding and projection are replaced.
         weights: Weight of each token id, in [0, 1].
         key: PRNG key of the directions.
         hidden_share: Share of the dims hidden from the projection.
         embedding_scale: Factor of the token embeddings in the model.
-
-    Returns:
-        Parameters with a new token embedding and projection.
     """
     # The first `num_hidden` dims are hidden from the projection.
     embedding = params["token_embedder"]["embedding"]
@@ -79,12 +67,7 @@ def align_projection(
     random projection is a random part of the embedding; after this rotation a prefix
     holds the directions in which queries and their positives vary together.
 
-    Args:
-        params: Parameters whose projection gave the embeddings.
-        covariance: Covariance of query embeddings (rows) and positives (columns).
-
-    Returns:
-        Parameters with a rotated projection.
+    `covariance` is that of query embeddings (rows) and positives (columns).
     """
     # Only the symmetric part of C contributes to q^T C q. `eigh` sorts its eigenvalues
     # upwards, so the columns are reversed: the first dims get the largest covariance.

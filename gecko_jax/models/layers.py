@@ -21,6 +21,19 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 MASKED_LOGIT = -1e9
 
 
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> Any:
+    """Declares a float32 parameter with logical axes, and returns its value."""
+    return module.param(
+        name, nn.with_logical_partitioning(init, axes), shape, jnp.float32
+    )
+
+
 def dropout(
     x: Float[Array, "R ..."], rate: float, keys: Key[Array, " R"] | None
 ) -> Float[Array, "R ..."]:
@@ -40,6 +53,18 @@ def dropout(
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+def norm(
+    inputs: Float[Array, "*rows M"], weight: Float[Array, " M"] | None, epsilon: float
+) -> Float[Array, "*rows M"]:
+    """RMS norm: divides by the root mean square in float32, then scales."""
+    wide = inputs.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    scaled = wide * jax.lax.rsqrt(mean_square + epsilon)
+    if weight is not None:
+        scaled = scaled * jnp.broadcast_to(weight.astype(jnp.float32), scaled.shape)
+    return scaled.astype(inputs.dtype)
+
+
 class Dense(nn.Module):
     """A matrix product without bias."""
 
@@ -51,13 +76,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... X"]) -> Float[Array, "... Y"]:
         """Multiplies the last axis, in `dtype`."""
-        # `param` returns an unboxed array, but the annotation of Flax does not say so.
-        kernel: Any = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-            jnp.float32,
-        )
+        shape = (x.shape[-1], self.features)
+        kernel = param(self, "kernel", self.kernel_init, self.axes, shape)
         # Flatten to two dimensions: XLA:CPU sums a gradient over two leading axes with
         # a transpose, which made the training step a third slower.
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
@@ -76,16 +96,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
         """Normalizes the last axis; takes any dtype and returns `dtype`."""
         init = nn.initializers.constant(1.0 - self.offset)
-        # `param` returns an unboxed array, but the annotation of Flax does not say so.
-        scale: Any = self.param(
-            "scale",
-            nn.with_logical_partitioning(init, ("embed",)),
-            (x.shape[-1],),
-            jnp.float32,
-        )
+        scale = param(self, "scale", init, ("embed",), (x.shape[-1],))
         scale = scale + self.offset if self.offset else scale
         # Two dimensions, as in `Dense`, for the gradient of the scale.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
-        normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * scale[None]).astype(self.dtype).reshape(x.shape)
+        return norm(flat, scale, self.epsilon).astype(self.dtype).reshape(x.shape)

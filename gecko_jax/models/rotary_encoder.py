@@ -22,35 +22,22 @@ from gecko_jax.models import families, layers, transformer_layer
 
 
 class Spec(NamedTuple):
-    """A parameter of a layer.
+    """A parameter of a layer."""
 
-    Attributes:
-        path: Its name in the tree of the layer.
-        shape: Shape in the tree.
-        axes: Logical axes.
-        init: Initializer.
-        view: Shape in `transformer_layer.run_layer`.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    path: str  # its name in the tree of the layer
+    shape: tuple[int, ...]  # shape in the tree
+    axes: tuple[str, ...]  # logical axes
     init: layers.Initializer
-    view: tuple[int, ...]
+    view: tuple[int, ...]  # shape in `transformer_layer.run_layer`
 
 
 class Context(NamedTuple):
-    """What all layers share; pairs are for global layers and for local layers.
+    """What all layers share; pairs are for global layers and for local layers."""
 
-    Attributes:
-        masks: Whether a token attends to another.
-        angles: Rotary angles of the tokens, see `transformer_layer.rotary`.
-        embedded: Token embeddings, where layers read them (`Family.per_layer`).
-        per_layer_norm: Scale of the norm of the per-layer embeddings.
-    """
-
+    # Whether a token attends to another, and its angles (`transformer_layer.rotary`).
     masks: tuple[Bool[Array, "R L L"], Bool[Array, "R L L"]]
     angles: tuple[tuple[Array, Array], tuple[Array, Array]]
+    # With per-layer embeddings: token embeddings, and the scale of the norm.
     embedded: Float[Array, "R L M"] | None = None
     per_layer_norm: Float[Array, " P"] | None = None
 
@@ -88,15 +75,10 @@ def build_context(
 
 
 class EncoderLayer(nn.Module):
-    """One layer of `transformer_layer.run_layer`.
-
-    Attributes:
-        config: The encoder.
-        is_local: Whether the layer is local; None if that depends on its index.
-    """
+    """One layer of `transformer_layer.run_layer`."""
 
     config: families.EncoderConfig
-    is_local: bool | None
+    is_local: bool | None  # None if that depends on the layer's index
 
     @nn.compact
     def __call__(
@@ -201,6 +183,7 @@ def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spe
         view = (width, number, head_dim)
         return matrix(f"attention/{name}", width, number * head_dim, axes, *view)
 
+    into, out_of = ("embed", "mlp"), ("mlp", "embed")
     specs = {
         "query": heads("query", num_heads),
         "key": heads("key", num_kv_heads),
@@ -217,50 +200,34 @@ def layer_specs(config: families.EncoderConfig, is_local: bool) -> dict[str, Spe
         "key_norm": norm("attention/key_norm", head_dim, "kv"),
         "attention_norm": norm("pre_attention_layer_norm", width),
         "mlp_norm": norm("pre_mlp_layer_norm", width),
-        "gate": matrix("mlp/wi_0", width, mlp_dim, ("embed", "mlp")),
-        "up": matrix("mlp/wi_1", width, mlp_dim, ("embed", "mlp")),
-        "down": matrix("mlp/wo", mlp_dim, width, ("mlp", "embed"), scale=residual),
+        "gate": matrix("mlp/wi_0", width, mlp_dim, into),
+        "up": matrix("mlp/wi_1", width, mlp_dim, into),
+        "down": matrix("mlp/wo", mlp_dim, width, out_of, scale=residual),
     }
-    if config.switches.sandwich_norms:
-        # These norms, and not `out` and `wo`, set the size of a residual branch.
-        for name in ("attention", "mlp"):
-            path = f"post_{name}_layer_norm"
-            specs[f"post_{name}_norm"] = norm(path, width, scale=residual)
+    after = ("attention", "mlp") if config.switches.sandwich_norms else ()
     if config.switches.per_layer:
         specs |= {
-            "per_layer_gate": matrix(
-                "per_layer/gate", width, per_layer, ("embed", "mlp")
-            ),
-            "per_layer_out": matrix(
-                "per_layer/out", per_layer, width, ("mlp", "embed")
-            ),
-            "post_per_layer_norm": norm(
-                "post_per_layer_layer_norm", width, scale=residual
-            ),
+            "per_layer_gate": matrix("per_layer/gate", width, per_layer, into),
+            "per_layer_out": matrix("per_layer/out", per_layer, width, out_of),
             "layer_scalar": norm("layer_scalar", 1),
         }
+        after += ("per_layer",)
+    # These norms, and not `out` and `wo`, set the size of a residual branch.
+    for name in after:
+        path = f"post_{name}_layer_norm"
+        specs[f"post_{name}_norm"] = norm(path, width, scale=residual)
     return specs
 
 
 def per_layer_specs(config: families.EncoderConfig) -> list[Spec]:
     """Returns the encoder's parameters of the per-layer embeddings."""
-    width, total = config.model_dim, config.num_layers * config.per_layer_dim
+    width, num_layers, size = config.model_dim, config.num_layers, config.per_layer_dim
     init, ones = nn.initializers.normal(1.0), nn.initializers.ones
+    projection, norm = "per_layer_projection/kernel", "per_layer_norm/scale"
+    shape, view = (width, num_layers * size), (width, num_layers, size)
     return [
-        Spec(
-            "per_layer_projection/kernel",
-            (width, total),
-            ("embed", "mlp"),
-            init,
-            (width, config.num_layers, config.per_layer_dim),
-        ),
-        Spec(
-            "per_layer_norm/scale",
-            (config.per_layer_dim,),
-            ("mlp",),
-            ones,
-            (config.per_layer_dim,),
-        ),
+        Spec(projection, shape, ("embed", "mlp"), init, view),
+        Spec(norm, (size,), ("mlp",), ones, (size,)),
     ]
 
 
@@ -273,8 +240,7 @@ def declare(module: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Array]:
         if tail:
             groups.setdefault(head, {})[tail] = spec
         else:
-            init = nn.with_logical_partitioning(spec.init, spec.axes)
-            values[path] = module.param(path, init, spec.shape, jnp.float32)
+            values[path] = layers.param(module, path, spec.init, spec.axes, spec.shape)
     for head, members in groups.items():
         inner = _Group(name=head, parent=module)(members)
         values |= {f"{head}/{tail}": value for tail, value in inner.items()}

@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from gecko_jax.models import families, layers
 
 
 def relative_position_buckets(
-    query_length: int, key_length: int, num_buckets: int, max_distance: int
-) -> np.ndarray:
-    """Returns the bucket of key position minus query position, [L, L] int32.
+    length: int, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "L L"]:
+    """Returns the bucket of key position minus query position.
 
     Each direction has half of the buckets. Half of those are exact distances; the rest
     grow logarithmically up to `max_distance` (T5, bidirectional).
     """
     # The upper half of the buckets is for keys after the query.
-    relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+    relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     num_buckets //= 2
     buckets = (relative > 0).astype(np.int32) * num_buckets
     distance = np.abs(relative)
@@ -53,18 +53,12 @@ class RelativePositionBias(nn.Module):
     def __call__(self, length: int) -> Float[Array, "H L L"]:
         """Returns the bias of rows of `length` tokens, query by key."""
         config = self.config
-        table = self.param(
-            "rel_embedding",
-            nn.with_logical_partitioning(
-                # T5X: variance_scaling(1.0, "fan_avg", "uniform").
-                nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-                ("heads", "relpos_buckets"),
-            ),
-            (config.num_heads, config.relpos_num_buckets),
-            jnp.float32,
-        )
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")  # T5X's.
+        axes = ("heads", "relpos_buckets")
+        shape = (config.num_heads, config.relpos_num_buckets)
+        table = layers.param(self, "rel_embedding", init, axes, shape)
         buckets = relative_position_buckets(
-            length, length, config.relpos_num_buckets, config.relpos_max_distance
+            length, config.relpos_num_buckets, config.relpos_max_distance
         )
         # A one-hot product instead of a gather: its gradient is a matrix product rather
         # than a scatter of H * L * L entries.
@@ -100,35 +94,28 @@ class Attention(nn.Module):
         query = project("query", fan_in * config.head_dim**-0.5)
         key = project("key", fan_in)
         value = project("value", fan_in)
+        is_fused = (
+            config.attention == "cudnn"
+            and config.dtype == "bfloat16"
+            and (dropout_keys is None or config.dropout_rate == 0.0)
+            and jax.default_backend() == "gpu"
+        )
         # Logits and softmax are float32 in every activation dtype.
-        if _is_fused(config, dropout_keys):
+        if is_fused:
             mixed = _fused_attention(query, key, value, bias)
         else:
             logits = jnp.einsum(
                 "bhlk,bhmk->bhlm", query, key, preferred_element_type=jnp.float32
             )
             weights = jax.nn.softmax(logits + bias, axis=-1)
-            weights = layers.dropout(weights, config.dropout_rate, dropout_keys).astype(
-                dtype
-            )
-            mixed = jnp.einsum("bhlm,bhmk->bhlk", weights, value).swapaxes(1, 2)
+            weights = layers.dropout(weights, config.dropout_rate, dropout_keys)
+            mixed = jnp.einsum("bhlm,bhmk->bhlk", weights.astype(dtype), value)
+            mixed = mixed.swapaxes(1, 2)
         init = nn.initializers.normal(config.residual_init_scale * joined**-0.5)
         out = layers.Dense(
             config.model_dim, ("joined_kv", "embed"), init, dtype, name="out"
         )
         return out(mixed.reshape(*x.shape[:2], joined))
-
-
-def _is_fused(
-    config: families.EncoderConfig, dropout_keys: Key[Array, " R"] | None
-) -> bool:
-    """Returns whether cuDNN computes the attention of this call."""
-    return (
-        config.attention == "cudnn"
-        and config.dtype == "bfloat16"
-        and (dropout_keys is None or config.dropout_rate == 0.0)
-        and jax.default_backend() == "gpu"
-    )
 
 
 def _fused_attention(

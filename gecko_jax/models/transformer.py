@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gecko_jax.models import transformer_layer
+from gecko_jax.models import layers, transformer_layer
 
 PAD_POSITION = np.iinfo(np.int32).max
 
@@ -36,57 +36,32 @@ _HEAD_LOGITS = 1 << 25
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and settings of a decoder.
+    """Sizes and settings of a decoder."""
 
-    Attributes:
-        vocab_size: Rows of the token embedding.
-        model_dim: Width of the hidden states.
-        num_layers: Number of layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; a divisor of `num_heads`.
-        head_dim: Width of a head.
-        mlp_dim: Width of the gated MLP.
-        context_length: Longest context in training, in tokens.
-        norm_epsilon: Added to the mean square in norms.
-        rope_base: Base of the rotary frequencies.
-        rope_factors: Divisor of each frequency (Llama 3's and linear scaling); None
-            for no scaling.
-        tied: Whether the output head is the token embedding.
-        activation: Activation of the MLP's gate; "gelu" is the tanh approximation.
-        embedding_scale: Factor of the token embeddings.
-        query_scale: Factor of the queries; None is `head_dim ** -0.5`.
-        sandwich_norms: Whether a norm also follows the attention and the MLP.
-        head_norms: Whether each query and key head is normalized.
-        qkv_bias: Whether queries, keys and values have a bias (Qwen 2).
-        local_window: Keys that a token of a local layer attends to, itself included;
-            None if all layers are global.
-        global_every: Period of the global layers: the last of every `global_every`
-            layers is global, the others are local.
-        local_rope_base: Base of the rotary frequencies of local layers, which are not
-            scaled.
-    """
-
-    vocab_size: int
-    model_dim: int
+    vocab_size: int  # rows of the token embedding
+    model_dim: int  # width of the hidden states
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_heads: int  # query heads
+    num_kv_heads: int  # key and value heads; a divisor of `num_heads`
     head_dim: int
-    mlp_dim: int
-    context_length: int
-    norm_epsilon: float
-    rope_base: float
+    mlp_dim: int  # width of the gated MLP
+    context_length: int  # longest context in training, in tokens
+    norm_epsilon: float  # added to the mean square in norms
+    rope_base: float  # base of the rotary frequencies
+    # Divisor of each frequency (Llama 3's and linear scaling); None for no scaling.
     rope_factors: tuple[float, ...] | None = None
-    tied: bool = True
-    activation: Literal["silu", "gelu"] = "silu"
-    embedding_scale: float = 1.0
-    query_scale: float | None = None
-    sandwich_norms: bool = False
-    head_norms: bool = False
-    qkv_bias: bool = False
+    tied: bool = True  # the output head is the token embedding
+    activation: Literal["silu", "gelu"] = "silu"  # "gelu" is the tanh approximation
+    embedding_scale: float = 1.0  # factor of the token embeddings
+    query_scale: float | None = None  # factor of the queries; None is head_dim ** -0.5
+    sandwich_norms: bool = False  # a norm also follows the attention and the MLP
+    head_norms: bool = False  # each query and key head is normalized
+    qkv_bias: bool = False  # queries, keys and values have a bias (Qwen 2)
+    # Keys that a token of a local layer attends to, itself included; None if all layers
+    # are global.
     local_window: int | None = None
-    global_every: int = 1
-    local_rope_base: float = 10_000.0
+    global_every: int = 1  # the last of every `global_every` layers is global
+    local_rope_base: float = 10_000.0  # base in local layers, without scaling
 
     @property
     def is_local(self) -> tuple[bool, ...]:
@@ -240,18 +215,14 @@ def _extend(
     dtype = hidden.dtype
     hidden = hidden.astype(jnp.float32) * config.embedding_scale
     # Up to three parts of keys: the prefix, the row's cache, and the tokens themselves.
-    key_positions = [positions]
-    if cache is not None:
-        key_positions.insert(0, cache.positions)
-    if prefix is not None:
-        key_positions.insert(0, prefix.positions[None])
+    parts = [part for part in (prefix, cache) if part is not None]
+    key_positions = [*(jnp.atleast_2d(part.positions) for part in parts), positions]
     # Causal masks, [B or 1, L, S]: True where a token attends to a key.
     masks = [keys[:, None, :] <= positions[:, :, None] for keys in key_positions]
     angles = transformer_layer.rotary(
         positions, config.rope_base, config.rope_factors, config.head_dim
     )
-    has_local = any(config.is_local)
-    local_masks, local_angles = masks, angles
+    full = local = (masks, angles)
     if config.local_window is not None:
         # A local layer attends to the last `local_window` positions only.
         local_masks = [
@@ -261,17 +232,16 @@ def _extend(
         local_angles = transformer_layer.rotary(
             positions, config.local_rope_base, None, config.head_dim
         )
+        local = (local_masks, local_angles)
 
     def layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         weights, is_local, *earlier = jax.tree.map(_from_bits, inputs)
-        layer_masks, layer_rotary = masks, angles
-        if has_local:
-            # The scan runs one program for all layers, so local layers select their
-            # masks and rotary angles at run time.
+        # The scan runs one program for all layers, so local layers select their masks
+        # and rotary angles at run time.
+        layer_masks, layer_rotary = full
+        if local is not full:
             layer_masks, layer_rotary = jax.tree.map(
-                lambda local, full: jnp.where(is_local, local, full),
-                (local_masks, local_angles),
-                (masks, angles),
+                lambda near, far: jnp.where(is_local, near, far), local, full
             )
 
         def attend(query: Array, key: Array, value: Array) -> Array:
@@ -293,11 +263,11 @@ def _extend(
         return hidden, (key.astype(dtype), value.astype(dtype))
 
     # Every input of the scan has a leading axis of layers, keys and values included.
-    parts = [(part.keys, part.values) for part in (prefix, cache) if part is not None]
-    inputs = (params["layers"], jnp.array(config.is_local), *parts)
+    earlier = [(part.keys, part.values) for part in parts]
+    inputs = (params["layers"], jnp.array(config.is_local), *earlier)
     hidden, (keys, values) = jax.lax.scan(layer, hidden, inputs)
     final_norm = _from_bits(params["final_norm"])
-    normed = transformer_layer.norm(hidden, final_norm, config.norm_epsilon)
+    normed = layers.norm(hidden, final_norm, config.norm_epsilon)
     return normed, KeyValues(keys, values, positions)
 
 
@@ -312,9 +282,7 @@ def _from_bits(x: Any) -> Any:
 
 
 def _attend(
-    query: Float[Array, "B L H K"],
-    parts: list[tuple[Array, Array]],
-    masks: list[Array],
+    query: Float[Array, "B L H K"], parts: list[tuple[Array, Array]], masks: list[Array]
 ) -> Float[Array, "B L H K"]:
     """Attends to several parts of keys with one softmax over all of them.
 
@@ -328,6 +296,7 @@ def _attend(
     # `attend_row` closes over the shared parts.
     own_parts = [part for part, own in zip(parts, is_own, strict=True) if own]
     masks = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in masks]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def attend_row(row: tuple) -> Array:
         query, own, masks = row
@@ -338,18 +307,10 @@ def _attend(
         ]
         # Grouped-query attention: R query heads share a key head.
         grouped = query.reshape(length, num_kv_heads, -1, width)
+        products = [product("lgrk,sgk->grls", grouped, keys) for keys, _ in all_parts]
         logits = [
-            jnp.where(
-                mask[None, None],
-                jnp.einsum(
-                    "lgrk,sgk->grls",
-                    grouped,
-                    keys,
-                    preferred_element_type=jnp.float32,
-                ),
-                -jnp.inf,
-            )
-            for (keys, _), mask in zip(all_parts, masks, strict=True)
+            jnp.where(mask[None, None], part, -jnp.inf)
+            for part, mask in zip(products, masks, strict=True)
         ]
         # A softmax over all parts: subtract the common maximum, exponentiate, divide by
         # the common sum. The maximum is finite, because a token attends to its own key.
@@ -362,12 +323,7 @@ def _attend(
             start=jnp.zeros_like(top),
         )
         mixed = sum(
-            jnp.einsum(
-                "grls,sgk->grlk",
-                part.astype(values.dtype),
-                values,
-                preferred_element_type=jnp.float32,
-            )
+            product("grls,sgk->grlk", part.astype(values.dtype), values)
             for part, (_, values) in zip(weights, all_parts, strict=True)
         )
         # Dividing after the product takes K divisions per token instead of S.

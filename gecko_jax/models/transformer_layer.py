@@ -6,7 +6,6 @@ FRet's language model (`transformer`) and the encoders with rotary positions
 
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -51,7 +50,7 @@ def run_layer(
     """
     gate_activation = layers.ACTIVATIONS[activation]
     # Attention.
-    normed = norm(hidden, weights["attention_norm"], norm_epsilon)
+    normed = layers.norm(hidden, weights["attention_norm"], norm_epsilon)
     query, key, value = (
         _product("blm,mhk->blhk", normed, weights[name])
         for name in ("query", "key", "value")
@@ -63,10 +62,10 @@ def run_layer(
         value = value + weights["value_bias"][None, None]
     # Qwen 3 and Gemma 3: a norm of each head keeps the logits in range.
     if "query_norm" in weights:
-        query = norm(query, weights["query_norm"], norm_epsilon)
-        key = norm(key, weights["key_norm"], norm_epsilon)
+        query = layers.norm(query, weights["query_norm"], norm_epsilon)
+        key = layers.norm(key, weights["key_norm"], norm_epsilon)
     if value_norm:
-        value = norm(value, None, norm_epsilon)
+        value = layers.norm(value, None, norm_epsilon)
     # The norms come before the rotation, which keeps the length of a head.
     query = _rotate(query, angles) * jnp.asarray(query_scale, query.dtype)
     key = _rotate(key, angles)
@@ -74,15 +73,15 @@ def run_layer(
     attended = _product("blhk,hkm->blm", mixed, weights["out"])
     # Gemma 3's sandwich norms: the residual adds a normalized output.
     if "post_attention_norm" in weights:
-        attended = norm(attended, weights["post_attention_norm"], norm_epsilon)
+        attended = layers.norm(attended, weights["post_attention_norm"], norm_epsilon)
     hidden = hidden + drop(0, attended)
     # Gated MLP.
-    normed = norm(hidden, weights["mlp_norm"], norm_epsilon)
+    normed = layers.norm(hidden, weights["mlp_norm"], norm_epsilon)
     gate = gate_activation(_product("blm,mf->blf", normed, weights["gate"]))
     up = _product("blm,mf->blf", normed, weights["up"])
     down = _product("blf,fm->blm", drop(1, gate * up), weights["down"])
     if "post_mlp_norm" in weights:
-        down = norm(down, weights["post_mlp_norm"], norm_epsilon)
+        down = layers.norm(down, weights["post_mlp_norm"], norm_epsilon)
     hidden = hidden + drop(2, down)
     # Per-layer embeddings: the token embeddings, projected for this layer, pass a gate
     # that depends on the hidden states.
@@ -90,11 +89,12 @@ def run_layer(
         assert embedded is not None
         own = jnp.einsum("blm,mp->blp", embedded, weights["per_layer_projection"])
         own = own * embedded.shape[-1] ** -0.5
-        own = norm(own, weights["per_layer_norm"], norm_epsilon)
+        own = layers.norm(own, weights["per_layer_norm"], norm_epsilon)
         gate = jnp.einsum("blm,mp->blp", hidden, weights["per_layer_gate"])
         gated = gate_activation(gate) * own
         mixed = jnp.einsum("blp,pm->blm", gated, weights["per_layer_out"])
-        hidden = hidden + norm(mixed, weights["post_per_layer_norm"], norm_epsilon)
+        mixed = layers.norm(mixed, weights["post_per_layer_norm"], norm_epsilon)
+        hidden = hidden + mixed
         hidden = hidden * weights["layer_scalar"][None, None].astype(hidden.dtype)
     return hidden, (key, value)
 
@@ -107,18 +107,6 @@ def _product(
         return jnp.einsum(spec, inputs, weights)
     inputs = inputs.astype(weights.dtype)
     return jnp.einsum(spec, inputs, weights, preferred_element_type=jnp.float32)
-
-
-def norm(
-    inputs: Float[Array, "*rows M"], weight: Float[Array, " M"] | None, epsilon: float
-) -> Float[Array, "*rows M"]:
-    """RMS norm: divides by the root mean square in float32, then scales."""
-    wide = inputs.astype(jnp.float32)
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    scaled = wide * jax.lax.rsqrt(mean_square + epsilon)
-    if weight is not None:
-        scaled = scaled * jnp.broadcast_to(weight.astype(jnp.float32), scaled.shape)
-    return scaled.astype(inputs.dtype)
 
 
 def rotary(

@@ -6,19 +6,13 @@ import jax
 
 
 class Chip(NamedTuple):
-    """Data sheet of an accelerator.
+    """Data sheet of an accelerator."""
 
-    Attributes:
-        flops_per_second: Peak bfloat16 FLOPs of the matrix units.
-        hbm_bytes: Memory.
-        hbm_bytes_per_second: Memory bandwidth.
-        link_bytes_per_second: One-way bandwidth of all links to chips of the same slice
-            together; 0 if there is no single number.
-    """
-
-    flops_per_second: float
+    flops_per_second: float  # peak bfloat16 FLOPs of the matrix units
     hbm_bytes: float
     hbm_bytes_per_second: float
+    # One-way bandwidth of all links to chips of the same slice together; 0 if there is
+    # no single number.
     link_bytes_per_second: float
 
 

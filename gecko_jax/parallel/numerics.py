@@ -22,9 +22,6 @@ import sys
 
 _FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
-# First jaxlib with wrong results.
-_FIRST_WRONG = (0, 10, 2)
-
 # Versions that know the flag. For other versions, `_has_flag` searches the library.
 _KNOWN = ("0.10.2", "0.12.0.1")
 
@@ -50,11 +47,7 @@ def set_cpu_flags() -> None:
 
 @functools.cache
 def check() -> None:
-    """Computes the known wrong case, once per process and only on CPU.
-
-    Raises:
-        ArithmeticError: The result is wrong.
-    """
+    """Raises ArithmeticError if the known wrong case is wrong on this CPU."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -112,7 +105,7 @@ def _is_flag_known() -> bool:
     """Returns whether jaxlib needs the flag and every installed XLA knows it."""
     version = _version("jaxlib") or "0"
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if numbers < _FIRST_WRONG:
+    if numbers < (0, 10, 2):  # The first with wrong results.
         return False
     if version not in _KNOWN and not _has_flag("jaxlib"):
         return False

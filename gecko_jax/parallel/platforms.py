@@ -12,16 +12,9 @@ import sys
 
 # Any of these variables means that the user has chosen a platform.
 _CHOICES = (
-    "JAX_PLATFORMS",
-    "JAX_FORCE_TPU_INIT",
-    "TPU_NAME",
-    "TPU_LIBRARY_PATH",
-    "TPU_ACCELERATOR_TYPE",
-    "TPU_WORKER_HOSTNAMES",
+    *("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_LIBRARY_PATH"),
+    *("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"),
 )
-
-# Modules of JAX's GPU plugins.
-_GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 # Lets libtpu start without asking a cloud metadata server about its machine.
 NO_METADATA = {
@@ -43,7 +36,8 @@ def skip_absent_tpu() -> None:
         return
     if importlib.util.find_spec("libtpu") is None or _has_tpu():
         return
-    if any(importlib.util.find_spec(name) for name in _GPU_PLUGINS):
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    if any(map(importlib.util.find_spec, plugins)):
         # JAX still has to look for a GPU. libtpu starts, but prints nothing.
         os.environ.update(NO_METADATA)
         return

@@ -50,6 +50,8 @@ def build_mesh(
 ) -> Mesh:
     """Builds the mesh over all devices of all processes.
 
+    Raises ValueError if the sizes do not multiply to the number of devices.
+
     Args:
         data: Devices per slice along `data`. One of `data`, `fsdp` and `tensor` may be
             -1, which takes the remaining devices.
@@ -58,9 +60,6 @@ def build_mesh(
         dcn_data: Slices along `data`. One of the two may be -1, as above.
         dcn_fsdp: Slices along `fsdp`.
         devices: Devices to use; all devices of the run by default.
-
-    Raises:
-        ValueError: The sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     num_slices = len({_slice_of(device) for device in devices})
@@ -72,14 +71,12 @@ def build_mesh(
     across = _fill_sizes(
         {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, num_slices, "slices"
     )
+    options = {"allow_split_physical_axes": True}
     if num_slices == 1:
-        array = mesh_utils.create_device_mesh(
-            within, devices, allow_split_physical_axes=True
-        )
+        array = mesh_utils.create_device_mesh(within, devices, **options)
     else:
-        array = mesh_utils.create_hybrid_device_mesh(
-            within, (*across, 1), devices, allow_split_physical_axes=True
-        )
+        slices = (*across, 1)
+        array = mesh_utils.create_hybrid_device_mesh(within, slices, devices, **options)
     return Mesh(array, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
@@ -107,10 +104,8 @@ def param_shardings(
     """Returns the sharding of each parameter.
 
     A dimension that does not divide by its mesh axes stays whole, so every preset fits
-    every mesh.
-
-    Raises:
-        ValueError: A logical axis has no rule, or a rule names an unknown mesh axis.
+    every mesh. Raises ValueError if a logical axis has no rule, or a rule names an
+    unknown mesh axis.
     """
     for logical, axes in rules:
         for name in axis_names(axes):
@@ -226,11 +221,7 @@ def batch_specs(batch: Mapping[str, Any]) -> dict[str, PartitionSpec]:
 
 
 def check_batch(batch_size: int, microbatch_size: int, mesh: Mesh) -> None:
-    """Checks that a batch and its microbatches divide over the mesh.
-
-    Raises:
-        ValueError: A size does not divide; names the next larger one that does.
-    """
+    """Raises ValueError if a batch or its microbatches do not divide over the mesh."""
     shards = num_batch_shards(mesh)
     sizes = {"data.batch_size": batch_size, "train.microbatch_size": microbatch_size}
     for key, size in sizes.items():

@@ -6,6 +6,5 @@ json_vocabularies   vocabularies in tokenizer.json
 packing        which texts share a row of tokens, and rows of tokens as arrays
 word_rule      how text splits into words, in every script
 overlap        texts of evaluation sets in training data
-text_files     files of texts
-corpora        passages from files and folders
+text_files     files of texts, and passages from files and folders
 """

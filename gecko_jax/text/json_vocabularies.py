@@ -21,6 +21,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,13 +29,6 @@ from absl import logging
 
 from gecko_jax.io import field_rules, reading, wording
 from gecko_jax.text import vocabularies
-
-# Names of the token that ends texts: Gemma's, T5's and Llama's, Qwen's.
-_END_NAMES = ("<eos>", "</s>", "<|endoftext|>")
-
-# Placeholders of pictures and sounds. Some have ids beyond the embedding table of a
-# text encoder (EmbeddingGemma's <image_soft_token>), where transformers fails.
-_MEDIA = ("image", "audio", "video", "vision")
 
 _REMEDY = "copy it again from the original model"
 _TOKEN = field_rules.object_of(
@@ -160,13 +154,14 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
     values = _parse(content)
     config = {}
     if tokenizer_config:
-        config = _parse_object(tokenizer_config, vocabularies.JSON_CONFIG)
-        field_rules.check(vocabularies.JSON_CONFIG, config, _CONFIG, _REMEDY)
+        config = _parse_object(tokenizer_config, vocabularies.JSON_CONFIG, _CONFIG)
     model, added = values["model"], values["added_tokens"]
     ids = {*model["vocab"].values(), *(token["id"] for token in added)}
     special = {token["id"]: token["content"] for token in added if token["special"]}
     size, dropped = max(ids, default=-1) + 1, set[int]()
-    while any(word in special.get(size - 1, "") for word in _MEDIA):
+    # Some placeholders of pictures and sounds have ids beyond the embedding table of a
+    # text encoder (EmbeddingGemma's <image_soft_token>), where transformers fails.
+    while re.search("image|audio|video|vision", special.get(size - 1, "")):
         size -= 1
         dropped.add(size)
     opening, closing = _read_template(values)
@@ -182,19 +177,18 @@ def _read_facts(content: bytes, tokenizer_config: bytes) -> _Facts:
 
 def _parse(content: bytes) -> dict[str, Any]:
     """Returns the contents of a `tokenizer.json`, with the fields that are read."""
-    values = _parse_object(content, vocabularies.JSON_FILE)
-    model = values.get("model")
-    if isinstance(model, dict) and model.get("type", "Unigram") == "Unigram":
+    values = _parse_object(content, vocabularies.JSON_FILE, _FIELDS)
+    model = values["model"]
+    if model.get("type", "Unigram") == "Unigram":
         raise ValueError(
             "a Unigram tokenizer, which is a SentencePiece model; give its `.model` "
             "file, or import the folder with `gecko import`"
         )
-    field_rules.check(vocabularies.JSON_FILE, values, _FIELDS, _REMEDY)
     field_rules.check(f"{vocabularies.JSON_FILE}: model", model, _MODEL, _REMEDY)
-    vocab = values["model"]["vocab"]
+    vocab = model["vocab"]
     if len(set(vocab.values())) < len(vocab):
         raise ValueError(f"model.vocab: two tokens share an id; {_REMEDY}")
-    for merge in values["model"]["merges"]:
+    for merge in model["merges"]:
         # A string in older files, whose tokens hold no space.
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if len(parts) != 2 or not {*parts, "".join(parts)} <= vocab.keys():
@@ -205,14 +199,14 @@ def _parse(content: bytes) -> dict[str, Any]:
     return values
 
 
-def _parse_object(content: bytes, name: str) -> dict[str, Any]:
+def _parse_object(
+    content: bytes, name: str, kinds: Mapping[str, field_rules.Kind]
+) -> dict[str, Any]:
     try:
         values = reading.parse_json(content)
     except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error}); {_REMEDY}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: not a JSON object; {_REMEDY}")
-    return values
+    return field_rules.check(name, values, kinds, _REMEDY)
 
 
 def _read_template(values: Mapping[str, Any]) -> tuple[tuple[int, ...], list[int]]:
@@ -259,12 +253,14 @@ def with_end(content: bytes) -> bytes:
     """
     values = _parse(content)
     special = {t["content"]: t["id"] for t in values["added_tokens"] if t["special"]}
-    end = next((name for name in _END_NAMES if name in special), None)
+    # Gemma's, T5's and Llama's, and Qwen's.
+    ends = ("<eos>", "</s>", "<|endoftext|>")
+    end = next((name for name in ends if name in special), None)
     if _read_template(values)[1] or end is None:
         return content
     logging.info("The tokenizer does not end texts; %s is added to it", end)
-    post_processor = values.get("post_processor")
-    steps = [dict(step) for step in flatten(post_processor, "processors")]
+    before = flatten(values.get("post_processor"), "processors")
+    steps = [dict(step) for step in before]
     if not any(step["type"] == "TemplateProcessing" for step in steps):
         first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         template = {"type": "TemplateProcessing", "special_tokens": {}}

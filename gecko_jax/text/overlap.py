@@ -38,21 +38,13 @@ _WHOLE = 0
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A text of an evaluation set that occurs in a training text.
+    """A text of an evaluation set that occurs in a training text."""
 
-    Attributes:
-        set: Name of the set.
-        side: Role of the text in its set: query, passage, sentence or text.
-        id: Id of the text in its set, or its number.
-        is_same: The two texts have the same words; otherwise they share a run.
-        shared: The shared words.
-    """
-
-    set: str
-    side: str
-    id: str
-    is_same: bool
-    shared: str
+    set: str  # name of the set
+    side: str  # role of the text: query, passage, sentence or text
+    id: str  # id of the text in its set, or its number
+    is_same: bool  # the two texts have the same words; otherwise they share a run
+    shared: str  # the shared words
 
 
 def content_hash(content: str) -> int:
@@ -67,7 +59,6 @@ class Contamination:
     """
 
     def __init__(self):
-        """Starts without any set."""
         # Of each text: number of its set, side, id.
         self._texts: list[tuple[int, str, str]] = []
         self._sets: list[str] = []

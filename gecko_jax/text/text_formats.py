@@ -48,30 +48,25 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class TextFormat:
-    """How texts are written before they are tokenized.
+    """How texts are written before they are tokenized."""
 
-    Attributes:
-        query: Template of a query, with `{text}` and optionally `{task_description}`.
-        passage: Template of a passage, with `{text}` and optionally `{title}`. Without
-            `{title}`, a passage's title is written before its text, as in BEIR.
-        no_title: Placeholder for a missing title, as in EmbeddingGemma.
-        task_descriptions: Task name -> the paper's natural-language *t*.
-        symmetric_tasks: Tasks whose passages are written in the query form.
-        prompts: Literal prefixes of queries by task name, of a sentence-transformers
-            model. Nothing in a prompt is expanded. "query" (for all other queries) and
-            "document" (for passages) replace the templates; without these two, the
-            templates apply to every task that is not in `prompts`.
-        verbatim: Write texts as they are. Otherwise they are cleaned, which does not
-            change the tokens of a SentencePiece model; a `tokenizer.json` keeps line
-            breaks, tabs and repeated spaces apart.
-    """
-
+    # Template of a query, with `{text}` and optionally `{task_description}`.
     query: str = "task: {task_description} | query: {text}"
+    # Template of a passage, with `{text}` and optionally `{title}`. Without `{title}`,
+    # the title of a passage is written before its text, as in BEIR.
     passage: str = "title: {title} | text: {text}"
-    no_title: str = "none"
+    no_title: str = "none"  # placeholder for a missing title, as in EmbeddingGemma
+    # Task name -> the paper's natural-language *t*.
     task_descriptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    symmetric_tasks: tuple[str, ...] = ()
+    symmetric_tasks: tuple[str, ...] = ()  # their passages have the query form
+    # Literal prefixes of queries by task name, of a sentence-transformers model, in
+    # which nothing is expanded. "query" (for all other queries) and "document" (for
+    # passages) replace the templates; without these two, the templates apply to every
+    # task that is not in `prompts`.
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Write texts as they are. Otherwise they are cleaned, which does not change the
+    # tokens of a SentencePiece model; a `tokenizer.json` keeps line breaks, tabs and
+    # repeated spaces apart.
     verbatim: bool = False
 
     def __post_init__(self):
@@ -148,16 +143,12 @@ class TextFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
-        values = {
-            "query": self.query,
-            "passage": self.passage,
-            "no_title": self.no_title,
-            "task_descriptions": dict(self.task_descriptions),
-            "symmetric_tasks": list(self.symmetric_tasks),
-        }
+        values = dataclasses.asdict(self)
+        values["symmetric_tasks"] = list(self.symmetric_tasks)
         # Omitted where unused, so that other formats keep their checksums.
-        values |= {"prompts": dict(self.prompts)} if self.prompts else {}
-        return values | ({"verbatim": True} if self.verbatim else {})
+        return {
+            k: v for k, v in values.items() if v or k not in ("prompts", "verbatim")
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextFormat":

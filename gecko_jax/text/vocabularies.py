@@ -34,18 +34,12 @@ class AddedToken:
 
     The token is cut out of a text before SentencePiece encodes the parts around it,
     each as a text of its own.
-
-    Attributes:
-        content: The characters that become this token.
-        id: Token id.
-        single_word: Do not cut the token next to letters or digits.
-        normalized: Match the token in the normalized text.
     """
 
-    content: str
+    content: str  # the characters that become this token
     id: int
-    single_word: bool = False
-    normalized: bool = False
+    single_word: bool = False  # not cut next to letters or digits
+    normalized: bool = False  # matched in the normalized text
 
     def __post_init__(self):
         if not self.content.strip() or self.id < 0:
@@ -57,27 +51,20 @@ class AddedToken:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Vocabulary:
-    """A SentencePiece model with T5's reserved ids.
-
-    Attributes:
-        model_proto: The bytes of the file: a `.model` here.
-        extra_ids: Number of sentinels `<extra_id_0>`, ... at the end; T5 has 100.
-        added_tokens: Tokens of an imported tokenizer. Their ids are ids of pieces, or
-            follow the sentinels without a gap.
-        path: The file that `load` read, which seqio reads again; "" without a file.
-        tokenizer_config: The bytes of the `tokenizer_config.json` next to a
-            `tokenizer.json`; empty for SentencePiece.
-    """
+    """A SentencePiece model with T5's reserved ids."""
 
     pad_id: ClassVar[int] = PAD_ID
     # Whether texts are encoded without `text_formats.clean`.
     verbatim: ClassVar[bool] = False
 
-    model_proto: bytes
-    extra_ids: int = 0
+    model_proto: bytes  # bytes of the file: a `.model` here
+    extra_ids: int = 0  # sentinels `<extra_id_0>`, ... at the end; T5 has 100
+    # Tokens of an imported tokenizer. Their ids are ids of pieces, or follow the
+    # sentinels without a gap.
     added_tokens: tuple[AddedToken, ...] = ()
+    # The file that `load` read, which seqio reads again; "" without a file.
     path: str = dataclasses.field(default="", compare=False)
-    tokenizer_config: bytes = b""
+    tokenizer_config: bytes = b""  # bytes of the file next to a `tokenizer.json`
 
     def __post_init__(self):
         if self.extra_ids < 0:
@@ -245,10 +232,8 @@ class Vocabulary:
                 pieces = []
             else:
                 pieces.append(token)
-        if not parts:
-            return self._processor.DecodeIds(pieces)
         parts.append(self._processor.DecodeIds(pieces))
-        return " ".join(part for part in parts if part)
+        return " ".join(filter(None, parts))
 
 
 def _cut(text: str, tokens: dict[str, AddedToken]) -> Iterator[str | AddedToken]:

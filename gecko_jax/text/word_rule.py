@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 # Letters of scripts without spaces, and letters per word: 2 in Japanese kana, at least
 # 3 in South-East Asian scripts. Chinese has 1.6; it counts as 1, because the runs of 13
@@ -63,20 +63,18 @@ def terms(content: str) -> list[str]:
 
     A Han character is also a term of its own, and so is a letter without a neighbour.
     """
-    return list(_terms(_normalize(content)))
-
-
-def _terms(content: str) -> Iterator[str]:
     single, run = _patterns()
-    for match in run.finditer(content):
+    entries: list[str] = []
+    for match in run.finditer(_normalize(content)):
         if match.lastgroup is None:
-            yield match[0]
+            entries.append(match[0])
             continue
         letters = single.findall(match[0])
         for letter in letters:
             if len(letters) == 1 or _units(letter[0]) == UNITS_PER_WORD:
-                yield letter
-        yield from map("".join, itertools.pairwise(letters))
+                entries.append(letter)
+        entries += map("".join, itertools.pairwise(letters))
+    return entries
 
 
 def _normalize(content: str) -> str:

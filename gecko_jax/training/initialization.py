@@ -65,7 +65,8 @@ def read_start(
     if encoder_config.projection and not start.encoder_config.projection:
         logging.info("%s has no projection; adding a fresh one", source)
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        fresh = np.asarray(from_scratch.init_projection(encoder_config, key))
+        shape = (encoder_config.model_dim, encoder_config.embedding_dim)
+        fresh = np.asarray(dual_encoder.PROJECTION_INIT(key, shape, jnp.float32))
         params = {**start.params, "projection_layer": {"kernel": fresh}}
         start = dataclasses.replace(start, params=params)
     if encoder_config.num_layers and not start.encoder_config.num_layers:
@@ -111,9 +112,9 @@ def text_format(
     plain encoder has no format to keep.
     """
     if style == "plain":
-        return detection.PLAIN_FORMAT
-    plain = dataclasses.replace(detection.PLAIN_FORMAT, verbatim=True)
-    if start is None or start.text_format in (detection.PLAIN_FORMAT, plain):
+        return text_formats.PLAIN
+    plain = dataclasses.replace(text_formats.PLAIN, verbatim=True)
+    if start is None or start.text_format in (text_formats.PLAIN, plain):
         return text_formats.TextFormat()
     return start.text_format
 

@@ -33,6 +33,9 @@ def _report(rows, tensor, gib, memory_seconds, compute_seconds):
         compute_seconds=compute_seconds,
         memory_seconds=memory_seconds,
         link_seconds=0.0,
+        roofline_seconds=max(compute_seconds, memory_seconds),
+        spare_share=1 - gib / 16,
+        model_flops_utilisation=0.5,
         compile_seconds=0.0,
     )
 

@@ -385,7 +385,7 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
     assert "missing encoder/layers_2/mlp/wo/kernel (48, 16)" in message
     assert "wrong shape encoder/layers_0/mlp/wo/kernel: (24, 16)" in message
     edit(folder / "config.json", num_layers=10_000_000)
-    with pytest.raises(ValueError, match="num_layers=10000000, must be at most 1,000"):
+    with pytest.raises(ValueError, match=r"num_layers must .*1,000, not 10000000"):
         detection.open_model(folder)
     edit(folder / "config.json", d_ff=24, num_layers=1)
     with pytest.raises(ValueError, match=r"unexpected encoder\.block\.1\.layer"):
@@ -406,22 +406,27 @@ def test_sizes_of_another_checkpoint_are_listed_together(folder):
             {"matryoshka_dimensions": [8, 99]},
             r"matryoshka_dimensions=\[8, 99\] has more",
         ),
-        ({"architectures": 5}, "architectures is a number, not a list"),
         ({"model_type": ["t5"]}, r"model_type \['t5'\] has no encoder"),
         ({"quantization_config": {"bits": 8}}, "quantization_config is set"),
-        ({"feed_forward_proj": "gated-x-y"}, "feed_forward_proj='gated-x-y', must be"),
-        ({"feed_forward_proj": ["relu"]}, r"feed_forward_proj=\['relu'\]"),
-        ({"dense_act_fn": "gelu"}, "dense_act_fn='gelu' is not supported"),
-        ({"dense_act_fn": None}, "dense_act_fn=None is not supported"),
-        ({"is_gated_act": "yes"}, "is_gated_act is a string, must be true or false"),
-        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05, must be 1e-06"),
-        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon=1e-6, must be 1e-06"),
-        ({"d_kv": None, "d_ff": 0}, "d_kv=None, d_ff=0, must be a whole number"),
-        ({"num_layers": True}, "num_layers=True, must be a whole number"),
+        ({"feed_forward_proj": "gated-x-y"}, "feed_forward_proj must be .*gated-x-y"),
+        ({"feed_forward_proj": ["relu"]}, "feed_forward_proj must be .*, not a list"),
+        ({"dense_act_fn": "gelu"}, 'dense_act_fn must be one of relu.*, not "gelu"'),
+        ({"dense_act_fn": None}, "dense_act_fn must be .*, not null"),
+        ({"is_gated_act": "yes"}, "is_gated_act must be true or false"),
+        (
+            {"layer_norm_epsilon": 1e-5},
+            "layer_norm_epsilon must .*, not 1e-05",
+        ),
+        ({"layer_norm_epsilon": "1e-6"}, 'layer_norm_epsilon must be .*, not "1e-6"'),
+        (
+            {"d_kv": None, "d_ff": 0},
+            "d_kv must .*, not null; d_ff must .*, not 0",
+        ),
+        ({"num_layers": True}, "num_layers must be a whole number .*, not true"),
         ({"hidden_size": 17}, "d_model=16 and hidden_size=17"),
         (
             {"relative_attention_num_buckets": 32.0},
-            "relative_attention_num_buckets=32.0, must be a whole number",
+            "relative_attention_num_buckets must be a whole number",
         ),
         (
             {"relative_attention_max_distance": 8},
@@ -465,7 +470,7 @@ def test_an_index_that_leads_outside_is_refused(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"shared.weight": "../other/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"'\.\./other/model\.safetensors', outside"):
+    with pytest.raises(ValueError, match=r"\.\./other/model\.safetensors: leads out"):
         detection.open_model(folder)
     index = {"weight_map": {"shared.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -15,7 +15,6 @@ from gecko_jax.formats import (
     to_sentence_transformers,
     tokenizer,
 )
-from gecko_jax.models import dual_encoder
 from gecko_jax.text import vocabularies
 from tests import json_tokenizers
 
@@ -100,9 +99,7 @@ def test_a_tokenizer_without_a_config_gets_one(kind, tmp_path):
 
 
 def test_more_ids_than_rows_are_refused(files):
-    config = dual_encoder.EncoderConfig(
-        **{**dual_encoder.config_to_dict(files.encoder_config), "vocab_size": 32}
-    )
+    config = dataclasses.replace(files.encoder_config, vocab_size=32)
     with pytest.raises(ValueError, match="ids and the model has vocab_size=32"):
         gecko_jax.Gecko(dataclasses.replace(files, encoder_config=config))
 

@@ -30,6 +30,7 @@ from gecko_jax.formats import (
 )
 from gecko_jax.inference import embedding
 from gecko_jax.models import dual_encoder
+from gecko_jax.text import text_formats
 
 QUICKSTART = pathlib.Path(gecko_jax.__file__).parent / "quickstart"
 VOCABULARY = QUICKSTART / "vocabulary.model"  # 8,000 pieces
@@ -87,7 +88,7 @@ def make_files(kind):
     return model_folder.ModelFiles(
         params=parameters.unflatten(flat),
         encoder_config=config,
-        text_format=detection.PLAIN_FORMAT,
+        text_format=text_formats.PLAIN,
         vocabulary_proto=VOCABULARY.read_bytes(),
         extra_ids=64,
         mrl_dims=(config.embedding_dim,),

@@ -18,20 +18,20 @@ def test_relative_position_buckets_equal_those_of_t5():
     distances, buckets = reference["rel_distance"], reference["rel_bucket"]
     assert distances.min() == -200
     assert distances.max() == 200
-    actual = t5.relative_position_buckets(201, 201, 32, 128)
+    actual = t5.relative_position_buckets(201, 32, 128)
     # Row 200 has the distances -200 to 0, row 0 has 0 to 200.
     np.testing.assert_array_equal(actual[200], buckets[:201])
     np.testing.assert_array_equal(actual[0], buckets[200:])
 
 
 def test_relative_position_buckets_depend_only_on_the_distance():
-    buckets = t5.relative_position_buckets(50, 50, 32, 128)
+    buckets = t5.relative_position_buckets(50, 32, 128)
     for offset in (-49, -7, 0, 1, 20):
         assert len(set(np.diagonal(buckets, offset))) == 1
     assert buckets.min() == 0
     assert buckets.max() < 32
     np.testing.assert_array_equal(
-        buckets[:20, :20], t5.relative_position_buckets(20, 20, 32, 128)
+        buckets[:20, :20], t5.relative_position_buckets(20, 32, 128)
     )
 
 

@@ -133,16 +133,13 @@ def _dense(encoder, batch, num_segments, settings):
 
     def mean_loss(params):
         texts = {
-            side: dual_encoder.gather_texts(
-                encoder.apply(
-                    {"params": params},
-                    batch[f"{side}_tokens"],
-                    batch[f"{side}_segment_ids"],
-                    num_segments=num_segments,
-                    dropout_keys=keys(side),
-                ),
-                batch[f"{side}_index"],
-            )
+            side: encoder.apply(
+                {"params": params},
+                batch[f"{side}_tokens"],
+                batch[f"{side}_segment_ids"],
+                num_segments=num_segments,
+                dropout_keys=keys(side),
+            )[tuple(batch[f"{side}_index"].T)]
             for side in gradients.SIDES
         }
         teacher = contrastive.TeacherVectors(

@@ -6,12 +6,12 @@ import json
 import pytest
 import samples
 
-from gecko_jax.text import corpora
+from gecko_jax.text import text_files
 
 
 def _passages(*paths):
-    files = corpora.find_files(paths)
-    return {p.id: p.text for p in corpora.read_passages(files)}
+    files = text_files.find_files(paths)
+    return {p.id: p.text for p in text_files.read_passages(files)}
 
 
 def test_lines_of_prose_are_paragraphs(tmp_path):
@@ -46,10 +46,10 @@ def test_a_folder_is_read_whole_with_names_in_the_ids(tmp_path):
 def test_unsearchable_inputs_are_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no files in it that end in \.jsonl"):
-        corpora.find_files([tmp_path / "empty"])
+        text_files.find_files([tmp_path / "empty"])
     page = samples.write(tmp_path / "page.html", "<p>")
     with pytest.raises(ValueError, match=r"page\.html: unknown kind of file; use one"):
-        corpora.find_files([page])
+        text_files.find_files([page])
     with pytest.raises(ValueError, match=r"gone\.txt: no such file"):
         _passages(tmp_path / "gone.txt")
     twice = samples.write(tmp_path / "twice.jsonl", '{"id": 1, "text": "a"}\n' * 2)
