@@ -346,7 +346,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
         def __eq__(self, other):
             return self is other
 
-    opened = safetensors_files._open_file
+    opened = safetensors_files.open_file
 
     def open_file(path):
         def watch(tensor):
@@ -361,7 +361,7 @@ def test_one_array_of_one_model_is_read_at_a_time(tiny_files, tmp_path, monkeypa
 
         return {name: watch(tensor) for name, tensor in opened(path).items()}
 
-    monkeypatch.setattr(safetensors_files, "_open_file", open_file)
+    monkeypatch.setattr(safetensors_files, "open_file", open_file)
     for method in averaging.METHODS:
         averaging.average(paths, tmp_path / "out", method=method)
     assert 2 <= most <= 4
