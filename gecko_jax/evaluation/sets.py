@@ -84,8 +84,8 @@ class SimilaritySet:
     def limit(self, max_queries: int, max_passages: int) -> "SimilaritySet":
         """Returns `max_queries` pairs at even distances; 0 sets no limit."""
         chosen = _spread(range(len(self.scores)), max_queries)
-        sides = (_take(side, chosen) for side in (self.sentences1, self.sentences2))
-        return SimilaritySet(self.name, *sides, self.scores[chosen])
+        first, second = (_take(s, chosen) for s in (self.sentences1, self.sentences2))
+        return SimilaritySet(self.name, first, second, self.scores[chosen])
 
 
 class Labelled(NamedTuple):

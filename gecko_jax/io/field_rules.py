@@ -106,11 +106,16 @@ def list_of(kind: Kind, least: int = 0) -> Kind:
     )
 
 
-def map_of(kind: Kind) -> Kind:
-    """Objects whose values are of one kind."""
+def map_of(kind: Kind, names: Kind = TEXT) -> Kind:
+    """Objects whose values are of one kind, and whose names are of another."""
+
+    def holds(value: Any) -> bool:
+        is_dict = isinstance(value, dict) and all(map(names.holds, value))
+        return is_dict and all(map(kind.holds, value.values()))
+
     return Kind(
         f"an object of {kind.name}",
-        lambda v: isinstance(v, dict) and all(map(kind.holds, v.values())),
+        holds,
         find=lambda v: _find(v.items(), kind) if isinstance(v, dict) else [],
     )
 

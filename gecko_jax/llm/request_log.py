@@ -23,7 +23,7 @@ FOLDER = "requests"
 _MODEL = "model.json"
 
 _COUNTS = ("prompt_tokens", "completion_tokens", "requests")
-_TOKENS = dict.fromkeys(_COUNTS, field_rules.COUNT)
+_TOKENS: dict[str, field_rules.Kind] = dict.fromkeys(_COUNTS, field_rules.COUNT)
 _USAGE = {"usage": field_rules.object_of(_TOKENS, only=True)}
 # Fields of an answer to each kind of request.
 _ANSWERS = (
