@@ -63,6 +63,7 @@ MIXTURES: Mapping[str, Mixture] = {
         ("quickstart_docs", "quickstart_wordnet", "quickstart_code", "quickstart_term")
     ),
     "quickstart_fret": Mixture(_starting_with("quickstart_fret_")),
+    "quickstart_relabelled": Mixture(_starting_with("quickstart_relabelled_")),
     "gecko_prefinetune": Mixture(
         (
             "gooaq",

@@ -145,6 +145,18 @@ TASKS: tuple[Task, ...] = (
         )
         for description, number in _QUICKSTART_FRET.items()
     ),
+    # Pairs of other documentation, whose positives it chose anew.
+    *(
+        Task(
+            f"quickstart_relabelled_{source_task}",
+            "search result",
+            files=(str(QUICKSTART / "relabelled" / "fret.jsonl.gz"),),
+            source_task=source_task,
+            licence="PostgreSQL, PSF-2.0, Apache-2.0, curl, public domain",
+            num_examples=number,
+        )
+        for source_task, number in (("docs", 357), ("man", 223))
+    ),
     # Pre-finetuning: community questions and answers, titles and bodies (section 3.3).
     Task(
         "gooaq",

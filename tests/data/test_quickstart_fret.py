@@ -1,4 +1,4 @@
-"""The bundled triples of FRet."""
+"""The bundled triples of FRet, generated and relabelled."""
 
 import collections
 import json
@@ -15,32 +15,46 @@ from gecko_jax.data import (
     task_table,
 )
 
-FOLDER = task_table.QUICKSTART / "fret"
 LICENCES = {
-    *("Apache-2.0", "BSD-3-Clause", "PSF-2.0", "PostgreSQL"),
+    *("Apache-2.0", "BSD-3-Clause", "PSF-2.0", "PostgreSQL", "curl"),
     *("WordNet-3.0", "public domain"),
 }
 
 
+@pytest.fixture(scope="module", params=["fret", "relabelled"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def lines():
-    return [record for _, record, _ in jsonl.read_lines(FOLDER / "fret.jsonl.gz")]
+def lines(kind):
+    path = task_table.QUICKSTART / kind / "fret.jsonl.gz"
+    return [record for _, record, _ in jsonl.read_lines(path)]
 
 
-def test_the_table_counts_the_lines_of_each_task(lines):
+def test_the_table_counts_the_lines_of_each_task(kind, lines):
     counts = collections.Counter(line["task"] for line in lines)
-    tasks, _ = mixtures.resolve("quickstart_fret")
+    tasks, _ = mixtures.resolve(f"quickstart_{kind}")
     assert {task.source_task: task.num_examples for task in tasks} == counts
-    assert len(lines) >= 600
+    assert len(lines) >= {"fret": 600, "relabelled": 500}[kind]
 
 
-def test_every_text_names_its_licence(lines):
+def test_every_text_names_its_licence(kind, lines):
     for line in lines:
-        named = {line["licence"], line["seed_licence"], *line["negative_licences"]}
+        named = {line["licence"], *line["negative_licences"]}
+        if kind == "fret" or line["moved"]:
+            named.add(line["seed_licence"])
         named |= {candidate["licence"] for candidate in line["candidates"]}
         assert named <= LICENCES
         assert len(line["negative_licences"]) == len(line["negatives"])
-        assert line["generator"].startswith("qwen2.5-coder-1.5b")
+        model = line["generator" if kind == "fret" else "judge"]
+        assert model.startswith("qwen2.5-coder-1.5b")
+
+
+def test_every_text_of_a_relabelled_line_names_its_file(kind, lines):
+    for line in lines if kind == "relabelled" else ():
+        sources = [*line["candidates"], line]
+        assert all(s["source_id"].startswith(f"{s['source']}/") for s in sources)
 
 
 def test_positive_and_negatives_are_among_the_judged_candidates(lines):
@@ -73,10 +87,10 @@ def test_no_line_has_a_held_out_query_or_its_passage(lines):
         assert not texts & held_out
 
 
-def test_the_mixture_reads_them(lines):
+def test_the_mixture_reads_them(kind, lines):
     seqio = load_seqio()
-    registration.register("quickstart_fret")
-    mixture = seqio.get_mixture_or_task("quickstart_fret")
+    registration.register(f"quickstart_{kind}")
+    mixture = seqio.get_mixture_or_task(f"quickstart_{kind}")
     assert mixture.num_input_examples("train") == len(lines)
     dataset = mixture.get_dataset(
         sequence_length={"query": 32, "positive": 64, "negatives": 64},
@@ -86,7 +100,7 @@ def test_the_mixture_reads_them(lines):
     assert len(next(dataset.as_numpy_iterator())["positive"]) <= 64
 
 
-def test_they_are_a_tfds_set(lines, tmp_path):
-    builder = fret_builder.build(FOLDER, tmp_path)
+def test_they_are_a_tfds_set(kind, lines, tmp_path):
+    builder = fret_builder.build(task_table.QUICKSTART / kind, tmp_path)
     assert builder.info.splits["train"].num_examples == len(lines)
     assert "qwen2.5-coder-1.5b" in builder.info.description
