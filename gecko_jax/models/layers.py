@@ -100,4 +100,6 @@ class LayerNorm(nn.Module):
         scale = scale + self.offset if self.offset else scale
         # Two dimensions, as in `Dense`, for the gradient of the scale.
         flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        return norm(flat, scale, self.epsilon).astype(self.dtype).reshape(x.shape)
+        mean_square = jnp.mean(jnp.square(flat), axis=-1, keepdims=True)
+        normed = flat * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * scale[None]).astype(self.dtype).reshape(x.shape)
