@@ -199,7 +199,7 @@ def _write_vectors(
                 f"vector {done + int(np.argmax(is_invalid)):,} of the teacher is zero "
                 "or not finite; embed that text again"
             )
-        if vectors is None:
+        if vectors is None or moment is None:
             width = block.shape[1]
             vectors = np.lib.format.open_memmap(path, "w+", np.float16, (number, width))
             moment = np.zeros((width, width))
