@@ -227,9 +227,7 @@ def judge(
     calibration = measure.calibrate(config, options.output / "fret")
     reranked = {}
     budget = runs.open_budget(config)
-    with runs.prepare(
-        config, options.output / "fret", budget, runs.open_model
-    ) as source:
+    with runs.prepare(config, options.output / "fret", budget) as source:
         for task, one in retrieval_sets(options):
             few = one.limit(options.judged, 0)
             log = options.output / "judged" / task

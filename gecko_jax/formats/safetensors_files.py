@@ -25,7 +25,13 @@ SHARD_BYTES = 2 * 2**30
 SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _FILE_NAME = field_rules.Kind(
-    f"a {SUFFIX} file name", lambda v: isinstance(v, str) and v.endswith(SUFFIX)
+    f"a {SUFFIX} file name",
+    lambda v: (
+        isinstance(v, str)
+        and v.isprintable()
+        and v.endswith(SUFFIX)
+        and pathlib.PurePath(v).name == v
+    ),
 )
 _INDEX_FIELDS = {"weight_map": field_rules.map_of(_FILE_NAME)}
 

@@ -98,9 +98,8 @@ def test_judges_rank_judged_queries_and_ask_once(tmp_path):
     with fake_llm.FakeServer() as fake:
         config = fret_runs.load(fret_runs.write_corpus(tmp_path), fake.url)
         for _ in range(2):
-            with runs.prepare(
-                config, tmp_path / "run", request_log.Budget(), runs.open_model
-            ) as source:
+            budget = request_log.Budget()
+            with runs.prepare(config, tmp_path / "run", budget) as source:
                 found = fret_proof.rerank(source, few, task, tmp_path / "log")
         assert not fret_runs.repeated(fake)
     assert found["queries"] == 24

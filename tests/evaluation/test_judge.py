@@ -339,9 +339,7 @@ def test_results_of_another_model_are_refused(results, tiny_files):
 
 def test_other_files_are_refused_as_results(tmp_path):
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"no rows, no about\); pass the results\.json"
-    ):
+    with pytest.raises(ValueError, match=r"no rows; no about; pass the results\.json"):
         evaluation.read(tmp_path / "r.json")
     with pytest.raises(ValueError, match="no such file"):
         evaluation.read(tmp_path / "none.json")

@@ -136,7 +136,10 @@ def test_errors_name_the_line_in_a_set(tmp_path, name, content, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("queries.jsonl", "no queries.jsonl"), ("qrels.jsonl", "no judgements; it needs")],
+    [
+        ("queries.jsonl", "no queries.jsonl"),
+        ("qrels.jsonl", "no judgements; add one of"),
+    ],
 )
 def test_errors_name_a_missing_file(tmp_path, name, message):
     folder = _make(tmp_path / "set")

@@ -179,7 +179,7 @@ def test_verbs_and_keys_must_fit_each_other(pairs, tmp_path, capsys):
     for override, message in (
         ("fuse.max_negative_share=0.95", "BM25 has no cosines"),
         ("retrieve.min_seed_cosine=0.3", "BM25 has no cosines"),
-        ("export.scores=likelihood", "fuse.likelihood_weight=0"),
+        ("export.scores=likelihood", "set fuse.likelihood_weight above 0"),
     ):
         config = fret_runs.load(
             pairs, "http://a", override, "fuse.likelihood_weight=0.0"

@@ -124,7 +124,7 @@ def test_a_shard_with_other_ids_than_strings_is_damaged(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "a list"), ("{}", "no revision, no dim"), ("[" * 9_999, "not JSON")],
+    [("[]", "a list"), ("{}", "no revision; no dim"), ("[" * 9_999, "not JSON")],
 )
 def test_errors_name_edited_settings(tmp_path, content, message):
     (tmp_path / "embeddings.json").write_text(content)

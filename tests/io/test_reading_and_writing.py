@@ -224,7 +224,7 @@ def test_json_may_be_nested_as_deep_as_it_is_used(opening):
         ('{"size": 2, "kind": "c"}', 'kind must be one of a, b, not "c"'),
         ('{"size": true, "kind": "a"}', "size must be a whole number from 1, not true"),
         ('{"size": 0, "kind": "a"}', "size must be a whole number from 1, not 0"),
-        ("{}", "no size, no kind"),
+        ("{}", "no size; no kind"),
         ("null", "null, not an object"),
         ("\udcff", "not JSON"),
         ("[" * 100_000, "not JSON .*nested more than 50 deep"),

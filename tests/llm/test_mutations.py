@@ -210,7 +210,7 @@ def test_records_and_their_counts(made, tmp_path):
 
         def use():
             runs.run(config, copied)
-            source = runs.prepare(config, copied, request_log.Budget(), runs.open_model)
+            source = runs.prepare(config, copied, request_log.Budget())
             measure.read_calibration(runs.calibration_pipeline(source))
             html_report.write(config, copied, 5)
             return True
