@@ -328,8 +328,14 @@ def _outputs_and_gradients(config):
     return compute(_params(CONFIG))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [(True, "none"), (False, "full"), (True, "dots")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((False, "none"), (True, "full"), (False, "dots"))
+    ],
+)
 def test_scan_and_remat_change_neither_outputs_nor_gradients(scan_layers, remat):
     base = CONFIG.__dict__ | {"dropout_rate": 0.1}
     config = dual_encoder.EncoderConfig(

@@ -162,7 +162,7 @@ def _outputs_and_gradients(config):
 @pytest.mark.parametrize(
     ("family", "remat"),
     # Masks that the scan selects at run time, and a scan over periods.
-    [("gemma", "dots"), ("embeddinggemma2", "dots")]
+    [("embeddinggemma2", "dots"), pytest.param("gemma", "dots", marks=pytest.mark.slow)]
     + [pytest.param(name, "full", marks=pytest.mark.slow) for name in FAMILIES],
 )
 def test_scan_and_remat_change_neither_outputs_nor_gradients(family, remat):

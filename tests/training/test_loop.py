@@ -164,6 +164,7 @@ def tell_at(step):
     return tell
 
 
+@pytest.mark.slow  # `.ci/run` runs it.
 def test_the_gemma_preset_trains(cache, tmp_path, monkeypatch):
     use_one_device(monkeypatch)
     sizes = [f"model.{name}" for name in dual_encoder.PRESETS["gemma"]]
