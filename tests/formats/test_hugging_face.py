@@ -470,7 +470,7 @@ def test_an_index_that_leads_outside_is_refused(folder):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"shared.weight": "../other/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"must be a \.safetensors file name, not .\.\./other"):
+    with pytest.raises(ValueError, match=r"file name, not .\.\./other/model"):
         detection.open_model(folder)
     index = {"weight_map": {"shared.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
