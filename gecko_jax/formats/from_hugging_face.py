@@ -44,7 +44,7 @@ _ALIASES = {
 
 # What the encoder computes, where `config.json` says it.
 _SETTINGS = {
-    "layer_norm_epsilon": field_rules.one_of(1e-6),
+    "layer_norm_epsilon": field_rules.one_of(1e-6),  # T5X's, which is not a setting
     "feed_forward_proj": field_rules.Kind(
         "an activation, or 'gated-' and an activation",
         lambda v: isinstance(v, str) and bool(re.fullmatch("(gated-)?[^-]+", v)),

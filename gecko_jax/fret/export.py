@@ -193,8 +193,9 @@ def _candidates_of(
         if passes.has_likelihood:
             columns["likelihood"] = likelihoods[number]["log_probs"]
         if passes.has_relevance:
-            judged = (relevances[number], row, grades, kind)
-            columns["relevance"] = stages.relevance_scores(*judged)
+            columns["relevance"] = stages.relevance_scores(
+                relevances[number], row, grades, kind
+            )
         columns["fused"] = record["fused"]
         values = [stages.of_candidates(column, row) for column in columns.values()]
         scores[number] = {

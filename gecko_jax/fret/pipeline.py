@@ -343,9 +343,14 @@ class Pipeline:
         source, prompts = self.source, self.source.prompts
         is_same_text = prompts.likelihood.sha256 == prompts.relevance.sha256
         then = prompts.relevance if self.has_relevance and is_same_text else None
-        generic, prompt = source.config.likelihood.generic_passage, prompts.likelihood
-        reading = (source.store, source.model, prompt, generic, then)
-        return stages.likelihood(*self._retrieved(shard), *reading)
+        return stages.likelihood(
+            *self._retrieved(shard),
+            source.store,
+            source.model,
+            prompts.likelihood,
+            source.config.likelihood.generic_passage,
+            then,
+        )
 
     def _relevance(self, shard: int) -> list[stages.Record]:
         rows, queries = self._retrieved(shard)

@@ -18,15 +18,19 @@ from collections.abc import Iterator, Sequence
 from gecko_jax.io import wording
 
 
-@contextlib.contextmanager
 def write_file(
-    path: str | os.PathLike, *, is_folder: bool = False
-) -> Iterator[pathlib.Path]:
+    path: str | os.PathLike,
+) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Yields a temporary path, which replaces `path` unless an error is raised.
 
-    With `is_folder`, it is an empty folder. Raises ValueError if `path` is of another
-    kind or a device, and OSError if the disk is full or the location is not writable.
+    Raises ValueError if `path` is a folder or a device, and OSError if the disk is full
+    or the location is not writable.
     """
+    return _write(path, is_folder=False)
+
+
+@contextlib.contextmanager
+def _write(path: str | os.PathLike, is_folder: bool) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     path = path.resolve() if path.is_symlink() else path  # The link stays a link.
     kind = "folder" if is_folder else "file"
@@ -56,7 +60,7 @@ def write_folder(
     path: str | os.PathLike,
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Like `write_file` for a folder."""
-    return write_file(path, is_folder=True)
+    return _write(path, is_folder=True)
 
 
 def member(folder: pathlib.Path, name: str) -> pathlib.Path:

@@ -38,6 +38,8 @@ def candidate_divergence(
     It runs over the candidates with a score, and is 0 if there are fewer than two. The
     embeddings are normalized here. `scores` are the judge's, of the positive and of
     each hard negative (N = 1 + G), minus infinity where a candidate has none.
+    `temperature` divides the cosines, and `judge_temperature` the scores; larger is
+    softer.
     """
     # [B, N, D]: the positive first, as in `scores`.
     candidates = positives[:, None]
