@@ -55,6 +55,8 @@ def read(folder: pathlib.Path) -> dict[str, tensors.Tensor]:
     values = source_files.read_json(index)
     field_rules.check(index, values, _INDEX_FIELDS, source_files.DAMAGED)
     shards: dict[str, str] = values["weight_map"]
+    if not shards:
+        raise source_files.damaged(index, "an empty weight_map")
     weights: dict[str, tensors.Tensor] = {}
     for shard in sorted(set(shards.values())):
         opened = open_file(writing.member(folder, shard))

@@ -110,6 +110,7 @@ def test_missing_weights_are_named(tmp_path):
         ({"weight_map": {"a": "x\0.safetensors"}}, r'\["a"\] must be .*, not "x'),
         ({"weight_map": {"a": "../x.safetensors"}}, r'\["a"\] must be .*, not "\.\./x'),
         ({"weight_map": []}, "weight_map must be an object"),
+        ({"weight_map": {}}, "an empty weight_map"),
         ({"weight_map": None}, "weight_map must be an object"),
         ({}, "no weight_map"),
         ([], r"index\.json: a list, not an object"),
